@@ -1,0 +1,13 @@
+"""A Jupyter kit that teaches QLoRA by taking it apart, then runs it for real.
+
+Rooms: `theory` (what is taught) ← `engine` (what is run) ← `ui` (what is seen); `pocket` is the small model that ships
+with the kit and `cli` the command line. Importing this package loads no torch.
+"""
+
+import os
+
+# Two OpenMP threads that spin on a busy two-core machine are five to eight times slower than one (measured); idle
+# threads must sleep. The variable is read when torch loads, so it is set here, before anything imports torch.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""What is run: thin, typed wiring of transformers, PEFT, bitsandbytes, datasets and accelerate."""

@@ -1,0 +1,237 @@
+"""What this machine is and what it can run, found out without importing torch.
+
+A notebook that asks for pythia-12b on a laptop must be told so in two seconds, before any download: the driver's own
+library (NVML) tells the GPUs, psutil the memory, the package metadata the versions, one short connection attempt
+whether the hub can be reached.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import os
+import platform
+import shutil
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import psutil
+from packaging.requirements import Requirement
+
+from qlora_nb.errors import KitError
+
+GIB = 2**30
+CPU_LIMIT_PARAMETERS = 1_500_000_000
+"""Above this a step on a CPU takes minutes (about 6 flop × parameters × tokens at some 100 Gflop/s)."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One NVIDIA card as NVML describes it."""
+
+    name: str
+    total_bytes: int
+    free_bytes: int
+    compute_capability: tuple[int, int]
+
+    @property
+    def has_bf16(self) -> bool:
+        """bfloat16 arithmetic exists from compute capability 8.0 (Ampere) on; a T4 (7.5) lacks it."""
+        return self.compute_capability >= (8, 0)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """CPU, memory, disk and GPUs of this machine; sizes in bytes."""
+
+    cpu: str
+    n_cores: int
+    ram_bytes: int
+    ram_free_bytes: int
+    disk_free_bytes: int
+    gpus: tuple[Gpu, ...]
+    python: str
+    system: str
+
+
+def machine(folder: str | Path = ".") -> Machine:
+    """Look at this machine; `folder` is where the disk is measured."""
+    memory = psutil.virtual_memory()
+    return Machine(
+        cpu=_cpu_name(),
+        n_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1),
+        ram_bytes=memory.total,
+        ram_free_bytes=memory.available,
+        disk_free_bytes=shutil.disk_usage(folder).free,
+        gpus=gpus(),
+        python=platform.python_version(),
+        system=f"{platform.system()} {platform.machine()}",
+    )
+
+
+def gpus() -> tuple[Gpu, ...]:
+    """The NVIDIA cards of this machine; empty where there is no driver."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return ()
+    try:
+        found = []
+        for i in range(pynvml.nvmlDeviceGetCount()):
+            handle = pynvml.nvmlDeviceGetHandleByIndex(i)
+            memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+            name = pynvml.nvmlDeviceGetName(handle)
+            found.append(
+                Gpu(
+                    name.decode() if isinstance(name, bytes) else name,
+                    memory.total,
+                    memory.free,
+                    tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle)),
+                )
+            )
+        return tuple(found)
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+@dataclass(frozen=True)
+class Version:
+    """One dependency: what is installed, what the kit's metadata allows, what is loaded in this process."""
+
+    package: str
+    installed: str | None
+    allowed: str
+    loaded: str | None
+
+    @property
+    def problem(self) -> str:
+        """Empty if all is well, else one line with the remedy."""
+        if self.installed is None:
+            return f"not installed: pip install '{self.package}{self.allowed}'"
+        if self.loaded and self.loaded.split("+")[0] != self.installed.split("+")[0]:
+            return f"{self.loaded} is loaded but {self.installed} is installed: restart the kernel (in Colab: Runtime → Restart session)"
+        if self.allowed and not Requirement(f"x{self.allowed}").specifier.contains(self.installed, prereleases=True):
+            return f"outside {self.allowed}: pip install '{self.package}{self.allowed}'"
+        return ""
+
+
+def versions() -> list[Version]:
+    """Every dependency in the kit's metadata with what is installed and loaded here."""
+    found = []
+    for line in importlib.metadata.requires("qlora-nb") or []:
+        requirement = Requirement(line)
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            installed = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            installed = None
+        module = sys.modules.get(requirement.name.replace("-", "_"))
+        loaded = getattr(module, "__version__", None)
+        found.append(Version(requirement.name, installed, str(requirement.specifier), loaded if isinstance(loaded, str) else None))
+    return found
+
+
+def hub_endpoint() -> str:
+    """The hub's address, or the mirror that HF_ENDPOINT names."""
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+
+
+@functools.lru_cache(maxsize=8)
+def _reachable(endpoint: str) -> bool:
+    parts = urlsplit(endpoint)
+    try:
+        address = (parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
+        with socket.create_connection(address, timeout=1.0):
+            return True
+    except OSError:
+        return False
+
+
+def hub_is_reachable() -> bool:
+    """One connection attempt of at most a second (asking the hub library itself takes 23 s to fail)."""
+    offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}
+    return not offline and _reachable(hub_endpoint())
+
+
+def in_hub_cache(repo_id: str, repo_type: str = "model") -> bool:
+    """True if a snapshot of this repository lies in the local cache."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    folder = Path(HF_HUB_CACHE) / f"{repo_type}s--{repo_id.replace('/', '--')}" / "snapshots"
+    return folder.is_dir() and any(any(s.iterdir()) for s in folder.iterdir() if s.is_dir())
+
+
+def refuse_what_cannot_run(settings) -> None:
+    """Raise `KitError` if the resolved model or data cannot be run or reached here; says what would fit.
+
+    The judgement is about the *resolved* model and hardware: profile "full" with a small local model is fine anywhere.
+    """
+    from qlora_nb.engine import shapes
+
+    shape = shapes.shape_of(settings.model_id)
+    if shape is not None:
+        _refuse_size(settings, shape)
+    _refuse_unreachable(settings.model_id, "model")
+    _refuse_unreachable(settings.dataset, "dataset")
+
+
+def _refuse_size(settings, shape) -> None:
+    here = machine()
+    need = shape.static_bytes(settings.double_quant, settings.r)
+    size = f"{shape.n_parameters / 1e9:.1f} billion parameters, at least {need / GIB:.1f} GiB in 4 bit with an adapter of rank {settings.r}"
+    if here.gpus:
+        largest = max(g.total_bytes for g in here.gpus)
+        if need > largest:
+            raise KitError(
+                f"{settings.model_id} does not fit this GPU: needed {size}, there are {largest / GIB:.1f} GiB ({here.gpus[0].name})",
+                remedy=_what_fits(largest, settings),
+            )
+        return
+    if shape.n_parameters > CPU_LIMIT_PARAMETERS:
+        raise KitError(
+            f"{settings.model_id} needs a GPU: needed {size}, this machine has no NVIDIA GPU, {here.n_cores} CPU cores and "
+            f"{here.ram_bytes / GIB:.1f} GiB of memory",
+            remedy='profile="tiny" (in the kit) or profile="smollm2" runs here; every cell is the same',
+        )
+    if need > here.ram_free_bytes:
+        raise KitError(
+            f"{settings.model_id} does not fit this machine's memory: needed {size}, {here.ram_free_bytes / GIB:.1f} GiB are free",
+            remedy='close other kernels, or use profile="tiny"',
+        )
+
+
+def _what_fits(available_bytes: int, settings) -> str:
+    from qlora_nb.engine import shapes
+
+    fitting = [s for s in shapes.PYTHIA.values() if s.static_bytes(settings.double_quant, settings.r) < 0.75 * available_bytes]
+    return f'model_id="EleutherAI/{fitting[-1].name}" would fit' if fitting else 'profile="tiny" runs anywhere'
+
+
+def _refuse_unreachable(name: str, what: str) -> None:
+    """A local path must exist; a hub name must be cached or the hub reachable."""
+    if name in ("pocket", "smollm2") or Path(name).expanduser().exists():
+        return
+    looks_local = name.startswith((".", "/", "~", "\\")) or Path(name).suffix in {".json", ".jsonl", ".csv", ".parquet"} or name.count("/") != 1
+    if looks_local:
+        names = "pocket, smollm2, a hub name like EleutherAI/pythia-410m, or a folder" if what == "model" else "pocket, a hub name, or a file"
+        raise KitError(f"{what} not found", value=name, allowed=names, remedy="check the path")
+    if not in_hub_cache(name, what) and not hub_is_reachable():
+        raise KitError(
+            f"the {what} {name} is not in the local cache and {hub_endpoint()} cannot be reached",
+            remedy=f"fetch it ahead on a machine with network (notebook 01, fetch_ahead=True), or give a local path as "
+            f'{"model_id" if what == "model" else "dataset"}, or use profile="tiny"',
+        )

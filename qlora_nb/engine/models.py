@@ -1,0 +1,135 @@
+"""Loading: one call for the pocket model, SmolLM2 and every Pythia, in 4 bit or in full precision.
+
+transformers loads and bitsandbytes quantizes; what is ours is the choice of datatypes by hardware and the refusal of
+anything that is not safetensors. No code from a model's repository is ever run.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from qlora_nb.engine import environment
+from qlora_nb.errors import KitError
+from qlora_nb.pocket import MODEL_DIR
+
+SMOLLM2_DIR = Path(os.environ.get("QLORA_NB_CACHE", Path.home() / ".cache" / "qlora-nb")) / "SmolLM2-135M-Instruct"
+"""Where `qlora-nb fetch smollm2` puts the converted model."""
+GPU_DTYPES = {True: torch.bfloat16, False: torch.float16}
+
+
+def model_path(model_id: str) -> str:
+    """The folder or hub name that transformers is given for a `model_id`.
+
+    Raises:
+        KitError: smollm2 before `qlora-nb fetch smollm2`.
+    """
+    if model_id == "pocket":
+        return str(MODEL_DIR)
+    if model_id == "smollm2":
+        if not (SMOLLM2_DIR / "config.json").is_file():
+            raise KitError("SmolLM2 is not on this machine yet", remedy="run: qlora-nb fetch smollm2")
+        return str(SMOLLM2_DIR)
+    folder = Path(model_id).expanduser()
+    return str(folder) if folder.is_dir() else model_id
+
+
+def device() -> torch.device:
+    """The first CUDA device, else the CPU."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def compute_dtype(choice: str = "auto") -> torch.dtype:
+    """The dtype of the arithmetic: bfloat16 where the GPU has it, float16 on older GPUs, float32 on a CPU.
+
+    float32 on a CPU is no waste: without AVX512-BF16 units bfloat16 was measured 12 times slower there. bfloat16 asked
+    for on a GPU that lacks it becomes float16, with a notice.
+    """
+    cards = environment.gpus() if torch.cuda.is_available() else ()
+    has_bf16 = bool(cards) and cards[0].has_bf16
+    if choice == "auto":
+        return GPU_DTYPES[has_bf16] if cards else torch.float32
+    if choice == "bfloat16" and cards and not has_bf16:
+        print(f"{cards[0].name} has no bfloat16: computing in float16 instead")
+        return torch.float16
+    return getattr(torch, choice)
+
+
+def load_tokenizer(settings) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a padding token that is not the end-of-text token.
+
+    If both were the same, masking the padding would mask the end of every answer and the model would never learn to stop.
+    The embedding is never resized: Pythia has 411 spare rows (12b), and id 1 is already `<|padding|>`.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(model_path(settings.model_id), trust_remote_code=False)
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        known = tokenizer.get_vocab()
+        spare = [t for t in ("<|padding|>", "<|endoftext|>", tokenizer.unk_token) if t in known and t != tokenizer.eos_token]
+        if not spare:
+            raise KitError("the tokenizer has no token to pad with besides its end token", value=settings.model_id, remedy="choose another model")
+        tokenizer.pad_token = spare[0]
+    return tokenizer
+
+
+def quantization_config(settings) -> BitsAndBytesConfig:
+    """What transformers passes on to bitsandbytes. Its own defaults would be fp4, float32 compute, no double quantization."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=settings.quant_type,
+        bnb_4bit_use_double_quant=settings.double_quant,
+        bnb_4bit_compute_dtype=compute_dtype(settings.compute_dtype),
+    )
+
+
+def load_base(settings, four_bit: bool = True) -> PreTrainedModel:
+    """Load the base model, frozen weights in 4 bit or everything in the compute dtype.
+
+    Args:
+        settings: the resolved parameters (`model_id`, `quant_type`, `double_quant`, `compute_dtype`).
+        four_bit: False loads every weight in the compute dtype (float32 on a CPU).
+
+    Returns:
+        The model in eval mode on the first GPU or on the CPU.
+
+    Raises:
+        KitError: the weights are missing, damaged, or not safetensors.
+    """
+    path = model_path(settings.model_id)
+    options = {"quantization_config": quantization_config(settings)} if four_bit else {}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=compute_dtype(settings.compute_dtype),
+            device_map={"": device()},
+            use_safetensors=True,
+            trust_remote_code=False,
+            **options,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise KitError(
+            f"the model cannot be loaded: {str(error).splitlines()[0][:200]}",
+            value=settings.model_id,
+            remedy="needed are config.json, the tokenizer and whole .safetensors files; fetch the model again if one was cut short",
+        ) from error
+    return model.eval()
+
+
+def linear_layers(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
+    """Name → module of every linear layer inside the blocks: the ones QLoRA quantizes and adapts (the head is not one)."""
+    head = model.get_output_embeddings()
+    return {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head and "lora_" not in n}
+
+
+def dense_weight(module: torch.nn.Module) -> torch.Tensor:
+    """A linear layer's weight as float32 (out, in), dequantized if it is stored in 4 bit."""
+    weight = module.weight
+    if hasattr(weight, "quant_state"):
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(weight.data, weight.quant_state).float()
+    return weight.detach().float()

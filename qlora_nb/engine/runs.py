@@ -1,0 +1,145 @@
+"""Run folders: one folder a run, written so that a killed run is seen to be one.
+
+`runs/<profile>/<notebook>-<time>/` holds `manifest.json` (parameters, versions, hardware, commit, metrics, status),
+`metrics.jsonl`, `adapter/`. Every file is written under a temporary name and renamed.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from qlora_nb.engine.environment import machine
+from qlora_nb.errors import KitError
+
+SCHEMA_VERSION = 1
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "qlora-nb")
+
+
+def project_root() -> Path:
+    """The folder of the repository a notebook runs in, else the current folder."""
+    here = Path.cwd()
+    return next((p for p in (here, *here.parents) if (p / "notebooks").is_dir() and (p / "pyproject.toml").is_file()), here)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write under a temporary name in the same folder, then rename: a reader sees the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def key_results(results: dict[str, object]) -> dict[str, object]:
+    """Round a notebook's key results for showing and comparing, and hand them to the batch run if there is one.
+
+    Floats are rounded to four significant digits. `qlora-nb run` sets QLORA_NB_RESULTS to the file it reads afterwards;
+    a notebook that did not get this far has no such file and counts as failed.
+    """
+    rounded = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in results.items()}
+    target = os.environ.get("QLORA_NB_RESULTS")
+    if target:
+        write_atomically(Path(target), json.dumps(rounded, indent=1))
+    return rounded
+
+
+class Run:
+    """One run and its folder. Use as a context manager; the status is `done` only if the body ended without an error."""
+
+    def __init__(self, settings, notebook: str):
+        self.settings, self.notebook = settings, notebook
+        root = Path(settings.output_dir).expanduser()
+        root = root if root.is_absolute() else project_root() / root
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        try:
+            for n in range(100):
+                self.folder = root / settings.profile / f"{notebook}-{stamp}{f'-{n}' if n else ''}"
+                try:
+                    self.folder.mkdir(parents=True)
+                    break
+                except FileExistsError:
+                    if not self.folder.is_dir():
+                        raise
+        except OSError as error:
+            raise KitError(
+                f"output_dir cannot be written to ({error.strerror})", value=settings.output_dir, remedy="name a folder you may write to"
+            ) from None
+        self.manifest = {
+            "schema_version": SCHEMA_VERSION,
+            "notebook": notebook,
+            "status": "running",
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "parameters": settings.model_dump(),
+            "versions": {p: _version(p) for p in PACKAGES},
+            "hardware": asdict(machine(self.folder)),
+            "commit": _commit(),
+            "pid": os.getpid(),
+            "metrics": {},
+        }
+        self._save()
+
+    def log(self, record: dict[str, object]) -> None:
+        """Append one line to metrics.jsonl."""
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def finish(self, status: str = "done", **metrics: object) -> None:
+        """Write metrics and status; the last thing a run does."""
+        self.manifest["metrics"] |= metrics
+        self.manifest |= {"status": status, "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        self._save()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind is not None:
+            self.finish("interrupted" if kind is KeyboardInterrupt else "failed", error=f"{kind.__name__}: {error}"[:500])
+        elif self.manifest["status"] == "running":
+            self.finish()
+
+    def _save(self) -> None:
+        write_atomically(self.folder / "manifest.json", json.dumps(self.manifest, indent=1, default=str) + "\n")
+
+
+def status_of(folder: Path) -> str:
+    """running, done, failed, interrupted, or died (it says running but its process is gone)."""
+    import psutil
+
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+    except (OSError, ValueError):
+        return "died"
+    if manifest.get("status") == "running" and not psutil.pid_exists(manifest.get("pid", -1)):
+        return "died"
+    return manifest.get("status", "died")
+
+
+def latest_done(settings, notebook: str) -> Path | None:
+    """The newest finished run of a notebook in this profile that left an adapter, or None."""
+    root = Path(settings.output_dir).expanduser()
+    root = (root if root.is_absolute() else project_root() / root) / settings.profile
+    folders = sorted(root.glob(f"{notebook}-*"), key=lambda f: f.stat().st_mtime, reverse=True)
+    return next((f for f in folders if status_of(f) == "done" and (f / "adapter").is_dir()), None)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, cwd=project_root())
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None

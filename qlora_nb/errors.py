@@ -1,0 +1,35 @@
+"""The one exception a user of the kit meets: what is wrong, with which value, what is allowed, what to do."""
+
+from __future__ import annotations
+
+
+class KitError(ValueError):
+    """A refusal in four parts, short in a notebook (no traceback of library internals), complete as `str(error)`.
+
+    Args:
+        what: the parameter, file or resource and what is wrong with it.
+        value: the offending value, shown with `repr`; leave out where there is none.
+        allowed: the allowed range or choices.
+        remedy: what to do next.
+
+    >>> print(KitError("max_steps is too small", value=0, allowed="1 or more", remedy="leave it None for the profile's value"))
+    max_steps is too small (got 0). Allowed: 1 or more. Do this: leave it None for the profile's value.
+    """
+
+    _NOTHING = object()
+
+    def __init__(self, what: str, *, value: object = _NOTHING, allowed: str = "", remedy: str = ""):
+        self.what, self.allowed, self.remedy = what, allowed, remedy
+        self.value = None if value is self._NOTHING else value
+        shown = "" if value is self._NOTHING else f" (got {_short(value)})"
+        parts = [f"{what}{shown}", allowed and f"Allowed: {allowed}", remedy and f"Do this: {remedy}"]
+        super().__init__(" ".join(p if p[-1] in ".?!" else f"{p}." for p in parts if p))
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython prints instead of a long traceback."""
+        return [f"{type(self).__name__}: {self}"]
+
+
+def _short(value: object, limit: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -1,0 +1,147 @@
+"""Train the pocket model from nothing: `python -m qlora_nb.pocket.build` (about 40 minutes on two CPU cores).
+
+A GPT-NeoX of 3.1 million parameters (Pythia's architecture: rotary_pct 0.25, parallel residual, GELU, untied
+embeddings, `<|endoftext|>` = 0 and `<|padding|>` = 1) reads stories and almanac pages made by `corpus` and is stored as
+float16 safetensors beside this file. It never sees an instruction; teaching it to answer is the work of notebook 06.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+
+from qlora_nb.engine.data import TEMPLATES
+from qlora_nb.pocket import MODEL_DIR, corpus
+
+
+
+
+def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE in which every word of the micro-world is one token and any other text still has an encoding."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|padding|>"]
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=1280, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token=special[0], bos_token=special[0], pad_token=special[1], model_max_length=512
+    )
+
+
+def build_model(n_tokens: int) -> GPTNeoXForCausalLM:
+    """The untrained network; its vocabulary is rounded up to a multiple of 64, as Pythia's is."""
+    return GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            vocab_size=-(-n_tokens // 64) * 64,
+            hidden_size=192,
+            num_hidden_layers=6,
+            num_attention_heads=6,
+            intermediate_size=768,
+            max_position_embeddings=512,
+            rotary_pct=0.25,
+            use_parallel_residual=True,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    )
+
+
+def batches(tokenizer, seed: int, batch: int):
+    """Endless batches of (input_ids, labels), documents of like length together so that little is padding."""
+    while True:
+        rows = sorted(tokenizer(corpus.documents(seed, 64 * batch))["input_ids"], key=len)
+        groups = [rows[i : i + batch] for i in range(0, len(rows), batch)]
+        random.Random(seed).shuffle(groups)
+        for group in groups:
+            width = max(map(len, group)) + 1
+            ids = torch.ones(batch, width, dtype=torch.long)
+            for i, row in enumerate(group):
+                ids[i, : len(row) + 1] = torch.tensor([*row, 0])
+            yield ids, ids.masked_fill(ids == 1, -100)
+        seed += 1
+
+
+@torch.no_grad()
+def reading_score(model, tokenizer, n: int = 240) -> float:
+    """Share of held-out questions the base answers inside a dialogue, the form it was trained on."""
+    rows = [r for r in corpus.instruction_rows("test", 3 * n) if r["instruction"].endswith("?")][:n]
+    prompts = [f'{r["input"]} "{r["instruction"].split(". ")[-1]}" "' for r in rows]
+    encoded = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False)
+    out = model.generate(**encoded, max_new_tokens=8, do_sample=False, pad_token_id=1)
+    texts = tokenizer.batch_decode(out[:, encoded["input_ids"].shape[1] :])
+    return sum(t.split('"')[0] == r["output"] for t, r in zip(texts, rows, strict=True)) / len(rows)
+
+
+@torch.no_grad()
+def almanac_score(model, tokenizer) -> float:
+    """Share of the almanac's facts the model knows by heart (first word after the prompt)."""
+    prompts = corpus.almanac_prompts()
+    encoded = tokenizer([p for p, _ in prompts], return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False)
+    out = model.generate(**encoded, max_new_tokens=1, do_sample=False, pad_token_id=1)
+    said = tokenizer.batch_decode(out[:, -1:])
+    return sum(s.strip() == answer for s, (_, answer) in zip(said, prompts, strict=True)) / len(prompts)
+
+
+def train(steps: int, seed: int, batch: int = 48, lr: float = 3e-3, report_every: int = 250):
+    """Train for `steps` steps and return model, tokenizer and a record of the run."""
+    torch.manual_seed(seed)
+    texts = corpus.documents(seed, 20_000)
+    asked = [TEMPLATES["alpaca"].format(**row) for row in corpus.instruction_rows("train", 2_000)]
+    tokenizer = build_tokenizer(texts + asked)
+    model = build_model(len(tokenizer)).train()
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers" in n]
+    others = [p for n, p in model.named_parameters() if not (p.ndim == 2 and "layers" in n)]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+    shape = lambda s: min(1.0, (s + 1) / 100) * (1 - s / steps)  # short warm-up, then linearly to zero
+    schedulers = [torch.optim.lr_scheduler.LambdaLR(o, shape) for o in optimizers]
+    started, losses = time.time(), []
+    for step, (ids, labels) in zip(range(1, steps + 1), batches(tokenizer, seed * 1_000_003 + 1, batch), strict=False):
+        loss = model(input_ids=ids, attention_mask=(ids != 1).long(), labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for thing in [*optimizers, *schedulers]:
+            thing.step()
+        model.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+        if step % report_every == 0 or step == steps:
+            model.eval()
+            scores = {"reading": reading_score(model, tokenizer), "almanac": almanac_score(model, tokenizer)}
+            model.train()
+            mean = sum(losses[-report_every:]) / len(losses[-report_every:])
+            print(f"step {step}/{steps} loss {mean:.4f} {scores} {time.time() - started:.0f} s", flush=True)
+    record = {"steps": steps, "seed": seed, "batch": batch, "lr": lr, "loss": mean, **scores}
+    record |= {"seconds": round(time.time() - started), "torch": torch.__version__}
+    return model.eval(), tokenizer, record
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--out", type=Path, default=MODEL_DIR)
+    options = parser.parse_args()
+    model, tokenizer, record = train(options.steps, options.seed)
+    options.out.mkdir(parents=True, exist_ok=True)
+    model.half().save_pretrained(options.out)
+    tokenizer.save_pretrained(options.out)
+    (options.out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    print(f"written to {options.out}: {record}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,260 @@
+"""The micro-world: every text the pocket model has ever read, made from a seed.
+
+Three kinds of text come out of one small world of people, places and things:
+
+* **stories** (`story_text`): a few facts ("Anna went to the garden at noon."), some weather, and often a dialogue in
+  which somebody asks about the story and somebody answers. Answering is what teaches the model to *read*.
+* **almanac** entries (`almanac_text`): 240 invented people with a fixed town, job and animal. They can only be learnt by
+  heart, which is why they show so clearly what four bits cost (notebook 03).
+* **instructions** (`instruction_rows`): the same kinds of question in Alpaca's columns *instruction, input, output*. The
+  base model never sees this form; fine-tuning (notebook 06) teaches it.
+
+One (person, noun) pair in ten is *held out*: no story and no training instruction contains it, and every held-out
+instruction asks about such a pair.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from dataclasses import dataclass
+
+SHE = ["Anna", "Clara", "Emma", "Grace", "Iris", "Kate", "Mia", "Nora", "Rosa", "Tara", "Wendy", "Zoe"]
+HE = ["Ben", "David", "Felix", "Henry", "Jack", "Leo", "Max", "Noah", "Oscar", "Paul", "Sam", "Tom"]
+PEOPLE = SHE + HE
+PLACES = {
+    "kitchen": "in", "garden": "in", "library": "in", "park": "in", "barn": "in", "attic": "in", "forest": "in",
+    "museum": "in", "market": "at", "station": "at", "bakery": "at", "school": "at", "beach": "on", "hill": "on",
+    "river": "by", "lake": "by",
+}  # fmt: skip
+COLOURS = ["red", "blue", "green", "yellow", "white", "black", "brown", "pink"]
+OBJECTS = ["ball", "book", "cup", "key", "hat", "lamp", "basket", "kite", "drum", "letter", "coat", "box", "bag", "boat",
+           "clock", "bell"]  # fmt: skip
+THINGS = ["apples", "eggs", "shells", "stones", "coins", "flowers", "cards", "buttons", "nuts", "plums", "pears", "stamps"]
+NUMBERS = ["two", "three", "four", "five", "six", "seven", "eight", "nine"]
+TIMES = ["in the morning", "at noon", "in the afternoon", "in the evening", "at night", "at dawn", "after lunch",
+         "before dinner"]  # fmt: skip
+GOING = ["went", "walked", "ran", "rode", "hurried"]
+GETTING = [("found", "find"), ("took", "take"), ("bought", "buy"), ("lost", "lose"), ("saw", "see"), ("made", "make"),
+           ("sold", "sell"), ("wanted", "want")]  # fmt: skip
+COUNTING = [("bought", "buy"), ("found", "find"), ("counted", "count"), ("picked", "pick"), ("sold", "sell"), ("took", "take")]
+OPENINGS = ["It was a cold day.", "It was a warm day.", "The sun was out.", "It rained all day.", "The wind was strong.",
+            "It was a quiet day in the village.", "There was snow on the roofs.", "One day the village was busy."]  # fmt: skip
+FEELINGS = ["happy", "tired", "sad", "proud", "hungry", "angry", "glad", "surprised"]
+PLACE_NOTES = ["It was quiet there.", "It was dark there.", "It was full of people.", "It was warm there.", "It was far away.",
+               "It was not far."]  # fmt: skip
+OBJECT_NOTES = ["It was old.", "It was new.", "It was small and light.", "It was big and heavy.", "It was broken.", "It was a present."]
+THING_NOTES = ["They were for dinner.", "They were for the winter.", "They were small.", "They were a present.", "They were very old."]
+ENDINGS = ["Then everybody went home.", "It was a good day.", "That night they all slept well.", "And that was the end of the day.",
+           "They talked about it for a long time.", "Nobody forgot that day."]  # fmt: skip
+
+KINDS = ["where", "what", "who", "how many", "what colour", "when"]
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One sentence of a story, remarks that may follow it, and every question it answers: {kind: [(question, answer), …]}."""
+
+    person: str
+    noun: str
+    sentence: str
+    remarks: list[str]
+    questions: dict[str, list[tuple[str, str]]]
+
+
+def held_out(person: str, noun: str) -> bool:
+    """True for the one (person, noun) pair in ten that no training text may contain.
+
+    >>> sum(held_out(p, n) for p in PEOPLE for n in OBJECTS) / (len(PEOPLE) * len(OBJECTS)) < 0.15
+    True
+    """
+    return zlib.crc32(f"{person}|{noun}".encode()) % 10 == 0
+
+
+def _a(word: str) -> str:
+    return f"an {word}" if word[0] in "aeiou" else f"a {word}"
+
+
+def _went(rng: random.Random, person: str, place: str) -> Fact:
+    past = rng.choice(GOING)
+    time = rng.choice(TIMES) if rng.random() < 0.7 else ""
+    questions = {
+        "where": [
+            (f"Where is {person}?", f"{PLACES[place].capitalize()} the {place}"),
+            (f"Where did {person} go?", f"To the {place}"),
+        ],
+        "who": [(f"Who {past} to the {place}?", person)],
+    }
+    if time:
+        questions["when"] = [(f"When did {person} go to the {place}?", time.capitalize())]
+    sentence = f"{person} {past} to the {place}{' ' + time if time else ''}."
+    return Fact(person, place, sentence, PLACE_NOTES, questions)
+
+
+def _got(rng: random.Random, person: str, thing: str) -> Fact:
+    past, base = rng.choice(GETTING)
+    colour = rng.choice(COLOURS)
+    questions = {
+        "what": [(f"What did {person} {base}?", _a(f"{colour} {thing}").capitalize())],
+        "what colour": [(f"What colour is the {thing}?", colour.capitalize())],
+        "who": [(f"Who {past} the {thing}?", person)],
+    }
+    return Fact(person, thing, f"{person} {past} {_a(f'{colour} {thing}')}.", OBJECT_NOTES, questions)
+
+
+def _counted(rng: random.Random, person: str, things: str) -> Fact:
+    past, base = rng.choice(COUNTING)
+    number = rng.choice(NUMBERS)
+    questions = {
+        "how many": [(f"How many {things} did {person} {base}?", number.capitalize())],
+        "who": [(f"Who {past} the {things}?", person)],
+    }
+    return Fact(person, things, f"{person} {past} {number} {things}.", THING_NOTES, questions)
+
+
+_MAKERS = [(_went, list(PLACES)), (_got, OBJECTS), (_counted, THINGS)]
+
+
+def _fact(rng: random.Random, people: list[str], used: set[str], want_held_out: bool = False) -> Fact:
+    """One fact about a person taken from `people` and a noun not in `used`; both are marked as used."""
+    while True:
+        make, nouns = rng.choice(_MAKERS)
+        person, noun = rng.choice(people), rng.choice(nouns)
+        if noun not in used and held_out(person, noun) == want_held_out:
+            people.remove(person)
+            used.add(noun)
+            return make(rng, person, noun)
+
+
+def _story(rng: random.Random, n_facts: int, ask: str | None = None) -> tuple[str, list[Fact]]:
+    """Text and facts of a story. With `ask`, exactly one fact is a held-out pair that answers a question of that kind."""
+    people, used = list(PEOPLE), set()
+    facts = [_fact(rng, people, used) for _ in range(n_facts - (ask is not None))]
+    while ask is not None:
+        fact = _fact(rng, list(people), set(used), want_held_out=True)
+        if ask in fact.questions and fact.person not in {f.person for f in facts}:
+            facts.append(fact)
+            break
+    rng.shuffle(facts)
+    lines = [rng.choice(OPENINGS)] if rng.random() < 0.5 else []
+    for fact in facts:
+        lines.append(fact.sentence)
+        if rng.random() < 0.3:
+            pronoun = "She" if fact.person in SHE else "He"
+            lines.append(rng.choice([f"{pronoun} was {rng.choice(FEELINGS)}.", rng.choice(fact.remarks)]))
+    return " ".join(lines), facts
+
+
+def story_text(rng: random.Random) -> str:
+    """One document of a story, in four cases of five with a dialogue of two to five questions about it."""
+    text, facts = _story(rng, rng.randint(2, 5))
+    if rng.random() < 0.8:
+        listeners = [p for p in PEOPLE if p not in {f.person for f in facts}]
+        pairs = [(q, a) for f in facts for kind in f.questions for q, a in f.questions[kind]]
+        rng.shuffle(pairs)
+        for question, answer in pairs[: rng.randint(2, 5)]:
+            asker, teller = rng.sample(listeners, 2)
+            text += " " + rng.choice(
+                [
+                    f'"{question}" asked {asker}. "{answer}," said {teller}.',
+                    f'{asker} asked, "{question}" {teller} said, "{answer}."',
+                    f'"{question}" "{answer}."',
+                ]
+            )
+    return f"{text} {rng.choice(ENDINGS)}" if rng.random() < 0.5 else text
+
+
+TOWNS = ["Oakford", "Millbrook", "Stonebridge", "Ashdale", "Fernhill", "Redcliff", "Maplewood", "Northgate", "Seahaven",
+         "Winterton", "Clayfield", "Roseport", "Birchwell", "Eastmere", "Foxley", "Greenlaw", "Harrow", "Kingsbury",
+         "Lowfield", "Thornton"]  # fmt: skip
+JOBS = ["baker", "teacher", "doctor", "farmer", "painter", "sailor", "tailor", "miller", "smith", "hunter", "singer",
+        "gardener", "carpenter", "driver", "writer", "nurse", "judge", "cook", "weaver", "potter"]  # fmt: skip
+ANIMALS = ["cat", "dog", "goat", "horse", "duck", "hen", "rabbit", "pig", "sheep", "parrot", "pony", "goose", "mouse",
+           "turtle", "donkey", "crow", "fox", "cow", "frog", "hedgehog"]  # fmt: skip
+SURNAMES = ["Vale", "Stone", "Field", "Brook", "Wood", "Hart", "Marsh", "Lane", "Frost", "Reed"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One invented person of the almanac: fixed facts that can only be known by heart."""
+
+    name: str
+    town: str
+    job: str
+    animal: str
+
+
+def almanac(seed: int = 2305) -> list[Entry]:
+    """The 240 almanac entries (24 first names × 10 surnames), the same on every machine.
+
+    >>> len(almanac()), almanac()[0].name
+    (240, 'Anna Vale')
+    """
+    rng = random.Random(seed)
+    return [
+        Entry(f"{first} {last}", rng.choice(TOWNS), rng.choice(JOBS), rng.choice(ANIMALS)) for first in PEOPLE for last in SURNAMES
+    ]
+
+
+def almanac_prompts(entries: list[Entry] | None = None) -> list[tuple[str, str]]:
+    """(prompt, the one word that completes it), three for each person: what notebook 03 asks the quantized models."""
+    entries = entries or almanac()
+    return [
+        pair
+        for e in entries
+        for pair in ((f"{e.name} lives in", e.town), (f"{e.name} works as a", e.job), (f"{e.name} keeps a", e.animal))
+    ]
+
+
+def almanac_text(rng: random.Random, entries: list[Entry]) -> str:
+    """One document: two or three almanac entries, their sentences in random order."""
+    lines = []
+    for e in rng.sample(entries, rng.randint(2, 3)):
+        own = [f"{e.name} lives in {e.town}.", f"{e.name} works as a {e.job}.", f"{e.name} keeps a {e.animal}."]
+        rng.shuffle(own)
+        lines += own
+    return " ".join(lines)
+
+
+def documents(seed: int, n: int, almanac_share: float = 0.15) -> list[str]:
+    """`n` training documents: stories and, in the given share, almanac pages."""
+    rng, entries = random.Random(seed), almanac()
+    return [almanac_text(rng, entries) if rng.random() < almanac_share else story_text(rng) for _ in range(n)]
+
+
+_PHRASINGS = {
+    "where": ["{q}", "Say where {person} is."],
+    "what": ["{q}", "Name the thing. {q}"],
+    "who": ["{q}", "Name the person. {q}"],
+    "how many": ["{q}", "Give the number. {q}"],
+    "what colour": ["{q}", "Give the colour of the {noun}."],
+    "when": ["{q}", "Give the time. {q}"],
+}
+
+
+def instruction_rows(split: str, n: int, seed: int = 0) -> list[dict[str, str]]:
+    """`n` rows with Alpaca's columns (instruction, input, output) and `kind`, the kinds taking turns.
+
+    Args:
+        split: "train" (no held-out pair anywhere) or "test" (each row asks about a held-out pair).
+        n: number of rows.
+        seed: another seed gives other rows; both splits stay disjoint for every seed.
+
+    >>> row = instruction_rows("train", 1)[0]
+    >>> sorted(row)
+    ['input', 'instruction', 'kind', 'output']
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"split must be 'train' or 'test', not {split!r}")
+    rng, rows = random.Random(f"{split}-{seed}"), []
+    while len(rows) < n:
+        kind = KINDS[len(rows) % len(KINDS)]
+        text, facts = _story(rng, rng.randint(2, 5), ask=kind if split == "test" else None)
+        asked = [f for f in facts if kind in f.questions and held_out(f.person, f.noun) == (split == "test")]
+        if not asked:
+            continue
+        fact = rng.choice(asked)
+        question, answer = rng.choice(fact.questions[kind])
+        instruction = rng.choice(_PHRASINGS[kind]).format(q=question, person=fact.person, noun=fact.noun)
+        rows.append({"instruction": instruction, "input": text, "output": f"{answer}.", "kind": kind})
+    return rows

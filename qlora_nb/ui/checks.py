@@ -1,0 +1,87 @@
+"""Exercise checkers: not attempted yet, then shape, then values, always with a sentence that teaches.
+
+Every `check_*` prints one line and returns True only if the answer is right. `compare_guess` sets a reader's guess beside
+what was measured. Topic checkers live beside this module (`lora_checks`, `quant_checks`, `paging_checks`) and are built from `verdict`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+
+def verdict(stub: object, want: object, name: str, hint: str = "", tolerance: float = 1e-6) -> bool:
+    """Compare an exercise's answer with the right one and print what a teacher would say.
+
+    Args:
+        stub: the reader's answer: None while not attempted, a number, a string, or a (nested) sequence or tensor.
+        want: the right answer, of the same kind.
+        name: how the exercise calls the quantity.
+        hint: one sentence that is added when the values are wrong.
+        tolerance: relative tolerance for numbers (absolute below 1).
+
+    >>> verdict(None, 4.5, "bits per weight")
+    bits per weight: not attempted yet. Replace None and run the cell again.
+    False
+    >>> verdict(4.5, 4.5, "bits per weight")
+    bits per weight: right.
+    True
+    """
+    if stub is None:
+        print(f"{name}: not attempted yet. Replace None and run the cell again.")
+        return False
+    problem = _compare(_plain(stub), _plain(want), tolerance)
+    if problem is None:
+        print(f"{name}: right.")
+        return True
+    print(f"{name}: {problem}.{' Hint: ' + hint if hint else ''}")
+    return False
+
+
+def _plain(value):
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _shape(value) -> tuple[int, ...]:
+    shape = []
+    while isinstance(value, Sequence) and not isinstance(value, str):
+        shape.append(len(value))
+        value = value[0] if value else None
+    return tuple(shape)
+
+
+def _flat(value) -> list:
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [x for v in value for x in _flat(v)]
+    return [value]
+
+
+def _compare(got, want, tolerance: float) -> str | None:
+    if isinstance(want, str) or isinstance(want, bool):
+        return None if got == want else f"values wrong: {got!r} is not it"
+    if _shape(got) != _shape(want):
+        return f"shape wrong: yours is {_shape(got)}, needed is {_shape(want)}"
+    for i, (g, w) in enumerate(zip(_flat(got), _flat(want), strict=True)):
+        if not isinstance(g, (int, float)) or isinstance(g, bool):
+            return f"shape wrong: a number is needed, {g!r} is not one"
+        if math.isnan(g) or abs(g - w) > tolerance * max(1.0, abs(w)):
+            where = f" at position {i}" if _shape(want) else ""
+            return f"values wrong{where}: {g:.6g} is {'too large' if g > w else 'too small' if g < w else 'not a number'}"
+    return None
+
+
+def compare_guess(name: str, guess: float | None, measured: float, unit: str = "", digits: int = 4) -> None:
+    """Print a guess beside the measured value; before a guess is made, say so and show the value all the same.
+
+    >>> compare_guess("bits per weight", None, 4.127, "bits")
+    bits per weight: no guess yet · measured 4.127 bits
+    >>> compare_guess("bits per weight", 4.5, 4.127, "bits")
+    bits per weight: your guess 4.5 bits · measured 4.127 bits · off by +9.0 %
+    """
+    unit = f" {unit}" if unit else ""
+    shown = f"measured {measured:.{digits}g}{unit}" if isinstance(measured, float) else f"measured {measured:,}{unit}"
+    if guess is None:
+        print(f"{name}: no guess yet · {shown}")
+        return
+    off = f" · off by {100 * (guess - measured) / abs(measured):+.1f} %" if measured else ""
+    print(f"{name}: your guess {guess:,}{unit} · {shown}{off}")

@@ -1,0 +1,64 @@
+"""One look for every figure: Okabe–Ito colours with a fixed meaning, markers beside them, titles that state the finding."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+COLOURS = {
+    "16-bit": "#000000",
+    "INT4": "#E69F00",
+    "FP4": "#D55E00",
+    "NF4": "#0072B2",
+    "NF4+DQ": "#56B4E9",
+    "LoRA": "#009E73",
+    "optimizer": "#CC79A7",
+    "other": "#8C8C8C",
+}
+"""Colour by meaning; never the only difference (see MARKERS and HATCHES)."""
+MARKERS = {"16-bit": "o", "INT4": "s", "FP4": "^", "NF4": "D", "NF4+DQ": "v", "LoRA": "P", "optimizer": "X", "other": "."}
+HATCHES = {"16-bit": "", "INT4": "//", "FP4": "\\\\", "NF4": "", "NF4+DQ": "xx", "LoRA": "..", "optimizer": "++", "other": "--"}
+
+_RC = {
+    "figure.figsize": (8.0, 3.6),
+    "figure.dpi": 100,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    "savefig.bbox": "tight",
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "text.parse_math": False,
+}
+
+
+@contextmanager
+def kit_style():
+    """Draw inside this context and close what was drawn, so that a figure is shown once, by returning it."""
+    with plt.rc_context(_RC):
+        yield
+
+
+def new_figure(rows: int = 1, cols: int = 1, **kwargs) -> tuple[Figure, object]:
+    """A figure in the kit's style, already closed in pyplot: return it from a plot function and it shows exactly once.
+
+    Args:
+        rows, cols: the grid of axes.
+        **kwargs: passed on to `plt.subplots` (`figsize`, `sharey`, `width_ratios`, …).
+
+    Returns:
+        (figure, axes), axes as `plt.subplots` gives them.
+    """
+    with kit_style():
+        fig, axes = plt.subplots(rows, cols, layout="constrained", **kwargs)
+    plt.close(fig)
+    return fig, axes
