@@ -1,5 +1,138 @@
+"""From rows to training batches: load, check, split, fill the template, mask the prompt.
+
+A row has Alpaca's columns *instruction, input, output*. What trains is the answer and its end token, nothing else: the
+prompt and the padding get the label -100, which the loss ignores. Loading, caching and mapping are `datasets`' work.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import datasets
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
+
+from qlora_nb.errors import KitError
+from qlora_nb.pocket import corpus
+
 TEMPLATES = {
     "alpaca": "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
+    "alpaca-no-input": "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n",
 }
+"""Stanford Alpaca's two prompts: with an input and without."""
+COLUMNS = ("instruction", "input", "output")
+IGNORED = -100
+SPLIT_SEED = 2305
+"""The held-out rows are the same for every training seed."""
+_READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def prompt_of(row: dict[str, str], template: str = "alpaca") -> str:
+    """The text the model is given for a row.
+
+    >>> prompt_of({"instruction": "Say hi.", "input": ""})[-35:]
+    'on:\\nSay hi.\\n\\n### Response:\\n'
+    """
+    return TEMPLATES[template if row.get("input") else f"{template}-no-input"].format(instruction=row["instruction"], input=row.get("input", ""))
+
+
+def load(settings) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Training and held-out rows for the resolved `dataset`, `train_rows` and `eval_rows`.
+
+    The micro-world has its own held-out split; of any other data the first `eval_rows` of a fixed shuffle are held out.
+
+    Raises:
+        KitError: the data cannot be read, lacks a column, or has too few rows.
+    """
+    if settings.dataset == "pocket":
+        train = corpus.instruction_rows("train", settings.train_rows, settings.seed)
+        return datasets.Dataset.from_list(train), datasets.Dataset.from_list(corpus.instruction_rows("test", settings.eval_rows))
+    rows = _clean(_read(settings.dataset), settings.dataset)
+    if len(rows) < settings.eval_rows + 1:
+        raise KitError(
+            f"the data has {len(rows)} usable rows, too few for {settings.eval_rows} held-out rows and one to train on",
+            value=settings.dataset,
+            remedy=f"set eval_rows to {max(1, len(rows) // 5)} or bring more rows",
+        )
+    rows = rows.shuffle(seed=SPLIT_SEED)
+    held_out = rows.select(range(settings.eval_rows))
+    last = min(len(rows), settings.eval_rows + settings.train_rows)
+    return rows.select(range(settings.eval_rows, last)).shuffle(seed=settings.seed), held_out
+
+
+def _read(name: str) -> datasets.Dataset:
+    path = Path(name).expanduser()
+    if not path.is_file():
+        return datasets.load_dataset(name, split="train")
+    suffix = Path(path.stem).suffix if path.suffix in {".xz", ".gz", ".zst"} else path.suffix
+    if suffix not in _READERS:
+        raise KitError("unknown kind of data file", value=path.name, allowed=", ".join(_READERS), remedy="convert it to one of these")
+    try:
+        return datasets.load_dataset(_READERS[suffix], data_files=str(path), split="train")
+    except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
+        reason = str(error.__cause__ or error).splitlines()[0][:200]
+        raise KitError(f"the data file cannot be read: {reason}", value=path.name, remedy="check that every row is whole") from error
+
+
+def _clean(rows: datasets.Dataset, name: str) -> datasets.Dataset:
+    """Keep the three columns as text; leave out rows without an instruction or an answer and say which."""
+    missing = [c for c in ("instruction", "output") if c not in rows.column_names]
+    if missing:
+        raise KitError(
+            f"the data has no column {' and '.join(missing)}",
+            value=", ".join(rows.column_names),
+            allowed="instruction, output, and input if there is one",
+            remedy="rename its columns",
+        )
+    if "input" not in rows.column_names:
+        rows = rows.add_column("input", [""] * len(rows))
+    rows = rows.select_columns(list(COLUMNS))
+    for column, feature in rows.features.items():
+        if getattr(feature, "dtype", None) not in ("string", "large_string", "null"):
+            raise KitError(f"column {column} is not text", value=str(feature), allowed="text", remedy=f"look at {Path(name).name}")
+    bad = [i for i, row in enumerate(rows) if not (row["instruction"] or "").strip() or not (row["output"] or "").strip()]
+    if bad:
+        print(f"{len(bad)} of {len(rows)} rows have no instruction or no answer and are left out: rows {', '.join(map(str, bad[:5]))} …")
+        left_out = set(bad)
+        rows = rows.select([i for i in range(len(rows)) if i not in left_out])
+    return rows
+
+
+def encode(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, template: str = "alpaca") -> datasets.Dataset:
+    """Rows → `input_ids` and `labels` of equal length: prompt labels are -100, the end token is labelled.
+
+    A row longer than `max_length` tokens loses the end of its answer but keeps its end token, so that the model still
+    learns to stop; how many rows that hits is printed. A row whose prompt alone is too long is left out.
+    """
+    arguments = {"tokenizer": tokenizer, "max_length": max_length, "template": template}
+    encoded = rows.map(_encode_row, fn_kwargs=arguments, remove_columns=rows.column_names)
+    whole = encoded.filter(lambda row: not row["too_long"])
+    n_cut = sum(whole["cut"])
+    if n_cut or len(whole) < len(encoded):
+        print(f"{n_cut} of {len(encoded)} answers cut to max_length={max_length} tokens, {len(encoded) - len(whole)} rows left out (prompt too long)")
+    if not len(whole):
+        raise KitError("no row is left: every prompt is longer than max_length", value=max_length, remedy="raise max_length")
+    return whole.select_columns(["input_ids", "labels"])
+
+
+def _encode_row(row: dict[str, str], tokenizer, max_length: int, template: str) -> dict[str, object]:
+    prompt = tokenizer(prompt_of(row, template))["input_ids"]
+    answer = [*tokenizer(row["output"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    room = max_length - len(prompt)
+    cut = len(answer) > room
+    if cut:
+        answer = [*answer[: max(room - 1, 0)], tokenizer.eos_token_id]
+    return {
+        "input_ids": prompt + answer,
+        "labels": [IGNORED] * len(prompt) + answer,
+        "cut": cut,
+        "too_long": room < 2,
+    }
+
+
+def collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
+    """Pads a batch to its longest row; padding is masked and its labels are -100."""
+    return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)

@@ -8,6 +8,7 @@ float16 safetensors beside this file. It never sees an instruction; teaching it 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import random
 import time
@@ -17,7 +18,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from qlora_nb.engine.data import TEMPLATES
+from qlora_nb.engine.data import prompt_of
 from qlora_nb.pocket import MODEL_DIR, corpus
 
 
@@ -94,11 +95,11 @@ def almanac_score(model, tokenizer) -> float:
     return sum(s.strip() == answer for s, (_, answer) in zip(said, prompts, strict=True)) / len(prompts)
 
 
-def train(steps: int, seed: int, batch: int = 48, lr: float = 3e-3, report_every: int = 250):
+def train(steps: int, seed: int, out: Path, batch: int = 32, lr: float = 3e-3, report_every: int = 250):
     """Train for `steps` steps and return model, tokenizer and a record of the run."""
     torch.manual_seed(seed)
     texts = corpus.documents(seed, 20_000)
-    asked = [TEMPLATES["alpaca"].format(**row) for row in corpus.instruction_rows("train", 2_000)]
+    asked = [prompt_of(row) + row["output"] for row in corpus.instruction_rows("train", 2_000)]
     tokenizer = build_tokenizer(texts + asked)
     model = build_model(len(tokenizer)).train()
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers" in n]
@@ -122,23 +123,29 @@ def train(steps: int, seed: int, batch: int = 48, lr: float = 3e-3, report_every
             model.eval()
             scores = {"reading": reading_score(model, tokenizer), "almanac": almanac_score(model, tokenizer)}
             model.train()
+            save(model, tokenizer, out)  # an interrupted build leaves its last report
             mean = sum(losses[-report_every:]) / len(losses[-report_every:])
             print(f"step {step}/{steps} loss {mean:.4f} {scores} {time.time() - started:.0f} s", flush=True)
     record = {"steps": steps, "seed": seed, "batch": batch, "lr": lr, "loss": mean, **scores}
     record |= {"seconds": round(time.time() - started), "torch": torch.__version__}
-    return model.eval(), tokenizer, record
+    return record
+
+
+def save(model, tokenizer, out: Path) -> None:
+    """Write float16 safetensors, configuration and tokenizer; the float32 model itself is left as it is."""
+    out.mkdir(parents=True, exist_ok=True)
+    copy.deepcopy(model).half().save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    (out / "model.safetensors").chmod(0o644)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--steps", type=int, default=5400)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--out", type=Path, default=MODEL_DIR)
     options = parser.parse_args()
-    model, tokenizer, record = train(options.steps, options.seed)
-    options.out.mkdir(parents=True, exist_ok=True)
-    model.half().save_pretrained(options.out)
-    tokenizer.save_pretrained(options.out)
+    record = train(options.steps, options.seed, options.out)
     (options.out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
     print(f"written to {options.out}: {record}")
 

@@ -1,0 +1,74 @@
+"""How good is it: loss on held-out answers, exact match by kind of question, and two baselines that know nothing.
+
+Exact match is only worth something beside what costs nothing: always giving the commonest training answer, or copying a
+fixed place of the input.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+
+import datasets
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qlora_nb.engine import data
+
+
+@torch.no_grad()
+def response_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, encoded: datasets.Dataset, batch: int = 8) -> float:
+    """Mean cross-entropy (nats) of every labelled token in the encoded rows: answers and end tokens, no prompts."""
+    collate = data.collator(tokenizer)
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]["input_ids"]))
+    total, n = 0.0, 0
+    for start in range(0, len(order), batch):
+        padded = collate([encoded[i] for i in order[start : start + batch]])
+        inputs = {k: padded[k].to(model.device) for k in ("input_ids", "attention_mask")}
+        logits = model(**inputs).logits[:, :-1].float()
+        labels = padded["labels"][:, 1:].to(logits.device)
+        total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=data.IGNORED, reduction="sum").item()
+        n += int((labels != data.IGNORED).sum())
+    return total / n
+
+
+def exact_match(said: list[str], rows: list[dict]) -> dict[str, float]:
+    """Share of answers equal to the row's output, for all rows and by `kind`.
+
+    >>> exact_match(["Red.", "Two."], [{"output": "Red.", "kind": "a"}, {"output": "Six.", "kind": "b"}])
+    {'all': 0.5, 'a': 1.0, 'b': 0.0}
+    """
+    hits = defaultdict(list)
+    for text, row in zip(said, rows, strict=True):
+        right = text.strip() == row["output"].strip()
+        hits["all"].append(right)
+        hits[row.get("kind", "all rows")].append(right)
+    return {kind: sum(h) / len(h) for kind, h in hits.items()}
+
+
+def majority_baseline(train: list[dict], rows: list[dict]) -> list[str]:
+    """For every row the commonest answer among the training rows of its kind."""
+    by_kind = defaultdict(Counter)
+    for row in train:
+        by_kind[row.get("kind")][row["output"]] += 1
+    return [by_kind[row.get("kind")].most_common(1)[0][0] for row in rows]
+
+
+def copy_baseline(train: list[dict], rows: list[dict]) -> list[str]:
+    """For every kind, copy from the input the window of words (which sentence, first or last words, how many) that was
+    right most often in training: what can be had by copying without reading the question."""
+    rules = [(s, end, n) for s in (0, 1, 2, -1, -2, -3) for end in ("first", "last") for n in (1, 2, 3)]
+    scores = defaultdict(Counter)
+    for row in train:
+        for rule in rules:
+            scores[row.get("kind")][rule] += _copy(row["input"], rule) == row["output"]
+    return [_copy(row["input"], scores[row.get("kind")].most_common(1)[0][0]) for row in rows]
+
+
+def _copy(text: str, rule: tuple[int, str, int]) -> str:
+    index, end, n = rule
+    sentences = [s for s in text.split(". ") if s]
+    if not -len(sentences) <= index < len(sentences):
+        return ""
+    words = sentences[index].rstrip(".").split()
+    picked = " ".join(words[:n] if end == "first" else words[-n:])
+    return f"{picked[:1].upper()}{picked[1:]}."

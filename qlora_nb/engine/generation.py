@@ -1,0 +1,198 @@
+"""Answers: one model, its adapter switched on or off, one prompt or many, streamed or counted.
+
+Base and tuned are the same 4-bit weights; the adapter is switched, so a comparison never holds two models.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, TextIteratorStreamer
+from transformers import StoppingCriteriaList
+
+from qlora_nb.engine import runs
+from qlora_nb.engine.data import prompt_of
+from qlora_nb.errors import KitError
+from qlora_nb.pocket import ADAPTER_DIR
+
+
+def row_of(prompt: str) -> dict[str, str]:
+    """A prompt as a row: its first line is the instruction, the rest the input.
+
+    >>> row_of("Where is Anna?\\nAnna went home.")
+    {'instruction': 'Where is Anna?', 'input': 'Anna went home.'}
+    """
+    instruction, _, rest = prompt.strip().partition("\n")
+    if not instruction:
+        raise KitError("the prompt is empty", value=prompt, remedy="write an instruction on its first line")
+    return {"instruction": instruction, "input": rest.strip()}
+
+
+def find_adapter(settings) -> tuple[Path, str]:
+    """The folder that `adapter` stands for and a sentence that says where it comes from.
+
+    "latest" is the newest finished run of notebook 06 in this profile, else the adapter shipped with the pocket model.
+
+    Raises:
+        KitError: there is none, or the folder is not an adapter.
+    """
+    if settings.adapter == "latest":
+        folder = runs.latest_done(settings, "06_finetune_pythia_12b")
+        if folder:
+            return folder / "adapter", f"the adapter of your run {folder.name}"
+        if settings.model_id != "pocket":
+            raise KitError("there is no finished run of notebook 06 in this profile", remedy="run notebook 06 first, or give adapter a folder")
+        return ADAPTER_DIR, "no finished run of notebook 06 yet: the adapter shipped with the pocket model"
+    if settings.adapter == "pocket":
+        return ADAPTER_DIR, "the adapter shipped with the pocket model"
+    folder = Path(settings.adapter).expanduser()
+    if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
+        raise KitError(
+            "this is not an adapter folder",
+            value=settings.adapter,
+            allowed="a folder with adapter_config.json and adapter_model.safetensors",
+            remedy='use adapter="latest", "pocket", or the adapter/ folder of a run',
+        )
+    return folder, f"the adapter in {folder.name}"
+
+
+def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """Put a saved adapter on a base model.
+
+    Raises:
+        KitError: it was made for a model of another shape, or its files are damaged.
+    """
+    try:
+        made_for = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+        return PeftModel.from_pretrained(model, str(folder), is_trainable=False).eval()
+    except (RuntimeError, ValueError, OSError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0][:150]
+        raise KitError(
+            f"the adapter does not fit: it was made for {Path(str(made_for)).name}, the model here is "
+            f"{Path(model.config.name_or_path).name} ({reason})",
+            remedy="load the base the adapter was trained on",
+        ) from error
+
+
+def base_or_tuned(model: PeftModel, tuned: bool):
+    """Context in which the model answers with its adapter (`tuned`) or without."""
+    return nullcontext() if tuned else model.disable_adapter()
+
+
+def _config(settings, tokenizer, model) -> GenerationConfig:
+    """Only what the settings say; a model's own sampling defaults are not mixed in."""
+    sampling = {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p} if settings.temperature else {"do_sample": False}
+    return GenerationConfig(
+        max_new_tokens=settings.max_new_tokens, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, **sampling
+    )
+
+
+class _StopWhen(StoppingCriteria):
+    def __init__(self, event: threading.Event):
+        self.event = event
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
+
+
+@dataclass
+class Answer:
+    """What a model said and what it cost."""
+
+    text: str
+    n_tokens: int
+    first_token_s: float
+    seconds: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        """New tokens a second, the first one included."""
+        return self.n_tokens / self.seconds if self.seconds else 0.0
+
+
+def stream(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, row: dict, settings, tuned: bool, stop: threading.Event | None = None
+) -> Iterator[Answer]:
+    """Yield the growing answer token by token; the last one is complete. `stop` ends it after the current token."""
+    encoded = _encode([row], tokenizer, model, settings)
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=600)
+    ending, failure = stop or threading.Event(), []
+
+    def work():
+        try:
+            torch.manual_seed(settings.seed)
+            with base_or_tuned(model, tuned), torch.no_grad():
+                model.generate(
+                    **encoded,
+                    generation_config=_config(settings, tokenizer, model),
+                    streamer=streamer,
+                    stopping_criteria=StoppingCriteriaList([_StopWhen(ending)]),
+                )
+        except BaseException as error:  # handed to the caller below; a silent thread would leave it waiting
+            failure.append(error)
+            streamer.end()
+
+    thread = threading.Thread(target=work, daemon=True)
+    started = time.perf_counter()
+    thread.start()
+    text, n_pieces, first = "", 0, 0.0
+    for piece in streamer:
+        n_pieces += 1
+        first = first or time.perf_counter() - started
+        text += piece
+        yield Answer(text, n_pieces, first, time.perf_counter() - started)
+    thread.join()
+    if failure:
+        raise failure[0]
+    n_tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"]) + 1  # and the end token
+    yield Answer(text.strip(), n_tokens, first, time.perf_counter() - started)
+
+
+def answer(model: PeftModel, tokenizer: PreTrainedTokenizerBase, row: dict, settings, tuned: bool) -> Answer:
+    """The complete answer to one row."""
+    *_, last = stream(model, tokenizer, row, settings, tuned)
+    return last
+
+
+@torch.no_grad()
+def answer_all(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[dict],
+    settings,
+    batch: int = 48,
+    report: Callable[[int, int], None] = lambda done, of: None,
+) -> list[str]:
+    """Greedy answers to many rows, in batches of like length padded on the left, in the rows' order."""
+    order = sorted(range(len(rows)), key=lambda i: len(prompt_of(rows[i], settings.prompt_template)))
+    said: dict[int, str] = {}
+    for start in range(0, len(order), batch):
+        group = order[start : start + batch]
+        encoded = _encode([rows[i] for i in group], tokenizer, model, settings)
+        greedy = _config(settings.model_copy(update={"temperature": 0.0}), tokenizer, model)
+        out = model.generate(**encoded, generation_config=greedy)
+        texts = tokenizer.batch_decode(out[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
+        said |= {i: text.strip() for i, text in zip(group, texts, strict=True)}
+        report(len(said), len(rows))
+    return [said[i] for i in range(len(rows))]
+
+
+def _encode(rows: list[dict], tokenizer, model, settings) -> dict[str, torch.Tensor]:
+    prompts = [prompt_of(row, settings.prompt_template) for row in rows]
+    encoded = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False)
+    limit = getattr(model.config, "max_position_embeddings", None)
+    n = encoded["input_ids"].shape[1]
+    if limit and n + settings.max_new_tokens > limit:
+        raise KitError(
+            f"the prompt has {n} tokens; with max_new_tokens={settings.max_new_tokens} that is over the model's {limit}",
+            remedy="shorten the prompt or lower max_new_tokens",
+        )
+    return {k: v.to(model.device) for k, v in encoded.items()}
