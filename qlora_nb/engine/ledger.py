@@ -1,0 +1,281 @@
+"""What a model costs in bytes before it is loaded, and what it really holds once it is.
+
+`predict` builds the model's modules on torch's *meta* device: every tensor has its true shape and no memory, so even
+pythia-12b is counted in a fraction of a second. `measure` walks the tensors of a live model and its optimizer. Both
+write the same lines, so a prediction can be laid beside a measurement, byte by byte.
+
+What bitsandbytes stores for a linear layer of n weights (QLoRA, arXiv 2305.14314, section 3; `bitsandbytes/functional.py`):
+
+- codes: two 4-bit codes in a byte, n/2 bytes;
+- scales: one float32 a block of 64, n/64 · 4 bytes; with double quantization one byte each, n/64 bytes, and
+- scales of the scales: one float32 for 256 of those bytes;
+- tables: the 16 code values (64 bytes); with double quantization also 256 values (1,024 bytes) and one offset (4 bytes).
+
+The published figures "5,842,022,400 bytes for pythia-12b" count codes and both kinds of scales, not the tables (0.26 MiB)
+and not the rest of the model. transformers' `get_memory_footprint()` leaves the scales out. Activations come later.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from qlora_nb.engine import models, shapes
+from qlora_nb.errors import KitError
+
+GIB = 2**30
+BLOCK, NESTED_BLOCK, OPTIMIZER_BLOCK, MIN_8BIT = 64, 256, 256, 4096
+CODES, SCALES, NESTED, TABLES = "4-bit codes", "scales (absmax)", "scales of the scales", "code tables and offsets"
+LINEARS, EMBEDDINGS, SMALL, BUFFERS = "linear weights", "embedding and head", "biases and norms", "buffers"
+LORA, GRADIENTS, STATES = "LoRA weights", "gradients", "optimizer states"
+ORDER = (CODES, SCALES, NESTED, TABLES, LINEARS, EMBEDDINGS, SMALL, BUFFERS, LORA, GRADIENTS, STATES)
+QUANTIZED = (CODES, SCALES, NESTED)
+FROZEN = (CODES, SCALES, NESTED, LINEARS, EMBEDDINGS, SMALL)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One entry: what it is, its size in bytes, and where the number comes from."""
+
+    name: str
+    bytes: int
+    source: str
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Lines that add up. `ledger["LoRA weights"]` is one line's bytes (0 if there is none)."""
+
+    title: str
+    lines: tuple[Line, ...]
+
+    def __getitem__(self, name: str) -> int:
+        return sum(line.bytes for line in self.lines if line.name == name)
+
+    def sum(self, names: Iterable[str]) -> int:
+        """Bytes of several lines together, for example `ledger.sum(QUANTIZED)`."""
+        return sum(self[name] for name in names)
+
+    @property
+    def total_bytes(self) -> int:
+        """All lines together."""
+        return sum(line.bytes for line in self.lines)
+
+    @property
+    def total_gib(self) -> float:
+        """All lines together in GiB (2^30 bytes)."""
+        return self.total_bytes / GIB
+
+    def table(self) -> list[tuple[str, int, float, str]]:
+        """(name, bytes, GiB, source) for every line and the total."""
+        rows = [(line.name, line.bytes, line.bytes / GIB, line.source) for line in self.lines]
+        return [*rows, ("total", self.total_bytes, self.total_gib, "")]
+
+    def __repr__(self) -> str:
+        return "\n".join([self.title, *(f"{n:24} {b:>18,} B {g:9.3f} GiB  {s}" for n, b, g, s in self.table())])
+
+    def _repr_html_(self) -> str:
+        cells = "<td style='text-align:left'>{}</td><td>{:,}</td><td>{:.3f}</td><td style='text-align:left'>{}</td>"
+        body = "".join(f"<tr>{cells.format(html.escape(n), b, g, html.escape(s))}</tr>" for n, b, g, s in self.table())
+        head = "<tr><th style='text-align:left'>what</th><th>bytes</th><th>GiB</th><th style='text-align:left'>from</th></tr>"
+        return f"<div><b>{html.escape(self.title)}</b><table>{head}{body}</table></div>"
+
+
+def pythia_config(size: str):
+    """transformers' configuration of a Pythia size ("14m" … "12b"), from `shapes.PYTHIA`: no hub is asked.
+
+    Raises:
+        KitError: a size that does not exist.
+    """
+    from transformers import GPTNeoXConfig
+
+    if size not in shapes.PYTHIA:
+        raise KitError("unknown Pythia size", value=size, allowed=", ".join(shapes.PYTHIA))
+    shape = shapes.PYTHIA[size]
+    heads = {"14m": 4, "70m": 8, "160m": 12, "410m": 16, "1b": 8, "1.4b": 16, "2.8b": 32, "6.9b": 32, "12b": 40}[size]
+    return GPTNeoXConfig(
+        vocab_size=shape.vocab,
+        hidden_size=shape.hidden,
+        num_hidden_layers=shape.n_layers,
+        num_attention_heads=heads,
+        intermediate_size=4 * shape.hidden,
+        max_position_embeddings=2048,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+
+
+def config_of(model_id: str):
+    """The configuration behind a `model_id`: a Pythia from its known sizes, everything else from its config.json."""
+    from transformers import AutoConfig
+
+    size = model_id.removeprefix("EleutherAI/pythia-").removesuffix("-deduped")
+    if model_id.startswith("EleutherAI/pythia-") and size in shapes.PYTHIA:
+        return pythia_config(size)
+    return AutoConfig.from_pretrained(models.model_path(model_id), trust_remote_code=False)
+
+
+def meta_model(config) -> nn.Module:
+    """The model of a configuration with every tensor's shape and none of its memory."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def lora_layers(model: nn.Module, target_modules: Sequence[str] = ("all-linear",)) -> dict[str, tuple[int, int]]:
+    """Name → (in, out) of the linear layers that PEFT would adapt: all but the head, or those whose names end as asked.
+
+    Raises:
+        KitError: no layer has one of these names.
+    """
+    sizes = {n: (m.in_features, m.out_features) for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    if list(target_modules) == ["all-linear"]:
+        return {n: sizes[n] for n in models.linear_layers(model)}
+    chosen = {n: s for n, s in sizes.items() if any(n == t or n.endswith(f".{t}") for t in target_modules)}
+    if not chosen:
+        known = sorted({n.rsplit(".", 1)[-1] for n in sizes})
+        raise KitError(
+            "target_modules names no linear layer", value=list(target_modules), allowed=f"all-linear, {', '.join(known)}"
+        )
+    return chosen
+
+
+def lora_numels(model: nn.Module, r: int, target_modules: Sequence[str] = ("all-linear",)) -> list[int]:
+    """Elements of every lora_A (r · in) and lora_B (out · r), layer by layer: the tensors an optimizer sees."""
+    return [r * side for sizes in lora_layers(model, target_modules).values() for side in sizes]
+
+
+def optimizer_bytes(numels: Sequence[int], optim: str) -> int:
+    """Bytes of Adam's two states for tensors of these sizes, as the optimizer named by Trainer's `optim` stores them.
+
+    torch: two float32 an element and a float32 step counter a tensor. bitsandbytes 32 bit: two float32 an element. 8 bit: two
+    bytes an element and two float32 a block of 256, two shared tables of 256 float32; tensors under 4,096 elements
+    stay 32 bit (`bitsandbytes/optim/optimizer.py`, `Optimizer2State.init_state`).
+    """
+    if optim == "adamw_torch":
+        return sum(8 * n + 4 for n in numels)
+    if "8bit" not in optim:
+        return sum(8 * n for n in numels)
+    small = [n for n in numels if n < MIN_8BIT]
+    large = [n for n in numels if n >= MIN_8BIT]
+    return sum(8 * n for n in small) + sum(2 * n + 8 * -(-n // OPTIMIZER_BLOCK) for n in large) + (2048 if large else 0)
+
+
+def predict(
+    settings=None,
+    *,
+    config=None,
+    four_bit: bool = True,
+    double_quant: bool | None = None,
+    rest_dtype: torch.dtype | None = None,
+    r: int | None = None,
+    target_modules: Sequence[str] | None = None,
+    optim: str | None = None,
+) -> Ledger:
+    """The ledger of a model before anything is loaded.
+
+    Args:
+        settings: resolved parameters; each keyword left None is taken from here. Without settings a keyword left None is
+            double_quant True, rest_dtype float16, and no adapter.
+        config: a transformers configuration (for example `pythia_config("12b")`); default: `settings.model_id`'s.
+        four_bit: False counts the linear weights in `rest_dtype` too.
+        rest_dtype: dtype of what is not quantized. A run that calls `prepare_model_for_kbit_training` has float32 here.
+        r: LoRA rank; 0 leaves the adapter, its gradients and optimizer states out.
+        optim: Trainer's optimizer name.
+
+    Returns:
+        Bytes by line. The datatype (NF4 or FP4) does not change them: both have sixteen codes.
+
+    Example, by hand: a linear layer of 128 × 64 weights, 8,192 in all, takes 4,096 bytes of codes and 128 scales; these are
+    512 bytes, or with double quantization 128 bytes and one float32.
+    """
+    if settings is not None:
+        config = config if config is not None else config_of(settings.model_id)
+        double_quant = settings.double_quant if double_quant is None else double_quant
+        rest_dtype = rest_dtype or models.compute_dtype(settings.compute_dtype)
+        r = settings.r if r is None else r
+        target_modules = target_modules or settings.target_modules
+        optim = optim or settings.optim
+    double_quant = True if double_quant is None else double_quant
+    rest_dtype = rest_dtype or torch.float16
+    model = meta_model(config)
+    weights = [m.weight.numel() for m in models.linear_layers(model).values()]
+    nested = NESTED_BLOCK if double_quant else 0
+    blocks = [-(-n // BLOCK) for n in weights]
+    name, item = str(rest_dtype).removeprefix("torch."), rest_dtype.itemsize
+    lines = []
+    if four_bit:
+        lines += [
+            Line(CODES, sum(-(-n // 2) for n in weights), f"{sum(weights):,} weights / 2"),
+            Line(SCALES, sum(blocks) * (1 if nested else 4), f"weights / 64 × {'1 byte' if nested else '4 bytes'}"),
+            Line(NESTED, sum(-(-b // nested) * 4 for b in blocks) if nested else 0, "scales / 256 × 4 bytes"),
+            Line(
+                TABLES, len(weights) * (64 + (1028 if nested else 0)), f"{len(weights)} layers × {1092 if nested else 64} bytes"
+            ),
+        ]
+    ends = {id(m.weight): m.weight.numel() for m in (model.get_input_embeddings(), model.get_output_embeddings())}
+    small = sum(p.numel() for p in model.parameters()) - sum(weights) - sum(ends.values())
+    lines += [
+        Line(LINEARS, 0 if four_bit else sum(weights) * item, f"{sum(weights):,} × {name}"),
+        Line(EMBEDDINGS, sum(ends.values()) * item, f"{sum(ends.values()):,} × {name}"),
+        Line(SMALL, small * item, f"{small:,} × {name}"),
+        Line(BUFFERS, sum(b.numel() * b.element_size() for b in model.buffers()), "rotary frequencies, float32"),
+    ]
+    if r:
+        numels = lora_numels(model, r, target_modules or ("all-linear",))
+        optim = optim or "paged_adamw_32bit"
+        lines += [
+            Line(LORA, 4 * sum(numels), f"{sum(numels):,} × float32, r = {r}"),
+            Line(GRADIENTS, 4 * sum(numels), "as the LoRA weights"),
+            Line(STATES, optimizer_bytes(numels, optim), optim),
+        ]
+    kind = f"4-bit{' + double quantization' if nested else ''}, rest {name}" if four_bit else f"all {name}"
+    return Ledger(f"predicted: {kind}", tuple(line for line in lines if line.bytes))
+
+
+def measure(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Ledger:
+    """The same lines from live objects: every tensor's storage, counted once.
+
+    Args:
+        model: a loaded model, with or without a PEFT adapter; frozen weights packed by bitsandbytes or not.
+        optimizer: after at least one step, to count its states.
+
+    Returns:
+        Bytes by line, from `untyped_storage().nbytes()`: packed weights and tied or shared tensors come out right.
+
+    On a CPU with AVX512-BF16 bitsandbytes repacks a frozen layer at its first forward pass in eval mode: the scales become
+    bfloat16 and double quantization is undone (`nn/modules.py`, `Linear4bit.forward`). Measure before that, or in train mode.
+    """
+    found: dict[str, int] = dict.fromkeys(ORDER, 0)
+    seen: set[int] = set()
+
+    def add(line: str, *tensors: torch.Tensor | None) -> None:
+        for tensor in tensors:
+            storage = None if tensor is None else tensor.untyped_storage()
+            if storage is not None and storage._cdata not in seen:
+                seen.add(storage._cdata)
+                found[line] += storage.nbytes()
+
+    ends = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
+    matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    for name, p in model.named_parameters():
+        state = getattr(p, "quant_state", None)
+        if state is not None:
+            add(CODES, p)
+            add(SCALES, state.absmax)
+            add(TABLES, state.code)
+            if state.nested:
+                add(NESTED, state.state2.absmax)
+                add(TABLES, state.state2.code, state.offset)
+        else:
+            add(LORA if "lora_" in name else EMBEDDINGS if id(p) in ends else LINEARS if id(p) in matrices else SMALL, p)
+        add(GRADIENTS, p.grad)
+    add(BUFFERS, *model.buffers())
+    for state in optimizer.state.values() if optimizer is not None else ():
+        add(STATES, *(t for t in state.values() if torch.is_tensor(t)))
+    return Ledger("measured", tuple(Line(name, n, "storages of live tensors") for name, n in found.items() if n))
