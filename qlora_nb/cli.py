@@ -1,0 +1,186 @@
+"""The command line: look at the machine, fetch ahead, plan the memory, run the notebooks.
+
+Every heavy import stands inside the command that needs it, so that `--help` and a misspelt name answer at once. A refusal
+(`KitError`) is printed as one paragraph on stderr and exits with 2; a failed notebook exits with 1.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer.core import TyperGroup
+
+from qlora_nb.errors import KitError
+
+
+class _Group(TyperGroup):
+    """Commands whose refusals are a sentence, not a traceback."""
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except KitError as error:
+            typer.echo(f"qlora-nb: {error}", err=True)
+            raise SystemExit(2) from None
+        except KeyboardInterrupt:
+            typer.echo("qlora-nb: stopped by you", err=True)
+            raise SystemExit(130) from None
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Learn QLoRA by taking it apart, then run it: from an offline CPU to pythia-12b.",
+)
+_PARAMETERS = {"allow_extra_args": True, "ignore_unknown_options": True}
+Profile = Annotated[str, typer.Option(help="tiny, smollm2, t4 or full")]
+
+
+@app.command()
+def doctor() -> None:
+    """This machine, its packages, the profile that fits. Exits with 1 if a package is missing or outside its range."""
+    from qlora_nb.engine import environment, runs
+    from qlora_nb.engine.environment import GIB
+
+    here = environment.machine()
+    print(f"{here.system}, Python {here.python}, {here.cpu}, {here.n_cores} cores")
+    ram, free = here.ram_bytes / GIB, here.ram_free_bytes / GIB
+    print(f"memory {ram:.1f} GiB ({free:.1f} free), disk {here.disk_free_bytes / GIB:.1f} GiB free")
+    for card in here.gpus:
+        half = "bfloat16" if card.has_bf16 else "float16, no bfloat16"
+        print(f"GPU {card.name}: {card.total_bytes / GIB:.1f} GiB ({card.free_bytes / GIB:.1f} free), {half}")
+    print("" if here.gpus else "no NVIDIA GPU found\n", end="")
+    pins = _pins(runs.project_root() / "constraints.txt")
+    problems = 0
+    for version in environment.versions():
+        pin = pins.get(version.package.lower().replace("_", "-"), "")
+        tested = "" if not pin or str(version.installed).split("+")[0] == pin else f"tested with {pin}"
+        problems += bool(version.problem)
+        print(f"  {version.package:18} {version.installed or '-':12} {version.problem or tested or 'ok'}")
+    print(f"hub: {environment.hub_endpoint()} {'can' if environment.hub_is_reachable() else 'cannot'} be reached")
+    print(f"take this profile: {_fitting_profile(here)}")
+    raise typer.Exit(1 if problems else 0)
+
+
+@app.command()
+def fetch(what: Annotated[str, typer.Argument(help="smollm2, or a hub model such as EleutherAI/pythia-410m")],
+          dataset: Annotated[bool, typer.Option("--dataset", help="the name is a data set's")] = False) -> None:  # fmt: skip
+    """Download a model or a data set ahead. Run it again after a cut: it goes on where it stopped."""
+    from qlora_nb.engine import fetch as door
+
+    if what == "smollm2":
+        door.fetch_smollm2()
+    else:
+        door.fetch_repo(what, "dataset" if dataset else "model")
+
+
+@app.command(context_settings=_PARAMETERS)
+def plan(ctx: typer.Context, profile: Profile = "tiny",
+         gpu_gib: Annotated[float | None, typer.Option(help="memory of the card you mean (GiB)")] = None) -> None:  # fmt: skip
+    """The bytes a fine-tuning run must hold, line by line, before anything is loaded. Parameters: -p NAME VALUE."""
+    from qlora_nb.engine import profiles
+
+    given = {"profile": profile, **_parameters(ctx.args)}
+    if gpu_gib is not None:
+        given = {"compute_dtype": "bfloat16", **given, "gpu_gib": gpu_gib}  # that card's arithmetic, not this CPU's
+    settings = profiles.validate(given)
+    from qlora_nb.engine import ledger
+
+    lines = ledger.predict(settings)
+    print(lines)
+    if gpu_gib is not None:
+        left = settings.gpu_gib - lines.total_gib
+        end = "are left for activations and the CUDA context" if left > 0 else "are missing before any activation"
+        print(f"of {settings.gpu_gib:g} GiB, {abs(left):.2f} GiB {end}")
+        raise typer.Exit(0 if left > 0 else 1)
+
+
+@app.command(context_settings=_PARAMETERS)
+def run(ctx: typer.Context, profile: Profile = "tiny",
+        only: Annotated[str, typer.Option(help="beginnings of notebook names, as 03,04")] = "",
+        out: Annotated[str | None, typer.Option(help="folder for everything written [runs]")] = None) -> None:  # fmt: skip
+    """Execute the notebooks in order and write a report. Parameters as papermill takes them: -p NAME VALUE."""
+    from qlora_nb.engine import batch
+
+    given = {"profile": profile, **({"output_dir": str(Path(out).absolute())} if out else {}), **_parameters(ctx.args)}
+    summary = batch.run_sequence(given, [part.strip() for part in only.split(",") if part.strip()])
+    raise typer.Exit(0 if summary["status"] == "done" else 1)
+
+
+@app.command()
+def lab(no_browser: Annotated[bool, typer.Option("--no-browser", help="only copy the notebooks")] = False) -> None:
+    """JupyterLab on your own copies in my_notebooks/, without outputs, so that your guess comes before the answer."""
+    from qlora_nb.engine import runs
+
+    root = runs.project_root()
+    copy_for_learning(root / "notebooks", root / "my_notebooks")
+    if not no_browser:
+        raise typer.Exit(
+            subprocess.call([sys.executable, "-m", "jupyter", "lab", "my_notebooks"], cwd=root, env=dict(os.environ))
+        )
+
+
+def copy_for_learning(source: Path, target: Path) -> list[Path]:
+    """Copy notebooks without outputs; a copy that is already there is the learner's own and is never touched."""
+    import nbformat
+
+    from qlora_nb.engine.batch import choose
+
+    target.mkdir(exist_ok=True)
+    fresh = []
+    for path in choose(source):
+        copy = target / path.name
+        if copy.exists():
+            print(f"kept your {copy.name} (remove it to get a fresh copy)")
+            continue
+        notebook = nbformat.read(path, 4)
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                cell.outputs, cell.execution_count = [], None
+        nbformat.write(notebook, copy)
+        fresh.append(copy)
+    print(f"{len(fresh)} fresh copies in {target}")
+    return fresh
+
+
+def _parameters(args: list[str]) -> dict[str, object]:
+    """`-p NAME VALUE` as often as wanted; typer has no option of two values that repeats."""
+    given: dict[str, object] = {}
+    rest = list(args)
+    while rest:
+        if rest[0] not in ("-p", "--parameters") or len(rest) < 3:
+            raise KitError(
+                "this argument is not understood", value=rest[0], allowed="-p NAME VALUE", remedy="see qlora-nb run --help"
+            )
+        given[rest[1]] = rest[2]
+        rest = rest[3:]
+    return given
+
+
+def _pins(path: Path) -> dict[str, str]:
+    """Name → version from constraints.txt; empty where there is no repository."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return {name: pin.split(";")[0].strip() for name, found, pin in (line.partition("==") for line in lines) if found}
+
+
+def _fitting_profile(here) -> str:
+    from qlora_nb.engine import profiles, shapes
+
+    for name in ("full", "t4"):
+        settings = profiles.validate({"profile": name})
+        need = shapes.shape_of(settings.model_id).static_bytes(settings.double_quant, settings.r)
+        # a fifth on top: activations and the CUDA context
+        if any(card.total_bytes > 1.2 * need for card in here.gpus):
+            return f"{name} ({settings.model_id}), or any smaller one"
+    return "tiny (ships with the kit); smollm2 after `qlora-nb fetch smollm2`"
+
+
+if __name__ == "__main__":
+    app()

