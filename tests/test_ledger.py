@@ -163,3 +163,17 @@ def test_what_the_reader_sees():
     assert "1.000 GiB" in repr(found)
     assert found.total_gib == 1
     assert found["nothing"] == 0
+
+
+def test_step_sizes_and_the_longest_pass():
+    sizes = ledger.step_sizes("12b", 16, 512)
+    predicted = ledger.predict(config=ledger.pythia_config("12b"), r=16)
+    assert sizes.adapter == sizes.gradients == predicted["LoRA weights"] == 4 * 47_185_920
+    assert sizes.paged + sizes.fixed == predicted["optimizer states"]
+    assert sizes.weights + 2 * sizes.adapter + sizes.paged + sizes.fixed == predicted.total_bytes
+    assert sizes.checkpoint * sizes.n_layers == 180 * 2**20
+    plain, paged = (ledger.longest_pass("12b", 64, 24 * 2**30, paged=p) for p in (False, True))
+    assert 0 < plain < paged
+    assert ledger.longest_pass("12b", 64, 5 * 2**30, paged=True) == 0
+    same = {ledger.longest_pass("410m", 16, 8 * 2**30, paged=p) for p in (False, True)}
+    assert len(same) == 1  # nothing is paged

@@ -17,6 +17,7 @@ and not the rest of the model. transformers' `get_memory_footprint()` leaves the
 
 from __future__ import annotations
 
+import functools
 import html
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from torch import nn
 
 from qlora_nb.engine import models, shapes
 from qlora_nb.errors import KitError
+from qlora_nb.theory import paging
 
 GIB = 2**30
 BLOCK, NESTED_BLOCK, OPTIMIZER_BLOCK, MIN_8BIT = 64, 256, 256, 4096
@@ -279,3 +281,54 @@ def measure(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
     for state in optimizer.state.values() if optimizer is not None else ():
         add(STATES, *(t for t in state.values() if torch.is_tensor(t)))
     return Ledger("measured", tuple(Line(name, n, "storages of live tensors") for name, n in found.items() if n))
+
+
+def kv_cache_bytes(config, dtype: torch.dtype = torch.float16) -> int:
+    """Bytes that one token adds to the cache: a key and a value in every layer.
+
+    Models with fewer key-value heads than heads (Llama's kind) cache only those. pythia-12b in 16 bit, by hand:
+    2 · 36 layers · 5,120 · 2 bytes = 737,280.
+    """
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    return 2 * config.num_hidden_layers * kv_heads * head_dim * dtype.itemsize
+
+
+@functools.cache
+def step_sizes(pythia: str, r: int, tokens: int, bits: int = 32) -> paging.StepSizes:
+    """Sizes of one QLoRA step of a Pythia: NF4 with double quantization, rest float16, LoRA on every linear layer.
+
+    Weights, adapter, gradients and optimizer states are exact; the activations are `paging.activation_sizes`' estimate.
+
+    Args:
+        pythia: size, "14m" … "12b".
+        r: LoRA rank.
+        tokens: tokens in one forward pass (rows × length).
+        bits: 32 or 8, width of the optimizer states.
+    """
+    shape, weights, numels = _pythia_parts(pythia, r)
+    paged, fixed = paging.paged_bytes(numels, bits)
+    adapter = 4 * sum(numels)
+    activations = paging.activation_sizes(shape.hidden, shape.vocab, tokens)
+    return paging.StepSizes(shape.n_layers, weights, adapter, adapter, paged, fixed, **activations)
+
+
+@functools.cache
+def _pythia_parts(pythia: str, r: int) -> tuple[shapes.Shape, int, tuple[int, ...]]:
+    config = pythia_config(pythia)
+    return shapes.PYTHIA[pythia], predict(config=config).total_bytes, tuple(lora_numels(meta_model(config), r))
+
+
+def longest_pass(pythia: str, r: int, budget_bytes: int, paged: bool, bits: int = 32) -> int:
+    """Tokens in one forward pass that just fit a card, with or without paged optimizer states; 0 if not even one fits."""
+
+    def fits(tokens: int) -> bool:
+        sizes = step_sizes.__wrapped__(pythia, r, tokens, bits)
+        return max(m.total for m in paging.step_timeline(sizes)) - (sizes.paged if paged else 0) <= budget_bytes
+
+    low, high = 0, 2**22
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low

@@ -1,0 +1,199 @@
+"""LoRA: leave the big matrix alone and train two thin ones beside it.
+
+A linear layer computes y = x Wᵀ + b with W of shape (out, in). Fine-tuning would change W by some ΔW of the same shape: as many
+trained numbers as W has. LoRA (arXiv 2106.09685, section 4.1) writes ΔW = (alpha / r) · B A with A of shape (r, in) and B of
+shape (out, r). W stays frozen, only r · (in + out) numbers are trained, and ΔW can have no rank above r.
+
+Three choices matter, and each can be checked by hand:
+
+- B starts at zero and A at random. B A is then zero, so training starts exactly at the base model. Both at zero would never
+  move: the gradient of A is multiplied by B, the gradient of B by A.
+- The product is scaled by alpha / r. alpha is a second learning rate that stays put while r is varied.
+- ΔW can be added into W once training is over (`merge`): the tuned model then costs nothing extra to run.
+
+Two variants: rsLoRA (arXiv 2312.03732) scales by alpha / √r, so that high ranks still learn; DoRA (arXiv 2402.09353) trains the
+length of every row of W + ΔW apart from its direction. Conventions follow PEFT's `tuners/lora/layer.py`; everything here is
+tested equal to it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from qlora_nb.errors import KitError
+
+
+def scale(lora_alpha: float, r: int, rslora: bool = False) -> float:
+    """The factor before B A: alpha / r, with rsLoRA alpha / √r.
+
+    Raises:
+        KitError: r below 1.
+
+    >>> scale(16, 64), scale(16, 64, rslora=True)
+    (0.25, 2.0)
+    """
+    if r < 1:
+        raise KitError("the rank is too small", value=r, allowed="1 or more")
+    return lora_alpha / (math.sqrt(r) if rslora else r)
+
+
+def forward(x: torch.Tensor, weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, lora_alpha: float) -> torch.Tensor:
+    """y = x Wᵀ + (alpha / r) (x Aᵀ) Bᵀ, the thin product first: ΔW is never formed.
+
+    Args:
+        x: (…, in) inputs.
+        weight: (out, in) frozen W.
+        lora_a: (r, in) A.
+        lora_b: (out, r) B.
+        lora_alpha: alpha.
+
+    Returns:
+        (…, out).
+
+    Raises:
+        KitError: the shapes do not fit together.
+
+    By hand: x = [1, 2], W = [[1, 0]], A = [[1, 1]], B = [[3]], alpha = 2, r = 1. x Wᵀ = 1, x Aᵀ = 3, times B = 9, times 2 = 18:
+    y = 19.
+
+    >>> forward(torch.tensor([1.0, 2.0]), torch.tensor([[1.0, 0.0]]), torch.ones(1, 2), torch.tensor([[3.0]]), 2)
+    tensor([19.])
+    """
+    _check_shapes(weight, lora_a, lora_b)
+    if x.shape[-1] != weight.shape[1]:
+        raise KitError(f"x has {x.shape[-1]} features, the layer takes {weight.shape[1]}", remedy="give x of shape (…, in)")
+    return x @ weight.T + scale(lora_alpha, lora_a.shape[0]) * ((x @ lora_a.T) @ lora_b.T)
+
+
+def forward_spec(
+    x: torch.Tensor, weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, lora_alpha: float
+) -> torch.Tensor:
+    """`forward` for one input vector (in,), as plain loops: what the formula says, number by number."""
+    (n_out, n_in), r = weight.shape, lora_a.shape[0]
+    thin = [sum(x[i].item() * lora_a[k, i].item() for i in range(n_in)) for k in range(r)]
+    y = []
+    for o in range(n_out):
+        base = sum(x[i].item() * weight[o, i].item() for i in range(n_in))
+        y.append(base + lora_alpha / r * sum(thin[k] * lora_b[o, k].item() for k in range(r)))
+    return torch.tensor(y, dtype=x.dtype)
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer with a trained low-rank path beside it.
+
+    Args:
+        base: the layer to adapt; its parameters are frozen here.
+        r: rank.
+        lora_alpha: the scale is lora_alpha / r.
+        lora_dropout: probability that an input of the low-rank path is dropped in training.
+
+    `lora_A` (r, in) starts Kaiming-uniform with a = √5, that is uniform in ±1/√in, `lora_B` (out, r) at zero, as in PEFT.
+    """
+
+    def __init__(self, base: nn.Linear, r: int, lora_alpha: float, lora_dropout: float = 0.0):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.lora_A = nn.Parameter(torch.empty(r, base.in_features))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.dropout = nn.Dropout(lora_dropout)
+        self.scale = scale(lora_alpha, r)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(…, in) → (…, out)."""
+        return self.base(x) + self.dropout(x) @ self.lora_A.T @ self.lora_B.T * self.scale
+
+
+def delta(lora_a: torch.Tensor, lora_b: torch.Tensor, lora_alpha: float) -> torch.Tensor:
+    """ΔW = (alpha / r) B A, shape (out, in)."""
+    return scale(lora_alpha, lora_a.shape[0]) * (lora_b @ lora_a)
+
+
+def merge(weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, lora_alpha: float) -> torch.Tensor:
+    """W + ΔW: one matrix that does what the two paths did. Exact only within the rounding of W's dtype."""
+    _check_shapes(weight, lora_a, lora_b)
+    return weight + delta(lora_a, lora_b, lora_alpha).to(weight.dtype)
+
+
+def unmerge(weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, lora_alpha: float) -> torch.Tensor:
+    """W − ΔW, the way back; in floating point it returns W only within rounding."""
+    return merge(weight, lora_a, -lora_b, lora_alpha)
+
+
+def n_parameters(r: int, shapes: Iterable[tuple[int, int]]) -> int:
+    """Trained numbers for LoRA of rank r on layers of these (in, out): r · (in + out) each.
+
+    >>> n_parameters(16, [(5120, 15360)])  # query_key_value of pythia-12b
+    327680
+    """
+    return sum(r * (n_in + n_out) for n_in, n_out in shapes)
+
+
+def captured_energy(update: torch.Tensor) -> torch.Tensor:
+    """How much of an update the best rank-r matrix holds, for every r.
+
+    Args:
+        update: (out, in) ΔW.
+
+    Returns:
+        (min(out, in),) cumulative share of the squared entries, 0 to 1; entry r − 1 belongs to rank r. The squared singular
+        values add up to the squared entries, and the r largest are the best a rank-r matrix can do (Eckart and Young, 1936).
+
+    Raises:
+        KitError: an update of zeros, or with NaN or inf.
+
+    >>> captured_energy(torch.diag(torch.tensor([3.0, 4.0])))  # 16/25, 25/25
+    tensor([0.6400, 1.0000])
+    """
+    _check_finite(update)
+    energy = torch.linalg.svdvals(update.float()) ** 2
+    if energy.sum() == 0:
+        raise KitError("the update is zero everywhere", remedy="train a few steps first")
+    return energy.cumsum(0) / energy.sum()
+
+
+def best_rank(update: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(A, B) whose product B A is the rank-r matrix nearest to the update: A (r, in), B (out, r).
+
+    Raises:
+        KitError: r outside 1 … min(out, in), or an update with NaN or inf.
+    """
+    _check_finite(update)
+    if not 1 <= r <= min(update.shape):
+        raise KitError("the rank does not fit the matrix", value=r, allowed=f"1 to {min(update.shape)}")
+    u, s, v = torch.linalg.svd(update.float(), full_matrices=False)
+    return v[:r], u[:, :r] * s[:r]
+
+
+def dora_weight(
+    weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, lora_alpha: float, magnitude: torch.Tensor
+) -> torch.Tensor:
+    """DoRA's weight: rows of W + ΔW brought to trained lengths.
+
+    Args:
+        magnitude: (out,) row lengths; starts at the lengths of W's rows, so that training starts at the base model.
+
+    Returns:
+        (out, in). One number a row is trained beside A and B (DoRA, section 4; PEFT's `tuners/lora/dora.py`).
+    """
+    merged = merge(weight, lora_a, lora_b, lora_alpha)
+    return magnitude[:, None] * F.normalize(merged, dim=1, eps=0.0)
+
+
+def _check_shapes(weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor) -> None:
+    (n_out, n_in), r = weight.shape, lora_a.shape[0]
+    if lora_a.shape != (r, n_in) or lora_b.shape != (n_out, r):
+        raise KitError(
+            f"A is {tuple(lora_a.shape)} and B is {tuple(lora_b.shape)}",
+            allowed=f"for W of {tuple(weight.shape)}: A ({r}, {n_in}) and B ({n_out}, {r})",
+        )
+
+
+def _check_finite(update: torch.Tensor) -> None:
+    if not torch.isfinite(update).all():
+        raise KitError("the update holds NaN or inf", remedy="look at the training loss: it has probably diverged")

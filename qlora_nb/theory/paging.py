@@ -1,0 +1,292 @@
+"""Paged optimizers: let the part of memory that rests most of the time make room.
+
+A training step does not need all its memory at once. Weights stay; activations grow in the forward pass and shrink in the
+backward pass; Adam's two states are touched only at the very end. A batch with long rows makes a short spike of
+activations, and a card that is full at that moment raises an out-of-memory error while gigabytes of state lie idle.
+
+QLoRA (arXiv 2305.14314, section 3, "Paged Optimizers") puts those states into CUDA *unified memory*: pages that may live
+on the card or in the computer's RAM. The driver evicts pages that were not used for longest when ordinary memory is
+needed, and brings them back when they are touched (a *page fault*) or asked for ahead (a *prefetch*). bitsandbytes does
+this for every state with at least 100,000 elements, only on CUDA (`bitsandbytes/optim/optimizer.py`, `get_state_buffer`).
+
+`UnifiedMemory` is that driver in forty lines: whole pages, strict least-recently-used eviction, every evicted page written back.
+The real driver groups pages, overlaps transfers with work and is not strictly least-recently-used: read bytes as a model and
+seconds as an estimate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qlora_nb.errors import KitError
+
+PAGE_BYTES = 2 * 2**20
+"""2 MiB, the largest unit in which CUDA's driver moves managed memory on x86."""
+MIN_PAGED, MIN_8BIT, BLOCK_8BIT = 100_000, 4096, 256
+
+
+def is_paged(numel: int, on_cuda: bool = True) -> bool:
+    """Whether bitsandbytes' paged optimizers put a state of this many elements into pages: at least 1e5, and only on CUDA.
+
+    >>> is_paged(16 * 5120), is_paged(64 * 5120), is_paged(64 * 5120, on_cuda=False)  # lora_A of pythia-12b at r 16, 64
+    (False, True, False)
+    """
+    return on_cuda and numel >= MIN_PAGED
+
+
+def state_bytes(numel: int, bits: int = 32) -> int:
+    """Bytes of Adam's two states for one tensor, as bitsandbytes keeps them.
+
+    Args:
+        numel: elements of the trained tensor.
+        bits: 32, or 8: one byte an element and state, one float32 a block of 256 and state; tensors under 4,096 elements
+            stay 32 bit.
+
+    Raises:
+        KitError: other bits.
+
+    >>> state_bytes(4096, 32), state_bytes(4096, 8), state_bytes(4095, 8)  # 2·4·4096; 2·4096 + 2·4·16; too small
+    (32768, 8320, 32760)
+    """
+    if bits not in {8, 32}:
+        raise KitError("optimizer states have another width", value=bits, allowed="8, 32")
+    if bits == 32 or numel < MIN_8BIT:
+        return 2 * 4 * numel
+    return 2 * numel + 2 * 4 * math.ceil(numel / BLOCK_8BIT)
+
+
+def paged_bytes(numels: Sequence[int], bits: int = 32) -> tuple[int, int]:
+    """(paged, not paged) bytes of Adam's states over tensors of these sizes on CUDA; 8-bit scales (absmax) are never paged.
+
+    >>> paged_bytes([81_920, 327_680])
+    (2621440, 655360)
+    """
+    paged = sum(2 * n * (bits // 8) for n in numels if is_paged(n))
+    return paged, sum(state_bytes(n, bits) for n in numels) - paged
+
+
+class UnifiedMemory:
+    """A card with room for `budget_pages` pages, shared by ordinary memory and managed pages.
+
+    Counts `faults` (a touched page was not on the card), `pages_in` (copied from RAM to the card) and `pages_out` (evicted
+    to RAM). A page touched for the first time has nothing to copy.
+
+    By hand: three pages of room; touch 0, 1, 2 (three faults), reserve two pages: 0 and 1 go out. Touch 0: a fault, 0 comes
+    in, 2 goes out.
+
+    >>> memory = UnifiedMemory(3)
+    >>> for page in (0, 1, 2): memory.touch(page)
+    >>> memory.reserve(2); memory.touch(0)
+    >>> memory.faults, memory.pages_in, memory.pages_out, list(memory.resident)
+    (4, 1, 3, [0])
+    """
+
+    def __init__(self, budget_pages: int):
+        self.budget_pages, self.reserved = budget_pages, 0
+        self.resident: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self.known: set[int] = set()
+        self.faults = self.pages_in = self.pages_out = 0
+
+    def reserve(self, pages: int) -> None:
+        """Set ordinary memory to this many pages; managed pages make room.
+
+        Raises:
+            MemoryError: ordinary memory alone is larger than the card.
+        """
+        if pages > self.budget_pages:
+            raise MemoryError(f"{pages} pages of ordinary memory on a card of {self.budget_pages}")
+        self.reserved = pages
+        self._make_room(0)
+
+    def touch(self, page: int) -> None:
+        """Use a page; if it is not on the card the kernel waits for it."""
+        self.faults += page not in self.resident
+        self.prefetch(page)
+
+    def prefetch(self, page: int) -> None:
+        """Bring a page in ahead of its use, so that the use is no fault.
+
+        Raises:
+            MemoryError: ordinary memory leaves no room for a single page.
+        """
+        if page not in self.resident:
+            self._make_room(1)
+            self.pages_in += page in self.known
+            self.known.add(page)
+            self.resident[page] = None
+        self.resident.move_to_end(page)
+
+    def _make_room(self, pages: int) -> None:
+        while len(self.resident) + self.reserved + pages > self.budget_pages:
+            if not self.resident:
+                raise MemoryError("no room for one page")
+            self.resident.popitem(last=False)
+            self.pages_out += 1
+
+
+def replay_spec(events: Sequence[tuple[str, int]], budget_pages: int) -> tuple[int, int, int, list[int]]:
+    """(faults, pages_in, pages_out, resident) of a list of ("reserve" | "touch" | "prefetch", n), in plain loops over a list."""
+    resident: list[int] = []
+    known: list[int] = []
+    reserved = faults = pages_in = pages_out = 0
+    for kind, n in events:
+        if kind == "reserve":
+            reserved = n
+        elif n in resident:
+            resident.remove(n)
+        else:
+            faults += kind == "touch"
+            pages_in += n in known
+            known.append(n)
+        while len(resident) + reserved + (kind != "reserve") > budget_pages:
+            if not resident:
+                raise MemoryError("no room")
+            resident.pop(0)
+            pages_out += 1
+        if kind != "reserve":
+            resident.append(n)
+    return faults, pages_in, pages_out, resident
+
+
+@dataclass(frozen=True)
+class StepSizes:
+    """Sizes of one training step, all in bytes (the caller takes them from a ledger).
+
+    `checkpoint` and `layer` are for one layer: its saved input, and what recomputing it needs for a moment. `paged` and `fixed`
+    are the optimizer states that may and may not leave the card.
+    """
+
+    n_layers: int
+    weights: int
+    adapter: int
+    gradients: int
+    paged: int
+    fixed: int
+    checkpoint: int
+    layer: int
+    logits: int
+
+
+def activation_sizes(hidden: int, vocab: int, tokens: int) -> dict[str, int]:
+    """`checkpoint`, `layer` and `logits` bytes of a GPT-NeoX step with gradient checkpointing: an estimate, not a measurement.
+
+    Args:
+        hidden, vocab: the model's sizes.
+        tokens: tokens in one forward pass.
+
+    checkpoint: a layer's input, tokens · hidden · 2 bytes. layer: about 20 · hidden 16-bit numbers a token (norms,
+    query-key-value, the wide feed-forward part before and after GELU, adapter inputs) and one dequantized matrix of
+    4 · hidden². logits: three float32 copies of tokens · vocab in the plain loss.
+
+    >>> activation_sizes(5120, 50688, 512)["checkpoint"] * 36 / 2**20  # reference: 180 MiB at 512 tokens
+    180.0
+    """
+    return {
+        "checkpoint": 2 * tokens * hidden,
+        "layer": 2 * (20 * tokens * hidden + 4 * hidden**2),
+        "logits": 3 * 4 * tokens * vocab,
+    }
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Memory at one moment of a step: the phase and the bytes of each part."""
+
+    phase: str
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """All parts together (bytes)."""
+        return sum(self.parts.values())
+
+
+def step_timeline(sizes: StepSizes) -> list[Moment]:
+    """Memory through one step: a moment a layer forward, one for the loss, a moment a layer backward, one for the optimizer.
+
+    Example: two layers, checkpoint 1, layer 5, logits 3, gradients 4, all else 0. Forward 6, 7; loss 5; backward, the last
+    layer first, with 2 + 5 + 2 and 1 + 5 + 4; optimizer 4.
+
+    >>> [m.total for m in step_timeline(StepSizes(2, 0, 0, 4, 0, 0, 1, 5, 3))]
+    [6, 7, 5, 9, 10, 4]
+    """
+    s, n = sizes, sizes.n_layers
+
+    def moment(phase: str, saved: int, work: int, gradients: int) -> Moment:
+        states = {"states, paged": s.paged, "states, not paged": s.fixed}
+        now = {"layer inputs kept": saved * s.checkpoint, "working memory": work}
+        return Moment(phase, {"frozen weights": s.weights, "LoRA weights": s.adapter, **states, "gradients": gradients, **now})
+
+    forward = [moment("forward", i + 1, s.layer, 0) for i in range(n)]
+    backward = [moment("backward", n - i, s.layer, s.gradients * (i + 1) // n) for i in range(n)]
+    return [*forward, moment("loss", n, s.logits, 0), *backward, moment("optimizer", 0, 0, s.gradients)]
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one simulated step did: ordinary memory at its peak (bytes), whether it survived, faults and bytes each way."""
+
+    ordinary: int
+    survived: bool
+    faults: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+
+    def seconds(self, gb_per_s: float) -> float:
+        """Transfer time both ways over a bus of so many 10^9 bytes a second, nothing overlapped.
+
+        Raises:
+            KitError: a bandwidth of zero or less.
+        """
+        if gb_per_s <= 0:
+            raise KitError("the bandwidth is not positive", value=gb_per_s, allowed="more than 0 GB/s")
+        return (self.bytes_in + self.bytes_out) / (gb_per_s * 1e9)
+
+
+def simulate(
+    steps: Sequence[StepSizes], budget_bytes: int, paging: bool = True, prefetch: bool = False, page_bytes: int = PAGE_BYTES
+) -> list[StepRecord]:
+    """Run steps on a card; stop at the first one that does not fit.
+
+    Args:
+        steps: the sizes of each step; a spike is a step with larger activations.
+        budget_bytes: memory of the card.
+        paging: False keeps every optimizer state on the card.
+        prefetch: ask for each page just before the optimizer touches it (bitsandbytes does so tensor by tensor).
+        page_bytes: page size.
+
+    Returns:
+        A record a step; the last has `survived` False if the card was too small.
+
+    Raises:
+        KitError: a page size or budget that is not positive.
+    """
+    if page_bytes < 1 or budget_bytes < 1:
+        raise KitError("page size and budget must be positive", value=(page_bytes, budget_bytes), allowed="1 or more bytes")
+    memory, records = UnifiedMemory(budget_bytes // page_bytes), []
+    for sizes in steps:
+        ordinary = [m.total - sizes.paged for m in step_timeline(sizes)]
+        pages = [math.ceil(b / page_bytes) for b in ordinary]
+        before = memory.faults, memory.pages_in, memory.pages_out
+        if not paging:
+            survived = max(ordinary) + sizes.paged <= budget_bytes
+            records.append(StepRecord(max(ordinary), survived))
+        else:
+            survived = True
+            try:
+                for reserved in pages:
+                    memory.reserve(reserved)
+                for page in range(math.ceil(sizes.paged / page_bytes)):
+                    if prefetch:
+                        memory.prefetch(page)
+                    memory.touch(page)
+            except MemoryError:
+                survived = False
+            faults, came, went = memory.faults - before[0], memory.pages_in - before[1], memory.pages_out - before[2]
+            records.append(StepRecord(max(ordinary), survived, faults, came * page_bytes, went * page_bytes))
+        if not survived:
+            break
+    return records

@@ -1,0 +1,144 @@
+"""LoRA by hand against plain loops and against PEFT."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from qlora_nb.engine.models import dense_weight, linear_layers, load_base
+from qlora_nb.engine.profiles import validate
+from qlora_nb.errors import KitError
+from qlora_nb.theory import lora
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 6), st.integers(1, 6), st.integers(1, 4), st.floats(0.1, 64), st.sampled_from([torch.float32, torch.float64])
+)
+def test_forward_equals_the_loops(n_in, n_out, r, alpha, dtype):
+    torch.manual_seed(n_in + 10 * n_out + 100 * r)
+    x, w, a, b = (torch.randn(s, dtype=dtype) for s in ((n_in,), (n_out, n_in), (r, n_in), (n_out, r)))
+    torch.testing.assert_close(lora.forward(x, w, a, b, alpha), lora.forward_spec(x, w, a, b, alpha), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(lora.forward(x, w, a, b, alpha), x @ lora.merge(w, a, b, alpha).T, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(lora.unmerge(lora.merge(w, a, b, alpha), a, b, alpha), w, rtol=1e-4, atol=1e-4)
+
+
+class Holder(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def copy_of(layer):
+    twin = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+    twin.weight.data = dense_weight(layer).clone()
+    if layer.bias is not None:
+        twin.bias.data = layer.bias.detach().float().clone()
+    return twin
+
+
+def pocket_layer():
+    return linear_layers(load_base(validate({}), four_bit=False))["gpt_neox.layers.2.mlp.dense_h_to_4h"]
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(40, 56), lambda: nn.Linear(33, 17, bias=False), pocket_layer])
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_output_and_gradients_are_pefts(make, use_rslora):
+    torch.manual_seed(0)
+    base = make()
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=["layer"], use_rslora=use_rslora, init_lora_weights=False)
+    theirs = get_peft_model(Holder(copy_of(base)), config)
+    ours = lora.LoRALinear(copy_of(base), r=8, lora_alpha=16)
+    ours.scale = lora.scale(16, 8, rslora=use_rslora)
+    peft_layer = theirs.base_model.model.layer
+    ours.lora_A.data = peft_layer.lora_A["default"].weight.data.clone()
+    ours.lora_B.data = peft_layer.lora_B["default"].weight.data.clone()
+    x = torch.randn(5, 7, base.in_features)
+    y_ours, y_theirs = ours(x), theirs(x)
+    torch.testing.assert_close(y_ours, y_theirs, rtol=1e-5, atol=1e-5)
+    (y_ours**2).mean().backward()
+    (y_theirs**2).mean().backward()
+    torch.testing.assert_close(ours.lora_A.grad, peft_layer.lora_A["default"].weight.grad, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(ours.lora_B.grad, peft_layer.lora_B["default"].weight.grad, rtol=1e-4, atol=1e-7)
+    assert all(p.grad is None for p in ours.base.parameters())
+
+
+def test_start_and_dropout():
+    torch.manual_seed(0)
+    base = nn.Linear(64, 32)
+    layer = lora.LoRALinear(base, r=4, lora_alpha=8, lora_dropout=0.5)
+    theirs = get_peft_model(Holder(copy_of(base)), LoraConfig(r=4, lora_alpha=8, target_modules=["layer"])).base_model.model.layer
+    bound = 1 / 64**0.5
+    for a in (layer.lora_A, theirs.lora_A["default"].weight):
+        assert 0.8 * bound < a.abs().max() <= bound
+    assert not layer.lora_B.any()
+    assert not theirs.lora_B["default"].weight.any()
+    x = torch.randn(3, 64)
+    assert torch.equal(layer(x), base(x))
+    layer.lora_B.data.normal_()
+    assert not torch.equal(layer(x), layer(x))
+    assert torch.equal(layer.eval()(x), layer(x))
+    assert [n for n, p in layer.named_parameters() if p.requires_grad] == ["lora_A", "lora_B"]
+
+
+def test_both_at_zero_never_move():
+    layer = lora.LoRALinear(nn.Linear(8, 8), r=2, lora_alpha=2)
+    nn.init.zeros_(layer.lora_A)
+    layer(torch.randn(4, 8)).sum().backward()
+    assert not layer.lora_A.grad.any()
+    assert not layer.lora_B.grad.any()
+
+
+def test_dora_is_pefts():
+    torch.manual_seed(0)
+    base = nn.Linear(24, 16)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["layer"], use_dora=True, init_lora_weights=False)
+    theirs = get_peft_model(Holder(copy_of(base)), config)
+    layer = theirs.base_model.model.layer
+    magnitude = layer.lora_magnitude_vector["default"].weight
+    magnitude.data *= torch.rand(16) + 0.5
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    x = torch.randn(5, 24)
+    weight = lora.dora_weight(base.weight, a, b, 8, magnitude)
+    torch.testing.assert_close(x @ weight.T + base.bias, theirs(x), rtol=1e-5, atol=1e-5)
+    start = lora.dora_weight(base.weight, a, torch.zeros_like(b), 8, base.weight.norm(dim=1))
+    torch.testing.assert_close(start, base.weight)
+
+
+def test_best_rank_is_the_best():
+    torch.manual_seed(0)
+    update = torch.randn(20, 12)
+    energy = lora.captured_energy(update)
+    assert energy.shape == (12,)
+    assert abs(energy[-1] - 1) < 1e-5
+    for r in (1, 5, 12):
+        a, b = lora.best_rank(update, r)
+        assert (a.shape, b.shape) == ((r, 12), (20, r))
+        lost = ((update - b @ a) ** 2).sum() / (update**2).sum()
+        assert abs(1 - lost - energy[r - 1]) < 1e-5
+        other = torch.randn(20, r)
+        fit = other @ torch.linalg.lstsq(other, update).solution
+        assert ((update - fit) ** 2).sum() >= ((update - b @ a) ** 2).sum() - 1e-4
+
+
+def test_refusals():
+    w, a, b = torch.ones(3, 2), torch.ones(1, 2), torch.ones(3, 1)
+    with pytest.raises(KitError, match="for W of"):
+        lora.forward(torch.ones(2), w, b, a, 1)
+    with pytest.raises(KitError, match="takes 2"):
+        lora.forward(torch.ones(3), w, a, b, 1)
+    with pytest.raises(KitError, match="rank is too small"):
+        lora.scale(16, 0)
+    for r in (0, 3):
+        with pytest.raises(KitError, match="1 to 2"):
+            lora.best_rank(w, r)
+    with pytest.raises(KitError, match="NaN"):
+        lora.captured_energy(torch.tensor([[float("nan")]]))
+    with pytest.raises(KitError, match="zero"):
+        lora.captured_energy(torch.zeros(2, 2))
+    assert lora.n_parameters(16, [(5120, 15360)]) == 16 * (5120 + 15360)

@@ -1,0 +1,129 @@
+"""The page simulator against plain loops and hand-checked traces; bitsandbytes' rule and bytes against real optimizers."""
+
+import inspect
+import warnings
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qlora_nb.engine import ledger
+from qlora_nb.errors import KitError
+from qlora_nb.theory import paging
+
+EVENT = st.one_of(
+    st.tuples(st.just("reserve"), st.integers(0, 5)), st.tuples(st.sampled_from(["touch", "prefetch"]), st.integers(0, 9))
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(EVENT, max_size=60), st.integers(6, 12))
+def test_memory_equals_the_loops(events, budget):
+    memory = paging.UnifiedMemory(budget)
+    for kind, n in events:
+        getattr(memory, kind)(n)
+        assert len(memory.resident) + memory.reserved <= budget
+    assert (memory.faults, memory.pages_in, memory.pages_out, list(memory.resident)) == paging.replay_spec(events, budget)
+
+
+def test_a_cyclic_sweep_one_page_short_misses_everything():
+    memory = paging.UnifiedMemory(9)
+    for _ in range(3):
+        for page in range(10):
+            memory.touch(page)
+    assert memory.faults == 30
+    assert memory.pages_in == 20
+    roomy = paging.UnifiedMemory(10)
+    for _ in range(3):
+        for page in range(10):
+            roomy.touch(page)
+    assert (roomy.faults, roomy.pages_in, roomy.pages_out) == (10, 0, 0)
+
+
+def test_out_of_memory():
+    with pytest.raises(MemoryError):
+        paging.UnifiedMemory(3).reserve(4)
+    memory = paging.UnifiedMemory(3)
+    memory.reserve(3)
+    with pytest.raises(MemoryError):
+        memory.touch(0)
+
+
+def sizes(layer=10, paged=8):
+    return paging.StepSizes(2, weights=20, adapter=1, gradients=2, paged=paged, fixed=1, checkpoint=3, layer=layer, logits=4)
+
+
+def test_timeline_by_hand():
+    moments = paging.step_timeline(sizes())
+    always = 20 + 1 + 8 + 1
+    assert [m.total - always for m in moments] == [13, 16, 10, 17, 15, 2]
+    assert [m.phase for m in moments] == ["forward", "forward", "loss", "backward", "backward", "optimizer"]
+
+
+def test_paging_survives_a_spike_that_kills():
+    usual, spike = sizes(), sizes(layer=16)
+    run = [usual, usual, spike, usual]
+    budget = 50  # usual peak 22 + 17 + 8 = 47; spike 22 + 23 + 8 = 53
+    dead = paging.simulate(run, budget, paging=False)
+    assert [r.survived for r in dead] == [True, True, False]
+    alive = paging.simulate(run, budget, page_bytes=1)
+    assert [r.survived for r in alive] == [True] * 4
+    assert [r.bytes_out for r in alive] == [0, 0, 3, 0]  # three bytes too many go out …
+    assert [r.bytes_in for r in alive] == [0, 0, 3, 0]  # … and come back when the optimizer asks
+    assert [r.faults for r in alive] == [8, 0, 3, 0]
+    assert [r.faults for r in paging.simulate(run, budget, page_bytes=1, prefetch=True)] == [0] * 4
+    assert not paging.simulate([sizes(layer=30)], budget, page_bytes=1)[0].survived  # ordinary memory alone is too much
+    assert alive[2].seconds(1e-9) == 6
+
+
+def test_refusals():
+    with pytest.raises(KitError, match="positive"):
+        paging.simulate([sizes()], 0)
+    with pytest.raises(KitError, match="bandwidth"):
+        paging.StepRecord(1, True).seconds(0)
+    with pytest.raises(KitError, match="8, 32"):
+        paging.state_bytes(10, 16)
+
+
+@pytest.mark.parametrize(("name", "bits"), [("PagedAdamW32bit", 32), ("PagedAdamW8bit", 8), ("AdamW8bit", 8)])
+@pytest.mark.parametrize("numel", [100, 4095, 4096, 5000, 100_001])
+def test_state_bytes_are_those_of_real_optimizers(name, bits, numel):
+    p = torch.nn.Parameter(torch.randn(numel))
+    p.grad = torch.randn(numel)
+    optimizer = getattr(bnb.optim, name)([p])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer.step()
+    state = optimizer.state[p]
+    parts = [state[k] for k in ("state1", "state2", "absmax1", "absmax2") if k in state]
+    assert state["state1"].dtype == (torch.uint8 if bits == 8 and numel >= 4096 else torch.float32)
+    assert sum(t.nbytes for t in parts) == paging.state_bytes(numel, bits)
+
+
+def test_the_rule_is_bitsandbytes_own():
+    source = inspect.getsource(bnb.optim.optimizer.Optimizer8bit.get_state_buffer)
+    assert "p.numel() < 1e5" in source
+    p = torch.nn.Parameter(torch.randn(200_000))
+    p.grad = torch.randn(200_000)
+    optimizer = bnb.optim.PagedAdamW32bit([p])
+    with pytest.warns(UserWarning, match="not supported on CPU"):
+        optimizer.step()
+    assert not getattr(optimizer.state[p]["state1"], "is_paged", False)
+    assert paging.is_paged(100_000)
+    assert not paging.is_paged(99_999)
+    assert not paging.is_paged(200_000, on_cuda=False)
+
+
+def test_which_pythia_pages_what():
+    share = {}
+    for size in ("14m", "410m", "12b"):
+        model = ledger.meta_model(ledger.pythia_config(size))
+        for r in (8, 16, 64):
+            paged, fixed = paging.paged_bytes(ledger.lora_numels(model, r))
+            share[size, r] = paged / (paged + fixed)
+    assert share["14m", 16] == share["410m", 8] == share["410m", 16] == 0
+    assert share["12b", 16] == 901_120 / 1_310_720
+    assert share["12b", 64] == 1
+    assert paging.activation_sizes(5120, 50688, 512)["logits"] == 3 * 512 * 50688 * 4
