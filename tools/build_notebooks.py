@@ -34,7 +34,7 @@ KERNEL = {
     "language_info": {"name": "python"},
 }
 _PARAMETER = re.compile(r"^[a-z_]\w*: (?P<type>[\w\[\], |]+) = (?P<default>[^#]+?)  # \S.*$")
-_NOISE = re.compile(r"\r|it/s\]|s/it\]|\?it/s|examples/s|^\s*\d+%\|")
+_NOISE = re.compile(r"gemm_4bit_forward from kernels|\r|it/s\]|s/it\]|\?it/s|examples/s|^\s*\d+%\|")
 _TIME_OF_DAY = re.compile(r"\b\d{1,2}:\d{2}:\d{2}\b")
 
 
@@ -128,8 +128,8 @@ def execute(notebook: nbformat.NotebookNode) -> list[str]:
         )
         try:
             client.execute()
-        except CellExecutionError as error:
-            return [str(error)[-2000:]]
+        except CellExecutionError:
+            return stored_errors(notebook)
         finally:
             del os.environ["QLORA_NB_RESULTS"]
     return stored_errors(notebook)

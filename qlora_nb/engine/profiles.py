@@ -260,7 +260,7 @@ def validate(values: dict[str, object]) -> Settings:
             raise KitError(f"unknown parameter {name!r}", remedy=_suggest(name))
     given = {k: v for k, v in values.items() if v is not None}
     profile = given.get("profile", "tiny")
-    if profile not in PROFILES:
+    if not isinstance(profile, str) or profile not in PROFILES:
         raise KitError("unknown profile", value=profile, allowed=", ".join(PROFILES), remedy=_suggest(str(profile), list(PROFILES)))
     defaults = {k: d.value for k, d in PROFILES[profile].items()}
     try:

