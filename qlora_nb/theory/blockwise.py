@@ -1,0 +1,281 @@
+"""One scale for a block: how a tensor becomes 4-bit indices and a few scales, and back.
+
+A code covers [-1, 1], weights do not. So a tensor is cut into blocks of `blocksize` consecutive numbers, each block is
+divided by its largest magnitude (`absmax`, stored as one float32), and every number becomes the index of the nearest code
+value. Nearest means: count the midpoints between neighbouring code values that lie below the number. Two indices share a
+byte, the first one in the high four bits ("nibble").
+
+Back again: code[index] · absmax of the block. The error of one number is at most half the widest gap of the code times
+the block's absmax, which is why one outlier makes its whole block coarse, and why small blocks are better and dearer.
+
+The arithmetic below repeats bitsandbytes' CPU version step by step, rounding included: a full block is *multiplied* by
+1/absmax, a ragged last block is *divided* by absmax, scales below 1e-38 count as 1e-38 so that zeros do not divide by zero.
+Therefore bytes and scales are equal bit for bit.
+
+Sources: QLoRA, arXiv 2305.14314, section 2 (equations 1 and 2); bitsandbytes/backends/default/ops.py (`quantize_4bit`).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from qlora_nb.errors import KitError
+from qlora_nb.theory.codebooks import lloyd_max, nf4_code
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SMALLEST_SCALE = 1e-38
+"""Scales below it count as this much when dividing (bitsandbytes' number)."""
+
+
+def midpoints(code: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Borders between neighbouring code values, and which index each interval between them means.
+
+    Args:
+        code: (k,) float32 in any order.
+
+    Returns:
+        (k-1,) sorted float32 borders; (k,) int64 order, so that interval i means index `order[i]`.
+
+    >>> midpoints(torch.tensor([-1.0, 0, 1]))[0].tolist()
+    [-0.5, 0.5]
+    """
+    order = torch.argsort(code, stable=True)
+    return (code[order[:-1]] + code[order[1:]]) / 2, order
+
+
+def quantize(x: torch.Tensor, code: torch.Tensor, blocksize: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices into `code` and one scale a block.
+
+    Args:
+        x: any shape, float32, float16 or bfloat16, every value finite; read row by row.
+        code: (k,) float32 with k ≤ 256 values in [-1, 1], any order.
+        blocksize: numbers that share one scale; the last block may be shorter.
+
+    Returns:
+        (n,) uint8 indices; (ceil(n / blocksize),) float32 absmax.
+
+    Raises:
+        KitError: nothing to quantize, a NaN or infinity, another dtype, or a bad blocksize.
+
+    By hand: in [2, -4, 1] absmax is 4 and the scaled numbers are 0.5, -1, 0.25. With the code [-1, 0, 1] (borders ±0.5;
+    a number on a border goes down) the indices are 1, 0, 1.
+
+    >>> [t.tolist() for t in quantize(torch.tensor([2.0, -4, 1]), torch.tensor([-1.0, 0, 1]), blocksize=4)]
+    [[1, 0, 1], [4.0]]
+    """
+    flat = _checked(x, blocksize)
+    n_full = flat.numel() // blocksize * blocksize
+    blocks, rest = flat[:n_full].reshape(-1, blocksize), flat[n_full:]
+    absmax = blocks.abs().amax(dim=1)
+    scaled = (blocks * (1.0 / absmax.clamp(min=SMALLEST_SCALE))[:, None]).reshape(-1)
+    if rest.numel():
+        absmax_rest = rest.abs().amax().clamp(min=SMALLEST_SCALE)
+        absmax = torch.cat([absmax, absmax_rest[None]])
+        scaled = torch.cat([scaled, rest / absmax_rest])
+    borders, order = midpoints(code.to(flat.device))
+    index = torch.bucketize(scaled, borders, out_int32=True)
+    if not torch.equal(order, torch.arange(len(order), device=order.device)):
+        index = order[index]
+    return index.to(torch.uint8), absmax
+
+
+def quantize_spec(x: torch.Tensor, code: torch.Tensor, blocksize: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+    """`quantize` as plain loops over plain numbers: for every number try every code value and keep the nearest.
+
+    Slow and in double precision, so it may differ from `quantize` for numbers within a rounding error of a border.
+
+    >>> [t.tolist() for t in quantize_spec(torch.tensor([2.0, -4, 1]), torch.tensor([-1.0, 0, 1]), blocksize=4)]
+    [[1, 0, 1], [4.0]]
+    """
+    numbers, values = _checked(x, blocksize).tolist(), code.tolist()
+    indices, scales = [], []
+    for start in range(0, len(numbers), blocksize):
+        block = numbers[start : start + blocksize]
+        absmax = max(abs(number) for number in block)
+        scales.append(absmax)
+        for number in block:
+            scaled = number / absmax if absmax > 0 else 0.0
+            best = min(range(len(values)), key=lambda i: (abs(values[i] - scaled), values[i], i))
+            indices.append(best)
+    return torch.tensor(indices, dtype=torch.uint8), torch.tensor(scales, dtype=torch.float32)
+
+
+def dequantize(
+    index: torch.Tensor,
+    absmax: torch.Tensor,
+    code: torch.Tensor,
+    blocksize: int = 64,
+    shape: tuple[int, ...] | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """code[index] · absmax of its block.
+
+    Args:
+        index: (n,) uint8.
+        absmax: (ceil(n / blocksize),) float32.
+        code: (k,) float32.
+        blocksize: as in `quantize`.
+        shape: shape of the result, (n,) if left out.
+        dtype: dtype of the result; the product is made in float32 and rounded once.
+
+    Raises:
+        KitError: the number of scales does not fit the number of indices.
+
+    >>> dequantize(torch.tensor([1, 0, 1]), torch.tensor([4.0]), torch.tensor([-1.0, 0, 1]), blocksize=4).tolist()
+    [0.0, -4.0, 0.0]
+    """
+    n = index.numel()
+    if absmax.numel() != -(-n // blocksize):
+        raise KitError(
+            "absmax has the wrong length",
+            value=absmax.numel(),
+            allowed=f"{-(-n // blocksize)} for {n} numbers in blocks of {blocksize}",
+        )
+    values = code.to(index.device)[index.flatten().int()]
+    n_full = n // blocksize * blocksize
+    out = torch.empty_like(values)
+    out[:n_full] = (values[:n_full].reshape(-1, blocksize) * absmax[: n_full // blocksize, None]).reshape(-1)
+    out[n_full:] = values[n_full:] * absmax[n_full // blocksize :]
+    return out.reshape(shape if shape is not None else (n,)).to(dtype)
+
+
+def pack(index: torch.Tensor, filler: int = 0) -> torch.Tensor:
+    """Two 4-bit indices in a byte, the first in the high nibble.
+
+    Args:
+        index: (n,) uint8, each 0 … 15.
+        filler: index that fills the last half byte if n is odd.
+
+    Returns:
+        (ceil(n / 2),) uint8.
+
+    Raises:
+        KitError: an index that needs more than four bits.
+
+    By hand: 10 and 3 are 1010 and 0011, together 10100011 = 16 · 10 + 3 = 163.
+
+    >>> pack(torch.tensor([10, 3, 1], dtype=torch.uint8), filler=7).tolist()
+    [163, 23]
+    """
+    if index.numel() and int(index.max()) > 15:
+        raise KitError("an index does not fit in four bits", value=int(index.max()), allowed="0 to 15")
+    if index.numel() % 2:
+        index = torch.cat([index, index.new_tensor([filler])])
+    return (index[0::2] << 4) | index[1::2]
+
+
+def unpack(packed: torch.Tensor, n: int) -> torch.Tensor:
+    """The first `n` indices out of packed bytes.
+
+    >>> unpack(torch.tensor([163, 23], dtype=torch.uint8), 3).tolist()
+    [10, 3, 1]
+    """
+    packed = packed.flatten()
+    return torch.stack([packed >> 4, packed & 0xF], dim=1).flatten()[:n]
+
+
+def quantize_4bit(x: torch.Tensor, code: torch.Tensor, blocksize: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+    """`quantize` and `pack`: the bytes and scales that `bitsandbytes.functional.quantize_4bit` makes on a CPU.
+
+    Returns:
+        (ceil(n / 2), 1) uint8 bytes, the shape bitsandbytes gives them; (ceil(n / blocksize),) float32 absmax.
+    """
+    index, absmax = quantize(x, code, blocksize)
+    zero = int(code.abs().argmin())
+    return pack(index, filler=zero)[:, None], absmax
+
+
+def dequantize_4bit(
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    code: torch.Tensor,
+    blocksize: int,
+    shape: tuple[int, ...],
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """`unpack` and `dequantize`."""
+    n = 1
+    for size in shape:
+        n *= size
+    return dequantize(unpack(packed, n), absmax, code, blocksize, shape, dtype=dtype)
+
+
+def round_trip(x: torch.Tensor, code: torch.Tensor, blocksize: int = 64) -> torch.Tensor:
+    """What is left of `x` after quantizing and dequantizing; same shape and dtype.
+
+    >>> round_trip(torch.tensor([2.0, -4, 1]), torch.tensor([-1.0, 0, 1]), blocksize=4).tolist()
+    [0.0, -4.0, 0.0]
+    """
+    index, absmax = quantize(x, code, blocksize)
+    return dequantize(index, absmax, code, blocksize, tuple(x.shape), dtype=x.dtype)
+
+
+def fitted_code(x: torch.Tensor, blocksize: int = 64, start: torch.Tensor | None = None, steps: int = 100) -> torch.Tensor:
+    """A Lloyd-Max code for `x` in blocks: least squared error of the weights themselves, nothing held fixed.
+
+    Args:
+        x: weights, as in `quantize`.
+        blocksize: as in `quantize`.
+        start: sorted code to start from; NF4 if left out.
+        steps: repetitions of `codebooks.lloyd_max`.
+
+    Returns:
+        (16,) float32, sorted. Its ends come to lie inside ±1: only one weight in a block is ±absmax.
+    """
+    flat = _checked(x, blocksize)
+    pad = torch.nn.functional.pad(flat, (0, -len(flat) % blocksize)).reshape(-1, blocksize)
+    absmax = pad.abs().amax(dim=1, keepdim=True).clamp(min=SMALLEST_SCALE)
+    scaled, weight = (pad / absmax).reshape(-1)[: len(flat)], absmax.square().expand_as(pad).reshape(-1)[: len(flat)]
+    return lloyd_max(scaled, nf4_code() if start is None else start, weight, steps)
+
+
+def rmse(x: torch.Tensor, y: torch.Tensor) -> float:
+    """Root of the mean squared difference, in the unit of `x`.
+
+    >>> rmse(torch.tensor([0.0, 0.0]), torch.tensor([3.0, 4.0])) == 12.5**0.5
+    True
+    """
+    return (x.double() - y.double()).square().mean().sqrt().item()
+
+
+def code_usage(index: torch.Tensor, n_codes: int = 16) -> torch.Tensor:
+    """Share of the numbers that chose each index, (n_codes,) float64, sum 1.
+
+    >>> code_usage(torch.tensor([0, 1, 1, 1]), 2).tolist()
+    [0.25, 0.75]
+    """
+    return torch.bincount(index.flatten().int(), minlength=n_codes).double() / index.numel()
+
+
+def entropy_bits(share: torch.Tensor) -> float:
+    """Bits a perfect compressor would need for each index: -Σ p log2 p.
+
+    >>> entropy_bits(torch.full((16,), 1 / 16))
+    4.0
+    """
+    used = share[share > 0]
+    return -(used * used.log2()).sum().item()
+
+
+def _checked(x: torch.Tensor, blocksize: int) -> torch.Tensor:
+    """`x` flat and in float32, or a refusal."""
+    if isinstance(blocksize, bool) or not isinstance(blocksize, int) or blocksize < 1:
+        raise KitError("blocksize is a number of weights", value=blocksize, allowed="a whole number, 1 or more")
+    if x.dtype not in DTYPES:
+        raise KitError(
+            "this dtype is not quantized", value=x.dtype, allowed="float32, float16, bfloat16", remedy="convert with .float()"
+        )
+    if x.numel() == 0:
+        raise KitError("there is nothing to quantize: the tensor is empty")
+    flat = x.detach().reshape(-1).float()
+    if not torch.isfinite(flat).all():
+        bad = int((~torch.isfinite(flat)).nonzero()[0])
+        raise KitError(
+            f"a NaN or infinity cannot be quantized; the first is at flat position {bad}",
+            value=flat[bad].item(),
+            allowed="finite numbers",
+            remedy="look for the layer that produced it",
+        )
+    return flat

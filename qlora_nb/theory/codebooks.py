@@ -1,0 +1,200 @@
+"""Sixteen numbers: what a 4-bit code can say.
+
+Four bits name one of sixteen values. A *code* is the list of those values, scaled so that the largest magnitude is 1; a
+weight is stored as the index of its nearest code value. Everything that tells NF4, FP4 and INT4 apart is *where the
+sixteen values lie*:
+
+* INT4 lies evenly: -7/7 … 7/7. Best for uniform data.
+* FP4 is a tiny floating-point format: two exponent bits, one bit of fraction. Dense near zero, coarse at the ends.
+* NF4 lies where a bell curve lies: its values are quantiles of N(0, 1). A weight matrix looks like a bell curve.
+* Lloyd-Max is fitted: the code with the least squared error on the samples it is given.
+
+The tail of a bell curve never ends, so NF4 has to stop somewhere: at the quantile t = 1 - (1/32 + 1/30)/2 = 0.96770833.
+A 16-value code gives the outermost positive value the middle of 1/32 (half of one of 16 equal shares) and 1/30 (half of
+one of 15). bitsandbytes writes 0.9677083 and calls it "offset"; this kit calls it `tail_quantile`.
+
+Sources: QLoRA, arXiv 2305.14314, section 3 and appendix E; bitsandbytes/functional.py (`create_normal_map`,
+`get_4bit_type`, `create_dynamic_map`); 8-bit optimizers, arXiv 2110.02861, section 1.3 (dynamic map).
+"""
+
+from __future__ import annotations
+
+from statistics import NormalDist
+
+import torch
+
+from qlora_nb.errors import KitError
+
+TAIL_QUANTILE = 1 - (1 / 32 + 1 / 30) / 2
+"""Where NF4 cuts the bell curve's tail (a probability)."""
+LIBRARY_TAIL_QUANTILE = 0.9677083
+"""The same, rounded as bitsandbytes writes it."""
+
+
+def nf4_values(tail_quantile: float = TAIL_QUANTILE) -> list[float]:
+    """The sixteen NF4 values in double precision, derived from normal quantiles.
+
+    Eight positive values and seven negative ones are quantiles at evenly spaced probabilities between `tail_quantile`
+    and one half; zero is added (padding and pruned weights must stay exactly zero); all are divided by the largest.
+
+    Args:
+        tail_quantile: probability at which the tail is cut, between 0.5 and 1.
+
+    Returns:
+        16 sorted values in [-1, 1].
+
+    Raises:
+        KitError: `tail_quantile` outside (0.5, 1).
+
+    By hand: the largest quantile is inv_cdf(0.96770833) = 1.8481, the next one inv_cdf(0.96770833 - 0.46770833/8) = 1.3361,
+    so the second largest code value is 1.3361/1.8481 = 0.723.
+
+    >>> [round(v, 3) for v in nf4_values()[-3:]]
+    [0.563, 0.723, 1.0]
+    """
+    _check_tail(tail_quantile)
+    quantile, span = NormalDist().inv_cdf, tail_quantile - 0.5
+    positive = [quantile(tail_quantile - span * i / 8) for i in range(8)]
+    negative = [-quantile(tail_quantile - span * i / 7) for i in range(7)]
+    return sorted(v / positive[0] for v in [*negative, 0.0, *positive])
+
+
+def nf4_code() -> torch.Tensor:
+    """NF4 as bitsandbytes tabulates it, derived in the same single-precision steps: equal to its table in every bit.
+
+    `nf4_values` is within 2e-7 of it. The last bits matter only for proving equality: one value in ten million lies
+    between the two versions' midpoints.
+
+    Returns:
+        (16,) float32, sorted, from -1 to 1, with an exact 0 at index 7.
+
+    >>> round(nf4_code()[8].item(), 6), nf4_code()[7].item()
+    (0.07958, 0.0)
+    """
+    quantile = NormalDist().inv_cdf
+
+    def upper(n: int) -> list[float]:  # quantiles at n evenly spaced probabilities from the tail down, one half left out
+        start, end = torch.tensor(LIBRARY_TAIL_QUANTILE), torch.tensor(0.5)
+        step = (end - start) / n
+        first = [start + step * i for i in range((n + 1) // 2)]
+        last = [end - step * (n - i) for i in range((n + 1) // 2, n)]  # counted from the end, as torch.linspace does
+        return [quantile(p.item()) for p in first + last]
+
+    values = torch.tensor([*(-q for q in upper(7)), 0.0, *upper(8)], dtype=torch.float32).sort().values
+    return values / values.max()
+
+
+def fp4_code() -> torch.Tensor:
+    """FP4 (sign, two exponent bits, one fraction bit) in the order of its bit patterns, as bitsandbytes stores it.
+
+    Exponent field e and fraction bit m mean (1 + m/2) · 2^(3-e) for e = 0 … 2 in bitsandbytes' own order (patterns
+    010 011 · 100 101 · 110 111 are 8 12 · 4 6 · 2 3); pattern 001 is 0.0625 and 000 is 0. Divided by 12. There are two
+    zeros, +0 and -0, so FP4 has only fifteen different values.
+
+    Returns:
+        (16,) float32, *not* sorted: index = bit pattern, the high bit is the sign.
+
+    >>> [round(v, 4) for v in fp4_code()[:4].tolist()]
+    [0.0, 0.0052, 0.6667, 1.0]
+    """
+    magnitudes = [0.0, 0.0625] + [(1 + m / 2) * 2.0**e for e in (3, 2, 1) for m in (0, 1)]
+    values = torch.tensor(magnitudes + [-m if m else 0.0 for m in magnitudes])
+    return values / values.max()
+
+
+def int4_code() -> torch.Tensor:
+    """Symmetric 4-bit integers -7 … 7 divided by 7: fifteen even steps, the sixteenth pattern is unused.
+
+    >>> int4_code().numel(), round(int4_code()[8].item(), 4)
+    (15, 0.1429)
+    """
+    return torch.arange(-7, 8, dtype=torch.float32) / 7
+
+
+def dynamic_code() -> torch.Tensor:
+    """bitsandbytes' signed dynamic 8-bit map: the 256 values that store the scales in double quantization.
+
+    The further from 1, the fewer bits are left for the fraction: decade 10^0 has 64 values a side, 10^-1 has 32, …,
+    10^-6 has one. In each decade the values are the centres of equal steps from 0.1 to 1. Add 0 and 1: 2·127 + 2 = 256.
+    It is neither a floating-point format nor the FP8 of the paper.
+
+    Returns:
+        (256,) float32, sorted, from -0.993 to 1.
+
+    >>> code = dynamic_code()
+    >>> code.numel(), round(code[0].item(), 4), code[127].item(), code[255].item()
+    (256, -0.993, 0.0, 1.0)
+    """
+    values = [0.0, 1.0]
+    for decade in range(7):
+        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
+        centres = (10 ** (decade - 6)) * ((edges[:-1] + edges[1:]) / 2)
+        values += centres.tolist() + (-centres).tolist()
+    return torch.tensor(sorted(values), dtype=torch.float32)
+
+
+def lloyd_max(
+    samples: torch.Tensor,
+    start: torch.Tensor,
+    weights: torch.Tensor | None = None,
+    steps: int = 100,
+    keep: tuple[float, ...] = (),
+) -> torch.Tensor:
+    """Fit a code to samples: repeat "nearest value" and "each value moves to the mean of its samples" until it stands.
+
+    Args:
+        samples: numbers to be coded, any shape (for a block-wise code: weight / absmax of its block).
+        start: sorted start code (k,).
+        weights: how much each sample's squared error counts (for a block-wise code: absmax², so that the error is that of
+            the weights and not of the scaled numbers); all 1 if left out.
+        steps: repetitions; each one lowers the error or leaves it.
+        keep: start values that must not move, for example (-1.0, 0.0, 1.0).
+
+    Returns:
+        (k,) float32, sorted. A value no sample chose stays where it was.
+
+    Raises:
+        KitError: no samples, or samples that are not finite.
+
+    By hand: samples 0, 1, 9, 11 from the start 0, 8 go to their means 0.5 and 10, and stay.
+
+    >>> lloyd_max(torch.tensor([0.0, 1, 9, 11]), torch.tensor([0.0, 8])).tolist()
+    [0.5, 10.0]
+    """
+    x, order = samples.flatten().double().sort()
+    if x.numel() == 0 or not x.isfinite().all():
+        raise KitError("lloyd_max needs at least one sample, all finite")
+    w = torch.ones_like(x) if weights is None else weights.flatten().double()[order]
+    zero = torch.zeros(1, dtype=torch.float64)
+    mass, moment = torch.cat([zero, w.cumsum(0)]), torch.cat([zero, (w * x).cumsum(0)])
+    code = start.double().sort().values
+    fixed = torch.isin(code, torch.tensor(keep, dtype=torch.float64))
+    for _ in range(steps):
+        edges = torch.searchsorted(x, (code[:-1] + code[1:]) / 2)
+        edges = torch.cat([torch.tensor([0]), edges, torch.tensor([x.numel()])])
+        share = mass[edges[1:]] - mass[edges[:-1]]
+        mean = (moment[edges[1:]] - moment[edges[:-1]]) / share
+        moved = torch.where((share > 0) & ~fixed, mean, code)
+        if torch.equal(moved, code):
+            break
+        code = moved
+    return code.float()
+
+
+def code_by_name(name: str) -> torch.Tensor:
+    """NF4, FP4 or INT4 by the name used in figures (any case).
+
+    Raises:
+        KitError: any other name.
+    """
+    codes = {"NF4": nf4_code, "FP4": fp4_code, "INT4": int4_code}
+    if str(name).upper() not in codes:
+        raise KitError("unknown 4-bit code", value=name, allowed=", ".join(codes))
+    return codes[str(name).upper()]()
+
+
+def _check_tail(tail_quantile: float) -> None:
+    if not 0.5 < tail_quantile < 1:
+        raise KitError(
+            "tail_quantile is a probability in the upper tail", value=tail_quantile, allowed="more than 0.5 and less than 1"
+        )

@@ -1,0 +1,208 @@
+"""Quantize the scales too: from 4.5 to 4.127 bits a weight.
+
+A block of 64 weights has one float32 scale: 32/64 = 0.5 bit a weight. On a 65-billion-parameter model that is 4 GB of
+scales. Double quantization stores each scale in 8 bits. What that needs in turn:
+
+* scales are positive, and 8-bit codes are symmetric around zero: subtract the mean first (one float32 a tensor,
+  `absmax_mean`; bitsandbytes calls it `offset`);
+* the centred scales are quantized block-wise again, 256 to a block, one float32 a block.
+
+Ledger of one weight: 4 + 8/64 + 32/(64 · 256) = 4.127 bits. The mean costs nothing worth counting.
+
+The paper writes FP8 for the second level. bitsandbytes uses its *dynamic 8-bit map* (`codebooks.dynamic_code`), and on a
+CPU not even the nearest value of it: [-1, 1] is cut into 65,536 bins and a table says which code a bin means. Repeated
+here, so that codes and scales are equal bit for bit.
+
+Sources: QLoRA, arXiv 2305.14314, section 3 ("Double Quantization"); bitsandbytes/functional.py (`quantize_4bit` with
+`compress_statistics=True`, `quantize_blockwise`), csrc/cpu_ops.cpp.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from qlora_nb.errors import KitError
+from qlora_nb.theory.blockwise import dequantize, quantize
+from qlora_nb.theory.codebooks import dynamic_code, nf4_code
+
+SECOND_BLOCKSIZE = 256
+"""Scales that share one second-level scale in the paper and in bitsandbytes."""
+N_BINS = 65_536
+"""Bins of bitsandbytes' lookup table on a CPU."""
+
+
+def ledger(blocksize: int = 64, second_blocksize: int | None = SECOND_BLOCKSIZE) -> dict[str, float]:
+    """Bits a weight, item by item.
+
+    Args:
+        blocksize: weights that share one scale.
+        second_blocksize: scales that share one second-level scale; None is no double quantization.
+
+    Returns:
+        {"codes": 4, "scales": …, "scales of scales": …}, all in bits a weight. The one mean a tensor is left out.
+
+    Raises:
+        KitError: a blocksize below 1.
+
+    By hand: 8/64 = 0.125 and 32/(64 · 256) = 0.00195.
+
+    >>> ledger(64, None)
+    {'codes': 4.0, 'scales': 0.5, 'scales of scales': 0.0}
+    >>> ledger(64)
+    {'codes': 4.0, 'scales': 0.125, 'scales of scales': 0.001953125}
+    """
+    for name, value in (("blocksize", blocksize), ("second_blocksize", second_blocksize)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise KitError(f"{name} is a number of values that share one scale", value=value, allowed="a whole number, 1 or more")
+    if second_blocksize is None:
+        return {"codes": 4.0, "scales": 32 / blocksize, "scales of scales": 0.0}
+    return {"codes": 4.0, "scales": 8 / blocksize, "scales of scales": 32 / (blocksize * second_blocksize)}
+
+
+def bits_per_weight(blocksize: int = 64, second_blocksize: int | None = SECOND_BLOCKSIZE) -> float:
+    """Sum of the ledger.
+
+    >>> bits_per_weight(64, None), round(bits_per_weight(64), 3)
+    (4.5, 4.127)
+    """
+    return sum(ledger(blocksize, second_blocksize).values())
+
+
+def storage_bytes(n_weights: int, blocksize: int = 64, second_blocksize: int | None = SECOND_BLOCKSIZE) -> dict[str, int]:
+    """Bytes of one real tensor, with every block rounded up and the mean counted.
+
+    Args:
+        n_weights: weights in the tensor.
+        blocksize, second_blocksize: as in `ledger`.
+
+    Returns:
+        {"codes", "scales", "scales of scales", "mean"} in bytes. The two code tables (16 and 256 float32, the same for
+        every tensor) are left out.
+
+    By hand: 1000 weights are 500 bytes and 16 blocks; 16 · 4 = 64 bytes of scales, or 16 + 4 + 4 with double quantization.
+
+    >>> storage_bytes(1000, 64, None)
+    {'codes': 500, 'scales': 64, 'scales of scales': 0, 'mean': 0}
+    >>> storage_bytes(1000)
+    {'codes': 500, 'scales': 16, 'scales of scales': 4, 'mean': 4}
+    """
+    ledger(blocksize, second_blocksize)  # refuses bad sizes
+    blocks = -(-n_weights // blocksize)
+    codes = -(-n_weights // 2)
+    if second_blocksize is None:
+        return {"codes": codes, "scales": 4 * blocks, "scales of scales": 0, "mean": 0}
+    return {"codes": codes, "scales": blocks, "scales of scales": 4 * -(-blocks // second_blocksize), "mean": 4}
+
+
+@dataclass(frozen=True)
+class SecondLevel:
+    """Scales in 8 bits.
+
+    Attributes:
+        index: (n_blocks,) uint8 index into `dynamic_code()`.
+        absmax: (ceil(n_blocks / blocksize),) float32, scale of the centred scales.
+        absmax_mean: () float32, what was subtracted (bitsandbytes: `offset`).
+        blocksize: scales that share one `absmax`.
+    """
+
+    index: torch.Tensor
+    absmax: torch.Tensor
+    absmax_mean: torch.Tensor
+    blocksize: int = SECOND_BLOCKSIZE
+
+
+def table_index(scaled: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
+    """Index of a number in [-1, 1] by bitsandbytes' CPU table: which of 65,536 bins, then the code nearest to that bin.
+
+    No bin is centred on zero (their number is even), so zero becomes index 131, which means 0.0000212 and not 0 (index 127).
+
+    Args:
+        scaled: any shape, float32 in [-1, 1].
+        code: (k,) float32, sorted.
+
+    Returns:
+        uint8 indices, same shape.
+
+    >>> table_index(torch.tensor([-1.0, 0.0, 1.0]), dynamic_code()).tolist()
+    [0, 131, 255]
+    """
+    position = ((scaled.clamp(-1, 1) + 1) * 0.5 * (N_BINS - 1) + 0.5).to(torch.int32)
+    centres = -1 + 2 * torch.arange(N_BINS, dtype=torch.float32, device=code.device) / (N_BINS - 1)
+    table = torch.bucketize(centres, (code[:-1] + code[1:]) / 2).to(torch.uint8)
+    return table[position]
+
+
+def quantize_absmax(absmax: torch.Tensor, blocksize: int = SECOND_BLOCKSIZE) -> SecondLevel:
+    """The second level: subtract the mean, scale blocks of 256, store 8-bit indices.
+
+    Args:
+        absmax: (n_blocks,) float32 scales of the first level.
+        blocksize: scales that share one second-level scale.
+
+    Raises:
+        KitError: no scales, scales that are not finite float32, or a bad blocksize.
+
+    By hand: scales 1 and 3 have mean 2; centred they are -1 and 1; their absmax is 1; the indices are the two ends, 0 (which
+    means -0.993) and 255 (which means 1). Back: 1.007 and 3.
+
+    >>> second = quantize_absmax(torch.tensor([1.0, 3.0]))
+    >>> second.index.tolist(), second.absmax.tolist(), second.absmax_mean.item()
+    ([0, 255], [1.0], 2.0)
+    """
+    if absmax.dtype != torch.float32 or absmax.numel() == 0 or not torch.isfinite(absmax).all():
+        raise KitError("absmax must be float32, finite and not empty", value=f"{absmax.numel()} × {absmax.dtype}")
+    ledger(1, blocksize)  # refuses a bad size
+    absmax_mean = absmax.mean()
+    centred, code = absmax - absmax_mean, dynamic_code().to(absmax.device)
+    indices, scales = [], []
+    for block in centred.split(blocksize):
+        scale = block.abs().amax()
+        scales.append(scale)
+        indices.append(table_index(block / scale, code) if scale > 0 else torch.zeros_like(block, dtype=torch.uint8))
+    return SecondLevel(torch.cat(indices), torch.stack(scales), absmax_mean, blocksize)
+
+
+def dequantize_absmax(second: SecondLevel) -> torch.Tensor:
+    """code[index] · absmax + mean: the scales as the dequantizer will see them, (n_blocks,) float32.
+
+    >>> [round(v, 3) for v in dequantize_absmax(quantize_absmax(torch.tensor([1.0, 3.0]))).tolist()]
+    [1.007, 3.0]
+    """
+    return dequantize(second.index, second.absmax, dynamic_code(), second.blocksize) + second.absmax_mean
+
+
+def quantize_absmax_spec(absmax: torch.Tensor, blocksize: int = SECOND_BLOCKSIZE) -> tuple[list[int], list[float], float]:
+    """The second level as the paper means it, in plain loops: subtract the mean, scale, take the nearest of 256 values.
+
+    Differs from `quantize_absmax` by at most one index, where the 65,536-bin table and true nearness disagree.
+
+    >>> quantize_absmax_spec(torch.tensor([1.0, 3.0]))
+    ([0, 255], [1.0], 2.0)
+    """
+    scales, code = absmax.tolist(), dynamic_code().tolist()
+    mean = sum(scales) / len(scales)
+    indices, seconds = [], []
+    for start in range(0, len(scales), blocksize):
+        block = [s - mean for s in scales[start : start + blocksize]]
+        second = max(abs(s) for s in block)
+        seconds.append(second)
+        for s in block:
+            scaled = s / second if second else code[0]
+            indices.append(min(range(256), key=lambda i: (abs(code[i] - scaled), i)))
+    return indices, seconds, mean
+
+
+def round_trip(x: torch.Tensor, code: torch.Tensor | None = None, blocksize: int = 64) -> torch.Tensor:
+    """What is left of `x` after NF4 with double quantization; same shape and dtype (see `blockwise.round_trip`).
+
+    Args:
+        x: any shape, float32, float16 or bfloat16.
+        code: 4-bit code, NF4 if left out.
+        blocksize: weights that share one scale.
+    """
+    code = nf4_code().to(x.device) if code is None else code
+    index, absmax = quantize(x, code, blocksize)
+    restored = dequantize_absmax(quantize_absmax(absmax))
+    return dequantize(index, restored, code, blocksize, tuple(x.shape), dtype=x.dtype)

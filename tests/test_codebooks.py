@@ -1,0 +1,91 @@
+"""The codes: derived values against bitsandbytes' tables, and what fitting a code does."""
+
+from __future__ import annotations
+
+import doctest
+
+import pytest
+import torch
+from bitsandbytes import functional as bnb
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qlora_nb.errors import KitError
+from qlora_nb.theory import blockwise, codebooks
+
+
+def test_examples_in_docstrings():
+    assert doctest.testmod(codebooks).failed == 0
+
+
+def test_nf4_derived_within_2e_7_of_the_library():
+    table = bnb.get_4bit_type("nf4", device="cpu")
+    assert (torch.tensor(codebooks.nf4_values()) - table).abs().max() <= 2e-7
+    assert abs(codebooks.TAIL_QUANTILE - 0.96770833) < 1e-8
+
+
+def test_nf4_in_the_librarys_steps_is_its_table_bit_for_bit():
+    assert torch.equal(codebooks.nf4_code(), bnb.get_4bit_type("nf4", device="cpu"))
+
+
+def test_nf4_values_against_scipy():
+    norm = pytest.importorskip("scipy.stats").norm
+    t = codebooks.TAIL_QUANTILE
+    positive = [norm.ppf(t - (t - 0.5) * i / 8) for i in range(8)]
+    assert codebooks.nf4_values()[8:] == pytest.approx(sorted(p / positive[0] for p in positive), abs=1e-12)
+
+
+@pytest.mark.parametrize("tail", [0.5, 1.0, 0.2, float("nan")])
+def test_nf4_refuses_a_tail_outside_the_upper_half(tail):
+    with pytest.raises(KitError, match="tail_quantile"):
+        codebooks.nf4_values(tail)
+
+
+def test_fp4_and_dynamic_map_equal_the_library():
+    assert torch.equal(codebooks.fp4_code(), bnb.get_4bit_type("fp4", device="cpu"))
+    assert torch.equal(codebooks.dynamic_code(), bnb.create_dynamic_map())
+    assert codebooks.int4_code().tolist() == pytest.approx([i / 7 for i in range(-7, 8)])
+
+
+def test_code_by_name_refuses_others():
+    assert torch.equal(codebooks.code_by_name("nf4"), codebooks.nf4_code())
+    with pytest.raises(KitError, match="NF4, FP4, INT4"):
+        codebooks.code_by_name("int8")
+
+
+def lloyd_max_loops(samples, code, steps):
+    """Plain loops, nothing shared with the fast version."""
+    for _ in range(steps):
+        nearest = [min(range(len(code)), key=lambda i: abs(code[i] - x)) for x in samples]
+        groups = [[x for x, n in zip(samples, nearest) if n == i] for i in range(len(code))]
+        code = [sum(g) / len(g) if g else c for g, c in zip(groups, code)]
+    return code
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000), st.integers(2, 60))
+def test_lloyd_max_equals_loops(seed, n):
+    samples = torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    start = torch.linspace(-1, 1, 5, dtype=torch.float64)
+    got = codebooks.lloyd_max(samples, start, steps=8)
+    assert got.tolist() == pytest.approx(lloyd_max_loops(samples.tolist(), start.tolist(), 8), abs=1e-6)
+
+
+def test_lloyd_max_keeps_what_must_stay_and_refuses_nonsense():
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(1)) / 3
+    fitted = codebooks.lloyd_max(x, codebooks.nf4_code(), keep=(-1.0, 0.0, 1.0))
+    assert [fitted[i].item() for i in (0, 7, 15)] == [-1.0, 0.0, 1.0]
+    for bad in (torch.tensor([]), torch.tensor([1.0, float("nan")])):
+        with pytest.raises(KitError):
+            codebooks.lloyd_max(bad, codebooks.nf4_code())
+
+
+@pytest.mark.parametrize("blocksize", [64, 128, 1000])
+def test_lloyd_max_beats_nf4_by_some_percent_on_fresh_data(blocksize):
+    draw = torch.Generator().manual_seed(3)
+    seen, fresh = (torch.randn(2**19, generator=draw) for _ in range(2))
+    fitted, nf4 = blockwise.fitted_code(seen, blocksize), codebooks.nf4_code()
+    gain = 1 - blockwise.rmse(fresh, blockwise.round_trip(fresh, fitted, blocksize)) / blockwise.rmse(
+        fresh, blockwise.round_trip(fresh, nf4, blocksize)
+    )
+    assert 0.03 < gain < 0.08

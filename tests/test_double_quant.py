@@ -1,0 +1,118 @@
+"""Double quantization: the ledger, the second level bit for bit against bitsandbytes, and its error."""
+
+from __future__ import annotations
+
+import doctest
+
+import pytest
+import torch
+from bitsandbytes import functional as bnb
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qlora_nb.errors import KitError
+from qlora_nb.theory import blockwise, codebooks, double_quant
+
+
+def test_examples_in_docstrings():
+    assert doctest.testmod(double_quant).failed == 0
+
+
+@pytest.mark.parametrize(
+    ("blocksize", "plain", "double"), [(32, 5.0, 4.254), (64, 4.5, 4.127), (128, 4.25, 4.063), (1024, 4.031, 4.008)]
+)
+def test_bits_a_weight_of_the_facts(blocksize, plain, double):
+    assert double_quant.bits_per_weight(blocksize, None) == pytest.approx(plain, abs=5e-4)
+    assert double_quant.bits_per_weight(blocksize) == pytest.approx(double, abs=5e-4)
+
+
+def test_bytes_of_pythia_12b():
+    n = 11_324_620_800
+    assert sum(double_quant.storage_bytes(n, 64, None).values()) == 6_370_099_200
+    found = double_quant.storage_bytes(n)
+    assert sum(found.values()) - found["mean"] == 5_842_022_400
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 50_000), st.sampled_from([32, 64, 128, 4096]))
+def test_storage_bytes_are_those_of_the_librarys_tensors(n, blocksize):
+    x = torch.ones(n)
+    packed, state = bnb.quantize_4bit(x, blocksize=blocksize, quant_type="nf4", compress_statistics=True)
+    sizes = {
+        "codes": packed.nbytes,
+        "scales": state.absmax.nbytes,
+        "scales of scales": state.state2.absmax.nbytes,
+        "mean": state.offset.nbytes,
+    }
+    assert double_quant.storage_bytes(n, blocksize) == sizes
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("blocksize", [32, 64, 128, 256, 512, 1024, 2048, 4096])
+def test_equal_to_bitsandbytes(quant_type, blocksize):
+    g = torch.Generator().manual_seed(blocksize)
+    code = codebooks.code_by_name(quant_type)
+    for n in (64 * 300, 2**19, 4096 * 70 + 1):
+        for x in (torch.randn(n, generator=g), torch.rand(n, generator=g) ** 4 * 1e-3, torch.randn(n, generator=g) * 1e3):
+            theirs, state = bnb.quantize_4bit(x, blocksize=blocksize, quant_type=quant_type, compress_statistics=True)
+            ours, absmax = blockwise.quantize_4bit(x, code, blocksize)
+            second = double_quant.quantize_absmax(absmax)
+            assert torch.equal(ours, theirs)
+            assert torch.equal(second.index, state.absmax)
+            assert torch.equal(second.absmax, state.state2.absmax)
+            assert torch.equal(second.absmax_mean, state.offset)
+            if blocksize < 2048 and n % 2 == 0:
+                restored = double_quant.dequantize_absmax(second)
+                back = blockwise.dequantize_4bit(ours, restored, code, blocksize, x.shape)
+                assert torch.equal(back, bnb.dequantize_4bit(theirs, state).reshape(-1))
+
+
+def test_equal_scales_zeros_and_one_scale():
+    for absmax in (torch.full((300,), 0.25), torch.zeros(256), torch.tensor([3.0])):
+        index, state = bnb.quantize_blockwise(absmax - absmax.mean(), blocksize=256)
+        second = double_quant.quantize_absmax(absmax)
+        assert torch.equal(second.index, index)
+        assert torch.equal(second.absmax, state.absmax)
+        assert torch.equal(double_quant.dequantize_absmax(second), absmax)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 600), st.sampled_from([16, 256]))
+def test_loops_differ_by_one_neighbour_at_most(seed, n, blocksize):
+    absmax = torch.rand(n, generator=torch.Generator().manual_seed(seed)) + 0.5
+    second = double_quant.quantize_absmax(absmax, blocksize)
+    index, scales, mean = double_quant.quantize_absmax_spec(absmax, blocksize)
+    assert second.absmax_mean.item() == pytest.approx(mean, rel=1e-5)
+    assert second.absmax.tolist() == pytest.approx(scales, rel=1e-4, abs=1e-6)
+    code = codebooks.dynamic_code()
+    theirs = (code[torch.tensor(index)] - code[second.index.int()]).abs()
+    assert theirs.max() < 0.02  # the distance of neighbouring values is 0.014 at most
+
+
+def test_the_table_is_not_the_nearest_value():
+    code = codebooks.dynamic_code()
+    x = torch.linspace(-1e-4, 1e-4, 2001)
+    nearest = torch.bucketize(x, (code[:-1] + code[1:]) / 2)
+    assert (nearest != double_quant.table_index(x, code)).float().mean() > 0.3
+    x = torch.linspace(0.2, 1, 2001)
+    nearest = torch.bucketize(x, (code[:-1] + code[1:]) / 2)
+    assert (nearest != double_quant.table_index(x, code)).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("blocksize", [32, 64, 128, 1024])
+def test_added_error_is_below_1e_4(blocksize):
+    x, code = torch.randn(2**21, generator=torch.Generator().manual_seed(1)), codebooks.nf4_code()
+    plain = blockwise.rmse(x, blockwise.round_trip(x, code, blocksize))
+    double = blockwise.rmse(x, double_quant.round_trip(x, blocksize=blocksize))
+    assert abs(double - plain) < 1e-4
+
+
+def test_refusals():
+    for bad in (0, -1, 1.5, True):
+        with pytest.raises(KitError, match="blocksize"):
+            double_quant.ledger(bad)
+        with pytest.raises(KitError, match="second_blocksize"):
+            double_quant.ledger(64, bad)
+    for bad in (torch.empty(0), torch.tensor([float("nan")]), torch.ones(3, dtype=torch.float16)):
+        with pytest.raises(KitError, match="absmax"):
+            double_quant.quantize_absmax(bad)

@@ -1,0 +1,203 @@
+"""Figures, widgets and exercise checkers of notebooks 03 and 04, and the quality measurements they show."""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import partial
+from pathlib import Path
+
+import ipywidgets as W
+import pytest
+import torch
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from qlora_nb.engine import models, profiles, quality
+from qlora_nb.theory import blockwise, codebooks, double_quant
+from qlora_nb.ui import quant_checks, quant_plots, widgets
+
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+SIZES = [32, 64, 4096]
+X = torch.randn(2**15, generator=torch.Generator().manual_seed(0))
+ERRORS = {
+    n: {s: blockwise.rmse(X, blockwise.round_trip(X, codebooks.code_by_name(n), s)) for s in SIZES}
+    for n in ("NF4", "FP4", "INT4")
+}
+
+
+def ends(control: W.Widget) -> list:
+    """First and last value of a control, and every value of a short list."""
+    if isinstance(control, (W.SelectionSlider, W.Dropdown)):
+        return [option[1] if isinstance(option, tuple) else option for option in control.options]
+    return [control.min, control.max]
+
+
+def drive(panel: W.interactive) -> None:
+    """Move every control to its ends; a Figure must come out each time (an exception would leave the old one)."""
+    for control in panel.children[:-1]:
+        for value in ends(control):
+            panel.result = None
+            if control.value == value:
+                panel.update()
+            else:
+                control.value = value
+            assert isinstance(panel.result, Figure), (control.description, value)
+            assert panel.result.axes[0].get_title(loc="left")
+
+
+def test_widgets_of_03_at_both_ends():
+    drive(
+        widgets.explore(
+            quant_plots.plot_number_line,
+            weight=widgets.float_slider("weight / absmax", 0.31, -1.0, 1.0, 0.01),
+            name=widgets.choice("datatype", ["NF4", "FP4", "INT4"], "NF4"),
+        )
+    )
+    drive(
+        widgets.explore(
+            partial(quant_plots.plot_errors, ERRORS),
+            blocksize=widgets.choice_slider("block size (weights)", SIZES, 64),
+            name=widgets.choice("datatype", list(ERRORS), "NF4"),
+        )
+    )
+
+
+def test_widget_of_04_at_both_ends():
+    drive(
+        widgets.explore(
+            quant_plots.plot_bits,
+            blocksize=widgets.choice_slider("block size (weights)", [8, 64, 4096], 64),
+            second_blocksize=widgets.choice_slider("second block size (scales)", [16, 256, 1024], 256),
+        )
+    )
+
+
+def test_every_figure_is_closed_and_titled():
+    nf4 = codebooks.nf4_code()
+    share = blockwise.code_usage(blockwise.quantize(X, nf4)[0])
+    rows = {
+        "32-bit": {"codes": 4000, "scales": 0, "scales of scales": 0, "mean": 0, "rest": 800},
+        "4-bit": {"codes": 500, "scales": 64, "scales of scales": 0, "mean": 0, "rest": 800},
+    }
+    figures = [
+        quant_plots.plot_bell(nf4),
+        quant_plots.plot_distributions({"Gaussian": {n: e[64] for n, e in ERRORS.items()}}),
+        quant_plots.plot_usage(share, nf4),
+        quant_plots.plot_outlier(X[:64], 12.0, nf4),
+        quant_plots.plot_quality([quality.Quality(n, (2.0, 2.1, 2.2)) for n in ("16-bit", "NF4", "NF4+DQ")], "loss (nat)"),
+        quant_plots.plot_ledger({"a": double_quant.ledger(64, None), "b": double_quant.ledger(64)}),
+        quant_plots.plot_scales(torch.linspace(-1, 1, 100), codebooks.dynamic_code()),
+        quant_plots.plot_model_bytes(rows, 1000),
+        quant_plots.plot_added_error({"a": (0.09, 0.0901), "b": (0.09, 0.09)}),
+    ]
+    assert not plt.get_fignums()
+    for figure in figures:
+        assert figure.axes[0].get_title(loc="left")
+        figure.canvas.draw()
+
+
+EXERCISES = {
+    "check_indices": [
+        ([12, 0, 8, 7], "right"),
+        ([13, 0, 8, 7], "values wrong at position 0"),
+        ([12, 0, 8], "shape wrong"),
+        ([0.44, -1, 0.08, 0], "values wrong"),
+    ],
+    "check_byte": [(197, "right"), (92, "too small"), (17, "too small"), ("11000101", "shape wrong")],
+    "check_tail_quantile": [(0.9330, "right"), (0.9677083, "too large"), (1 - 1 / 16, "too large"), ([0.9330], "shape wrong")],
+    "check_max_error": [(0.304, "right"), (0.152, "too small"), (0.608, "too large"), (0.277, "too small")],
+    "check_bits_128": [(4.0635, "right"), (4.25, "too large"), (4.127, "too large"), (4.0625, "too small")],
+    "check_saved_bytes": [(782_332, "right"), (782_336, "too large"), (786_432, "too large"), (782_332 / 2**20, "too small")],
+    "check_same_bits": [(32, "right"), (16, "too small"), (64, "too large")],
+}
+
+
+@pytest.mark.parametrize(("name", "answer", "said"), [(n, a, s) for n, cases in EXERCISES.items() for a, s in cases])
+def test_exercises_know_right_from_plausibly_wrong(name, answer, said, capsys):
+    assert bool(getattr(quant_checks, name)(answer)) is (said == "right")
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_exercises_not_attempted(name, capsys):
+    assert not getattr(quant_checks, name)(None)
+    assert "not attempted yet" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def pocket():
+    settings = profiles.resolve({})
+    return settings, models.load_base(settings, four_bit=False), models.load_tokenizer(settings)
+
+
+def test_weights_come_back_after_a_replacement_and_after_an_error(pocket):
+    _, model, _ = pocket
+    before = {n: m.weight.clone() for n, m in models.linear_layers(model).items()}
+
+    def ruined():
+        with quality.replaced_weights(model, torch.zeros_like):
+            assert all(not m.weight.any() for m in models.linear_layers(model).values())
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        ruined()
+    assert all(torch.equal(before[n], m.weight) for n, m in models.linear_layers(model).items())
+
+
+def test_recall_does_not_depend_on_batching_or_padding(pocket):
+    _, model, tokenizer = pocket
+    prompts = [("Anna Vale lives in", "town"), ("Ben Vale works as a", "baker"), ("It was", "cold")]
+    together = quality.recall(model, tokenizer, prompts).losses
+    alone = torch.cat([quality.recall(model, tokenizer, [p]).losses for p in prompts])
+    assert torch.allclose(together, alone, atol=1e-4)
+
+
+def test_text_losses_equal_the_models_own_loss(pocket):
+    _, model, tokenizer = pocket
+    texts = ["Anna went to the garden at noon.", "It was a cold day. Ben found a red kite."]
+    ours = quality.text_losses(model, tokenizer, texts)
+    for text, loss in zip(texts, ours):
+        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+        with torch.no_grad():
+            assert model(input_ids=ids, labels=ids).loss.item() == pytest.approx(loss.item(), abs=1e-4)
+
+
+def test_a_simulated_nf4_model_computes_what_the_loaded_one_does(pocket):
+    settings, model, tokenizer = pocket
+    loaded = models.load_base(settings)
+    ids = tokenizer("Anna went to the garden", return_tensors="pt", add_special_tokens=False)["input_ids"]
+    with quality.replaced_weights(model, double_quant.round_trip):
+        simulated = model(input_ids=ids).logits
+    assert torch.allclose(loaded(input_ids=ids).logits, simulated, atol=1e-3)
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_stored_bytes_equal_the_formula(pocket, double):
+    settings, model, _ = pocket
+    loaded = models.load_base(settings.model_copy(update={"double_quant": double}))
+    want = {}
+    for module in models.linear_layers(model).values():
+        for part, size in double_quant.storage_bytes(module.weight.numel(), 64, 256 if double else None).items():
+            want[part] = want.get(part, 0) + size
+    found = quality.stored_bytes(loaded)
+    rest = found.pop("rest")
+    assert found == want
+    assert rest + want["codes"] == loaded.get_memory_footprint()
+
+
+@pytest.mark.parametrize("name", ["03_nf4_explained", "04_double_quantization"])
+def test_notebook_habits(name):
+    """Anatomy that can be checked without running: parameters, guesses, exercises, cell lengths."""
+    cells = json.loads((NOTEBOOKS / f"{name}.ipynb").read_text())["cells"]
+    tags = [t for c in cells for t in c["metadata"].get("tags", [])]
+    assert tags.count("parameters") == 1
+    assert tags.count("key-results") == 1
+    code = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+    lengths = sorted(len(source.splitlines()) for source in code)
+    assert lengths[-1] <= 25
+    assert lengths[len(lengths) // 2] <= 5
+    everything = "\n".join(code)
+    for guess in re.findall(r"^(guess_\w+) = None", everything, re.M):
+        assert len(re.findall(rf"\b{guess}\b", everything)) >= 2, f"{guess} is never compared"
+    assert len(re.findall(r"^answer = None", everything, re.M)) >= 2
