@@ -295,7 +295,6 @@ def kv_cache_bytes(config, dtype: torch.dtype = torch.float16) -> int:
     return 2 * config.num_hidden_layers * kv_heads * head_dim * dtype.itemsize
 
 
-@functools.cache
 def step_sizes(pythia: str, r: int, tokens: int, bits: int = 32) -> paging.StepSizes:
     """Sizes of one QLoRA step of a Pythia: NF4 with double quantization, rest float16, LoRA on every linear layer.
 
@@ -307,7 +306,8 @@ def step_sizes(pythia: str, r: int, tokens: int, bits: int = 32) -> paging.StepS
         tokens: tokens in one forward pass (rows × length).
         bits: 32 or 8, width of the optimizer states.
     """
-    shape, weights, numels = _pythia_parts(pythia, r)
+    shape, (weights, sides) = shapes.PYTHIA[pythia], _pythia_parts(pythia)
+    numels = [r * side for side in sides]
     paged, fixed = paging.paged_bytes(numels, bits)
     adapter = 4 * sum(numels)
     activations = paging.activation_sizes(shape.hidden, shape.vocab, tokens)
@@ -315,16 +315,17 @@ def step_sizes(pythia: str, r: int, tokens: int, bits: int = 32) -> paging.StepS
 
 
 @functools.cache
-def _pythia_parts(pythia: str, r: int) -> tuple[shapes.Shape, int, tuple[int, ...]]:
+def _pythia_parts(pythia: str) -> tuple[int, tuple[int, ...]]:
+    """Frozen bytes, and the long side of every lora_A and lora_B."""
     config = pythia_config(pythia)
-    return shapes.PYTHIA[pythia], predict(config=config).total_bytes, tuple(lora_numels(meta_model(config), r))
+    return predict(config=config).total_bytes, tuple(lora_numels(meta_model(config), 1))
 
 
 def longest_pass(pythia: str, r: int, budget_bytes: int, paged: bool, bits: int = 32) -> int:
     """Tokens in one forward pass that just fit a card, with or without paged optimizer states; 0 if not even one fits."""
 
     def fits(tokens: int) -> bool:
-        sizes = step_sizes.__wrapped__(pythia, r, tokens, bits)
+        sizes = step_sizes(pythia, r, tokens, bits)
         return max(m.total for m in paging.step_timeline(sizes)) - (sizes.paged if paged else 0) <= budget_bytes
 
     low, high = 0, 2**22

@@ -1,0 +1,199 @@
+"""Figures of notebook 02: data in, closed Figure out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from qlora_nb.engine.shapes import PYTHIA
+from qlora_nb.theory import lora
+from qlora_nb.ui.style import COLOURS, HATCHES, MARKERS, kit_style, new_figure
+from qlora_nb.ui.widgets import choice, choice_slider, explore
+
+LINES = ("-", "--", "-.", ":")
+TARGETS = {"query_key_value": slice(0, 1), "attention": slice(0, 2), "feed-forward": slice(2, 4), "all-linear": slice(0, 4)}
+"""Which of a block's four linear layers (shapes.gpt_neox) each choice of targets adapts."""
+
+
+@kit_style()
+def plot_parts(n_in: int, n_out: int, r: int) -> Figure:
+    """W and the two thin matrices, drawn to one scale.
+
+    Args:
+        n_in, n_out: sizes of the layer.
+        r: rank.
+    """
+    fig, ax = new_figure(figsize=(6.4, 3.6))
+    unit = max(n_in, n_out)
+    gap, thick = 0.28 * unit, max(r, 0.012 * unit)
+    boxes = [
+        (0, n_out, n_in, "16-bit", f"W, frozen\n{n_out:,} × {n_in:,}"),
+        (n_in + gap, n_out, thick, "LoRA", f"B\n{n_out:,} × {r}"),
+        (n_in + 2 * gap + thick, thick, n_in, "LoRA", f"A\n{r} × {n_in:,}"),
+    ]
+    for left, height, width, kind, text in boxes:
+        fill = "#E6E6E6" if kind == "16-bit" else COLOURS[kind]
+        ax.add_patch(Rectangle((left, -height), width, height, facecolor=fill, edgecolor="white" if kind == "LoRA" else "black"))
+        ax.text(left + width / 2, -height - 0.03 * unit, text, ha="center", va="top", fontsize=10)
+    for x, sign in ((n_in + gap / 2, "+"), (n_in + 1.5 * gap + thick, "·")):
+        ax.text(x, -n_out / 2 if sign == "+" else -thick / 2, sign, ha="center", va="center", fontsize=22, fontweight="bold")
+    share = 100 * lora.n_parameters(r, [(n_in, n_out)]) / (n_in * n_out)
+    ax.set(
+        xlim=(-0.02 * unit, 2 * n_in + 2 * gap + 1.5 * thick + 0.05 * unit),
+        ylim=(-n_out - 0.3 * unit, 0.03 * unit),
+        aspect="equal",
+        anchor="W",
+    )
+    ax.set_title(f"Two thin matrices hold {share:.2g} % as many numbers as W")
+    ax.axis("off")
+    return fig
+
+
+@kit_style()
+def plot_losses(losses: Mapping[str, Sequence[float]], title: str) -> Figure:
+    """Loss over steps, one line a way of starting A and B."""
+    fig, ax = new_figure()
+    colours = [COLOURS["LoRA"], COLOURS["16-bit"], COLOURS["other"]]
+    for i, (name, values) in enumerate(losses.items()):
+        ax.plot(values, LINES[i % 4], label=name, color=colours[i % 3], linewidth=2)
+    ax.set(title=title, xlabel="step (1)", ylabel="mean squared error (1)", ylim=(0, None))
+    ax.legend()
+    return fig
+
+
+@kit_style()
+def plot_scales(ranks: Sequence[int], lora_alpha: float, n_in: int, seed: int = 0) -> Figure:
+    """Size of the LoRA path's output over the rank, for three scales; entries of A and B independent.
+
+    Args:
+        ranks: the ranks to try.
+        lora_alpha: alpha.
+        n_in: inputs of the layer; A is drawn as PEFT draws it, B with standard deviation 0.01.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(64, n_in, generator=generator)
+    sizes: dict[str, list[float]] = {"no scale": [], "alpha / r (LoRA)": [], "alpha / √r (rsLoRA)": []}
+    for r in ranks:
+        a = (torch.rand(r, n_in, generator=generator) * 2 - 1) / n_in**0.5
+        b = torch.randn(256, r, generator=generator) * 0.01
+        raw = (x @ a.T @ b.T).std().item()
+        for name, factor in zip(sizes, (1, lora.scale(lora_alpha, r), lora.scale(lora_alpha, r, rslora=True))):
+            sizes[name].append(raw * factor)
+    fig, ax = new_figure()
+    colours = (COLOURS["other"], COLOURS["LoRA"], COLOURS["16-bit"])
+    for (name, values), colour, line, marker in zip(sizes.items(), colours, LINES, (".", MARKERS["LoRA"], "o")):
+        ax.plot(ranks, values, line, marker=marker, color=colour, label=name)
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log")
+    ax.set_xticks(ranks, [str(r) for r in ranks])
+    ax.set(title="At random B, LoRA's output shrinks as 1/√r; rsLoRA's stays", xlabel="rank r (1)", ylabel="output size (std)")
+    ax.legend()
+    return fig
+
+
+@kit_style()
+def plot_captured(curves: Mapping[str, torch.Tensor], r: int) -> Figure:
+    """Share of an update that the best rank-r matrix holds, over r.
+
+    Args:
+        curves: name → cumulative energy (`lora.captured_energy`); the first is the finding, the others are for comparison.
+        r: the rank to mark.
+    """
+    fig, ax = new_figure()
+    colours = (COLOURS["LoRA"], COLOURS["16-bit"], COLOURS["other"])
+    for (name, curve), colour, line in zip(curves.items(), colours, LINES):
+        ax.plot(range(1, len(curve) + 1), 100 * curve, line, color=colour, label=name, linewidth=2)
+    first = next(iter(curves.values()))
+    r = min(r, len(first))
+    ax.plot([r], [100 * first[r - 1]], MARKERS["LoRA"], color=COLOURS["LoRA"], markersize=11)
+    ax.axvline(r, color=COLOURS["other"], linewidth=1, linestyle=":")
+    ax.set_xscale("log", base=2)
+    ticks = [2**i for i in range(14) if 2**i <= len(first)]
+    ax.set_xticks(ticks, [str(t) for t in ticks])
+    ax.set(
+        title=f"Rank {r} holds {100 * first[r - 1]:.0f} % of this update", xlabel="rank r (1)", ylabel="captured (% of energy)"
+    )
+    ax.set(ylim=(0, 104))
+    ax.legend(loc="lower right")
+    return fig
+
+
+@kit_style()
+def plot_update(update: torch.Tensor, factors: tuple[torch.Tensor, torch.Tensor], r: int, size: int = 32) -> Figure:
+    """A corner of the update, of its best rank-r matrix, and what is left, in one colour scale.
+
+    Args:
+        update: (out, in) ΔW, in units of its standard deviation.
+        factors: (A, B) of `lora.best_rank` at full rank; their first r rows and columns are the best of rank r.
+        r: rank of the approximation; more than the matrix has counts as all.
+        size: rows and columns shown.
+    """
+    a, b = factors
+    r = min(r, len(a))
+    corner, near = update[:size, :size], b[:size, :r] @ a[:r, :size]
+    left = 100 * (b[:, r:] ** 2).sum().item() / (b**2).sum().item()
+    fig, axes = new_figure(1, 3, figsize=(8.4, 3.2))
+    for ax, part, title in zip(
+        axes, (corner, near, corner - near), ("update ΔW", f"best of rank {r}", f"left over: {left:.0f} %")
+    ):
+        image = ax.imshow(part.numpy(), cmap="RdBu", vmin=-2, vmax=2, interpolation="nearest")
+        ax.set_title(title)
+        ax.set(xlabel="input (index)", ylabel="output (index)" if ax is axes[0] else "")
+        ax.grid(visible=False)
+    fig.colorbar(image, ax=axes, label="change (std of ΔW)", shrink=0.8)
+    return fig
+
+
+def explore_update(update: torch.Tensor, factors: tuple[torch.Tensor, torch.Tensor], r: int):
+    """`plot_update` under a slider over the rank."""
+    ranks = sorted({1, 2, 4, 8, 16, 32, 64, 128, r})
+    return explore(lambda r: plot_update(update, factors, r), r=choice_slider("rank r", ranks, r))
+
+
+def explore_counts(r: int, pythia: str):
+    """`plot_counts` under controls for rank, targets and size."""
+    return explore(
+        plot_counts,
+        r=choice_slider("rank r", sorted({1, 2, 4, 8, 16, 32, 64, 128, r}), r),
+        targets=choice("targets", list(TARGETS), "all-linear"),
+        highlight=choice("Pythia", list(PYTHIA), pythia),
+    )
+
+
+def count(size: str, r: int, targets: str) -> int:
+    """Trained numbers of a Pythia at a rank for a choice of targets (a key of `TARGETS`)."""
+    shape = PYTHIA[size]
+    return shape.n_layers * lora.n_parameters(r, shape.linears[TARGETS[targets]])
+
+
+@kit_style()
+def plot_counts(r: int, targets: str = "all-linear", highlight: str = "12b") -> Figure:
+    """Trained share of every Pythia at one rank, for the chosen targets beside PEFT's default.
+
+    Args:
+        r: rank.
+        targets: a key of `TARGETS`.
+        highlight: the size whose numbers are in the title.
+    """
+    fig, ax = new_figure(figsize=(8.4, 3.8))
+    sizes = list(PYTHIA)
+    kinds = [("query_key_value", "other"), (targets, "LoRA")]
+    kinds = kinds[1:] if targets == "query_key_value" else kinds
+    width = 0.8 / len(kinds)
+    for k, (kind, colour) in enumerate(kinds):
+        shares = [100 * count(s, r, kind) / PYTHIA[s].n_parameters for s in sizes]
+        x = np.arange(len(sizes)) + (k - (len(kinds) - 1) / 2) * width
+        name = f"{kind} (PEFT's default)" if kind == "query_key_value" else kind
+        bars = ax.bar(x, shares, width, color=COLOURS[colour], hatch=HATCHES[colour], edgecolor="white", label=name)
+        ax.bar_label(bars, [f"{s:.2g}" for s in shares], fontsize=8)
+    trained = count(highlight, r, targets)
+    share = 100 * trained / PYTHIA[highlight].n_parameters
+    ax.set_xticks(range(len(sizes)), sizes)
+    ax.set(title=f"pythia-{highlight}, r = {r}, {targets}: {trained:,} trained ({share:.2g} %)")
+    ax.set(xlabel="Pythia (size)", ylabel="trained (% of all parameters)")
+    ax.legend()
+    return fig

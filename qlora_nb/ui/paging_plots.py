@@ -1,0 +1,261 @@
+"""Figures of notebook 05: data in, closed Figure out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from qlora_nb.engine import ledger
+from qlora_nb.engine.shapes import PYTHIA
+from qlora_nb.theory import paging
+from qlora_nb.ui.style import COLOURS, HATCHES, MARKERS, kit_style, new_figure
+from qlora_nb.ui.widgets import choice, choice_slider, explore, float_slider
+
+GIB = ledger.GIB
+PARTS = {
+    "frozen weights": ("NF4+DQ", ""),
+    "LoRA weights": ("LoRA", ".."),
+    "gradients": ("LoRA", "xx"),
+    "states, not paged": ("optimizer", "++"),
+    "states, paged": ("optimizer", ""),
+    "layer inputs kept": ("other", "--"),
+    "working memory": ("INT4", "//"),
+}
+"""Colour and hatch of each part of a step's memory, bottom to top."""
+
+
+def step_of(pythia: str, r: int, tokens: int, bits: int = 32) -> list[paging.Moment]:
+    """The timeline of one step of a Pythia (see `ledger.step_sizes`)."""
+    return paging.step_timeline(ledger.step_sizes(pythia, r, tokens, bits))
+
+
+@kit_style()
+def plot_step(pythia: str, r: int, tokens: int, gpu_gib: float, bits: int = 32) -> Figure:
+    """Memory through one step, stacked by part, under the card's line.
+
+    Args:
+        pythia: size.
+        r: LoRA rank.
+        tokens: tokens in one forward pass.
+        gpu_gib: the card (GiB).
+        bits: width of the optimizer states.
+    """
+    moments = step_of(pythia, r, tokens, bits)
+    totals = [m.total / GIB for m in moments]
+    peak = int(np.argmax(totals))
+    fig, ax = new_figure(figsize=(8.8, 4.2))
+    floor = np.zeros(len(moments))
+    for name, (colour, hatch) in PARTS.items():
+        height = np.array([m.parts[name] / GIB for m in moments])
+        ax.fill_between(
+            range(len(moments)),
+            floor,
+            floor + height,
+            step="mid",
+            facecolor=COLOURS[colour],
+            hatch=hatch,
+            edgecolor="white",
+            lw=0,
+            label=name,
+        )
+        floor += height
+    ax.axhline(gpu_gib, color="black", linewidth=1.5, linestyle="--")
+    top = max(1.22 * max(totals), 1.12 * gpu_gib if gpu_gib < 2.5 * max(totals) else 0)
+    if gpu_gib < top:
+        ax.annotate(
+            f"card {gpu_gib:g} GiB",
+            (0, gpu_gib),
+            xytext=(0, 3),
+            textcoords="offset points",
+            va="bottom",
+            fontsize=9,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8},
+        )
+    ax.set(xlim=(-0.5, len(moments) - 0.5), ylim=(0, top))
+    names = [m.phase for m in moments]
+    starts = [names.index(p) for p in ("forward", "loss", "backward", "optimizer")]
+    for start in starts[1:]:
+        ax.axvline(start - 0.5, color="black", linewidth=0.6, linestyle=":")
+    n = names.count("forward")
+    ax.set_xticks([n / 2 - 0.5, n, n + 0.5 + n / 2, 2 * n + 1], ["forward", "loss ", "backward", "  optimizer"])
+    fits = "fits" if totals[peak] <= gpu_gib else "does not fit"
+    ax.set_title(
+        f"pythia-{pythia}, r = {r}, {tokens:,} tokens: peak {totals[peak]:.2f} GiB ({names[peak]}), {fits} {gpu_gib:g} GiB"
+    )
+    ax.set(xlabel="one step (layer by layer)", ylabel="memory (GiB)")
+    handles, labels = ax.get_legend_handles_labels()
+    ax.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
+    return fig
+
+
+def paged_shares(ranks: Sequence[int], bits: int = 32) -> np.ndarray:
+    """(sizes, ranks) share of the optimizer-state bytes that bitsandbytes would page on CUDA."""
+    rows = []
+    for size in PYTHIA:
+        steps = [ledger.step_sizes(size, r, 1, bits) for r in ranks]
+        rows.append([s.paged / (s.paged + s.fixed) for s in steps])
+    return np.array(rows)
+
+
+@kit_style()
+def plot_paged_share(ranks: Sequence[int], pythia: str, r: int, bits: int = 32) -> Figure:
+    """Which states are paged, for every Pythia and rank; the reader's own cell is framed if it is there."""
+    shares = 100 * paged_shares(ranks, bits)
+    own = ledger.step_sizes(pythia, r, 1, bits)
+    fig, ax = new_figure(figsize=(7.6, 4.4))
+    ax.imshow(shares, cmap="PuRd", vmin=0, vmax=130, aspect="auto")
+    for i, row in enumerate(shares):
+        for j, share in enumerate(row):
+            ax.text(j, i, f"{share:.0f}", ha="center", va="center", color="white" if share > 70 else "black")
+    if r in ranks:
+        x, y = list(ranks).index(r) - 0.5, list(PYTHIA).index(pythia) - 0.5
+        ax.plot([x, x + 1, x + 1, x, x], [y, y, y + 1, y + 1, y], color="black", linewidth=2.5)
+    ax.set_xticks(range(len(ranks)), [str(k) for k in ranks])
+    ax.set_yticks(range(len(PYTHIA)), list(PYTHIA))
+    ax.grid(visible=False)
+    ax.set_title(f"pythia-{pythia}, r = {r}: {100 * own.paged / (own.paged + own.fixed):.0f} % of the state bytes are paged")
+    ax.set(xlabel="rank r (1)", ylabel="Pythia (size)")
+    return fig
+
+
+def run_of(pythia: str, r: int, usual: int, spike: int, bits: int = 32) -> list[paging.StepSizes]:
+    """Six steps of `usual` tokens with one of `spike` tokens in the fourth place."""
+    return [ledger.step_sizes(pythia, r, t, bits) for t in (usual, usual, usual, spike, usual, usual)]
+
+
+@kit_style()
+def plot_run(pythia: str, r: int, usual: int, spike: int, *, gpu_gib: float, gb_per_s: float = 12.0) -> Figure:
+    """The six steps with and without paging: memory wanted beside the card, and bytes moved.
+
+    Args:
+        pythia, r: model and rank.
+        usual, spike: tokens in a usual pass and in the long one.
+        gpu_gib: the card (GiB).
+        gb_per_s: bandwidth of the bus between card and RAM (10^9 bytes a second).
+    """
+    steps = run_of(pythia, r, usual, spike)
+    plain, paged = (paging.simulate(steps, int(gpu_gib * GIB), paging=p) for p in (False, True))
+    wanted = [max(m.total for m in paging.step_timeline(s)) / GIB for s in steps]
+    fig, (left, right) = new_figure(1, 2, figsize=(9.0, 3.8))
+    x = np.arange(len(steps)) + 1
+    left.bar(x, wanted, color=COLOURS["other"], edgecolor="white", label="wanted at the peak")
+    state = [s.paged / GIB for s in steps]
+    left.bar(
+        x,
+        state,
+        bottom=np.array(wanted) - state,
+        color=COLOURS["optimizer"],
+        edgecolor="white",
+        label="of it states that can be paged",
+    )
+    left.axhline(gpu_gib, color="black", linestyle="--", label=f"card {gpu_gib:.2f} GiB")
+    low, high = min(*wanted, gpu_gib), max(*wanted, gpu_gib)
+    floor = max(0.0, low - max(2 * max(state), high - low, 0.05 * high))
+    left.set(
+        ylim=(floor, high + 0.55 * (high - floor)), xlabel="step (1)", ylabel="memory (GiB)" + (", axis cut" if floor else "")
+    )
+    left.legend(fontsize=8, loc="upper left")
+    dead = [i for i, record in enumerate(plain) if not record.survived]
+    stop = [i for i, record in enumerate(paged) if not record.survived]
+    moved_in, moved_out = ([getattr(record, k) / 2**20 for record in paged] for k in ("bytes_in", "bytes_out"))
+    xs = x[: len(paged)]
+    right.bar(xs - 0.2, moved_out, 0.4, color=COLOURS["optimizer"], hatch="//", edgecolor="white", label="to RAM (evicted)")
+    right.bar(xs + 0.2, moved_in, 0.4, color=COLOURS["NF4"], edgecolor="white", label="to the card (faults)")
+    seconds = max(record.seconds(gb_per_s) for record in paged)
+    right.set(
+        xlim=(0.4, len(steps) + 0.6), ylim=(0, 1.5 * max(*moved_in, *moved_out, 1)), xlabel="step (1)", ylabel="moved (MiB)"
+    )
+    right.legend(fontsize=8, loc="upper left")
+    without = f"Not paged: out of memory in step {dead[0] + 1}" if dead else "Not paged: survives"
+    left.set_title(without, fontsize=11)
+    with_paging = f"Paged: out of memory in step {stop[0] + 1}" if stop else f"Paged: survives, {seconds:.2g} s for the transfers"
+    right.set_title(with_paging, fontsize=11)
+    return fig
+
+
+def sweep_moved(n_pages: int, room: int, sweeps: int = 3) -> int:
+    """Pages moved (both ways) in the last of several passes over all pages, with room for so many on the card."""
+    memory = paging.UnifiedMemory(room)
+    for _ in range(sweeps):
+        before = memory.pages_in + memory.pages_out
+        for page in range(n_pages):
+            memory.touch(page)
+    return memory.pages_in + memory.pages_out - before
+
+
+@kit_style()
+def plot_thrashing(n_pages: int, state_gib: float, gb_per_s: float) -> Figure:
+    """Bytes moved a step over the room left for the states: least-recently-used against the least that is possible.
+
+    Args:
+        n_pages: pages that the optimizer touches, one after another, in every step.
+        state_gib: what they hold (GiB).
+        gb_per_s: bandwidth (10^9 bytes a second).
+    """
+    rooms = sorted(
+        {max(1, round(f * n_pages / 20)) for f in range(1, 21)} | {n_pages - 1, n_pages, n_pages + max(1, n_pages // 10)}
+    )
+    rooms = [room for room in rooms if room > 0]
+    moved = [sweep_moved(n_pages, room) / n_pages * state_gib for room in rooms]
+    least = [2 * max(0, n_pages - room) / n_pages * state_gib for room in rooms]
+    fig, ax = new_figure()
+    x = [100 * room / n_pages for room in rooms]
+    ax.plot(x, moved, MARKERS["optimizer"] + "-", color=COLOURS["optimizer"], label="least recently used")
+    ax.plot(x, least, "o--", color=COLOURS["16-bit"], markersize=3, label="only what does not fit")
+    seconds = max(moved) * GIB / gb_per_s / 1e9
+    title = f"One page short moves everything: {max(moved):.3g} GiB, {seconds:.2g} s a step"
+    ax.set_title(title if max(moved) else "One page holds all states: nothing to move")
+    ax.set(xlabel="room for the states (% of their size)", ylabel="moved in a step (GiB)", ylim=(0, 1.15 * max(*moved, 1e-9)))
+    ax.legend(loc="lower left")
+    return fig
+
+
+@kit_style()
+def plot_state_bytes(measured: dict[str, dict[str, int]]) -> Figure:
+    """Bytes of optimizer states by optimizer, stacked by kind.
+
+    Args:
+        measured: optimizer name → kind of tensor → bytes.
+    """
+    kinds = list(dict.fromkeys(kind for parts in measured.values() for kind in parts))
+    fig, ax = new_figure(figsize=(8.0, 3.2))
+    left = np.zeros(len(measured))
+    shades = zip(kinds, ("optimizer", "other", "16-bit"), (HATCHES["optimizer"], "//", ""))
+    for kind, colour, hatch in shades:
+        width = np.array([parts.get(kind, 0) / 2**20 for parts in measured.values()])
+        ax.barh(list(measured), width, left=left, color=COLOURS[colour], hatch=hatch, edgecolor="white", label=kind)
+        left += width
+    for y, total in enumerate(left):
+        ax.text(total, y, f" {total:.2f} MiB", va="center")
+    ratio = max(left) / min(left)
+    ax.set(
+        title=f"8-bit states are {ratio:.2f} times smaller, scales counted",
+        xlabel="states of one block (MiB)",
+        xlim=(0, 1.2 * max(left)),
+    )
+    ax.set_ylabel("optimizer (name)")
+    ax.invert_yaxis()
+    ax.legend(loc="lower right")
+    return fig
+
+
+def explore_step(pythia: str, r: int, tokens: int, gpu_gib: float):
+    """`plot_step` under controls for size, rank, tokens and state width; the card stays."""
+    return explore(
+        lambda pythia, r, tokens, bits: plot_step(pythia, r, tokens, gpu_gib, bits),
+        pythia=choice("Pythia", list(PYTHIA), pythia),
+        r=choice_slider("rank r", sorted({1, 4, 8, 16, 32, 64, 128, 256, r}), r),
+        tokens=choice_slider("tokens in a pass", sorted({128, 512, 1024, 2048, 4096, 8192, 16384, tokens}), tokens),
+        bits=choice("optimizer states (bits)", [32, 8], 32),
+    )
+
+
+def explore_run(pythia: str, r: int, usual: int, spike: int, gpu_gib: float):
+    """`plot_run` under sliders for the card and the bus."""
+    return explore(
+        lambda gpu_gib, gb_per_s: plot_run(pythia, r, usual, spike, gpu_gib=gpu_gib, gb_per_s=gb_per_s),
+        gpu_gib=float_slider("card (GiB)", gpu_gib, round(0.9 * gpu_gib, 3), round(1.1 * gpu_gib, 3), gpu_gib / 400),
+        gb_per_s=choice_slider("bus (GB/s)", [3.0, 6.0, 12.0, 25.0, 50.0], 12.0),
+    )
