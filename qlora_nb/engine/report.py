@@ -120,6 +120,8 @@ def _title(notebook: nbformat.NotebookNode | None) -> str:
 def _plain(markdown: str) -> str:
     """The first paragraph without Markdown's marks; a heading is no caption."""
     paragraph = markdown.strip().split("\n\n")[0].replace("\n", " ")
+    if match := re.match(r"\*Alt text: (.+?)\*", paragraph):  # as the notebooks write it
+        return match[1]
     if paragraph.startswith(("#", "|", "<", "- ")):
         return ""
     text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", paragraph)

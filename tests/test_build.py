@@ -1,0 +1,137 @@
+"""The build script: generated cells are fresh, noise is dropped, every rule of form can be broken and is then named."""
+
+from __future__ import annotations
+
+import build_notebooks as build
+import nbformat
+import pytest
+
+NAMES = ["01_a", "02_b", "03_c"]
+PARAMETERS = 'from typing import Optional\nprofile: str = "tiny"  # the world\nr: Optional[int] = None  # LoRA rank'
+
+
+def good() -> nbformat.NotebookNode:
+    """A notebook as it is after a build."""
+    code = lambda source, *tags: nbformat.v4.new_code_cell(source, metadata={"tags": list(tags)} if tags else {})
+    text = nbformat.v4.new_markdown_cell
+    cells = [text("# A"), code(PARAMETERS, "parameters"), text("then"), code("x = 1"), text("so"), code("x", "key-results")]
+    notebook = nbformat.v4.new_notebook(cells=cells, metadata=build.KERNEL)
+    build.put_generated_cells(notebook, "02_b", NAMES)
+    for n, cell in enumerate((c for c in notebook.cells if c.cell_type == "code"), 1):
+        cell.execution_count = n
+    return notebook
+
+
+def problems(notebook, tmp_path) -> list[str]:
+    path = tmp_path / "02_b.ipynb"
+    nbformat.write(notebook, path)
+    return build.format_problems(path, NAMES)
+
+
+def test_a_built_notebook_has_no_problem(tmp_path):
+    assert problems(good(), tmp_path) == []
+
+
+def _edit(change):
+    notebook = good()
+    change(notebook)
+    return notebook
+
+
+def _add_error(nb):
+    nb.cells[-2].outputs = [nbformat.v4.new_output("error", ename="KitError", evalue="bad")]
+
+
+BREAKS = {
+    "not fresh": lambda nb: nb.cells.pop(),
+    "guard, navigation": lambda nb: nb.cells[0].update(source="pip install -U torch"),
+    "key-results tag not fresh": lambda nb: nb.cells[-2].metadata.update(tags=["key-results"]),
+    "widget state": lambda nb: nb.metadata.update(widgets={}),
+    "execution counts": lambda nb: nb.cells[3].update(execution_count=None),
+    "0 cells tagged key-results": lambda nb: nb.cells[-2].metadata.update(tags=[]),
+    "0 cells tagged parameters": lambda nb: nb.cells[3].metadata.update(tags=[]),
+    "without type or comment": lambda nb: nb.cells[3].update(source="profile = 'tiny'  # the world"),
+    "write Optional": lambda nb: nb.cells[3].update(source="r: int | None = None  # LoRA rank"),
+    "9 parameters, at most 8": lambda nb: nb.cells[3].update(source="\n".join(f"p{i}: int = 1  # one" for i in range(9))),
+    "has 26 lines": lambda nb: nb.cells[5].update(source="x = 1\n" * 26),
+    "median of 6": lambda nb: [c.update(source=c.source + "\nx = 1" * 5) for c in nb.cells if c.cell_type == "code"],
+    "code cells in a row": lambda nb: [nb.cells.pop(4), nb.cells.pop(5)],
+    "KiB, at most 400": lambda nb: nb.cells[-3].update(source="x" * 420_000),
+    "path of this machine": lambda nb: nb.cells[-3].update(source=str(build.ROOT)),
+    "bad": _add_error,
+}
+
+
+@pytest.mark.parametrize("words", BREAKS)
+def test_each_rule_can_be_broken(words, tmp_path):
+    found = problems(_edit(BREAKS[words]), tmp_path)
+    assert any(words in p for p in found), found
+
+
+def test_navigation_and_refreshing():
+    notebook = good()
+    bar = notebook.cells[1].source
+    assert bar == notebook.cells[-1].source
+    assert "[← 01 a](01_a.ipynb)" in bar
+    assert "**[02](02_b.ipynb)**" in bar
+    assert "[03 c →](03_c.ipynb)" in bar
+    before = nbformat.writes(notebook)
+    build.put_generated_cells(notebook, "02_b", NAMES)
+    assert nbformat.writes(notebook) == before, "building twice changes nothing"
+    assert "←" not in build.nav_source("01_a", NAMES)
+    assert "→" not in build.nav_source("03_c", NAMES)
+
+
+def test_without_an_address_there_is_no_badge_and_the_guard_says_so(monkeypatch):
+    monkeypatch.setattr(build, "repository", lambda: ("", "0.1.0"))
+    assert "not set yet" in build.guard_source()
+    assert "http" not in build.nav_source("01_a", NAMES) + build.guard_source()
+
+
+def test_with_an_address_badges_and_install_line_are_made_from_it(monkeypatch):
+    monkeypatch.setattr(build, "repository", lambda: ("https://github.com/o/r", "0.1.0"))
+    bar, guard = build.nav_source("02_b", NAMES), build.guard_source()
+    assert "https://colab.research.google.com/github/o/r/blob/v0.1.0/notebooks/02_b.ipynb" in bar
+    assert "https://mybinder.org/v2/gh/o/r/v0.1.0?urlpath=lab/tree/notebooks/02_b.ipynb" in bar
+    assert "git+https://github.com/o/r@v0.1.0" in guard
+    assert "%pip install" in guard
+    assert "-U" not in guard
+    assert "--upgrade" not in guard
+    assert all(name in guard for name in ("torch", "numpy", "ipywidgets")), "held at Colab's versions"
+
+
+def test_the_guard_does_nothing_here(monkeypatch, capsys):
+    before = set(globals())
+    scope: dict = {}
+    exec(build.guard_source(), scope)
+    assert capsys.readouterr().out == ""
+    # resolve refuses plain values that are no parameter, so the guard may leave none
+    assert not [k for k, v in scope.items() if not k.startswith("_") and isinstance(v, (str, int, float, list, dict, tuple))]
+    assert set(globals()) == before
+
+
+@pytest.mark.slow
+def test_build_check_and_drift(tmp_path, capsys):
+    notebook = good()
+    noisy = "import sys, os\nfrom pathlib import Path\nprint(Path.cwd(), object())\nprint(' 10%|#  | 1/9 [00:01<00:02,  9.0it/s]', file=sys.stderr)"
+    notebook.cells[5].source = noisy
+    notebook.cells[-2].source = "{'answer': 42}"
+    notebook.cells[5].metadata = nbformat.from_dict({"papermill": {"duration": 1}, "execution": {"a": "b"}})
+    path = tmp_path / "02_b.ipynb"
+    nbformat.write(notebook, path)
+    folder = ["--folder", str(tmp_path)]
+    assert build.main(folder) == 0, capsys.readouterr().out
+    built = nbformat.read(path, 4)
+    assert [o.text for o in built.cells[5].outputs] == [". <object object at 0x…>\n"]
+    assert dict(built.cells[5].metadata) == {}
+    assert build.main([*folder, "--check"]) == 0, capsys.readouterr().out
+    assert build.main([*folder, "--check-format"]) == 0
+    # a committed answer that is not the one the code gives
+    path.write_text(path.read_text().replace("{'answer': 42}", "{'answer': 43}", 1))
+    was = path.read_text()
+    assert build.main([*folder, "--check"]) == 1
+    assert path.read_text() == was, "--check writes nothing"
+    assert "key results differ" in capsys.readouterr().out
+    path.write_text(was.replace("print(Path.cwd(), object())", "raise ValueError('oh')", 1))
+    assert build.main(folder) == 1
+    assert "ValueError: oh" in capsys.readouterr().out

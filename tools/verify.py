@@ -1,0 +1,105 @@
+"""The long form of the tests: what takes too long for every change, with a dated result that is committed.
+
+    make verify                       all checks, into verified/<date>.json
+    python tools/verify.py --only seeds
+
+A check is a function that returns a dictionary with `passed` and what it measured. Add one to CHECKS and it is part of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from qlora_nb.engine import batch, environment, runs
+
+ROOT = Path(__file__).resolve().parent.parent
+SEEDS = (0, 1, 2)
+
+
+def seeds() -> dict:
+    """Notebook 06 with three seeds: every claim in its key results holds for each; means of its numbers."""
+    results = []
+    for seed in SEEDS:
+        with tempfile.TemporaryDirectory() as out:
+            summary = batch.run_sequence({"seed": seed, "output_dir": out}, only=["06"])
+        results.append(summary["notebooks"][0])
+    numbers = [
+        {k: v for k, v in r["results"].items() if isinstance(v, (int, float)) and not isinstance(v, bool)} for r in results
+    ]
+    shared = set.intersection(*(set(n) for n in numbers)) if numbers else set()
+    return {
+        "passed": all(r["status"] == "done" and not any(v is False for v in r["results"].values()) for r in results),
+        "mean": {k: statistics.mean(n[k] for n in numbers) for k in sorted(shared)},
+        "runs": [{k: r[k] for k in ("status", "wall_s", "peak_bytes", "results", "problems")} for r in results],
+    }
+
+
+def one_thread() -> dict:
+    """All tests with a single thread: nothing may depend on how many there are."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-m", "pytest"], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    closing = [line for line in done.stdout.splitlines() if re.search(r" in [\d.]+s", line)]
+    return {"passed": done.returncode == 0, "closing_line": closing[-1] if closing else done.stdout[-300:]}
+
+
+def smollm2() -> dict:
+    """The real pretrained model through notebooks 03, 06 and 07, where it was fetched."""
+    from qlora_nb.engine.models import SMOLLM2_DIR
+
+    if not (SMOLLM2_DIR / "config.json").is_file():
+        return {"passed": None, "skipped": "qlora-nb fetch smollm2 was not run here"}
+    parameters: dict[str, object] = {"profile": "smollm2"}
+    if data := os.environ.get("QLORA_NB_DATASET"):  # an Alpaca file, if there is one
+        parameters["dataset"] = data
+    with tempfile.TemporaryDirectory() as out:
+        summary = batch.run_sequence(parameters | {"output_dir": out}, only=["03", "06", "07"])
+    kept = ("notebook", "status", "wall_s", "peak_bytes", "results", "problems")
+    return {"passed": summary["status"] == "done", "runs": [{k: o[k] for k in kept} for o in summary["notebooks"]]}
+
+
+CHECKS: dict[str, Callable[[], dict]] = {"seeds": seeds, "one_thread": one_thread, "smollm2": smollm2}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=list(CHECKS), action="append", help="this check alone; may be repeated")
+    chosen = parser.parse_args().only or list(CHECKS)
+    dirty = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    record = {
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "commit": runs._commit(),
+        "clean": not dirty,  # False: the commit does not say all
+        "versions": {v.package: v.installed for v in environment.versions()},
+        "hardware": asdict(environment.machine(ROOT)),
+        "checks": {},
+    }
+    folder = ROOT / "verified"
+    folder.mkdir(exist_ok=True)
+    target = folder / f"{time.strftime('%Y-%m-%d')}.json"
+    for name in chosen:
+        print(f"{name}: {(CHECKS[name].__doc__ or '').splitlines()[0]}", flush=True)
+        started = time.time()
+        try:
+            result = CHECKS[name]()
+        except Exception as error:  # the others still run, and the record says what happened
+            result = {"passed": False, "error": f"{type(error).__name__}: {error}"[:500]}
+        record["checks"][name] = result | {"wall_s": round(time.time() - started, 1)}
+        runs.write_atomically(target, json.dumps(record, indent=1, default=str) + "\n")
+        print(f"{name}: {({True: 'passed', False: 'FAILED', None: 'skipped'})[result['passed']]}", flush=True)
+    print(f"written: {target.relative_to(ROOT)}")
+    return 1 if any(c["passed"] is False for c in record["checks"].values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
