@@ -197,6 +197,8 @@ def test_notebook_habits(name):
     lengths = sorted(len(source.splitlines()) for source in code)
     assert lengths[-1] <= 25
     assert lengths[len(lengths) // 2] <= 5
+    kinds = "".join(c["cell_type"][0] for c in cells)
+    assert "ccc" not in kinds, "three code cells in a row"
     everything = "\n".join(code)
     for guess in re.findall(r"^(guess_\w+) = None", everything, re.M):
         assert len(re.findall(rf"\b{guess}\b", everything)) >= 2, f"{guess} is never compared"

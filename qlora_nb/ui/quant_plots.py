@@ -183,32 +183,31 @@ def plot_outlier(block: torch.Tensor, outlier: float, code: torch.Tensor) -> Fig
 
 
 def plot_quality(measured: Sequence, what: str) -> Figure:
-    """Loss of the same model with different weights (mean and standard deviation of three samples) beside the paper's table 2.
+    """The loss that each set of weights adds (mean and standard deviation over the samples) beside the paper's table 2.
 
     Args:
-        measured: `quality.Quality` records; the first is the unquantized model.
-        what: what the loss is of, for the axis.
+        measured: `quality.Quality` records of the same samples; the first is the unquantized model.
+        what: name of the added loss, for the axis.
     """
-    fig, (left, right) = new_figure(1, 2, figsize=(9.2, 3.8), width_ratios=[5, 4])
-    for i, q in enumerate(measured):
-        kind = q.name if q.name in COLOURS else "16-bit"
-        left.bar(i, q.loss, yerr=q.spread, capsize=4, color=COLOURS[kind], hatch=HATCHES[kind], edgecolor="white")
-        left.text(i, q.loss + q.spread, f"{q.loss:.4g}", ha="center", va="bottom", fontsize=9)
+    fig, (left, right) = new_figure(1, 2, figsize=(9.2, 3.8))
+    base, quantized = measured[0], measured[1:]
+    added = [np.subtract(q.losses, base.losses) for q in quantized]
+    means, spreads = [a.mean() for a in added], [a.std(ddof=1) for a in added]
+    for i, q in enumerate(quantized):
+        left.bar(i, means[i], yerr=spreads[i], capsize=4, color=COLOURS[q.name], hatch=HATCHES[q.name], edgecolor="white")
+        left.text(i, max(means[i] + spreads[i], 0), f"{means[i]:+.4f}", ha="center", va="bottom", fontsize=9)
     for i, (name, value) in enumerate(PAPER_TABLE_2.items()):
         kind = "FP4" if name.startswith("FP4") else name
         right.bar(i, value, color=COLOURS[kind], hatch=HATCHES[kind], edgecolor="white")
         right.text(i, value, f"{value:.2f}", ha="center", va="bottom", fontsize=9)
-    order = " < ".join(q.name for q in sorted(measured[1:], key=lambda q: q.loss))
-    top = max(q.loss + q.spread for q in measured)
+    order = " < ".join(quantized[i].name for i in np.argsort(means))
+    top = 1.2 * max(1e-6, *(m + s for m, s in zip(means, spreads)))
+    low = min(1.1 * min(m - s for m, s in zip(means, spreads)), 0)
     with kit_style():
-        left.set(
-            title=f"Here: {order}",
-            ylabel=what,
-            xticks=range(len(measured)),
-            xticklabels=[q.name for q in measured],
-            ylim=(0, 1.15 * top),
-        )
-        right.set(title="Paper, table 2", ylabel="mean perplexity (1)", xticks=range(4), ylim=(0, 40))
+        left.axhline(0, color=COLOURS["16-bit"], linewidth=0.8)
+        left.set(title=f"Here: {order}", ylabel=what, xticks=range(len(quantized)), ylim=(low, top))
+        left.set_xticklabels([q.name for q in quantized])
+        right.set(title="Paper: NF4+DQ < FP4 < Int4", ylabel="mean perplexity (1)", xticks=range(4), ylim=(0, 40))
         right.set_xticklabels(["Int4", "FP4\nE2M1", "FP4\nE3M0", "NF4\n+DQ"])
         for ax in (left, right):
             ax.grid(axis="x", visible=False)
