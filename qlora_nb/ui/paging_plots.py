@@ -62,7 +62,7 @@ def plot_step(pythia: str, r: int, tokens: int, gpu_gib: float, bits: int = 32) 
         )
         floor += height
     ax.axhline(gpu_gib, color="black", linewidth=1.5, linestyle="--")
-    top = max(1.22 * max(totals), 1.12 * gpu_gib if gpu_gib < 2.5 * max(totals) else 0)
+    top = max(1.02 * max(totals), 1.02 * gpu_gib if gpu_gib < 1.5 * max(totals) else 0)
     if gpu_gib < top:
         ax.annotate(
             f"card {gpu_gib:g} GiB",
@@ -73,7 +73,9 @@ def plot_step(pythia: str, r: int, tokens: int, gpu_gib: float, bits: int = 32) 
             fontsize=9,
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8},
         )
-    ax.set(xlim=(-0.5, len(moments) - 0.5), ylim=(0, top))
+    weights = moments[0].parts["frozen weights"] / GIB
+    floor_gib = 0.9 * min(weights, gpu_gib) if weights > 0.5 * max(totals) else 0.0
+    ax.set(xlim=(-0.5, len(moments) - 0.5), ylim=(floor_gib, floor_gib + 1.1 * (top - floor_gib)))
     names = [m.phase for m in moments]
     starts = [names.index(p) for p in ("forward", "loss", "backward", "optimizer")]
     for start in starts[1:]:
@@ -84,7 +86,7 @@ def plot_step(pythia: str, r: int, tokens: int, gpu_gib: float, bits: int = 32) 
     ax.set_title(
         f"pythia-{pythia}, r = {r}, {tokens:,} tokens: peak {totals[peak]:.2f} GiB ({names[peak]}), {fits} {gpu_gib:g} GiB"
     )
-    ax.set(xlabel="one step (layer by layer)", ylabel="memory (GiB)")
+    ax.set(xlabel="one step (layer by layer)", ylabel="memory (GiB)" + (", axis cut" if floor_gib else ""))
     handles, labels = ax.get_legend_handles_labels()
     ax.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
     return fig

@@ -1,0 +1,124 @@
+"""Notebooks 02 and 05: checkers on right and plausible wrong answers, every control driven to both ends, every figure drawn."""
+
+import io
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from qlora_nb.engine import ledger
+from qlora_nb.theory import lora
+from qlora_nb.ui import lora_checks, lora_plots, paging_checks, paging_plots
+
+EXERCISES = [  # checker, solution, [(wrong answer, part of the message)]
+    (lora_checks.check_count, 30720, [(8 * 768 * 3072, "too large"), (8 * 768, "too small"), ("30720", "not one")]),
+    (
+        lora_checks.check_output,
+        [7, -10],
+        [([4, -4], "position 0"), ([6, -12], "too small"), (7, "shape wrong"), ([7, 14], "position 1")],
+    ),
+    (lora_checks.check_alpha, 4, [(16, "too large"), (64, "too large"), (0.25, "too small")]),
+    (lora_checks.check_break_even, 3840, [(5120, "too large"), (7680, "too large"), (1280, "too small")]),
+    (paging_checks.check_paged, [0, 1], [([1, 1], "position 0"), ([0, 0], "position 1"), (1, "shape wrong")]),
+    (paging_checks.check_bytes_8bit, 166_400, [(163_840, "too small"), (655_360, "too large"), (165_120, "too small")]),
+    (paging_checks.check_faults, 5, [(4, "too small"), (6, "too large")]),
+    (paging_checks.check_overflow, 0.2, [(0.1, "too small"), (1.2, "too large")]),
+]
+
+
+@pytest.mark.parametrize(("check", "solution", "wrong"), EXERCISES, ids=lambda v: getattr(v, "__name__", None))
+def test_exercises(check, solution, wrong, capsys):
+    assert not check(None)
+    assert "not attempted yet" in capsys.readouterr().out
+    assert check(solution)
+    assert "right" in capsys.readouterr().out
+    for answer, message in wrong:
+        assert not check(answer)
+        assert message in capsys.readouterr().out
+    assert not check(wrong[0][0])
+    assert "Hint:" in capsys.readouterr().out
+
+
+def test_paged_accepts_booleans_and_tensors_count():
+    assert paging_checks.check_paged([False, True])
+    assert lora_checks.check_output(torch.tensor([7.0, -10.0]))
+
+
+def ends(control):
+    if hasattr(control, "options"):
+        options = [o[1] if isinstance(o, tuple) else o for o in control.options]
+        return options[0], options[-1]
+    return control.min, control.max
+
+
+def drive(panel):
+    """Every control to both ends, one at a time and all together; a Figure must come out each time."""
+    assert isinstance(panel.result, Figure)
+    controls = panel.children[:-1]
+    for control in controls:
+        start = control.value
+        for value in (*ends(control), start):
+            panel.result = None
+            control.value = value
+            if control.value != start or panel.result is not None:
+                assert isinstance(panel.result, Figure), (control.description, value)
+    for k in (0, 1):
+        for control in controls:
+            control.value = ends(control)[k]
+        assert isinstance(panel.result, Figure)
+        panel.result.savefig(io.BytesIO())
+
+
+def update_and_factors():
+    torch.manual_seed(0)
+    update = torch.randn(48, 24)
+    return update, lora.best_rank(update, 24)
+
+
+def test_lora_widgets():
+    update, factors = update_and_factors()
+    drive(lora_plots.explore_update(update, factors, 8))
+    drive(lora_plots.explore_counts(8, "12b"))
+
+
+@pytest.mark.parametrize(("pythia", "r", "gib"), [("12b", 16, 24.0), ("12b", 64, 5.0), ("410m", 16, 8.0)])
+def test_paging_widgets(pythia, r, gib):
+    drive(paging_plots.explore_step(pythia, r, 2048, gib))
+    plain, paged = (ledger.longest_pass(pythia, r, int(gib * 2**30), paged=p) for p in (False, True))
+    drive(paging_plots.explore_run(pythia, r, int(0.95 * plain), plain + max(1, (paged - plain) // 2), gib))
+
+
+def test_every_figure_is_drawn_and_closed():
+    import matplotlib.pyplot as plt
+
+    update, factors = update_and_factors()
+    figures = [
+        lora_plots.plot_parts(5120, 15360, 1),
+        lora_plots.plot_parts(192, 192, 256),
+        lora_plots.plot_losses({"a": [1.0, 0.5], "b": [2.0, 2.0]}, "title"),
+        lora_plots.plot_scales((1, 16), 16, 32),
+        lora_plots.plot_captured({"x": lora.captured_energy(update)}, 64),
+        lora_plots.plot_update(update, factors, 64),
+        paging_plots.plot_paged_share((4, 8), "14m", 16),
+        paging_plots.plot_thrashing(1, 1e-4, 12.0),
+        paging_plots.plot_thrashing(90, 0.2, 12.0),
+        paging_plots.plot_state_bytes({"a": {"states": 100}, "b": {"states": 25, "scales": 1}}),
+    ]
+    assert all(isinstance(f, Figure) for f in figures)
+    assert not plt.get_fignums()
+    for figure in figures:
+        figure.savefig(io.BytesIO())
+
+
+def test_titles_state_what_is_drawn():
+    assert "47,185,920" in lora_plots.plot_counts(16).axes[0].get_title(loc="left")
+    assert lora_plots.count("12b", 16, "query_key_value") == 11_796_480
+    run = paging_plots.plot_run("12b", 64, 16_000, 17_500, gpu_gib=24.0)
+    assert [ax.get_title(loc="left").split(",")[0] for ax in run.axes] == [
+        "Not paged: out of memory in step 4",
+        "Paged: survives",
+    ]
+    assert paging_plots.sweep_moved(10, 9) == 20
+    assert paging_plots.sweep_moved(10, 10) == 0
+    assert paging_plots.paged_shares((16,))[-1, 0] == 0.6875
+    assert "does not fit 6 GiB" in paging_plots.plot_step("12b", 64, 512, 6.0).axes[0].get_title(loc="left")
