@@ -255,9 +255,11 @@ def explore_step(pythia: str, r: int, tokens: int, gpu_gib: float):
 
 
 def explore_run(pythia: str, r: int, usual: int, spike: int, gpu_gib: float):
-    """`plot_run` under sliders for the card and the bus."""
+    """`plot_run` under sliders for the card (around the given one, by a few times the paged states) and the bus."""
+    span = max(0.02 * gpu_gib, 3 * ledger.step_sizes(pythia, r, usual).paged / GIB)
+    low, high = max(gpu_gib - span, gpu_gib / 10), gpu_gib + span
     return explore(
         lambda gpu_gib, gb_per_s: plot_run(pythia, r, usual, spike, gpu_gib=gpu_gib, gb_per_s=gb_per_s),
-        gpu_gib=float_slider("card (GiB)", gpu_gib, round(0.9 * gpu_gib, 3), round(1.1 * gpu_gib, 3), gpu_gib / 400),
+        gpu_gib=float_slider("card (GiB)", gpu_gib, low, high, span / 40),
         gb_per_s=choice_slider("bus (GB/s)", [3.0, 6.0, 12.0, 25.0, 50.0], 12.0),
     )
