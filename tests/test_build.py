@@ -113,7 +113,8 @@ def test_the_guard_does_nothing_here(monkeypatch, capsys):
 @pytest.mark.slow
 def test_build_check_and_drift(tmp_path, capsys):
     notebook = good()
-    noisy = "import sys, os\nfrom pathlib import Path\nprint(Path.cwd(), object())\nprint(' 10%|#  | 1/9 [00:01<00:02,  9.0it/s]', file=sys.stderr)"
+    bar = " 10%|#  | 1/9 [00:01<00:02,  9.0it/s]"
+    noisy = f"import sys\nfrom pathlib import Path\nprint(Path.cwd(), object())\nprint({bar!r}, file=sys.stderr)"
     notebook.cells[5].source = noisy
     notebook.cells[-2].source = "{'answer': 42}"
     notebook.cells[5].metadata = nbformat.from_dict({"papermill": {"duration": 1}, "execution": {"a": "b"}})

@@ -21,12 +21,13 @@ _STYLE = """
 @media (prefers-color-scheme: dark) { :root { --line: #4a4a4a; --quiet: #b0b0b0; --good: #4fd0a5; --bad: #ff9a5c; } }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; }
+table { border-collapse: collapse; width: 100%; min-width: 44rem; table-layout: fixed; }
+col.name { width: 29%; } col.status { width: 6rem; } col.time { width: 4.5rem; } col.memory { width: 6.5rem; }
 th, td { text-align: left; vertical-align: top; padding: .35rem .6rem; border-bottom: 1px solid var(--line); }
 td.n { text-align: right; white-space: nowrap; }
-dl { display: grid; grid-template-columns: auto 1fr; gap: 0 .8rem; margin: 0; font-size: .85rem; }
+dl { display: grid; grid-template-columns: 3fr 2fr; gap: 0 .8rem; margin: 0; font-size: .85rem; }
 dt { color: var(--quiet); overflow-wrap: anywhere; } dd { margin: 0; overflow-wrap: anywhere; }
-.done { color: var(--good); font-weight: 600; } .bad { color: var(--bad); font-weight: 600; }
+.done, .bad { color: var(--good); font-weight: 600; overflow-wrap: anywhere; } .bad { color: var(--bad); }
 .quiet, figcaption { color: var(--quiet); font-size: .9rem; }
 figure { margin: 1.5rem 0; } img { max-width: 100%; height: auto; background: #fff; }
 """
@@ -49,6 +50,7 @@ def page(summary: dict, folder: Path) -> str:
     times = f"Started {summary['started']}, {summary.get('wall_s', '?')} s in all."
     settings = ", ".join(f"{k}={v}" for k, v in summary.get("parameters", {}).items())
     versions = ", ".join(f"{k} {v}" for k, v in summary.get("versions", {}).items())
+    columns = "".join(f'<col class="{name}">' for name in ("name", "status", "time", "memory", "results"))
     head = "<tr><th>Notebook<th>Status<th>Time (s)<th>Peak memory (MiB)<th>Key results</tr>"
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>qlora-nb report</title>
@@ -56,7 +58,7 @@ def page(summary: dict, folder: Path) -> str:
 <h1>qlora-nb: {_safe(summary["status"])}</h1>
 <p>{_safe(times)} {_safe(machine)}.</p>
 <p class="quiet">Parameters: {_safe(settings)}</p>
-<div class="wide"><table><thead>{head}</thead><tbody>{rows}</tbody></table></div>
+<div class="wide"><table><colgroup>{columns}</colgroup><thead>{head}</thead><tbody>{rows}</tbody></table></div>
 <p class="quiet">Time includes the start of the process. Memory is the resident memory of the kernel and its children, sampled
 four times a second.</p>
 {sections}
@@ -89,7 +91,7 @@ def _section(name: str, notebook: nbformat.NotebookNode) -> str:
 def _row(outcome: dict, title: str) -> str:
     done = outcome["status"] == "done"
     kind, mark = ("done", "✓") if done else ("bad", "✗")  # never colour alone
-    results = "".join(f"<dt>{_safe(k)}</dt><dd>{_safe(v)}</dd>" for k, v in outcome["results"].items())
+    results = "".join(f"<dt>{_safe(k)}</dt><dd>{_safe(_number(v))}</dd>" for k, v in outcome["results"].items())
     problems = "".join(f'<p class="bad">{_safe(p)}</p>' for p in outcome["problems"])
     return (
         f'<tr><td><b>{_safe(outcome["notebook"])}</b><br><span class="quiet">{_safe(title)}</span></td>'
@@ -126,6 +128,10 @@ def _plain(markdown: str) -> str:
         return ""
     text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", paragraph)
     return re.sub(r"[*_`$]+(?=\S)|(?<=\S)[*`$]+", "", text)[:500]
+
+
+def _number(value: object) -> object:
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _safe(value: object) -> str:
