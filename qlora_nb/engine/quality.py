@@ -19,6 +19,9 @@ from qlora_nb.engine.models import dense_weight, linear_layers
 from qlora_nb.engine.shapes import shape_of
 from qlora_nb.pocket import corpus
 
+N_STORIES = 24
+"""Stories in a text measurement, a third of them in each sample; every set of weights reads the same ones."""
+
 
 @contextmanager
 def replaced_weights(model, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
@@ -135,7 +138,7 @@ def measure(name: str, model, tokenizer, knows_almanac: bool, seed: int = 0) -> 
 
     Args:
         name: how the result is called.
-        knows_almanac: True for the pocket model: samples are thirds of the 720 almanac facts. False for any other model: 24
+        knows_almanac: True for the pocket model: samples are thirds of the 720 almanac facts. False for any other model: 8
             of the kit's little stories a sample, each model sees the same ones.
         seed: which stories.
     """
@@ -143,7 +146,7 @@ def measure(name: str, model, tokenizer, knows_almanac: bool, seed: int = 0) -> 
         answers = recall(model, tokenizer)
         losses = tuple(answers.losses[i::3].mean().item() for i in range(3))
         return Quality(name, losses, tuple(answers.right[i::3].double().mean().item() for i in range(3)))
-    per_text = text_losses(model, tokenizer, corpus.documents(seed + 1_000_000, 24, almanac_share=0.0))
+    per_text = text_losses(model, tokenizer, corpus.documents(seed + 1_000_000, N_STORIES, almanac_share=0.0))
     return Quality(name, tuple(per_text[i::3].mean().item() for i in range(3)))
 
 
