@@ -336,7 +336,9 @@ def plot_added_error(rows: dict[str, tuple[float, float]]) -> Figure:
     fig, (left, right) = new_figure(1, 2, figsize=(9.2, 3.4))
     left.plot(plain, MARKERS["NF4"], color=COLOURS["NF4"], markersize=9, label="32-bit scales")
     left.plot(double, MARKERS["NF4+DQ"], color=COLOURS["NF4+DQ"], markersize=5, label="8-bit scales")
-    right.bar(range(len(plain)), (double - plain) * 1e6, color=COLOURS["NF4+DQ"], hatch=HATCHES["NF4+DQ"], edgecolor="white")
+    added = (double - plain) * 1e6
+    right.vlines(range(len(plain)), 0, added, color=COLOURS["NF4+DQ"], linewidth=1.5)
+    right.plot(added, MARKERS["NF4+DQ"], color=COLOURS["NF4+DQ"], markersize=5)
     with kit_style():
         left.set(
             title=f"Error of {len(rows)} layers: the same points",
@@ -346,7 +348,7 @@ def plot_added_error(rows: dict[str, tuple[float, float]]) -> Figure:
         )
         left.legend(loc="upper right", ncols=2)
         right.set(
-            title=f"Added: at most {max((double - plain).max() * 1e6, 0):.1f} millionths",
+            title=f"Added: at most {max(added.max(), 0):.1f} millionths",
             xlabel="layer",
             ylabel="added RMSE (millionths of std)",
         )
