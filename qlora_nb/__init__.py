@@ -4,6 +4,7 @@ Rooms: `theory` (what is taught) ← `engine` (what is run) ← `ui` (what is se
 with the kit and `cli` the command line. Importing this package loads no torch.
 """
 
+import logging
 import os
 
 # Two OpenMP threads that spin on a busy two-core machine are five to eight times slower than one (measured); idle
@@ -11,3 +12,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __version__ = "0.1.0"
+
+# bitsandbytes offers an optional kernel from the hub and warns, on CPUs with bfloat16 units, that it is not installed.
+# The kit does not use it: tiny must make no hub call.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -36,7 +36,9 @@ def prompt_of(row: dict[str, str], template: str = "alpaca") -> str:
     >>> prompt_of({"instruction": "Say hi.", "input": ""})[-35:]
     'on:\\nSay hi.\\n\\n### Response:\\n'
     """
-    return TEMPLATES[template if row.get("input") else f"{template}-no-input"].format(instruction=row["instruction"], input=row.get("input", ""))
+    return TEMPLATES[template if row.get("input") else f"{template}-no-input"].format(
+        instruction=row["instruction"], input=row.get("input", "")
+    )
 
 
 def load(settings) -> tuple[datasets.Dataset, datasets.Dataset]:
@@ -69,12 +71,19 @@ def _read(name: str) -> datasets.Dataset:
         return datasets.load_dataset(name, split="train")
     suffix = Path(path.stem).suffix if path.suffix in {".xz", ".gz", ".zst"} else path.suffix
     if suffix not in _READERS:
-        raise KitError("unknown kind of data file", value=path.name, allowed=", ".join(_READERS), remedy="convert it to one of these")
+        raise KitError(
+            "unknown kind of data file", value=path.name, allowed=", ".join(_READERS), remedy="convert it to one of these"
+        )
     try:
-        return datasets.load_dataset(_READERS[suffix], data_files=str(path), split="train")
+        options = {"keep_default_na": False} if suffix == ".csv" else {}  # "NA" and "" are texts
+        rows = datasets.load_dataset(_READERS[suffix], data_files=str(path), split="train", **options)
+        text = datasets.Features({c: datasets.Value("string") for c in rows.column_names})
+        return rows.cast(text) if suffix == ".csv" else rows
     except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
         reason = str(error.__cause__ or error).splitlines()[0][:200]
-        raise KitError(f"the data file cannot be read: {reason}", value=path.name, remedy="check that every row is whole") from error
+        raise KitError(
+            f"the data file cannot be read: {reason}", value=path.name, remedy="check that every row is whole"
+        ) from error
 
 
 def _clean(rows: datasets.Dataset, name: str) -> datasets.Dataset:
@@ -92,16 +101,23 @@ def _clean(rows: datasets.Dataset, name: str) -> datasets.Dataset:
     rows = rows.select_columns(list(COLUMNS))
     for column, feature in rows.features.items():
         if getattr(feature, "dtype", None) not in ("string", "large_string", "null"):
-            raise KitError(f"column {column} is not text", value=str(feature), allowed="text", remedy=f"look at {Path(name).name}")
+            raise KitError(
+                f"column {column} is not text", value=str(feature), allowed="text", remedy=f"look at {Path(name).name}"
+            )
     bad = [i for i, row in enumerate(rows) if not (row["instruction"] or "").strip() or not (row["output"] or "").strip()]
     if bad:
-        print(f"{len(bad)} of {len(rows)} rows have no instruction or no answer and are left out: rows {', '.join(map(str, bad[:5]))} …")
+        print(
+            f"{len(bad)} of {len(rows)} rows have no instruction or no answer and are left out: "
+            f"rows {', '.join(map(str, bad[:5]))}{' …' if len(bad) > 5 else ''}"
+        )
         left_out = set(bad)
         rows = rows.select([i for i in range(len(rows)) if i not in left_out])
     return rows
 
 
-def encode(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, template: str = "alpaca") -> datasets.Dataset:
+def encode(
+    rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, template: str = "alpaca"
+) -> datasets.Dataset:
     """Rows → `input_ids` and `labels` of equal length: prompt labels are -100, the end token is labelled.
 
     A row longer than `max_length` tokens loses the end of its answer but keeps its end token, so that the model still
@@ -112,7 +128,10 @@ def encode(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_lengt
     whole = encoded.filter(lambda row: not row["too_long"])
     n_cut = sum(whole["cut"])
     if n_cut or len(whole) < len(encoded):
-        print(f"{n_cut} of {len(encoded)} answers cut to max_length={max_length} tokens, {len(encoded) - len(whole)} rows left out (prompt too long)")
+        print(
+            f"{n_cut} of {len(encoded)} answers cut to max_length={max_length} tokens, "
+            f"{len(encoded) - len(whole)} rows left out (prompt too long)"
+        )
     if not len(whole):
         raise KitError("no row is left: every prompt is longer than max_length", value=max_length, remedy="raise max_length")
     return whole.select_columns(["input_ids", "labels"])

@@ -122,7 +122,7 @@ class Version:
         if self.installed is None:
             return f"not installed: pip install '{self.package}{self.allowed}'"
         if self.loaded and self.loaded.split("+")[0] != self.installed.split("+")[0]:
-            return f"{self.loaded} is loaded but {self.installed} is installed: restart the kernel (in Colab: Runtime → Restart session)"
+            return f"{self.loaded} is loaded but {self.installed} is installed: restart the kernel (Colab: restart the session)"
         if self.allowed and not Requirement(f"x{self.allowed}").specifier.contains(self.installed, prereleases=True):
             return f"outside {self.allowed}: pip install '{self.package}{self.allowed}'"
         return ""
@@ -141,7 +141,9 @@ def versions() -> list[Version]:
             installed = None
         module = sys.modules.get(requirement.name.replace("-", "_"))
         loaded = getattr(module, "__version__", None)
-        found.append(Version(requirement.name, installed, str(requirement.specifier), loaded if isinstance(loaded, str) else None))
+        found.append(
+            Version(requirement.name, installed, str(requirement.specifier), loaded if isinstance(loaded, str) else None)
+        )
     return found
 
 
@@ -182,22 +184,26 @@ def refuse_what_cannot_run(settings) -> None:
     """
     from qlora_nb.engine import shapes
 
-    shape = shapes.shape_of(settings.model_id)
-    if shape is not None:
-        _refuse_size(settings, shape)
+    refuse_size(settings, shapes.shape_of(settings.model_id), machine())
     _refuse_unreachable(settings.model_id, "model")
     _refuse_unreachable(settings.dataset, "dataset")
 
 
-def _refuse_size(settings, shape) -> None:
-    here = machine()
+def refuse_size(settings, shape, here: Machine) -> None:
+    """Raise `KitError` if a model of this shape cannot be fine-tuned on machine `here` (no shape known: no judgement)."""
+    if shape is None:
+        return
     need = shape.static_bytes(settings.double_quant, settings.r)
-    size = f"{shape.n_parameters / 1e9:.1f} billion parameters, at least {need / GIB:.1f} GiB in 4 bit with an adapter of rank {settings.r}"
+    size = (
+        f"{shape.n_parameters / 1e9:.1f} billion parameters, at least {need / GIB:.1f} GiB in 4 bit "
+        f"with an adapter of rank {settings.r}"
+    )
     if here.gpus:
         largest = max(g.total_bytes for g in here.gpus)
         if need > largest:
             raise KitError(
-                f"{settings.model_id} does not fit this GPU: needed {size}, there are {largest / GIB:.1f} GiB ({here.gpus[0].name})",
+                f"{settings.model_id} does not fit this GPU: needed {size}, "
+                f"there are {largest / GIB:.1f} GiB ({here.gpus[0].name})",
                 remedy=_what_fits(largest, settings),
             )
         return
@@ -209,7 +215,8 @@ def _refuse_size(settings, shape) -> None:
         )
     if need > here.ram_free_bytes:
         raise KitError(
-            f"{settings.model_id} does not fit this machine's memory: needed {size}, {here.ram_free_bytes / GIB:.1f} GiB are free",
+            f"{settings.model_id} does not fit this machine's memory: needed {size}, "
+            f"{here.ram_free_bytes / GIB:.1f} GiB are free",
             remedy='close other kernels, or use profile="tiny"',
         )
 
@@ -225,9 +232,17 @@ def _refuse_unreachable(name: str, what: str) -> None:
     """A local path must exist; a hub name must be cached or the hub reachable."""
     if name in ("pocket", "smollm2") or Path(name).expanduser().exists():
         return
-    looks_local = name.startswith((".", "/", "~", "\\")) or Path(name).suffix in {".json", ".jsonl", ".csv", ".parquet"} or name.count("/") != 1
+    looks_local = (
+        name.startswith((".", "/", "~", "\\"))
+        or Path(name).suffix in {".json", ".jsonl", ".csv", ".parquet"}
+        or name.count("/") != 1
+    )
     if looks_local:
-        names = "pocket, smollm2, a hub name like EleutherAI/pythia-410m, or a folder" if what == "model" else "pocket, a hub name, or a file"
+        names = (
+            "pocket, smollm2, a hub name like EleutherAI/pythia-410m, or a folder"
+            if what == "model"
+            else "pocket, a hub name, or a file"
+        )
         raise KitError(f"{what} not found", value=name, allowed=names, remedy="check the path")
     if not in_hub_cache(name, what) and not hub_is_reachable():
         raise KitError(

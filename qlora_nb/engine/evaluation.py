@@ -12,7 +12,7 @@ import datasets
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qlora_nb.engine import data
+from qlora_nb.engine import data, generation
 
 
 @torch.no_grad()
@@ -26,7 +26,9 @@ def response_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, en
         inputs = {k: padded[k].to(model.device) for k in ("input_ids", "attention_mask")}
         logits = model(**inputs).logits[:, :-1].float()
         labels = padded["labels"][:, 1:].to(logits.device)
-        total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=data.IGNORED, reduction="sum").item()
+        total += torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), ignore_index=data.IGNORED, reduction="sum"
+        ).item()
         n += int((labels != data.IGNORED).sum())
     return total / n
 
@@ -43,6 +45,21 @@ def exact_match(said: list[str], rows: list[dict]) -> dict[str, float]:
         hits["all"].append(right)
         hits[row.get("kind", "all rows")].append(right)
     return {kind: sum(h) / len(h) for kind, h in hits.items()}
+
+
+def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: datasets.Dataset, settings, report=None) -> dict:
+    """Held-out loss, and exact match where the answers are short enough for it (the micro-world's rows, which name a kind).
+
+    Returns:
+        `loss` (nats per answer token), `exact_match` ({kind: share}, empty for open answers), `said` (the answers).
+    """
+    encoded = data.encode(rows, tokenizer, settings.max_length, settings.prompt_template)
+    result = {"loss": response_loss(model, tokenizer, encoded), "exact_match": {}, "said": []}
+    if "kind" in rows.column_names:
+        rows = list(rows)
+        result["said"] = generation.answer_all(model, tokenizer, rows, settings, report=report or (lambda done, of: None))
+        result["exact_match"] = exact_match(result["said"], rows)
+    return result
 
 
 def majority_baseline(train: list[dict], rows: list[dict]) -> list[str]:

@@ -6,6 +6,7 @@ Base and tuned are the same 4-bit weights; the adapter is switched, so a compari
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,8 +16,15 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, TextIteratorStreamer
-from transformers import StoppingCriteriaList
+from safetensors import SafetensorError
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
 
 from qlora_nb.engine import runs
 from qlora_nb.engine.data import prompt_of
@@ -49,7 +57,10 @@ def find_adapter(settings) -> tuple[Path, str]:
         if folder:
             return folder / "adapter", f"the adapter of your run {folder.name}"
         if settings.model_id != "pocket":
-            raise KitError("there is no finished run of notebook 06 in this profile", remedy="run notebook 06 first, or give adapter a folder")
+            raise KitError(
+                "there is no finished run of notebook 06 in this profile",
+                remedy="run notebook 06 first, or give adapter a folder",
+            )
         return ADAPTER_DIR, "no finished run of notebook 06 yet: the adapter shipped with the pocket model"
     if settings.adapter == "pocket":
         return ADAPTER_DIR, "the adapter shipped with the pocket model"
@@ -70,10 +81,11 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     Raises:
         KitError: it was made for a model of another shape, or its files are damaged.
     """
+    made_for = "another model"
     try:
         made_for = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
         return PeftModel.from_pretrained(model, str(folder), is_trainable=False).eval()
-    except (RuntimeError, ValueError, OSError, KeyError) as error:
+    except (RuntimeError, ValueError, OSError, KeyError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0][:150]
         raise KitError(
             f"the adapter does not fit: it was made for {Path(str(made_for)).name}, the model here is "
@@ -89,9 +101,16 @@ def base_or_tuned(model: PeftModel, tuned: bool):
 
 def _config(settings, tokenizer, model) -> GenerationConfig:
     """Only what the settings say; a model's own sampling defaults are not mixed in."""
-    sampling = {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p} if settings.temperature else {"do_sample": False}
+    sampling = (
+        {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p}
+        if settings.temperature
+        else {"do_sample": False}
+    )
     return GenerationConfig(
-        max_new_tokens=settings.max_new_tokens, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, **sampling
+        max_new_tokens=settings.max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        **sampling,
     )
 
 
@@ -143,9 +162,8 @@ def stream(
     thread = threading.Thread(target=work, daemon=True)
     started = time.perf_counter()
     thread.start()
-    text, n_pieces, first = "", 0, 0.0
-    for piece in streamer:
-        n_pieces += 1
+    text, first = "", 0.0
+    for n_pieces, piece in enumerate(streamer, start=1):
         first = first or time.perf_counter() - started
         text += piece
         yield Answer(text, n_pieces, first, time.perf_counter() - started)
@@ -160,6 +178,38 @@ def answer(model: PeftModel, tokenizer: PreTrainedTokenizerBase, row: dict, sett
     """The complete answer to one row."""
     *_, last = stream(model, tokenizer, row, settings, tuned)
     return last
+
+
+@torch.no_grad()
+def continue_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, max_new_tokens: int) -> str:
+    """What a model writes on after a plain text, greedily, without any template."""
+    encoded = tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id
+    )
+    out = model.generate(**encoded, generation_config=config)
+    return tokenizer.decode(out[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+@torch.no_grad()
+def next_tokens(model: PeftModel, tokenizer: PreTrainedTokenizerBase, row: dict, settings, k: int = 5):
+    """The `k` most probable first tokens of base and tuned model, and how far the distributions are apart.
+
+    Returns:
+        (base, tuned, divergence): two lists of (token text, probability) and KL(tuned ‖ base) in bits, over the whole
+        vocabulary.
+    """
+    encoded = _encode([row], tokenizer, model, settings)
+    logs = {}
+    for tuned in (False, True):
+        with base_or_tuned(model, tuned):
+            logs[tuned] = model(**encoded).logits[0, -1].float().log_softmax(-1)
+    tops = []
+    for log in (logs[False], logs[True]):
+        values, ids = log.exp().topk(k)
+        tops.append([(tokenizer.decode([i]), p) for i, p in zip(ids.tolist(), values.tolist(), strict=True)])
+    divergence = (logs[True].exp() * (logs[True] - logs[False])).sum().item() / math.log(2)
+    return tops[0], tops[1], divergence
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_nb.engine import environment
@@ -69,7 +70,11 @@ def load_tokenizer(settings) -> PreTrainedTokenizerBase:
         known = tokenizer.get_vocab()
         spare = [t for t in ("<|padding|>", "<|endoftext|>", tokenizer.unk_token) if t in known and t != tokenizer.eos_token]
         if not spare:
-            raise KitError("the tokenizer has no token to pad with besides its end token", value=settings.model_id, remedy="choose another model")
+            raise KitError(
+                "the tokenizer has no token to pad with besides its end token",
+                value=settings.model_id,
+                remedy="choose another model",
+            )
         tokenizer.pad_token = spare[0]
     return tokenizer
 
@@ -108,14 +113,19 @@ def load_base(settings, four_bit: bool = True) -> PreTrainedModel:
             trust_remote_code=False,
             **options,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise KitError(
             f"the model cannot be loaded: {str(error).splitlines()[0][:200]}",
             value=settings.model_id,
-            remedy="needed are config.json, the tokenizer and whole .safetensors files; fetch the model again if one was cut short",
+            remedy="needed are config.json, tokenizer and whole .safetensors files; fetch the model again if one was cut short",
         ) from error
+    for module in model.modules():
+        # On CPUs with bfloat16 units bitsandbytes repacks the weights at the first inference and computes in bfloat16 from
+        # then on; training after that fails, and the bytes are no longer those of the paper. One layout everywhere.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return model.eval()
 
 

@@ -69,7 +69,9 @@ class Run:
                         raise
         except OSError as error:
             raise KitError(
-                f"output_dir cannot be written to ({error.strerror})", value=settings.output_dir, remedy="name a folder you may write to"
+                f"output_dir cannot be written to ({error.strerror})",
+                value=settings.output_dir,
+                remedy="name a folder you may write to",
             ) from None
         self.manifest = {
             "schema_version": SCHEMA_VERSION,
@@ -139,7 +141,9 @@ def _version(package: str) -> str | None:
 
 def _commit() -> str | None:
     try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, cwd=project_root())
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, cwd=project_root(), check=False
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() or None

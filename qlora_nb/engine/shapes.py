@@ -44,10 +44,14 @@ class Shape:
         """Trained numbers with LoRA of rank `r` on every linear layer: r · (in + out) each."""
         return self.n_layers * sum(r * (i + o) for i, o in self.linears)
 
+    def weight_bytes(self, double_quant: bool) -> int:
+        """4-bit weights with their scales and the rest in 16 bit: what inference loads."""
+        scales = self.n_linear / 64 * (1 + 4 / 256 if double_quant else 4)
+        return int(self.n_linear / 2 + scales + 2 * (self.n_parameters - self.n_linear))
+
     def static_bytes(self, double_quant: bool, r: int) -> int:
         """A lower bound for fine-tuning: 4-bit weights and scales, 16-bit rest, float32 adapter with gradient and 8-bit Adam."""
-        scales = self.n_linear / 64 * (1 + 4 / 256 if double_quant else 4)
-        return int(self.n_linear / 2 + scales + 2 * (self.n_parameters - self.n_linear) + self.lora_parameters(r) * (4 + 4 + 2))
+        return self.weight_bytes(double_quant) + self.lora_parameters(r) * (4 + 4 + 2)
 
 
 def gpt_neox(name: str, n_layers: int, hidden: int, vocab: int) -> Shape:
@@ -90,6 +94,21 @@ def from_config(name: str, config: dict) -> Shape:
     return Shape(name, layers, hidden, config["vocab_size"], tuple(linears), not llama_like, tied, not llama_like)
 
 
+SMOLLM2 = from_config(
+    "SmolLM2-135M",
+    {
+        "hidden_size": 576,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "intermediate_size": 1536,
+        "vocab_size": 49152,
+        "hidden_act": "silu",
+        "tie_word_embeddings": True,
+    },
+)
+
+
 def shape_of(model_id: str) -> Shape | None:
     """Shape of a model by name or folder; None for a hub model whose configuration is not on this machine yet.
 
@@ -101,6 +120,8 @@ def shape_of(model_id: str) -> Shape | None:
         return PYTHIA[size]
     if model_id == "EleutherAI/gpt-neox-20b":
         return NEOX_20B
+    if model_id == "smollm2":
+        return SMOLLM2
     folder = MODEL_DIR if model_id == "pocket" else Path(model_id).expanduser()
     if folder.is_dir():
         path = folder / "config.json"

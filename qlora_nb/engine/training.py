@@ -10,6 +10,7 @@ import math
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from pathlib import Path
 import datasets
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from qlora_nb.engine import data
 from qlora_nb.engine.models import linear_layers
@@ -46,7 +47,12 @@ def attach_adapter(model: PreTrainedModel, settings) -> PeftModel:
         )
     smallest = min(min(m.in_features, m.out_features) for m in linear_layers(model).values())
     if settings.r > smallest:
-        raise KitError("r is larger than the layers it approximates", value=settings.r, allowed=f"1 to {smallest}", remedy="16 is a good start")
+        raise KitError(
+            "r is larger than the layers it approximates",
+            value=settings.r,
+            allowed=f"1 to {smallest}",
+            remedy="16 is a good start",
+        )
     config = LoraConfig(
         r=settings.r,
         lora_alpha=settings.lora_alpha,
@@ -59,7 +65,11 @@ def attach_adapter(model: PreTrainedModel, settings) -> PeftModel:
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
-    return get_peft_model(model, config)
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message=".*is_gradient_checkpointing", category=FutureWarning
+        )  # PEFT asks by the old name
+        return get_peft_model(model, config)
 
 
 def trainable_parameters(model: torch.nn.Module) -> int:
@@ -116,7 +126,9 @@ def stop_on_interrupt() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-def finetune(model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: datasets.Dataset, settings, run, report: Callable[[dict], None]):
+def finetune(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: datasets.Dataset, settings, run, report: Callable[[dict], None]
+):
     """Train the adapter on encoded rows, in the calling thread.
 
     Args:
@@ -171,6 +183,7 @@ def finetune(model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: dataset
     with stop_on_interrupt() as stop:
         watch = _Watch(note, stop, n_tokens)
         trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[watch])
+        trainer.remove_callback(PrinterCallback)  # it would print every step's numbers a second time
         trainer.train()
     model.config.use_cache = True
     model.eval()
@@ -180,7 +193,7 @@ def finetune(model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: dataset
             remedy="lower learning_rate; on a GPU without bfloat16 choose a model trained in float16 (not pythia-1b)",
         )
     adapter = run.folder / "adapter"
-    model.save_pretrained(adapter)
+    model.save_pretrained(adapter, save_embedding_layers=False)  # they are frozen, and asking whether they changed asks the hub
     seconds = time.perf_counter() - watch.started
     return {
         "losses": losses,

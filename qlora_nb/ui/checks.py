@@ -1,7 +1,7 @@
 """Exercise checkers: not attempted yet, then shape, then values, always with a sentence that teaches.
 
 Every `check_*` prints one line and returns True only if the answer is right. `compare_guess` sets a reader's guess beside
-what was measured. Topic checkers live beside this module (`lora_checks`, `quant_checks`, `paging_checks`) and are built from `verdict`.
+what was measured. Topic checkers (`lora_checks`, `quant_checks`, `paging_checks`, `training_checks`) are built from `verdict`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,17 @@ import math
 from collections.abc import Sequence
 
 
-def verdict(stub: object, want: object, name: str, hint: str = "", tolerance: float = 1e-6) -> bool:
+class Verdict(int):
+    """True or False that a notebook does not print under the sentence already printed."""
+
+    def __repr__(self) -> str:
+        return str(bool(self))
+
+    def _ipython_display_(self) -> None:
+        return None
+
+
+def verdict(stub: object, want: object, name: str, hint: str = "", tolerance: float = 1e-6) -> Verdict:
     """Compare an exercise's answer with the right one and print what a teacher would say.
 
     Args:
@@ -29,13 +39,13 @@ def verdict(stub: object, want: object, name: str, hint: str = "", tolerance: fl
     """
     if stub is None:
         print(f"{name}: not attempted yet. Replace None and run the cell again.")
-        return False
+        return Verdict(False)
     problem = _compare(_plain(stub), _plain(want), tolerance)
     if problem is None:
         print(f"{name}: right.")
-        return True
+        return Verdict(True)
     print(f"{name}: {problem}.{' Hint: ' + hint if hint else ''}")
-    return False
+    return Verdict(False)
 
 
 def _plain(value):

@@ -19,7 +19,7 @@ def check_faults(answer: object) -> bool:
 
 
 def check_paged(answer: object) -> bool:
-    """Exercise 1: which states of pythia-12b's feed-forward dense_h_to_4h (5120 → 20480) are paged at r = 16: [lora_A, lora_B]."""
+    """Exercise 1: which states of pythia-12b's dense_h_to_4h (5120 → 20480) are paged at r = 16: [lora_A, lora_B]."""
     want = [int(paging.is_paged(16 * 5120)), int(paging.is_paged(16 * 20480))]
     given = [int(v) if isinstance(v, bool) else v for v in answer] if isinstance(answer, (list, tuple)) else answer
     return verdict(

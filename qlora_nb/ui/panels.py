@@ -1,0 +1,171 @@
+"""Panels around an engine call: watching a training run, planning one, and asking two models the same question.
+
+Only traits are set while something runs: text goes into `Label` and `Textarea`, which never interpret it, so nothing a
+model says can run in the page. Work started by a button runs in one worker thread and stops by an Event.
+"""
+
+from __future__ import annotations
+
+import io
+import shlex
+import threading
+import time
+
+import ipywidgets as W
+from IPython.display import display
+
+from qlora_nb.engine import generation, ledger
+from qlora_nb.errors import KitError
+from qlora_nb.ui import training_plots
+from qlora_nb.ui.widgets import LABEL, WIDE
+
+
+def _png(figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=80)
+    return buffer.getvalue()
+
+
+class LiveTraining:
+    """Progress bar, numbers and loss curve that move while a cell trains; plain lines for a batch run.
+
+    `display(view.box)`, then pass `view` as `report` to `training.finetune`.
+    """
+
+    def __init__(self, max_steps: int, n_lines: int = 8, redraw_s: float = 2.0):
+        self.bar = W.FloatProgress(0, min=0, max=max_steps, description="training", style=LABEL, layout=WIDE)
+        self.text = W.Label("waiting for the first step")
+        self.curve = W.Image(format="png", layout=W.Layout(max_width="700px", display="none"))
+        self.box = W.VBox([self.bar, self.text, self.curve])
+        self.losses: list[float] = []
+        self.every, self.redraw_s, self.drawn = max(1, max_steps // n_lines), redraw_s, 0.0
+
+    def __call__(self, step: dict) -> None:
+        self.losses.append(step["loss"])
+        line = (
+            f"step {step['step']}/{step['max_steps']} · loss {step['loss']:.3f} · learning rate {step['learning_rate']:.1e} · "
+            f"{step['tokens_per_s']:,.0f} tokens/s · {step['seconds_left']:.0f} s left"
+        )
+        self.bar.value, self.text.value = step["step"], line
+        last = step["step"] == step["max_steps"]
+        if step["step"] % self.every == 0 or last:
+            print(line)
+        if last or time.perf_counter() - self.drawn > self.redraw_s:
+            self.curve.value = _png(training_plots.loss_curve(self.losses))
+            self.curve.layout.display = "block"
+            self.drawn = time.perf_counter()
+
+
+def papermill_line(settings, notebook: str) -> str:
+    """The shell command that repeats a run with these settings: only what differs from the profile is named."""
+    given = {"profile": settings.profile, **settings.changed()}
+    values = {k: ",".join(v) if isinstance(v, list) else v for k, v in given.items()}
+    parameters = " ".join(f"-p {k} {shlex.quote(str(v))}" for k, v in values.items())
+    return f"papermill notebooks/{notebook}.ipynb runs/{notebook}.ipynb {parameters}"
+
+
+def budget_figure(settings, model_config=None):
+    """The static bytes of a run: the figure that the planner varies."""
+    return training_plots.budget({settings.model_id.split("/")[-1]: ledger.predict(settings, config=model_config)})
+
+
+def planner(settings, notebook: str = "06_finetune_pythia_12b") -> W.VBox:
+    """Settings → budget and the papermill line that repeats them. Start values are the run's own."""
+    config = ledger.config_of(settings.model_id)
+    controls = {
+        "r": W.SelectionSlider(options=sorted({4, 8, 16, 32, 64, settings.r}), value=settings.r, description="rank r"),
+        "double_quant": W.ToggleButtons(options=[True, False], value=settings.double_quant, description="double_quant"),
+        "optim": W.Dropdown(
+            options=sorted({"paged_adamw_32bit", "paged_adamw_8bit", "adamw_torch", settings.optim}),
+            value=settings.optim,
+            description="optim",
+        ),
+        "max_steps": W.IntSlider(settings.max_steps, min=1, max=max(2000, settings.max_steps), description="max_steps"),
+    }
+    for control in controls.values():
+        control.style, control.layout = LABEL, WIDE
+        if hasattr(control, "continuous_update"):
+            control.continuous_update = False
+    line = W.Textarea(description="run this", disabled=True, layout=W.Layout(width="95%", height="4.5em"), style=LABEL)
+
+    def redraw(**values):
+        chosen = settings.model_copy(update=values)
+        line.value = papermill_line(chosen, notebook)
+        figure = budget_figure(chosen, config)
+        display(figure)
+        return figure
+
+    picture = W.interactive_output(redraw, controls)
+    box = W.VBox([*controls.values(), line, picture])
+    box.redraw, box.controls = redraw, controls  # for the tests, which drive every control to both ends
+    return box
+
+
+class SideBySide:
+    """One prompt, two answers: the base model and the tuned one, streamed into two text boxes.
+
+    One worker thread at a time; it sets traits only. Stop ends it after the current token.
+    """
+
+    def __init__(self, model, tokenizer, settings):
+        self.model, self.tokenizer, self.settings = model, tokenizer, settings
+        wide = W.Layout(width="95%", height="7em")
+        self.prompt = W.Textarea(settings.prompts[0], description="prompt", layout=wide, style=LABEL)
+        self.ask = W.Button(description="Ask both", button_style="primary", icon="play")
+        self.stop_button = W.Button(description="Stop", icon="stop", disabled=True)
+        self.temperature = W.FloatSlider(
+            settings.temperature, min=0, max=2, step=0.1, description="temperature (0 is greedy)", style=LABEL, layout=WIDE
+        )
+        self.note = W.Label("first line: the instruction; the rest: the input")
+        half = W.Layout(width="99%", height="8em")
+        self.answers = {name: W.Textarea(disabled=True, layout=half, placeholder="no answer yet") for name in ("base", "tuned")}
+        self.costs = {name: W.Label("") for name in self.answers}
+        sides = [
+            W.VBox([W.Label(f"{name} model"), self.answers[name], self.costs[name]], layout=W.Layout(width="48%"))
+            for name in self.answers
+        ]
+        self.box = W.VBox(
+            [
+                self.prompt,
+                self.temperature,
+                W.HBox([self.ask, self.stop_button]),
+                self.note,
+                W.HBox(sides, layout=W.Layout(width="97%")),
+            ]
+        )
+        self.stopping, self.worker = threading.Event(), None
+        self.ask.on_click(lambda _: self.start())
+        self.stop_button.on_click(lambda _: self.stopping.set())
+
+    def start(self) -> None:
+        """Answer the prompt in a worker thread; ignored while one is at work."""
+        if self.worker and self.worker.is_alive():
+            return
+        self.stopping.clear()
+        self.ask.disabled, self.stop_button.disabled = True, False
+        self.worker = threading.Thread(target=self._work, daemon=True)
+        self.worker.start()
+
+    def _work(self) -> None:
+        settings = self.settings.model_copy(update={"temperature": self.temperature.value})
+        self.note.value = "answering"
+        try:
+            row = generation.row_of(self.prompt.value)
+            for name, box in self.answers.items():
+                box.value = self.costs[name].value = ""
+                for said in generation.stream(self.model, self.tokenizer, row, settings, name == "tuned", self.stopping):
+                    box.value = said.text
+                self.costs[
+                    name
+                ].value = (
+                    f"{said.n_tokens} tokens · first after {1000 * said.first_token_s:.0f} ms · {said.tokens_per_s:.0f} tokens/s"
+                )
+                if self.stopping.is_set():
+                    break
+            self.note.value = "stopped" if self.stopping.is_set() else "done"
+        except KitError as error:
+            self.note.value = str(error)
+        except Exception as error:  # a worker thread has nobody else to tell
+            self.note.value = f"{type(error).__name__}: {str(error)[:200]}"
+        finally:
+            self.ask.disabled, self.stop_button.disabled = False, True

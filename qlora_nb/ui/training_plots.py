@@ -1,0 +1,156 @@
+"""Figures of notebooks 01, 06 and 07: the budget, what trains, the loss, the score, next tokens."""
+
+from __future__ import annotations
+
+import html
+
+from matplotlib.figure import Figure
+
+from qlora_nb.ui.style import COLOURS, HATCHES, new_figure
+
+GIB = 2**30
+_PARTS = (
+    ("4-bit weights", "NF4", ("4-bit codes",)),
+    ("scales", "NF4+DQ", ("scales (absmax)", "scales of the scales", "code tables and offsets")),
+    ("unquantized rest", "16-bit", ("linear weights", "embedding and head", "biases and norms", "buffers")),
+    ("LoRA and its gradients", "LoRA", ("LoRA weights", "gradients")),
+    ("optimizer states", "optimizer", ("optimizer states",)),
+)
+
+
+def _unit(n_bytes: float) -> tuple[float, str]:
+    return (GIB, "GiB") if n_bytes > 0.5 * GIB else (2**20, "MiB")
+
+
+def budget(ledgers: dict[str, object], limit_gib: float | None = None) -> Figure:
+    """Stacked bars of what lies in memory all through a run, one bar a ledger.
+
+    Args:
+        ledgers: label → `ledger.Ledger`.
+        limit_gib: a card's size, drawn as a line.
+    """
+    largest = max(ledger.total_bytes for ledger in ledgers.values())
+    scale, unit = _unit(largest)
+    fig, ax = new_figure(figsize=(8, 1.5 + 0.65 * len(ledgers)))
+    for row, ledger in enumerate(ledgers.values()):
+        left = 0.0
+        for label, meaning, names in _PARTS:
+            width = ledger.sum(names) / scale
+            colour = COLOURS[meaning]
+            ax.barh(
+                row, width, left=left, color=colour, hatch=HATCHES[meaning], edgecolor="white", label=label if row == 0 else None
+            )
+            left += width
+        ax.text(left, row, f" {left:.2f} {unit}", va="center")
+    if limit_gib is not None:
+        ax.axvline(limit_gib * GIB / scale, color="black", linestyle="--")
+        ax.text(limit_gib * GIB / scale, len(ledgers) - 0.45, f"{limit_gib:g} GiB card", ha="right", fontsize=9)
+    ax.set_yticks(range(len(ledgers)), list(ledgers))
+    ax.invert_yaxis()
+    ax.margins(x=0.16)
+    ax.set_xlabel(f"memory held all through the run ({unit})")
+    first = next(iter(ledgers.values()))
+    parts = {label: first.sum(names) for label, _, names in _PARTS}
+    top = max(parts, key=parts.get)
+    ax.set_title(
+        f"The largest part: {top}, {100 * parts[top] / first.total_bytes:.0f} % of {first.total_bytes / scale:.2f} {unit}"
+    )
+    fig.legend(loc="outside lower center", ncols=3)
+    return fig
+
+
+def lengths(n_tokens: list[int], max_length: int) -> Figure:
+    """Histogram of row lengths in tokens, prompt and answer together."""
+    fig, ax = new_figure(figsize=(8, 2.8))
+    ax.hist(n_tokens, bins=min(40, max(n_tokens) - min(n_tokens) + 1), color=COLOURS["other"], edgecolor="white")
+    longest = sorted(n_tokens)[int(0.95 * (len(n_tokens) - 1))]
+    ax.axvline(longest, color=COLOURS["NF4"], linestyle="--", label=f"95 % of rows are no longer than {longest}")
+    ax.set(xlabel="length of a row (tokens)", ylabel="rows", xlim=(0, min(max_length, max(n_tokens)) * 1.05))
+    ax.set_title(f"Rows have {sum(n_tokens) / len(n_tokens):.0f} tokens on average; max_length allows {max_length}")
+    ax.legend()
+    return fig
+
+
+def loss_curve(losses: list[float], before: float | None = None, after: float | None = None) -> Figure:
+    """Training loss a step with its running mean, and the held-out loss before and after."""
+    fig, ax = new_figure(figsize=(8, 3.2))
+    steps = range(1, len(losses) + 1)
+    ax.plot(steps, losses, color=COLOURS["other"], linewidth=0.8, label="training loss of each step")
+    window = max(1, len(losses) // 10)
+    mean = [sum(losses[max(0, i - window) : i]) / len(losses[max(0, i - window) : i]) for i in steps]
+    ax.plot(steps, mean, color=COLOURS["LoRA"], linewidth=2.2, label=f"mean of the last {window} steps")
+    for value, label, marker in ((before, "held-out, before", "o"), (after, "held-out, after", "D")):
+        if value is not None:
+            at = 0 if label.endswith("before") else len(losses) + 1
+            ax.plot(at, value, marker, color=COLOURS["NF4"], markersize=8, label=f"{label}: {value:.2f}")
+    ax.set(xlabel="optimizer step", ylabel="loss (nats per answer token)")
+    ax.set_ylim(bottom=0)
+    if before is not None and after is not None:
+        ax.set_title(f"Held-out loss goes from {before:.2f} to {after:.2f} nats")
+    else:
+        ax.set_title(f"Training loss after {len(losses)} steps: {mean[-1] if mean else float('nan'):.2f} nats")
+    ax.legend()
+    return fig
+
+
+def scores(results: dict[str, dict[str, float]]) -> Figure:
+    """Exact match by kind of question for several answerers (label → {kind: share}), "all" first."""
+    kinds = list(next(iter(results.values())))
+    looks = [("other", ""), ("INT4", "//"), ("16-bit", ".."), ("LoRA", "")]
+    fig, ax = new_figure(figsize=(8, 3.6))
+    width = 0.8 / len(results)
+    for i, (label, result) in enumerate(results.items()):
+        colour, hatch = looks[i % len(looks)]
+        x = [k + (i - (len(results) - 1) / 2) * width for k in range(len(kinds))]
+        ax.bar(x, [100 * result[k] for k in kinds], width, color=COLOURS[colour], hatch=hatch, edgecolor="white", label=label)
+    ax.set_xticks(range(len(kinds)), kinds)
+    ax.set(ylabel="exact match (%)", ylim=(0, 105))
+    last = list(results)[-1]
+    ax.set_title(f"{last}: {100 * results[last]['all']:.0f} % of held-out answers exactly right")
+    fig.legend(loc="outside lower center", ncols=len(results))
+    return fig
+
+
+def label_mask(tokens: list[str], trains: list[bool]) -> str:
+    """HTML that shows a row's tokens, those that train both coloured and underlined; all text is escaped."""
+    on_look, off_look = "background:#009E7333;border-bottom:2px solid #009E73", "opacity:.65"
+    cells = [
+        f"<span style='{on_look if on else off_look};white-space:pre-wrap'>{html.escape(token).replace(chr(10), '⏎<br>')}</span>"
+        for token, on in zip(tokens, trains, strict=True)
+    ]
+    note = f"<p>underlined and green: the {sum(trains)} tokens that train, of {len(tokens)}</p>"
+    return f"<div style='font-family:monospace;line-height:1.7;max-width:60em'>{''.join(cells)}</div>{note}"
+
+
+def speeds(answers: dict[str, list]) -> Figure:
+    """Time to the first token and tokens a second, for each answerer (label → list of `generation.Answer`)."""
+    fig, axes = new_figure(1, 2, figsize=(8, 2.6))
+    looks = [("other", ""), ("LoRA", "..")]
+    for ax, label, pick in (
+        (axes[0], "time to first token (ms)", lambda a: 1000 * a.first_token_s),
+        (axes[1], "speed (tokens/s)", lambda a: a.tokens_per_s),
+    ):
+        for i, said in enumerate(answers.values()):
+            values = sorted(pick(a) for a in said)
+            colour, hatch = looks[i % 2]
+            ax.barh(i, values[len(values) // 2], color=COLOURS[colour], hatch=hatch, edgecolor="white")
+            ax.text(values[len(values) // 2], i, f" {values[len(values) // 2]:.0f}", va="center")
+        ax.set_yticks(range(len(answers)), list(answers))
+        ax.set_xlabel(label)
+        ax.margins(x=0.2)
+    fig.suptitle(f"Median over {len(next(iter(answers.values())))} prompts", x=0.01, ha="left", fontsize=12, fontweight="bold")
+    return fig
+
+
+def next_tokens(base: list[tuple[str, float]], tuned: list[tuple[str, float]], divergence: float) -> Figure:
+    """The most probable next tokens of both models, side by side, with the divergence between the distributions (bits)."""
+    fig, axes = new_figure(1, 2, figsize=(8, 2.8), sharex=True)
+    for ax, rows, name, colour, hatch in ((axes[0], base, "base", "other", ""), (axes[1], tuned, "tuned", "LoRA", "..")):
+        labels = [repr(token)[1:-1] or "·" for token, _ in rows]
+        ax.barh(range(len(rows)), [100 * p for _, p in rows], color=COLOURS[colour], hatch=hatch, edgecolor="white")
+        ax.set_yticks(range(len(rows)), labels)
+        ax.invert_yaxis()
+        ax.set(xlabel="probability (%)", xlim=(0, 100))
+        ax.set_title(name)
+    fig.suptitle(f"The two differ by {divergence:.2f} bits at this token", x=0.01, ha="left", fontsize=12, fontweight="bold")
+    return fig

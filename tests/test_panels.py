@@ -1,0 +1,192 @@
+"""Panels and figures of notebooks 01, 06 and 07, driven as a reader would, without a browser."""
+
+import pytest
+from matplotlib.figure import Figure
+
+from qlora_nb.engine import environment, ledger, models, shapes
+from qlora_nb.engine.generation import Answer, find_adapter, load_adapter
+from qlora_nb.engine.profiles import validate
+from qlora_nb.ui import panels, setup_plots, training_checks, training_plots, widgets
+
+
+def both_ends(widget):
+    if hasattr(widget, "options"):
+        values = [o[1] if isinstance(o, tuple) else o for o in widget.options]
+        return values
+    return [widget.min, widget.max]
+
+
+def test_planner_redraws_at_every_end_and_prints_a_line_that_validates():
+    planner = panels.planner(validate({}))
+    for name, control in planner.controls.items():
+        for value in both_ends(control):
+            control.value = value
+            line = planner.children[len(planner.controls)].value
+            assert line.startswith("papermill notebooks/06_finetune_pythia_12b.ipynb ")
+            words = line.split()
+            given = {words[i + 1]: words[i + 2] for i, w in enumerate(words) if w == "-p"}
+            assert getattr(validate(given), name) == value
+        assert isinstance(planner.redraw(**{n: c.value for n, c in planner.controls.items()}), Figure)
+
+
+def test_planner_shows_no_error_in_its_output():
+    planner = panels.planner(validate({}))
+    outputs = planner.children[-1].outputs
+    assert not [o for o in outputs if o["output_type"] == "error"]
+
+
+def test_what_fits_at_both_ends():
+    card = widgets.choice_slider("card", [8.0, 48.0], 8.0)
+    rank = widgets.choice_slider("rank", [8, 64], 8)
+    box = widgets.explore(setup_plots.what_fits, gpu_gib=card, r=rank)
+    titles = set()
+    for c in (8.0, 48.0):
+        for r in (8, 64):
+            card.value, rank.value = c, r
+            assert isinstance(box.result, Figure)
+            titles.add(box.result.axes[0].get_title(loc="left"))
+    assert any("6.9b" in t for t in titles)
+    assert any("12b" in t for t in titles)
+
+
+@pytest.fixture(scope="module")
+def chat():
+    settings = validate({"adapter": "pocket", "max_new_tokens": 8})
+    model = load_adapter(models.load_base(settings), find_adapter(settings)[0])
+    return panels.SideBySide(model, models.load_tokenizer(settings), settings)
+
+
+def ask(chat, prompt):
+    chat.prompt.value = prompt
+    chat.ask.click()
+    chat.worker.join(60)
+    assert not chat.worker.is_alive()
+    return {name: box.value for name, box in chat.answers.items()}
+
+
+def test_side_by_side_answers_twice(chat):
+    said = ask(chat, "Where is Anna?\nAnna went to the park.")
+    assert all(said.values())
+    assert chat.note.value == "done"
+    assert "tokens/s" in chat.costs["tuned"].value
+    assert not chat.ask.disabled
+    assert chat.stop_button.disabled
+
+
+def test_side_by_side_refuses_in_words(chat):
+    ask(chat, "   ")
+    assert "prompt is empty" in chat.note.value
+    ask(chat, "word " * 2000)
+    assert "shorten the prompt" in chat.note.value
+    ask(chat, "Where is Anna?\nAnna went to the park.")
+    assert chat.note.value == "done"
+
+
+def test_model_text_is_never_html(chat):
+    import ipywidgets
+
+    def walk(widget):
+        yield widget
+        for child in getattr(widget, "children", ()):
+            yield from walk(child)
+
+    assert not [w for w in walk(chat.box) if isinstance(w, (ipywidgets.HTML, ipywidgets.HTMLMath, ipywidgets.Output))]
+
+
+def test_label_mask_is_escaped_and_marked_twice():
+    shown = training_plots.label_mask(["<script>alert(1)</script>", "yes"], [False, True])
+    assert "<script>" not in shown
+    assert "border-bottom" in shown
+    assert "background" in shown
+
+
+def test_settings_table_is_escaped():
+    assert "<img" not in validate({"model_id": "<img src=x>", "dataset": "pocket"})._repr_html_()
+
+
+def test_live_view_counts_and_draws(capsys):
+    view = panels.LiveTraining(4, redraw_s=0)
+    for i in range(1, 5):
+        step = {"step": i, "max_steps": 4, "loss": 5 / i, "learning_rate": 1e-3, "tokens_per_s": 100.0, "seconds_left": 4 - i}
+        view(step)
+    assert view.bar.value == 4
+    assert "step 4/4" in view.text.value
+    assert view.curve.value[:4] == b"\x89PNG"
+    assert capsys.readouterr().out.count("step") == 4
+
+
+def test_figures_for_small_and_large_models():
+    small, large = ledger.predict(validate({})), ledger.predict(validate({}), config=ledger.pythia_config("12b"))
+    for one in (small, large):
+        assert isinstance(training_plots.budget({"model": one}, limit_gib=24.0), Figure)
+    assert isinstance(training_plots.loss_curve([3.0], None, None), Figure)
+    assert isinstance(training_plots.lengths([5, 5, 5], 64), Figure)
+    answers = [Answer("a", 3, 0.1, 0.2)]
+    assert isinstance(training_plots.speeds({"base": answers, "tuned": answers}), Figure)
+    assert isinstance(training_plots.next_tokens([("<b>$x$", 0.5)], [("\n", 0.5)], 1.0), Figure)
+    scores = {"majority": {"all": 0.1, "who": 0.2}, "QLoRA": {"all": 0.9, "who": 0.8}}
+    assert isinstance(training_plots.scores(scores), Figure)
+
+
+def test_profiles_are_judged_on_the_machine_given():
+    big = environment.Gpu("H100", 80 * 2**30, 79 * 2**30, (9, 0))
+    here = environment.machine()
+    from dataclasses import replace
+
+    runs_here = {row["profile"]: row["runs here"] for row in setup_plots.profiles_here(replace(here, gpus=(big,)))}
+    assert set(runs_here.values()) == {"yes"}
+    without = {row["profile"]: row["runs here"] for row in setup_plots.profiles_here(replace(here, gpus=()))}
+    assert without["tiny"] == "yes"
+    assert without["full"].startswith("no")
+
+
+def test_shapes_agree_with_the_real_modules():
+    for size in ("70m", "1b", "12b"):
+        model = ledger.meta_model(ledger.pythia_config(size))
+        assert sum(p.numel() for p in model.parameters()) == shapes.PYTHIA[size].n_parameters
+    pocket = ledger.meta_model(ledger.config_of("pocket"))
+    assert sum(p.numel() for p in pocket.parameters()) == shapes.shape_of("pocket").n_parameters
+    assert ledger.kv_cache_bytes(ledger.pythia_config("12b")) == 737_280
+
+
+@pytest.mark.parametrize(
+    ("check", "right", "wrong"),
+    [
+        (
+            lambda a: training_checks.check_rows_in_a_step(a, validate({})),
+            16,
+            {1: "too small", [16, 1].__len__() * 16: "too large"},
+        ),
+        (training_checks.check_bytes_per_trained_number, 16, {12: "two states", 4: "four bytes each"}),
+        (lambda a: training_checks.check_weight_gib(a, 11_800_000_000, 4), 5.495, {5.9: "10\\^9", 43.96: "half a byte"}),
+        (
+            lambda a: training_checks.check_cache_bytes(a, 36, 5120, 2),
+            737_280,
+            {368_640: "key and a value", 20_480: "2 × layers"},
+        ),
+        (lambda a: training_checks.check_kept_by_top_p(a, [0.1, 0.5, 0.05, 0.35], 0.8), 2, {1: "too small", 3: "too large"}),
+    ],
+)
+def test_exercises_accept_the_solution_and_teach_on_wrong_answers(check, right, wrong, capsys):
+    import re
+
+    assert not check(None)
+    assert "not attempted yet" in capsys.readouterr().out
+    assert check(right)
+    for answer, message in wrong.items():
+        assert not check(answer)
+        assert re.search(message, capsys.readouterr().out)
+    assert not check([right, right])
+    assert "shape wrong" in capsys.readouterr().out
+
+
+def test_label_exercise(capsys):
+    ids = [11, 12, 13, 14, 15, 21, 22, 0]
+    check = lambda a: training_checks.check_labels(a, ids, 5)
+    assert check([-100] * 5 + [21, 22, 0])
+    assert not check([-100] * 5 + [21, 22, -100])
+    assert "never stops" in capsys.readouterr().out
+    assert not check(ids)
+    assert "prompt must not train" in capsys.readouterr().out
+    assert not check([21, 22, 0])
+    assert "shape wrong" in capsys.readouterr().out

@@ -1,0 +1,231 @@
+"""Training, saving, answering: the engine of notebooks 06 and 07 on the pocket model."""
+
+import json
+import os
+import signal
+import threading
+
+import pytest
+import torch
+from peft import PeftModel
+
+from qlora_nb.engine import data, evaluation, generation, models, runs, training
+from qlora_nb.engine.profiles import validate
+from qlora_nb.errors import KitError
+
+SHORT = {"max_steps": 6, "train_rows": 96, "eval_rows": 24}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A short run: settings, tokenizer, model, encoded rows, run, result, and the steps that were reported."""
+    settings = validate({**SHORT, "output_dir": str(tmp_path_factory.mktemp("runs"))})
+    tokenizer, model = models.load_tokenizer(settings), models.load_base(settings)
+    rows = data.encode(data.load(settings)[0], tokenizer, settings.max_length)
+    model = training.attach_adapter(model, settings)
+    steps = []
+    with runs.Run(settings, "06_finetune_pythia_12b") as run:
+        result = training.finetune(model, tokenizer, rows, settings, run, steps.append)
+    return settings, tokenizer, model, rows, run, result, steps
+
+
+def test_only_the_adapter_trains_and_it_covers_every_linear_layer(trained):
+    _, _, model, *_ = trained
+    training_names = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert all("lora_" in n for n in training_names)
+    assert len(training_names) == 2 * len(models.linear_layers(models.load_base(validate({}))))
+    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+
+
+def test_loss_falls_and_every_step_is_reported(trained):
+    _, _, _, _, run, result, steps = trained
+    assert len(steps) == len(result["losses"]) == SHORT["max_steps"]
+    assert result["losses"][-1] < result["losses"][0]
+    logged = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [s["loss"] for s in logged] == result["losses"]
+    assert steps[-1]["seconds_left"] == 0
+
+
+def test_manifest_says_done_and_names_everything(trained):
+    manifest = json.loads((trained[4].folder / "manifest.json").read_text())
+    assert manifest["status"] == "done"
+    assert manifest["parameters"]["max_steps"] == SHORT["max_steps"]
+    assert manifest["versions"]["torch"].startswith("2.")
+    assert manifest["hardware"]["n_cores"] >= 1
+
+
+def test_adapter_on_disk_is_the_trained_one_and_plain_peft_loads_it(trained):
+    settings, _, model, rows, _, result, _ = trained
+    ids = torch.tensor([rows[0]["input_ids"]])
+    assert training.saved_adapter_difference(model, result["adapter"], ids) == 0
+    with torch.no_grad():
+        ours = model(input_ids=ids).logits
+        theirs = PeftModel.from_pretrained(models.load_base(settings), str(result["adapter"])).eval()(input_ids=ids).logits
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_a_changed_file_is_noticed(trained, tmp_path):
+    _, _, model, rows, _, result, _ = trained
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(result["adapter"], tmp_path / "adapter")
+    weights = load_file(folder / "adapter_model.safetensors")
+    save_file({k: v + 0.01 for k, v in weights.items()}, folder / "adapter_model.safetensors")
+    assert training.saved_adapter_difference(model, folder, torch.tensor([rows[0]["input_ids"]])) > 1e-4
+
+
+def test_response_loss_is_cross_entropy_over_labelled_tokens(trained):
+    _, tokenizer, model, rows, *_ = trained
+    total, n = 0.0, 0
+    with torch.no_grad():
+        for row in rows.select(range(12)):  # one by one, without padding, by the definition
+            log = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)
+            for at, label in enumerate(row["labels"]):
+                if label != data.IGNORED:
+                    total, n = total - log[at - 1, label].item(), n + 1
+    assert evaluation.response_loss(model, tokenizer, rows.select(range(12))) == pytest.approx(total / n, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"target_modules": "query_key_value,q_proj"}, "q_proj.*query_key_value"),
+        ({"target_modules": "lm_head"}, "lm_head"),
+        ({"target_modules": "all-linear,dense"}, "all-linear alone"),
+        ({"r": 500}, "1 to 192"),
+    ],
+)
+def test_wrong_targets_and_ranks_are_refused(values, message):
+    settings = validate(values)
+    with pytest.raises(KitError, match=message):
+        training.attach_adapter(models.load_base(settings), settings)
+
+
+def fresh(tmp_path, **values):
+    settings = validate({**SHORT, "output_dir": str(tmp_path), **values})
+    tokenizer = models.load_tokenizer(settings)
+    rows = data.encode(data.load(settings)[0], tokenizer, settings.max_length)
+    return settings, tokenizer, training.attach_adapter(models.load_base(settings), settings), rows
+
+
+def test_nan_stops_at_once_and_is_named(tmp_path):
+    settings, tokenizer, model, rows = fresh(tmp_path)
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if "lora_A" in n).fill_(float("nan"))
+    steps = []
+    with pytest.raises(KitError, match="became nan at step 1"), runs.Run(settings, "nan") as run:
+        training.finetune(model, tokenizer, rows, settings, run, steps.append)
+    assert len(steps) == 1
+    assert runs.status_of(run.folder) == "failed"
+
+
+def test_interrupt_finishes_the_step_and_saves(tmp_path):
+    settings, tokenizer, model, rows = fresh(tmp_path)
+    run = runs.Run(settings, "stop")
+    stop_at_two = lambda step: os.kill(os.getpid(), signal.SIGINT) if step["step"] == 2 else None
+    result = training.finetune(model, tokenizer, rows, settings, run, stop_at_two)
+    assert result["stopped"]
+    assert 2 <= len(result["losses"]) <= 3
+    assert (result["adapter"] / "adapter_model.safetensors").stat().st_size > 10_000
+
+
+def test_same_seed_same_losses(tmp_path):
+    losses = []
+    for _ in range(2):
+        settings, tokenizer, model, rows = fresh(tmp_path, max_steps=3, lora_dropout=0.1)
+        losses.append(training.finetune(model, tokenizer, rows, settings, runs.Run(settings, "seed"), lambda s: None)["losses"])
+    assert losses[0] == losses[1]
+
+
+def test_baselines_know_nothing():
+    train, test = (list(rows) for rows in data.load(validate({})))
+    assert evaluation.exact_match([r["output"] for r in test], test)["all"] == 1.0
+    for baseline in (evaluation.majority_baseline, evaluation.copy_baseline):
+        assert evaluation.exact_match(baseline(train, test), test)["all"] <= 0.20
+
+
+# --- answering ---------------------------------------------------------------
+
+
+def test_batched_answers_equal_single_ones(trained):
+    settings, tokenizer, model, *_ = trained
+    rows = list(data.load(settings)[1])
+    together = generation.answer_all(model, tokenizer, rows, settings, batch=7)
+    assert together == [generation.answer(model, tokenizer, row, settings, tuned=True).text for row in rows]
+
+
+def test_base_is_the_model_without_adapter(trained):
+    settings, tokenizer, model, *_ = trained
+    row = dict(data.load(settings)[1][0])
+    plain = generation.answer_all(models.load_base(settings), tokenizer, [row], settings)[0]
+    assert generation.answer(model, tokenizer, row, settings, tuned=False).text == plain
+    base_top, tuned_top, divergence = generation.next_tokens(model, tokenizer, row, settings)
+    assert divergence > 0
+    assert base_top != tuned_top
+
+
+def test_stop_ends_an_answer(trained):
+    settings, tokenizer, model, *_ = trained
+    stop = threading.Event()
+    long = settings.model_copy(update={"max_new_tokens": 300})
+    seen = 0
+    for _ in generation.stream(model, tokenizer, {"instruction": "Go on.", "input": ""}, long, tuned=False, stop=stop):
+        seen += 1
+        if seen == 3:
+            stop.set()
+    assert seen < 30
+
+
+def test_sampling_needs_temperature_and_repeats_with_the_seed(trained):
+    settings, tokenizer, model, *_ = trained
+    hot = settings.model_copy(update={"temperature": 1.5, "top_p": 1.0})
+    row = {"instruction": "Where is Anna?", "input": "Anna went to the park."}
+    said = {generation.answer(model, tokenizer, row, hot.model_copy(update={"seed": s}), tuned=False).text for s in (1, 1, 2, 3)}
+    assert 2 <= len(said) <= 3
+
+
+def test_prompts(trained):
+    settings, tokenizer, model, *_ = trained
+    assert generation.row_of("Do it.") == {"instruction": "Do it.", "input": ""}
+    with pytest.raises(KitError, match="prompt is empty"):
+        generation.row_of("  \n ")
+    with pytest.raises(KitError, match="shorten the prompt"):
+        generation.answer(model, tokenizer, {"instruction": "word " * 600, "input": ""}, settings, tuned=True)
+    odd = generation.row_of("<script>alert(1)</script> 😀 \x1b[31m\nnaïve")
+    assert isinstance(generation.answer(model, tokenizer, odd, settings, tuned=True).text, str)
+
+
+def test_finding_adapters(trained, tmp_path):
+    settings, *_, run, result, _ = trained
+    assert generation.find_adapter(settings)[0] == result["adapter"]
+    empty = validate({"output_dir": str(tmp_path)})
+    folder, where_from = generation.find_adapter(empty)
+    assert "shipped with the pocket model" in where_from
+    with pytest.raises(KitError, match="not an adapter folder"):
+        generation.find_adapter(validate({"adapter": str(tmp_path)}))
+    (run.folder / "manifest.json").write_text(json.dumps({"status": "failed"}))
+    assert generation.find_adapter(settings)[0] == folder
+
+
+def test_adapter_for_another_model_is_refused(trained, tmp_path):
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    other = GPTNeoXForCausalLM(
+        GPTNeoXConfig(vocab_size=1088, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=128)
+    )
+    with pytest.raises(KitError, match="does not fit"):
+        generation.load_adapter(other, trained[5]["adapter"])
+
+
+def test_damaged_model_folder_is_refused(tmp_path):
+    import shutil
+
+    from qlora_nb.pocket import MODEL_DIR
+
+    folder = shutil.copytree(MODEL_DIR, tmp_path / "model")
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(KitError, match="fetch the model again"):
+        models.load_base(validate({"model_id": str(folder)}))
