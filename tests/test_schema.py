@@ -32,7 +32,7 @@ from qlora_nb.errors import KitError
         ("prompts", "one prompt, with a comma", ["one prompt, with a comma"]),
         ("prompts", '["a", "b"]', ["a", "b"]),
         ("blocksize", 128, 128),
-        ("r", None, 16),
+        ("r", None, profiles.PROFILES["tiny"]["r"].value),
     ],
 )
 def test_values_are_coerced(name, value, expected):
@@ -101,8 +101,8 @@ def test_every_profile_is_complete_and_every_default_has_a_reason():
 
 
 def test_settings_show_what_was_set_and_escape_it():
-    shown = profiles.validate({"r": "8", "model_id": "<b>x</b>"})
-    assert shown.changed() == {"model_id": "<b>x</b>", "r": 8}
+    shown = profiles.validate({"r": "12", "model_id": "<b>x</b>"})
+    assert shown.changed() == {"model_id": "<b>x</b>", "r": 12}
     assert "<b>x</b>" not in shown._repr_html_()
     assert "set by you" in repr(shown)
 
