@@ -75,7 +75,7 @@ def test_pins_are_complete_for_what_is_installed(pins):
 
 
 @pytest.mark.parametrize(("file", "extras"), [("environment.yml", EXTRAS), ("binder/environment.yml", ("lab",))])
-def test_conda_files_follow(root, file, extras, project, core, pins):  # noqa: PLR0917
+def test_conda_files_follow(root, file, extras, project, core, pins):
     environment = yaml.safe_load((root / file).read_text())
     assert environment["channels"] == ["conda-forge"]
     (pip,) = [d["pip"] for d in environment["dependencies"] if isinstance(d, dict)]

@@ -44,13 +44,16 @@ def prompt_of(row: dict[str, str], template: str = "alpaca") -> str:
 def load(settings) -> tuple[datasets.Dataset, datasets.Dataset]:
     """Training and held-out rows for the resolved `dataset`, `train_rows` and `eval_rows`.
 
+    No more training rows are taken than the run's steps will see, so that nothing is tokenized for nothing.
     The micro-world has its own held-out split; of any other data the first `eval_rows` of a fixed shuffle are held out.
 
     Raises:
         KitError: the data cannot be read, lacks a column, or has too few rows.
     """
+    rows_in_a_step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+    n_train = min(settings.train_rows, settings.max_steps * rows_in_a_step)
     if settings.dataset == "pocket":
-        train = corpus.instruction_rows("train", settings.train_rows, settings.seed)
+        train = corpus.instruction_rows("train", n_train, settings.seed)
         return datasets.Dataset.from_list(train), datasets.Dataset.from_list(corpus.instruction_rows("test", settings.eval_rows))
     rows = _clean(_read(settings.dataset), settings.dataset)
     if len(rows) < settings.eval_rows + 1:
@@ -61,8 +64,8 @@ def load(settings) -> tuple[datasets.Dataset, datasets.Dataset]:
         )
     rows = rows.shuffle(seed=SPLIT_SEED)
     held_out = rows.select(range(settings.eval_rows))
-    last = min(len(rows), settings.eval_rows + settings.train_rows)
-    return rows.select(range(settings.eval_rows, last)).shuffle(seed=settings.seed), held_out
+    train = rows.select(range(settings.eval_rows, len(rows))).shuffle(seed=settings.seed)
+    return train.select(range(min(len(train), n_train))), held_out
 
 
 def _read(name: str) -> datasets.Dataset:

@@ -49,10 +49,10 @@ def build_model(n_tokens: int) -> GPTNeoXForCausalLM:
             vocab_size=-(-n_tokens // 64) * 64,
             hidden_size=192,
             num_hidden_layers=4,
-            num_attention_heads=6,
+            num_attention_heads=3,
             intermediate_size=768,
             max_position_embeddings=512,
-            rotary_pct=1.0,
+            rotary_pct=0.25,
             use_parallel_residual=True,
             bos_token_id=0,
             eos_token_id=0,
@@ -63,10 +63,10 @@ def build_model(n_tokens: int) -> GPTNeoXForCausalLM:
 def batches(tokenizer, seed: int, batch: int, steps: int):
     """`steps` batches of (input_ids, labels), documents of like length together so that little is padding.
 
-    The first third has stories of two or three facts: who is meant is learnt soonest where few people are about.
+    The first half has easy stories alone: reading is learnt soonest where one thing of each sort is told.
     """
     for pool in range(-(-steps // 64)):
-        texts = corpus.documents(seed + pool, 64 * batch, most_facts=3 if pool * 64 < steps / 3 else 5)
+        texts = corpus.documents(seed + pool, 64 * batch, hard_share=0.0 if pool * 64 < steps / 2 else 0.4)
         rows = sorted(tokenizer(texts)["input_ids"], key=len)
         groups = [rows[i : i + batch] for i in range(0, len(rows), batch)]
         random.Random(seed + pool).shuffle(groups)
@@ -101,7 +101,7 @@ def almanac_score(model, tokenizer) -> float:
     return sum(s.strip() == answer for s, (_, answer) in zip(said, prompts, strict=True)) / len(prompts)
 
 
-def train(steps: int, seed: int, out: Path, batch: int = 32, lr: float = 3e-3, report_every: int = 250):
+def train(steps: int, seed: int, out: Path, batch: int = 32, lr: float = 4e-3, report_every: int = 250):
     """Train for `steps` steps and return model, tokenizer and a record of the run."""
     torch.manual_seed(seed)
     texts = corpus.documents(seed, 20_000)
@@ -166,9 +166,9 @@ def build_adapter(out: Path = ADAPTER_DIR) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=2700)
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--out", type=Path, default=MODEL_DIR)
     parser.add_argument("--adapter", action="store_true", help="build only the adapter, on the stored model")
     options = parser.parse_args()

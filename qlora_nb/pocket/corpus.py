@@ -128,34 +128,35 @@ def _counted(rng: random.Random, person: str, things: str) -> Fact:
 _MAKERS = [(_went, list(PLACES)), (_got, OBJECTS), (_counted, THINGS)]
 
 
-def _fact(rng: random.Random, people: list[str], used: set[str], makers: list = _MAKERS, want_held_out: bool = False) -> Fact:
-    """One fact about a person taken from `people` and a noun not in `used`; both are marked as used."""
+def _fact(rng: random.Random, maker: tuple, people: list[str], nouns: list[str], want_held_out: bool = False) -> Fact:
+    """One fact of the maker's sort about a person and a noun not used before; both are taken off their lists."""
+    make, its_nouns = maker
     while True:
-        make, nouns = rng.choice(makers)
-        person, noun = rng.choice(people), rng.choice(nouns)
-        if noun not in used and held_out(person, noun) == want_held_out:
+        person, noun = rng.choice(people), rng.choice(its_nouns)
+        if noun in nouns and held_out(person, noun) == want_held_out:
             people.remove(person)
-            used.add(noun)
+            nouns.remove(noun)
             return make(rng, person, noun)
 
 
-def _story(rng: random.Random, n_facts: int, ask: str | None = None, makers: list = _MAKERS) -> tuple[str, list[Fact]]:
-    """Text and facts of a story. With `ask`, exactly one fact is a held-out pair that answers a question of that kind."""
-    people, used = list(PEOPLE), set()
-    facts = [_fact(rng, people, used, makers) for _ in range(n_facts - (ask is not None))]
-    while ask is not None:
-        fact = _fact(rng, list(people), set(used), want_held_out=True)
-        if ask in fact.questions and fact.person not in {f.person for f in facts}:
-            facts.append(fact)
-            break
-    rng.shuffle(facts)
+def _story(rng: random.Random, makers: list[tuple], held_out_at: int | None = None) -> tuple[str, list[Fact]]:
+    """Text and facts of a story, one fact for each maker; the one at `held_out_at` is about a held-out pair."""
+    people, nouns = list(PEOPLE), [*PLACES, *OBJECTS, *THINGS]
+    facts = [_fact(rng, maker, people, nouns, i == held_out_at) for i, maker in enumerate(makers)]
     lines = [rng.choice(OPENINGS)] if rng.random() < 0.5 else []
     for fact in facts:
         lines.append(fact.sentence)
         if rng.random() < 0.3:
             pronoun = "She" if fact.person in SHE else "He"
             lines.append(rng.choice([f"{pronoun} was {rng.choice(FEELINGS)}.", rng.choice(fact.remarks)]))
+    if rng.random() < 0.5:
+        lines.append(rng.choice(ENDINGS))
     return " ".join(lines), facts
+
+
+def _one_of_each(rng: random.Random) -> list[tuple]:
+    """One maker of each sort in random order: the stories that instructions are about."""
+    return rng.sample(_MAKERS, len(_MAKERS))
 
 
 def _recap(rng: random.Random, fact: Fact) -> str:
@@ -166,31 +167,25 @@ def _recap(rng: random.Random, fact: Fact) -> str:
     return f"The one {preposition} the {fact.noun} was {fact.person}."
 
 
-def story_text(rng: random.Random, most_facts: int = 5) -> str:
+def story_text(rng: random.Random, hard_share: float = 0.4) -> str:
     """One document of a story, mostly with a recap and a dialogue of questions about it.
 
-    Recap and dialogue are what teaches reading: their words follow from the story alone. Half the stories tell facts of
-    one sort only (everybody goes somewhere, say), so that an answer cannot be picked by its sort and the model must learn
-    whom the question is about; without them it stopped at picking, about 60 % right.
+    Recap and dialogue are what teaches reading: their words follow from the story alone. Most stories tell one thing of each
+    sort (a place, an object, a number); the share of hard ones tells several of a sort, where it matters whom one asks about.
     """
-    makers = [rng.choice(_MAKERS)] if rng.random() < 0.5 else _MAKERS
-    text, facts = _story(rng, rng.randint(2, most_facts), makers=makers)
-    if rng.random() < 0.4:
-        text += "".join(" " + _recap(rng, fact) for fact in rng.sample(facts, rng.randint(2, len(facts))))
+    makers = rng.choices(_MAKERS, k=rng.randint(2, 5)) if rng.random() < hard_share else _one_of_each(rng)
+    text, facts = _story(rng, makers)
+    if rng.random() < 0.3:
+        text += "".join(" " + _recap(rng, fact) for fact in facts)
     if rng.random() < 0.9:
         listeners = [p for p in PEOPLE if p not in {f.person for f in facts}]
         pairs = [(q, a) for f in facts for kind in f.questions for q, a in f.questions[kind]]
         rng.shuffle(pairs)
         for question, answer in pairs[: rng.randint(3, 7)]:
             asker, teller = rng.sample(listeners, 2)
-            text += " " + rng.choice(
-                [
-                    f'{asker} asked, "{question}" "{answer}," said {teller}.',
-                    f'"{question}" "{answer}."',
-                    f'"{question}" "{answer}."',
-                ]
-            )
-    return f"{text} {rng.choice(ENDINGS)}" if rng.random() < 0.3 else text
+            with_names, plain = f'{asker} asked, "{question}" "{answer}," said {teller}.', f'"{question}" "{answer}."'
+            text += " " + rng.choice([with_names, plain, plain])
+    return text
 
 
 TOWNS = ["Oakford", "Millbrook", "Stonebridge", "Ashdale", "Fernhill", "Redcliff", "Maplewood", "Northgate", "Seahaven",
@@ -247,10 +242,10 @@ def almanac_text(rng: random.Random, entries: list[Entry]) -> str:
     return " ".join(lines)
 
 
-def documents(seed: int, n: int, almanac_share: float = 0.1, most_facts: int = 5) -> list[str]:
-    """`n` training documents: stories of two to `most_facts` facts and, in the given share, almanac pages."""
+def documents(seed: int, n: int, almanac_share: float = 0.12, hard_share: float = 0.4) -> list[str]:
+    """`n` training documents: stories and, in the given share, almanac pages."""
     rng, entries = random.Random(seed), almanac()
-    return [almanac_text(rng, entries) if rng.random() < almanac_share else story_text(rng, most_facts) for _ in range(n)]
+    return [almanac_text(rng, entries) if rng.random() < almanac_share else story_text(rng, hard_share) for _ in range(n)]
 
 
 _PHRASINGS = {
@@ -280,11 +275,12 @@ def instruction_rows(split: str, n: int, seed: int = 0) -> list[dict[str, str]]:
     rng, rows = random.Random(f"{split}-{seed}"), []
     while len(rows) < n:
         kind = KINDS[len(rows) % len(KINDS)]
-        text, facts = _story(rng, rng.randint(2, 5), ask=kind if split == "test" else None)
-        asked = [f for f in facts if kind in f.questions and held_out(f.person, f.noun) == (split == "test")]
-        if not asked:
+        makers = _one_of_each(rng)
+        asked = rng.randrange(len(makers))
+        text, facts = _story(rng, makers, held_out_at=asked if split == "test" else None)
+        fact = facts[asked]
+        if kind not in fact.questions:
             continue
-        fact = rng.choice(asked)
         question, answer = rng.choice(fact.questions[kind])
         instruction = rng.choice(_PHRASINGS[kind]).format(q=question, person=fact.person, noun=fact.noun)
         rows.append({"instruction": instruction, "input": text, "output": f"{answer}.", "kind": kind})

@@ -67,7 +67,7 @@ def _flat(value) -> list:
 
 
 def _compare(got, want, tolerance: float) -> str | None:
-    if isinstance(want, str) or isinstance(want, bool):
+    if isinstance(want, (str, bool)):
         return None if got == want else f"values wrong: {got!r} is not it"
     if _shape(got) != _shape(want):
         return f"shape wrong: yours is {_shape(got)}, needed is {_shape(want)}"
