@@ -171,7 +171,7 @@ def _papermill(name: str, tmp_path, *parameters: str) -> subprocess.CompletedPro
         "--cwd",
         str(ROOT),
     ]
-    return subprocess.run([*command, "--no-progress-bar", *parameters], capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run([*command, "--no-progress-bar", *parameters], capture_output=True, text=True, check=False, timeout=600)
 
 
 @pytest.mark.skipif(not NAMES, reason="no notebooks")
