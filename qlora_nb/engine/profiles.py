@@ -11,7 +11,9 @@ import ast
 import difflib
 import html
 import json
+import tomllib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -134,108 +136,19 @@ class Default:
     reason: str
 
 
-_COMMON = {
-    "seed": Default(0, "any number; results over several seeds are in the README"),
-    "quant_type": Default("nf4", "QLoRA paper, section 3"),
-    "double_quant": Default(True, "QLoRA paper, section 3: 0.37 bits per weight less"),
-    "blocksize": Default(64, "QLoRA paper, section 3; what bitsandbytes loads"),
-    "compute_dtype": Default("auto", "bfloat16 where the GPU has it, else float16 on a GPU, float32 on a CPU"),
-    "r": Default(16, "enough for these tasks; the paper finds rank unimportant once all layers are adapted"),
-    "lora_alpha": Default(16, "QLoRA paper, appendix B: fixed, the learning rate is tuned instead"),
-    "lora_dropout": Default(0.05, "QLoRA paper, table 9 (small models)"),
-    "target_modules": Default(["all-linear"], "QLoRA paper, figure 2: every linear layer must be adapted"),
-    "optim": Default("paged_adamw_32bit", "qlora.py's default"),
-    "learning_rate": Default(2e-4, "qlora.py's default"),
-    "lr_scheduler_type": Default("constant", "qlora.py's default"),
-    "warmup_steps": Default(5, "a short start"),
-    "max_grad_norm": Default(0.3, "qlora.py's default"),
-    "max_length": Default(512, "nearly all Alpaca rows are shorter"),
-    "gradient_checkpointing": Default(True, "activations would not fit otherwise"),
-    "prompt_template": Default("alpaca", "the template Alpaca was published with"),
-    "adapter": Default("latest", "the newest finished run, else the adapter shipped with the pocket model"),
-    "temperature": Default(0.0, "greedy: the same answer every time"),
-    "top_p": Default(0.9, "scripts/generate.sh of the original repository"),
-    "pythia": Default("12b", "the model of the last two notebooks"),
-    "gpu_gib": Default(24.0, "an RTX 3090"),
-    "fetch_ahead": Default(False, "24 GB are not downloaded by surprise"),
-    "output_dir": Default("runs", "beside the notebooks' folder"),
-}
-_ENGLISH_PROMPTS = [
-    "Give three tips for staying healthy.",
-    "What is the capital of France?",
-    "Explain in one sentence why the sky is blue.",
-]
-_POCKET_PROMPTS = [
-    "Where is Anna?\nAnna walked to the river. Ben found a red kite. Rosa bought six eggs.",
-    "What did Ben find?\nAnna walked to the river. Ben found a red kite. Rosa bought six eggs.",
-    "How many eggs did Rosa buy?\nAnna walked to the river. Ben found a red kite. Rosa bought six eggs.",
-]
-_SMALL = {
-    "learning_rate": Default(2e-3, "a small model stands and needs a larger one"),
-    "lr_scheduler_type": Default("linear", "a short run should end gently"),
-    "warmup_steps": Default(10, "a short start"),
-    "max_grad_norm": Default(1.0, "few steps: do not clip away the signal"),
-    "lora_dropout": Default(0.0, "too few steps to overfit"),
-    "gradient_checkpointing": Default(False, "activations are small; recomputing them only costs time"),
-}
+def _read_profiles() -> dict[str, dict[str, Default]]:
+    """The profiles of `profiles.toml`, each on top of the tables it starts from."""
+    tables = tomllib.loads((Path(__file__).parent / "profiles.toml").read_text(encoding="utf-8"))
+    read = {}
+    for name in get_args(Settings.model_fields["profile"].annotation):
+        own = tables[name]
+        merged = {k: v for table in own.pop("from") for k, v in tables[table].items()} | own
+        read[name] = {k: Default(*v) for k, v in merged.items()}
+    return read
 
-PROFILES: dict[str, dict[str, Default]] = {
-    "tiny": _COMMON
-    | _SMALL
-    | {
-        "model_id": Default("pocket", "ships with the kit: 3 million parameters, no network"),
-        "dataset": Default("pocket", "made by the kit: questions about little stories"),
-        "r": Default(8, "enough for six kinds of question; the shipped adapter stays under 1 MB"),
-        "max_steps": Default(200, "about a minute on two cores"),
-        "per_device_train_batch_size": Default(16, "two cores"),
-        "gradient_accumulation_steps": Default(1, "no need"),
-        "max_length": Default(192, "the longest micro-world row is shorter"),
-        "train_rows": Default(3200, "each row is seen once"),
-        "eval_rows": Default(240, "forty for each of six kinds of question"),
-        "prompts": Default(_POCKET_PROMPTS, "first line the instruction, the rest the input"),
-        "max_new_tokens": Default(16, "answers are short"),
-    },
-    "smollm2": _COMMON
-    | _SMALL
-    | {
-        "model_id": Default("smollm2", "SmolLM2-135M-Instruct; `qlora-nb fetch smollm2` brings it"),
-        "dataset": Default("pocket", "offline; give a local Alpaca file for real data"),
-        "learning_rate": Default(1e-3, "a small model stands and needs a larger one"),
-        "max_steps": Default(30, "a few minutes on two cores"),
-        "per_device_train_batch_size": Default(4, "two cores"),
-        "gradient_accumulation_steps": Default(2, "effective batch 8"),
-        "max_length": Default(256, "most Alpaca rows are shorter"),
-        "train_rows": Default(1000, "more than thirty steps need"),
-        "eval_rows": Default(32, "half a minute on two cores"),
-        "prompts": Default(_ENGLISH_PROMPTS, "everyday instructions"),
-        "max_new_tokens": Default(48, "a short answer"),
-    },
-    "t4": _COMMON
-    | {
-        "model_id": Default("EleutherAI/pythia-2.8b", "comfortable on a free 16 GB card"),
-        "dataset": Default("tatsu-lab/alpaca", "52,002 instructions"),
-        "max_steps": Default(200, "an evening, not a night"),
-        "per_device_train_batch_size": Default(4, "fits 16 GB"),
-        "gradient_accumulation_steps": Default(4, "effective batch 16, as qlora.py"),
-        "train_rows": Default(51_000, "the rest is held out"),
-        "eval_rows": Default(128, "a minute on a T4"),
-        "prompts": Default(_ENGLISH_PROMPTS, "everyday instructions"),
-        "max_new_tokens": Default(64, "scripts/generate.sh of the original repository"),
-    },
-    "full": _COMMON
-    | {
-        "model_id": Default("EleutherAI/pythia-12b", "the model of the 2023 write-up"),
-        "dataset": Default("tatsu-lab/alpaca", "the data of the 2023 write-up"),
-        "r": Default(64, "qlora.py's default"),
-        "max_steps": Default(1875, "qlora.py's 10,000 for Alpaca is three epochs; this is a bit over half of one"),
-        "per_device_train_batch_size": Default(1, "qlora.py's default"),
-        "gradient_accumulation_steps": Default(16, "qlora.py's default"),
-        "train_rows": Default(51_000, "the rest is held out"),
-        "eval_rows": Default(128, "a minute on one GPU"),
-        "prompts": Default(_ENGLISH_PROMPTS, "everyday instructions"),
-        "max_new_tokens": Default(64, "scripts/generate.sh of the original repository"),
-    },
-}
+
+PROFILES = _read_profiles()
+"""Profile → parameter → its value there and the reason for it."""
 
 _PLAIN = (str, int, float, bool, list, tuple, dict, type(None))
 _NOT_PARAMETERS = {"In", "Out"}  # IPython's own

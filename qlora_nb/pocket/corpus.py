@@ -16,51 +16,16 @@ instruction asks about such a pair.
 from __future__ import annotations
 
 import random
+import tomllib
 import zlib
 from dataclasses import dataclass
+from pathlib import Path
 
-SHE = ["Anna", "Clara", "Emma", "Grace", "Iris", "Kate", "Mia", "Nora", "Rosa", "Tara", "Wendy", "Zoe"]
-HE = ["Ben", "David", "Felix", "Henry", "Jack", "Leo", "Max", "Noah", "Oscar", "Paul", "Sam", "Tom"]
-PEOPLE = SHE + HE
-PLACES = {
-    "kitchen": "in", "garden": "in", "library": "in", "park": "in", "barn": "in", "attic": "in", "forest": "in",
-    "museum": "in", "market": "at", "station": "at", "bakery": "at", "school": "at", "beach": "on", "hill": "on",
-    "river": "by", "lake": "by",
-}  # fmt: skip
-COLOURS = ["red", "blue", "green", "yellow", "white", "black", "brown", "pink"]
-OBJECTS = ["ball", "book", "cup", "key", "hat", "lamp", "basket", "kite", "drum", "letter", "coat", "box", "bag", "boat",
-           "clock", "bell"]  # fmt: skip
-THINGS = ["apples", "eggs", "shells", "stones", "coins", "flowers", "cards", "buttons", "nuts", "plums", "pears", "stamps"]
-NUMBERS = ["two", "three", "four", "five", "six", "seven", "eight", "nine"]
-TIMES = ["in the morning", "at noon", "in the afternoon", "in the evening", "at night", "at dawn", "after lunch",
-         "before dinner"]  # fmt: skip
-GOING = ["went", "walked", "ran", "rode", "hurried"]
-GETTING = [("found", "find"), ("took", "take"), ("bought", "buy"), ("lost", "lose"), ("saw", "see"), ("made", "make"),
-           ("sold", "sell"), ("wanted", "want")]  # fmt: skip
-COUNTING = [("bought", "buy"), ("found", "find"), ("counted", "count"), ("picked", "pick"), ("sold", "sell"), ("took", "take")]
-OPENINGS = ["It was a cold day.", "It was a warm day.", "The sun was out.", "It rained all day.", "The wind was strong.",
-            "It was a quiet day in the village.", "There was snow on the roofs.", "One day the village was busy."]  # fmt: skip
-FEELINGS = ["happy", "tired", "sad", "proud", "hungry", "angry", "glad", "surprised"]
-PLACE_NOTES = ["It was quiet there.", "It was dark there.", "It was full of people.", "It was warm there.", "It was far away.",
-               "It was not far."]  # fmt: skip
-OBJECT_NOTES = [
-    "It was old.",
-    "It was new.",
-    "It was small and light.",
-    "It was big and heavy.",
-    "It was broken.",
-    "It was a present.",
-]
-THING_NOTES = [
-    "They were for dinner.",
-    "They were for the winter.",
-    "They were small.",
-    "They were a present.",
-    "They were very old.",
-]
-ENDINGS = ["Then everybody went home.", "It was a good day.", "That night they all slept well.", "And that was all.",
-           "They talked about it for a long time.", "Nobody forgot that day."]  # fmt: skip
-
+_WORDS = tomllib.loads((Path(__file__).parent / "words.toml").read_text(encoding="utf-8"))
+PEOPLE: list[str] = _WORDS["she"] + _WORDS["he"]
+PLACES: dict[str, str] = _WORDS["places"]
+OBJECTS: list[str] = _WORDS["objects"]
+THINGS: list[str] = _WORDS["things"]
 KINDS = ["where", "what", "who", "how many", "what colour", "when"]
 
 
@@ -89,8 +54,8 @@ def _a(word: str) -> str:
 
 
 def _went(rng: random.Random, person: str, place: str) -> Fact:
-    past = rng.choice(GOING)
-    time = rng.choice(TIMES) if rng.random() < 0.7 else ""
+    past = rng.choice(_WORDS["going"])
+    time = rng.choice(_WORDS["times"]) if rng.random() < 0.7 else ""
     questions = {
         "where": [
             (f"Where is {person}?", f"{PLACES[place].capitalize()} the {place}"),
@@ -101,28 +66,28 @@ def _went(rng: random.Random, person: str, place: str) -> Fact:
     if time:
         questions["when"] = [(f"When did {person} go to the {place}?", time.capitalize())]
     sentence = f"{person} {past} to the {place}{' ' + time if time else ''}."
-    return Fact(person, place, sentence, PLACE_NOTES, questions)
+    return Fact(person, place, sentence, _WORDS["place_notes"], questions)
 
 
 def _got(rng: random.Random, person: str, thing: str) -> Fact:
-    past, base = rng.choice(GETTING)
-    colour = rng.choice(COLOURS)
+    past, base = rng.choice(_WORDS["getting"])
+    colour = rng.choice(_WORDS["colours"])
     questions = {
         "what": [(f"What did {person} {base}?", _a(f"{colour} {thing}").capitalize())],
         "what colour": [(f"What colour is the {thing}?", colour.capitalize())],
         "who": [(f"Who {past} the {thing}?", person)],
     }
-    return Fact(person, thing, f"{person} {past} {_a(f'{colour} {thing}')}.", OBJECT_NOTES, questions)
+    return Fact(person, thing, f"{person} {past} {_a(f'{colour} {thing}')}.", _WORDS["object_notes"], questions)
 
 
 def _counted(rng: random.Random, person: str, things: str) -> Fact:
-    past, base = rng.choice(COUNTING)
-    number = rng.choice(NUMBERS)
+    past, base = rng.choice(_WORDS["counting"])
+    number = rng.choice(_WORDS["numbers"])
     questions = {
         "how many": [(f"How many {things} did {person} {base}?", number.capitalize())],
         "who": [(f"Who {past} the {things}?", person)],
     }
-    return Fact(person, things, f"{person} {past} {number} {things}.", THING_NOTES, questions)
+    return Fact(person, things, f"{person} {past} {number} {things}.", _WORDS["thing_notes"], questions)
 
 
 _MAKERS = [(_went, list(PLACES)), (_got, OBJECTS), (_counted, THINGS)]
@@ -143,14 +108,14 @@ def _story(rng: random.Random, makers: list[tuple], held_out_at: int | None = No
     """Text and facts of a story, one fact for each maker; the one at `held_out_at` is about a held-out pair."""
     people, nouns = list(PEOPLE), [*PLACES, *OBJECTS, *THINGS]
     facts = [_fact(rng, maker, people, nouns, i == held_out_at) for i, maker in enumerate(makers)]
-    lines = [rng.choice(OPENINGS)] if rng.random() < 0.5 else []
+    lines = [rng.choice(_WORDS["openings"])] if rng.random() < 0.5 else []
     for fact in facts:
         lines.append(fact.sentence)
         if rng.random() < 0.3:
-            pronoun = "She" if fact.person in SHE else "He"
-            lines.append(rng.choice([f"{pronoun} was {rng.choice(FEELINGS)}.", rng.choice(fact.remarks)]))
+            pronoun = "She" if fact.person in _WORDS["she"] else "He"
+            lines.append(rng.choice([f"{pronoun} was {rng.choice(_WORDS['feelings'])}.", rng.choice(fact.remarks)]))
     if rng.random() < 0.5:
-        lines.append(rng.choice(ENDINGS))
+        lines.append(rng.choice(_WORDS["endings"]))
     return " ".join(lines), facts
 
 
@@ -188,16 +153,6 @@ def story_text(rng: random.Random, hard_share: float = 0.4) -> str:
     return text
 
 
-TOWNS = ["Oakford", "Millbrook", "Stonebridge", "Ashdale", "Fernhill", "Redcliff", "Maplewood", "Northgate", "Seahaven",
-         "Winterton", "Clayfield", "Roseport", "Birchwell", "Eastmere", "Foxley", "Greenlaw", "Harrow", "Kingsbury",
-         "Lowfield", "Thornton"]  # fmt: skip
-JOBS = ["baker", "teacher", "doctor", "farmer", "painter", "sailor", "tailor", "miller", "smith", "hunter", "singer",
-        "gardener", "carpenter", "driver", "writer", "nurse", "judge", "cook", "weaver", "potter"]  # fmt: skip
-ANIMALS = ["cat", "dog", "goat", "horse", "duck", "hen", "rabbit", "pig", "sheep", "parrot", "pony", "goose", "mouse",
-           "turtle", "donkey", "crow", "fox", "cow", "frog", "hedgehog"]  # fmt: skip
-SURNAMES = ["Vale", "Stone", "Field", "Brook", "Wood", "Hart", "Marsh", "Lane", "Frost", "Reed"]
-
-
 @dataclass(frozen=True)
 class Entry:
     """One invented person of the almanac: fixed facts that can only be known by heart."""
@@ -216,9 +171,9 @@ def almanac(seed: int = 2305) -> list[Entry]:
     """
     rng = random.Random(seed)
     return [
-        Entry(f"{first} {last}", rng.choice(TOWNS), rng.choice(JOBS), rng.choice(ANIMALS))
+        Entry(f"{first} {last}", rng.choice(_WORDS["towns"]), rng.choice(_WORDS["jobs"]), rng.choice(_WORDS["animals"]))
         for first in PEOPLE
-        for last in SURNAMES
+        for last in _WORDS["surnames"]
     ]
 
 
