@@ -28,18 +28,19 @@ ROWS = [{"instruction": f"Say {i}.", "input": "", "output": f"It is {i}."} for i
 
 
 def test_only_answer_and_end_token_train(tokenizer):
-    rows = data.load(validate({"train_rows": 5}))[0]
-    for row, encoded in zip(rows, data.encode(rows, tokenizer, 192), strict=True):
+    settings = validate({"train_rows": 5})
+    rows = data.load(settings)[0]
+    for row, encoded in zip(rows, data.encode(rows, tokenizer, settings), strict=True):
         trained = [i for i, label in zip(encoded["input_ids"], encoded["labels"], strict=True) if label != data.IGNORED]
         assert trained[-1] == tokenizer.eos_token_id
         assert tokenizer.decode(trained[:-1]) == row["output"]
         assert all(label in (data.IGNORED, i) for i, label in zip(encoded["input_ids"], encoded["labels"], strict=True))
-        assert tokenizer.decode(encoded["input_ids"][: -len(trained)]) == data.prompt_of(row)
+        assert tokenizer.decode(encoded["input_ids"][: -len(trained)]) == data.prompt_of(row, settings.prompt_template)
 
 
 def test_padding_never_trains_and_is_not_the_end_token(tokenizer):
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
-    encoded = data.encode(data.load(validate({"train_rows": 20}))[0], tokenizer, 192)
+    encoded = data.encode(data.load(validate({"train_rows": 20}))[0], tokenizer, validate({}))
     batch = data.collator(tokenizer)([encoded[i] for i in range(20)])
     padding = batch["attention_mask"] == 0
     assert padding.any()
@@ -49,7 +50,7 @@ def test_padding_never_trains_and_is_not_the_end_token(tokenizer):
 
 def test_a_long_answer_keeps_its_end_token(tokenizer, capsys):
     rows = data.datasets.Dataset.from_list([{"instruction": "Tell.", "input": "", "output": "Anna went home. " * 40}])
-    encoded = data.encode(rows, tokenizer, 80)[0]
+    encoded = data.encode(rows, tokenizer, validate({"max_length": 80}))[0]
     assert len(encoded["input_ids"]) == 80
     assert encoded["labels"][-1] == tokenizer.eos_token_id
     assert "1 of 1 answers cut to max_length=80" in capsys.readouterr().out
@@ -58,7 +59,7 @@ def test_a_long_answer_keeps_its_end_token(tokenizer, capsys):
 def test_no_row_left_is_refused(tokenizer):
     rows = data.datasets.Dataset.from_list(ROWS)
     with pytest.raises(KitError, match="raise max_length"):
-        data.encode(rows, tokenizer, 10)
+        data.encode(rows, tokenizer, validate({"max_length": 10}))
 
 
 def test_local_file_splits_the_same_way_for_every_seed(tmp_path):

@@ -117,7 +117,7 @@ def test_pythons(project):
 def test_every_import_is_a_declared_dependency(root, core, every):
     """A package that only comes along with another one can go away with it."""
     modules = {"yaml": "pyyaml", "pynvml": "nvidia-ml-py", "IPython": "ipykernel"}  # ipykernel cannot be without IPython
-    allowed_late = {"gguf", "scipy"}
+    allowed_late = {"gguf"}
     for path in sorted((root / "qlora_nb").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []

@@ -56,16 +56,23 @@ def test_pythia_tokenizer_pads_with_its_own_padding_token(pythia_70m, alpaca):
     settings = validate({"model_id": str(pythia_70m), "dataset": str(alpaca), "max_length": 256})
     tokenizer = models.load_tokenizer(settings)
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 1)
-    encoded = data.encode(data.load(settings)[1], tokenizer, 256)
-    assert all(row["labels"][-1] == 0 and row["labels"][0] == data.IGNORED for row in encoded)
+    encoded = data.encode(data.load(settings)[1], tokenizer, settings)
+    assert all(row["labels"][-1] == 0 for row in encoded)
+    assert all(row["labels"][0] == data.IGNORED for row in encoded)
 
 
 def test_other_scripts_survive(pythia_70m):
     settings = validate(
-        {"model_id": str(pythia_70m), "dataset": str(DATA / "alpaca_zh_demo.json"), "eval_rows": 50, "train_rows": 50}
+        {
+            "model_id": str(pythia_70m),
+            "dataset": str(DATA / "alpaca_zh_demo.json"),
+            "eval_rows": 50,
+            "train_rows": 50,
+            "max_length": 4096,
+        }
     )
     tokenizer, (train, _) = models.load_tokenizer(settings), data.load(settings)
-    for row, encoded in zip(train, data.encode(train, tokenizer, 4096), strict=True):
+    for row, encoded in zip(train, data.encode(train, tokenizer, settings), strict=True):
         assert row["output"] in tokenizer.decode(encoded["input_ids"])
 
 

@@ -21,7 +21,7 @@ def trained(tmp_path_factory):
     """A short run: settings, tokenizer, model, encoded rows, run, result, and the steps that were reported."""
     settings = validate({**SHORT, "output_dir": str(tmp_path_factory.mktemp("runs"))})
     tokenizer, model = models.load_tokenizer(settings), models.load_base(settings)
-    rows = data.encode(data.load(settings)[0], tokenizer, settings.max_length)
+    rows = data.encode(data.load(settings)[0], tokenizer, settings)
     model = training.attach_adapter(model, settings)
     steps = []
     with runs.Run(settings, "06_finetune_pythia_12b") as run:
@@ -106,7 +106,7 @@ def test_wrong_targets_and_ranks_are_refused(values, message):
 def fresh(tmp_path, **values):
     settings = validate({**SHORT, "output_dir": str(tmp_path), **values})
     tokenizer = models.load_tokenizer(settings)
-    rows = data.encode(data.load(settings)[0], tokenizer, settings.max_length)
+    rows = data.encode(data.load(settings)[0], tokenizer, settings)
     return settings, tokenizer, training.attach_adapter(models.load_base(settings), settings), rows
 
 

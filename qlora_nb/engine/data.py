@@ -14,15 +14,18 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 from qlora_nb.errors import KitError
 from qlora_nb.pocket import corpus
 
+_WITH_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+_WITHOUT_INPUT = "### Instruction:\n{instruction}\n\n### Response:\n"
 TEMPLATES = {
-    "alpaca": "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
-    "alpaca-no-input": "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:\n",
+    "alpaca": (
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        f"Write a response that appropriately completes the request.\n\n{_WITH_INPUT}",
+        "Below is an instruction that describes a task. "
+        f"Write a response that appropriately completes the request.\n\n{_WITHOUT_INPUT}",
+    ),
+    "alpaca_short": (_WITH_INPUT, _WITHOUT_INPUT),
 }
-"""Stanford Alpaca's two prompts: with an input and without."""
+"""Template → prompt with an input and without: Stanford Alpaca's own, and the same without its opening sentences."""
 COLUMNS = ("instruction", "input", "output")
 IGNORED = -100
 SPLIT_SEED = 2305
@@ -36,9 +39,8 @@ def prompt_of(row: dict[str, str], template: str = "alpaca") -> str:
     >>> prompt_of({"instruction": "Say hi.", "input": ""})[-35:]
     'on:\\nSay hi.\\n\\n### Response:\\n'
     """
-    return TEMPLATES[template if row.get("input") else f"{template}-no-input"].format(
-        instruction=row["instruction"], input=row.get("input", "")
-    )
+    with_input, without = TEMPLATES[template]
+    return (with_input if row.get("input") else without).format(instruction=row["instruction"], input=row.get("input", ""))
 
 
 def load(settings) -> tuple[datasets.Dataset, datasets.Dataset]:
@@ -118,15 +120,14 @@ def _clean(rows: datasets.Dataset, name: str) -> datasets.Dataset:
     return rows
 
 
-def encode(
-    rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, template: str = "alpaca"
-) -> datasets.Dataset:
+def encode(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, settings) -> datasets.Dataset:
     """Rows → `input_ids` and `labels` of equal length: prompt labels are -100, the end token is labelled.
 
     A row longer than `max_length` tokens loses the end of its answer but keeps its end token, so that the model still
     learns to stop; how many rows that hits is printed. A row whose prompt alone is too long is left out.
     """
-    arguments = {"tokenizer": tokenizer, "max_length": max_length, "template": template}
+    max_length = settings.max_length
+    arguments = {"tokenizer": tokenizer, "max_length": max_length, "template": settings.prompt_template}
     encoded = rows.map(_encode_row, fn_kwargs=arguments, remove_columns=rows.column_names)
     whole = encoded.filter(lambda row: not row["too_long"])
     n_cut = sum(whole["cut"])
@@ -147,12 +148,8 @@ def _encode_row(row: dict[str, str], tokenizer, max_length: int, template: str) 
     cut = len(answer) > room
     if cut:
         answer = [*answer[: max(room - 1, 0)], tokenizer.eos_token_id]
-    return {
-        "input_ids": prompt + answer,
-        "labels": [IGNORED] * len(prompt) + answer,
-        "cut": cut,
-        "too_long": room < 2,
-    }
+    labels = [IGNORED] * len(prompt) + answer
+    return {"input_ids": prompt + answer, "labels": labels, "cut": cut, "too_long": room < 2}
 
 
 def collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:

@@ -86,14 +86,8 @@ def gpus() -> tuple[Gpu, ...]:
             handle = pynvml.nvmlDeviceGetHandleByIndex(i)
             memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
             name = pynvml.nvmlDeviceGetName(handle)
-            found.append(
-                Gpu(
-                    name.decode() if isinstance(name, bytes) else name,
-                    memory.total,
-                    memory.free,
-                    tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle)),
-                )
-            )
+            capability = tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle))
+            found.append(Gpu(name.decode() if isinstance(name, bytes) else name, memory.total, memory.free, capability))
         return tuple(found)
     finally:
         pynvml.nvmlShutdown()

@@ -53,7 +53,7 @@ def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: da
     Returns:
         `loss` (nats per answer token), `exact_match` ({kind: share}, empty for open answers), `said` (the answers).
     """
-    encoded = data.encode(rows, tokenizer, settings.max_length, settings.prompt_template)
+    encoded = data.encode(rows, tokenizer, settings)
     result = {"loss": response_loss(model, tokenizer, encoded), "exact_match": {}, "said": []}
     if "kind" in rows.column_names:
         rows = list(rows)

@@ -99,19 +99,12 @@ def base_or_tuned(model: PeftModel, tuned: bool):
     return nullcontext() if tuned else model.disable_adapter()
 
 
-def _config(settings, tokenizer, model) -> GenerationConfig:
+def _config(settings, tokenizer) -> GenerationConfig:
     """Only what the settings say; a model's own sampling defaults are not mixed in."""
-    sampling = (
-        {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p}
-        if settings.temperature
-        else {"do_sample": False}
-    )
-    return GenerationConfig(
-        max_new_tokens=settings.max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        **sampling,
-    )
+    how = {"max_new_tokens": settings.max_new_tokens, "do_sample": settings.temperature > 0}
+    if settings.temperature:
+        how |= {"temperature": settings.temperature, "top_p": settings.top_p}
+    return GenerationConfig(**how, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
 
 
 class _StopWhen(StoppingCriteria):
@@ -151,7 +144,7 @@ def stream(
             with base_or_tuned(model, tuned), torch.no_grad():
                 model.generate(
                     **encoded,
-                    generation_config=_config(settings, tokenizer, model),
+                    generation_config=_config(settings, tokenizer),
                     streamer=streamer,
                     stopping_criteria=StoppingCriteriaList([_StopWhen(ending)]),
                 )
@@ -184,9 +177,8 @@ def answer(model: PeftModel, tokenizer: PreTrainedTokenizerBase, row: dict, sett
 def continue_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, max_new_tokens: int) -> str:
     """What a model writes on after a plain text, greedily, without any template."""
     encoded = tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(model.device)
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id
-    )
+    ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, **ends)
     out = model.generate(**encoded, generation_config=config)
     return tokenizer.decode(out[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
@@ -227,7 +219,7 @@ def answer_all(
     for start in range(0, len(order), batch):
         group = order[start : start + batch]
         encoded = _encode([rows[i] for i in group], tokenizer, model, settings)
-        greedy = _config(settings.model_copy(update={"temperature": 0.0}), tokenizer, model)
+        greedy = _config(settings.model_copy(update={"temperature": 0.0}), tokenizer)
         out = model.generate(**encoded, generation_config=greedy)
         texts = tokenizer.batch_decode(out[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
         said |= {i: text.strip() for i, text in zip(group, texts, strict=True)}

@@ -12,14 +12,16 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
-from qlora_nb.engine import environment
+from qlora_nb.engine import environment, shapes
 from qlora_nb.errors import KitError
 from qlora_nb.pocket import MODEL_DIR
 
 SMOLLM2_DIR = Path(os.environ.get("QLORA_NB_CACHE", Path.home() / ".cache" / "qlora-nb")) / "SmolLM2-135M-Instruct"
 """Where `qlora-nb fetch smollm2` puts the converted model."""
-GPU_DTYPES = {True: torch.bfloat16, False: torch.float16}
+QUIET_BELOW_PARAMETERS = 500_000_000
+"""A model smaller than this loads in a second or two and needs no progress bar."""
 
 
 def model_path(model_id: str) -> str:
@@ -52,7 +54,7 @@ def compute_dtype(choice: str = "auto") -> torch.dtype:
     cards = environment.gpus() if torch.cuda.is_available() else ()
     has_bf16 = bool(cards) and cards[0].has_bf16
     if choice == "auto":
-        return GPU_DTYPES[has_bf16] if cards else torch.float32
+        return (torch.bfloat16 if has_bf16 else torch.float16) if cards else torch.float32
     if choice == "bfloat16" and cards and not has_bf16:
         print(f"{cards[0].name} has no bfloat16: computing in float16 instead")
         return torch.float16
@@ -104,6 +106,9 @@ def load_base(settings, four_bit: bool = True) -> PreTrainedModel:
     """
     path = model_path(settings.model_id)
     options = {"quantization_config": quantization_config(settings)} if four_bit else {}
+    shape = shapes.shape_of(settings.model_id)
+    if shape and shape.n_parameters < QUIET_BELOW_PARAMETERS:
+        transformers_logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
             path,
@@ -121,6 +126,8 @@ def load_base(settings, four_bit: bool = True) -> PreTrainedModel:
             value=settings.model_id,
             remedy="needed are config.json, tokenizer and whole .safetensors files; fetch the model again if one was cut short",
         ) from error
+    finally:
+        transformers_logging.enable_progress_bar()
     for module in model.modules():
         # On CPUs with bfloat16 units bitsandbytes repacks the weights at the first inference and computes in bfloat16 from
         # then on; training after that fails, and the bytes are no longer those of the paper. One layout everywhere.

@@ -82,7 +82,7 @@ class Settings(BaseModel):
     gradient_accumulation_steps: Int = Field(ge=1, description="forward passes in one optimizer step")
     max_length: Int = Field(ge=8, le=8192, description="tokens of prompt and answer kept")
     gradient_checkpointing: bool = Field(description="recompute activations to save memory")
-    prompt_template: Literal["alpaca"] = Field(description="how instruction and input become a prompt")
+    prompt_template: Literal["alpaca", "alpaca_short"] = Field(description="how instruction and input become a prompt")
     train_rows: Int = Field(ge=1, description="rows to train on at most")
     eval_rows: Int = Field(ge=1, description="held-out rows to measure on")
     adapter: Name = Field(description="latest, pocket, or an adapter folder (07)")

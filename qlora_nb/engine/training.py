@@ -24,6 +24,10 @@ from qlora_nb.engine import data
 from qlora_nb.engine.models import linear_layers
 from qlora_nb.errors import KitError
 
+_STEPS = {"max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "seed"}
+TRAINERS_OWN = {"optim", "learning_rate", "lr_scheduler_type", "warmup_steps", "max_grad_norm", *_STEPS}
+"""Parameters that the kit's schema and transformers' TrainingArguments have under the same names."""
+
 
 def attach_adapter(model: PreTrainedModel, settings) -> PeftModel:
     """Freeze the base and put a LoRA adapter on the layers that `target_modules` names.
@@ -54,9 +58,7 @@ def attach_adapter(model: PreTrainedModel, settings) -> PeftModel:
             remedy="16 is a good start",
         )
     config = LoraConfig(
-        r=settings.r,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=settings.lora_dropout,
+        **settings.model_dump(include={"r", "lora_alpha", "lora_dropout"}),
         target_modules="all-linear" if "all-linear" in targets else list(targets),
         bias="none",
         task_type="CAUSAL_LM",
@@ -148,15 +150,7 @@ def finetune(
     """
     arguments = TrainingArguments(
         output_dir=str(run.folder / "checkpoints"),
-        optim=settings.optim,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type=settings.lr_scheduler_type,
-        warmup_steps=settings.warmup_steps,
-        max_grad_norm=settings.max_grad_norm,
-        max_steps=settings.max_steps,
-        per_device_train_batch_size=settings.per_device_train_batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        seed=settings.seed,
+        **settings.model_dump(include=TRAINERS_OWN),
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_strategy="no",

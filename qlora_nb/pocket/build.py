@@ -105,7 +105,7 @@ def train(steps: int, seed: int, out: Path, batch: int = 32, lr: float = 4e-3, r
     """Train for `steps` steps and return model, tokenizer and a record of the run."""
     torch.manual_seed(seed)
     texts = corpus.documents(seed, 20_000)
-    asked = [data.prompt_of(row) + row["output"] for row in corpus.instruction_rows("train", 2_000)]
+    asked = [data.prompt_of(row, "alpaca") + row["output"] for row in corpus.instruction_rows("train", 2_000)]
     tokenizer = build_tokenizer(texts + asked)
     model = build_model(len(tokenizer)).train()
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers" in n]
@@ -153,7 +153,7 @@ def build_adapter(out: Path = ADAPTER_DIR) -> dict[str, float]:
     model = training.attach_adapter(model, settings)
     with tempfile.TemporaryDirectory() as folder:
         with runs.Run(settings.model_copy(update={"output_dir": folder}), "pocket_adapter") as run:
-            rows = data.encode(train, tokenizer, settings.max_length)
+            rows = data.encode(train, tokenizer, settings)
             result = training.finetune(model, tokenizer, rows, settings, run, lambda step: None)
         out.mkdir(parents=True, exist_ok=True)
         weights = load_file(result["adapter"] / "adapter_model.safetensors")

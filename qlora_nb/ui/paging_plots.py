@@ -49,30 +49,14 @@ def plot_step(pythia: str, r: int, tokens: int, gpu_gib: float, bits: int = 32) 
     floor = np.zeros(len(moments))
     for name, (colour, hatch) in PARTS.items():
         height = np.array([m.parts[name] / GIB for m in moments])
-        ax.fill_between(
-            range(len(moments)),
-            floor,
-            floor + height,
-            step="mid",
-            facecolor=COLOURS[colour],
-            hatch=hatch,
-            edgecolor="white",
-            lw=0,
-            label=name,
-        )
+        look = {"facecolor": COLOURS[colour], "hatch": hatch, "edgecolor": "white", "lw": 0, "step": "mid"}
+        ax.fill_between(range(len(moments)), floor, floor + height, **look, label=name)
         floor += height
     ax.axhline(gpu_gib, color="black", linewidth=1.5, linestyle="--")
     top = max(1.02 * max(totals), 1.02 * gpu_gib if gpu_gib < 1.5 * max(totals) else 0)
     if gpu_gib < top:
-        ax.annotate(
-            f"card {gpu_gib:g} GiB",
-            (0, gpu_gib),
-            xytext=(0, 3),
-            textcoords="offset points",
-            va="bottom",
-            fontsize=9,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8},
-        )
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8}
+        ax.annotate(f"card {gpu_gib:g} GiB", (0, gpu_gib), xytext=(0, 3), textcoords="offset points", fontsize=9, bbox=box)
     weights = moments[0].parts["frozen weights"] / GIB
     floor_gib = 0.9 * min(weights, gpu_gib) if weights > 0.5 * max(totals) else 0.0
     ax.set(xlim=(-0.5, len(moments) - 0.5), ylim=(floor_gib, floor_gib + 1.1 * (top - floor_gib)))
@@ -144,14 +128,8 @@ def plot_run(pythia: str, r: int, usual: int, spike: int, *, gpu_gib: float, gb_
     x = np.arange(len(steps)) + 1
     left.bar(x, wanted, color=COLOURS["other"], edgecolor="white", label="wanted at the peak")
     state = [s.paged / GIB for s in steps]
-    left.bar(
-        x,
-        state,
-        bottom=np.array(wanted) - state,
-        color=COLOURS["optimizer"],
-        edgecolor="white",
-        label="of it states that can be paged",
-    )
+    floor = np.array(wanted) - state
+    left.bar(x, state, bottom=floor, color=COLOURS["optimizer"], edgecolor="white", label="of it states that can be paged")
     left.axhline(gpu_gib, color="black", linestyle="--", label=f"card {gpu_gib:.2f} GiB")
     low, high = min(*wanted, gpu_gib), max(*wanted, gpu_gib)
     floor = max(0.0, low - max(2 * max(state), high - low, 0.05 * high))

@@ -125,9 +125,8 @@ def plot_distributions(errors: dict[str, dict[str, float]]) -> Figure:
     names = list(next(iter(errors.values())))
     for i, name in enumerate(names):
         heights = [row[name] for row in errors.values()]
-        bars = ax.bar(
-            np.arange(len(errors)) + 0.27 * (i - 1), heights, 0.25, color=COLOURS[name], hatch=HATCHES[name], label=name
-        )
+        at = np.arange(len(errors)) + 0.27 * (i - 1)
+        bars = ax.bar(at, heights, 0.25, color=COLOURS[name], hatch=HATCHES[name], label=name)
         labels = [("best\n" if h == min(row.values()) else "") + f"{h:.3f}" for h, row in zip(heights, errors.values())]
         ax.bar_label(bars, labels, fontsize=9, padding=2)
     winners = {d: min(row, key=row.get) for d, row in errors.items()}
@@ -347,9 +346,6 @@ def plot_added_error(rows: dict[str, tuple[float, float]]) -> Figure:
             ylim=(0, 1.35 * plain.max()),
         )
         left.legend(loc="upper right", ncols=2)
-        right.set(
-            title=f"Added: at most {max(added.max(), 0):.1f} millionths",
-            xlabel="layer",
-            ylabel="added RMSE (millionths of std)",
-        )
+        right.set(title=f"Added: at most {max(added.max(), 0):.1f} millionths", xlabel="layer")
+        right.set_ylabel("added RMSE (millionths of std)")
     return fig

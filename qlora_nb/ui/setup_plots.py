@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from qlora_nb.engine import environment, profiles, shapes
 from qlora_nb.errors import KitError
-from qlora_nb.ui.style import COLOURS, HATCHES, new_figure
+from qlora_nb.ui.style import look, new_figure
 
 GIB = 2**30
 
@@ -65,18 +65,8 @@ def what_fits(gpu_gib: float, r: int) -> Figure:
     weights = [shapes.PYTHIA[n].weight_bytes(True) / GIB for n in names]
     trained = [shapes.PYTHIA[n].static_bytes(True, r) / GIB - w for n, w in zip(names, weights, strict=True)]
     fig, ax = new_figure(figsize=(8, 3.6))
-    ax.barh(
-        names,
-        weights,
-        color=COLOURS["NF4+DQ"],
-        hatch=HATCHES["NF4+DQ"],
-        edgecolor="white",
-        label="weights, 4 bit and 16-bit rest",
-    )
-    ax.barh(
-        names, trained, left=weights, color=COLOURS["LoRA"], hatch=HATCHES["LoRA"], edgecolor="white",
-        label=f"adapter r = {r}, gradients, 8-bit Adam",
-    )  # fmt: skip
+    ax.barh(names, weights, **look("NF4+DQ"), label="weights, 4 bit and 16-bit rest")
+    ax.barh(names, trained, left=weights, **look("LoRA"), label=f"adapter r = {r}, gradients, 8-bit Adam")
     for i, (w, t) in enumerate(zip(weights, trained, strict=True)):
         ax.text(w + t, i, f" {w + t:.2f}", va="center", fontsize=9)
     ax.axvline(gpu_gib, color="black", linestyle="--", label=f"card of {gpu_gib:g} GiB")

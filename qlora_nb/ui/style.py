@@ -41,6 +41,11 @@ _RC = {
 }
 
 
+def look(meaning: str, hatch: str | None = None) -> dict[str, str]:
+    """Keyword arguments of a bar with this meaning: colour, hatch (the meaning's own unless given) and a white edge."""
+    return {"color": COLOURS[meaning], "hatch": HATCHES[meaning] if hatch is None else hatch, "edgecolor": "white"}
+
+
 @contextmanager
 def kit_style():
     """Draw inside this context and close what was drawn, so that a figure is shown once, by returning it."""

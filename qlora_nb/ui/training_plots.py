@@ -6,7 +6,7 @@ import html
 
 from matplotlib.figure import Figure
 
-from qlora_nb.ui.style import COLOURS, HATCHES, new_figure
+from qlora_nb.ui.style import COLOURS, look, new_figure
 
 GIB = 2**30
 _PARTS = (
@@ -36,10 +36,7 @@ def budget(ledgers: dict[str, object], limit_gib: float | None = None) -> Figure
         left = 0.0
         for label, meaning, names in _PARTS:
             width = ledger.sum(names) / scale
-            colour = COLOURS[meaning]
-            ax.barh(
-                row, width, left=left, color=colour, hatch=HATCHES[meaning], edgecolor="white", label=label if row == 0 else None
-            )
+            ax.barh(row, width, left=left, **look(meaning), label=label if row == 0 else None)
             left += width
         ax.text(left, row, f" {left:.2f} {unit}", va="center")
     if limit_gib is not None:
@@ -102,7 +99,7 @@ def scores(results: dict[str, dict[str, float]]) -> Figure:
     for i, (label, result) in enumerate(results.items()):
         colour, hatch = looks[i % len(looks)]
         x = [k + (i - (len(results) - 1) / 2) * width for k in range(len(kinds))]
-        ax.bar(x, [100 * result[k] for k in kinds], width, color=COLOURS[colour], hatch=hatch, edgecolor="white", label=label)
+        ax.bar(x, [100 * result[k] for k in kinds], width, **look(colour, hatch), label=label)
     ax.set_xticks(range(len(kinds)), kinds)
     ax.set(ylabel="exact match (%)", ylim=(0, 105))
     last = list(results)[-1]
@@ -133,7 +130,7 @@ def speeds(answers: dict[str, list]) -> Figure:
         for i, said in enumerate(answers.values()):
             values = sorted(pick(a) for a in said)
             colour, hatch = looks[i % 2]
-            ax.barh(i, values[len(values) // 2], color=COLOURS[colour], hatch=hatch, edgecolor="white")
+            ax.barh(i, values[len(values) // 2], **look(colour, hatch))
             ax.text(values[len(values) // 2], i, f" {values[len(values) // 2]:.0f}", va="center")
         ax.set_yticks(range(len(answers)), list(answers))
         ax.set_xlabel(label)
@@ -147,7 +144,7 @@ def next_tokens(base: list[tuple[str, float]], tuned: list[tuple[str, float]], d
     fig, axes = new_figure(1, 2, figsize=(8, 2.8), sharex=True)
     for ax, rows, name, colour, hatch in ((axes[0], base, "base", "other", ""), (axes[1], tuned, "tuned", "LoRA", "..")):
         labels = [repr(token)[1:-1] or "·" for token, _ in rows]
-        ax.barh(range(len(rows)), [100 * p for _, p in rows], color=COLOURS[colour], hatch=hatch, edgecolor="white")
+        ax.barh(range(len(rows)), [100 * p for _, p in rows], **look(colour, hatch))
         ax.set_yticks(range(len(rows)), labels)
         ax.invert_yaxis()
         ax.set(xlabel="probability (%)", xlim=(0, 100))
