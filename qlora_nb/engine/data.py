@@ -28,6 +28,8 @@ TEMPLATES = {
 """Template → prompt with an input and without: Stanford Alpaca's own, and the same without its opening sentences."""
 COLUMNS = ("instruction", "input", "output")
 IGNORED = -100
+QUIET_BELOW_ROWS = 10_000
+"""Fewer rows are tokenized in a second or two and need no progress bar."""
 SPLIT_SEED = 2305
 """The held-out rows are the same for every training seed."""
 _READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -128,8 +130,11 @@ def encode(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, settings)
     """
     max_length = settings.max_length
     arguments = {"tokenizer": tokenizer, "max_length": max_length, "template": settings.prompt_template}
+    if len(rows) < QUIET_BELOW_ROWS:
+        datasets.disable_progress_bars()
     encoded = rows.map(_encode_row, fn_kwargs=arguments, remove_columns=rows.column_names)
     whole = encoded.filter(lambda row: not row["too_long"])
+    datasets.enable_progress_bars()
     n_cut = sum(whole["cut"])
     if n_cut or len(whole) < len(encoded):
         print(

@@ -47,7 +47,7 @@ def exact_match(said: list[str], rows: list[dict]) -> dict[str, float]:
     return {kind: sum(h) / len(h) for kind, h in hits.items()}
 
 
-def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: datasets.Dataset, settings, report=None) -> dict:
+def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: datasets.Dataset, settings) -> dict:
     """Held-out loss, and exact match where the answers are short enough for it (the micro-world's rows, which name a kind).
 
     Returns:
@@ -57,7 +57,7 @@ def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: da
     result = {"loss": response_loss(model, tokenizer, encoded), "exact_match": {}, "said": []}
     if "kind" in rows.column_names:
         rows = list(rows)
-        result["said"] = generation.answer_all(model, tokenizer, rows, settings, report=report or (lambda done, of: None))
+        result["said"] = generation.answer_all(model, tokenizer, rows, settings)
         result["exact_match"] = exact_match(result["said"], rows)
     return result
 

@@ -9,7 +9,7 @@ import json
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,12 +206,7 @@ def next_tokens(model: PeftModel, tokenizer: PreTrainedTokenizerBase, row: dict,
 
 @torch.no_grad()
 def answer_all(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: list[dict],
-    settings,
-    batch: int = 48,
-    report: Callable[[int, int], None] = lambda done, of: None,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict], settings, batch: int = 48
 ) -> list[str]:
     """Greedy answers to many rows, in batches of like length padded on the left, in the rows' order."""
     order = sorted(range(len(rows)), key=lambda i: len(prompt_of(rows[i], settings.prompt_template)))
@@ -223,7 +218,6 @@ def answer_all(
         out = model.generate(**encoded, generation_config=greedy)
         texts = tokenizer.batch_decode(out[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
         said |= {i: text.strip() for i, text in zip(group, texts, strict=True)}
-        report(len(said), len(rows))
     return [said[i] for i in range(len(rows))]
 
 

@@ -7,6 +7,7 @@ anything that is not safetensors. No code from a model's repository is ever run.
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 import torch
@@ -17,6 +18,9 @@ from transformers.utils import logging as transformers_logging
 from qlora_nb.engine import environment, shapes
 from qlora_nb.errors import KitError
 from qlora_nb.pocket import MODEL_DIR
+
+# PEFT asks transformers for gradient checkpointing by a name that is going away: nothing a reader could mend.
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
 
 SMOLLM2_DIR = Path(os.environ.get("QLORA_NB_CACHE", Path.home() / ".cache" / "qlora-nb")) / "SmolLM2-135M-Instruct"
 """Where `qlora-nb fetch smollm2` puts the converted model."""

@@ -10,7 +10,6 @@ import math
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,11 +66,7 @@ def attach_adapter(model: PreTrainedModel, settings) -> PeftModel:
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message=".*is_gradient_checkpointing", category=FutureWarning
-        )  # PEFT asks by the old name
-        return get_peft_model(model, config)
+    return get_peft_model(model, config)
 
 
 def trainable_parameters(model: torch.nn.Module) -> int:

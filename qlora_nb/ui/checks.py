@@ -80,8 +80,10 @@ def _compare(got, want, tolerance: float) -> str | None:
     return None
 
 
-def compare_guess(name: str, guess: float | None, measured: float, unit: str = "", digits: int = 4) -> None:
+def compare_guess(name: str, guess: float | None, found: float, unit: str = "", digits: int = 4, how: str = "measured") -> None:
     """Print a guess beside the measured value; before a guess is made, say so and show the value all the same.
+
+    `how` says where the value comes from: measured, calculated, predicted, simulated.
 
     >>> compare_guess("bits per weight", None, 4.127, "bits")
     bits per weight: no guess yet · measured 4.127 bits
@@ -89,9 +91,9 @@ def compare_guess(name: str, guess: float | None, measured: float, unit: str = "
     bits per weight: your guess 4.5 bits · measured 4.127 bits · off by +9.0 %
     """
     unit = f" {unit}" if unit else ""
-    shown = f"measured {measured:.{digits}g}{unit}" if isinstance(measured, float) else f"measured {measured:,}{unit}"
+    shown = f"{how} {found:.{digits}g}{unit}" if isinstance(found, float) else f"{how} {found:,}{unit}"
     if guess is None:
         print(f"{name}: no guess yet · {shown}")
         return
-    off = f" · off by {100 * (guess - measured) / abs(measured):+.1f} %" if measured else ""
+    off = f" · off by {100 * (guess - found) / abs(found):+.1f} %" if found else ""
     print(f"{name}: your guess {guess:,}{unit} · {shown}{off}")

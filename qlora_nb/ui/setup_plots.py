@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from qlora_nb.engine import environment, profiles, shapes
 from qlora_nb.errors import KitError
-from qlora_nb.ui.style import look, new_figure
+from qlora_nb.ui.style import kit_style, look, new_figure
 
 GIB = 2**30
 
@@ -59,12 +59,13 @@ def downloads(settings) -> list[str]:
     return [*lines, f"for comparison, EleutherAI/pythia-12b: {size:.1f} GB (GB of 10^9 bytes, as disks are sold)"]
 
 
+@kit_style()
 def what_fits(gpu_gib: float, r: int) -> Figure:
     """Static bytes of fine-tuning every Pythia, 4-bit with double quantization, against a card."""
     names = list(shapes.PYTHIA)
     weights = [shapes.PYTHIA[n].weight_bytes(True) / GIB for n in names]
     trained = [shapes.PYTHIA[n].static_bytes(True, r) / GIB - w for n, w in zip(names, weights, strict=True)]
-    fig, ax = new_figure(figsize=(8, 3.6))
+    fig, ax = new_figure(figsize=(8, 4.0))
     ax.barh(names, weights, **look("NF4+DQ"), label="weights, 4 bit and 16-bit rest")
     ax.barh(names, trained, left=weights, **look("LoRA"), label=f"adapter r = {r}, gradients, 8-bit Adam")
     for i, (w, t) in enumerate(zip(weights, trained, strict=True)):
@@ -74,5 +75,5 @@ def what_fits(gpu_gib: float, r: int) -> Figure:
     ax.set(xlabel="memory held all through (GiB)", ylabel="Pythia", xlim=(0, max(gpu_gib, weights[-1] + trained[-1]) * 1.12))
     fitting = [n for n, w, t in zip(names, weights, trained, strict=True) if w + t <= 0.75 * gpu_gib]
     ax.set_title(f"Largest Pythia that leaves a quarter of {gpu_gib:g} GiB free: {fitting[-1] if fitting else 'none'}")
-    ax.legend(loc="center right", fontsize=9)
+    fig.legend(loc="outside lower center", ncols=2, fontsize=9)
     return fig

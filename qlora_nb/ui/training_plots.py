@@ -6,7 +6,7 @@ import html
 
 from matplotlib.figure import Figure
 
-from qlora_nb.ui.style import COLOURS, look, new_figure
+from qlora_nb.ui.style import COLOURS, kit_style, look, new_figure
 
 GIB = 2**30
 _PARTS = (
@@ -18,10 +18,7 @@ _PARTS = (
 )
 
 
-def _unit(n_bytes: float) -> tuple[float, str]:
-    return (GIB, "GiB") if n_bytes > 0.5 * GIB else (2**20, "MiB")
-
-
+@kit_style()
 def budget(ledgers: dict[str, object], limit_gib: float | None = None) -> Figure:
     """Stacked bars of what lies in memory all through a run, one bar a ledger.
 
@@ -30,7 +27,7 @@ def budget(ledgers: dict[str, object], limit_gib: float | None = None) -> Figure
         limit_gib: a card's size, drawn as a line.
     """
     largest = max(ledger.total_bytes for ledger in ledgers.values())
-    scale, unit = _unit(largest)
+    scale, unit = (GIB, "GiB") if largest > 0.5 * GIB else (2**20, "MiB")
     fig, ax = new_figure(figsize=(8, 1.5 + 0.65 * len(ledgers)))
     for row, ledger in enumerate(ledgers.values()):
         left = 0.0
@@ -56,6 +53,7 @@ def budget(ledgers: dict[str, object], limit_gib: float | None = None) -> Figure
     return fig
 
 
+@kit_style()
 def lengths(n_tokens: list[int], max_length: int) -> Figure:
     """Histogram of row lengths in tokens, prompt and answer together."""
     fig, ax = new_figure(figsize=(8, 2.8))
@@ -68,6 +66,7 @@ def lengths(n_tokens: list[int], max_length: int) -> Figure:
     return fig
 
 
+@kit_style()
 def loss_curve(losses: list[float], before: float | None = None, after: float | None = None) -> Figure:
     """Training loss a step with its running mean, and the held-out loss before and after."""
     fig, ax = new_figure(figsize=(8, 3.2))
@@ -90,6 +89,7 @@ def loss_curve(losses: list[float], before: float | None = None, after: float | 
     return fig
 
 
+@kit_style()
 def scores(results: dict[str, dict[str, float]]) -> Figure:
     """Exact match by kind of question for several answerers (label → {kind: share}), "all" first."""
     kinds = list(next(iter(results.values())))
@@ -119,6 +119,7 @@ def label_mask(tokens: list[str], trains: list[bool]) -> str:
     return f"<div style='font-family:monospace;line-height:1.7;max-width:60em'>{''.join(cells)}</div>{note}"
 
 
+@kit_style()
 def speeds(answers: dict[str, list]) -> Figure:
     """Time to the first token and tokens a second, for each answerer (label → list of `generation.Answer`)."""
     fig, axes = new_figure(1, 2, figsize=(8, 2.6))
@@ -139,6 +140,7 @@ def speeds(answers: dict[str, list]) -> Figure:
     return fig
 
 
+@kit_style()
 def next_tokens(base: list[tuple[str, float]], tuned: list[tuple[str, float]], divergence: float) -> Figure:
     """The most probable next tokens of both models, side by side, with the divergence between the distributions (bits)."""
     fig, axes = new_figure(1, 2, figsize=(8, 2.8), sharex=True)
