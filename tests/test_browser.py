@@ -132,7 +132,8 @@ def open_and_run(lab, chromium):
             page.get_by_role("menuitem", name="Run", exact=True).click()
             page.locator(".lm-Menu-itemLabel", has_text=re.compile(r"^Run All Cells$")).click()
             page.wait_for_timeout(1500)
-            n_code = sum(c.cell_type == "code" and bool(c.source.strip()) for c in notebook.cells)
+            shown = [c for c in notebook.cells if not c.metadata.get("jupyter", {}).get("source_hidden")]  # others have no number
+            n_code = sum(c.cell_type == "code" and bool(c.source.strip()) for c in shown)
             numbered = page.locator(".jp-CodeCell .jp-InputPrompt", has_text=re.compile(r"\[\d+\]"))
             lab.wait(lambda: page.wait_for_timeout(300) or numbered.count() >= n_code, timeout)
             lab.wait(lab.idle, 60)

@@ -177,6 +177,7 @@ def finetune(
     model.config.use_cache = True
     model.eval()
     if watch.failure:
+        run.finish("failed", error=watch.failure)
         raise KitError(
             watch.failure,
             remedy="lower learning_rate; on a GPU without bfloat16 choose a model trained in float16 (not pythia-1b)",
@@ -184,13 +185,8 @@ def finetune(
     adapter = run.folder / "adapter"
     model.save_pretrained(adapter, save_embedding_layers=False)  # they are frozen, and asking whether they changed asks the hub
     seconds = time.perf_counter() - watch.started
-    return {
-        "losses": losses,
-        "seconds": seconds,
-        "tokens_per_s": sum(n_tokens) / seconds,
-        "stopped": stop.is_set(),
-        "adapter": adapter,
-    }
+    speed = sum(n_tokens) / seconds
+    return {"losses": losses, "seconds": seconds, "tokens_per_s": speed, "stopped": stop.is_set(), "adapter": adapter}
 
 
 @torch.no_grad()
