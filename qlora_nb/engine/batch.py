@@ -73,7 +73,7 @@ def run_sequence(
     environment.refuse_what_cannot_run(settings)
     sources = choose(notebooks or runs.project_root() / "notebooks", only)
     require_own_kernel()
-    folder = _new_folder(settings)
+    folder = runs.new_folder(settings, "sequence")
     given = {k: getattr(settings, k) for k, v in parameters.items() if v is not None} | {"profile": settings.profile}
     (folder / "parameters.yaml").write_text(_yaml(given), encoding="utf-8")
     say(f"{len(sources)} notebooks, profile {settings.profile}, into {folder}")
@@ -309,27 +309,6 @@ class _Bar:
 def _line(outcome: Outcome) -> str:
     line = f"{outcome.notebook:28} {outcome.status:8} {outcome.wall_s:6.1f} s  {outcome.peak_bytes / 2**20:6.0f} MiB"
     return "\n".join([line, *(f"    {problem}" for problem in outcome.problems)])
-
-
-def _new_folder(settings) -> Path:
-    root = Path(settings.output_dir).expanduser()
-    root = (root if root.is_absolute() else runs.project_root() / root) / settings.profile
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    for n in range(100):
-        folder = root / f"sequence-{stamp}{f'-{n}' if n else ''}"
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            if folder.is_dir():
-                continue
-            error = "a file is in the way"
-        except OSError as problem:
-            error = problem.strerror
-        break
-    raise KitError(
-        f"output_dir cannot be written to ({error})", value=settings.output_dir, remedy="name a folder you may write to"
-    )
 
 
 def _yaml(values: dict[str, object]) -> str:

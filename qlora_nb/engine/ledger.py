@@ -26,10 +26,10 @@ import torch
 from torch import nn
 
 from qlora_nb.engine import models, shapes
+from qlora_nb.engine.environment import GIB
 from qlora_nb.errors import KitError
 from qlora_nb.theory import paging
 
-GIB = 2**30
 BLOCK, NESTED_BLOCK, OPTIMIZER_BLOCK, MIN_8BIT = 64, 256, 256, 4096
 CODES, SCALES, NESTED, TABLES = "4-bit codes", "scales (absmax)", "scales of the scales", "code tables and offsets"
 LINEARS, EMBEDDINGS, SMALL, BUFFERS = "linear weights", "embedding and head", "biases and norms", "buffers"

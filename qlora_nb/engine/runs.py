@@ -50,29 +50,41 @@ def key_results(results: dict[str, object]) -> dict[str, object]:
     return rounded
 
 
+def runs_root(settings) -> Path:
+    """The folder that this profile's runs go into; a relative `output_dir` lies in the repository."""
+    return project_root() / Path(settings.output_dir).expanduser() / settings.profile
+
+
+def new_folder(settings, name: str) -> Path:
+    """Make `<output_dir>/<profile>/<name>-<time>/`, with a number behind it if another run took that second.
+
+    Raises:
+        KitError: the place cannot be written to, or a file is in the way.
+    """
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    for n in range(100):
+        folder = runs_root(settings) / f"{name}-{stamp}{f'-{n}' if n else ''}"
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            if folder.is_dir():
+                continue
+            error = "a file is in the way"
+        except OSError as problem:
+            error = problem.strerror
+        break
+    raise KitError(
+        f"output_dir cannot be written to ({error})", value=settings.output_dir, remedy="name a folder you may write to"
+    )
+
+
 class Run:
     """One run and its folder. Use as a context manager; the status is `done` only if the body ended without an error."""
 
     def __init__(self, settings, notebook: str):
         self.settings, self.notebook = settings, notebook
-        root = Path(settings.output_dir).expanduser()
-        root = root if root.is_absolute() else project_root() / root
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        try:
-            for n in range(100):
-                self.folder = root / settings.profile / f"{notebook}-{stamp}{f'-{n}' if n else ''}"
-                try:
-                    self.folder.mkdir(parents=True)
-                    break
-                except FileExistsError:
-                    if not self.folder.is_dir():
-                        raise
-        except OSError as error:
-            raise KitError(
-                f"output_dir cannot be written to ({error.strerror})",
-                value=settings.output_dir,
-                remedy="name a folder you may write to",
-            ) from None
+        self.folder = new_folder(settings, notebook)
         self.manifest = {
             "schema_version": SCHEMA_VERSION,
             "notebook": notebook,
@@ -126,9 +138,7 @@ def status_of(folder: Path) -> str:
 
 def latest_done(settings, notebook: str) -> Path | None:
     """The newest finished run of a notebook in this profile that left an adapter, or None."""
-    root = Path(settings.output_dir).expanduser()
-    root = (root if root.is_absolute() else project_root() / root) / settings.profile
-    folders = sorted(root.glob(f"{notebook}-*"), key=lambda f: f.stat().st_mtime, reverse=True)
+    folders = sorted(runs_root(settings).glob(f"{notebook}-*"), key=lambda f: f.stat().st_mtime, reverse=True)
     return next((f for f in folders if status_of(f) == "done" and (f / "adapter").is_dir()), None)
 
 

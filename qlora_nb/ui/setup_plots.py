@@ -7,10 +7,9 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from qlora_nb.engine import environment, profiles, shapes
+from qlora_nb.engine.environment import GIB
 from qlora_nb.errors import KitError
 from qlora_nb.ui.style import kit_style, look, new_figure
-
-GIB = 2**30
 
 
 def describe(here: environment.Machine) -> dict[str, str]:

@@ -6,9 +6,9 @@ import html
 
 from matplotlib.figure import Figure
 
+from qlora_nb.engine.environment import GIB
 from qlora_nb.ui.style import COLOURS, kit_style, look, new_figure
 
-GIB = 2**30
 _PARTS = (
     ("4-bit weights", "NF4", ("4-bit codes",)),
     ("scales", "NF4+DQ", ("scales (absmax)", "scales of the scales", "code tables and offsets")),
