@@ -1,8 +1,8 @@
-"""Train the pocket model from nothing: `python -m qlora_nb.pocket.build` (about 40 minutes on two CPU cores).
+"""Train the pocket model from nothing: `python tools/build_pocket.py` (about 40 minutes on two CPU cores).
 
 A GPT-NeoX of 2.2 million parameters (Pythia's architecture: rotary_pct 0.25, parallel residual, GELU, untied
 embeddings, `<|endoftext|>` = 0 and `<|padding|>` = 1) reads stories and almanac pages made by `corpus` and is stored as
-float16 safetensors beside this file. It never sees an instruction; teaching it to answer is the work of notebook 06.
+float16 safetensors in `qlora_nb/pocket/`. It never sees an instruction; teaching it to answer is the work of notebook 06.
 """
 
 from __future__ import annotations
