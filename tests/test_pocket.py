@@ -3,12 +3,13 @@
 import json
 import re
 
+import build_pocket as build
 import pytest
 from safetensors import safe_open
 
 from qlora_nb.engine import data, evaluation, generation, ledger, models
 from qlora_nb.engine.profiles import validate
-from qlora_nb.pocket import ADAPTER_DIR, MODEL_DIR, build, corpus
+from qlora_nb.pocket import ADAPTER_DIR, MODEL_DIR, corpus
 
 
 @pytest.fixture(scope="module")
