@@ -40,6 +40,23 @@ def test_fp4_and_dynamic_map_equal_the_library():
     assert codebooks.int4_code().tolist() == pytest.approx([i / 7 for i in range(-7, 8)])
 
 
+def test_af4_derived_within_3e_5_of_the_library():
+    table = bnb.get_4bit_type("af4", device="cpu").sort().values
+    assert (codebooks.af4_code() - table).abs().max() <= 3e-5
+    assert torch.equal(codebooks.code_by_name("af4"), codebooks.af4_code())
+
+
+@pytest.mark.parametrize("blocksize", [32, 64, 1024])
+def test_af4_halves_have_least_absolute_error(blocksize):
+    """Each inner value is the median of the scaled numbers that choose it, when a border lies at zero; checked on samples."""
+    x = torch.randn(2**21, generator=torch.Generator().manual_seed(4)).reshape(-1, blocksize)
+    scaled = (x / x.abs().amax(dim=1, keepdim=True)).flatten()
+    upper = codebooks.af4_code(blocksize)[8:]
+    borders = [0.0, *((upper[1:] + upper[:-1]) / 2).tolist()]
+    for value, low, high in zip(upper[:-1].tolist(), borders, borders[1:]):
+        assert scaled[(scaled > low) & (scaled <= high)].median().item() == pytest.approx(value, abs=2e-3)
+
+
 def test_code_by_name_refuses_others():
     assert torch.equal(codebooks.code_by_name("nf4"), codebooks.nf4_code())
     with pytest.raises(KitError, match="NF4, FP4, INT4"):

@@ -22,7 +22,7 @@ SIZES = [32, 64, 4096]
 X = torch.randn(2**15, generator=torch.Generator().manual_seed(0))
 ERRORS = {
     n: {s: blockwise.rmse(X, blockwise.round_trip(X, codebooks.code_by_name(n), s)) for s in SIZES}
-    for n in ("NF4", "FP4", "INT4")
+    for n in ("NF4", "FP4", "INT4", "AF4")
 }
 
 
@@ -54,13 +54,27 @@ def test_widgets_of_03_at_both_ends():
             name=widgets.choice("datatype", ["NF4", "FP4", "INT4"], "NF4"),
         )
     )
-    drive(
-        widgets.explore(
-            partial(quant_plots.plot_errors, ERRORS),
-            blocksize=widgets.choice_slider("block size (weights)", SIZES, 64),
-            name=widgets.choice("datatype", list(ERRORS), "NF4"),
+    for shape in ((40, 192), (8, 30)):  # the second is smaller than the corner that is shown
+        drive(
+            widgets.explore(
+                partial(quant_plots.plot_error_map, torch.randn(shape)),
+                blocksize=widgets.choice_slider("block size (weights)", SIZES, 64),
+                name=widgets.choice("datatype", list(ERRORS), "NF4"),
+            )
         )
-    )
+
+
+def test_error_map_shows_the_error_and_the_blocks():
+    weight = torch.randn(40, 192)
+    figure = quant_plots.plot_error_map(weight, 128, "FP4")
+    restored = blockwise.round_trip(weight, codebooks.fp4_code(), 128)
+    shown, left, error = (torch.as_tensor(ax.images[0].get_array().data) for ax in figure.axes[:3])
+    assert torch.equal(shown, weight[:16, :128])
+    assert torch.equal(left, restored[:16, :128])
+    assert torch.equal(error, (restored - weight)[:16, :128])
+    assert f"RMSE {blockwise.rmse(weight, restored):.4f}" in figure.axes[0].get_title(loc="left")
+    starts = {tuple(segment[0] + (0.5, 0.5)) for segment in figure.axes[2].collections[0].get_segments()}
+    assert starts == {(i % 192, i // 192) for i in range(0, 16 * 192, 128) if i % 192 < 128}
 
 
 def test_widget_of_04_at_both_ends():
@@ -82,7 +96,8 @@ def test_every_figure_is_closed_and_titled():
     }
     figures = [
         quant_plots.plot_bell(nf4),
-        quant_plots.plot_distributions({"Gaussian": {n: e[64] for n, e in ERRORS.items()}}),
+        quant_plots.plot_errors(ERRORS, 64, "AF4"),
+        quant_plots.plot_distributions({"Gaussian": {n: ERRORS[n][64] for n in ("NF4", "FP4", "INT4")}}),
         quant_plots.plot_usage(share, nf4),
         quant_plots.plot_outlier(X[:64], 12.0, nf4),
         quant_plots.plot_quality([quality.Quality(n, (2.0, 2.1, 2.2)) for n in ("16-bit", "NF4", "NF4+DQ")], "loss (nat)"),

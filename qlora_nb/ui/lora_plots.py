@@ -136,7 +136,7 @@ def plot_update(update: torch.Tensor, factors: tuple[torch.Tensor, torch.Tensor]
     r = min(r, len(a))
     corner, near = update[:size, :size], b[:size, :r] @ a[:r, :size]
     left = 100 * (b[:, r:] ** 2).sum().item() / (b**2).sum().item()
-    fig, axes = new_figure(1, 3, figsize=(8.4, 3.2))
+    fig, axes = new_figure(1, 3, figsize=(8.4, 3.2), layout=None)
     for ax, part, title in zip(
         axes, (corner, near, corner - near), ("update ΔW", f"best of rank {r}", f"left over: {left:.0f} %")
     ):
@@ -144,7 +144,8 @@ def plot_update(update: torch.Tensor, factors: tuple[torch.Tensor, torch.Tensor]
         ax.set_title(title)
         ax.set(xlabel="input (index)", ylabel="output (index)" if ax is axes[0] else "")
         ax.grid(visible=False)
-    fig.colorbar(image, ax=axes, label="change (std of ΔW)", shrink=0.8)
+    fig.subplots_adjust(left=0.07, right=0.88, wspace=0.2)
+    fig.colorbar(image, cax=fig.add_axes((0.9, 0.15, 0.015, 0.68)), label="change (std of ΔW)")
     return fig
 
 
@@ -179,7 +180,8 @@ def plot_counts(r: int, targets: str = "all-linear", highlight: str = "12b") -> 
         targets: a key of `TARGETS`.
         highlight: the size whose numbers are in the title.
     """
-    fig, ax = new_figure(figsize=(8.4, 3.8))
+    fig, ax = new_figure(figsize=(8.4, 3.8), layout=None)
+    fig.subplots_adjust(left=0.08, right=0.99, bottom=0.14, top=0.92)
     sizes = list(PYTHIA)
     kinds = [("query_key_value", "other"), (targets, "LoRA")]
     kinds = kinds[1:] if targets == "query_key_value" else kinds

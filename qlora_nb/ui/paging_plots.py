@@ -20,7 +20,7 @@ PARTS = {
     "gradients": ("LoRA", "xx"),
     "states, not paged": ("optimizer", "++"),
     "states, paged": ("optimizer", ""),
-    "layer inputs kept": ("other", "--"),
+    "kept for the backward pass": ("other", "--"),
     "working memory": ("INT4", "//"),
 }
 """Colour and hatch of each part of a step's memory, bottom to top."""
@@ -80,8 +80,8 @@ def paged_shares(ranks: Sequence[int], bits: int = 32) -> np.ndarray:
     """(sizes, ranks) share of the optimizer-state bytes that bitsandbytes would page on CUDA."""
     rows = []
     for size in PYTHIA:
-        steps = [ledger.step_sizes(size, r, 1, bits) for r in ranks]
-        rows.append([s.paged / (s.paged + s.fixed) for s in steps])
+        splits = [ledger.state_split(size, r, bits) for r in ranks]
+        rows.append([paged / (paged + fixed) for paged, fixed in splits])
     return np.array(rows)
 
 
@@ -89,7 +89,7 @@ def paged_shares(ranks: Sequence[int], bits: int = 32) -> np.ndarray:
 def plot_paged_share(ranks: Sequence[int], pythia: str, r: int, bits: int = 32) -> Figure:
     """Which states are paged, for every Pythia and rank; the reader's own cell is framed if it is there."""
     shares = 100 * paged_shares(ranks, bits)
-    own = ledger.step_sizes(pythia, r, 1, bits)
+    paged, fixed = ledger.state_split(pythia, r, bits)
     fig, ax = new_figure(figsize=(7.6, 4.4))
     ax.imshow(shares, cmap="PuRd", vmin=0, vmax=130, aspect="auto")
     for i, row in enumerate(shares):
@@ -101,7 +101,7 @@ def plot_paged_share(ranks: Sequence[int], pythia: str, r: int, bits: int = 32) 
     ax.set_xticks(range(len(ranks)), [str(k) for k in ranks])
     ax.set_yticks(range(len(PYTHIA)), list(PYTHIA))
     ax.grid(visible=False)
-    ax.set_title(f"pythia-{pythia}, r = {r}: {100 * own.paged / (own.paged + own.fixed):.0f} % of the state bytes are paged")
+    ax.set_title(f"pythia-{pythia}, r = {r}: {100 * paged / (paged + fixed):.0f} % of the state bytes are paged")
     ax.set(xlabel="rank r (1)", ylabel="Pythia (size)")
     return fig
 
@@ -124,7 +124,8 @@ def plot_run(pythia: str, r: int, usual: int, spike: int, *, gpu_gib: float, gb_
     steps = run_of(pythia, r, usual, spike)
     plain, paged = (paging.simulate(steps, int(gpu_gib * GIB), paging=p) for p in (False, True))
     wanted = [max(m.total for m in paging.step_timeline(s)) / GIB for s in steps]
-    fig, (left, right) = new_figure(1, 2, figsize=(9.0, 3.8))
+    fig, (left, right) = new_figure(1, 2, figsize=(9.0, 3.8), layout=None)
+    fig.subplots_adjust(left=0.08, right=0.99, bottom=0.14, top=0.92, wspace=0.22)
     x = np.arange(len(steps)) + 1
     left.bar(x, wanted, color=COLOURS["other"], edgecolor="white", label="wanted at the peak")
     state = [s.paged / GIB for s in steps]

@@ -88,11 +88,11 @@ def plot_number_line(weight: float, name: str) -> Figure:
 
 
 def plot_errors(errors: dict[str, dict[int, float]], blocksize: int, name: str, what: str = "a Gaussian") -> Figure:
-    """RMSE over bits a weight, one line a datatype; one point (datatype, blocksize) is pointed at.
+    """RMSE over bits a weight, one line a datatype; one point (datatype, blocksize) is ringed.
 
     Args:
         errors: {datatype: {blocksize: rmse relative to the data's standard deviation}}.
-        blocksize, name: the point that is pointed at.
+        blocksize, name: the point that is ringed.
         what: the data, for the title.
     """
     fig, ax = new_figure(figsize=(8.4, 3.8))
@@ -112,6 +112,36 @@ def plot_errors(errors: dict[str, dict[int, float]], blocksize: int, name: str, 
         ax.set_xticklabels([f"{double_quant.bits_per_weight(b, None):.3g}\n({b})" for b in sizes])
         ax.minorticks_off()
         ax.legend(ncols=2)
+    return fig
+
+
+def plot_error_map(weight: torch.Tensor, blocksize: int, name: str, rows: int = 16, columns: int = 128) -> Figure:
+    """A corner of a layer's weights, what is left of it in 4 bits, and the difference; thin lines separate the blocks.
+
+    Args:
+        weight: (out, in), in units of its standard deviation; a block is `blocksize` neighbours in reading order.
+        blocksize, name: how it is quantized.
+        rows, columns: size of the corner.
+    """
+    restored = blockwise.round_trip(weight, codebooks.code_by_name(name), blocksize)
+    bits, error = double_quant.bits_per_weight(blocksize, None), restored - weight
+    fig, axes = new_figure(3, 1, figsize=(8.4, 4.6), sharex=True, sharey=True, layout=None)
+    fig.subplots_adjust(left=0.07, right=0.9, top=0.93, bottom=0.11, hspace=0.08)
+    corner = [t[:rows, :columns] for t in (weight, restored, error)]
+    at = torch.arange(weight.numel()).reshape(weight.shape)[:rows, :columns]
+    y, x = (at % blocksize == 0).nonzero().T.numpy()
+    for ax, part, label, limit in zip(axes, corner, ("weights", name, "error"), (3.0, 3.0, 0.3)):
+        image = ax.imshow(part.numpy(), cmap="RdBu", vmin=-limit, vmax=limit, interpolation="nearest", aspect="auto")
+        ax.vlines(x - 0.5, y - 0.5, y + 0.5, color="black", linewidth=0.8)
+        ax.set(ylabel=label, yticks=[0, rows // 2])
+        ax.grid(visible=False)
+        if ax is not axes[0]:
+            box = ax.get_position()
+            bar = fig.add_axes((0.91, box.y0, 0.015, box.height * (0.9 if limit < 1 else 2.08)))
+            fig.colorbar(image, cax=bar, label="std of the layer", ticks=[-limit, 0, limit])
+    with kit_style():
+        axes[0].set_title(f"{name}, blocks of {blocksize}: {bits:.3f} bits a weight, RMSE {blockwise.rmse(weight, restored):.4f}")
+        axes[-1].set_xlabel("input (index); a row is an output")
     return fig
 
 

@@ -58,12 +58,13 @@ def new_figure(rows: int = 1, cols: int = 1, **kwargs) -> tuple[Figure, object]:
 
     Args:
         rows, cols: the grid of axes.
-        **kwargs: passed on to `plt.subplots` (`figsize`, `sharey`, `width_ratios`, …).
+        **kwargs: passed on to `plt.subplots` (`figsize`, `sharey`, `layout`, …); the layout is "constrained" if left out, which
+            takes as long to compute as the drawing.
 
     Returns:
         (figure, axes), axes as `plt.subplots` gives them.
     """
     with kit_style():
-        fig, axes = plt.subplots(rows, cols, layout="constrained", **kwargs)
+        fig, axes = plt.subplots(rows, cols, **{"layout": "constrained"} | kwargs)
     plt.close(fig)
     return fig, axes

@@ -6,10 +6,12 @@ nothing in a notebook reads a value from it.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 
 import ipywidgets as W
-from IPython.display import display
+from IPython.display import Image, display
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 LABEL = {"description_width": "initial"}
@@ -28,8 +30,9 @@ def explore(plot: Callable[..., Figure], **controls: W.Widget) -> W.interactive:
     """
 
     def draw(**values):
-        figure = plot(**values)
-        display(figure)  # `interactive` does not display what its function returns
+        figure, png = plot(**values), io.BytesIO()
+        FigureCanvasAgg(figure).print_png(png)  # one drawing pass; displaying the Figure itself costs three
+        display(Image(png.getvalue()))  # `interactive` does not display what its function returns
         return figure
 
     for control in controls.values():
