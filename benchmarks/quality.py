@@ -1,0 +1,81 @@
+"""What a datatype does to a model: loss unquantized and in NF4, NF4 + double quantization, FP4 and INT4, over the same texts.
+
+    python benchmarks/quality.py            pocket and smollm2, into notebooks/recorded/quality_smollm2.json
+    python benchmarks/quality.py --rows alpaca_data.json.xz     also on real answers; losses alone are written
+
+Every linear weight inside the blocks is replaced by what is left of it after quantizing (blocks of 64), so any difference
+is the datatype's. pocket: 720 facts it knows by heart, three samples. smollm2: the kit's little stories, eight a sample,
+three samples a seed. Real answers: nine samples. Notebook 03 shows the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import provenance
+
+from qlora_nb.engine import data, models, profiles, quality
+from qlora_nb.theory import blockwise, codebooks, double_quant
+
+TARGET = provenance.ROOT / "notebooks" / "recorded" / "quality_smollm2.json"
+SEEDS = (0, 1, 2)
+WAYS = {
+    "unquantized": lambda weight: weight,
+    "NF4+DQ": double_quant.round_trip,
+    **{name: partial(blockwise.round_trip, code=codebooks.code_by_name(name)) for name in ("NF4", "FP4", "INT4")},
+}
+
+
+def over_seeds(name: str, model, tokenizer, pocket: bool, seeds: tuple[int, ...]) -> quality.Quality:
+    """`quality.measure` with every seed; all samples in one record."""
+    found = [quality.measure(name, model, tokenizer, pocket, seed) for seed in seeds]
+    return quality.Quality(name, sum((q.losses for q in found), ()), sum((q.recall for q in found), ()))
+
+
+def over_rows(name: str, model, tokenizer, texts: list[str], n_samples: int = 9) -> quality.Quality:
+    """Loss a token over texts that the caller brings, in equal samples."""
+    losses = quality.text_losses(model, tokenizer, texts)
+    return quality.Quality(name, tuple(losses[i::n_samples].mean().item() for i in range(n_samples)))
+
+
+def compare(model, measure) -> list[dict]:
+    """One record for each set of weights; `measure(name)` is called with the weights in place."""
+    records = []
+    for name, change in WAYS.items():
+        with quality.replaced_weights(model, change):
+            found = measure(name)
+        records.append(asdict(found))
+        print(f"  {name:11} {found.loss:.4f} ± {found.spread:.4f}", flush=True)
+    return records
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=["pocket", "smollm2"], action="append", help="this model alone")
+    parser.add_argument("--rows", type=Path, help="a file of rows with Alpaca's columns; 270 held-out answers are read as text")
+    parser.add_argument("--target", type=Path, default=TARGET)
+    options = parser.parse_args()
+    record, started = provenance.provenance(SEEDS) | {"blocksize": 64, "models": {}}, time.time()
+    for model_id in options.only or ["pocket", "smollm2"]:
+        print(model_id, flush=True)
+        settings = profiles.resolve({"profile": "tiny" if model_id == "pocket" else model_id})
+        model, tokenizer = models.load_base(settings, four_bit=False), models.load_tokenizer(settings)
+        pocket = model_id == "pocket"
+        seeds = SEEDS[:1] if pocket else SEEDS  # the facts are the same for every seed
+        records = compare(model, lambda name: over_seeds(name, model, tokenizer, pocket, seeds))  # noqa: B023
+        record["models"][model_id] = {"on": "facts known by heart" if pocket else "the kit's stories", "qualities": records}
+        if options.rows and not pocket:
+            rows = data.load(settings.model_copy(update={"dataset": str(options.rows), "eval_rows": 270}))[1]
+            texts = [row["output"] for row in rows if len(row["output"]) > 40]
+            records = compare(model, lambda name: over_rows(name, model, tokenizer, texts))  # noqa: B023
+            record["models"][f"{model_id}, real answers"] = {"on": f"{len(texts)} answers of Alpaca", "qualities": records}
+    provenance.write(options.target, record | {"wall_s": round(time.time() - started, 1)})
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
