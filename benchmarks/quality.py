@@ -1,10 +1,10 @@
-"""What a datatype does to a model: loss unquantized and in NF4, NF4 + double quantization, FP4 and INT4, over the same texts.
+"""What a datatype does to a model: loss unquantized and in NF4, NF4 + double quantization, FP4, INT4 and E2M1, over the same texts.
 
     python benchmarks/quality.py            pocket and smollm2, into notebooks/recorded/quality_smollm2.json
     python benchmarks/quality.py --rows alpaca_data.json.xz     also on real answers; losses alone are written
 
 Every linear weight inside the blocks is replaced by what is left of it after quantizing (blocks of 64), so any difference
-is the datatype's. pocket: 720 facts it knows by heart, three samples. smollm2: the kit's little stories, eight a sample,
+is the datatype's. FP4 is bitsandbytes' table, E2M1 the textbook's, where the smallest magnitude is 1/12 and not 1/192. pocket: 720 facts it knows by heart, three samples. smollm2: the kit's little stories, eight a sample,
 three samples a seed. Real answers: nine samples. Notebook 03 shows the file.
 """
 
@@ -17,16 +17,19 @@ from functools import partial
 from pathlib import Path
 
 import provenance
+import torch
 
 from qlora_nb.engine import data, models, profiles, quality
 from qlora_nb.theory import blockwise, codebooks, double_quant
 
 TARGET = provenance.ROOT / "notebooks" / "recorded" / "quality_smollm2.json"
 SEEDS = (0, 1, 2)
+E2M1 = torch.tensor([-6.0, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 6]) / 6
 WAYS = {
     "unquantized": lambda weight: weight,
     "NF4+DQ": double_quant.round_trip,
     **{name: partial(blockwise.round_trip, code=codebooks.code_by_name(name)) for name in ("NF4", "FP4", "INT4")},
+    "E2M1": partial(blockwise.round_trip, code=E2M1),
 }
 
 
