@@ -1,11 +1,12 @@
-"""What a datatype does to a model: loss unquantized and in NF4, NF4 + double quantization, FP4, INT4 and E2M1, over the same texts.
+"""What a datatype does to a model: loss unquantized and in five 4-bit datatypes, over the same texts.
 
     python benchmarks/quality.py            pocket and smollm2, into notebooks/recorded/quality_smollm2.json
     python benchmarks/quality.py --rows alpaca_data.json.xz     also on real answers; losses alone are written
 
 Every linear weight inside the blocks is replaced by what is left of it after quantizing (blocks of 64), so any difference
-is the datatype's. FP4 is bitsandbytes' table, E2M1 the textbook's, where the smallest magnitude is 1/12 and not 1/192. pocket: 720 facts it knows by heart, three samples. smollm2: the kit's little stories, eight a sample,
-three samples a seed. Real answers: nine samples. Notebook 03 shows the file.
+is the datatype's. FP4 is bitsandbytes' table, E2M1 the textbook's, where the smallest magnitude is 1/12 and not 1/192.
+pocket: 720 facts it knows by heart, three samples. smollm2: the kit's little stories, eight a sample, three samples a seed.
+Real answers: nine samples. Notebook 03 shows the file.
 """
 
 from __future__ import annotations

@@ -25,6 +25,33 @@ def test_forward_equals_the_loops(n_in, n_out, r, alpha, dtype):
     torch.testing.assert_close(lora.unmerge(lora.merge(w, a, b, alpha), a, b, alpha), w, rtol=1e-4, atol=1e-4)
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.integers(1, 4),
+    st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    st.sampled_from(["random", "B zero", "constant", "denormal"]),
+)
+def test_loops_in_16_bit_and_on_awkward_numbers(n_in, n_out, r, dtype, kind):
+    torch.manual_seed(n_in + 10 * n_out + 100 * r)
+    x, w, a, b = (torch.randn(s) for s in ((n_in,), (n_out, n_in), (r, n_in), (n_out, r)))
+    if kind == "B zero":
+        b = torch.zeros_like(b)
+    if kind == "constant":
+        x, a = torch.full_like(x, 0.5), torch.full_like(a, -0.25)
+    if kind == "denormal":
+        w, b = w * 1e-40, b * 1e-40
+    x, w, a, b = (t.to(dtype) for t in (x, w, a, b))
+    fast, slow = lora.forward(x, w, a, b, 8), lora.forward_spec(x, w, a, b, 8)
+    assert fast.dtype == slow.dtype == dtype
+    size = (x.abs().float() @ w.abs().float().T + 8 / r * x.abs().float() @ a.abs().float().T @ b.abs().float().T).max().item()
+    rounding = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    torch.testing.assert_close(fast, slow, rtol=0, atol=rounding * size + 1e-38)
+    if kind == "B zero":
+        assert torch.equal(fast, x @ w.T)
+
+
 class Holder(nn.Module):
     def __init__(self, layer):
         super().__init__()

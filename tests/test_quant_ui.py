@@ -94,13 +94,17 @@ def test_every_figure_is_closed_and_titled():
         "32-bit": {"codes": 4000, "scales": 0, "scales of scales": 0, "mean": 0, "rest": 800},
         "4-bit": {"codes": 500, "scales": 64, "scales of scales": 0, "mean": 0, "rest": 800},
     }
+    same = [quality.Quality(n, (2.0, 2.1, 2.2)) for n in ("16-bit", "NF4", "NF4+DQ")]
     figures = [
         quant_plots.plot_bell(nf4),
         quant_plots.plot_errors(ERRORS, 64, "AF4"),
         quant_plots.plot_distributions({"Gaussian": {n: ERRORS[n][64] for n in ("NF4", "FP4", "INT4")}}),
         quant_plots.plot_usage(share, nf4),
         quant_plots.plot_outlier(X[:64], 12.0, nf4),
-        quant_plots.plot_quality([quality.Quality(n, (2.0, 2.1, 2.2)) for n in ("16-bit", "NF4", "NF4+DQ")], "loss (nat)"),
+        quant_plots.plot_quality(
+            {"a": same, "b": [quality.Quality("unquantized", (1.0, 2.0)), quality.Quality("E2M1", (1.5, 1.9))]}
+        ),
+        quant_plots.plot_quality({"a": same}),
         quant_plots.plot_ledger({"a": double_quant.ledger(64, None), "b": double_quant.ledger(64)}),
         quant_plots.plot_scales(torch.linspace(-1, 1, 100), codebooks.dynamic_code()),
         quant_plots.plot_model_bytes(rows, 1000),

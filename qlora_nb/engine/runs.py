@@ -50,6 +50,21 @@ def key_results(results: dict[str, object]) -> dict[str, object]:
     return rounded
 
 
+def recorded(name: str) -> tuple[dict, str] | None:
+    """A measurement that lies beside the notebooks (`notebooks/recorded/`) and a line that says where it comes from.
+
+    None where the file is not: the notebook then says so. The files are written by the scripts in `benchmarks/`.
+    """
+    path = project_root() / "notebooks" / "recorded" / f"{name}.json"
+    if not path.is_file():
+        return None
+    record = json.loads(path.read_text(encoding="utf-8"))
+    hardware, versions = record["hardware"], record["versions"]
+    on = ", ".join(gpu["name"] for gpu in hardware["gpus"]) or f"{hardware['n_cores']} cores of {hardware['cpu']}"
+    with_ = ", ".join(f"{p} {versions[p]}" for p in ("torch", "transformers", "bitsandbytes"))
+    return record, f"recorded {record['date'][:10]} on {on}, {with_}, commit {record['commit'][:7]}"
+
+
 def runs_root(settings) -> Path:
     """The folder that this profile's runs go into; a relative `output_dir` lies in the repository."""
     return project_root() / Path(settings.output_dir).expanduser() / settings.profile

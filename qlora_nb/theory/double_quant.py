@@ -151,9 +151,7 @@ def quantize_absmax(absmax: torch.Tensor, blocksize: int = SECOND_BLOCKSIZE) -> 
     >>> second.index.tolist(), second.absmax.tolist(), second.absmax_mean.item()
     ([0, 255], [1.0], 2.0)
     """
-    if absmax.dtype != torch.float32 or absmax.numel() == 0 or not torch.isfinite(absmax).all():
-        raise KitError("absmax must be float32, finite and not empty", value=f"{absmax.numel()} × {absmax.dtype}")
-    ledger(1, blocksize)  # refuses a bad size
+    _check(absmax, blocksize)
     absmax_mean = absmax.mean()
     centred, code = absmax - absmax_mean, dynamic_code().to(absmax.device)
     indices, scales = [], []
@@ -181,6 +179,7 @@ def quantize_absmax_spec(absmax: torch.Tensor, blocksize: int = SECOND_BLOCKSIZE
     >>> quantize_absmax_spec(torch.tensor([1.0, 3.0]))
     ([0, 255], [1.0], 2.0)
     """
+    _check(absmax, blocksize)
     scales, code = absmax.tolist(), dynamic_code().tolist()
     mean = sum(scales) / len(scales)
     indices, seconds = [], []
@@ -192,6 +191,12 @@ def quantize_absmax_spec(absmax: torch.Tensor, blocksize: int = SECOND_BLOCKSIZE
             scaled = s / second if second else code[0]
             indices.append(min(range(256), key=lambda i: (abs(code[i] - scaled), i)))
     return indices, seconds, mean
+
+
+def _check(absmax: torch.Tensor, blocksize: int) -> None:
+    if absmax.dtype != torch.float32 or absmax.numel() == 0 or not torch.isfinite(absmax).all():
+        raise KitError("absmax must be float32, finite and not empty", value=f"{absmax.numel()} × {absmax.dtype}")
+    ledger(1, blocksize)  # refuses a bad size
 
 
 def round_trip(x: torch.Tensor, code: torch.Tensor | None = None, blocksize: int = 64) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 from matplotlib.figure import Figure
 
 from qlora_nb.theory import blockwise, codebooks, double_quant
-from qlora_nb.ui.style import COLOURS, HATCHES, MARKERS, kit_style, new_figure
+from qlora_nb.ui.style import COLOURS, HATCHES, MARKERS, kit_style, look, new_figure
 
 PAPER_TABLE_2 = {"INT4": 34.34, "FP4": 31.07, "FP4-E3M0": 29.48, "NF4+DQ": 27.41}
 """Mean perplexity on Pile Common Crawl, models from 125M to 13B (QLoRA paper, table 2; FP4 is E2M1)."""
@@ -100,7 +100,7 @@ def plot_errors(errors: dict[str, dict[int, float]], blocksize: int, name: str, 
         bits = [double_quant.bits_per_weight(b, None) for b in by_size]
         kind = each if each in COLOURS else "other"
         style = {"color": COLOURS[kind], "marker": MARKERS[kind], "markersize": 9 if kind == "other" else 6}
-        ax.plot(bits, list(by_size.values()), label=each, linestyle="--" if kind == "other" else "-", **style)
+        ax.plot(bits, list(by_size.values()), label=each, linestyle={"AF4": "--", "Lloyd-Max": ":"}.get(each, "-"), **style)
     x, y = double_quant.bits_per_weight(blocksize, None), errors[name][blocksize]
     ax.plot([x], [y], "o", markersize=17, markerfacecolor="none", markeredgecolor=COLOURS["16-bit"], markeredgewidth=1.6)
     with kit_style():
@@ -115,6 +115,7 @@ def plot_errors(errors: dict[str, dict[int, float]], blocksize: int, name: str, 
     return fig
 
 
+@kit_style()
 def plot_error_map(weight: torch.Tensor, blocksize: int, name: str, rows: int = 16, columns: int = 128) -> Figure:
     """A corner of a layer's weights, what is left of it in 4 bits, and the difference; thin lines separate the blocks.
 
@@ -139,9 +140,8 @@ def plot_error_map(weight: torch.Tensor, blocksize: int, name: str, rows: int = 
             box = ax.get_position()
             bar = fig.add_axes((0.91, box.y0, 0.015, box.height * (0.9 if limit < 1 else 2.08)))
             fig.colorbar(image, cax=bar, label="std of the layer", ticks=[-limit, 0, limit])
-    with kit_style():
-        axes[0].set_title(f"{name}, blocks of {blocksize}: {bits:.3f} bits a weight, RMSE {blockwise.rmse(weight, restored):.4f}")
-        axes[-1].set_xlabel("input (index); a row is an output")
+    axes[0].set_title(f"{name}, blocks of {blocksize}: {bits:.3f} bits a weight, RMSE {blockwise.rmse(weight, restored):.4f}")
+    axes[-1].set_xlabel("input (index); a row is an output")
     return fig
 
 
@@ -211,35 +211,34 @@ def plot_outlier(block: torch.Tensor, outlier: float, code: torch.Tensor) -> Fig
     return fig
 
 
-def plot_quality(measured: Sequence, what: str) -> Figure:
+@kit_style()
+def plot_quality(panels: dict[str, Sequence]) -> Figure:
     """The loss that each set of weights adds (mean and standard deviation over the samples) beside the paper's table 2.
 
     Args:
-        measured: `quality.Quality` records of the same samples; the first is the unquantized model.
-        what: name of the added loss, for the axis.
+        panels: {title: `quality.Quality` records of the same samples, the first of them the unquantized model's}.
     """
-    fig, (left, right) = new_figure(1, 2, figsize=(9.2, 3.8))
-    base, quantized = measured[0], measured[1:]
-    added = [np.subtract(q.losses, base.losses) for q in quantized]
-    means, spreads = [a.mean() for a in added], [a.std(ddof=1) for a in added]
-    for i, q in enumerate(quantized):
-        left.bar(i, means[i], yerr=spreads[i], capsize=4, color=COLOURS[q.name], hatch=HATCHES[q.name], edgecolor="white")
-        left.text(i, max(means[i] + spreads[i], 0), f"{means[i]:+.4f}", ha="center", va="bottom", fontsize=9)
+    fig, axes = new_figure(1, len(panels) + 1, figsize=(10.2, 3.9))
+    paper = axes[-1]
+    for ax, (title, (base, *quantized)) in zip(axes, panels.items()):
+        added = [np.subtract(q.losses, base.losses) for q in quantized]
+        means, spreads = [a.mean() for a in added], [a.std(ddof=1) for a in added]
+        for i, (q, mean, spread) in enumerate(zip(quantized, means, spreads)):
+            ax.bar(i, mean, yerr=spread, capsize=4, **look(q.name if q.name in COLOURS else "other"))
+            ax.text(i, max(mean + spread, 0), f"{mean:+.2g}", ha="center", va="bottom", fontsize=9)
+        top, low = max(m + s for m, s in zip(means, spreads)), min(m - s for m, s in zip(means, spreads))
+        ax.axhline(0, color=COLOURS["16-bit"], linewidth=0.8)
+        ax.set(ylim=(min(1.1 * low, 0), 1.2 * max(top, 1e-6)), xticks=range(len(quantized)), ylabel="added loss (nat)")
+        ax.set_xticklabels([q.name.replace("+", "\n+") for q in quantized])
+        ax.set_title(f"{title}:\nleast {quantized[int(np.argmin(means))].name}, most {quantized[int(np.argmax(means))].name}")
     for i, (name, value) in enumerate(PAPER_TABLE_2.items()):
-        kind = "FP4" if name.startswith("FP4") else name
-        right.bar(i, value, color=COLOURS[kind], hatch=HATCHES[kind], edgecolor="white")
-        right.text(i, value, f"{value:.2f}", ha="center", va="bottom", fontsize=9)
-    order = " < ".join(quantized[i].name for i in np.argsort(means))
-    top = 1.2 * max(1e-6, *(m + s for m, s in zip(means, spreads)))
-    low = min(1.1 * min(m - s for m, s in zip(means, spreads)), 0)
-    with kit_style():
-        left.axhline(0, color=COLOURS["16-bit"], linewidth=0.8)
-        left.set(title=f"Here: {order}", ylabel=what, xticks=range(len(quantized)), ylim=(low, top))
-        left.set_xticklabels([q.name for q in quantized])
-        right.set(title="Paper: NF4+DQ < FP4 < Int4", ylabel="mean perplexity (1)", xticks=range(4), ylim=(0, 40))
-        right.set_xticklabels(["Int4", "FP4\nE2M1", "FP4\nE3M0", "NF4\n+DQ"])
-        for ax in (left, right):
-            ax.grid(axis="x", visible=False)
+        paper.bar(i, value, **look("FP4" if name.startswith("FP4") else name))
+        paper.text(i, value, f"{value:.2f}", ha="center", va="bottom", fontsize=9)
+    paper.set(ylabel="mean perplexity (1)", xticks=range(4), ylim=(0, 40))
+    paper.set_xticklabels(["Int4", "FP4\nE2M1", "FP4\nE3M0", "NF4\n+DQ"])
+    paper.set_title("the paper, table 2:\nleast NF4+DQ, most Int4")
+    for ax in axes:
+        ax.grid(axis="x", visible=False)
     return fig
 
 

@@ -1,0 +1,47 @@
+"""An out-of-memory error that paged states avoid, on a CUDA card, with the very cells of notebook 05.
+
+    python benchmarks/avoided_oom.py        into notebooks/recorded/avoided_oom.json, which the notebook shows without a GPU
+
+A reader's run of the notebook writes nothing.
+"""
+
+from __future__ import annotations
+
+import bitsandbytes as bnb
+import nbformat
+import provenance
+import torch
+
+from qlora_nb.engine.runs import recorded
+
+NOTEBOOK = provenance.ROOT / "notebooks" / "05_paged_optimizers.ipynb"
+TARGET = provenance.ROOT / "notebooks" / "recorded" / "avoided_oom.json"
+
+
+def run_cells(device: str, **names: object) -> dict[str, object]:
+    """Execute the tagged cells; returns their names (`avoided`, `numel`, `capped_step`).
+
+    Args:
+        device: where the tensors are made.
+        **names: stand-ins for `torch`, `bnb` or `recorded`.
+    """
+    space = {"torch": torch, "bnb": bnb, "recorded": recorded, "device": device} | names
+    for cell in nbformat.read(NOTEBOOK, 4).cells:
+        if "avoided-oom" in cell.metadata.get("tags", []):
+            exec(cell.source, space)
+    return space
+
+
+def main() -> int:
+    if not torch.cuda.is_available():
+        print("no CUDA device here: nothing is measured and nothing is written")
+        return 1
+    free, total = torch.cuda.mem_get_info()
+    space = run_cells("cuda")
+    sizes = {"numel": space["numel"], "free_bytes": free, "total_bytes": total}
+    provenance.write(TARGET, provenance.provenance() | sizes | {"avoided": space["avoided"]})
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
