@@ -1,0 +1,153 @@
+"""Speed of what is taught: the quantizer beside bitsandbytes' CPU one, and every widget of notebooks 02 to 05.
+
+    python benchmarks/theory.py             into benchmarks/results/theory.json
+
+Both quantizers get the same 4,194,304 weights, in turn, in one process; medians and their ratio are kept (above 1: ours is
+faster), and that the bytes are equal. bitsandbytes' dequantizer is compiled C++ with vector instructions; ours is not meant
+to beat it. A redraw is what happens between a control's move and the finished PNG. Two threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import provenance
+import torch
+from bitsandbytes import functional as bnb
+
+from qlora_nb.engine import ledger, models, profiles
+from qlora_nb.theory import blockwise, codebooks, lora
+from qlora_nb.ui import lora_plots, paging_plots, quant_plots, widgets
+
+TARGET = provenance.ROOT / "benchmarks" / "results" / "theory.json"
+N_WEIGHTS, ROUNDS, REDRAWS, SEED = 2**22, 15, 24, 0
+LIMIT_MS = 150
+SIZES = [32, 64, 128, 256, 512, 1024, 2048, 4096]
+
+
+def milliseconds(run: Callable[[], object]) -> float:
+    """Wall time of one call."""
+    start = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def alternating(pairs: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, float]:
+    """Median time of each function; they take turns, so that a busy moment hits all of them."""
+    times: dict[str, list[float]] = {name: [] for name in pairs}
+    for run in pairs.values():
+        run()  # the first call builds tables
+    for _ in range(rounds):
+        for name, run in pairs.items():
+            times[name].append(milliseconds(run))
+    return {name: round(statistics.median(found), 2) for name, found in times.items()}
+
+
+def quantizers() -> dict:
+    """NF4 and FP4 in blocks of 64, there and back."""
+    x, found = torch.randn(N_WEIGHTS, generator=torch.Generator().manual_seed(SEED)), {}
+    for quant_type in ("nf4", "fp4"):
+        code = codebooks.code_by_name(quant_type)
+        packed, absmax = blockwise.quantize_4bit(x, code, 64)
+        theirs, state = bnb.quantize_4bit(x, blocksize=64, quant_type=quant_type)
+        there = alternating(
+            {
+                "ours_ms": partial(blockwise.quantize_4bit, x, code, 64),
+                "bitsandbytes_ms": partial(bnb.quantize_4bit, x, blocksize=64, quant_type=quant_type),
+            }
+        )
+        back = alternating(
+            {
+                "ours_ms": partial(blockwise.dequantize_4bit, packed, absmax, code, 64, x.shape),
+                "bitsandbytes_ms": partial(bnb.dequantize_4bit, theirs, state),
+            }
+        )
+        restored = blockwise.dequantize_4bit(packed, absmax, code, 64, x.shape)
+        equal = torch.equal(packed, theirs) and torch.equal(restored, bnb.dequantize_4bit(theirs, state).reshape(-1))
+        for times in (there, back):
+            times["times_as_fast"] = round(times["bitsandbytes_ms"] / times["ours_ms"], 3)
+        found[quant_type] = {"quantize": there, "dequantize": back, "equal_in_every_bit": equal}
+    return {"n_weights": N_WEIGHTS, "blocksize": 64, "rounds": ROUNDS, **found}
+
+
+def panels() -> dict[str, object]:
+    """Every widget of notebooks 02 to 05 with the arguments it has there in profile tiny."""
+    settings = profiles.resolve({})
+    layers = models.linear_layers(models.load_base(settings, four_bit=False))
+    weight = models.dense_weight(next(iter(layers.values())))
+    update = torch.randn(weight.shape, generator=torch.Generator().manual_seed(SEED))
+    budget = int(settings.gpu_gib * ledger.GIB)
+    plain, paged = (ledger.longest_pass(settings.pythia, settings.r, budget, paged=p) for p in (False, True))
+    paging_plots.paged_shares((settings.r,))  # notebook 05 counts every Pythia in a figure, before a reader moves anything
+    usual, spike = int(0.95 * plain), plain + max(1, (paged - plain) // 2)
+    return {
+        "02 what is left of an update": lora_plots.explore_update(update, lora.best_rank(update, min(update.shape)), settings.r),
+        "02 trained numbers": lora_plots.explore_counts(settings.r, settings.pythia),
+        "03 number line": widgets.explore(
+            quant_plots.plot_number_line,
+            weight=widgets.float_slider("weight / absmax", 0.31, -1.0, 1.0, 0.01),
+            name=widgets.choice("datatype", ["NF4", "FP4", "INT4"], "NF4"),
+        ),
+        "03 error map": widgets.explore(
+            partial(quant_plots.plot_error_map, weight[:256] / weight.std()),
+            blocksize=widgets.choice_slider("block size (weights)", SIZES, 64),
+            name=widgets.choice("datatype", ["NF4", "AF4", "FP4", "INT4"], "NF4"),
+        ),
+        "04 bits a weight": widgets.explore(
+            quant_plots.plot_bits,
+            blocksize=widgets.choice_slider("block size (weights)", [8, 16, *SIZES], 64),
+            second_blocksize=widgets.choice_slider("second block size (scales)", [16, 32, 64, 128, 256, 512, 1024], 256),
+        ),
+        "05 a step's memory": paging_plots.explore_step(settings.pythia, settings.r, 2048, settings.gpu_gib),
+        "05 a run with a spike": paging_plots.explore_run(settings.pythia, settings.r, usual, spike, settings.gpu_gib),
+    }
+
+
+def moves(control, n: int) -> list:
+    """`n` values of a control, each different from the one before."""
+    if hasattr(control, "options"):
+        values = [o[1] if isinstance(o, tuple) else o for o in control.options]
+    else:
+        values = [control.min + k * (control.max - control.min) / 9 for k in range(10)]
+    return [values[i % len(values)] for i in range(values.index(control.value) + 1 if control.value in values else 0, n + 20)]
+
+
+def redraws(panel, n: int = REDRAWS) -> dict:
+    """Median and slowest time of `n` redraws, the controls moved in turn."""
+    controls, times = panel.children[:-1], []
+    ahead = [iter(moves(control, n)) for control in controls]
+    for k in range(n + len(controls)):
+        control = controls[k % len(controls)]
+        value = next(v for v in ahead[k % len(controls)] if v != control.value)
+        with contextlib.redirect_stdout(io.StringIO()):
+            times.append(milliseconds(lambda: setattr(control, "value", value)))  # noqa: B023
+    times = times[len(controls) :]  # the first move of each control fills caches
+    return {"median_ms": round(statistics.median(times), 1), "slowest_ms": round(max(times), 1), "redraws": len(times)}
+
+
+def main() -> int:
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    record = provenance.provenance((SEED,)) | {"load_before": os.getloadavg()}
+    record["quantizer"] = quantizers()
+    with contextlib.redirect_stdout(io.StringIO()):
+        shown = panels()
+    record["redraws"] = {name: redraws(panel) for name, panel in shown.items()}
+    for quant_type in ("nf4", "fp4"):
+        print(quant_type, record["quantizer"][quant_type])
+    for name, times in record["redraws"].items():
+        print(f"{name:30} {times['median_ms']:6.1f} ms{'' if times['median_ms'] <= LIMIT_MS else '  OVER THE LIMIT'}")
+    provenance.write(TARGET, record)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
