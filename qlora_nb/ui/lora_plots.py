@@ -136,13 +136,15 @@ def plot_update(update: torch.Tensor, factors: tuple[torch.Tensor, torch.Tensor]
     r = min(r, len(a))
     corner, near = update[:size, :size], b[:size, :r] @ a[:r, :size]
     left = 100 * (b[:, r:] ** 2).sum().item() / (b**2).sum().item()
-    fig, axes = new_figure(1, 3, figsize=(8.4, 3.2), layout=None)
+    fig, axes = new_figure(1, 3, figsize=(8.4, 3.2), layout=None, sharey=True)
     for ax, part, title in zip(
         axes, (corner, near, corner - near), ("update ΔW", f"best of rank {r}", f"left over: {left:.0f} %")
     ):
         image = ax.imshow(part.numpy(), cmap="RdBu", vmin=-2, vmax=2, interpolation="nearest")
         ax.set_title(title)
-        ax.set(xlabel="input (index)", ylabel="output (index)" if ax is axes[0] else "")
+        ax.set(
+            xlabel="input (index)", ylabel="output (index)" if ax is axes[0] else "", xticks=[0, size // 2], yticks=[0, size // 2]
+        )
         ax.grid(visible=False)
     fig.subplots_adjust(left=0.07, right=0.88, wspace=0.2)
     fig.colorbar(image, cax=fig.add_axes((0.9, 0.15, 0.015, 0.68)), label="change (std of ΔW)")

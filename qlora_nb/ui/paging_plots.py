@@ -151,6 +151,9 @@ def plot_run(pythia: str, r: int, usual: int, spike: int, *, gpu_gib: float, gb_
     right.legend(fontsize=8, loc="upper left")
     without = f"Not paged: out of memory in step {dead[0] + 1}" if dead else "Not paged: survives"
     left.set_title(without, fontsize=11)
+    for ax in (left, right):  # few ticks: text is what takes time in a redraw
+        ax.locator_params(axis="y", nbins=5)
+        ax.set_xticks(x)
     with_paging = f"Paged: out of memory in step {stop[0] + 1}" if stop else f"Paged: survives, {seconds:.2g} s for the transfers"
     right.set_title(with_paging, fontsize=11)
     return fig

@@ -134,7 +134,7 @@ def plot_error_map(weight: torch.Tensor, blocksize: int, name: str, rows: int = 
     for ax, part, label, limit in zip(axes, corner, ("weights", name, "error"), (3.0, 3.0, 0.3)):
         image = ax.imshow(part.numpy(), cmap="RdBu", vmin=-limit, vmax=limit, interpolation="nearest", aspect="auto")
         ax.vlines(x - 0.5, y - 0.5, y + 0.5, color="black", linewidth=0.8)
-        ax.set(ylabel=label, yticks=[0, rows // 2])
+        ax.set(ylabel=label, xticks=range(0, columns, 32), yticks=[0, rows // 2])
         ax.grid(visible=False)
         if ax is not axes[0]:
             box = ax.get_position()
