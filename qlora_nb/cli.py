@@ -84,22 +84,23 @@ def fetch(what: Annotated[str, typer.Argument(help="smollm2, or a hub model such
 @app.command(context_settings=_PARAMETERS)
 def plan(ctx: typer.Context, profile: Profile = "tiny",
          gpu_gib: Annotated[float | None, typer.Option(help="memory of the card you mean (GiB)")] = None) -> None:  # fmt: skip
-    """The bytes a fine-tuning run must hold, line by line, before anything is loaded. Parameters: -p NAME VALUE."""
+    """Every byte of a run's fullest moment before anything is loaded, and what would lower it. Parameters: -p NAME VALUE."""
     from qlora_nb.engine import profiles
 
-    given = {"profile": profile, **_parameters(ctx.args)}
-    if gpu_gib is not None:
-        given = {"compute_dtype": "bfloat16", **given, "gpu_gib": gpu_gib}  # that card's arithmetic, not this CPU's
+    given = {"profile": profile, **_parameters(ctx.args), "gpu_gib": gpu_gib}
     settings = profiles.validate(given)
-    from qlora_nb.engine import ledger
+    from qlora_nb.engine import budget, shapes
 
-    lines = ledger.predict(settings)
-    print(lines)
-    if gpu_gib is not None:
-        left = settings.gpu_gib - lines.total_gib
-        end = "are left for activations and the CUDA context" if left > 0 else "are missing before any activation"
-        print(f"of {settings.gpu_gib:g} GiB, {abs(left):.2f} GiB {end}")
-        raise typer.Exit(0 if left > 0 else 1)
+    config, on_gpu = budget.ledger.config_of(settings.model_id), gpu_gib is not None or None
+    train = budget.peak(budget.plan_of(settings, True, config, on_gpu))
+    print(train, budget.peak(budget.plan_of(settings, False, config, on_gpu)), sep="\n\n", end="\n\n")
+    size = shapes.download_bytes(settings.model_id)
+    print(f"download and disk: {f'{size / 1e9:.1f} GB' if size else 'nothing, or known only to the hub'}")
+    print(budget.advice(settings, gpu_gib))
+    for lever in budget.levers(settings, config, on_gpu):
+        print(f"  lever: {lever}")
+    print(settings.papermill_line())
+    raise typer.Exit(1 if gpu_gib is not None and train.total_gib > gpu_gib else 0)
 
 
 @app.command(context_settings=_PARAMETERS)
@@ -171,14 +172,15 @@ def _pins(path: Path) -> dict[str, str]:
 
 
 def _fitting_profile(here) -> str:
-    from qlora_nb.engine import profiles, shapes
+    from qlora_nb.engine import budget, profiles
 
-    for name in ("full", "t4"):
+    for name in ("full", "t4") if here.gpus else ():
         settings = profiles.validate({"profile": name})
-        need = shapes.shape_of(settings.model_id).static_bytes(settings.double_quant, settings.r)
-        # a fifth on top: activations and the CUDA context
-        if any(card.total_bytes > 1.2 * need for card in here.gpus):
+        try:
+            budget.require_fit(settings, here)
             return f"{name} ({settings.model_id}), or any smaller one"
+        except KitError:
+            continue
     return "tiny (ships with the kit); smollm2 after `qlora-nb fetch smollm2`"
 
 

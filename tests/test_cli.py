@@ -99,10 +99,11 @@ def test_doctor_exits_with_1_on_a_wrong_version(monkeypatch):
 def test_plan_adds_up():
     result = CliRunner().invoke(cli.app, ["plan", "--profile", "full", "--gpu-gib", "24"])
     assert result.exit_code == 0, result.output
-    rows = [line.split(" B ")[0].rsplit(maxsplit=1) for line in result.output.splitlines() if " B " in line]
-    sizes = {name.strip(): int(size.replace(",", "")) for name, size in rows}
-    assert sizes.pop("total") == sum(sizes.values())
-    assert sizes["4-bit codes"] * 2 == 11_324_620_800
+    for part in result.output.split("\n\n")[:2]:  # fine-tuning, answering
+        rows = [line.split(" B ")[0].rsplit(maxsplit=1) for line in part.splitlines() if " B " in line]
+        sizes = {name.strip(): int(size.replace(",", "")) for name, size in rows}
+        assert sizes.pop("total") == sum(sizes.values())
+        assert sizes["4-bit codes"] * 2 == 11_324_620_800
     small = CliRunner().invoke(cli.app, ["plan", "--profile", "full", "--gpu-gib", "4"])
     assert small.exit_code == 1
     assert "missing" in small.output

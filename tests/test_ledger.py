@@ -171,7 +171,7 @@ def test_step_sizes_and_the_longest_pass():
     assert sizes.adapter == sizes.gradients == predicted["LoRA weights"] == 4 * 47_185_920
     assert sizes.paged + sizes.fixed == predicted["optimizer states"]
     assert sizes.weights + 2 * sizes.adapter + sizes.paged + sizes.fixed == predicted.total_bytes
-    assert sizes.checkpoint * sizes.n_layers == 180 * 2**20
+    assert sizes.kept * sizes.n_layers == 180 * 2**20
     plain, paged = (ledger.longest_pass("12b", 64, 24 * 2**30, paged=p) for p in (False, True))
     assert 0 < plain < paged
     assert ledger.longest_pass("12b", 64, 5 * 2**30, paged=True) == 0

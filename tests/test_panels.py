@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from qlora_nb.engine import environment, ledger, models, shapes
 from qlora_nb.engine.generation import Answer, find_adapter, load_adapter
 from qlora_nb.engine.profiles import validate
-from qlora_nb.ui import panels, setup_plots, training_checks, training_plots, widgets
+from qlora_nb.ui import panels, setup_plots, training_checks, training_plots
 
 
 def both_ends(widget):
@@ -16,37 +16,46 @@ def both_ends(widget):
     return [widget.min, widget.max]
 
 
-def test_planner_redraws_at_every_end_and_prints_a_line_that_validates():
-    planner = panels.planner(validate({}))
+@pytest.mark.parametrize(("profile", "gpu_gib"), [("tiny", None), ("full", 12.0)])
+def test_planner_redraws_at_every_end_and_prints_a_line_that_validates(profile, gpu_gib):
+    planner = panels.planner(validate({"profile": profile}), gpu_gib)
+    titles = set()
     for name, control in planner.controls.items():
         for value in both_ends(control):
             control.value = value
-            line = planner.children[len(planner.controls)].value
+            said, line = planner.advice.value.split("\n")
             assert line.startswith("papermill notebooks/06_finetune_pythia_12b.ipynb ")
             words = line.split()
             given = {words[i + 1]: words[i + 2] for i, w in enumerate(words) if w == "-p"}
-            assert getattr(validate(given), name) == value
-        assert isinstance(planner.redraw(**{n: c.value for n, c in planner.controls.items()}), Figure)
-
-
-def test_planner_shows_no_error_in_its_output():
-    planner = panels.planner(validate({}))
+            if name != "gpu_gib":
+                assert getattr(validate(given), name) == value
+            assert said.startswith("Fine-tuning")
+        figure = planner.redraw(**{n: c.value for n, c in planner.controls.items()})
+        assert isinstance(figure, Figure)
+        titles.add(figure.axes[0].get_title(loc="left"))
     outputs = planner.children[-1].outputs
     assert not [o for o in outputs if o["output_type"] == "error"]
+    assert len(titles) > 1
 
 
-def test_what_fits_at_both_ends():
-    card = widgets.choice_slider("card", [8.0, 48.0], 8.0)
-    rank = widgets.choice_slider("rank", [8, 64], 8)
-    box = widgets.explore(setup_plots.what_fits, gpu_gib=card, r=rank)
-    titles = set()
-    for c in (8.0, 48.0):
-        for r in (8, 64):
-            card.value, rank.value = c, r
-            assert isinstance(box.result, Figure)
-            titles.add(box.result.axes[0].get_title(loc="left"))
-    assert any("6.9b" in t for t in titles)
-    assert any("12b" in t for t in titles)
+def test_planner_answers_the_question_of_notebook_01():
+    planner = panels.planner(validate({"profile": "full"}), 12.0)
+    assert "fits: 10.26 of 12 GiB" in planner.advice.value
+    planner.controls["gpu_gib"].value = 8.0
+    assert "does not fit" in planner.advice.value
+    assert "Pull first: optim='paged_adamw_8bit' saves" in planner.advice.value
+    planner.controls["optim"].value, planner.controls["r"].value = "paged_adamw_8bit", 16
+    assert "Fine-tuning fits" in planner.advice.value
+
+
+def test_what_fits_names_a_size_for_every_card():
+    rows = setup_plots.what_fits(validate({"profile": "full"}), (8.0, 48.0))
+    assert [row["card"] for row in rows] == ["8 GiB", "48 GiB"]
+    assert rows[0]["fine-tuning"].startswith("6.9b")
+    assert rows[1]["fine-tuning"].startswith("12b")
+    assert rows[1]["levers"] == "none needed"
+    figure = setup_plots.every_pythia(validate({"profile": "full"}), 8.0)
+    assert figure.axes[0].get_title(loc="left") == "Over 8 GiB: 12b"
 
 
 @pytest.fixture(scope="module")
@@ -144,8 +153,6 @@ def test_shapes_agree_with_the_real_modules():
     for size in ("70m", "1b", "12b"):
         model = ledger.meta_model(ledger.pythia_config(size))
         assert sum(p.numel() for p in model.parameters()) == shapes.PYTHIA[size].n_parameters
-    pocket = ledger.meta_model(ledger.config_of("pocket"))
-    assert sum(p.numel() for p in pocket.parameters()) == shapes.shape_of("pocket").n_parameters
     assert ledger.kv_cache_bytes(ledger.pythia_config("12b")) == 737_280
 
 

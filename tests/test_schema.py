@@ -166,7 +166,7 @@ def test_t4_profile_fits_a_t4_and_has_no_bf16(monkeypatch):
 
 
 def test_too_little_memory_and_unreachable_hub(monkeypatch, tmp_path):
-    here(monkeypatch, free_gib=0.001)
+    here(monkeypatch, free_gib=0.1)
     with pytest.raises(KitError, match="does not fit this machine's memory"):
         environment.refuse_what_cannot_run(profiles.validate({}))
     here(monkeypatch)

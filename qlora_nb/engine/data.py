@@ -11,6 +11,7 @@ from pathlib import Path
 import datasets
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
+from qlora_nb.engine.objective import IGNORED
 from qlora_nb.errors import KitError
 from qlora_nb.pocket import corpus
 
@@ -27,7 +28,6 @@ TEMPLATES = {
 }
 """Template → prompt with an input and without: Stanford Alpaca's own, and the same without its opening sentences."""
 COLUMNS = ("instruction", "input", "output")
-IGNORED = -100
 QUIET_BELOW_ROWS = 10_000
 """Fewer rows are tokenized in a second or two and need no progress bar."""
 SPLIT_SEED = 2305

@@ -26,6 +26,8 @@ from qlora_nb.errors import KitError
 GIB = 2**30
 CPU_LIMIT_PARAMETERS = 1_500_000_000
 """Above this a step on a CPU takes minutes (about 6 flop × parameters × tokens at some 100 Gflop/s)."""
+MIN_FREE_BYTES = GIB // 2
+"""Less free memory than this is not enough for Python, torch and the smallest model."""
 
 
 @dataclass(frozen=True)
@@ -178,58 +180,43 @@ def refuse_what_cannot_run(settings) -> None:
     """
     from qlora_nb.engine import shapes
 
-    refuse_size(settings, shapes.shape_of(settings.model_id), machine())
+    here, size = machine(), shapes.download_bytes(settings.model_id)
+    if not here.gpus:
+        refuse_on_cpu(settings.model_id, size or 0, here)
     _refuse_unreachable(settings.model_id, "model")
     _refuse_unreachable(settings.dataset, "dataset")
+    if here.gpus and size:
+        from qlora_nb.engine import budget
+
+        budget.require_fit(settings, here, train=False)
 
 
-def refuse_size(settings, shape, here: Machine) -> None:
-    """Raise `KitError` if a model of this shape cannot be fine-tuned on machine `here` (no shape known: no judgement)."""
-    if shape is None:
-        return
-    need = shape.static_bytes(settings.double_quant, settings.r)
-    size = (
-        f"{shape.n_parameters / 1e9:.1f} billion parameters, at least {need / GIB:.1f} GiB in 4 bit "
-        f"with an adapter of rank {settings.r}"
-    )
-    if here.gpus:
-        largest = max(g.total_bytes for g in here.gpus)
-        if need > largest:
-            raise KitError(
-                f"{settings.model_id} does not fit this GPU: needed {size}, "
-                f"there are {largest / GIB:.1f} GiB ({here.gpus[0].name})",
-                remedy=_what_fits(largest, settings),
-            )
-        return
-    if shape.n_parameters > CPU_LIMIT_PARAMETERS:
+def refuse_on_cpu(model_id: str, bytes_16_bit: int, here: Machine) -> None:
+    """Raise `KitError` if a model is too large for a machine without a GPU (4-bit weights: a quarter of 16-bit ones)."""
+    need = bytes_16_bit // 4
+    size = f"{bytes_16_bit / 2e9:.1f} billion parameters, {need / GIB:.1f} GiB in 4 bit for the weights alone"
+    if bytes_16_bit > 2 * CPU_LIMIT_PARAMETERS:
         raise KitError(
-            f"{settings.model_id} needs a GPU: needed {size}, this machine has no NVIDIA GPU, {here.n_cores} CPU cores and "
+            f"{model_id} needs a GPU: {size}; this machine has no NVIDIA GPU, {here.n_cores} CPU cores and "
             f"{here.ram_bytes / GIB:.1f} GiB of memory",
             remedy='profile="tiny" (in the kit) or profile="smollm2" runs here; every cell is the same',
         )
-    if need > here.ram_free_bytes:
+    if max(need, MIN_FREE_BYTES) > here.ram_free_bytes:
         raise KitError(
-            f"{settings.model_id} does not fit this machine's memory: needed {size}, "
-            f"{here.ram_free_bytes / GIB:.1f} GiB are free",
+            f"{model_id} does not fit this machine's memory: {here.ram_free_bytes / GIB:.1f} GiB are free",
             remedy='close other kernels, or use profile="tiny"',
         )
 
 
-def _what_fits(available_bytes: int, settings) -> str:
-    from qlora_nb.engine import shapes
-
-    fitting = [s for s in shapes.PYTHIA.values() if s.static_bytes(settings.double_quant, settings.r) < 0.75 * available_bytes]
-    return f'model_id="EleutherAI/{fitting[-1].name}" would fit' if fitting else 'profile="tiny" runs anywhere'
-
-
 def _refuse_unreachable(name: str, what: str) -> None:
     """A local path must exist; a hub name must be cached or the hub reachable."""
-    if name in ("pocket", "smollm2") or Path(name).expanduser().exists():
+    path = Path(name).expanduser()
+    if path.is_dir() and what == "model" and not (path / "config.json").is_file():
+        raise KitError("the model folder has no config.json", value=name, remedy="give a folder made by save_pretrained")
+    if name in ("pocket", "smollm2") or path.exists():
         return
     looks_local = (
-        name.startswith((".", "/", "~", "\\"))
-        or Path(name).suffix in {".json", ".jsonl", ".csv", ".parquet"}
-        or name.count("/") != 1
+        name.startswith((".", "/", "~", "\\")) or path.suffix in {".json", ".jsonl", ".csv", ".parquet"} or name.count("/") != 1
     )
     if looks_local:
         names = (

@@ -12,7 +12,7 @@ import datasets
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qlora_nb.engine import data, generation
+from qlora_nb.engine import data, generation, objective
 
 
 @torch.no_grad()
@@ -20,17 +20,13 @@ def response_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, en
     """Mean cross-entropy (nats) of every labelled token in the encoded rows: answers and end tokens, no prompts."""
     collate = data.collator(tokenizer)
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]["input_ids"]))
-    total, n = 0.0, 0
-    for start in range(0, len(order), batch):
-        padded = collate([encoded[i] for i in order[start : start + batch]])
-        inputs = {k: padded[k].to(model.device) for k in ("input_ids", "attention_mask")}
-        logits = model(**inputs).logits[:, :-1].float()
-        labels = padded["labels"][:, 1:].to(logits.device)
-        total += torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), labels.flatten(), ignore_index=data.IGNORED, reduction="sum"
-        ).item()
-        n += int((labels != data.IGNORED).sum())
-    return total / n
+    total = 0.0
+    with objective.sliced_head(model, chunk=256) as loss:  # whole logits would be the largest thing in memory
+        for start in range(0, len(order), batch):
+            padded = collate([encoded[i] for i in order[start : start + batch]])
+            inputs = {k: padded[k].to(model.device) for k in ("input_ids", "attention_mask")}
+            total += loss(model(**inputs), padded["labels"], num_items_in_batch=1).item()
+    return total / sum(label != data.IGNORED for labels in encoded["labels"] for label in labels[1:])
 
 
 def exact_match(said: list[str], rows: list[dict]) -> dict[str, float]:

@@ -12,7 +12,8 @@ What bitsandbytes stores for a linear layer of n weights (QLoRA, arXiv 2305.1431
 - tables: the 16 code values (64 bytes); with double quantization also 256 values (1,024 bytes) and one offset (4 bytes).
 
 The published figures "5,842,022,400 bytes for pythia-12b" count codes and both kinds of scales, not the tables (0.26 MiB)
-and not the rest of the model. transformers' `get_memory_footprint()` leaves the scales out. Activations come later.
+and not the rest of the model. transformers' `get_memory_footprint()` leaves the scales out. What comes on top while a step
+runs is counted in `activations` and added up in `budget`.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from __future__ import annotations
 import functools
 import html
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
 
-from qlora_nb.engine import models, shapes
+from qlora_nb.engine import activations, models, shapes
 from qlora_nb.engine.environment import GIB
 from qlora_nb.errors import KitError
 from qlora_nb.theory import paging
@@ -98,12 +99,11 @@ def pythia_config(size: str):
     if size not in shapes.PYTHIA:
         raise KitError("unknown Pythia size", value=size, allowed=", ".join(shapes.PYTHIA))
     shape = shapes.PYTHIA[size]
-    heads = {"14m": 4, "70m": 8, "160m": 12, "410m": 16, "1b": 8, "1.4b": 16, "2.8b": 32, "6.9b": 32, "12b": 40}[size]
     return GPTNeoXConfig(
         vocab_size=shape.vocab,
         hidden_size=shape.hidden,
         num_hidden_layers=shape.n_layers,
-        num_attention_heads=heads,
+        num_attention_heads=shape.heads,
         intermediate_size=4 * shape.hidden,
         max_position_embeddings=2048,
         bos_token_id=0,
@@ -115,8 +115,7 @@ def config_of(model_id: str):
     """The configuration behind a `model_id`: a Pythia from its known sizes, everything else from its config.json."""
     from transformers import AutoConfig
 
-    size = model_id.removeprefix("EleutherAI/pythia-").removesuffix("-deduped")
-    if model_id.startswith("EleutherAI/pythia-") and size in shapes.PYTHIA:
+    if size := shapes.pythia_size(model_id):
         return pythia_config(size)
     return AutoConfig.from_pretrained(models.model_path(model_id), trust_remote_code=False)
 
@@ -296,9 +295,9 @@ def kv_cache_bytes(config, dtype: torch.dtype = torch.float16) -> int:
 
 
 def step_sizes(pythia: str, r: int, tokens: int, bits: int = 32) -> paging.StepSizes:
-    """Sizes of one QLoRA step of a Pythia: NF4 with double quantization, rest float16, LoRA on every linear layer.
+    """Sizes of one QLoRA step of a Pythia: NF4 with double quantization, rest float16, LoRA on every linear layer, checkpointing.
 
-    Weights, adapter, gradients and optimizer states are exact; the activations are `paging.activation_sizes`' estimate.
+    Activations are counted for the powers of two next to `tokens`; between them they grow in proportion.
 
     Args:
         pythia: size, "14m" … "12b".
@@ -306,12 +305,18 @@ def step_sizes(pythia: str, r: int, tokens: int, bits: int = 32) -> paging.StepS
         tokens: tokens in one forward pass (rows × length).
         bits: 32 or 8, width of the optimizer states.
     """
-    shape, (weights, sides) = shapes.PYTHIA[pythia], _pythia_parts(pythia)
-    numels = [r * side for side in sides]
-    paged, fixed = paging.paged_bytes(numels, bits)
-    adapter = 4 * sum(numels)
-    activations = paging.activation_sizes(shape.hidden, shape.vocab, tokens)
-    return paging.StepSizes(shape.n_layers, weights, adapter, adapter, paged, fixed, **activations)
+    config, (weights, sides) = pythia_config(pythia), _pythia_parts(pythia)
+    paged, fixed = paging.paged_bytes([r * side for side in sides], bits)
+    adapter = 4 * r * sum(sides)
+    low = 2 ** (max(tokens, 1).bit_length() - 1)
+    near, far = (asdict(activations.dry_run(config, activations.Step(1, n, r))) for n in (low, 2 * low if tokens > low else low))
+    between = {k: near[k] + (far[k] - near[k]) * (tokens - low) // low for k in near}
+    return paging.StepSizes(config.num_hidden_layers, weights, adapter, adapter, paged, fixed, **between)
+
+
+def state_split(pythia: str, r: int, bits: int = 32) -> tuple[int, int]:
+    """(paged, not paged) bytes of Adam's states on CUDA for a Pythia with LoRA of rank r on every linear layer."""
+    return paging.paged_bytes([r * side for side in _pythia_parts(pythia)[1]], bits)
 
 
 @functools.cache

@@ -15,17 +15,15 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from qlora_nb.engine import environment, shapes
+from qlora_nb.engine import environment
 from qlora_nb.errors import KitError
 from qlora_nb.pocket import MODEL_DIR
 
 # PEFT asks transformers for gradient checkpointing by a name that is going away: nothing a reader could mend.
-warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
 
 SMOLLM2_DIR = Path(os.environ.get("QLORA_NB_CACHE", Path.home() / ".cache" / "qlora-nb")) / "SmolLM2-135M-Instruct"
 """Where `qlora-nb fetch smollm2` puts the converted model."""
-QUIET_BELOW_PARAMETERS = 500_000_000
-"""A model smaller than this loads in a second or two and needs no progress bar."""
 
 
 def model_path(model_id: str) -> str:
@@ -110,8 +108,7 @@ def load_base(settings, four_bit: bool = True) -> PreTrainedModel:
     """
     path = model_path(settings.model_id)
     options = {"quantization_config": quantization_config(settings)} if four_bit else {}
-    shape = shapes.shape_of(settings.model_id)
-    if shape and shape.n_parameters < QUIET_BELOW_PARAMETERS:
+    if settings.model_id in ("pocket", "smollm2"):  # a second or two
         transformers_logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(

@@ -11,6 +11,7 @@ import ast
 import difflib
 import html
 import json
+import shlex
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,8 @@ Name = Annotated[str, Field(min_length=1)]
 Names = Annotated[list[Name], BeforeValidator(_names), Field(min_length=1)]
 Prompts = Annotated[list[str], BeforeValidator(_prompts), Field(min_length=1)]
 
+ELSEWHERE = ("pythia", "gpu_gib", "blocksize", "fetch_ahead")
+"""Parameters of the notebooks before the sixth."""
 PYTHIA_SIZES = ("14m", "70m", "160m", "410m", "1b", "1.4b", "2.8b", "6.9b", "12b")
 
 
@@ -81,6 +84,7 @@ class Settings(BaseModel):
     per_device_train_batch_size: Int = Field(ge=1, le=4096, description="rows in one forward pass")
     gradient_accumulation_steps: Int = Field(ge=1, description="forward passes in one optimizer step")
     max_length: Int = Field(ge=8, le=8192, description="tokens of prompt and answer kept")
+    loss_chunk: Int = Field(ge=0, le=65536, description="tokens in one slice of the loss, 0: all logits at once")
     gradient_checkpointing: bool = Field(description="recompute activations to save memory")
     prompt_template: Literal["alpaca", "alpaca_short"] = Field(description="how instruction and input become a prompt")
     train_rows: Int = Field(ge=1, description="rows to train on at most")
@@ -107,6 +111,13 @@ class Settings(BaseModel):
     def changed(self) -> dict[str, object]:
         """The parameters that differ from the profile's defaults, in schema order."""
         return {name: value for name, value, why in self.table() if why == "set by you"}
+
+    def papermill_line(self, notebook: str = "06_finetune_pythia_12b") -> str:
+        """The shell command that repeats a run with these settings: only what differs from the profile is named."""
+        given = {"profile": self.profile, **{k: v for k, v in self.changed().items() if k not in ELSEWHERE}}
+        values = {k: ",".join(v) if isinstance(v, list) else v for k, v in given.items()}
+        parameters = " ".join(f"-p {k} {shlex.quote(str(v))}" for k, v in values.items())
+        return f"papermill notebooks/{notebook}.ipynb runs/{notebook}.ipynb {parameters}"
 
     def __repr__(self) -> str:
         rows = [("profile", self.profile, ""), *self.table()]

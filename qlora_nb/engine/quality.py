@@ -16,7 +16,7 @@ import psutil
 import torch
 
 from qlora_nb.engine.models import dense_weight, linear_layers
-from qlora_nb.engine.shapes import shape_of
+from qlora_nb.engine.shapes import download_bytes
 from qlora_nb.pocket import corpus
 
 N_STORIES = 24
@@ -163,12 +163,12 @@ def comparison_settings(settings):
 
     Comparing needs the unquantized weights and one changed copy of the linear layers at the same time.
     """
-    shape = shape_of(settings.model_id)
-    if shape is None:
+    size = download_bytes(settings.model_id)
+    if size is None:
         return settings
     on_gpu = torch.cuda.is_available()
     free = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available
-    needed = (shape.n_parameters + shape.n_linear) * (2 if on_gpu else 4)
+    needed = 2 * size * (1 if on_gpu else 2)
     if needed < 0.8 * free:
         return settings
     sizes = f"needs {needed / 2**30:.1f} GiB, free are {free / 2**30:.1f}"

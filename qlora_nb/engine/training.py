@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import datasets
@@ -19,7 +19,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from qlora_nb.engine import data
+from qlora_nb.engine import activations, budget, data, ledger, objective
 from qlora_nb.engine.models import linear_layers
 from qlora_nb.errors import KitError
 
@@ -109,6 +109,22 @@ class _Watch(TrainerCallback):
         )
 
 
+class _Scale(TrainerCallback):
+    """Weighs the second step: `held` is the ledger of weights, gradients and states, `moved` the most that lived besides."""
+
+    def __init__(self):
+        self.weighing, self.held, self.moved = ExitStack(), None, None
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            self.moved = self.weighing.enter_context(activations.weigh())
+
+    def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if state.global_step == 1:
+            self.weighing.close()
+            self.held = ledger.measure(model, optimizer)
+
+
 @contextmanager
 def stop_on_interrupt() -> Iterator[threading.Event]:
     """Inside, ■ (or Ctrl-C) sets the event instead of raising: the running step is finished and everything saved."""
@@ -138,10 +154,11 @@ def finetune(
 
     Returns:
         A dictionary: `losses` (one a step), `seconds`, `tokens_per_s` (no padding counted), `stopped` (by ■),
-        `adapter` (folder).
+        `adapter` (folder); of the second step `held` (`ledger.Ledger`), `moved` (`activations.Moved`) and `shape` (rows,
+        tokens, tokens that train) of its largest pass, all None after a single step.
 
     Raises:
-        KitError: loss or gradient became NaN or infinite.
+        KitError: loss or gradient became NaN or infinite, or the GPU's memory ran out.
     """
     arguments = TrainingArguments(
         output_dir=str(run.folder / "checkpoints"),
@@ -157,11 +174,14 @@ def finetune(
     )
     losses: list[float] = []
     n_tokens: list[int] = []
+    shapes: list[tuple[int, int, int]] = []
     pad = data.collator(tokenizer)
 
     def collate(batch):
+        padded = pad(batch)
         n_tokens.append(sum(len(row["input_ids"]) for row in batch))
-        return pad(batch)
+        shapes.append((*padded["input_ids"].shape, int((padded["labels"] != data.IGNORED).sum())))
+        return padded
 
     def note(step: dict) -> None:
         losses.append(step["loss"])
@@ -169,11 +189,20 @@ def finetune(
         report(step)
 
     model.config.use_cache = False
-    with stop_on_interrupt() as stop:
-        watch = _Watch(note, stop, n_tokens)
-        trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[watch])
-        trainer.remove_callback(PrinterCallback)  # it would print every step's numbers a second time
-        trainer.train()
+    scale, trainer = _Scale(), None
+    try:
+        with stop_on_interrupt() as stop, ExitStack() as stack:
+            watch = _Watch(note, stop, n_tokens)
+            stack.enter_context(budget.out_of_memory_doctor(settings, model, lambda: trainer.optimizer))
+            loss = stack.enter_context(objective.sliced_head(model, settings.loss_chunk)) if settings.loss_chunk else None
+            stack.push(scale.weighing)
+            own = {"train_dataset": rows, "data_collator": collate, "compute_loss_func": loss, "callbacks": [watch, scale]}
+            trainer = Trainer(model=model, args=arguments, **own)
+            trainer.remove_callback(PrinterCallback)  # it would print every step's numbers a second time
+            trainer.train()
+    except BaseException as error:  # the folder must say what became of the run
+        run.finish("failed", error=f"{type(error).__name__}: {error}"[:500])
+        raise
     model.config.use_cache = True
     model.eval()
     if watch.failure:
@@ -186,7 +215,10 @@ def finetune(
     model.save_pretrained(adapter, save_embedding_layers=False)  # they are frozen, and asking whether they changed asks the hub
     seconds = time.perf_counter() - watch.started
     speed = sum(n_tokens) / seconds
-    return {"losses": losses, "seconds": seconds, "tokens_per_s": speed, "stopped": stop.is_set(), "adapter": adapter}
+    per_step = settings.gradient_accumulation_steps
+    second = max(shapes[per_step : 2 * per_step], key=lambda shape: shape[0] * shape[1], default=None)
+    weighed = {"held": scale.held, "moved": scale.moved, "shape": second}
+    return {"losses": losses, "seconds": seconds, "tokens_per_s": speed, "stopped": stop.is_set(), "adapter": adapter, **weighed}
 
 
 @torch.no_grad()

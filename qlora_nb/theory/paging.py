@@ -155,8 +155,9 @@ def replay_spec(events: Sequence[tuple[str, int]], budget_pages: int) -> tuple[i
 class StepSizes:
     """Sizes of one training step, all in bytes (the caller takes them from a ledger).
 
-    `checkpoint` and `layer` are for one layer: its saved input, and what recomputing it needs for a moment. `paged` and `fixed`
-    are the optimizer states that may and may not leave the card.
+    `kept` is what each layer holds for the backward pass: with gradient checkpointing its input. `forward` and `backward` are
+    what one layer needs while it works, `loss` what head and loss need. `paged` and `fixed` are the optimizer states that may
+    and may not leave the card.
     """
 
     n_layers: int
@@ -165,30 +166,10 @@ class StepSizes:
     gradients: int
     paged: int
     fixed: int
-    checkpoint: int
-    layer: int
-    logits: int
-
-
-def activation_sizes(hidden: int, vocab: int, tokens: int) -> dict[str, int]:
-    """`checkpoint`, `layer` and `logits` bytes of a GPT-NeoX step with gradient checkpointing: an estimate, not a measurement.
-
-    Args:
-        hidden, vocab: the model's sizes.
-        tokens: tokens in one forward pass.
-
-    checkpoint: a layer's input, tokens · hidden · 2 bytes. layer: about 20 · hidden 16-bit numbers a token (norms,
-    query-key-value, the wide feed-forward part before and after GELU, adapter inputs) and one dequantized matrix of
-    4 · hidden². logits: three float32 copies of tokens · vocab in the plain loss.
-
-    >>> activation_sizes(5120, 50688, 512)["checkpoint"] * 36 / 2**20  # reference: 180 MiB at 512 tokens
-    180.0
-    """
-    return {
-        "checkpoint": 2 * tokens * hidden,
-        "layer": 2 * (20 * tokens * hidden + 4 * hidden**2),
-        "logits": 3 * 4 * tokens * vocab,
-    }
+    kept: int
+    forward: int
+    backward: int
+    loss: int
 
 
 @dataclass(frozen=True)
@@ -207,22 +188,22 @@ class Moment:
 def step_timeline(sizes: StepSizes) -> list[Moment]:
     """Memory through one step: a moment a layer forward, one for the loss, a moment a layer backward, one for the optimizer.
 
-    Example: two layers, checkpoint 1, layer 5, logits 3, gradients 4, all else 0. Forward 6, 7; loss 5; backward, the last
-    layer first, with 2 + 5 + 2 and 1 + 5 + 4; optimizer 4.
+    Example: two layers, kept 1, forward 2, backward 5, loss 3, gradients 4, all else 0. Forward 1 + 2, 2 + 2; loss 2 + 3;
+    backward, the last layer first, 2 + 5 + 0 and 1 + 5 + 2 (the layer's own gradients are in its 5); optimizer 4.
 
-    >>> [m.total for m in step_timeline(StepSizes(2, 0, 0, 4, 0, 0, 1, 5, 3))]
-    [6, 7, 5, 9, 10, 4]
+    >>> [m.total for m in step_timeline(StepSizes(2, 0, 0, 4, 0, 0, 1, 2, 5, 3))]
+    [3, 4, 5, 7, 8, 4]
     """
     s, n = sizes, sizes.n_layers
 
-    def moment(phase: str, saved: int, work: int, gradients: int) -> Moment:
+    def moment(phase: str, layers: int, work: int, gradients: int) -> Moment:
         states = {"states, paged": s.paged, "states, not paged": s.fixed}
-        now = {"layer inputs kept": saved * s.checkpoint, "working memory": work}
+        now = {"kept for the backward pass": layers * s.kept, "working memory": work}
         return Moment(phase, {"frozen weights": s.weights, "LoRA weights": s.adapter, **states, "gradients": gradients, **now})
 
-    forward = [moment("forward", i + 1, s.layer, 0) for i in range(n)]
-    backward = [moment("backward", n - i, s.layer, s.gradients * (i + 1) // n) for i in range(n)]
-    return [*forward, moment("loss", n, s.logits, 0), *backward, moment("optimizer", 0, 0, s.gradients)]
+    forward = [moment("forward", i + 1, s.forward, 0) for i in range(n)]
+    backward = [moment("backward", n - i, s.backward, s.gradients * i // n) for i in range(n)]
+    return [*forward, moment("loss", n, s.loss, 0), *backward, moment("optimizer", 0, 0, s.gradients)]
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,14 @@ model says can run in the page. Work started by a button runs in one worker thre
 from __future__ import annotations
 
 import io
-import shlex
 import threading
 import time
 
 import ipywidgets as W
 from IPython.display import display
 
-from qlora_nb.engine import generation, ledger
+from qlora_nb.engine import budget, generation
+from qlora_nb.engine.shapes import PYTHIA
 from qlora_nb.errors import KitError
 from qlora_nb.ui import training_plots
 from qlora_nb.ui.widgets import LABEL, WIDE
@@ -56,48 +56,55 @@ class LiveTraining:
             self.drawn = time.perf_counter()
 
 
-def papermill_line(settings, notebook: str) -> str:
-    """The shell command that repeats a run with these settings: only what differs from the profile is named."""
-    given = {"profile": settings.profile, **settings.changed()}
-    values = {k: ",".join(v) if isinstance(v, list) else v for k, v in given.items()}
-    parameters = " ".join(f"-p {k} {shlex.quote(str(v))}" for k, v in values.items())
-    return f"papermill notebooks/{notebook}.ipynb runs/{notebook}.ipynb {parameters}"
+def plan_figure(settings, gpu_gib: float | None = None):
+    """The peaks of fine-tuning and of answering with these settings: the figure that the planner varies."""
+    name, on_gpu = settings.model_id.split("/")[-1], bool(gpu_gib)
+    purposes = {"fine-tuning": True, "answering": False}
+    plans = {f"{what}\n{name}": budget.plan_of(settings, train, on_gpu=on_gpu) for what, train in purposes.items()}
+    return training_plots.budget({what: budget.peak(plan) for what, plan in plans.items()}, gpu_gib)
 
 
-def budget_figure(settings, model_config=None):
-    """The static bytes of a run: the figure that the planner varies."""
-    return training_plots.budget({settings.model_id.split("/")[-1]: ledger.predict(settings, config=model_config)})
+def planner(settings, gpu_gib: float | None = None, notebook: str = "06_finetune_pythia_12b") -> W.VBox:
+    """Model × card × settings → the two peaks, the first lever to pull if it does not fit, and the papermill line.
 
-
-def planner(settings, notebook: str = "06_finetune_pythia_12b") -> W.VBox:
-    """Settings → budget and the papermill line that repeats them. Start values are the run's own."""
-    config = ledger.config_of(settings.model_id)
-    controls = {
-        "r": W.SelectionSlider(options=sorted({4, 8, 16, 32, 64, settings.r}), value=settings.r, description="rank r"),
-        "double_quant": W.ToggleButtons(options=[True, False], value=settings.double_quant, description="double_quant"),
-        "optim": W.Dropdown(
-            options=sorted({"paged_adamw_32bit", "paged_adamw_8bit", "adamw_torch", settings.optim}),
-            value=settings.optim,
-            description="optim",
-        ),
-        "max_steps": W.IntSlider(settings.max_steps, min=1, max=max(2000, settings.max_steps), description="max_steps"),
+    Start values are the settings' own; without `gpu_gib` there is no card, and the model stays as it is.
+    """
+    own = settings.model_id
+    models = [own, *(f"EleutherAI/pythia-{size}" for size in PYTHIA if gpu_gib and not own.endswith(f"pythia-{size}"))]
+    cards = sorted({6.0, 8.0, 12.0, 16.0, 24.0, 48.0, 80.0, gpu_gib}) if gpu_gib else [None]
+    choices = {
+        "model_id": models,
+        "gpu_gib": cards,
+        "r": sorted({4, 8, 16, 32, 64, settings.r}),
+        "max_length": sorted({128, 256, 512, 1024, 2048, settings.max_length}),
+        "per_device_train_batch_size": sorted({1, 2, 4, 8, 16, settings.per_device_train_batch_size}),
+        "optim": sorted({"paged_adamw_32bit", "paged_adamw_8bit", settings.optim}),
+        "gradient_checkpointing": [True, False],
+        "loss_chunk": sorted({0, 128, settings.loss_chunk}),
     }
-    for control in controls.values():
-        control.style, control.layout = LABEL, WIDE
-        if hasattr(control, "continuous_update"):
-            control.continuous_update = False
-    line = W.Textarea(description="run this", disabled=True, layout=W.Layout(width="95%", height="4.5em"), style=LABEL)
+    start = settings.model_dump() | {"gpu_gib": gpu_gib}
+    controls = {
+        name: (W.SelectionSlider if name in ("gpu_gib", "r", "max_length") else W.Dropdown)(
+            options=options, value=start[name], description=name, style=LABEL, layout=WIDE
+        )
+        for name, options in choices.items()
+        if len(options) > 1
+    }
+    advice = W.Textarea(description="advice", disabled=True, layout=W.Layout(width="95%", height="6em"), style=LABEL)
 
-    def redraw(**values):
+    def redraw(gpu_gib=gpu_gib, **values):
         chosen = settings.model_copy(update=values)
-        line.value = papermill_line(chosen, notebook)
-        figure = budget_figure(chosen, config)
+        advice.value = budget.advice(chosen, gpu_gib) + "\n" + chosen.papermill_line(notebook)
+        figure = plan_figure(chosen, gpu_gib)
         display(figure)
         return figure
 
+    for control in controls.values():
+        if hasattr(control, "continuous_update"):
+            control.continuous_update = False
     picture = W.interactive_output(redraw, controls)
-    box = W.VBox([*controls.values(), line, picture])
-    box.redraw, box.controls = redraw, controls  # for the tests, which drive every control to both ends
+    box = W.VBox([*controls.values(), advice, picture])
+    box.redraw, box.controls, box.advice = redraw, controls, advice  # for the tests, which drive every control to both ends
     return box
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from qlora_nb.engine import environment, profiles, shapes
+from qlora_nb.engine import budget, environment, ledger, profiles, shapes
 from qlora_nb.engine.environment import GIB
 from qlora_nb.errors import KitError
-from qlora_nb.ui.style import kit_style, look, new_figure
+from qlora_nb.ui import training_plots
 
 
 def describe(here: environment.Machine) -> dict[str, str]:
@@ -27,18 +27,18 @@ def describe(here: environment.Machine) -> dict[str, str]:
 
 
 def profiles_here(here: environment.Machine) -> list[dict[str, str]]:
-    """One row a profile: its model and data, whether it runs on this machine, and why not."""
+    """One row a profile: its model, the predicted peak of its fine-tuning, whether it runs on this machine, and why not."""
     rows = []
     for name, defaults in profiles.PROFILES.items():
-        settings = profiles.validate({"profile": name})
-        shape = shapes.shape_of(settings.model_id)
+        settings, need, verdict = profiles.validate({"profile": name}), "known after its fetch", "yes"
         try:
-            environment.refuse_size(settings, shape, here)
-            verdict = "yes"
+            need = f"{budget.peak(budget.plan_of(settings, on_gpu=name in ('t4', 'full'))).total_gib:.2f}"
+            if not here.gpus:
+                environment.refuse_on_cpu(settings.model_id, shapes.download_bytes(settings.model_id) or 0, here)
+            budget.require_fit(settings, here)
         except KitError as error:
             verdict = f"no: {error.what.split(':')[0].split(', this machine')[0]}"
-        need = "" if shape is None else f"{shape.static_bytes(settings.double_quant, settings.r) / GIB:.2f}"
-        rows.append({"profile": name, "model": defaults["model_id"].value, "needs at least (GiB)": need, "runs here": verdict})
+        rows.append({"profile": name, "model": defaults["model_id"].value, "peak, fine-tuning (GiB)": need, "runs here": verdict})
     return rows
 
 
@@ -51,28 +51,24 @@ def downloads(settings) -> list[str]:
         elif environment.in_hub_cache(name, what):
             lines.append(f"{what} {name}: in the local cache")
         else:
-            shape = shapes.shape_of(name) if what == "model" else None
-            size = f"about {2 * shape.n_parameters / 1e9:.1f} GB" if shape else "size known only to the hub"
-            lines.append(f"{what} {name}: {size} to download")
+            size = shapes.download_bytes(name)
+            lines.append(f"{what} {name}: {f'about {size / 1e9:.1f} GB' if size else 'size known only to the hub'} to download")
     size = 2 * shapes.PYTHIA["12b"].n_parameters / 1e9
     return [*lines, f"for comparison, EleutherAI/pythia-12b: {size:.1f} GB (GB of 10^9 bytes, as disks are sold)"]
 
 
-@kit_style()
-def what_fits(gpu_gib: float, r: int) -> Figure:
-    """Static bytes of fine-tuning every Pythia, 4-bit with double quantization, against a card."""
-    names = list(shapes.PYTHIA)
-    weights = [shapes.PYTHIA[n].weight_bytes(True) / GIB for n in names]
-    trained = [shapes.PYTHIA[n].static_bytes(True, r) / GIB - w for n, w in zip(names, weights, strict=True)]
-    fig, ax = new_figure(figsize=(8, 4.0))
-    ax.barh(names, weights, **look("NF4+DQ"), label="weights, 4 bit and 16-bit rest")
-    ax.barh(names, trained, left=weights, **look("LoRA"), label=f"adapter r = {r}, gradients, 8-bit Adam")
-    for i, (w, t) in enumerate(zip(weights, trained, strict=True)):
-        ax.text(w + t, i, f" {w + t:.2f}", va="center", fontsize=9)
-    ax.axvline(gpu_gib, color="black", linestyle="--", label=f"card of {gpu_gib:g} GiB")
-    ax.axvspan(0.75 * gpu_gib, gpu_gib, color="black", alpha=0.08, label="the quarter to leave for activations")
-    ax.set(xlabel="memory held all through (GiB)", ylabel="Pythia", xlim=(0, max(gpu_gib, weights[-1] + trained[-1]) * 1.12))
-    fitting = [n for n, w, t in zip(names, weights, trained, strict=True) if w + t <= 0.75 * gpu_gib]
-    ax.set_title(f"Largest Pythia that leaves a quarter of {gpu_gib:g} GiB free: {fitting[-1] if fitting else 'none'}")
-    fig.legend(loc="outside lower center", ncols=2, fontsize=9)
-    return fig
+def what_fits(settings, cards: tuple[float, ...] = (8.0, 12.0, 16.0, 24.0, 48.0)) -> list[dict[str, str]]:
+    """One row a card: the largest Pythia that answers on it, fine-tunes with these settings, and with levers pulled."""
+    rows = []
+    for card in cards:
+        fits = budget.what_fits(card, settings)
+        row = {f.purpose: f"{f.size} ({f.peak_gib:.1f} GiB)" if f.size else "none" for f in fits}
+        pulled = "; ".join(", ".join(f"{k}={v}" for k, v in lever.changes.items()) for lever in fits[-1].levers)
+        rows.append({"card": f"{card:g} GiB", **row, "levers": pulled or "none needed"})
+    return rows
+
+
+def every_pythia(settings, gpu_gib: float) -> Figure:
+    """Predicted peak of fine-tuning every Pythia with these settings, stacked by part, against a card."""
+    plans = {n: budget.plan_of(settings, True, ledger.pythia_config(n), on_gpu=True) for n in shapes.PYTHIA}
+    return training_plots.budget({name: budget.peak(plan) for name, plan in plans.items()}, gpu_gib)

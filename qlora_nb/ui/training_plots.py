@@ -6,50 +6,57 @@ import html
 
 from matplotlib.figure import Figure
 
+from qlora_nb.engine import budget as memory
+from qlora_nb.engine import ledger
 from qlora_nb.engine.environment import GIB
 from qlora_nb.ui.style import COLOURS, kit_style, look, new_figure
 
 _PARTS = (
-    ("4-bit weights", "NF4", ("4-bit codes",)),
-    ("scales", "NF4+DQ", ("scales (absmax)", "scales of the scales", "code tables and offsets")),
-    ("unquantized rest", "16-bit", ("linear weights", "embedding and head", "biases and norms", "buffers")),
-    ("LoRA and its gradients", "LoRA", ("LoRA weights", "gradients")),
-    ("optimizer states", "optimizer", ("optimizer states",)),
+    ("4-bit weights", "NF4", "", (ledger.CODES,)),
+    ("scales", "NF4+DQ", "xx", (ledger.SCALES, ledger.NESTED, ledger.TABLES)),
+    ("unquantized rest", "16-bit", "", (ledger.LINEARS, ledger.EMBEDDINGS, ledger.SMALL, ledger.BUFFERS)),
+    ("LoRA weights", "LoRA", "", (ledger.LORA,)),
+    ("gradients", "LoRA", "..", (ledger.GRADIENTS,)),
+    ("optimizer states", "optimizer", "++", (ledger.STATES,)),
+    ("kept for the backward pass", "INT4", "//", (memory.KEPT,)),
+    ("working memory", "FP4", "\\\\", (memory.WORK,)),
+    ("key-value cache", "NF4+DQ", "//", (memory.CACHE,)),
+    ("CUDA itself (assumed)", "other", "--", (memory.CUDA,)),
 )
 
 
 @kit_style()
-def budget(ledgers: dict[str, object], limit_gib: float | None = None) -> Figure:
-    """Stacked bars of what lies in memory all through a run, one bar a ledger.
+def budget(ledgers: dict[str, ledger.Ledger], limit_gib: float | None = None) -> Figure:
+    """Stacked bars of what lies in memory, one bar a ledger, under a card's line if there is one.
 
     Args:
-        ledgers: label → `ledger.Ledger`.
-        limit_gib: a card's size, drawn as a line.
+        ledgers: label → ledger; the largest one is in the title.
+        limit_gib: a card's size.
     """
-    largest = max(ledger.total_bytes for ledger in ledgers.values())
-    scale, unit = (GIB, "GiB") if largest > 0.5 * GIB else (2**20, "MiB")
-    fig, ax = new_figure(figsize=(8, 1.5 + 0.65 * len(ledgers)))
-    for row, ledger in enumerate(ledgers.values()):
-        left = 0.0
-        for label, meaning, names in _PARTS:
-            width = ledger.sum(names) / scale
-            ax.barh(row, width, left=left, **look(meaning), label=label if row == 0 else None)
-            left += width
-        ax.text(left, row, f" {left:.2f} {unit}", va="center")
-    if limit_gib is not None:
-        ax.axvline(limit_gib * GIB / scale, color="black", linestyle="--")
-        ax.text(limit_gib * GIB / scale, len(ledgers) - 0.45, f"{limit_gib:g} GiB card", ha="right", fontsize=9)
-    ax.set_yticks(range(len(ledgers)), list(ledgers))
+    largest = max(ledgers, key=lambda name: ledgers[name].total_bytes)
+    top = ledgers[largest].total_bytes
+    scale, unit = (GIB, "GiB") if top > 0.5 * GIB else (2**20, "MiB")
+    fig, ax = new_figure(figsize=(8.4, 1.9 + 0.45 * len(ledgers)))
+    for label, meaning, hatch, names in _PARTS:
+        widths = [found.sum(names) / scale for found in ledgers.values()]
+        if any(widths):
+            before = [sum(found.sum(n) for *_, n in _PARTS[: [p[0] for p in _PARTS].index(label)]) for found in ledgers.values()]
+            ax.barh(list(ledgers), widths, left=[b / scale for b in before], **look(meaning, hatch), label=label)
+    for row, found in enumerate(ledgers.values()):
+        ax.text(found.total_bytes / scale, row, f" {found.total_bytes / scale:.2f}", va="center")
+    if limit_gib is None:
+        parts = {label: ledgers[largest].sum(names) for label, *_, names in _PARTS}
+        first = max(parts, key=parts.get)
+        title = f"The largest part: {first}, {100 * parts[first] / top:.0f} % of {top / scale:.2f} {unit}"
+    else:
+        ax.axvline(limit_gib * GIB / scale, color="black", linestyle="--", label=f"card of {limit_gib:g} GiB")
+        left = [name for name, found in ledgers.items() if found.total_bytes > limit_gib * GIB]
+        title = f"Over {limit_gib:g} GiB: {', '.join(left)}" if left else f"All fit {limit_gib:g} GiB"
+    ax.set_title(title)
     ax.invert_yaxis()
-    ax.margins(x=0.16)
-    ax.set_xlabel(f"memory held all through the run ({unit})")
-    first = next(iter(ledgers.values()))
-    parts = {label: first.sum(names) for label, _, names in _PARTS}
-    top = max(parts, key=parts.get)
-    ax.set_title(
-        f"The largest part: {top}, {100 * parts[top] / first.total_bytes:.0f} % of {first.total_bytes / scale:.2f} {unit}"
-    )
-    fig.legend(loc="outside lower center", ncols=3)
+    ax.margins(x=0.12)
+    ax.set_xlabel(f"memory at the fullest moment ({unit})")
+    fig.legend(loc="outside lower center", ncols=4, fontsize=9)
     return fig
 
 

@@ -1,0 +1,273 @@
+"""What a step holds besides weights and states: counted on a dry run, before anything is loaded.
+
+A *dry run* sends one batch through one layer and through two, forward and backward, on torch's *meta* device: every tensor has
+its true shape and no memory. The code that runs is the real one (transformers' model, PEFT's adapter, checkpointing, the
+loss), so the count holds for any causal language model and changes when a setting changes. The difference between two
+layers and one is what each further layer keeps; what a layer needs only while it works is needed once, whatever the depth.
+
+Two things are stood in for, because on *meta* they would not run as they do on a card: a 4-bit layer unpacks its weight into
+a buffer that lives for one product (`bitsandbytes/autograd/_functions.py`, `MatMul4Bit`), and fused attention keeps query,
+key, value and output but never the square of scores (`scaled_dot_product_attention`).
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import os
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import bitsandbytes as bnb
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+from transformers.masking_utils import sdpa_mask
+
+from qlora_nb.engine import models, objective
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of every tensor made inside the context while it lives: `live` now, `peak` since the last `restart`.
+
+    Works on real tensors and on *meta* ones. The tensors of `model` are not counted; neither is what a kernel allocates and
+    frees inside itself, which is why real runs are measured by `weigh`.
+
+    >>> with LiveBytes() as count:
+    ...     a = torch.zeros(1000)
+    ...     del a
+    >>> count.live, count.peak
+    (0, 4000)
+    """
+
+    def __init__(self, model: nn.Module | None = None, all_true: bool = True):
+        super().__init__()
+        self.live = self.peak = 0
+        held = [*model.parameters(), *model.buffers()] if model else []
+        self.known = {tensor.untyped_storage()._cdata for tensor in held}  # a view of them is nothing new
+        self.all_true = all_true
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return self.all_true  # "is the attention mask all ones?" cannot be asked of a tensor without values
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.known:
+            self.known.add(key)
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.live -= size
+
+    def restart(self) -> int:
+        """Begin a new phase: the peak is what lives now, which is returned."""
+        self.peak = self.live
+        return self.live
+
+
+@dataclass
+class Moved:
+    """The most bytes that lived at once besides what was there at the start; known when `weigh` ends."""
+
+    peak_bytes: int = 0
+
+
+@contextmanager
+def weigh() -> Iterator[Moved]:
+    """Measure what moves while a model works: torch's allocator tells, on a GPU directly, on a CPU through torch's profiler."""
+    moved = Moved()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        yield moved
+        moved.peak_bytes = torch.cuda.max_memory_allocated() - before
+        return
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would print a line at start and end
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        yield moved
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    moved.peak_bytes = max(itertools.accumulate(sizes), default=0)
+
+
+class _Unpacked(torch.autograd.Function):
+    """x Wᵀ with W unpacked into a buffer for as long as the product takes, again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.weight = weight
+        return nn.functional.linear(x, torch.empty_like(weight))
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient @ torch.empty_like(ctx.weight), None
+
+
+class _Frozen4bit(bnb.nn.Linear4bit):
+    """A 4-bit layer as far as memory is concerned; PEFT takes it for the real one."""
+
+    def forward(self, x):
+        out = _Unpacked.apply(x.to(self.compute_dtype), self.weight.data)
+        return (out if self.bias is None else out + self.bias.to(out.dtype)).to(x.dtype)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, value):
+        out = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, out)
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return tuple(torch.empty_like(t) for t in ctx.saved_tensors[:3])
+
+
+def _attention(module, query, key, value, attention_mask, **kwargs):
+    """The shape of transformers' `sdpa_attention_forward`: key and value heads are repeated where there is a mask."""
+    if attention_mask is not None and key.shape[1] != query.shape[1]:
+        key, value = (t.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for t in (key, value))
+    return _Attention.apply(query, key, value).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("fused_on_meta", _attention)
+AttentionMaskInterface.register("fused_on_meta", sdpa_mask)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What decides a step's activations besides the model: `batch` rows of `length` tokens, and how they are computed.
+
+    `r` 0 is a model without an adapter, `train` False a forward pass without gradients whose last token alone meets the head;
+    `rest_dtype` is the dtype of what is not quantized (None: `dtype`), `loss_chunk` the tokens in a slice of the loss (0: all).
+    """
+
+    batch: int
+    length: int
+    r: int = 0
+    target_modules: tuple[str, ...] = ("all-linear",)
+    dtype: torch.dtype = torch.float16
+    rest_dtype: torch.dtype | None = None
+    lora_dropout: float = 0.0
+    four_bit: bool = True
+    checkpointing: bool = True
+    loss_chunk: int = 0
+    train: bool = True
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes besides weights, gradients and states.
+
+    `kept` is held in every layer for the backward pass. The others live for a moment: `forward` and `backward` while one layer
+    works, `loss` from the head to the loss and back. What the whole pass shares (rotary tables, mask, last hidden state) is in
+    all three.
+    """
+
+    kept: int
+    forward: int
+    backward: int
+    loss: int
+
+
+def dry_run(config, step: Step) -> Activations:
+    """Count the activations of one step of a model.
+
+    Args:
+        config: transformers' configuration of a causal language model.
+        step: batch, length and settings.
+
+    Example, checkable by hand: with checkpointing a layer keeps its input, so pythia-12b keeps 512 · 5,120 · 2 bytes = 5 MiB a
+    layer at 512 tokens in 16 bit, 180 MiB in all.
+    """
+    key = config.to_json_string()
+    _CONFIGS[key] = config
+    return _dry_run(key, step)
+
+
+_CONFIGS: dict[str, object] = {}
+
+
+@functools.lru_cache(maxsize=4096)
+def _dry_run(key: str, step: Step) -> Activations:
+    one, two = (_count(n, key, step) for n in (1, 2))
+    kept = two["kept"] - one["kept"]
+    shared = one["kept"] - kept
+    return Activations(kept, *(one[phase] + shared for phase in ("forward", "backward", "loss")))
+
+
+def _count(n_layers: int, key: str, step: Step) -> dict[str, int]:
+    """Bytes kept after the forward pass of so many layers, and how much more each phase needs."""
+    shell = (step.r, step.target_modules, step.dtype, step.rest_dtype, step.lora_dropout, step.four_bit)
+    model = _shell(n_layers, key, *shell, step.checkpointing and step.train)
+    base = model.get_base_model() if step.r else model
+    head = base.get_output_embeddings()
+    model.train(step.train)
+    model.zero_grad(set_to_none=True)
+    ids = torch.zeros(step.batch, step.length, dtype=torch.long, device="meta")
+    with LiveBytes(model, step.batch == 1) as count, torch.set_grad_enabled(step.train and step.r > 0):
+        hidden = base.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)[0]
+        found = {"kept": count.live, "forward": count.peak - count.live, "backward": 0}
+        kept = count.restart()
+        if not torch.is_grad_enabled():
+            logits = head(hidden[:, -1:]).float()
+            return found | {"loss": count.peak - kept}
+        leaf = hidden.detach().requires_grad_()
+        if step.loss_chunk:
+            answers = leaf.flatten(0, 1).clone()  # at worst every token trains
+            loss = objective.sum_in_slices(answers, ids.flatten(), head, step.loss_chunk)
+            del answers
+        else:
+            logits = head(leaf)
+            loss = base.loss_function(logits=logits, labels=ids, vocab_size=logits.shape[-1])
+            del logits  # the graph keeps what the backward pass needs
+        loss.backward()
+        found["loss"] = count.peak - kept
+        gradient = leaf.grad
+        del loss, leaf
+        count.restart()
+        hidden.backward(gradient)
+        trained = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+    return found | {"backward": count.peak - kept - trained}
+
+
+@functools.lru_cache(maxsize=16)
+def _shell(n_layers: int, key: str, r: int, targets: tuple, dtype, rest_dtype, dropout: float, four_bit: bool, checkpoints: bool):
+    """The model on *meta* with so few layers, its 4-bit layers stood in for and its adapter attached."""
+    config = copy.deepcopy(_CONFIGS[key])
+    config.num_hidden_layers = n_layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:n_layers]
+    with torch.device("meta"):
+        how = {"dtype": rest_dtype or dtype, "attn_implementation": "fused_on_meta", "trust_remote_code": False}
+        model = AutoModelForCausalLM.from_config(config, **how)
+        for name, layer in models.linear_layers(model).items() if four_bit else ():
+            frozen = _Frozen4bit(layer.in_features, layer.out_features, layer.bias is not None, compute_dtype=dtype)
+            frozen.weight.data = frozen.weight.data.to(dtype)
+            model.set_submodule(name, frozen)
+        model.is_loaded_in_4bit = four_bit  # PEFT asks
+        model.requires_grad_(False)
+        if checkpoints:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.enable_input_require_grads()
+        if r:
+            targets = "all-linear" if targets == ("all-linear",) else list(targets)
+            lora = LoraConfig(r=r, target_modules=targets, lora_dropout=dropout, task_type="CAUSAL_LM")
+            model = get_peft_model(model, lora)
+    return model

@@ -1,0 +1,338 @@
+"""Will it fit? The ledger of the worst moment of a run, the levers that lower it, and what each card can hold.
+
+`peak` adds to the static ledger what a step holds at its fullest (counted by `activations` on a dry run, arranged in time by
+`theory.paging`), the key-value cache of a generation, and what CUDA itself takes. The same constants serve every model
+and setting; none is fitted to a published figure.
+
+`CONTEXT_BYTES` is what CUDA's driver and libraries take before the first tensor (about 0.45 GiB). `SLACK` is the part of moving
+memory that the allocator's whole blocks waste. Both are assumptions until they are measured on a GPU.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from qlora_nb.engine import activations, ledger, models
+from qlora_nb.engine.environment import GIB, Machine, machine
+from qlora_nb.engine.ledger import GRADIENTS, STATES, Ledger, Line
+from qlora_nb.errors import KitError
+from qlora_nb.theory import paging
+
+CONTEXT_BYTES, SLACK = int(0.45 * GIB), 0.05
+CACHE, KEPT, WORK, CUDA = "key-value cache", "kept for the backward pass", "working memory", "CUDA context, slack (assumed)"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that decides how much memory a run takes.
+
+    `config` is transformers' configuration, `step` one forward pass (rows, tokens, rank, dtypes, levers). A generation
+    (`step.train` False) adds `new_tokens` to each row. `accumulation` > 1 keeps gradients over several passes.
+    """
+
+    config: object
+    step: activations.Step
+    double_quant: bool = True
+    optim: str = "paged_adamw_32bit"
+    accumulation: int = 1
+    new_tokens: int = 0
+    on_gpu: bool = True
+
+
+def plan_of(settings, train: bool = True, config=None, on_gpu: bool | None = None) -> Plan:
+    """The plan of a run of notebook 06 (`train`) or of answering the prompts of notebook 07.
+
+    Args:
+        settings: the resolved parameters.
+        config: the model's configuration; default: looked up for `settings.model_id`.
+        on_gpu: count what CUDA takes; default: whether this machine has a GPU.
+    """
+    on_gpu = bool(machine().gpus) if on_gpu is None else on_gpu
+    dtype = models.compute_dtype(settings.compute_dtype)
+    if on_gpu and not torch.cuda.is_available() and settings.compute_dtype == "auto":
+        dtype = torch.bfloat16  # planned for a card that is not here
+    step = activations.Step(
+        batch=settings.per_device_train_batch_size if train else 1,
+        length=settings.max_length,
+        r=settings.r,
+        target_modules=tuple(settings.target_modules),
+        dtype=dtype,
+        lora_dropout=settings.lora_dropout if train else 0.0,
+        checkpointing=settings.gradient_checkpointing,
+        loss_chunk=settings.loss_chunk,
+        train=train,
+    )
+    accumulation, new_tokens = (settings.gradient_accumulation_steps, 0) if train else (1, settings.max_new_tokens)
+    config = config or ledger.config_of(settings.model_id)
+    return Plan(config, step, settings.double_quant, settings.optim, accumulation, new_tokens, on_gpu)
+
+
+def peak(plan: Plan) -> Ledger:
+    """Every byte at the fullest moment, line by line, before anything is loaded.
+
+    Attention is counted as fused (query, key, value and output are kept, scores are not).
+    """
+    step, layers = plan.step, plan.config.num_hidden_layers
+    static = ledger.predict(
+        config=plan.config,
+        four_bit=step.four_bit,
+        double_quant=plan.double_quant,
+        rest_dtype=step.rest_dtype or step.dtype,
+        r=step.r,
+        target_modules=step.target_modules,
+        optim=plan.optim,
+    )
+    now = activations.dry_run(plan.config, step)
+    lines = [line for line in static.lines if step.train or line.name not in (GRADIENTS, STATES)]
+    if step.train and step.r:
+        gradients = static[GRADIENTS]
+        always = gradients if plan.accumulation > 1 else 0
+        sizes = paging.StepSizes(layers, 0, always, gradients - always, 0, 0, now.kept, now.forward, now.backward, now.loss)
+        fullest = max(paging.step_timeline(sizes), key=lambda m: m.total)
+        held, kept, work = always + fullest.parts["gradients"], fullest.parts[KEPT], fullest.parts[WORK]
+        lines = [replace(line, bytes=held) if line.name == GRADIENTS else line for line in lines]
+        rows = f"{step.batch} × {step.length} tokens"
+        lines += [
+            Line(KEPT, kept, f"{-(-kept // max(now.kept, 1))} layers × {now.kept:,} bytes, {rows}"),
+            Line(WORK, work, f"fullest in the phase {fullest.phase}; dry run of one layer and the head"),
+        ]
+    else:
+        per_token, one = ledger.kv_cache_bytes(plan.config, step.dtype), activations.dry_run(plan.config, replace(step, length=1))
+        read, whole = step.batch * step.length, step.batch * (step.length + plan.new_tokens)
+        phases = (
+            (read * per_token, max(now.forward, now.loss), read, f"while {step.batch} × {step.length} tokens are read"),
+            (whole * per_token, max(one.forward, one.loss), whole, "while the last token is written"),
+        )
+        cache, work, n_tokens, when = max(phases, key=lambda phase: phase[0] + phase[1])
+        lines += [
+            Line(CACHE, cache, f"{n_tokens:,} tokens × {per_token:,} bytes"),
+            Line(WORK, work, f"{when}; dry run of one layer and the head"),
+        ]
+    if plan.on_gpu:
+        moving = sum(line.bytes for line in lines if line.name in (GRADIENTS, KEPT, WORK, CACHE))
+        lines.append(Line(CUDA, CONTEXT_BYTES + int(SLACK * moving), f"0.45 GiB + {SLACK:.0%} of what moves"))
+    what = "fine-tuning" if step.train else "answering"
+    return Ledger(f"predicted peak, {what}", tuple(line for line in lines if line.bytes))
+
+
+def reconcile(predicted: Ledger, held: Ledger | None, moved: activations.Moved) -> list[tuple[str, int, int]]:
+    """(name, predicted, measured) bytes: what stays, line by line, then what moves, then the peak.
+
+    Args:
+        predicted: `peak` for the rows and tokens that were weighed.
+        held: the ledger measured then; gradients count among what moves. None (nothing was weighed) gives no rows.
+        moved: what `activations.weigh` found.
+    """
+    if held is None:
+        return []
+    still = [name for name in ledger.ORDER if name != GRADIENTS and (predicted[name] or held[name])]
+    rows = [(name, predicted[name], held[name]) for name in still]
+    rows.append(("what moves, at its fullest", predicted.sum((GRADIENTS, KEPT, WORK, CACHE)), moved.peak_bytes))
+    return [*rows, ("peak", sum(p for _, p, _ in rows), sum(m for *_, m in rows))]
+
+
+@dataclass(frozen=True)
+class Lever:
+    """Parameters to change, and the bytes that the change takes off the peak."""
+
+    changes: dict[str, object]
+    saves: int
+    costs: str
+
+    def __str__(self) -> str:
+        what = ", ".join(f"{k}={v!r}" for k, v in self.changes.items())
+        return f"{what} saves {self.saves / GIB:.2f} GiB ({self.costs})"
+
+
+def levers(settings, config=None, on_gpu: bool | None = None) -> list[Lever]:
+    """What would lower the training peak, each lever alone: first those that leave the result as it is, largest first."""
+    config = config or ledger.config_of(settings.model_id)
+    now = peak(plan_of(settings, True, config, on_gpu)).total_bytes
+    rows = settings.per_device_train_batch_size
+    candidates = [
+        ({"gradient_checkpointing": True}, "a third more time", False),
+        ({"loss_chunk": 128}, "same loss, same gradient", False),
+        (
+            {"per_device_train_batch_size": 1, "gradient_accumulation_steps": rows * settings.gradient_accumulation_steps},
+            "same rows in a step, shorter products",
+            False,
+        ),
+        ({"double_quant": True}, "error under 0.001", False),
+        ({"optim": "paged_adamw_8bit"}, "8-bit states", False),
+        ({"max_length": min(512, settings.max_length)}, "longer answers are cut", True),
+        ({"r": min(16, settings.r)}, "a smaller adapter", True),
+        ({"max_length": min(256, settings.max_length)}, "longer answers are cut", True),
+    ]
+    found = []
+    for changes, costs, changes_result in candidates:
+        other = settings.model_copy(update=changes)
+        saves = now - peak(plan_of(other, True, config, on_gpu)).total_bytes
+        if saves > 0.002 * now:
+            found.append((changes_result, -saves, Lever(changes, saves, costs)))
+    return [lever for _, _, lever in sorted(found, key=lambda item: item[:2])]
+
+
+def make_fit(settings, available_bytes: int, config=None, on_gpu: bool | None = None) -> tuple[object, list[Lever]] | None:
+    """Pull one lever after another until fine-tuning fits; None if it never does.
+
+    Returns:
+        (the settings that fit, the levers pulled).
+    """
+    config, pulled = config or ledger.config_of(settings.model_id), []
+    while peak(plan_of(settings, True, config, on_gpu)).total_bytes > available_bytes:
+        more = levers(settings, config, on_gpu)
+        if not more:
+            return None
+        pulled.append(more[0])
+        settings = settings.model_copy(update=more[0].changes)
+    return settings, pulled
+
+
+def advice(settings, gpu_gib: float | None) -> str:
+    """One sentence on fine-tuning: what is left of a card, or the lever to pull first and all that make it fit."""
+    needed = peak(plan_of(settings, on_gpu=gpu_gib is not None)).total_bytes
+    if gpu_gib is None:
+        return f"Fine-tuning needs {needed / 2**20:,.0f} MiB of memory at its fullest, besides Python and torch themselves."
+    left = gpu_gib * GIB - needed
+    if left >= 0:
+        return f"Fine-tuning fits: {needed / GIB:.2f} of {gpu_gib:g} GiB, {left / GIB:.2f} are left."
+    fit = make_fit(settings, int(gpu_gib * GIB), on_gpu=True)
+    if fit is None:
+        first = levers(settings, on_gpu=True)[:1]
+        best = f" The first lever: {first[0]}, which is not enough." if first else ""
+        return f"Fine-tuning does not fit: {-left / GIB:.2f} GiB are missing, and no lever makes it fit.{best}"
+    pulled = "; then ".join(map(str, fit[1]))
+    return f"Fine-tuning does not fit: {-left / GIB:.2f} GiB are missing. Pull first: {pulled}."
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The largest Pythia for one purpose on one card, with the levers it needs; `size` is None if none fits."""
+
+    card_gib: float
+    purpose: str
+    size: str | None
+    peak_gib: float = 0.0
+    levers: tuple[Lever, ...] = ()
+
+
+def what_fits(card_gib: float, settings) -> list[Fit]:
+    """The largest Pythia that answers, fine-tunes as `settings` say, and fine-tunes with levers, on a card of so many GiB."""
+    found, limit = [], card_gib * GIB
+    for purpose in ("answering", "fine-tuning", "fine-tuning with levers"):
+        fit = Fit(card_gib, purpose, None)
+        for size in reversed(ledger.shapes.PYTHIA):
+            config, pulled, own = ledger.pythia_config(size), [], settings
+            if purpose.endswith("levers"):
+                own, pulled = make_fit(settings, limit, config, on_gpu=True) or (settings, [])
+            used = peak(plan_of(own, purpose != "answering", config, on_gpu=True)).total_bytes
+            if used <= limit:
+                fit = Fit(card_gib, purpose, size, used / GIB, tuple(pulled))
+                break
+        found.append(fit)
+    return found
+
+
+def require_fit(settings, here: Machine, train: bool = True) -> None:
+    """Refuse, before anything is downloaded, what cannot fit the largest GPU of a machine; names the levers that make it fit.
+
+    Raises:
+        KitError: the predicted peak of fine-tuning (`train`) or of answering is larger than the card.
+    """
+    if not here.gpus:
+        return
+    card = max(here.gpus, key=lambda gpu: gpu.total_bytes)
+    config, limit = ledger.config_of(settings.model_id), card.total_bytes
+    needed = peak(plan_of(settings, train, config, on_gpu=True)).total_bytes
+    if needed <= limit:
+        return
+    fit = make_fit(settings, limit, config, on_gpu=True) if train else None
+    largest = what_fits(limit / GIB, settings)[2 if train else 0].size
+    smaller = f'model_id="EleutherAI/pythia-{largest}" fits' if largest else 'profile="tiny" runs anywhere'
+    raise KitError(
+        f"{settings.model_id} does not fit this GPU: {'fine-tuning' if train else 'answering'} is predicted to need "
+        f"{needed / GIB:.1f} GiB at its peak, the {card.name} has {limit / GIB:.1f} GiB",
+        remedy="; ".join(map(str, fit[1])) if fit else smaller,
+    )
+
+
+@contextmanager
+def out_of_memory_doctor(settings, model, optimizer=None) -> Iterator[None]:
+    """Turn CUDA's out-of-memory error into the ledger of that moment and the next lever to pull.
+
+    Raises:
+        KitError: in place of `torch.OutOfMemoryError`, which stays its cause.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        held = ledger.measure(model, optimizer() if callable(optimizer) else optimizer)
+        parts = ", ".join(f"{line.name} {line.bytes / GIB:.2f}" for line in sorted(held.lines, key=lambda x: -x.bytes)[:4])
+        more = levers(settings, _base_config(model))
+        asked = str(error).split("GPU ")[0].strip().rstrip(".")[:120]
+        raise KitError(
+            f"the GPU's memory ran out ({asked}); held at that moment {held.total_gib:.2f} GiB: {parts}",
+            remedy=f"{more[0]}" if more else "choose a smaller model, or close other programs on this GPU",
+        ) from error
+
+
+def _base_config(model):
+    return (model.get_base_model() if hasattr(model, "get_base_model") else model).config
+
+
+def step_flops(plan: Plan) -> float:
+    """Floating-point operations of one optimizer step: 2 for each weight and token, in every pass the weight takes part in.
+
+    Forward, backward to the inputs (frozen weights have no gradient of their own) and, with checkpointing, forward again; the
+    head takes part in two passes. Attention's own products and the unpacking of weights come on top: read it as a lower bound.
+    """
+    model = ledger.meta_model(plan.config)
+    linear = sum(m.weight.numel() for m in models.linear_layers(model).values())
+    head = model.get_output_embeddings().weight.numel()
+    tokens = plan.step.batch * plan.step.length * plan.accumulation
+    return 2.0 * tokens * (linear * (3 if plan.step.checkpointing else 2) + 2 * head)
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published figure, the configuration behind it, and what this ledger predicts for it (all in 10^9 bytes)."""
+
+    name: str
+    source: str
+    published_gb: float
+    predicted: Ledger
+    why: str
+
+    @property
+    def predicted_gb(self) -> float:
+        """The prediction in 10^9 bytes."""
+        return self.predicted.total_bytes / 1e9
+
+
+def published_figures() -> list[Published]:
+    """Every figure in `published.toml`, entered as a configuration and predicted with the same constants."""
+    from transformers import AutoConfig
+
+    rows = tomllib.loads((Path(__file__).parent / "published.toml").read_text(encoding="utf-8"))
+    found = []
+    for name, row in rows.items():
+        shape, how = row["config"], dict(row.get("step", {}))
+        config = ledger.pythia_config(shape["pythia"]) if "pythia" in shape else AutoConfig.for_model(**shape)
+        for key in ("dtype", "rest_dtype"):
+            how[key] = getattr(torch, how.get(key, "float16"))
+        plan = Plan(config, activations.Step(**how), **row.get("plan", {}))
+        lines = peak(plan) if row["moment"] == "peak" else _all_parameters(config, row["bytes_per_parameter"])
+        found.append(Published(name, row["source"], row["published_gb"], lines, row["why"]))
+    return found
+
+
+def _all_parameters(config, bytes_per_parameter: int) -> Ledger:
+    """Weights alone, or with everything full fine-tuning keeps for each of them."""
+    n = sum(p.numel() for p in ledger.meta_model(config).parameters())
+    return Ledger("predicted", (Line("all parameters", n * bytes_per_parameter, f"{n:,} × {bytes_per_parameter} bytes"),))

@@ -1,0 +1,82 @@
+"""The loss without all logits at once: the head is applied to a few tokens at a time.
+
+A vocabulary is wide: pythia-12b's 50,688 logits in float32 are 99 MiB for 512 tokens, and the plain loss holds three to four
+copies at once. But only answer tokens count, and one slice of them is enough at a time: its loss and its gradient with respect
+to the hidden state are computed together, then its logits are forgotten. Value and gradient are those of the plain loss.
+(The idea is known from Liger-Kernel and Cut Cross-Entropy, arXiv 2411.09009, which do not know GPT-NeoX.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+IGNORED = -100
+"""Label of a token that does not train."""
+
+
+class _SlicedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, labels, head, chunk):
+        total, gradients = hidden.new_zeros((), dtype=torch.float32), []
+        for part, wanted in zip(hidden.split(chunk), labels.split(chunk), strict=True):
+            with torch.enable_grad():
+                leaf = part.detach().requires_grad_()
+                loss = cross_entropy(head(leaf).float(), wanted, reduction="sum")
+            if hidden.requires_grad:
+                gradients += torch.autograd.grad(loss, leaf)
+            total += loss.detach()
+        ctx.gradient = torch.cat(gradients) if gradients else None
+        return total
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return ctx.gradient * upstream.to(ctx.gradient.dtype), None, None, None
+
+
+def sum_in_slices(hidden: torch.Tensor, labels: torch.Tensor, head: Callable, chunk: int) -> torch.Tensor:
+    """Summed cross-entropy (nats) of (tokens, width) hidden states whose next tokens are `labels` (tokens,)."""
+    return _SlicedLoss.apply(hidden, labels, head, chunk)
+
+
+def sliced_loss(hidden: torch.Tensor, labels: torch.Tensor, head: Callable, chunk: int, n_items=None) -> torch.Tensor:
+    """Next-token cross-entropy of the labelled tokens, `chunk` of them at a time.
+
+    Args:
+        hidden: (rows, tokens, width) last hidden state, before the head.
+        labels: (rows, tokens) token ids; -100 is not counted. They are shifted here, as transformers does.
+        head: function or frozen module from width to vocabulary; its own weights get no gradient.
+        chunk: tokens in one slice.
+        n_items: divide the sum by this; None: by the number of labelled tokens.
+
+    Returns:
+        Scalar float32 (nats).
+    """
+    wanted = labels[:, 1:].to(hidden.device)
+    counts = wanted != IGNORED
+    total = sum_in_slices(hidden[:, :-1][counts], wanted[counts], head, chunk)
+    return total / (counts.sum() if n_items is None else n_items)
+
+
+@contextmanager
+def sliced_head(model: nn.Module, chunk: int) -> Iterator[Callable]:
+    """Inside, the model returns its last hidden state as `logits`; yields the loss function that applies the head in slices.
+
+    The function has the signature of `Trainer(compute_loss_func=…)`: (outputs, labels, num_items_in_batch).
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = base.get_output_embeddings()
+    forward = head.forward  # the head stays where it is; only its call is suspended
+
+    def loss(outputs, labels, num_items_in_batch=None):
+        return sliced_loss(outputs.logits, labels, forward, chunk, num_items_in_batch)
+
+    head.forward = lambda hidden: hidden
+    try:
+        yield loss
+    finally:
+        del head.forward

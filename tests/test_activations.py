@@ -1,0 +1,122 @@
+"""The dry run against torch's own allocator: real steps on real models, weighed by torch's profiler."""
+
+import time
+from contextlib import nullcontext
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from qlora_nb.engine import activations, budget, ledger, models, objective, training
+from qlora_nb.engine.profiles import validate
+
+SETTINGS = [  # rows, tokens, checkpointing, loss_chunk
+    (1, 64, True, 0),
+    (4, 128, True, 0),
+    (4, 128, False, 0),
+    (4, 128, True, 64),
+    (2, 256, False, 64),
+    (1, 512, True, 0),
+    (1, 512, False, 128),
+    (8, 64, False, 0),
+]
+
+
+@pytest.fixture(scope="module")
+def pythia_70m(tmp_path_factory):
+    """A folder of pythia-70m's true shape with random weights."""
+    folder = tmp_path_factory.mktemp("pythia-70m")
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(ledger.pythia_config("70m"), dtype=torch.float16).save_pretrained(folder)
+    return str(folder)
+
+
+def weigh_a_step(model, rows, tokens, loss_chunk):
+    ids = torch.randint(5, model.config.vocab_size - 1, (rows, tokens), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    if rows > 1:
+        mask[0, -3:] = 0  # a padded batch: the mask is a tensor then
+
+    def step():
+        inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+        with objective.sliced_head(model, loss_chunk) if loss_chunk else nullcontext() as loss:
+            (loss(model(**inputs), ids) if loss_chunk else model(**inputs, labels=ids).loss).backward()
+        model.zero_grad(set_to_none=True)
+
+    step()
+    with activations.weigh() as moved:
+        step()
+    return moved.peak_bytes
+
+
+def predicted_peak(settings, rows, tokens):
+    settings = settings.model_copy(update={"per_device_train_batch_size": rows, "max_length": tokens})
+    lines = budget.peak(budget.plan_of(settings, on_gpu=False))
+    return lines.sum((ledger.GRADIENTS, budget.KEPT, budget.WORK))
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_predicted_peak_of_the_pocket_model(setting):
+    check("pocket", setting)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", SETTINGS[:1] + SETTINGS[2:5] + SETTINGS[6:], ids=str)
+def test_predicted_peak_of_a_pythia_70m(pythia_70m, setting):
+    check(pythia_70m, setting)
+
+
+def check(model_id, setting):
+    rows, tokens, checkpointing, loss_chunk = setting
+    settings = validate({"model_id": model_id, "gradient_checkpointing": checkpointing, "loss_chunk": loss_chunk})
+    model = training.attach_adapter(models.load_base(settings), settings).train()
+    measured = weigh_a_step(model, rows, tokens, loss_chunk)
+    # the issue allows 15 %; on pocket, SmolLM2, 70m and 410m the largest miss over these settings was 5.5 %
+    assert abs(predicted_peak(settings, rows, tokens) / measured - 1) < 0.08
+
+
+def test_kept_is_a_layers_input_by_hand_and_takes_no_time():
+    config = ledger.pythia_config("12b")
+    start = time.perf_counter()
+    found = activations.dry_run(config, activations.Step(1, 512, 16))
+    assert time.perf_counter() - start < 2
+    assert found.kept == 512 * 5120 * 2
+    assert 36 * found.kept == 180 * 2**20
+    plain = activations.dry_run(config, activations.Step(1, 512, 16, checkpointing=False))
+    assert plain.kept > 20 * found.kept
+    assert found.loss >= 3 * 512 * 50_688 * 4  # three float32 copies of the logits
+    assert activations.dry_run(config, activations.Step(1, 512, 16, loss_chunk=128)).loss < found.loss / 3
+    largest_matrix = 4 * 5120**2 * 2
+    assert activations.dry_run(config, activations.Step(1, 1, train=False)).forward >= largest_matrix == 200 * 2**20
+
+
+def test_sixteen_layers_are_twice_eight():
+    """The line drawn from one and two layers holds for more: the whole pocket model, counted directly."""
+    config = ledger.config_of("pocket")
+    step = activations.Step(2, 96, 8, dtype=torch.float32, checkpointing=False)
+    activations.dry_run(config, step)
+    counts = [activations._count(n, config.to_json_string(), step)["kept"] for n in (1, 2, 4, 8)]
+    assert counts[3] - counts[2] == 4 * (counts[1] - counts[0])
+    assert counts[2] - counts[1] == 2 * (counts[1] - counts[0])
+
+
+def test_live_bytes_counts_views_once_and_forgets():
+    with activations.LiveBytes() as count:
+        a = torch.zeros(1000)
+        b = a.view(10, 100).t()
+        assert count.live == 4000
+        del a
+        assert count.live == 4000  # the view keeps it
+        del b
+        assert (count.live, count.peak) == (0, 4000)
+        assert count.restart() == 0
+    assert count.peak == 0
+
+
+def test_weigh_sees_what_a_kernel_frees_again():
+    with activations.weigh() as moved:
+        x = torch.zeros(1 << 20)
+        y = x + 1
+        del x, y
+        torch.zeros(1 << 10)
+    assert moved.peak_bytes == pytest.approx(2 * 4 * (1 << 20), rel=1e-3)
