@@ -225,18 +225,20 @@ def plot_quality(panels: dict[str, Sequence]) -> Figure:
         means, spreads = [a.mean() for a in added], [a.std(ddof=1) for a in added]
         for i, (q, mean, spread) in enumerate(zip(quantized, means, spreads)):
             ax.bar(i, mean, yerr=spread, capsize=4, **look(q.name if q.name in COLOURS else "other"))
-            ax.text(i, max(mean + spread, 0), f"{mean:+.2g}", ha="center", va="bottom", fontsize=9)
+            ax.text(i, max(mean + spread, 0), f"{mean:+.2g}", ha="center", va="bottom", fontsize=8)
         top, low = max(m + s for m, s in zip(means, spreads)), min(m - s for m, s in zip(means, spreads))
         ax.axhline(0, color=COLOURS["16-bit"], linewidth=0.8)
         ax.set(ylim=(min(1.1 * low, 0), 1.2 * max(top, 1e-6)), xticks=range(len(quantized)), ylabel="added loss (nat)")
         ax.set_xticklabels([q.name.replace("+", "\n+") for q in quantized])
-        ax.set_title(f"{title}:\nleast {quantized[int(np.argmin(means))].name}, most {quantized[int(np.argmax(means))].name}")
+        ax.set_title(
+            f"{title}:\nleast {quantized[int(np.argmin(means))].name}, most {quantized[int(np.argmax(means))].name}", fontsize=10
+        )
     for i, (name, value) in enumerate(PAPER_TABLE_2.items()):
         paper.bar(i, value, **look("FP4" if name.startswith("FP4") else name))
         paper.text(i, value, f"{value:.2f}", ha="center", va="bottom", fontsize=9)
     paper.set(ylabel="mean perplexity (1)", xticks=range(4), ylim=(0, 40))
     paper.set_xticklabels(["Int4", "FP4\nE2M1", "FP4\nE3M0", "NF4\n+DQ"])
-    paper.set_title("the paper, table 2:\nleast NF4+DQ, most Int4")
+    paper.set_title("the paper, table 2:\nleast NF4+DQ, most Int4", fontsize=10)
     for ax in axes:
         ax.grid(axis="x", visible=False)
     return fig
