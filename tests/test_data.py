@@ -1,13 +1,15 @@
 """Data: what trains in a row, what is held out, and what is refused."""
 
+import gzip
 import json
 
+import micro_world
 import pytest
 
+from qlora_nb import pocket
 from qlora_nb.engine import data, models
 from qlora_nb.engine.profiles import validate
 from qlora_nb.errors import KitError
-from qlora_nb.pocket import corpus
 
 
 @pytest.fixture(scope="module")
@@ -112,28 +114,54 @@ def test_broken_and_unknown_files_are_refused(tmp_path):
 
 
 def test_no_held_out_pair_occurs_in_any_training_text():
-    pairs = {(p, n) for p in corpus.PEOPLE for n in [*corpus.PLACES, *corpus.OBJECTS, *corpus.THINGS] if corpus.held_out(p, n)}
+    pairs = {
+        (p, n)
+        for p in micro_world.PEOPLE
+        for n in [*micro_world.PLACES, *micro_world.OBJECTS, *micro_world.THINGS]
+        if micro_world.held_out(p, n)
+    }
     assert len(pairs) > 50
-    asked = {(r["instruction"], r["input"]) for r in corpus.instruction_rows("test", 600)}
-    train = corpus.instruction_rows("train", 3000)
+    asked = {(r["instruction"], r["input"]) for r in pocket.read("test")}
+    train = pocket.read("train")
     assert not asked & {(r["instruction"], r["input"]) for r in train}
     sentences = [s for r in train for s in r["input"].split(". ")]
-    sentences += [s for d in corpus.documents(3, 2000, almanac_share=0) for s in d.split('"')[0].split(". ")]
+    sentences += [s for d in micro_world.documents(3, 2000, almanac_share=0) for s in d.split('"')[0].split(". ")]
     for sentence in sentences:
         words = sentence.rstrip(".").split()
-        person = next((w for w in words if w in corpus.PEOPLE), None)
+        person = next((w for w in words if w in micro_world.PEOPLE), None)
         assert not any((person, w) in pairs for w in words), sentence
 
 
 def test_every_held_out_row_asks_about_a_held_out_pair():
-    nouns = {*corpus.PLACES, *corpus.OBJECTS, *corpus.THINGS}
-    for row in corpus.instruction_rows("test", 240):
+    nouns = {*micro_world.PLACES, *micro_world.OBJECTS, *micro_world.THINGS}
+    for row in pocket.read("test")[:240]:
         words = [s.rstrip(".").split() for s in row["input"].split(". ")]
-        asked = [" ".join(w) for w in words if any(n in nouns and corpus.held_out(w[0], n) for n in w) and w[0] in corpus.PEOPLE]
+        asked = [
+            " ".join(w)
+            for w in words
+            if any(n in nouns and micro_world.held_out(w[0], n) for n in w) and w[0] in micro_world.PEOPLE
+        ]
         assert len(asked) == 1, row
         assert row["output"].rstrip(".").lower().split()[-1] in asked[0].lower(), row
 
 
 def test_the_kinds_take_turns():
-    rows = corpus.instruction_rows("test", 240)
-    assert {k: sum(r["kind"] == k for r in rows) for k in corpus.KINDS} == dict.fromkeys(corpus.KINDS, 40)
+    rows = pocket.read("test")[:240]
+    assert {k: sum(r["kind"] == k for r in rows) for k in micro_world.KINDS} == dict.fromkeys(micro_world.KINDS, 40)
+
+
+def test_the_shipped_data_is_what_the_micro_world_makes(tmp_path):
+    import build_pocket
+
+    build_pocket.build_data(tmp_path)
+    for path in tmp_path.iterdir():
+        made, shipped = (gzip.decompress((folder / path.name).read_bytes()) for folder in (tmp_path, pocket.DATA_DIR))
+        assert made == shipped, path.name
+    assert len(pocket.read("train")) == 12_480
+    assert len(pocket.read("almanac")) == 720
+
+
+def test_another_seed_takes_other_rows_and_the_held_out_ones_stay():
+    first, again, other = (data.load(validate({"seed": seed, "train_rows": 50})) for seed in (0, 0, 1))
+    assert first[0]["input"] == again[0]["input"] != other[0]["input"]
+    assert first[1]["input"] == other[1]["input"]

@@ -4,12 +4,13 @@ import json
 import re
 
 import build_pocket as build
+import micro_world
 import pytest
 from safetensors import safe_open
 
 from qlora_nb.engine import data, evaluation, generation, ledger, models
 from qlora_nb.engine.profiles import validate
-from qlora_nb.pocket import ADAPTER_DIR, MODEL_DIR, corpus
+from qlora_nb.pocket import ADAPTER_DIR, MODEL_DIR
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def test_it_is_a_pythia_in_small():
 
 
 def test_every_word_is_a_token_and_any_text_survives(tokenizer):
-    words = {w for d in corpus.documents(5, 400) for w in re.findall(r"[A-Za-z]+", d)}
+    words = {w for d in micro_world.documents(5, 400) for w in re.findall(r"[A-Za-z]+", d)}
     split = [w for w in words if len(tokenizer(f" {w}")["input_ids"]) > 1 and len(tokenizer(w)["input_ids"]) > 1]
     assert not split
     for text in ("naïve 😀 <script>", "中文\n\ttab", "\x00\x1b[31m"):
@@ -57,9 +58,9 @@ def test_every_word_is_a_token_and_any_text_survives(tokenizer):
 
 def test_it_continues_stories_in_the_words_of_its_world(settings, tokenizer):
     model = models.load_base(settings)
-    known = {w for d in corpus.documents(6, 3000) for w in re.findall(r"[A-Za-z]+", d)}
+    known = {w for d in micro_world.documents(6, 3000) for w in re.findall(r"[A-Za-z]+", d)}
     for seed in range(6):
-        story = corpus.documents(seed + 900, 1, almanac_share=0)[0].split(". ")[0] + "."
+        story = micro_world.documents(seed + 900, 1, almanac_share=0)[0].split(". ")[0] + "."
         said = generation.continue_text(model, tokenizer, story, 40)
         assert set(re.findall(r"[A-Za-z]+", said)) <= known, said
         assert said.count(".") >= 2
@@ -82,7 +83,7 @@ def test_four_bits_cost_something_where_the_answer_is_known(settings, tokenizer)
     rows = data.datasets.Dataset.from_list(
         [
             {"input_ids": ids, "labels": [data.IGNORED] * (len(ids) - 1) + ids[-1:]}
-            for ids in (tokenizer(f"{prompt} {answer}")["input_ids"] for prompt, answer in corpus.almanac_prompts())
+            for ids in (tokenizer(f"{prompt} {answer}")["input_ids"] for prompt, answer in micro_world.almanac_prompts())
         ]
     )
     exact = evaluation.response_loss(models.load_base(settings, four_bit=False), tokenizer, rows)

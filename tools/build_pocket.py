@@ -1,7 +1,7 @@
 """Train the pocket model from nothing: `python tools/build_pocket.py` (about 40 minutes on two CPU cores).
 
 A GPT-NeoX of 2.2 million parameters (Pythia's architecture: rotary_pct 0.25, parallel residual, GELU, untied
-embeddings, `<|endoftext|>` = 0 and `<|padding|>` = 1) reads stories and almanac pages made by `corpus` and is stored as
+embeddings, `<|endoftext|>` = 0 and `<|padding|>` = 1) reads stories and almanac pages made by `micro_world` and is stored as
 float16 safetensors in `qlora_nb/pocket/`. It never sees an instruction; teaching it to answer is the work of notebook 06.
 """
 
@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gzip
 import json
 import random
 import tempfile
 import time
 from pathlib import Path
 
+import micro_world
 import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,7 +24,7 @@ from tokenizers import decoders, pre_tokenizers, trainers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 from qlora_nb.engine import data, evaluation, models, profiles, runs, training
-from qlora_nb.pocket import ADAPTER_DIR, MODEL_DIR, corpus
+from qlora_nb.pocket import ADAPTER_DIR, DATA_DIR, MODEL_DIR
 
 
 def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -66,7 +68,7 @@ def batches(tokenizer, seed: int, batch: int, steps: int):
     The first half has easy stories alone: reading is learnt soonest where one thing of each sort is told.
     """
     for pool in range(-(-steps // 64)):
-        texts = corpus.documents(seed + pool, 64 * batch, hard_share=0.0 if pool * 64 < steps / 2 else 0.4)
+        texts = micro_world.documents(seed + pool, 64 * batch, hard_share=0.0 if pool * 64 < steps / 2 else 0.4)
         rows = sorted(tokenizer(texts)["input_ids"], key=len)
         groups = [rows[i : i + batch] for i in range(0, len(rows), batch)]
         random.Random(seed + pool).shuffle(groups)
@@ -81,7 +83,7 @@ def batches(tokenizer, seed: int, batch: int, steps: int):
 @torch.no_grad()
 def reading_score(model, tokenizer, n: int = 240) -> float:
     """Share of held-out questions the base answers inside a dialogue, the form it was trained on."""
-    rows = [r for r in corpus.instruction_rows("test", 3 * n) if r["instruction"].endswith("?")][:n]
+    rows = [r for r in micro_world.instruction_rows("test", 3 * n) if r["instruction"].endswith("?")][:n]
     prompts = [f'{r["input"]} "{r["instruction"].split(". ")[-1]}" "' for r in rows]
     encoded = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False)
     out = model.generate(**encoded, max_new_tokens=8, do_sample=False, pad_token_id=1)
@@ -92,7 +94,7 @@ def reading_score(model, tokenizer, n: int = 240) -> float:
 @torch.no_grad()
 def almanac_score(model, tokenizer) -> float:
     """Share of the almanac's facts the model knows by heart (first word after the prompt)."""
-    prompts = corpus.almanac_prompts()
+    prompts = micro_world.almanac_prompts()
     encoded = tokenizer(
         [p for p, _ in prompts], return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False
     )
@@ -104,8 +106,8 @@ def almanac_score(model, tokenizer) -> float:
 def train(steps: int, seed: int, out: Path, batch: int = 32, lr: float = 4e-3, report_every: int = 250):
     """Train for `steps` steps and return model, tokenizer and a record of the run."""
     torch.manual_seed(seed)
-    texts = corpus.documents(seed, 20_000)
-    asked = [data.prompt_of(row, "alpaca") + row["output"] for row in corpus.instruction_rows("train", 2_000)]
+    texts = micro_world.documents(seed, 20_000)
+    asked = [data.prompt_of(row, "alpaca") + row["output"] for row in micro_world.instruction_rows("train", 2_000)]
     tokenizer = build_tokenizer(texts + asked)
     model = build_model(len(tokenizer)).train()
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers" in n]
@@ -145,6 +147,20 @@ def save(model, tokenizer, out: Path) -> None:
     (out / "model.safetensors").chmod(0o644)
 
 
+def build_data(out: Path = DATA_DIR) -> None:
+    """Write what the notebooks read of the micro-world: instructions to train and to test on, facts, stories."""
+    out.mkdir(parents=True, exist_ok=True)
+    files = {
+        "train": micro_world.instruction_rows("train", 12_480),
+        "test": micro_world.instruction_rows("test", 1_200),
+        "almanac": [{"prompt": prompt, "answer": answer} for prompt, answer in micro_world.almanac_prompts()],
+        "stories": [{"text": text} for k in range(10) for text in micro_world.documents(1_000_000 + k, 24, almanac_share=0.0)],
+    }
+    for name, rows in files.items():
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (out / f"{name}.jsonl.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))  # the same bytes on every day
+
+
 def build_adapter(out: Path = ADAPTER_DIR) -> dict[str, float]:
     """Fine-tune the stored pocket model with profile `tiny` and store the adapter for readers who open notebook 07 first."""
     settings = profiles.validate({})
@@ -171,7 +187,11 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--out", type=Path, default=MODEL_DIR)
     parser.add_argument("--adapter", action="store_true", help="build only the adapter, on the stored model")
+    parser.add_argument("--data", action="store_true", help="build only the data files")
     options = parser.parse_args()
+    if options.data:
+        build_data()
+        return
     if options.adapter:
         print(f"exact match: {build_adapter()}")
         return

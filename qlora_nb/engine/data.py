@@ -11,9 +11,9 @@ from pathlib import Path
 import datasets
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
+from qlora_nb import pocket
 from qlora_nb.engine.objective import IGNORED
 from qlora_nb.errors import KitError
-from qlora_nb.pocket import corpus
 
 _WITH_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 _WITHOUT_INPUT = "### Instruction:\n{instruction}\n\n### Response:\n"
@@ -57,8 +57,9 @@ def load(settings) -> tuple[datasets.Dataset, datasets.Dataset]:
     rows_in_a_step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
     n_train = min(settings.train_rows, settings.max_steps * rows_in_a_step)
     if settings.dataset == "pocket":
-        train = corpus.instruction_rows("train", n_train, settings.seed)
-        return datasets.Dataset.from_list(train), datasets.Dataset.from_list(corpus.instruction_rows("test", settings.eval_rows))
+        train, test = (datasets.Dataset.from_list(pocket.read(split)) for split in ("train", "test"))
+        train = train.shuffle(seed=settings.seed)
+        return train.select(range(min(len(train), n_train))), test.select(range(min(len(test), settings.eval_rows)))
     rows = _clean(_read(settings.dataset), settings.dataset)
     if len(rows) < settings.eval_rows + 1:
         raise KitError(

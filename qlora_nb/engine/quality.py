@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from qlora_nb import pocket
 from qlora_nb.engine.models import dense_weight, linear_layers
 from qlora_nb.engine.shapes import download_bytes
-from qlora_nb.pocket import corpus
 
 N_STORIES = 24
 """Stories in a text measurement, a third of them in each sample; every set of weights reads the same ones."""
@@ -74,7 +74,7 @@ def recall(model, tokenizer, prompts: list[tuple[str, str]] | None = None, batch
         prompts: (prompt, answer) pairs; the whole almanac (720 facts) if left out.
         batch: prompts in one forward pass.
     """
-    prompts = prompts or corpus.almanac_prompts()
+    prompts = prompts or [(row["prompt"], row["answer"]) for row in pocket.read("almanac")]
     losses, right = [], []
     for start in range(0, len(prompts), batch):
         part = prompts[start : start + batch]
@@ -146,7 +146,8 @@ def measure(name: str, model, tokenizer, knows_almanac: bool, seed: int = 0) -> 
         answers = recall(model, tokenizer)
         losses = tuple(answers.losses[i::3].mean().item() for i in range(3))
         return Quality(name, losses, tuple(answers.right[i::3].double().mean().item() for i in range(3)))
-    per_text = text_losses(model, tokenizer, corpus.documents(seed + 1_000_000, N_STORIES, almanac_share=0.0))
+    stories = [row["text"] for row in pocket.read("stories")]
+    per_text = text_losses(model, tokenizer, stories[N_STORIES * (seed % 10) :][:N_STORIES])
     return Quality(name, tuple(per_text[i::3].mean().item() for i in range(3)))
 
 

@@ -21,7 +21,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-_WORDS = tomllib.loads((Path(__file__).parent / "words.toml").read_text(encoding="utf-8"))
+_WORDS = tomllib.loads((Path(__file__).with_suffix(".toml")).read_text(encoding="utf-8"))
 PEOPLE: list[str] = _WORDS["she"] + _WORDS["he"]
 PLACES: dict[str, str] = _WORDS["places"]
 OBJECTS: list[str] = _WORDS["objects"]
