@@ -98,7 +98,7 @@ def plan(ctx: typer.Context, profile: Profile = "tiny",
     print(f"download and disk: {f'{size / 1e9:.1f} GB' if size else 'nothing, or known only to the hub'}")
     print(f"host memory while loading onto a GPU: {budget.host_bytes(config) / 2**30:.1f} GiB (assumed)")
     here = budget.step_flops(budget.plan_of(settings, True, config)) / budget.operations_per_s()
-    print(f"time: at least {here:.3g} s a step here (operations over this device's measured float32 rate), {settings.max_steps} steps")
+    print(f"time: {settings.max_steps} steps of at least {here:.3g} s here (operations over this device's measured float32 rate)")
     print(budget.advice(settings, gpu_gib))
     for lever in budget.levers(settings, config, on_gpu):
         print(f"  lever: {lever}")

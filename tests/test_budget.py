@@ -75,15 +75,14 @@ def test_a_lever_saves_what_it_says(config):
     assert "gradient_checkpointing" in first.changes or "per_device_train_batch_size" in first.changes
 
 
-def test_what_fits_and_with_which_levers():
-    by_purpose = {fit.purpose: fit for fit in budget.what_fits(8.0, FULL)}
-    assert by_purpose["fine-tuning"].size == "6.9b"
-    tuned = by_purpose["fine-tuning with levers"]
-    assert tuned.size == "12b"
-    assert {"r": 16} in [lever.changes for lever in tuned.levers]
-    assert tuned.peak_gib <= 8
-    assert {fit.size for fit in budget.what_fits(0.1, FULL)} == {None}
-    assert budget.what_fits(12.0, FULL)[1].size == "12b"
+def test_the_largest_pythia_for_a_card_and_its_levers():
+    assert budget.largest_pythia(FULL, 8 * GIB, train=True)[0] == "6.9b"
+    size, found, pulled = budget.largest_pythia(FULL, 8 * GIB, train=True, pull=True)
+    assert size == "12b"
+    assert {"r": 16} in [lever.changes for lever in pulled]
+    assert found.total_gib <= 8
+    assert budget.largest_pythia(FULL, 0.1 * GIB, train=False) is None
+    assert budget.largest_pythia(FULL, 12 * GIB, train=True)[0] == "12b"
 
 
 def test_a_run_that_cannot_fit_is_refused_with_the_levers_that_help():

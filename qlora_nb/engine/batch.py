@@ -25,6 +25,7 @@ from pathlib import Path
 
 import nbformat
 import psutil
+from tqdm import tqdm
 
 from qlora_nb.engine import environment, profiles, report, runs
 from qlora_nb.errors import KitError
@@ -90,12 +91,15 @@ def run_sequence(
     outcomes: list[Outcome] = []
     started, cells = time.time(), {s: len(nbformat.read(s, 4).cells) for s in sources}
     try:
-        with _sigterm_as_interrupt(), _Bar(sum(cells.values()), say) as bar:
+        quiet = not sys.stderr.isatty()  # where nobody watches a terminal, a plain line for each notebook is enough
+        with _sigterm_as_interrupt(), tqdm(total=sum(cells.values()), unit="cell", disable=quiet, leave=False) as bar:
             for source in sources:
                 outcomes.append(Outcome(source.stem))
-                bar.start(source.stem, sum(cells[s] for s in sources[: len(outcomes) - 1]))
-                _run_one(source, folder, outcomes[-1], bar.cells, extra_env or {})
-                bar.say(_line(outcomes[-1]))
+                before = sum(cells[s] for s in sources[: len(outcomes) - 1])
+                bar.set_description(source.stem)
+                _run_one(source, folder, outcomes[-1], lambda n, before=before: bar.update(before + n - bar.n), extra_env or {})
+                bar.clear()
+                say(_line(outcomes[-1]))
         summary["status"] = "done" if all(o.status == "done" for o in outcomes) else "failed"
     except BaseException:
         summary["status"] = "interrupted"
@@ -275,35 +279,6 @@ def _sigterm_as_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-class _Bar:
-    """One bar over the cells of all notebooks; where nobody watches a terminal, a plain line for each notebook."""
-
-    def __init__(self, total: int, say: Callable[[str], None]):
-        from tqdm import tqdm
-
-        self._say, self._done = say, 0
-        self._bar = tqdm(total=total, unit="cell", disable=not sys.stderr.isatty(), leave=False)
-
-    def start(self, name: str, cells_before: int) -> None:
-        self._done = cells_before
-        self._bar.set_description(name)
-        self.cells(0)
-
-    def cells(self, n: int) -> None:
-        self._bar.n = min(self._done + n, self._bar.total)
-        self._bar.refresh()
-
-    def say(self, text: str) -> None:
-        self._bar.clear()
-        self._say(text)
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._bar.close()
 
 
 def _line(outcome: Outcome) -> str:

@@ -212,32 +212,16 @@ def advice(settings, gpu_gib: float | None) -> str:
     return f"Fine-tuning does not fit: {-left / GIB:.2f} GiB are missing. Pull first: {pulled}."
 
 
-@dataclass(frozen=True)
-class Fit:
-    """The largest Pythia for one purpose on one card, with the levers it needs; `size` is None if none fits."""
-
-    card_gib: float
-    purpose: str
-    size: str | None
-    peak_gib: float = 0.0
-    levers: tuple[Lever, ...] = ()
-
-
-def what_fits(card_gib: float, settings) -> list[Fit]:
-    """The largest Pythia that answers, fine-tunes as `settings` say, and fine-tunes with levers, on a card of so many GiB."""
-    found, limit = [], card_gib * GIB
-    for purpose in ("answering", "fine-tuning", "fine-tuning with levers"):
-        fit = Fit(card_gib, purpose, None)
-        for size in reversed(ledger.shapes.PYTHIA):
-            config, pulled, own = ledger.pythia_config(size), [], settings
-            if purpose.endswith("levers"):
-                own, pulled = make_fit(settings, limit, config, on_gpu=True) or (settings, [])
-            used = peak(plan_of(own, purpose != "answering", config, on_gpu=True)).total_bytes
-            if used <= limit:
-                fit = Fit(card_gib, purpose, size, used / GIB, tuple(pulled))
-                break
-        found.append(fit)
-    return found
+def largest_pythia(settings, card_bytes: float, train: bool, pull: bool = False) -> tuple[str, Ledger, list[Lever]] | None:
+    """The largest Pythia for a card: its size, its peak, and the levers pulled (none without `pull`); None if none fits."""
+    for size in reversed(ledger.shapes.PYTHIA):
+        config, own, pulled = ledger.pythia_config(size), settings, []
+        if pull:
+            own, pulled = make_fit(settings, card_bytes, config, on_gpu=True) or (settings, [])
+        found = peak(plan_of(own, train, config, on_gpu=True))
+        if found.total_bytes <= card_bytes:
+            return size, found, pulled
+    return None
 
 
 def require_fit(settings, here: Machine, train: bool = True) -> None:
@@ -254,8 +238,8 @@ def require_fit(settings, here: Machine, train: bool = True) -> None:
     if needed <= limit:
         return
     fit = make_fit(settings, limit, config, on_gpu=True) if train else None
-    largest = what_fits(limit / GIB, settings)[2 if train else 0].size
-    smaller = f'model_id="EleutherAI/pythia-{largest}" fits' if largest else 'profile="tiny" runs anywhere'
+    largest = largest_pythia(settings, limit, train, pull=train)
+    smaller = f'model_id="EleutherAI/pythia-{largest[0]}" fits' if largest else 'profile="tiny" runs anywhere'
     raise KitError(
         f"{settings.model_id} does not fit this GPU: {'fine-tuning' if train else 'answering'} is predicted to need "
         f"{needed / GIB:.1f} GiB at its peak, the {card.name} has {limit / GIB:.1f} GiB",

@@ -61,10 +61,12 @@ def what_fits(settings, cards: tuple[float, ...] = (8.0, 12.0, 16.0, 24.0, 48.0)
     """One row a card: the largest Pythia that answers on it, fine-tunes with these settings, and with levers pulled."""
     rows = []
     for card in cards:
-        fits = budget.what_fits(card, settings)
-        row = {f.purpose: f"{f.size} ({f.peak_gib:.1f} GiB)" if f.size else "none" for f in fits}
-        pulled = "; ".join(", ".join(f"{k}={v}" for k, v in lever.changes.items()) for lever in fits[-1].levers)
-        rows.append({"card": f"{card:g} GiB", **row, "levers": pulled or "none needed"})
+        kinds = {"answering": (False, False), "fine-tuning": (True, False), "fine-tuning with levers": (True, True)}
+        found = {kind: budget.largest_pythia(settings, card * GIB, *how) for kind, how in kinds.items()}
+        row = {kind: f"{fit[0]} ({fit[1].total_gib:.1f} GiB)" if fit else "none" for kind, fit in found.items()}
+        pulled = found["fine-tuning with levers"][2] if found["fine-tuning with levers"] else []
+        changes = [", ".join(f"{k}={v}" for k, v in lever.changes.items()) for lever in pulled]
+        rows.append({"card": f"{card:g} GiB", **row, "levers": "; ".join(changes) or "none needed"})
     return rows
 
 
