@@ -90,14 +90,14 @@ def test_kept_is_a_layers_input_by_hand_and_takes_no_time():
     assert activations.dry_run(config, activations.Step(1, 1, train=False)).forward >= largest_matrix == 200 * 2**20
 
 
-def test_sixteen_layers_are_twice_eight():
-    """The line drawn from one and two layers holds for more: the whole pocket model, counted directly."""
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_each_further_layer_keeps_the_same(checkpointing):
+    """What one layer, or the difference of two and one, says holds for more of them."""
     config = ledger.config_of("pocket")
-    step = activations.Step(2, 96, 8, dtype=torch.float32, checkpointing=False)
-    activations.dry_run(config, step)
+    step = activations.Step(2, 96, 8, dtype=torch.float32, checkpointing=checkpointing)
+    kept = activations.dry_run(config, step).kept
     counts = [activations._count(n, config.to_json_string(), step)["kept"] for n in (1, 2, 4, 8)]
-    assert counts[3] - counts[2] == 4 * (counts[1] - counts[0])
-    assert counts[2] - counts[1] == 2 * (counts[1] - counts[0])
+    assert [b - a for a, b in zip(counts, counts[1:])] == [kept, 2 * kept, 4 * kept]
 
 
 def test_live_bytes_counts_views_once_and_forgets():

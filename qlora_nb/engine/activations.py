@@ -51,29 +51,28 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.live = self.peak = 0
         held = [*model.parameters(), *model.buffers()] if model else []
-        self.known = {tensor.untyped_storage()._cdata for tensor in held}  # a view of them is nothing new
+        self.known = {tensor.untyped_storage()._cdata: None for tensor in held}  # a view of them is nothing new
         self.all_true = all_true
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return self.all_true  # "is the attention mask all ones?" cannot be asked of a tensor without values
         result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
+        for tensor in (result,) if isinstance(result, torch.Tensor) else tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.known:
                 self._count(tensor.untyped_storage())
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key not in self.known:
-            self.known.add(key)
-            self.live += size
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self._forget, key, size)
+        self.live += size
+        self.peak = max(self.peak, self.live)
 
-    def _forget(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.live -= size
+        def forget(_):
+            del self.known[key]
+            self.live -= size
+
+        self.known[key] = weakref.ref(storage, forget)
 
     def restart(self) -> int:
         """Begin a new phase: the peak is what lives now, which is returned."""
@@ -206,8 +205,11 @@ _CONFIGS: dict[str, object] = {}
 
 @functools.lru_cache(maxsize=4096)
 def _dry_run(key: str, step: Step) -> Activations:
-    one, two = (_count(n, key, step) for n in (1, 2))
-    kept = two["kept"] - one["kept"]
+    one = _count(1, key, step)
+    if step.checkpointing or not step.train:  # a layer's input, or nothing at all
+        kept = step.batch * step.length * _CONFIGS[key].hidden_size * (step.rest_dtype or step.dtype).itemsize * step.train
+    else:
+        kept = _count(2, key, step)["kept"] - one["kept"]
     shared = one["kept"] - kept
     return Activations(kept, *(one[phase] + shared for phase in ("forward", "backward", "loss")))
 
