@@ -25,13 +25,14 @@ from pathlib import Path
 
 import nbformat
 import psutil
+import yaml
 from tqdm import tqdm
 
 from qlora_nb.engine import environment, profiles, report, runs
 from qlora_nb.errors import KitError
 
 SAMPLE_S = 0.25
-_PROGRESS = re.compile(r"(\d+)/(\d+) \[")  # papermill's own bar, read from its stderr
+_PROGRESS = re.compile(r"(\d+)/\d+ \[")  # papermill's own bar, read from its stderr
 _SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|API_?KEY|CREDENTIAL", re.IGNORECASE)
 
 
@@ -76,7 +77,7 @@ def run_sequence(
     require_own_kernel()
     folder = runs.new_folder(settings, "sequence")
     given = {k: getattr(settings, k) for k, v in parameters.items() if v is not None} | {"profile": settings.profile}
-    (folder / "parameters.yaml").write_text(_yaml(given), encoding="utf-8")
+    (folder / "parameters.yaml").write_text(yaml.safe_dump(given, sort_keys=False, allow_unicode=True), encoding="utf-8")
     say(f"{len(sources)} notebooks, profile {settings.profile}, into {folder}")
     summary = {
         "schema_version": runs.SCHEMA_VERSION,
@@ -91,8 +92,8 @@ def run_sequence(
     outcomes: list[Outcome] = []
     started, cells = time.time(), {s: len(nbformat.read(s, 4).cells) for s in sources}
     try:
-        quiet = not sys.stderr.isatty()  # where nobody watches a terminal, a plain line for each notebook is enough
-        with _sigterm_as_interrupt(), tqdm(total=sum(cells.values()), unit="cell", disable=quiet, leave=False) as bar:
+        # disable=None: where nobody watches a terminal there is no bar, a plain line for each notebook is enough
+        with _sigterm_as_interrupt(), tqdm(total=sum(cells.values()), unit="cell", disable=None, leave=False) as bar:
             for source in sources:
                 outcomes.append(Outcome(source.stem))
                 before = sum(cells[s] for s in sources[: len(outcomes) - 1])
@@ -109,10 +110,8 @@ def run_sequence(
         runs.write_atomically(folder / "summary.json", json.dumps(summary, indent=1, default=str) + "\n")
         report.write(summary, folder)
     bad = [o.notebook for o in outcomes if o.status != "done"]
-    say(
-        f"{len(outcomes) - len(bad)} of {len(outcomes)} done in {summary['wall_s']:.0f} s"
-        + (f"; failed: {', '.join(bad)}" if bad else "")
-    )
+    failed = f"; failed: {', '.join(bad)}" if bad else ""
+    say(f"{len(outcomes) - len(bad)} of {len(outcomes)} done in {summary['wall_s']:.0f} s{failed}")
     say(f"report: {folder / 'report.html'}")
     return summary
 
@@ -140,10 +139,8 @@ def require_own_kernel() -> None:
     except NoSuchKernel:
         raise KitError("there is no Jupyter kernel python3", remedy=remedy) from None
     # jupyter_client starts a bare "python" with its own Python
-    if os.path.isabs(program) and os.path.abspath(program) != os.path.abspath(sys.executable):
-        same = Path(program).parent.resolve() == Path(sys.executable).parent.resolve()
-        if not same:
-            raise KitError("the Jupyter kernel python3 belongs to another Python", value=program, remedy=remedy)
+    if os.path.isabs(program) and Path(program).parent.resolve() != Path(sys.executable).parent.resolve():
+        raise KitError("the Jupyter kernel python3 belongs to another Python", value=program, remedy=remedy)
 
 
 def stored_errors(notebook: nbformat.NotebookNode) -> list[str]:
@@ -177,18 +174,15 @@ def _run_one(source: Path, folder: Path, outcome: Outcome, progress: Callable[[i
     command = [sys.executable, "-m", "papermill", str(source), str(executed), "--kernel", "python3", "--cwd", str(root)]
     command += ["-f", str(folder / "parameters.yaml"), "--progress-bar", "--log-level", "ERROR"]
     env = os.environ | extra_env | {"QLORA_NB_RESULTS": str(results), "PYTHONUNBUFFERED": "1"}
-    started = time.time()
-    process = subprocess.Popen(
-        command, env=env, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
-    )  # a session of its own: Ctrl-C reaches us alone, and we end the kernel too
-    tail: list[str] = []
-    reader = threading.Thread(target=_read, args=(process.stderr, tail, progress), daemon=True)
-    reader.start()
+    started, log = time.time(), folder / f".{source.stem}.log"
+    with open(log, "wb") as stderr:  # a session of its own: Ctrl-C reaches us alone, and we end the kernel too
+        process = subprocess.Popen(command, env=env, cwd=root, stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True)
     try:
         while process.poll() is None:
             outcome.peak_bytes = max(outcome.peak_bytes, _descendants_bytes(process.pid))
+            if steps := _PROGRESS.findall(log.read_text(encoding="utf-8", errors="replace")):
+                progress(int(steps[-1]))
             time.sleep(SAMPLE_S)
-        reader.join(5)
     except BaseException:
         outcome.status, outcome.problems = "interrupted", ["stopped by you"]
         raise
@@ -196,11 +190,14 @@ def _run_one(source: Path, folder: Path, outcome: Outcome, progress: Callable[[i
         stop_tree(process.pid)
         outcome.exit_code, outcome.wall_s = process.poll(), round(time.time() - started, 1)
         _hide_secrets(executed)
-    outcome.problems = _judge(outcome, executed, results, "\n".join(tail))
+        said = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if not _PROGRESS.search(line)]
+        log.unlink()
+    outcome.problems = _judge(outcome, executed, results, "\n".join(said).strip())
     outcome.status = "failed" if outcome.problems else "done"
 
 
 def _judge(outcome: Outcome, executed: Path, results: Path, log: str) -> list[str]:
+    """What the witnesses object to; `log` is what papermill wrote on stderr besides its bar."""
     problems = []
     if executed.is_file():
         problems += [_redact(p)[:600] for p in stored_errors(nbformat.read(executed, 4))]
@@ -208,9 +205,7 @@ def _judge(outcome: Outcome, executed: Path, results: Path, log: str) -> list[st
         remedy = "close other programs, or lower per_device_train_batch_size or max_length"
         problems.append(f"the kernel died (exit {outcome.exit_code}), most often because memory ran out: {remedy}")
     elif outcome.exit_code and not problems:
-        problems.append(
-            f"papermill ended with {outcome.exit_code}: {_redact(log.strip().splitlines()[-1] if log.strip() else '')[:300]}"
-        )
+        problems.append(f"papermill ended with {outcome.exit_code}: {_redact(''.join(log.splitlines()[-1:]))[:300]}")
     try:
         outcome.results = json.loads(_redact(results.read_text(encoding="utf-8")))
     except (OSError, ValueError):
@@ -218,31 +213,13 @@ def _judge(outcome: Outcome, executed: Path, results: Path, log: str) -> list[st
     return problems
 
 
-def _read(stream, tail: list[str], progress: Callable[[int], None]) -> None:
-    """Papermill's stderr: its bar becomes `progress(n)`, every other line is kept (the last hundred)."""
-    text = b""
-    while chunk := stream.read1(4096):
-        *lines, text = re.split(rb"[\r\n]+", text + chunk)
-        for line in (raw.decode(errors="replace") for raw in [*lines, text]):
-            if match := _PROGRESS.search(line):
-                progress(int(match[1]))
-            elif line.strip() and line is not text:
-                tail.append(line)
-                del tail[:-100]
-
-
 def _descendants_bytes(pid: int) -> int:
     """Resident memory of the kernel and its children; pages they share are counted for each, so this is an upper bound."""
     total = 0
-    try:
-        children = psutil.Process(pid).children(recursive=True)
-    except psutil.Error:
-        return 0
-    for child in children:
-        try:
-            total += child.memory_info().rss
-        except psutil.Error:
-            continue
+    with suppress(psutil.Error):  # it has ended by itself
+        for child in psutil.Process(pid).children(recursive=True):
+            with suppress(psutil.Error):
+                total += child.memory_info().rss
     return total
 
 
@@ -271,10 +248,7 @@ def _sigterm_as_interrupt() -> Iterator[None]:
         yield
         return
 
-    def stop(number, frame):
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, stop)
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         yield
     finally:
@@ -284,12 +258,6 @@ def _sigterm_as_interrupt() -> Iterator[None]:
 def _line(outcome: Outcome) -> str:
     line = f"{outcome.notebook:28} {outcome.status:8} {outcome.wall_s:6.1f} s  {outcome.peak_bytes / 2**20:6.0f} MiB"
     return "\n".join([line, *(f"    {problem}" for problem in outcome.problems)])
-
-
-def _yaml(values: dict[str, object]) -> str:
-    import yaml
-
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def _redact(text: str) -> str:
