@@ -17,14 +17,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import (
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    TextIteratorStreamer,
-)
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList, TextIteratorStreamer
 
 from qlora_nb.engine import runs
 from qlora_nb.engine.data import prompt_of
@@ -99,20 +92,18 @@ def base_or_tuned(model: PeftModel, tuned: bool):
     return nullcontext() if tuned else model.disable_adapter()
 
 
-def _config(settings, tokenizer) -> GenerationConfig:
-    """Only what the settings say; a model's own sampling defaults are not mixed in."""
-    how = {"max_new_tokens": settings.max_new_tokens, "do_sample": settings.temperature > 0}
-    if settings.temperature:
-        how |= {"temperature": settings.temperature, "top_p": settings.top_p}
-    return GenerationConfig(**how, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
+def _config(tokenizer, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0) -> GenerationConfig:
+    """Only what is said here, greedy unless a temperature is given; a model's own sampling defaults are not mixed in."""
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
+    ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    return GenerationConfig(max_new_tokens=max_new_tokens, **sampling, **ends)
 
 
-class _StopWhen(StoppingCriteria):
-    def __init__(self, event: threading.Event):
-        self.event = event
-
-    def __call__(self, input_ids, scores, **kwargs):
-        return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
+def _greedy(model, tokenizer, encoded: dict[str, torch.Tensor], max_new_tokens: int) -> list[str]:
+    """What a model writes after each encoded prompt when it always takes the most probable token."""
+    out = model.generate(**encoded, generation_config=_config(tokenizer, max_new_tokens))
+    texts = tokenizer.batch_decode(out[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [text.strip() for text in texts]
 
 
 @dataclass
@@ -137,17 +128,15 @@ def stream(
     encoded = _encode([row], tokenizer, model, settings)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=600)
     ending, failure = stop or threading.Event(), []
+    config = _config(tokenizer, settings.max_new_tokens, settings.temperature, settings.top_p)
+    stopped = lambda input_ids, scores, **_: torch.full((len(input_ids),), ending.is_set(), device=input_ids.device)
 
     def work():
         try:
             torch.manual_seed(settings.seed)
             with base_or_tuned(model, tuned), torch.no_grad():
-                model.generate(
-                    **encoded,
-                    generation_config=_config(settings, tokenizer),
-                    streamer=streamer,
-                    stopping_criteria=StoppingCriteriaList([_StopWhen(ending)]),
-                )
+                criteria = StoppingCriteriaList([stopped])
+                model.generate(**encoded, generation_config=config, streamer=streamer, stopping_criteria=criteria)
         except BaseException as error:  # handed to the caller below; a silent thread would leave it waiting
             failure.append(error)
             streamer.end()
@@ -177,10 +166,7 @@ def answer(model: PeftModel, tokenizer: PreTrainedTokenizerBase, row: dict, sett
 def continue_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, max_new_tokens: int) -> str:
     """What a model writes on after a plain text, greedily, without any template."""
     encoded = tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(model.device)
-    ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, **ends)
-    out = model.generate(**encoded, generation_config=config)
-    return tokenizer.decode(out[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    return _greedy(model, tokenizer, encoded, max_new_tokens)[0]
 
 
 @torch.no_grad()
@@ -214,10 +200,7 @@ def answer_all(
     for start in range(0, len(order), batch):
         group = order[start : start + batch]
         encoded = _encode([rows[i] for i in group], tokenizer, model, settings)
-        greedy = _config(settings.model_copy(update={"temperature": 0.0}), tokenizer)
-        out = model.generate(**encoded, generation_config=greedy)
-        texts = tokenizer.batch_decode(out[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
-        said |= {i: text.strip() for i, text in zip(group, texts, strict=True)}
+        said |= zip(group, _greedy(model, tokenizer, encoded, settings.max_new_tokens), strict=True)
     return [said[i] for i in range(len(rows))]
 
 
