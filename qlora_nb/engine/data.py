@@ -17,13 +17,11 @@ from qlora_nb.errors import KitError
 
 _WITH_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 _WITHOUT_INPUT = "### Instruction:\n{instruction}\n\n### Response:\n"
+_TASK = "Below is an instruction that describes a task"
+_CONTEXT = ", paired with an input that provides further context"
+_REQUEST = ". Write a response that appropriately completes the request.\n\n"
 TEMPLATES = {
-    "alpaca": (
-        "Below is an instruction that describes a task, paired with an input that provides further context. "
-        f"Write a response that appropriately completes the request.\n\n{_WITH_INPUT}",
-        "Below is an instruction that describes a task. "
-        f"Write a response that appropriately completes the request.\n\n{_WITHOUT_INPUT}",
-    ),
+    "alpaca": (_TASK + _CONTEXT + _REQUEST + _WITH_INPUT, _TASK + _REQUEST + _WITHOUT_INPUT),
     "alpaca_short": (_WITH_INPUT, _WITHOUT_INPUT),
 }
 """Template → prompt with an input and without: Stanford Alpaca's own, and the same without its opening sentences."""
@@ -57,20 +55,19 @@ def load(settings) -> tuple[datasets.Dataset, datasets.Dataset]:
     rows_in_a_step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
     n_train = min(settings.train_rows, settings.max_steps * rows_in_a_step)
     if settings.dataset == "pocket":
-        train, test = (datasets.Dataset.from_list(pocket.read(split)) for split in ("train", "test"))
-        train = train.shuffle(seed=settings.seed)
-        return train.select(range(min(len(train), n_train))), test.select(range(min(len(test), settings.eval_rows)))
-    rows = _clean(_read(settings.dataset), settings.dataset)
-    if len(rows) < settings.eval_rows + 1:
-        raise KitError(
-            f"the data has {len(rows)} usable rows, too few for {settings.eval_rows} held-out rows and one to train on",
-            value=settings.dataset,
-            remedy=f"set eval_rows to {max(1, len(rows) // 5)} or bring more rows",
-        )
-    rows = rows.shuffle(seed=SPLIT_SEED)
-    held_out = rows.select(range(settings.eval_rows))
-    train = rows.select(range(settings.eval_rows, len(rows))).shuffle(seed=settings.seed)
-    return train.select(range(min(len(train), n_train))), held_out
+        train, held_out = (datasets.Dataset.from_list(pocket.read(split)) for split in ("train", "test"))
+    else:
+        rows = _clean(_read(settings.dataset), settings.dataset)
+        if len(rows) < settings.eval_rows + 1:
+            raise KitError(
+                f"the data has {len(rows)} usable rows, too few for {settings.eval_rows} held-out rows and one to train on",
+                value=settings.dataset,
+                remedy=f"set eval_rows to {max(1, len(rows) // 5)} or bring more rows",
+            )
+        rows = rows.shuffle(seed=SPLIT_SEED)
+        train, held_out = rows.skip(settings.eval_rows), rows.take(settings.eval_rows)
+    train = train.shuffle(seed=settings.seed)
+    return train.take(min(len(train), n_train)), held_out.take(min(len(held_out), settings.eval_rows))
 
 
 def _read(name: str) -> datasets.Dataset:
@@ -112,14 +109,11 @@ def _clean(rows: datasets.Dataset, name: str) -> datasets.Dataset:
             raise KitError(
                 f"column {column} is not text", value=str(feature), allowed="text", remedy=f"look at {Path(name).name}"
             )
-    bad = [i for i, row in enumerate(rows) if not (row["instruction"] or "").strip() or not (row["output"] or "").strip()]
+    bad = {i for i, row in enumerate(rows) if not all((row[c] or "").strip() for c in ("instruction", "output"))}
     if bad:
-        print(
-            f"{len(bad)} of {len(rows)} rows have no instruction or no answer and are left out: "
-            f"rows {', '.join(map(str, bad[:5]))}{' …' if len(bad) > 5 else ''}"
-        )
-        left_out = set(bad)
-        rows = rows.select([i for i in range(len(rows)) if i not in left_out])
+        named = ", ".join(map(str, sorted(bad)[:5])) + (" …" if len(bad) > 5 else "")
+        print(f"{len(bad)} of {len(rows)} rows have no instruction or no answer and are left out: rows {named}")
+        rows = rows.select([i for i in range(len(rows)) if i not in bad])
     return rows
 
 
@@ -136,12 +130,9 @@ def encode(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, settings)
     encoded = rows.map(_encode_row, fn_kwargs=arguments, remove_columns=rows.column_names)
     whole = encoded.filter(lambda row: not row["too_long"])
     datasets.enable_progress_bars()
-    n_cut = sum(whole["cut"])
-    if n_cut or len(whole) < len(encoded):
-        print(
-            f"{n_cut} of {len(encoded)} answers cut to max_length={max_length} tokens, "
-            f"{len(encoded) - len(whole)} rows left out (prompt too long)"
-        )
+    n_cut, n_out = sum(whole["cut"]), len(encoded) - len(whole)
+    if n_cut or n_out:
+        print(f"{n_cut} of {len(encoded)} answers cut to max_length={max_length} tokens, {n_out} rows left out (prompt too long)")
     if not len(whole):
         raise KitError("no row is left: every prompt is longer than max_length", value=max_length, remedy="raise max_length")
     return whole.select_columns(["input_ids", "labels"])
