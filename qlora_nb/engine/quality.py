@@ -31,15 +31,26 @@ def replaced_weights(model, change: Callable[[torch.Tensor], torch.Tensor]) -> I
         model: a model in 16 or 32 bit.
         change: (out, in) tensor → tensor of the same shape.
     """
-    layers = linear_layers(model)
-    before = {name: module.weight.data for name, module in layers.items()}
+    weights = [module.weight for module in linear_layers(model).values()]
+    before = [weight.data for weight in weights]
     try:
-        for module in layers.values():
-            module.weight.data = change(module.weight.data).to(module.weight.dtype)
+        for weight in weights:
+            weight.data = change(weight.data).to(weight.dtype)
         yield
     finally:
-        for name, module in layers.items():
-            module.weight.data = before[name]
+        for weight, old in zip(weights, before):
+            weight.data = old
+
+
+def _passes(
+    model, tokenizer, texts: list[str], batch: int, **options
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Token ids, their mask and the logits of each batch of texts, padded on the right; options are the tokenizer's."""
+    options |= {"add_special_tokens": False, "padding": True, "padding_side": "right", "return_tensors": "pt"}
+    for start in range(0, len(texts), batch):
+        given = tokenizer(texts[start : start + batch], **options).to(model.device)
+        ids, mask = given["input_ids"], given["attention_mask"]
+        yield ids, mask, model(input_ids=ids, attention_mask=mask).logits
 
 
 @torch.no_grad()
@@ -55,29 +66,20 @@ def recall(model, tokenizer, prompts: list[tuple[str, str]] | None = None, batch
         (n,) loss of the right first answer token for each prompt (nats), and (n,) True where it is the model's first choice.
     """
     prompts = prompts or [(row["prompt"], row["answer"]) for row in pocket.read("almanac")]
-    losses, right = [], []
-    for start in range(0, len(prompts), batch):
-        part = prompts[start : start + batch]
-        rows = [tokenizer(p, add_special_tokens=False)["input_ids"] for p, _ in part]
-        first = [tokenizer(" " + a, add_special_tokens=False)["input_ids"][0] for _, a in part]
-        ids, mask = _padded(rows, tokenizer.pad_token_id, model.device)
-        last = mask.sum(dim=1) - 1
-        logits = model(input_ids=ids, attention_mask=mask).logits[torch.arange(len(part)), last].float()
-        want = torch.tensor(first, device=logits.device)
-        losses.append(torch.nn.functional.cross_entropy(logits, want, reduction="none").cpu())
-        right.append((logits.argmax(dim=1) == want).cpu())
-    return torch.cat(losses), torch.cat(right)
+    answers = tokenizer([" " + answer for _, answer in prompts], add_special_tokens=False)["input_ids"]
+    want, said = torch.tensor([ids[0] for ids in answers]), []
+    for _, mask, logits in _passes(model, tokenizer, [prompt for prompt, _ in prompts], batch):
+        said.append(logits[torch.arange(len(mask)), mask.sum(dim=1) - 1].float().cpu())
+    logits = torch.cat(said)
+    return torch.nn.functional.cross_entropy(logits, want, reduction="none"), logits.argmax(dim=1) == want
 
 
 @torch.no_grad()
 def text_losses(model, tokenizer, texts: list[str], max_length: int = 128, batch: int = 16) -> torch.Tensor:
     """Mean loss a token (nats) of each text, (len(texts),). Perplexity of a sample of texts is exp of their mean."""
     losses = []
-    for start in range(0, len(texts), batch):
-        rows = [tokenizer(t, add_special_tokens=False)["input_ids"][:max_length] for t in texts[start : start + batch]]
-        ids, mask = _padded(rows, tokenizer.pad_token_id, model.device)
-        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
-        each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    for ids, mask, logits in _passes(model, tokenizer, texts, batch, truncation=True, max_length=max_length):
+        each = torch.nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
         seen = mask[:, 1:]
         losses.append(((each * seen).sum(dim=1) / seen.sum(dim=1)).cpu())
     return torch.cat(losses)
@@ -130,25 +132,14 @@ def measure(name: str, model, tokenizer, knows_almanac: bool, seed: int = 0) -> 
     return Quality(name, tuple(per_text[i::3].mean().item() for i in range(3)))
 
 
-def _padded(rows: list[list[int]], pad: int, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token rows padded on the right, and their mask."""
-    width = max(map(len, rows))
-    ids = torch.tensor([r + [pad] * (width - len(r)) for r in rows], device=device)
-    mask = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows], device=device)
-    return ids, mask
-
-
 def comparison_settings(settings):
     """The settings to compare datatypes with: these, or the pocket model's where two unquantized copies do not fit, said aloud.
 
     Comparing needs the unquantized weights and one changed copy of the linear layers at the same time.
     """
-    size = download_bytes(settings.model_id)
-    if size is None:
-        return settings
     on_gpu = torch.cuda.is_available()
     free = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available
-    needed = 2 * size * (1 if on_gpu else 2)
+    needed = (2 if on_gpu else 4) * (download_bytes(settings.model_id) or 0)  # a size that only the hub knows is not judged
     if needed < 0.8 * free:
         return settings
     sizes = f"needs {needed / 2**30:.1f} GiB, free are {free / 2**30:.1f}"
@@ -165,13 +156,10 @@ def sample_weights(model, n_max: int = 2**22) -> torch.Tensor:
     Returns:
         (n,) float32 on the CPU.
     """
-    layers = linear_layers(model)
+    layers = linear_layers(model).values()
     share = max(1, n_max // len(layers) // 4096) * 4096
-    parts = []
-    for module in layers.values():
-        flat = dense_weight(module).flatten().cpu()
-        parts.append(flat[:share] / flat.std())
-    return torch.cat(parts)
+    flat = (dense_weight(module).flatten().cpu() for module in layers)
+    return torch.cat([weights[:share] / weights.std() for weights in flat])
 
 
 def stored_bytes(model) -> dict[str, int]:
@@ -184,14 +172,9 @@ def stored_bytes(model) -> dict[str, int]:
         {"codes", "scales", "scales of scales", "mean", "rest"}; for a layer that is not quantized all bytes are "codes".
         Biases are "rest". The code tables (16 and 256 numbers, the same for all layers) are left out.
     """
-    total = dict.fromkeys(("codes", "scales", "scales of scales", "mean", "rest"), 0)
-    for module in linear_layers(model).values():
-        for part, size in layer_bytes(module).items():
-            total[part] += size
-    layers = {id(m.weight) for m in linear_layers(model).values()}
-    others = {id(t): t for t in [*model.parameters(), *model.buffers()] if id(t) not in layers}
-    total["rest"] = sum(t.nbytes for t in others.values())
-    return total
+    layers = [layer_bytes(module) for module in linear_layers(model).values()]
+    total = {part: sum(layer.get(part, 0) for layer in layers) for part in ("codes", "scales", "scales of scales", "mean")}
+    return total | {"rest": model.get_memory_footprint() - total["codes"]}
 
 
 def layer_bytes(module) -> dict[str, int]:
