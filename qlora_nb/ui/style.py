@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.figure import Figure
 
 COLOURS = {
@@ -44,6 +46,27 @@ _RC = {
 def look(meaning: str, hatch: str | None = None) -> dict[str, str]:
     """Keyword arguments of a bar with this meaning: colour, hatch (the meaning's own unless given) and a white edge."""
     return {"color": COLOURS[meaning], "hatch": HATCHES[meaning] if hatch is None else hatch, "edgecolor": "white"}
+
+
+def stacked_bars(ax, rows: Mapping[str, Mapping[str, float]], looks: Mapping[str, dict], unit: float = 1) -> np.ndarray:
+    """Horizontal bars, one a row of parts (name → part → size), stacked in the order of `looks` (part → how it is drawn).
+
+    Returns:
+        Where each bar ends, in `unit`s.
+    """
+    ends = np.zeros(len(rows))
+    for part, drawn in looks.items():
+        widths = np.array([parts.get(part, 0) / unit for parts in rows.values()])
+        ax.barh(list(rows), widths, left=ends, **drawn, label=part)
+        ends += widths
+    return ends
+
+
+def log2_axis(ax, ticks: Sequence[int]) -> None:
+    """A logarithmic x axis with plain numbers at these powers of two."""
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(ticks, [str(tick) for tick in ticks])
+    ax.minorticks_off()
 
 
 @contextmanager
