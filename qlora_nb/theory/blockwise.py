@@ -17,6 +17,8 @@ Sources: QLoRA, arXiv 2305.14314, section 2 (equations 1 and 2); bitsandbytes/ba
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from qlora_nb.errors import KitError
@@ -183,8 +185,7 @@ def quantize_4bit(x: torch.Tensor, code: torch.Tensor, blocksize: int = 64) -> t
         (ceil(n / 2), 1) uint8 bytes, the shape bitsandbytes gives them; (ceil(n / blocksize),) float32 absmax.
     """
     index, absmax = quantize(x, code, blocksize)
-    zero = int(code.abs().argmin())
-    return pack(index, filler=zero)[:, None], absmax
+    return pack(index, filler=int(code.abs().argmin()))[:, None], absmax  # filled up with zero
 
 
 def dequantize_4bit(
@@ -197,10 +198,7 @@ def dequantize_4bit(
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """`unpack` and `dequantize`."""
-    n = 1
-    for size in shape:
-        n *= size
-    return dequantize(unpack(packed, n), absmax, code, blocksize, shape, dtype=dtype)
+    return dequantize(unpack(packed, math.prod(shape)), absmax, code, blocksize, shape, dtype=dtype)
 
 
 def round_trip(x: torch.Tensor, code: torch.Tensor, blocksize: int = 64) -> torch.Tensor:

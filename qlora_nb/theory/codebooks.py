@@ -54,7 +54,10 @@ def nf4_values(tail_quantile: float = TAIL_QUANTILE) -> list[float]:
     >>> [round(v, 3) for v in nf4_values()[-3:]]
     [0.563, 0.723, 1.0]
     """
-    _check_tail(tail_quantile)
+    if not 0.5 < tail_quantile < 1:
+        raise KitError(
+            "tail_quantile is a probability in the upper tail", value=tail_quantile, allowed="more than 0.5 and less than 1"
+        )
     quantile, span = NormalDist().inv_cdf, tail_quantile - 0.5
     positive = [quantile(tail_quantile - span * i / 8) for i in range(8)]
     negative = [-quantile(tail_quantile - span * i / 7) for i in range(7)]
@@ -225,10 +228,3 @@ def code_by_name(name: str) -> torch.Tensor:
     if str(name).upper() not in codes:
         raise KitError("unknown 4-bit code", value=name, allowed=", ".join(codes))
     return codes[str(name).upper()]()
-
-
-def _check_tail(tail_quantile: float) -> None:
-    if not 0.5 < tail_quantile < 1:
-        raise KitError(
-            "tail_quantile is a probability in the upper tail", value=tail_quantile, allowed="more than 0.5 and less than 1"
-        )

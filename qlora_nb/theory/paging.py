@@ -250,24 +250,20 @@ def simulate(
     memory, records = UnifiedMemory(budget_bytes // page_bytes), []
     for sizes in steps:
         ordinary = [m.total - sizes.paged for m in step_timeline(sizes)]
-        pages = [math.ceil(b / page_bytes) for b in ordinary]
         before = memory.faults, memory.pages_in, memory.pages_out
-        if not paging:
-            survived = max(ordinary) + sizes.paged <= budget_bytes
-            records.append(StepRecord(max(ordinary), survived))
-        else:
-            survived = True
+        survived = paging or max(ordinary) + sizes.paged <= budget_bytes
+        if paging:
             try:
-                for reserved in pages:
-                    memory.reserve(reserved)
+                for reserved in ordinary:
+                    memory.reserve(math.ceil(reserved / page_bytes))
                 for page in range(math.ceil(sizes.paged / page_bytes)):
                     if prefetch:
                         memory.prefetch(page)
                     memory.touch(page)
             except MemoryError:
                 survived = False
-            faults, came, went = memory.faults - before[0], memory.pages_in - before[1], memory.pages_out - before[2]
-            records.append(StepRecord(max(ordinary), survived, faults, came * page_bytes, went * page_bytes))
+        faults, came, went = memory.faults - before[0], memory.pages_in - before[1], memory.pages_out - before[2]
+        records.append(StepRecord(max(ordinary), survived, faults, came * page_bytes, went * page_bytes))
         if not survived:
             break
     return records
