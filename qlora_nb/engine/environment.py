@@ -14,6 +14,7 @@ import platform
 import shutil
 import socket
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -21,6 +22,7 @@ from urllib.parse import urlsplit
 import psutil
 from packaging.requirements import Requirement
 
+from qlora_nb.engine import shapes
 from qlora_nb.errors import KitError
 
 GIB = 2**30
@@ -87,20 +89,18 @@ def gpus() -> tuple[Gpu, ...]:
         for i in range(pynvml.nvmlDeviceGetCount()):
             handle = pynvml.nvmlDeviceGetHandleByIndex(i)
             memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-            name = pynvml.nvmlDeviceGetName(handle)
             capability = tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle))
-            found.append(Gpu(name.decode() if isinstance(name, bytes) else name, memory.total, memory.free, capability))
+            found.append(Gpu(pynvml.nvmlDeviceGetName(handle), memory.total, memory.free, capability))
         return tuple(found)
     finally:
         pynvml.nvmlShutdown()
 
 
 def _cpu_name() -> str:
-    try:
+    with suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    return platform.processor() or platform.machine()
 
 
 @dataclass(frozen=True)
@@ -131,15 +131,12 @@ def versions() -> list[Version]:
         requirement = Requirement(line)
         if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
             continue
-        try:
+        installed = None
+        with suppress(importlib.metadata.PackageNotFoundError):
             installed = importlib.metadata.version(requirement.name)
-        except importlib.metadata.PackageNotFoundError:
-            installed = None
-        module = sys.modules.get(requirement.name.replace("-", "_"))
-        loaded = getattr(module, "__version__", None)
-        found.append(
-            Version(requirement.name, installed, str(requirement.specifier), loaded if isinstance(loaded, str) else None)
-        )
+        loaded = getattr(sys.modules.get(requirement.name.replace("-", "_")), "__version__", None)
+        loaded = loaded if isinstance(loaded, str) else None
+        found.append(Version(requirement.name, installed, str(requirement.specifier), loaded))
     return found
 
 
@@ -151,12 +148,10 @@ def hub_endpoint() -> str:
 @functools.lru_cache(maxsize=8)
 def _reachable(endpoint: str) -> bool:
     parts = urlsplit(endpoint)
-    try:
-        address = (parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
-        with socket.create_connection(address, timeout=1.0):
-            return True
-    except OSError:
-        return False
+    address = (parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
+    with suppress(OSError), socket.create_connection(address, timeout=1.0):
+        return True
+    return False
 
 
 def hub_is_reachable() -> bool:
@@ -169,8 +164,7 @@ def in_hub_cache(repo_id: str, repo_type: str = "model") -> bool:
     """True if a snapshot of this repository lies in the local cache."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    folder = Path(HF_HUB_CACHE) / f"{repo_type}s--{repo_id.replace('/', '--')}" / "snapshots"
-    return folder.is_dir() and any(any(s.iterdir()) for s in folder.iterdir() if s.is_dir())
+    return any((Path(HF_HUB_CACHE) / f"{repo_type}s--{repo_id.replace('/', '--')}").glob("snapshots/*/*"))
 
 
 def refuse_what_cannot_run(settings) -> None:
@@ -178,8 +172,6 @@ def refuse_what_cannot_run(settings) -> None:
 
     The judgement is about the *resolved* model and hardware: profile "full" with a small local model is fine anywhere.
     """
-    from qlora_nb.engine import shapes
-
     here, size = machine(), shapes.download_bytes(settings.model_id)
     if not here.gpus:
         refuse_on_cpu(settings.model_id, size or 0, here)
@@ -215,16 +207,12 @@ def _refuse_unreachable(name: str, what: str) -> None:
         raise KitError("the model folder has no config.json", value=name, remedy="give a folder made by save_pretrained")
     if name in ("pocket", "smollm2") or path.exists():
         return
-    looks_local = (
-        name.startswith((".", "/", "~", "\\")) or path.suffix in {".json", ".jsonl", ".csv", ".parquet"} or name.count("/") != 1
-    )
-    if looks_local:
-        names = (
-            "pocket, smollm2, a hub name like EleutherAI/pythia-410m, or a folder"
-            if what == "model"
-            else "pocket, a hub name, or a file"
-        )
-        raise KitError(f"{what} not found", value=name, allowed=names, remedy="check the path")
+    names = {
+        "model": "pocket, smollm2, a hub name like EleutherAI/pythia-410m, or a folder",
+        "dataset": "pocket, a hub name, or a file",
+    }
+    if name.startswith((".", "/", "~", "\\")) or path.suffix in {".json", ".jsonl", ".csv", ".parquet"} or name.count("/") != 1:
+        raise KitError(f"{what} not found", value=name, allowed=names[what], remedy="check the path")
     if not in_hub_cache(name, what) and not hub_is_reachable():
         raise KitError(
             f"the {what} {name} is not in the local cache and {hub_endpoint()} cannot be reached",
