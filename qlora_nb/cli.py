@@ -6,9 +6,9 @@ Every heavy import stands inside the command that needs it, so that `--help` and
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -58,15 +58,14 @@ def doctor() -> None:
         print(f"GPU {card.name}: {card.total_bytes / GIB:.1f} GiB ({card.free_bytes / GIB:.1f} free), {half}")
     print("" if here.gpus else "no NVIDIA GPU found\n", end="")
     pins = _pins(runs.project_root() / "constraints.txt")
-    problems = 0
-    for version in environment.versions():
+    versions = environment.versions()
+    for version in versions:
         pin = pins.get(version.package.lower().replace("_", "-"), "")
         tested = "" if not pin or str(version.installed).split("+")[0] == pin else f"tested with {pin}"
-        problems += bool(version.problem)
         print(f"  {version.package:18} {version.installed or '-':12} {version.problem or tested or 'ok'}")
     print(f"hub: {environment.hub_endpoint()} {'can' if environment.hub_is_reachable() else 'cannot'} be reached")
     print(f"take this profile: {_fitting_profile(here)}")
-    raise typer.Exit(1 if problems else 0)
+    raise typer.Exit(1 if any(version.problem for version in versions) else 0)
 
 
 @app.command()
@@ -87,8 +86,7 @@ def plan(ctx: typer.Context, profile: Profile = "tiny",
     """Every byte of a run's fullest moment before anything is loaded, and what would lower it. Parameters: -p NAME VALUE."""
     from qlora_nb.engine import profiles
 
-    given = {"profile": profile, **_parameters(ctx.args), "gpu_gib": gpu_gib}
-    settings = profiles.validate(given)
+    settings = profiles.validate({"profile": profile, **_parameters(ctx.args), "gpu_gib": gpu_gib})
     from qlora_nb.engine import budget, shapes
 
     config, on_gpu = budget.ledger.config_of(settings.model_id), gpu_gib is not None or None
@@ -126,9 +124,7 @@ def lab(no_browser: Annotated[bool, typer.Option("--no-browser", help="only copy
     root = runs.project_root()
     copy_for_learning(root / "notebooks", root / "my_notebooks")
     if not no_browser:
-        raise typer.Exit(
-            subprocess.call([sys.executable, "-m", "jupyter", "lab", "my_notebooks"], cwd=root, env=dict(os.environ))
-        )
+        raise typer.Exit(subprocess.call([sys.executable, "-m", "jupyter", "lab", "my_notebooks"], cwd=root))
 
 
 def copy_for_learning(source: Path, target: Path) -> list[Path]:
@@ -156,16 +152,12 @@ def copy_for_learning(source: Path, target: Path) -> list[Path]:
 
 def _parameters(args: list[str]) -> dict[str, object]:
     """`-p NAME VALUE` as often as wanted; typer has no option of two values that repeats."""
-    given: dict[str, object] = {}
-    rest = list(args)
-    while rest:
-        if rest[0] not in ("-p", "--parameters") or len(rest) < 3:
-            raise KitError(
-                "this argument is not understood", value=rest[0], allowed="-p NAME VALUE", remedy="see qlora-nb run --help"
-            )
-        given[rest[1]] = rest[2]
-        rest = rest[3:]
-    return given
+    match args:
+        case []:
+            return {}
+        case ["-p" | "--parameters", name, value, *rest]:
+            return {name: value} | _parameters(rest)
+    raise KitError("this argument is not understood", value=args[0], allowed="-p NAME VALUE", remedy="see qlora-nb run --help")
 
 
 def _pins(path: Path) -> dict[str, str]:
@@ -179,11 +171,9 @@ def _fitting_profile(here) -> str:
 
     for name in ("full", "t4") if here.gpus else ():
         settings = profiles.validate({"profile": name})
-        try:
+        with suppress(KitError):
             budget.require_fit(settings, here)
             return f"{name} ({settings.model_id}), or any smaller one"
-        except KitError:
-            continue
     return "tiny (ships with the kit); smollm2 after `qlora-nb fetch smollm2`"
 
 
