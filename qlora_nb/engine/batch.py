@@ -118,7 +118,7 @@ def run_sequence(
 
 def choose(folder: Path, only: list[str] | None = None) -> list[Path]:
     """The notebooks of a folder in reading order, or those whose names begin with one of `only`."""
-    there = sorted(p for p in folder.glob("[0-9]*.ipynb"))
+    there = sorted(folder.glob("[0-9]*.ipynb"))
     if not there:
         raise KitError(
             "no notebooks found", value=str(folder), remedy="run this in the kit's repository (a clone), not elsewhere"
@@ -225,20 +225,16 @@ def _descendants_bytes(pid: int) -> int:
 
 def stop_tree(pid: int) -> None:
     """End a process and all its descendants. The kernel has a session of its own, so a signal to the group would miss it."""
-    try:
+    tree = []
+    with suppress(psutil.Error):  # here and below: it has ended by itself
         parent = psutil.Process(pid)
         tree = [*parent.children(recursive=True), parent]
-    except psutil.Error:
-        return
     for process in tree:
-        _quietly(process.terminate)
+        with suppress(psutil.Error):
+            process.terminate()
     for process in psutil.wait_procs(tree, timeout=5)[1]:
-        _quietly(process.kill)
-
-
-def _quietly(call: Callable[[], object]) -> None:
-    with suppress(psutil.Error):  # it has ended by itself
-        call()
+        with suppress(psutil.Error):
+            process.kill()
 
 
 @contextmanager

@@ -178,16 +178,14 @@ def next_tokens(model: PeftModel, tokenizer: PreTrainedTokenizerBase, row: dict,
         vocabulary.
     """
     encoded = _encode([row], tokenizer, model, settings)
-    logs = {}
+    logs, tops = [], []
     for tuned in (False, True):
         with base_or_tuned(model, tuned):
-            logs[tuned] = model(**encoded).logits[0, -1].float().log_softmax(-1)
-    tops = []
-    for log in (logs[False], logs[True]):
-        values, ids = log.exp().topk(k)
+            logs.append(model(**encoded).logits[0, -1].float().log_softmax(-1))
+        values, ids = logs[-1].exp().topk(k)
         tops.append([(tokenizer.decode([i]), p) for i, p in zip(ids.tolist(), values.tolist(), strict=True)])
-    divergence = (logs[True].exp() * (logs[True] - logs[False])).sum().item() / math.log(2)
-    return tops[0], tops[1], divergence
+    divergence = (logs[1].exp() * (logs[1] - logs[0])).sum().item() / math.log(2)
+    return *tops, divergence
 
 
 @torch.no_grad()

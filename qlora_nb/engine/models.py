@@ -107,7 +107,6 @@ def load_base(settings, four_bit: bool = True) -> PreTrainedModel:
         KitError: the weights are missing, damaged, or not safetensors.
     """
     path = model_path(settings.model_id)
-    options = {"quantization_config": quantization_config(settings)} if four_bit else {}
     if settings.model_id in ("pocket", "smollm2"):  # a second or two
         transformers_logging.disable_progress_bar()
     try:
@@ -117,7 +116,7 @@ def load_base(settings, four_bit: bool = True) -> PreTrainedModel:
             device_map={"": device()},
             use_safetensors=True,
             trust_remote_code=False,
-            **options,
+            quantization_config=quantization_config(settings) if four_bit else None,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):

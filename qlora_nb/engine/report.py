@@ -31,7 +31,6 @@ dt { color: var(--quiet); overflow-wrap: anywhere; } dd { margin: 0; overflow-wr
 .quiet, figcaption { color: var(--quiet); font-size: .9rem; }
 figure { margin: 1.5rem 0; } img { max-width: 100%; height: auto; background: #fff; }
 """
-_MIB = 2**20
 
 
 def write(summary: dict, folder: Path) -> Path:
@@ -72,8 +71,7 @@ def figures(notebook: nbformat.NotebookNode) -> Iterator[tuple[str, str]]:
     cells = notebook.cells
     for i, cell in enumerate(cells):
         for output in cell.get("outputs", []):
-            png = output.get("data", {}).get("image/png")
-            if png:
+            if png := output.get("data", {}).get("image/png"):
                 below = cells[i + 1].source if i + 1 < len(cells) and cells[i + 1].cell_type == "markdown" else ""
                 alt = output.get("metadata", {}).get("alt") or output.get("metadata", {}).get("image/png", {}).get("alt")
                 yield "".join("".join(png).split()), alt or _plain(below)
@@ -89,14 +87,13 @@ def _section(name: str, notebook: nbformat.NotebookNode) -> str:
 
 
 def _row(outcome: dict, title: str) -> str:
-    done = outcome["status"] == "done"
-    kind, mark = ("done", "✓") if done else ("bad", "✗")  # never colour alone
+    kind, mark = ("done", "✓") if outcome["status"] == "done" else ("bad", "✗")  # never colour alone
     results = "".join(f"<dt>{_safe(k)}</dt><dd>{_safe(_number(v))}</dd>" for k, v in outcome["results"].items())
     problems = "".join(f'<p class="bad">{_safe(p)}</p>' for p in outcome["problems"])
     return (
         f'<tr><td><b>{_safe(outcome["notebook"])}</b><br><span class="quiet">{_safe(title)}</span></td>'
         f'<td class="{kind}">{mark} {_safe(outcome["status"])}</td><td class="n">{outcome["wall_s"]:.1f}</td>'
-        f'<td class="n">{outcome["peak_bytes"] / _MIB:.0f}</td><td>{problems}<dl>{results}</dl></td></tr>'
+        f'<td class="n">{outcome["peak_bytes"] / 2**20:.0f}</td><td>{problems}<dl>{results}</dl></td></tr>'
     )
 
 
@@ -135,4 +132,4 @@ def _number(value: object) -> object:
 
 
 def _safe(value: object) -> str:
-    return html.escape(str(value), quote=True)
+    return html.escape(str(value))
