@@ -36,7 +36,7 @@ _READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parqu
 def prompt_of(row: dict[str, str], template: str = "alpaca") -> str:
     """The text the model is given for a row.
 
-    >>> prompt_of({"instruction": "Say hi.", "input": ""})[-35:]
+    >>> prompt_of({"instruction": "Say hi.", "input": ""})[-27:]
     'on:\\nSay hi.\\n\\n### Response:\\n'
     """
     with_input, without = TEMPLATES[template]
