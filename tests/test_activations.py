@@ -2,6 +2,7 @@
 
 import time
 from contextlib import nullcontext
+from itertools import pairwise
 
 import pytest
 import torch
@@ -97,7 +98,7 @@ def test_each_further_layer_keeps_the_same(checkpointing):
     step = activations.Step(2, 96, 8, dtype=torch.float32, checkpointing=checkpointing)
     kept = activations.dry_run(config, step).kept
     counts = [activations._count(n, config.to_json_string(), step)["kept"] for n in (1, 2, 4, 8)]
-    assert [b - a for a, b in zip(counts, counts[1:])] == [kept, 2 * kept, 4 * kept]
+    assert [b - a for a, b in pairwise(counts)] == [kept, 2 * kept, 4 * kept]
 
 
 def test_live_bytes_counts_views_once_and_forgets():

@@ -97,6 +97,8 @@ class Settings(BaseModel):
     pythia: Literal[PYTHIA_SIZES] = Field(description="Pythia size that 02 and 05 do arithmetic for")
     gpu_gib: Float = Field(gt=0, le=10_000, description="card size that 05 does arithmetic for (GiB)")
     fetch_ahead: bool = Field(description="download model and data now (01)")
+    save_steps: Int = Field(ge=0, description="optimizer steps between checkpoints, 0: only when stopped (06)")
+    resume: Name = Field(description="no, latest, or the folder of an unfinished run (06)")
     output_dir: Name = Field(description="where run folders go")
 
     def table(self) -> list[tuple[str, object, str]]:

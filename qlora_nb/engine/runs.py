@@ -11,8 +11,12 @@ import json
 import os
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from qlora_nb.engine.environment import machine
 from qlora_nb.errors import KitError
@@ -95,11 +99,14 @@ def new_folder(settings, name: str) -> Path:
 
 
 class Run:
-    """One run and its folder. Use as a context manager; the status is `done` only if the body ended without an error."""
+    """One run and its folder. Use as a context manager; the status is `done` only if the body ended without an error.
 
-    def __init__(self, settings, notebook: str):
-        self.settings, self.notebook = settings, notebook
-        self.folder = new_folder(settings, notebook)
+    `folder` continues in the folder of an earlier run (`resumed` is True then).
+    """
+
+    def __init__(self, settings, notebook: str, folder: Path | None = None):
+        self.settings, self.notebook, self.resumed = settings, notebook, folder is not None
+        self.folder = folder or new_folder(settings, notebook)
         self.manifest = {
             "schema_version": SCHEMA_VERSION,
             "notebook": notebook,
@@ -119,6 +126,14 @@ class Run:
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
+    def cut(self, step: int) -> list[dict]:
+        """Forget what was logged after a step; returns the records that stay."""
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        kept = [record for record in map(_record, lines) if 0 < record.get("step", 0) <= step]
+        write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
+        return kept
+
     def finish(self, status: str = "done", **metrics: object) -> None:
         """Write metrics and status; the last thing a run does."""
         self.manifest["metrics"] |= metrics
@@ -136,6 +151,33 @@ class Run:
 
     def _save(self) -> None:
         write_atomically(self.folder / "manifest.json", json.dumps(self.manifest, indent=1, default=str) + "\n")
+
+
+def _record(line: str) -> dict:
+    try:
+        return json.loads(line)
+    except ValueError:  # the last line of a killed run may be cut short
+        return {}
+
+
+@contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Hold a run folder for this process; the lock goes with the process, however it ends.
+
+    Raises:
+        KitError: another process holds it.
+    """
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise KitError(
+            "another process writes into this run folder", value=folder.name, remedy="wait for it, or stop it"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def status_of(folder: Path) -> str:

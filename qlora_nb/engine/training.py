@@ -1,7 +1,8 @@
 """QLoRA fine-tuning: a frozen 4-bit base, a trained adapter, a paged optimizer, and transformers' own Trainer.
 
-What is ours around the Trainer is small: which layers are adapted, a sentinel that stops on a NaN loss (the Trainer
-would log it as 0.0), a Stop that finishes the step, and a check that the saved adapter is the trained one.
+What is ours around the Trainer is small: which layers are adapted, a loss that never holds all logits, a sentinel that stops
+on a NaN loss (the Trainer would log it as 0.0), a Stop that finishes the step, checkpoints that are sealed and verified,
+and a check that the saved adapter is the trained one.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from qlora_nb.engine import activations, budget, data, ledger, objective
+from qlora_nb.engine import activations, budget, checkpoints, data, ledger, objective, runs
 from qlora_nb.engine.models import linear_layers
 from qlora_nb.errors import KitError
 
@@ -82,10 +83,11 @@ class _Watch(TrainerCallback):
         self.failure: str | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.started = time.perf_counter()
+        self.started, self.first = time.perf_counter(), state.global_step
 
     def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop |= self.stop.is_set()
+        if self.stop.is_set():
+            control.should_training_stop = control.should_save = True
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" not in logs:
@@ -104,9 +106,10 @@ class _Watch(TrainerCallback):
                 "grad_norm": logs.get("grad_norm"),
                 "tokens_per_s": sum(self.n_tokens) / seconds,
                 "seconds": seconds,
-                "seconds_left": seconds / state.global_step * (state.max_steps - state.global_step),
+                "seconds_left": seconds / (state.global_step - self.first) * (state.max_steps - state.global_step),
             }
         )
+        self.on_step_end(args, state, control)  # asked just now: this step can still be the last
 
 
 class _Scale(TrainerCallback):
@@ -125,24 +128,64 @@ class _Scale(TrainerCallback):
             self.held = ledger.measure(model, optimizer)
 
 
+class _Seal(TrainerCallback):
+    def __init__(self, settings, rows_hash: str):
+        self.settings, self.rows_hash = settings, rows_hash
+
+    def on_save(self, args, state, control, **kwargs):
+        checkpoints.seal(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.settings, self.rows_hash)
+
+
+class _Trainer(Trainer):
+    def save_model(self, output_dir=None, _internal_call=False):
+        save_adapter(self.model, output_dir)
+
+
+def save_adapter(model: PeftModel, folder: str | Path) -> None:
+    """The adapter alone, as safetensors; embeddings are frozen, and asking whether they changed would ask the hub."""
+    model.save_pretrained(folder, save_embedding_layers=False)
+
+
 @contextmanager
 def stop_on_interrupt() -> Iterator[threading.Event]:
-    """Inside, ■ (or Ctrl-C) sets the event instead of raising: the running step is finished and everything saved."""
-    asked = threading.Event()
+    """Inside, ■ (or Ctrl-C) and SIGTERM set the event instead of ending things: the running step is finished, everything saved.
+
+    A SIGTERM is delivered again on the way out, when the folder is in order.
+    """
+    asked, received = threading.Event(), []
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
-    before = signal.signal(signal.SIGINT, lambda *_: asked.set())
+
+    def note(number, frame):
+        received.append(number)
+        asked.set()
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield asked
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if signal.SIGTERM in received:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def _continue(run, settings, rows_hash: str, losses: list[float]) -> Path | None:
+    """The checkpoint to go on from, its losses put into `losses`; what was logged after it is forgotten."""
+    checkpoint = checkpoints.newest(run.folder)
+    if checkpoint:
+        checkpoints.require_same(checkpoint, settings, rows_hash)
+    step = checkpoints.step_of(checkpoint) if checkpoint else 0
+    losses += [record["loss"] for record in run.cut(step)]
+    print(f"going on after step {step}")
+    return checkpoint
 
 
 def finetune(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: datasets.Dataset, settings, run, report: Callable[[dict], None]
 ):
-    """Train the adapter on encoded rows, in the calling thread.
+    """Train the adapter on encoded rows, in the calling thread; a resumed run goes on after its newest good checkpoint.
 
     Args:
         model: what `attach_adapter` returned.
@@ -153,19 +196,21 @@ def finetune(
         report: called after each step with step, loss, learning_rate, tokens_per_s, seconds_left, …
 
     Returns:
-        A dictionary: `losses` (one a step), `seconds`, `tokens_per_s` (no padding counted), `stopped` (by ■),
-        `adapter` (folder); of the second step `held` (`ledger.Ledger`), `moved` (`activations.Moved`) and `shape` (rows,
-        tokens, tokens that train) of its largest pass, all None after a single step.
+        A dictionary: `losses` (one a step, those before a resume included), `seconds`, `tokens_per_s` (no padding counted),
+        `stopped` (by ■), `adapter` (folder); of the second step `held` (`ledger.Ledger`), `moved` (`activations.Moved`) and
+        `shape` (rows, tokens, tokens that train) of its largest pass, None where no second step was seen.
 
     Raises:
-        KitError: loss or gradient became NaN or infinite, or the GPU's memory ran out.
+        KitError: loss or gradient became NaN or infinite, the GPU's memory ran out, the run was started with other settings or
+            rows, or another process writes into its folder.
     """
     arguments = TrainingArguments(
         output_dir=str(run.folder / "checkpoints"),
         **settings.model_dump(include=TRAINERS_OWN),
         logging_steps=1,
         logging_nan_inf_filter=False,
-        save_strategy="no",
+        save_strategy="steps" if settings.save_steps else "no",
+        save_steps=settings.save_steps or 1,
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
@@ -196,10 +241,15 @@ def finetune(
             stack.enter_context(budget.out_of_memory_doctor(settings, model, lambda: trainer.optimizer))
             loss = stack.enter_context(objective.sliced_head(model, settings.loss_chunk)) if settings.loss_chunk else None
             stack.push(scale.weighing)
-            own = {"train_dataset": rows, "data_collator": collate, "compute_loss_func": loss, "callbacks": [watch, scale]}
-            trainer = Trainer(model=model, args=arguments, **own)
+            stack.enter_context(runs.sole_writer(run.folder))
+            stack.callback(lambda: stop.is_set() and run.finish("interrupted"))
+            rows_hash = checkpoints.fingerprint(rows)
+            checkpoint = _continue(run, settings, rows_hash, losses) if run.resumed else None
+            callbacks = [watch, scale, _Seal(settings, rows_hash)]
+            own = {"train_dataset": rows, "data_collator": collate, "compute_loss_func": loss, "callbacks": callbacks}
+            trainer = _Trainer(model=model, args=arguments, **own)
             trainer.remove_callback(PrinterCallback)  # it would print every step's numbers a second time
-            trainer.train()
+            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     except BaseException as error:  # the folder must say what became of the run
         run.finish("failed", error=f"{type(error).__name__}: {error}"[:500])
         raise
@@ -212,7 +262,7 @@ def finetune(
             remedy="lower learning_rate; on a GPU without bfloat16 choose a model trained in float16 (not pythia-1b)",
         )
     adapter = run.folder / "adapter"
-    model.save_pretrained(adapter, save_embedding_layers=False)  # they are frozen, and asking whether they changed asks the hub
+    save_adapter(model, adapter)
     seconds = time.perf_counter() - watch.started
     speed = sum(n_tokens) / seconds
     per_step = settings.gradient_accumulation_steps

@@ -1,0 +1,126 @@
+"""Checkpoints that can be trusted: sealed last, verified first, continued exactly.
+
+transformers' Trainer writes what an exact continuation needs: adapter, optimizer states, learning-rate schedule, random
+states, its own counters. What can go wrong is around it: a process killed while it writes, a file cut short, a run continued
+with other settings or other rows. So every checkpoint gets a *seal*, a file with the size and SHA-256 of every other file,
+written when all of them are there. A checkpoint without a seal, or one that disagrees with its seal, is left out and the
+reason is said. On the CPU a continued run ends with the same bits as one that was never stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from qlora_nb.engine.runs import Run, runs_root, status_of, write_atomically
+from qlora_nb.errors import KitError
+
+SEAL, KEEP = "seal.json", 2
+MAY_DIFFER = ("output_dir", "resume", "save_steps", "adapter", "prompts", "max_new_tokens", "temperature", "top_p", "fetch_ahead")
+"""Parameters that do not change what is trained."""
+
+
+def start(settings, notebook: str, say: Callable[[str], None] = print) -> Run:
+    """A new run, or with `resume` the one to go on with: "latest" is this profile's newest unfinished run with checkpoints.
+
+    Raises:
+        KitError: `resume` names a folder that is no unfinished run, or one that was started with other settings.
+    """
+    if settings.resume == "no":
+        return Run(settings, notebook)
+    if settings.resume == "latest":
+        folders = sorted(runs_root(settings).glob(f"{notebook}-*"), key=lambda f: f.stat().st_mtime, reverse=True)
+    else:
+        folders = [Path(settings.resume).expanduser()]
+    folder = next((f for f in folders if status_of(f) not in ("done", "running") and (f / "checkpoints").is_dir()), None)
+    if folder is None and settings.resume == "latest":
+        say("there is no unfinished run to go on with: a new one starts")
+        return Run(settings, notebook)
+    if folder is None:
+        raise KitError(
+            "this is no unfinished run", value=settings.resume, allowed="no, latest, or a run folder with checkpoints/"
+        )
+    if checkpoint := newest(folder, say=lambda text: None):
+        require_same(checkpoint, settings)
+    say(f"going on with {folder.name} ({status_of(folder)})")
+    return Run(settings, notebook, folder)
+
+
+def fingerprint(rows) -> str:
+    """A short hash of encoded training rows: their number and the tokens of some 256 of them."""
+    some = range(0, len(rows), 1 + len(rows) // 256)
+    return hashlib.sha256(json.dumps([len(rows), rows.select(some)["input_ids"][:]]).encode()).hexdigest()[:16]
+
+
+def seal(folder: Path, settings, rows_hash: str) -> None:
+    """Close a checkpoint that is complete, then remove all but the newest two."""
+    files = {f.name: [f.stat().st_size, _sha256(f)] for f in sorted(folder.iterdir())}
+    record = {"settings": settings.model_dump(), "rows": rows_hash, "files": files}
+    write_atomically(folder / SEAL, json.dumps(record, indent=1))
+    for old in _newest_first(folder.parent)[KEEP:]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def fault(folder: Path) -> str:
+    """Why a checkpoint cannot be used; empty if it is what was sealed."""
+    try:
+        files = json.loads((folder / SEAL).read_text())["files"]
+    except FileNotFoundError:
+        return "it has no seal: the run ended while it was being written"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "its seal cannot be read"
+    for name, (size, digest) in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, {size} were sealed"
+        if _sha256(path) != digest:
+            return f"{name} is damaged"
+    return ""
+
+
+def newest(run_folder: Path, say: Callable[[str], None] = print) -> Path | None:
+    """The newest checkpoint of a run that verifies; the reason is said for each one that does not. None if there is none."""
+    for folder in _newest_first(run_folder / "checkpoints"):
+        if reason := fault(folder):
+            say(f"{folder.name} is left out: {reason}")
+        else:
+            return folder
+    return None
+
+
+def require_same(folder: Path, settings, rows_hash: str | None = None) -> None:
+    """Refuse to go on with other settings or other rows than the checkpoint's.
+
+    Raises:
+        KitError: names every field that differs, with both values.
+    """
+    record, now = json.loads((folder / SEAL).read_text()), json.loads(settings.model_dump_json())
+    before = record["settings"] | {"training rows": record["rows"]}
+    now |= {"training rows": rows_hash} if rows_hash else {}
+    names = [k for k in now if k not in MAY_DIFFER and before.get(k) != now[k]]
+    if names:
+        differ = ", ".join(f"{k} was {before.get(k)}, is {now[k]}" for k in names)
+        raise KitError(
+            f"this run was started with something else: {differ}",
+            remedy='set these back, or start a new run with resume="no"',
+        )
+
+
+def step_of(folder: Path) -> int:
+    """The optimizer step a checkpoint was written after."""
+    return int(folder.name.rsplit("-", 1)[1])
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    found = [f for f in folder.glob("checkpoint-*") if f.name.rsplit("-", 1)[1].isdigit()]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,68 @@
+"""One training run of twelve steps in a process of its own, hurt as asked: `python resume_driver.py FOLDER RESUME HURT`.
+
+HURT is `none`, `int@7` (what ■ does, in step 7), `term@7`, `kill@7` (SIGKILL after step 7), `kill-in@7` (inside step 7),
+`kill-save@8` (half-way through writing the checkpoint of step 8), `full@8` (the disk is full then) or `oom@7`.
+Prints the losses and a hash of the adapter as JSON.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import sys
+
+import torch
+
+from qlora_nb.engine import checkpoints, data, models, training
+from qlora_nb.engine.profiles import validate
+
+SMALL = {"max_steps": 12, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "train_rows": 48, "max_length": 96}
+
+
+def main(folder: str, resume: str, hurt: str) -> None:
+    how, _, at = hurt.partition("@")
+    at = int(at or 0)
+    settings = validate({**SMALL, "lora_dropout": 0.1, "output_dir": folder, "save_steps": 4, "resume": resume, "eval_rows": 1})
+    tokenizer, model = models.load_tokenizer(settings), models.load_base(settings)
+    model = training.attach_adapter(model, settings)
+    rows = data.encode(data.load(settings)[0], tokenizer, settings)
+    run = checkpoints.start(settings, "06_resume")
+
+    def report(step: dict) -> None:
+        signals = {"int": signal.SIGINT, "term": signal.SIGTERM, "kill": signal.SIGKILL}
+        if step["step"] == at and how in signals:
+            os.kill(os.getpid(), signals[how])
+
+    calls = []
+    forward = model.get_base_model().forward
+
+    def hurt_inside(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2 * at:  # the second of the two passes of that step
+            if how == "kill-in":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if how == "oom":
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB. GPU 0 …")
+        return forward(*args, **kwargs)
+
+    model.get_base_model().forward = hurt_inside
+    save = training._Trainer._save_rng_state
+
+    def save_and_hurt(self, output_dir):
+        if self.state.global_step == at and how == "kill-save":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.state.global_step == at and how == "full":
+            raise OSError(28, "No space left on device")
+        return save(self, output_dir)
+
+    training._Trainer._save_rng_state = save_and_hurt
+    result = training.finetune(model, tokenizer, rows, settings, run, report)
+    weights = b"".join(p.detach().numpy().tobytes() for n, p in sorted(model.named_parameters()) if p.requires_grad)
+    run.finish("interrupted" if result["stopped"] else "done")
+    print(json.dumps({"losses": result["losses"], "adapter": hashlib.sha256(weights).hexdigest(), "folder": str(run.folder)}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,183 @@
+"""Never lose a run: hurt it in many ways, go on, and end with the same bits as a run that was never stopped."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qlora_nb.engine import checkpoints, runs
+from qlora_nb.engine.profiles import validate
+from qlora_nb.errors import KitError
+
+DRIVER = Path(__file__).parent / "resume_driver.py"
+SMALL = {"max_steps": 12, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "train_rows": 48, "max_length": 96}
+
+
+def drive(folder, resume="no", hurt="none"):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(DRIVER), str(folder), resume, hurt]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+
+
+def last(done):
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What an uninterrupted run ends with."""
+    return last(drive(tmp_path_factory.mktemp("whole")))
+
+
+def go_on(folder, whole):
+    """Continue the run in a folder and compare its end with the uninterrupted one's; returns what it said."""
+    run = next((folder / "tiny").iterdir())
+    again = drive(folder, "latest")
+    ended = last(again)
+    assert ended["losses"] == whole["losses"]
+    assert ended["adapter"] == whole["adapter"]
+    assert Path(ended["folder"]) == run
+    assert runs.status_of(run) == "done"
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == list(range(1, 13))
+    return again.stdout
+
+
+def newest_file(run, step, name):
+    return run / "checkpoints" / f"checkpoint-{step}" / name
+
+
+def cut(run):
+    path = newest_file(run, 8, "optimizer.pt")
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip(run):
+    path = newest_file(run, 8, "adapter_model.safetensors")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def lose(run):
+    newest_file(run, 8, "rng_state.pth").unlink()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("hurt", "status", "says"),
+    [
+        ("int@7", 0, "going on after step 7"),
+        ("term@7", -signal.SIGTERM, "going on after step 7"),
+        ("kill@7", -signal.SIGKILL, "going on after step 4"),
+        ("kill-in@7", -signal.SIGKILL, "going on after step 4"),
+        ("kill@2", -signal.SIGKILL, "going on after step 0"),
+        ("kill-save@8", -signal.SIGKILL, "checkpoint-8 is left out: it has no seal"),
+        ("full@8", 1, "going on after step 4"),
+        ("oom@7", 1, "going on after step 4"),
+    ],
+)
+def test_a_hurt_run_ends_as_if_nothing_had_happened(tmp_path, whole, hurt, status, says):
+    hurt_run = drive(tmp_path, hurt=hurt)
+    assert hurt_run.returncode == status, hurt_run.stderr[-1000:]
+    assert says in go_on(tmp_path, whole)
+
+
+@pytest.fixture(scope="module")
+def killed_late(tmp_path_factory):
+    """A run killed after step 10, with checkpoints of steps 4 and 8."""
+    folder = tmp_path_factory.mktemp("late")
+    assert drive(folder, hurt="kill@10").returncode == -signal.SIGKILL
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [(cut, "optimizer.pt has"), (flip, "adapter_model.safetensors is damaged"), (lose, "rng_state.pth is missing")],
+)
+def test_a_damaged_checkpoint_is_left_out_and_the_one_before_taken(tmp_path, whole, killed_late, damage, says):
+    shutil.copytree(killed_late / "tiny", tmp_path / "tiny")
+    damage(next((tmp_path / "tiny").iterdir()))
+    said = go_on(tmp_path, whole)
+    assert f"checkpoint-8 is left out: {says}" in said
+    assert "going on after step 4" in said
+
+
+@pytest.mark.slow
+def test_hurt_twice(tmp_path, whole):
+    assert drive(tmp_path, hurt="kill@6").returncode == -signal.SIGKILL
+    assert drive(tmp_path, "latest", "kill@9").returncode == -signal.SIGKILL
+    ended = last(drive(tmp_path, "latest"))
+    assert (ended["losses"], ended["adapter"]) == (whole["losses"], whole["adapter"])
+    assert len(list((tmp_path / "tiny").iterdir())) == 1
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A run that was killed after its checkpoint of step 4."""
+    folder = tmp_path_factory.mktemp("stopped")
+    drive(folder, hurt="kill@6")
+    return folder
+
+
+def settings_of(folder, **values):
+    return validate({**SMALL, "lora_dropout": 0.1, "output_dir": str(folder), "save_steps": 4, "eval_rows": 1, **values})
+
+
+def test_other_settings_are_refused_with_both_values(stopped, tmp_path):
+    shutil.copytree(stopped / "tiny", tmp_path / "tiny")
+    run = next((tmp_path / "tiny").iterdir())
+    before = (run / "manifest.json").read_text()
+    changed = settings_of(tmp_path, resume="latest", learning_rate=1e-3, r=4)
+    with pytest.raises(KitError, match=r"r was 8, is 4, learning_rate was 0.006, is 0.001"):
+        checkpoints.start(changed, "06_resume")
+    assert (run / "manifest.json").read_text() == before  # refused before anything was written
+    later = settings_of(tmp_path, resume="latest", save_steps=2, max_new_tokens=5)  # these do not change what is trained
+    assert checkpoints.start(later, "06_resume").resumed
+
+
+def test_other_rows_are_refused(stopped):
+    run = next((stopped / "tiny").iterdir())
+    folder = checkpoints.newest(run)
+    settings = settings_of(stopped)
+    with pytest.raises(KitError, match="training rows was"):
+        checkpoints.require_same(folder, settings, "0" * 16)
+
+
+def test_which_run_is_meant(stopped, tmp_path):
+    run = next((stopped / "tiny").iterdir())
+    assert runs.status_of(run) == "died"
+    with pytest.raises(KitError, match="no unfinished run"):
+        checkpoints.start(settings_of(stopped, resume=str(tmp_path)), "06_resume")
+    said = []
+    fresh = checkpoints.start(settings_of(tmp_path, resume="latest"), "06_resume", say=said.append)
+    assert not fresh.resumed
+    assert "a new one starts" in said[0]
+
+
+def test_one_writer_at_a_time(tmp_path):
+    with runs.sole_writer(tmp_path):
+        code = (
+            f"from qlora_nb.engine import runs; from pathlib import Path; runs.sole_writer(Path({str(tmp_path)!r})).__enter__()"
+        )
+        other = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60, check=False
+        )
+        assert other.returncode == 1
+        assert "another process writes into this run folder" in other.stderr
+    with runs.sole_writer(tmp_path):
+        pass
+
+
+def test_only_the_newest_two_checkpoints_stay(whole):
+    folders = sorted(p.name for p in (Path(whole["folder"]) / "checkpoints").iterdir())
+    assert folders == ["checkpoint-12", "checkpoint-8"]
+    assert all(not checkpoints.fault(Path(whole["folder"]) / "checkpoints" / name) for name in folders)
+    adapter = Path(whole["folder"]) / "checkpoints" / "checkpoint-12"
+    assert not [p for p in adapter.iterdir() if p.suffix in (".bin", ".pkl")]
