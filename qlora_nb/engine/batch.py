@@ -189,7 +189,8 @@ def _run_one(source: Path, folder: Path, outcome: Outcome, progress: Callable[[i
     finally:
         stop_tree(process.pid)
         outcome.exit_code, outcome.wall_s = process.poll(), round(time.time() - started, 1)
-        _hide_secrets(executed)
+        for path in (executed, results):
+            _hide_secrets(path)
         said = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if not _PROGRESS.search(line)]
         log.unlink()
     outcome.problems = _judge(outcome, executed, results, "\n".join(said).strip())

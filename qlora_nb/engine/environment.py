@@ -124,6 +124,12 @@ class Version:
         return ""
 
 
+def installed(package: str) -> str | None:
+    """A package's installed version; None if it is not there."""
+    with suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)
+
+
 def versions() -> list[Version]:
     """Every dependency in the kit's metadata with what is installed and loaded here."""
     found = []
@@ -131,12 +137,9 @@ def versions() -> list[Version]:
         requirement = Requirement(line)
         if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
             continue
-        installed = None
-        with suppress(importlib.metadata.PackageNotFoundError):
-            installed = importlib.metadata.version(requirement.name)
         loaded = getattr(sys.modules.get(requirement.name.replace("-", "_")), "__version__", None)
         loaded = loaded if isinstance(loaded, str) else None
-        found.append(Version(requirement.name, installed, str(requirement.specifier), loaded))
+        found.append(Version(requirement.name, installed(requirement.name), str(requirement.specifier), loaded))
     return found
 
 

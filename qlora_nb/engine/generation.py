@@ -152,7 +152,8 @@ def stream(
     thread.join()
     if failure:
         raise failure[0]
-    n_tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"]) + 1  # and the end token
+    n_tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    n_tokens += n_tokens < settings.max_new_tokens and not ending.is_set()  # and the end token, if it got that far
     yield Answer(text.strip(), n_tokens, first, time.perf_counter() - started)
 
 

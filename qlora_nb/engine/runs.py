@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import subprocess
@@ -18,7 +17,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from qlora_nb.engine.environment import machine
+from qlora_nb.engine.environment import installed, machine
 from qlora_nb.errors import KitError
 
 SCHEMA_VERSION = 1
@@ -113,7 +112,7 @@ class Run:
             "status": "running",
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "parameters": settings.model_dump(),
-            "versions": {p: _version(p) for p in PACKAGES},
+            "versions": {p: installed(p) for p in PACKAGES},
             "hardware": asdict(machine(self.folder)),
             "commit": _commit(),
             "pid": os.getpid(),
@@ -197,13 +196,6 @@ def latest_done(settings, notebook: str) -> Path | None:
     """The newest finished run of a notebook in this profile that left an adapter, or None."""
     folders = sorted(runs_root(settings).glob(f"{notebook}-*"), key=lambda f: f.stat().st_mtime, reverse=True)
     return next((f for f in folders if status_of(f) == "done" and (f / "adapter").is_dir()), None)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _commit() -> str | None:

@@ -7,7 +7,8 @@ what was measured. Topic checkers (`lora_checks`, `quant_checks`, `paging_checks
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+
+import numpy as np
 
 
 class Verdict(int):
@@ -52,30 +53,17 @@ def _plain(value):
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-def _shape(value) -> tuple[int, ...]:
-    shape = []
-    while isinstance(value, Sequence) and not isinstance(value, str):
-        shape.append(len(value))
-        value = value[0] if value else None
-    return tuple(shape)
-
-
-def _flat(value) -> list:
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [x for v in value for x in _flat(v)]
-    return [value]
-
-
 def _compare(got, want, tolerance: float) -> str | None:
     if isinstance(want, (str, bool)):
         return None if got == want else f"values wrong: {got!r} is not it"
-    if _shape(got) != _shape(want):
-        return f"shape wrong: yours is {_shape(got)}, needed is {_shape(want)}"
-    for i, (g, w) in enumerate(zip(_flat(got), _flat(want), strict=True)):
+    got, want = (np.array(value, dtype=object) for value in (got, want))  # of objects: a wrong kind can be named
+    if got.shape != want.shape:
+        return f"shape wrong: yours is {got.shape}, needed is {want.shape}"
+    for i, (g, w) in enumerate(zip(got.flat, want.flat)):
         if not isinstance(g, (int, float)) or isinstance(g, bool):
             return f"shape wrong: a number is needed, {g!r} is not one"
         if math.isnan(g) or abs(g - w) > tolerance * max(1.0, abs(w)):
-            where = f" at position {i}" if _shape(want) else ""
+            where = f" at position {i}" if want.shape else ""
             return f"values wrong{where}: {g:.6g} is {'too large' if g > w else 'too small' if g < w else 'not a number'}"
     return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 
 import numpy as np
 import torch
@@ -11,10 +12,12 @@ from matplotlib.patches import Rectangle
 
 from qlora_nb.engine.shapes import PYTHIA
 from qlora_nb.theory import lora
-from qlora_nb.ui.style import COLOURS, HATCHES, MARKERS, kit_style, new_figure
+from qlora_nb.ui.style import COLOURS, MARKERS, kit_style, log2_axis, look, new_figure
 from qlora_nb.ui.widgets import choice, choice_slider, explore
 
 LINES = ("-", "--", "-.", ":")
+SHADES = (COLOURS["LoRA"], COLOURS["16-bit"], COLOURS["other"])
+RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
 TARGETS = {"query_key_value": slice(0, 1), "attention": slice(0, 2), "feed-forward": slice(2, 4), "all-linear": slice(0, 4)}
 """Which of a block's four linear layers (shapes.gpt_neox) each choice of targets adapts."""
 
@@ -42,13 +45,8 @@ def plot_parts(n_in: int, n_out: int, r: int) -> Figure:
     for x, sign in ((n_in + gap / 2, "+"), (n_in + 1.5 * gap + thick, "·")):
         ax.text(x, -n_out / 2 if sign == "+" else -thick / 2, sign, ha="center", va="center", fontsize=22, fontweight="bold")
     share = 100 * lora.n_parameters(r, [(n_in, n_out)]) / (n_in * n_out)
-    ax.set(
-        xlim=(-0.02 * unit, 2 * n_in + 2 * gap + 1.5 * thick + 0.05 * unit),
-        ylim=(-n_out - 0.3 * unit, 0.03 * unit),
-        aspect="equal",
-        anchor="W",
-    )
-    ax.set_title(f"Two thin matrices hold {share:.2g} % as many numbers as W")
+    ax.set(xlim=(-0.02 * unit, 2 * n_in + 2 * gap + 1.5 * thick + 0.05 * unit), ylim=(-n_out - 0.3 * unit, 0.03 * unit))
+    ax.set(title=f"Two thin matrices hold {share:.2g} % as many numbers as W", aspect="equal", anchor="W")
     ax.axis("off")
     return fig
 
@@ -57,9 +55,8 @@ def plot_parts(n_in: int, n_out: int, r: int) -> Figure:
 def plot_losses(losses: Mapping[str, Sequence[float]], title: str) -> Figure:
     """Loss over steps, one line a way of starting A and B."""
     fig, ax = new_figure()
-    colours = [COLOURS["LoRA"], COLOURS["16-bit"], COLOURS["other"]]
-    for i, (name, values) in enumerate(losses.items()):
-        ax.plot(values, LINES[i % 4], label=name, color=colours[i % 3], linewidth=2)
+    for (name, values), colour, line in zip(losses.items(), cycle(SHADES), cycle(LINES)):
+        ax.plot(values, line, label=name, color=colour, linewidth=2)
     ax.set(title=title, xlabel="step (1)", ylabel="mean squared error (1)", ylim=(0, None))
     ax.legend()
     return fig
@@ -76,20 +73,18 @@ def plot_scales(ranks: Sequence[int], lora_alpha: float, n_in: int, seed: int = 
     """
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(64, n_in, generator=generator)
-    sizes: dict[str, list[float]] = {"no scale": [], "alpha / r (LoRA)": [], "alpha / √r (rsLoRA)": []}
+    sizes = []
     for r in ranks:
         a = (torch.rand(r, n_in, generator=generator) * 2 - 1) / n_in**0.5
         b = torch.randn(256, r, generator=generator) * 0.01
         raw = (x @ a.T @ b.T).std().item()
-        for name, factor in zip(sizes, (1, lora.scale(lora_alpha, r), lora.scale(lora_alpha, r, rslora=True))):
-            sizes[name].append(raw * factor)
+        sizes.append([raw, raw * lora.scale(lora_alpha, r), raw * lora.scale(lora_alpha, r, rslora=True)])
     fig, ax = new_figure()
-    colours = (COLOURS["other"], COLOURS["LoRA"], COLOURS["16-bit"])
-    for (name, values), colour, line, marker in zip(sizes.items(), colours, LINES, (".", MARKERS["LoRA"], "o")):
-        ax.plot(ranks, values, line, marker=marker, color=colour, label=name)
-    ax.set_xscale("log", base=2)
+    kinds = {"no scale": "other", "alpha / r (LoRA)": "LoRA", "alpha / √r (rsLoRA)": "16-bit"}
+    for (name, kind), values, line in zip(kinds.items(), zip(*sizes), LINES):
+        ax.plot(ranks, values, line, marker=MARKERS[kind], color=COLOURS[kind], label=name)
+    log2_axis(ax, ranks)
     ax.set_yscale("log")
-    ax.set_xticks(ranks, [str(r) for r in ranks])
     ax.set(title="At random B, LoRA's output shrinks as 1/√r; rsLoRA's stays", xlabel="rank r (1)", ylabel="output size (std)")
     ax.legend()
     return fig
@@ -104,20 +99,17 @@ def plot_captured(curves: Mapping[str, torch.Tensor], r: int) -> Figure:
         r: the rank to mark.
     """
     fig, ax = new_figure()
-    colours = (COLOURS["LoRA"], COLOURS["16-bit"], COLOURS["other"])
-    for (name, curve), colour, line in zip(curves.items(), colours, LINES):
+    for (name, curve), colour, line in zip(curves.items(), SHADES, LINES):
         ax.plot(range(1, len(curve) + 1), 100 * curve, line, color=colour, label=name, linewidth=2)
     first = next(iter(curves.values()))
     r = min(r, len(first))
-    ax.plot([r], [100 * first[r - 1]], MARKERS["LoRA"], color=COLOURS["LoRA"], markersize=11)
+    held = 100 * first[r - 1]
+    ax.plot([r], [held], MARKERS["LoRA"], color=COLOURS["LoRA"], markersize=11)
     ax.axvline(r, color=COLOURS["other"], linewidth=1, linestyle=":")
-    ax.set_xscale("log", base=2)
-    ticks = [2**i for i in range(14) if 2**i <= len(first)]
-    ax.set_xticks(ticks, [str(t) for t in ticks])
+    log2_axis(ax, [2**i for i in range(len(first).bit_length())])
     ax.set(
-        title=f"Rank {r} holds {100 * first[r - 1]:.0f} % of this update", xlabel="rank r (1)", ylabel="captured (% of energy)"
+        title=f"Rank {r} holds {held:.0f} % of this update", xlabel="rank r (1)", ylabel="captured (% of energy)", ylim=(0, 104)
     )
-    ax.set(ylim=(0, 104))
     ax.legend(loc="lower right")
     return fig
 
@@ -137,15 +129,12 @@ def plot_update(update: torch.Tensor, factors: tuple[torch.Tensor, torch.Tensor]
     corner, near = update[:size, :size], b[:size, :r] @ a[:r, :size]
     left = 100 * (b[:, r:] ** 2).sum().item() / (b**2).sum().item()
     fig, axes = new_figure(1, 3, figsize=(8.4, 3.2), layout=None, sharey=True)
-    for ax, part, title in zip(
-        axes, (corner, near, corner - near), ("update ΔW", f"best of rank {r}", f"left over: {left:.0f} %")
-    ):
+    parts = {"update ΔW": corner, f"best of rank {r}": near, f"left over: {left:.0f} %": corner - near}
+    for ax, (title, part) in zip(axes, parts.items()):
         image = ax.imshow(part.numpy(), cmap="RdBu", vmin=-2, vmax=2, interpolation="nearest")
-        ax.set_title(title)
-        ax.set(
-            xlabel="input (index)", ylabel="output (index)" if ax is axes[0] else "", xticks=[0, size // 2], yticks=[0, size // 2]
-        )
+        ax.set(title=title, xlabel="input (index)", xticks=[0, size // 2], yticks=[0, size // 2])
         ax.grid(visible=False)
+    axes[0].set_ylabel("output (index)")
     fig.subplots_adjust(left=0.07, right=0.88, wspace=0.2)
     fig.colorbar(image, cax=fig.add_axes((0.9, 0.15, 0.015, 0.68)), label="change (std of ΔW)")
     return fig
@@ -153,15 +142,14 @@ def plot_update(update: torch.Tensor, factors: tuple[torch.Tensor, torch.Tensor]
 
 def explore_update(update: torch.Tensor, factors: tuple[torch.Tensor, torch.Tensor], r: int):
     """`plot_update` under a slider over the rank."""
-    ranks = sorted({1, 2, 4, 8, 16, 32, 64, 128, r})
-    return explore(lambda r: plot_update(update, factors, r), r=choice_slider("rank r", ranks, r))
+    return explore(lambda r: plot_update(update, factors, r), r=choice_slider("rank r", sorted({*RANKS, r}), r))
 
 
 def explore_counts(r: int, pythia: str):
     """`plot_counts` under controls for rank, targets and size."""
     return explore(
         plot_counts,
-        r=choice_slider("rank r", sorted({1, 2, 4, 8, 16, 32, 64, 128, r}), r),
+        r=choice_slider("rank r", sorted({*RANKS, r}), r),
         targets=choice("targets", list(TARGETS), "all-linear"),
         highlight=choice("Pythia", list(PYTHIA), pythia),
     )
@@ -185,14 +173,13 @@ def plot_counts(r: int, targets: str = "all-linear", highlight: str = "12b") -> 
     fig, ax = new_figure(figsize=(8.4, 3.8), layout=None)
     fig.subplots_adjust(left=0.08, right=0.99, bottom=0.14, top=0.92)
     sizes = list(PYTHIA)
-    kinds = [("query_key_value", "other"), (targets, "LoRA")]
-    kinds = kinds[1:] if targets == "query_key_value" else kinds
+    kinds = {"query_key_value": "other"} | {targets: "LoRA"}
     width = 0.8 / len(kinds)
-    for k, (kind, colour) in enumerate(kinds):
+    for k, (kind, colour) in enumerate(kinds.items()):
         shares = [100 * count(s, r, kind) / PYTHIA[s].n_parameters for s in sizes]
         x = np.arange(len(sizes)) + (k - (len(kinds) - 1) / 2) * width
         name = f"{kind} (PEFT's default)" if kind == "query_key_value" else kind
-        bars = ax.bar(x, shares, width, color=COLOURS[colour], hatch=HATCHES[colour], edgecolor="white", label=name)
+        bars = ax.bar(x, shares, width, **look(colour), label=name)
         ax.bar_label(bars, [f"{s:.2g}" for s in shares], fontsize=8)
     trained = count(highlight, r, targets)
     share = 100 * trained / PYTHIA[highlight].n_parameters

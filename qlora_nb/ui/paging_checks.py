@@ -22,9 +22,8 @@ def check_paged(answer: object) -> bool:
     """Exercise 1: which states of pythia-12b's dense_h_to_4h (5120 → 20480) are paged at r = 16: [lora_A, lora_B]."""
     want = [int(paging.is_paged(16 * 5120)), int(paging.is_paged(16 * 20480))]
     given = [int(v) if isinstance(v, bool) else v for v in answer] if isinstance(answer, (list, tuple)) else answer
-    return verdict(
-        given, want, "[lora_A, lora_B] paged", "lora_A has r · in elements, lora_B has out · r; the rule is 100,000 elements"
-    )
+    hint = "lora_A has r · in elements, lora_B has out · r; the rule is 100,000 elements"
+    return verdict(given, want, "[lora_A, lora_B] paged", hint)
 
 
 def check_bytes_8bit(answer: object) -> bool:
@@ -36,6 +35,4 @@ def check_bytes_8bit(answer: object) -> bool:
 def check_overflow(answer: object) -> bool:
     """Exercise 4: seconds to push 1.2 · 10^9 bytes out and bring them back over a bus of 12 · 10^9 bytes a second."""
     want = paging.StepRecord(0, survived=True, bytes_in=1_200_000_000, bytes_out=1_200_000_000).seconds(12)
-    return verdict(
-        answer, want, "seconds", "the pages travel twice: out for the spike, and back for the optimizer", tolerance=1e-6
-    )
+    return verdict(answer, want, "seconds", "the pages travel twice: out for the spike, and back for the optimizer")

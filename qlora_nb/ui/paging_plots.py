@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from qlora_nb.engine import ledger
 from qlora_nb.engine.shapes import PYTHIA
 from qlora_nb.theory import paging
-from qlora_nb.ui.style import COLOURS, HATCHES, MARKERS, kit_style, new_figure
+from qlora_nb.ui.style import COLOURS, MARKERS, kit_style, look, new_figure, stacked_bars
 from qlora_nb.ui.widgets import choice, choice_slider, explore, float_slider
 
 GIB = ledger.GIB
@@ -44,32 +44,30 @@ def plot_step(pythia: str, r: int, tokens: int, gpu_gib: float, bits: int = 32) 
     """
     moments = step_of(pythia, r, tokens, bits)
     totals = [m.total / GIB for m in moments]
-    peak = int(np.argmax(totals))
+    highest = max(totals)
     fig, ax = new_figure(figsize=(8.8, 4.2))
     floor = np.zeros(len(moments))
     for name, (colour, hatch) in PARTS.items():
         height = np.array([m.parts[name] / GIB for m in moments])
-        look = {"facecolor": COLOURS[colour], "hatch": hatch, "edgecolor": "white", "lw": 0, "step": "mid"}
-        ax.fill_between(range(len(moments)), floor, floor + height, **look, label=name)
+        drawn = {"facecolor": COLOURS[colour], "hatch": hatch, "edgecolor": "white", "lw": 0, "step": "mid"}
+        ax.fill_between(range(len(moments)), floor, floor + height, **drawn, label=name)
         floor += height
     ax.axhline(gpu_gib, color="black", linewidth=1.5, linestyle="--")
-    top = max(1.02 * max(totals), 1.02 * gpu_gib if gpu_gib < 1.5 * max(totals) else 0)
+    top = 1.02 * max(highest, gpu_gib if gpu_gib < 1.5 * highest else 0)
     if gpu_gib < top:
         box = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8}
         ax.annotate(f"card {gpu_gib:g} GiB", (0, gpu_gib), xytext=(0, 3), textcoords="offset points", fontsize=9, bbox=box)
     weights = moments[0].parts["frozen weights"] / GIB
-    floor_gib = 0.9 * min(weights, gpu_gib) if weights > 0.5 * max(totals) else 0.0
+    floor_gib = 0.9 * min(weights, gpu_gib) if weights > 0.5 * highest else 0.0
     ax.set(xlim=(-0.5, len(moments) - 0.5), ylim=(floor_gib, floor_gib + 1.1 * (top - floor_gib)))
     names = [m.phase for m in moments]
-    starts = [names.index(p) for p in ("forward", "loss", "backward", "optimizer")]
-    for start in starts[1:]:
-        ax.axvline(start - 0.5, color="black", linewidth=0.6, linestyle=":")
+    for phase in ("loss", "backward", "optimizer"):
+        ax.axvline(names.index(phase) - 0.5, color="black", linewidth=0.6, linestyle=":")
     n = names.count("forward")
     ax.set_xticks([n / 2 - 0.5, n, n + 0.5 + n / 2, 2 * n + 1], ["forward", "loss ", "backward", "  optimizer"])
-    fits = "fits" if totals[peak] <= gpu_gib else "does not fit"
-    ax.set_title(
-        f"pythia-{pythia}, r = {r}, {tokens:,} tokens: peak {totals[peak]:.2f} GiB ({names[peak]}), {fits} {gpu_gib:g} GiB"
-    )
+    peak = f"peak {highest:.2f} GiB ({names[int(np.argmax(totals))]})"
+    fits = "fits" if highest <= gpu_gib else "does not fit"
+    ax.set_title(f"pythia-{pythia}, r = {r}, {tokens:,} tokens: {peak}, {fits} {gpu_gib:g} GiB")
     ax.set(xlabel="one step (layer by layer)", ylabel="memory (GiB)" + (", axis cut" if floor_gib else ""))
     handles, labels = ax.get_legend_handles_labels()
     ax.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
@@ -78,11 +76,8 @@ def plot_step(pythia: str, r: int, tokens: int, gpu_gib: float, bits: int = 32) 
 
 def paged_shares(ranks: Sequence[int], bits: int = 32) -> np.ndarray:
     """(sizes, ranks) share of the optimizer-state bytes that bitsandbytes would page on CUDA."""
-    rows = []
-    for size in PYTHIA:
-        splits = [ledger.state_split(size, r, bits) for r in ranks]
-        rows.append([paged / (paged + fixed) for paged, fixed in splits])
-    return np.array(rows)
+    splits = np.array([[ledger.state_split(size, r, bits) for r in ranks] for size in PYTHIA])
+    return splits[..., 0] / splits.sum(axis=-1)
 
 
 @kit_style()
@@ -92,9 +87,8 @@ def plot_paged_share(ranks: Sequence[int], pythia: str, r: int, bits: int = 32) 
     paged, fixed = ledger.state_split(pythia, r, bits)
     fig, ax = new_figure(figsize=(7.6, 4.4))
     ax.imshow(shares, cmap="PuRd", vmin=0, vmax=130, aspect="auto")
-    for i, row in enumerate(shares):
-        for j, share in enumerate(row):
-            ax.text(j, i, f"{share:.0f}", ha="center", va="center", color="white" if share > 70 else "black")
+    for (i, j), share in np.ndenumerate(shares):
+        ax.text(j, i, f"{share:.0f}", ha="center", va="center", color="white" if share > 70 else "black")
     if r in ranks:
         x, y = list(ranks).index(r) - 0.5, list(PYTHIA).index(pythia) - 0.5
         ax.plot([x, x + 1, x + 1, x, x], [y, y, y + 1, y + 1, y], color="black", linewidth=2.5)
@@ -123,39 +117,30 @@ def plot_run(pythia: str, r: int, usual: int, spike: int, *, gpu_gib: float, gb_
     """
     steps = run_of(pythia, r, usual, spike)
     plain, paged = (paging.simulate(steps, int(gpu_gib * GIB), paging=p) for p in (False, True))
-    wanted = [max(m.total for m in paging.step_timeline(s)) / GIB for s in steps]
+    wanted = np.array([max(m.total for m in paging.step_timeline(s)) / GIB for s in steps])
+    states = np.array([s.paged / GIB for s in steps])
     fig, (left, right) = new_figure(1, 2, figsize=(9.0, 3.8), layout=None)
     fig.subplots_adjust(left=0.08, right=0.99, bottom=0.14, top=0.92, wspace=0.22)
     x = np.arange(len(steps)) + 1
-    left.bar(x, wanted, color=COLOURS["other"], edgecolor="white", label="wanted at the peak")
-    state = [s.paged / GIB for s in steps]
-    floor = np.array(wanted) - state
-    left.bar(x, state, bottom=floor, color=COLOURS["optimizer"], edgecolor="white", label="of it states that can be paged")
+    left.bar(x, wanted, **look("other", ""), label="wanted at the peak")
+    left.bar(x, states, bottom=wanted - states, **look("optimizer", ""), label="of it states that can be paged")
     left.axhline(gpu_gib, color="black", linestyle="--", label=f"card {gpu_gib:.2f} GiB")
     low, high = min(*wanted, gpu_gib), max(*wanted, gpu_gib)
-    floor = max(0.0, low - max(2 * max(state), high - low, 0.05 * high))
-    left.set(
-        ylim=(floor, high + 0.55 * (high - floor)), xlabel="step (1)", ylabel="memory (GiB)" + (", axis cut" if floor else "")
-    )
-    left.legend(fontsize=8, loc="upper left")
-    dead = [i for i, record in enumerate(plain) if not record.survived]
-    stop = [i for i, record in enumerate(paged) if not record.survived]
+    floor = max(0.0, low - max(2 * max(states), high - low, 0.05 * high))
+    left.set(ylim=(floor, high + 0.55 * (high - floor)), ylabel="memory (GiB)" + (", axis cut" if floor else ""))
     moved_in, moved_out = ([getattr(record, k) / 2**20 for record in paged] for k in ("bytes_in", "bytes_out"))
     xs = x[: len(paged)]
-    right.bar(xs - 0.2, moved_out, 0.4, color=COLOURS["optimizer"], hatch="//", edgecolor="white", label="to RAM (evicted)")
-    right.bar(xs + 0.2, moved_in, 0.4, color=COLOURS["NF4"], edgecolor="white", label="to the card (faults)")
+    right.bar(xs - 0.2, moved_out, 0.4, **look("optimizer", "//"), label="to RAM (evicted)")
+    right.bar(xs + 0.2, moved_in, 0.4, **look("NF4"), label="to the card (faults)")
+    right.set(xlim=(0.4, len(steps) + 0.6), ylim=(0, 1.5 * max(*moved_in, *moved_out, 1)), ylabel="moved (MiB)")
     seconds = max(record.seconds(gb_per_s) for record in paged)
-    right.set(
-        xlim=(0.4, len(steps) + 0.6), ylim=(0, 1.5 * max(*moved_in, *moved_out, 1)), xlabel="step (1)", ylabel="moved (MiB)"
-    )
-    right.legend(fontsize=8, loc="upper left")
-    without = f"Not paged: out of memory in step {dead[0] + 1}" if dead else "Not paged: survives"
-    left.set_title(without, fontsize=11)
-    for ax in (left, right):  # few ticks: text is what takes time in a redraw
-        ax.locator_params(axis="y", nbins=5)
-        ax.set_xticks(x)
-    with_paging = f"Paged: out of memory in step {stop[0] + 1}" if stop else f"Paged: survives, {seconds:.2g} s for the transfers"
-    right.set_title(with_paging, fontsize=11)
+    survives = {"Not paged": "survives", "Paged": f"survives, {seconds:.2g} s for the transfers"}
+    for ax, records, (way, well) in zip((left, right), (plain, paged), survives.items()):
+        end = well if records[-1].survived else f"out of memory in step {len(records)}"  # the record after it is not made
+        ax.set_title(f"{way}: {end}", fontsize=11)
+        ax.legend(fontsize=8, loc="upper left")
+        ax.locator_params(axis="y", nbins=5)  # few ticks: text is what takes time in a redraw
+        ax.set(xticks=x, xlabel="step (1)")
     return fig
 
 
@@ -178,10 +163,8 @@ def plot_thrashing(n_pages: int, state_gib: float, gb_per_s: float) -> Figure:
         state_gib: what they hold (GiB).
         gb_per_s: bandwidth (10^9 bytes a second).
     """
-    rooms = sorted(
-        {max(1, round(f * n_pages / 20)) for f in range(1, 21)} | {n_pages - 1, n_pages, n_pages + max(1, n_pages // 10)}
-    )
-    rooms = [room for room in rooms if room > 0]
+    near = {n_pages - 1, n_pages, n_pages + max(1, n_pages // 10)}
+    rooms = sorted({max(1, round(f * n_pages / 20)) for f in range(1, 21)} | near - {0})
     moved = [sweep_moved(n_pages, room) / n_pages * state_gib for room in rooms]
     least = [2 * max(0, n_pages - room) / n_pages * state_gib for room in rooms]
     fig, ax = new_figure()
@@ -205,21 +188,11 @@ def plot_state_bytes(measured: dict[str, dict[str, int]]) -> Figure:
     """
     kinds = list(dict.fromkeys(kind for parts in measured.values() for kind in parts))
     fig, ax = new_figure(figsize=(8.0, 3.2))
-    left = np.zeros(len(measured))
-    shades = zip(kinds, ("optimizer", "other", "16-bit"), (HATCHES["optimizer"], "//", ""))
-    for kind, colour, hatch in shades:
-        width = np.array([parts.get(kind, 0) / 2**20 for parts in measured.values()])
-        ax.barh(list(measured), width, left=left, color=COLOURS[colour], hatch=hatch, edgecolor="white", label=kind)
-        left += width
-    for y, total in enumerate(left):
+    totals = stacked_bars(ax, measured, dict(zip(kinds, (look("optimizer"), look("other", "//"), look("16-bit")))), 2**20)
+    for y, total in enumerate(totals):
         ax.text(total, y, f" {total:.2f} MiB", va="center")
-    ratio = max(left) / min(left)
-    ax.set(
-        title=f"8-bit states are {ratio:.2f} times smaller, scales counted",
-        xlabel="states of one block (MiB)",
-        xlim=(0, 1.2 * max(left)),
-    )
-    ax.set_ylabel("optimizer (name)")
+    ax.set(title=f"8-bit states are {max(totals) / min(totals):.2f} times smaller, scales counted")
+    ax.set(xlabel="states of one block (MiB)", ylabel="optimizer (name)", xlim=(0, 1.2 * max(totals)))
     ax.invert_yaxis()
     ax.legend(loc="lower right")
     return fig

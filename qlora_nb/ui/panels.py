@@ -6,24 +6,18 @@ model says can run in the page. Work started by a button runs in one worker thre
 
 from __future__ import annotations
 
-import io
 import threading
 import time
 
 import ipywidgets as W
+from IPython.core.pylabtools import print_figure
 from IPython.display import display
 
 from qlora_nb.engine import budget, generation
 from qlora_nb.engine.shapes import PYTHIA
 from qlora_nb.errors import KitError
 from qlora_nb.ui import training_plots
-from qlora_nb.ui.widgets import LABEL, WIDE
-
-
-def _png(figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=80)
-    return buffer.getvalue()
+from qlora_nb.ui.widgets import CONTROL, LABEL, choice, choice_slider
 
 
 class LiveTraining:
@@ -33,7 +27,7 @@ class LiveTraining:
     """
 
     def __init__(self, max_steps: int, n_lines: int = 8, redraw_s: float = 2.0):
-        self.bar = W.FloatProgress(0, min=0, max=max_steps, description="training", style=LABEL, layout=WIDE)
+        self.bar = W.FloatProgress(0, min=0, max=max_steps, description="training", **CONTROL)
         self.text = W.Label("waiting for the first step")
         self.curve = W.Image(format="png", layout=W.Layout(max_width="700px", display="none"))
         self.box = W.VBox([self.bar, self.text, self.curve])
@@ -51,7 +45,7 @@ class LiveTraining:
         if step["step"] % self.every == 0 or last:
             print(line)
         if last or time.perf_counter() - self.drawn > self.redraw_s:
-            self.curve.value = _png(training_plots.loss_curve(self.losses))
+            self.curve.value = print_figure(training_plots.loss_curve(self.losses), bbox_inches=None, dpi=80)
             self.curve.layout.display = "block"
             self.drawn = time.perf_counter()
 
@@ -83,13 +77,8 @@ def planner(settings, gpu_gib: float | None = None, notebook: str = "06_finetune
         "loss_chunk": sorted({0, 128, settings.loss_chunk}),
     }
     start = settings.model_dump() | {"gpu_gib": gpu_gib}
-    controls = {
-        name: (W.SelectionSlider if name in ("gpu_gib", "r", "max_length") else W.Dropdown)(
-            options=options, value=start[name], description=name, style=LABEL, layout=WIDE
-        )
-        for name, options in choices.items()
-        if len(options) > 1
-    }
+    kinds = dict.fromkeys(choices, choice) | dict.fromkeys(("gpu_gib", "r", "max_length"), choice_slider)
+    controls = {name: kinds[name](name, options, start[name]) for name, options in choices.items() if len(options) > 1}
     advice = W.Textarea(description="advice", disabled=True, layout=W.Layout(width="95%", height="6em"), style=LABEL)
 
     def redraw(gpu_gib=gpu_gib, **values):
@@ -99,9 +88,6 @@ def planner(settings, gpu_gib: float | None = None, notebook: str = "06_finetune
         display(figure)
         return figure
 
-    for control in controls.values():
-        if hasattr(control, "continuous_update"):
-            control.continuous_update = False
     picture = W.interactive_output(redraw, controls)
     box = W.VBox([*controls.values(), advice, picture])
     box.redraw, box.controls, box.advice = redraw, controls, advice  # for the tests, which drive every control to both ends
@@ -120,26 +106,15 @@ class SideBySide:
         self.prompt = W.Textarea(settings.prompts[0], description="prompt", layout=wide, style=LABEL)
         self.ask = W.Button(description="Ask both", button_style="primary", icon="play")
         self.stop_button = W.Button(description="Stop", icon="stop", disabled=True)
-        self.temperature = W.FloatSlider(
-            settings.temperature, min=0, max=2, step=0.1, description="temperature (0 is greedy)", style=LABEL, layout=WIDE
-        )
+        name = "temperature (0 is greedy)"
+        self.temperature = W.FloatSlider(settings.temperature, min=0, max=2, step=0.1, description=name, **CONTROL)
         self.note = W.Label("first line: the instruction; the rest: the input")
-        half = W.Layout(width="99%", height="8em")
-        self.answers = {name: W.Textarea(disabled=True, layout=half, placeholder="no answer yet") for name in ("base", "tuned")}
+        tall, half = W.Layout(width="99%", height="8em"), W.Layout(width="48%")
+        self.answers = {name: W.Textarea(disabled=True, layout=tall, placeholder="no answer yet") for name in ("base", "tuned")}
         self.costs = {name: W.Label("") for name in self.answers}
-        sides = [
-            W.VBox([W.Label(f"{name} model"), self.answers[name], self.costs[name]], layout=W.Layout(width="48%"))
-            for name in self.answers
-        ]
-        self.box = W.VBox(
-            [
-                self.prompt,
-                self.temperature,
-                W.HBox([self.ask, self.stop_button]),
-                self.note,
-                W.HBox(sides, layout=W.Layout(width="97%")),
-            ]
-        )
+        sides = [W.VBox([W.Label(f"{name} model"), box, self.costs[name]], layout=half) for name, box in self.answers.items()]
+        buttons, both = W.HBox([self.ask, self.stop_button]), W.HBox(sides, layout=W.Layout(width="97%"))
+        self.box = W.VBox([self.prompt, self.temperature, buttons, self.note, both])
         self.stopping, self.worker = threading.Event(), None
         self.ask.on_click(lambda _: self.start())
         self.stop_button.on_click(lambda _: self.stopping.set())
@@ -162,11 +137,8 @@ class SideBySide:
                 box.value = self.costs[name].value = ""
                 for said in generation.stream(self.model, self.tokenizer, row, settings, name == "tuned", self.stopping):
                     box.value = said.text
-                self.costs[
-                    name
-                ].value = (
-                    f"{said.n_tokens} tokens · first after {1000 * said.first_token_s:.0f} ms · {said.tokens_per_s:.0f} tokens/s"
-                )
+                cost = f"{said.n_tokens} tokens · first after {1000 * said.first_token_s:.0f} ms"
+                self.costs[name].value = f"{cost} · {said.tokens_per_s:.0f} tokens/s"
                 if self.stopping.is_set():
                     break
             self.note.value = "stopped" if self.stopping.is_set() else "done"

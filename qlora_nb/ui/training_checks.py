@@ -50,6 +50,5 @@ def check_kept_by_top_p(stub, probabilities: list[float], top_p: float) -> bool:
         kept, total = kept + 1, total + p
         if total >= top_p:
             break
-    return verdict(
-        stub, kept, "tokens kept", "add the largest probabilities until top_p is reached; the one that reaches it stays"
-    )
+    hint = "add the largest probabilities until top_p is reached; the one that reaches it stays"
+    return verdict(stub, kept, "tokens kept", hint)

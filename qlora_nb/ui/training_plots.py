@@ -9,20 +9,20 @@ from matplotlib.figure import Figure
 from qlora_nb.engine import budget as memory
 from qlora_nb.engine import ledger
 from qlora_nb.engine.environment import GIB
-from qlora_nb.ui.style import COLOURS, kit_style, look, new_figure
+from qlora_nb.ui.style import COLOURS, kit_style, look, new_figure, stacked_bars
 
-_PARTS = (
-    ("4-bit weights", "NF4", "", (ledger.CODES,)),
-    ("scales", "NF4+DQ", "xx", (ledger.SCALES, ledger.NESTED, ledger.TABLES)),
-    ("unquantized rest", "16-bit", "", (ledger.LINEARS, ledger.EMBEDDINGS, ledger.SMALL, ledger.BUFFERS)),
-    ("LoRA weights", "LoRA", "", (ledger.LORA,)),
-    ("gradients", "LoRA", "..", (ledger.GRADIENTS,)),
-    ("optimizer states", "optimizer", "++", (ledger.STATES,)),
-    ("kept for the backward pass", "INT4", "//", (memory.KEPT,)),
-    ("working memory", "FP4", "\\\\", (memory.WORK,)),
-    ("key-value cache", "NF4+DQ", "//", (memory.CACHE,)),
-    ("CUDA itself (assumed)", "other", "--", (memory.CUDA,)),
-)
+_PARTS = {
+    "4-bit weights": (look("NF4"), (ledger.CODES,)),
+    "scales": (look("NF4+DQ"), (ledger.SCALES, ledger.NESTED, ledger.TABLES)),
+    "unquantized rest": (look("16-bit"), (ledger.LINEARS, ledger.EMBEDDINGS, ledger.SMALL, ledger.BUFFERS)),
+    "LoRA weights": (look("LoRA", ""), (ledger.LORA,)),
+    "gradients": (look("LoRA"), (ledger.GRADIENTS,)),
+    "optimizer states": (look("optimizer"), (ledger.STATES,)),
+    "kept for the backward pass": (look("INT4"), (memory.KEPT,)),
+    "working memory": (look("FP4"), (memory.WORK,)),
+    "key-value cache": (look("NF4+DQ", "//"), (memory.CACHE,)),
+    "CUDA itself (assumed)": (look("other"), (memory.CUDA,)),
+}
 
 
 @kit_style()
@@ -37,15 +37,13 @@ def budget(ledgers: dict[str, ledger.Ledger], limit_gib: float | None = None) ->
     top = ledgers[largest].total_bytes
     scale, unit = (GIB, "GiB") if top > 0.5 * GIB else (2**20, "MiB")
     fig, ax = new_figure(figsize=(8.4, 1.9 + 0.45 * len(ledgers)))
-    for label, meaning, hatch, names in _PARTS:
-        widths = [found.sum(names) / scale for found in ledgers.values()]
-        if any(widths):
-            before = [sum(found.sum(n) for *_, n in _PARTS[: [p[0] for p in _PARTS].index(label)]) for found in ledgers.values()]
-            ax.barh(list(ledgers), widths, left=[b / scale for b in before], **look(meaning, hatch), label=label)
+    rows = {row: {part: found.sum(names) for part, (_, names) in _PARTS.items()} for row, found in ledgers.items()}
+    there = {part: drawn for part, (drawn, _) in _PARTS.items() if any(parts[part] for parts in rows.values())}
+    stacked_bars(ax, rows, there, scale)
     for row, found in enumerate(ledgers.values()):
         ax.text(found.total_bytes / scale, row, f" {found.total_bytes / scale:.2f}", va="center")
     if limit_gib is None:
-        parts = {label: ledgers[largest].sum(names) for label, *_, names in _PARTS}
+        parts = rows[largest]
         first = max(parts, key=parts.get)
         title = f"The largest part: {first}, {100 * parts[first] / top:.0f} % of {top / scale:.2f} {unit}"
     else:
@@ -82,16 +80,14 @@ def loss_curve(losses: list[float], before: float | None = None, after: float | 
     window = max(1, len(losses) // 10)
     mean = [sum(losses[max(0, i - window) : i]) / len(losses[max(0, i - window) : i]) for i in steps]
     ax.plot(steps, mean, color=COLOURS["LoRA"], linewidth=2.2, label=f"mean of the last {window} steps")
-    for value, label, marker in ((before, "held-out, before", "o"), (after, "held-out, after", "D")):
+    title = f"Training loss after {len(losses)} steps: {mean[-1] if mean else float('nan'):.2f} nats"
+    for at, value, label, marker in ((0, before, "before", "o"), (len(losses) + 1, after, "after", "D")):
         if value is not None:
-            at = 0 if label.endswith("before") else len(losses) + 1
-            ax.plot(at, value, marker, color=COLOURS["NF4"], markersize=8, label=f"{label}: {value:.2f}")
-    ax.set(xlabel="optimizer step", ylabel="loss (nats per answer token)")
-    ax.set_ylim(bottom=0)
+            ax.plot(at, value, marker, color=COLOURS["NF4"], markersize=8, label=f"held-out, {label}: {value:.2f}")
     if before is not None and after is not None:
-        ax.set_title(f"Held-out loss goes from {before:.2f} to {after:.2f} nats")
-    else:
-        ax.set_title(f"Training loss after {len(losses)} steps: {mean[-1] if mean else float('nan'):.2f} nats")
+        title = f"Held-out loss goes from {before:.2f} to {after:.2f} nats"
+    ax.set(title=title, xlabel="optimizer step", ylabel="loss (nats per answer token)")
+    ax.set_ylim(bottom=0)
     ax.legend()
     return fig
 
@@ -100,15 +96,13 @@ def loss_curve(losses: list[float], before: float | None = None, after: float | 
 def scores(results: dict[str, dict[str, float]]) -> Figure:
     """Exact match by kind of question for several answerers (label → {kind: share}), "all" first."""
     kinds = list(next(iter(results.values())))
-    looks = [("other", ""), ("INT4", "//"), ("16-bit", ".."), ("LoRA", "")]
+    looks = [look("other", ""), look("INT4"), look("16-bit", ".."), look("LoRA", "")]
     fig, ax = new_figure(figsize=(8, 3.6))
     width = 0.8 / len(results)
     for i, (label, result) in enumerate(results.items()):
-        colour, hatch = looks[i % len(looks)]
         x = [k + (i - (len(results) - 1) / 2) * width for k in range(len(kinds))]
-        ax.bar(x, [100 * result[k] for k in kinds], width, **look(colour, hatch), label=label)
-    ax.set_xticks(range(len(kinds)), kinds)
-    ax.set(ylabel="exact match (%)", ylim=(0, 105))
+        ax.bar(x, [100 * result[k] for k in kinds], width, **looks[i % len(looks)], label=label)
+    ax.set(ylabel="exact match (%)", ylim=(0, 105), xticks=range(len(kinds)), xticklabels=kinds)
     last = list(results)[-1]
     ax.set_title(f"{last}: {100 * results[last]['all']:.0f} % of held-out answers exactly right")
     fig.legend(loc="outside lower center", ncols=len(results))
@@ -130,18 +124,13 @@ def label_mask(tokens: list[str], trains: list[bool]) -> str:
 def speeds(answers: dict[str, list]) -> Figure:
     """Time to the first token and tokens a second, for each answerer (label → list of `generation.Answer`)."""
     fig, axes = new_figure(1, 2, figsize=(8, 2.6))
-    looks = [("other", ""), ("LoRA", "..")]
-    for ax, label, pick in (
-        (axes[0], "time to first token (ms)", lambda a: 1000 * a.first_token_s),
-        (axes[1], "speed (tokens/s)", lambda a: a.tokens_per_s),
-    ):
+    shown = {"time to first token (ms)": lambda a: 1000 * a.first_token_s, "speed (tokens/s)": lambda a: a.tokens_per_s}
+    for ax, (label, pick) in zip(axes, shown.items()):
         for i, said in enumerate(answers.values()):
-            values = sorted(pick(a) for a in said)
-            colour, hatch = looks[i % 2]
-            ax.barh(i, values[len(values) // 2], **look(colour, hatch))
-            ax.text(values[len(values) // 2], i, f" {values[len(values) // 2]:.0f}", va="center")
-        ax.set_yticks(range(len(answers)), list(answers))
-        ax.set_xlabel(label)
+            middle = sorted(map(pick, said))[len(said) // 2]
+            ax.barh(i, middle, **look("LoRA" if i % 2 else "other", ".." if i % 2 else ""))
+            ax.text(middle, i, f" {middle:.0f}", va="center")
+        ax.set(xlabel=label, yticks=range(len(answers)), yticklabels=list(answers))
         ax.margins(x=0.2)
     fig.suptitle(f"Median over {len(next(iter(answers.values())))} prompts", x=0.01, ha="left", fontsize=12, fontweight="bold")
     return fig
@@ -151,12 +140,10 @@ def speeds(answers: dict[str, list]) -> Figure:
 def next_tokens(base: list[tuple[str, float]], tuned: list[tuple[str, float]], divergence: float) -> Figure:
     """The most probable next tokens of both models, side by side, with the divergence between the distributions (bits)."""
     fig, axes = new_figure(1, 2, figsize=(8, 2.8), sharex=True)
-    for ax, rows, name, colour, hatch in ((axes[0], base, "base", "other", ""), (axes[1], tuned, "tuned", "LoRA", "..")):
-        labels = [repr(token)[1:-1] or "·" for token, _ in rows]
-        ax.barh(range(len(rows)), [100 * p for _, p in rows], **look(colour, hatch))
-        ax.set_yticks(range(len(rows)), labels)
+    for ax, rows, name, drawn in zip(axes, (base, tuned), ("base", "tuned"), (look("other", ""), look("LoRA"))):
+        ax.barh(range(len(rows)), [100 * p for _, p in rows], **drawn)
+        ax.set_yticks(range(len(rows)), [repr(token)[1:-1] or "·" for token, _ in rows])
         ax.invert_yaxis()
-        ax.set(xlabel="probability (%)", xlim=(0, 100))
-        ax.set_title(name)
+        ax.set(title=name, xlabel="probability (%)", xlim=(0, 100))
     fig.suptitle(f"The two differ by {divergence:.2f} bits at this token", x=0.01, ha="left", fontsize=12, fontweight="bold")
     return fig

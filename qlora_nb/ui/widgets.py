@@ -16,6 +16,8 @@ from matplotlib.figure import Figure
 
 LABEL = {"description_width": "initial"}
 WIDE = W.Layout(width="min(460px, 95%)")
+CONTROL = {"style": LABEL, "layout": WIDE}
+"""How every control looks: the whole description, and no wider than a phone."""
 
 
 def explore(plot: Callable[..., Figure], **controls: W.Widget) -> W.interactive:
@@ -35,8 +37,6 @@ def explore(plot: Callable[..., Figure], **controls: W.Widget) -> W.interactive:
         display(Image(png.getvalue()))  # `interactive` does not display what its function returns
         return figure
 
-    for control in controls.values():
-        control.style, control.layout = LABEL, WIDE
     panel = W.interactive(draw, **controls)
     panel.update()
     return panel
@@ -44,14 +44,14 @@ def explore(plot: Callable[..., Figure], **controls: W.Widget) -> W.interactive:
 
 def float_slider(description: str, value: float, low: float, high: float, step: float) -> W.FloatSlider:
     """A slider over real numbers that redraws when let go."""
-    return W.FloatSlider(value, min=low, max=high, step=step, description=description, continuous_update=False)
+    return W.FloatSlider(value, min=low, max=high, step=step, description=description, continuous_update=False, **CONTROL)
 
 
 def choice_slider(description: str, options: list, value) -> W.SelectionSlider:
     """A slider over a list of values, for example block sizes."""
-    return W.SelectionSlider(options=options, value=value, description=description, continuous_update=False)
+    return W.SelectionSlider(options=options, value=value, description=description, continuous_update=False, **CONTROL)
 
 
 def choice(description: str, options: list, value) -> W.Dropdown:
     """A drop-down list."""
-    return W.Dropdown(options=options, value=value, description=description)
+    return W.Dropdown(options=options, value=value, description=description, **CONTROL)
