@@ -155,16 +155,13 @@ def levers(settings, config=None, on_gpu: bool | None = None) -> list[Lever]:
     """What would lower the training peak, each lever alone: first those that leave the result as it is, largest first."""
     config = config or ledger.config_of(settings.model_id)
     now = peak(plan_of(settings, True, config, on_gpu)).total_bytes
-    rows = settings.per_device_train_batch_size
+    rows = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+    one_row = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": rows}
     candidates = [
         ({"gradient_checkpointing": True}, "a third more time", False),
         ({"loss_chunk": 128}, "same loss, same gradient", False),
-        (
-            {"per_device_train_batch_size": 1, "gradient_accumulation_steps": rows * settings.gradient_accumulation_steps},
-            "same rows in a step, shorter products",
-            False,
-        ),
-        ({"double_quant": True}, "error under 0.001", False),
+        (one_row, "same rows in a step, shorter products", False),
+        ({"double_quant": True}, "RMSE grows by less than 0.001", False),
         ({"optim": "paged_adamw_8bit"}, "8-bit states", False),
         ({"max_length": min(512, settings.max_length)}, "longer answers are cut", True),
         ({"r": min(16, settings.r)}, "a smaller adapter", True),
@@ -205,9 +202,7 @@ def advice(settings, gpu_gib: float | None) -> str:
         return f"Fine-tuning fits: {needed / GIB:.2f} of {gpu_gib:g} GiB, {left / GIB:.2f} are left."
     fit = make_fit(settings, int(gpu_gib * GIB), on_gpu=True)
     if fit is None:
-        first = levers(settings, on_gpu=True)[:1]
-        best = f" The first lever: {first[0]}, which is not enough." if first else ""
-        return f"Fine-tuning does not fit: {-left / GIB:.2f} GiB are missing, and no lever makes it fit.{best}"
+        return f"Fine-tuning does not fit: {-left / GIB:.2f} GiB are missing, more than all levers save. Take a smaller model."
     pulled = "; then ".join(map(str, fit[1]))
     return f"Fine-tuning does not fit: {-left / GIB:.2f} GiB are missing. Pull first: {pulled}."
 
@@ -299,40 +294,24 @@ def host_bytes(config) -> int:
     return 2 * GIB + 4 * max(p.numel() for p in ledger.meta_model(config).parameters())
 
 
-@dataclass(frozen=True)
-class Published:
-    """A published figure, the configuration behind it, and what this ledger predicts for it (all in 10^9 bytes)."""
+def published_figures() -> list[dict[str, object]]:
+    """Every figure of `published.toml`, entered as a configuration and predicted with the same constants.
 
-    name: str
-    source: str
-    published_gb: float
-    predicted: Ledger
-    why: str
-
-    @property
-    def predicted_gb(self) -> float:
-        """The prediction in 10^9 bytes."""
-        return self.predicted.total_bytes / 1e9
-
-
-def published_figures() -> list[Published]:
-    """Every figure in `published.toml`, entered as a configuration and predicted with the same constants."""
+    Returns:
+        Rows with figure, published and predicted (both in 10^9 bytes), remark (why they differ) and source.
+    """
     from transformers import AutoConfig
 
-    rows = tomllib.loads((Path(__file__).parent / "published.toml").read_text(encoding="utf-8"))
-    found = []
-    for name, row in rows.items():
+    rows = []
+    for name, row in tomllib.loads((Path(__file__).parent / "published.toml").read_text(encoding="utf-8")).items():
         shape, how = row["config"], dict(row.get("step", {}))
         config = ledger.pythia_config(shape["pythia"]) if "pythia" in shape else AutoConfig.for_model(**shape)
         for key in ("dtype", "rest_dtype"):
             how[key] = getattr(torch, how.get(key, "float16"))
-        plan = Plan(config, activations.Step(**how), **row.get("plan", {}))
-        lines = peak(plan) if row["moment"] == "peak" else _all_parameters(config, row["bytes_per_parameter"])
-        found.append(Published(name, row["source"], row["published_gb"], lines, row["why"]))
-    return found
-
-
-def _all_parameters(config, bytes_per_parameter: int) -> Ledger:
-    """Weights alone, or with everything full fine-tuning keeps for each of them."""
-    n = sum(p.numel() for p in ledger.meta_model(config).parameters())
-    return Ledger("predicted", (Line("all parameters", n * bytes_per_parameter, f"{n:,} × {bytes_per_parameter} bytes"),))
+        if row["moment"] == "peak":
+            predicted = peak(Plan(config, activations.Step(**how), **row.get("plan", {}))).total_bytes
+        else:  # all weights, alone or with everything that full fine-tuning keeps for each of them
+            predicted = row["bytes_per_parameter"] * sum(p.numel() for p in ledger.meta_model(config).parameters())
+        found = {"figure": name, "published": row["published_gb"], "predicted": predicted / 1e9}
+        rows.append({**found, "remark": row["why"], "source": row["source"]})
+    return rows

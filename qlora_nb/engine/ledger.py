@@ -193,18 +193,16 @@ def predict(
     Example, by hand: a linear layer of 128 × 64 weights, 8,192 in all, takes 4,096 bytes of codes and 128 scales; these are
     512 bytes, or with double quantization 128 bytes and one float32.
     """
-    if settings is not None:
-        config = config if config is not None else config_of(settings.model_id)
-        double_quant = settings.double_quant if double_quant is None else double_quant
-        rest_dtype = rest_dtype or models.compute_dtype(settings.compute_dtype)
-        r = settings.r if r is None else r
-        target_modules = target_modules or settings.target_modules
-        optim = optim or settings.optim
-    double_quant = True if double_quant is None else double_quant
-    rest_dtype = rest_dtype or torch.float16
+
+    def pick(value, name: str, default):
+        return getattr(settings, name, default) if value is None else value
+
+    config = config or config_of(settings.model_id)
+    double_quant, r = pick(double_quant, "double_quant", True), pick(r, "r", 0)
+    rest_dtype = rest_dtype or (models.compute_dtype(settings.compute_dtype) if settings else torch.float16)
     model = meta_model(config)
     weights = [m.weight.numel() for m in models.linear_layers(model).values()]
-    nested = NESTED_BLOCK if double_quant else 0
+    nested, tables = (NESTED_BLOCK, 1092) if double_quant else (0, 64)
     blocks = [-(-n // BLOCK) for n in weights]
     name, item = str(rest_dtype).removeprefix("torch."), rest_dtype.itemsize
     lines = []
@@ -213,9 +211,7 @@ def predict(
             Line(CODES, sum(-(-n // 2) for n in weights), f"{sum(weights):,} weights / 2"),
             Line(SCALES, sum(blocks) * (1 if nested else 4), f"weights / 64 × {'1 byte' if nested else '4 bytes'}"),
             Line(NESTED, sum(-(-b // nested) * 4 for b in blocks) if nested else 0, "scales / 256 × 4 bytes"),
-            Line(
-                TABLES, len(weights) * (64 + (1028 if nested else 0)), f"{len(weights)} layers × {1092 if nested else 64} bytes"
-            ),
+            Line(TABLES, len(weights) * tables, f"{len(weights)} layers × {tables} bytes"),
         ]
     ends = {id(m.weight): m.weight.numel() for m in (model.get_input_embeddings(), model.get_output_embeddings())}
     small = sum(p.numel() for p in model.parameters()) - sum(weights) - sum(ends.values())
@@ -226,8 +222,8 @@ def predict(
         Line(BUFFERS, sum(b.numel() * b.element_size() for b in model.buffers()), "rotary frequencies, float32"),
     ]
     if r:
-        numels = lora_numels(model, r, target_modules or ("all-linear",))
-        optim = optim or "paged_adamw_32bit"
+        numels = lora_numels(model, r, pick(target_modules, "target_modules", ("all-linear",)))
+        optim = pick(optim, "optim", "paged_adamw_32bit")
         lines += [
             Line(LORA, 4 * sum(numels), f"{sum(numels):,} × float32, r = {r}"),
             Line(GRADIENTS, 4 * sum(numels), "as the LoRA weights"),

@@ -43,26 +43,14 @@ def attach_adapter(model: PreTrainedModel, settings) -> PeftModel:
     targets = settings.target_modules
     wrong = [t for t in targets if t not in names and t != "all-linear"]
     if wrong or ("all-linear" in targets and len(targets) > 1):
-        raise KitError(
-            "target_modules names layers this model does not have",
-            value=", ".join(wrong or targets),
-            allowed=f"all-linear alone, or any of {', '.join(names)}",
-            remedy="leave it None to adapt every linear layer",
-        )
+        known = f"all-linear alone, or any of {', '.join(names)}"
+        raise KitError("target_modules names layers this model does not have", value=", ".join(wrong or targets), allowed=known)
     smallest = min(min(m.in_features, m.out_features) for m in linear_layers(model).values())
     if settings.r > smallest:
-        raise KitError(
-            "r is larger than the layers it approximates",
-            value=settings.r,
-            allowed=f"1 to {smallest}",
-            remedy="16 is a good start",
-        )
-    config = LoraConfig(
-        **settings.model_dump(include={"r", "lora_alpha", "lora_dropout"}),
-        target_modules="all-linear" if "all-linear" in targets else list(targets),
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
+        raise KitError("r is larger than the layers it approximates", value=settings.r, allowed=f"1 to {smallest}")
+    own = settings.model_dump(include={"r", "lora_alpha", "lora_dropout"})
+    chosen = "all-linear" if "all-linear" in targets else list(targets)
+    config = LoraConfig(**own, target_modules=chosen, bias="none", task_type="CAUSAL_LM")
     torch.manual_seed(settings.seed)  # lora_A is random
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

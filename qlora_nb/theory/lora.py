@@ -120,11 +120,6 @@ def merge(weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, lora
     return weight + delta(lora_a, lora_b, lora_alpha).to(weight.dtype)
 
 
-def unmerge(weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, lora_alpha: float) -> torch.Tensor:
-    """W − ΔW, the way back; in floating point it returns W only within rounding."""
-    return merge(weight, lora_a, -lora_b, lora_alpha)
-
-
 def n_parameters(r: int, shapes: Iterable[tuple[int, int]]) -> int:
     """Trained numbers for LoRA of rank r on layers of these (in, out): r · (in + out) each.
 

@@ -14,9 +14,8 @@ from qlora_nb.ui import training_plots
 
 def describe(here: environment.Machine) -> dict[str, str]:
     """The machine as a table: what it is → how much of it."""
-    cards = ", ".join(
-        f"{g.name}, {g.total_bytes / GIB:.1f} GiB, {'with' if g.has_bf16 else 'without'} bfloat16" for g in here.gpus
-    )
+    halves = {True: "with", False: "without"}
+    cards = ", ".join(f"{g.name}, {g.total_bytes / GIB:.1f} GiB, {halves[g.has_bf16]} bfloat16" for g in here.gpus)
     return {
         "processor": f"{here.cpu}, {here.n_cores} cores",
         "memory": f"{here.ram_bytes / GIB:.1f} GiB, {here.ram_free_bytes / GIB:.1f} GiB free",
