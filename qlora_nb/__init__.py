@@ -10,6 +10,9 @@ import os
 # Two OpenMP threads that spin on a busy two-core machine are five to eight times slower than one (measured); idle
 # threads must sleep. The variable is read when torch loads, so it is set here, before anything imports torch.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# torch's profiler weighs a training step (engine.activations) and would write its own bookkeeping into the notebook.
+for name, level in {"TORCH_CPP_LOG_LEVEL": "ERROR", "KINETO_LOG_LEVEL": "99"}.items():
+    os.environ.setdefault(name, level)
 
 __version__ = "0.1.0"
 

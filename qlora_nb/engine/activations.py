@@ -15,7 +15,6 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-import os
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -97,7 +96,6 @@ def weigh() -> Iterator[Moved]:
         yield moved
         moved.peak_bytes = torch.cuda.max_memory_allocated() - before
         return
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would print a line at start and end
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         yield moved
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
