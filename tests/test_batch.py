@@ -55,6 +55,7 @@ def test_each_fate_is_told(outcomes, tmp_path):
     assert found["01_good"]["peak_bytes"] > 20 * 2**20
     assert found["02_dies"]["exit_code"] != 0
     assert any("kernel died" in p and "memory" in p for p in found["02_dies"]["problems"])
+    assert any("needs 190 MiB" in p and "per_device_train_batch_size=1" in p for p in found["02_dies"]["problems"])
     # papermill itself is content with this one
     assert found["03_widget"]["exit_code"] == 0
     assert found["03_widget"]["status"] == "failed"

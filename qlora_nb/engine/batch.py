@@ -100,6 +100,10 @@ def run_sequence(
                 bar.set_description(source.stem)
                 _run_one(source, folder, outcomes[-1], lambda n, before=before: bar.update(before + n - bar.n), extra_env or {})
                 bar.clear()
+                if any(problem.startswith("the kernel died") for problem in outcomes[-1].problems):
+                    from qlora_nb.engine import budget  # torch, and only now
+
+                    outcomes[-1].problems.append(f"{budget.advice(settings, None)} Next lever: {budget.levers(settings)[:1]}")
                 say(_line(outcomes[-1]))
         summary["status"] = "done" if all(o.status == "done" for o in outcomes) else "failed"
     except BaseException:
@@ -203,8 +207,7 @@ def _judge(outcome: Outcome, executed: Path, results: Path, log: str) -> list[st
     if executed.is_file():
         problems += [_redact(p)[:600] for p in stored_errors(nbformat.read(executed, 4))]
     if outcome.exit_code in (-9, 137, 138) or "Kernel died" in log or "DeadKernelError" in log:
-        remedy = "close other programs, or lower per_device_train_batch_size or max_length"
-        problems.append(f"the kernel died (exit {outcome.exit_code}), most often because memory ran out: {remedy}")
+        problems.append(f"the kernel died (exit {outcome.exit_code}), most often because memory ran out")
     elif outcome.exit_code and not problems:
         problems.append(f"papermill ended with {outcome.exit_code}: {_redact(''.join(log.splitlines()[-1:]))[:300]}")
     try:

@@ -146,7 +146,7 @@ class Lever:
     saves: int
     costs: str
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         what = ", ".join(f"{k}={v!r}" for k, v in self.changes.items())
         return f"{what} saves {self.saves / GIB:.2f} GiB ({self.costs})"
 

@@ -38,9 +38,8 @@ class _SlicedLoss(torch.autograd.Function):
         return ctx.gradient * upstream.to(ctx.gradient.dtype), None, None, None
 
 
-def sum_in_slices(hidden: torch.Tensor, labels: torch.Tensor, head: Callable, chunk: int) -> torch.Tensor:
-    """Summed cross-entropy (nats) of (tokens, width) hidden states whose next tokens are `labels` (tokens,)."""
-    return _SlicedLoss.apply(hidden, labels, head, chunk)
+sum_in_slices = _SlicedLoss.apply
+"""(hidden (tokens, width), labels (tokens,), head, chunk) → summed cross-entropy (nats) of the labels, a slice at a time."""
 
 
 def sliced_loss(hidden: torch.Tensor, labels: torch.Tensor, head: Callable, chunk: int, n_items=None) -> torch.Tensor:

@@ -11,7 +11,7 @@ import os
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -129,7 +129,10 @@ class Run:
         """Forget what was logged after a step; returns the records that stay."""
         path = self.folder / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        kept = [record for record in map(_record, lines) if 0 < record.get("step", 0) <= step]
+        kept = []
+        for line in lines:
+            with suppress(ValueError):  # the last line of a killed run may be cut short
+                kept += [record for record in [json.loads(line)] if record["step"] <= step]
         write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
         return kept
 
@@ -150,13 +153,6 @@ class Run:
 
     def _save(self) -> None:
         write_atomically(self.folder / "manifest.json", json.dumps(self.manifest, indent=1, default=str) + "\n")
-
-
-def _record(line: str) -> dict:
-    try:
-        return json.loads(line)
-    except ValueError:  # the last line of a killed run may be cut short
-        return {}
 
 
 @contextmanager

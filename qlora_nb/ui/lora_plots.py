@@ -43,7 +43,7 @@ def plot_parts(n_in: int, n_out: int, r: int) -> Figure:
         ax.add_patch(Rectangle((left, -height), width, height, facecolor=fill, edgecolor="white" if kind == "LoRA" else "black"))
         ax.text(left + width / 2, -height - 0.03 * unit, text, ha="center", va="top", fontsize=10)
     for x, sign in ((n_in + gap / 2, "+"), (n_in + 1.5 * gap + thick, "·")):
-        ax.text(x, -n_out / 2 if sign == "+" else -thick / 2, sign, ha="center", va="center", fontsize=22, fontweight="bold")
+        ax.text(x, -n_out / 2 if sign == "+" else -0.08 * unit, sign, ha="center", va="center", fontsize=22, fontweight="bold")
     share = 100 * lora.n_parameters(r, [(n_in, n_out)]) / (n_in * n_out)
     ax.set(xlim=(-0.02 * unit, 2 * n_in + 2 * gap + 1.5 * thick + 0.05 * unit), ylim=(-n_out - 0.3 * unit, 0.03 * unit))
     ax.set(title=f"Two thin matrices hold {share:.2g} % as many numbers as W", aspect="equal", anchor="W")
