@@ -1,22 +1,19 @@
 """Figures of notebook 02: data in, closed Figure out."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
-from itertools import cycle
 
 import numpy as np
 import torch
+from matplotlib import cycler
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from qlora_nb.engine.shapes import PYTHIA
 from qlora_nb.theory import lora
-from qlora_nb.ui.style import COLOURS, MARKERS, kit_style, log2_axis, look, new_figure
+from qlora_nb.ui.style import COLOURS, MARKERS, finish, kit_style, log2_axis, look, margins, new_figure
 from qlora_nb.ui.widgets import choice, choice_slider, explore
 
-LINES = ("-", "--", "-.", ":")
-SHADES = (COLOURS["LoRA"], COLOURS["16-bit"], COLOURS["other"])
+LINES = cycler(color=[COLOURS["LoRA"], COLOURS["16-bit"], COLOURS["other"]], linestyle=["-", "--", "-."])
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
 TARGETS = {"query_key_value": slice(0, 1), "attention": slice(0, 2), "feed-forward": slice(2, 4), "all-linear": slice(0, 4)}
 """Which of a block's four linear layers (shapes.gpt_neox) each choice of targets adapts."""
@@ -33,19 +30,19 @@ def plot_parts(n_in: int, n_out: int, r: int) -> Figure:
     fig, ax = new_figure(figsize=(6.4, 3.6))
     unit = max(n_in, n_out)
     gap, thick = 0.28 * unit, max(r, 0.012 * unit)
+    b_left, a_left = n_in + gap, n_in + 2 * gap + thick
     boxes = [
-        (0, n_out, n_in, "16-bit", f"W, frozen\n{n_out:,} × {n_in:,}"),
-        (n_in + gap, n_out, thick, "LoRA", f"B\n{n_out:,} × {r}"),
-        (n_in + 2 * gap + thick, thick, n_in, "LoRA", f"A\n{r} × {n_in:,}"),
+        (0, n_out, n_in, {"facecolor": "#E6E6E6", "edgecolor": "black"}, f"W, frozen\n{n_out:,} × {n_in:,}"),
+        (b_left, n_out, thick, {"facecolor": COLOURS["LoRA"], "edgecolor": "white"}, f"B\n{n_out:,} × {r}"),
+        (a_left, thick, n_in, {"facecolor": COLOURS["LoRA"], "edgecolor": "white"}, f"A\n{r} × {n_in:,}"),
     ]
-    for left, height, width, kind, text in boxes:
-        fill = "#E6E6E6" if kind == "16-bit" else COLOURS[kind]
-        ax.add_patch(Rectangle((left, -height), width, height, facecolor=fill, edgecolor="white" if kind == "LoRA" else "black"))
+    for left, height, width, drawn, text in boxes:
+        ax.add_patch(Rectangle((left, -height), width, height, **drawn))
         ax.text(left + width / 2, -height - 0.03 * unit, text, ha="center", va="top", fontsize=10)
-    for x, sign in ((n_in + gap / 2, "+"), (n_in + 1.5 * gap + thick, "·")):
-        ax.text(x, -n_out / 2 if sign == "+" else -0.08 * unit, sign, ha="center", va="center", fontsize=22, fontweight="bold")
+    for x, y, sign in ((b_left - gap / 2, -n_out / 2, "+"), (a_left - gap / 2, -0.08 * unit, "·")):
+        ax.text(x, y, sign, ha="center", va="center", fontsize=22, fontweight="bold")
     share = 100 * lora.n_parameters(r, [(n_in, n_out)]) / (n_in * n_out)
-    ax.set(xlim=(-0.02 * unit, 2 * n_in + 2 * gap + 1.5 * thick + 0.05 * unit), ylim=(-n_out - 0.3 * unit, 0.03 * unit))
+    ax.set(xlim=(-0.02 * unit, a_left + n_in + 0.5 * thick + 0.05 * unit), ylim=(-n_out - 0.3 * unit, 0.03 * unit))
     ax.set(title=f"Two thin matrices hold {share:.2g} % as many numbers as W", aspect="equal", anchor="W")
     ax.axis("off")
     return fig
@@ -54,12 +51,11 @@ def plot_parts(n_in: int, n_out: int, r: int) -> Figure:
 @kit_style()
 def plot_losses(losses: Mapping[str, Sequence[float]], title: str) -> Figure:
     """Loss over steps, one line a way of starting A and B."""
-    fig, ax = new_figure()
-    for (name, values), colour, line in zip(losses.items(), cycle(SHADES), cycle(LINES)):
-        ax.plot(values, line, label=name, color=colour, linewidth=2)
-    ax.set(title=title, xlabel="step (1)", ylabel="mean squared error (1)", ylim=(0, None))
-    ax.legend()
-    return fig
+    _, ax = new_figure()
+    ax.set_prop_cycle(LINES)
+    for name, values in losses.items():
+        ax.plot(values, label=name, linewidth=2)
+    return finish(ax, title, "step (1)", "mean squared error (1)", legend={}, ylim=(0, None))
 
 
 @kit_style()
@@ -79,15 +75,13 @@ def plot_scales(ranks: Sequence[int], lora_alpha: float, n_in: int, seed: int = 
         b = torch.randn(256, r, generator=generator) * 0.01
         raw = (x @ a.T @ b.T).std().item()
         sizes.append([raw, raw * lora.scale(lora_alpha, r), raw * lora.scale(lora_alpha, r, rslora=True)])
-    fig, ax = new_figure()
-    kinds = {"no scale": "other", "alpha / r (LoRA)": "LoRA", "alpha / √r (rsLoRA)": "16-bit"}
-    for (name, kind), values, line in zip(kinds.items(), zip(*sizes), LINES):
+    _, ax = new_figure()
+    kinds = {"no scale": ("other", "-"), "alpha / r (LoRA)": ("LoRA", "--"), "alpha / √r (rsLoRA)": ("16-bit", "-.")}
+    for (name, (kind, line)), values in zip(kinds.items(), zip(*sizes)):
         ax.plot(ranks, values, line, marker=MARKERS[kind], color=COLOURS[kind], label=name)
     log2_axis(ax, ranks)
-    ax.set_yscale("log")
-    ax.set(title="At random B, LoRA's output shrinks as 1/√r; rsLoRA's stays", xlabel="rank r (1)", ylabel="output size (std)")
-    ax.legend()
-    return fig
+    title = "At random B, LoRA's output shrinks as 1/√r; rsLoRA's stays"
+    return finish(ax, title, "rank r (1)", "output size (std)", legend={}, yscale="log")
 
 
 @kit_style()
@@ -98,20 +92,18 @@ def plot_captured(curves: Mapping[str, torch.Tensor], r: int) -> Figure:
         curves: name → cumulative energy (`lora.captured_energy`); the first is the finding, the others are for comparison.
         r: the rank to mark.
     """
-    fig, ax = new_figure()
-    for (name, curve), colour, line in zip(curves.items(), SHADES, LINES):
-        ax.plot(range(1, len(curve) + 1), 100 * curve, line, color=colour, label=name, linewidth=2)
+    _, ax = new_figure()
+    ax.set_prop_cycle(LINES)
+    for name, curve in curves.items():
+        ax.plot(range(1, len(curve) + 1), 100 * curve, label=name, linewidth=2)
     first = next(iter(curves.values()))
     r = min(r, len(first))
     held = 100 * first[r - 1]
     ax.plot([r], [held], MARKERS["LoRA"], color=COLOURS["LoRA"], markersize=11)
     ax.axvline(r, color=COLOURS["other"], linewidth=1, linestyle=":")
     log2_axis(ax, [2**i for i in range(len(first).bit_length())])
-    ax.set(
-        title=f"Rank {r} holds {held:.0f} % of this update", xlabel="rank r (1)", ylabel="captured (% of energy)", ylim=(0, 104)
-    )
-    ax.legend(loc="lower right")
-    return fig
+    title = f"Rank {r} holds {held:.0f} % of this update"
+    return finish(ax, title, "rank r (1)", "captured (% of energy)", legend={"loc": "lower right"}, ylim=(0, 104))
 
 
 @kit_style()
@@ -128,14 +120,13 @@ def plot_update(update: torch.Tensor, factors: tuple[torch.Tensor, torch.Tensor]
     r = min(r, len(a))
     corner, near = update[:size, :size], b[:size, :r] @ a[:r, :size]
     left = 100 * (b[:, r:] ** 2).sum().item() / (b**2).sum().item()
-    fig, axes = new_figure(1, 3, figsize=(8.4, 3.2), layout=None, sharey=True)
+    fig, axes = new_figure(1, 3, figsize=(8.4, 3.2), sharey=True, **margins(0.07, 0.88, 0.11, 0.88, wspace=0.2))
     parts = {"update ΔW": corner, f"best of rank {r}": near, f"left over: {left:.0f} %": corner - near}
     for ax, (title, part) in zip(axes, parts.items()):
         image = ax.imshow(part.numpy(), cmap="RdBu", vmin=-2, vmax=2, interpolation="nearest")
         ax.set(title=title, xlabel="input (index)", xticks=[0, size // 2], yticks=[0, size // 2])
         ax.grid(visible=False)
     axes[0].set_ylabel("output (index)")
-    fig.subplots_adjust(left=0.07, right=0.88, wspace=0.2)
     fig.colorbar(image, cax=fig.add_axes((0.9, 0.15, 0.015, 0.68)), label="change (std of ΔW)")
     return fig
 
@@ -170,21 +161,16 @@ def plot_counts(r: int, targets: str = "all-linear", highlight: str = "12b") -> 
         targets: a key of `TARGETS`.
         highlight: the size whose numbers are in the title.
     """
-    fig, ax = new_figure(figsize=(8.4, 3.8), layout=None)
-    fig.subplots_adjust(left=0.08, right=0.99, bottom=0.14, top=0.92)
-    sizes = list(PYTHIA)
+    _, ax = new_figure(figsize=(8.4, 3.8), **margins(0.08, 0.99, 0.14, 0.92))
     kinds = {"query_key_value": "other"} | {targets: "LoRA"}
     width = 0.8 / len(kinds)
     for k, (kind, colour) in enumerate(kinds.items()):
-        shares = [100 * count(s, r, kind) / PYTHIA[s].n_parameters for s in sizes]
-        x = np.arange(len(sizes)) + (k - (len(kinds) - 1) / 2) * width
+        shares = {size: 100 * count(size, r, kind) / PYTHIA[size].n_parameters for size in PYTHIA}
+        x = np.arange(len(shares)) + (k - (len(kinds) - 1) / 2) * width
         name = f"{kind} (PEFT's default)" if kind == "query_key_value" else kind
-        bars = ax.bar(x, shares, width, **look(colour), label=name)
-        ax.bar_label(bars, [f"{s:.2g}" for s in shares], fontsize=8)
-    trained = count(highlight, r, targets)
-    share = 100 * trained / PYTHIA[highlight].n_parameters
-    ax.set_xticks(range(len(sizes)), sizes)
-    ax.set(title=f"pythia-{highlight}, r = {r}, {targets}: {trained:,} trained ({share:.2g} %)")
-    ax.set(xlabel="Pythia (size)", ylabel="trained (% of all parameters)")
-    ax.legend()
-    return fig
+        bars = ax.bar(x, shares.values(), width, **look(colour), label=name)
+        ax.bar_label(bars, [f"{share:.2g}" for share in shares.values()], fontsize=8)
+    ax.set_xticks(range(len(PYTHIA)), list(PYTHIA))
+    trained = f"{count(highlight, r, targets):,} trained ({shares[highlight]:.2g} %)"
+    title = f"pythia-{highlight}, r = {r}, {targets}: {trained}"
+    return finish(ax, title, "Pythia (size)", "trained (% of all parameters)", legend={})

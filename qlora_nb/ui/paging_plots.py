@@ -1,7 +1,5 @@
 """Figures of notebook 05: data in, closed Figure out."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,7 +8,7 @@ from matplotlib.figure import Figure
 from qlora_nb.engine import ledger
 from qlora_nb.engine.shapes import PYTHIA
 from qlora_nb.theory import paging
-from qlora_nb.ui.style import COLOURS, MARKERS, kit_style, look, new_figure, stacked_bars
+from qlora_nb.ui.style import COLOURS, MARKERS, finish, kit_style, look, margins, new_figure, stacked_bars
 from qlora_nb.ui.widgets import choice, choice_slider, explore, float_slider
 
 GIB = ledger.GIB
@@ -43,9 +41,9 @@ def plot_step(pythia: str, r: int, tokens: int, gpu_gib: float, bits: int = 32) 
         bits: width of the optimizer states.
     """
     moments = step_of(pythia, r, tokens, bits)
-    totals = [m.total / GIB for m in moments]
-    highest = max(totals)
-    fig, ax = new_figure(figsize=(8.8, 4.2))
+    names, totals = [m.phase for m in moments], [m.total / GIB for m in moments]
+    highest, n = max(totals), names.count("forward")
+    _, ax = new_figure(figsize=(8.8, 4.2), **margins(0.09, 0.74, 0.125, 0.93))
     floor = np.zeros(len(moments))
     for name, (colour, hatch) in PARTS.items():
         height = np.array([m.parts[name] / GIB for m in moments])
@@ -58,20 +56,17 @@ def plot_step(pythia: str, r: int, tokens: int, gpu_gib: float, bits: int = 32) 
         box = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8}
         ax.annotate(f"card {gpu_gib:g} GiB", (0, gpu_gib), xytext=(0, 3), textcoords="offset points", fontsize=9, bbox=box)
     weights = moments[0].parts["frozen weights"] / GIB
-    floor_gib = 0.9 * min(weights, gpu_gib) if weights > 0.5 * highest else 0.0
-    ax.set(xlim=(-0.5, len(moments) - 0.5), ylim=(floor_gib, floor_gib + 1.1 * (top - floor_gib)))
-    names = [m.phase for m in moments]
+    bottom = 0.9 * min(weights, gpu_gib) if weights > 0.5 * highest else 0.0
     for phase in ("loss", "backward", "optimizer"):
         ax.axvline(names.index(phase) - 0.5, color="black", linewidth=0.6, linestyle=":")
-    n = names.count("forward")
     ax.set_xticks([n / 2 - 0.5, n, n + 0.5 + n / 2, 2 * n + 1], ["forward", "loss ", "backward", "  optimizer"])
-    peak = f"peak {highest:.2f} GiB ({names[int(np.argmax(totals))]})"
+    ax.set(xlim=(-0.5, len(moments) - 0.5), ylim=(bottom, bottom + 1.1 * (top - bottom)))
+    ax.locator_params(axis="y", nbins=6)  # few ticks: text is what takes time in a redraw
+    peak = f"peak {highest:.2f} GiB ({names[totals.index(highest)]})"
     fits = "fits" if highest <= gpu_gib else "does not fit"
-    ax.set_title(f"pythia-{pythia}, r = {r}, {tokens:,} tokens: {peak}, {fits} {gpu_gib:g} GiB")
-    ax.set(xlabel="one step (layer by layer)", ylabel="memory (GiB)" + (", axis cut" if floor_gib else ""))
-    handles, labels = ax.get_legend_handles_labels()
-    ax.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
-    return fig
+    title = f"pythia-{pythia}, r = {r}, {tokens:,} tokens: {peak}, {fits} {gpu_gib:g} GiB"
+    beside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5), "fontsize": 9, "reverse": True}
+    return finish(ax, title, "one step (layer by layer)", "memory (GiB)" + (", axis cut" if bottom else ""), legend=beside)
 
 
 def paged_shares(ranks: Sequence[int], bits: int = 32) -> np.ndarray:
@@ -85,7 +80,7 @@ def plot_paged_share(ranks: Sequence[int], pythia: str, r: int, bits: int = 32) 
     """Which states are paged, for every Pythia and rank; the reader's own cell is framed if it is there."""
     shares = 100 * paged_shares(ranks, bits)
     paged, fixed = ledger.state_split(pythia, r, bits)
-    fig, ax = new_figure(figsize=(7.6, 4.4))
+    _, ax = new_figure(figsize=(7.6, 4.4))
     ax.imshow(shares, cmap="PuRd", vmin=0, vmax=130, aspect="auto")
     for (i, j), share in np.ndenumerate(shares):
         ax.text(j, i, f"{share:.0f}", ha="center", va="center", color="white" if share > 70 else "black")
@@ -95,9 +90,8 @@ def plot_paged_share(ranks: Sequence[int], pythia: str, r: int, bits: int = 32) 
     ax.set_xticks(range(len(ranks)), [str(k) for k in ranks])
     ax.set_yticks(range(len(PYTHIA)), list(PYTHIA))
     ax.grid(visible=False)
-    ax.set_title(f"pythia-{pythia}, r = {r}: {100 * paged / (paged + fixed):.0f} % of the state bytes are paged")
-    ax.set(xlabel="rank r (1)", ylabel="Pythia (size)")
-    return fig
+    title = f"pythia-{pythia}, r = {r}: {100 * paged / (paged + fixed):.0f} % of the state bytes are paged"
+    return finish(ax, title, "rank r (1)", "Pythia (size)")
 
 
 def run_of(pythia: str, r: int, usual: int, spike: int, bits: int = 32) -> list[paging.StepSizes]:
@@ -119,8 +113,7 @@ def plot_run(pythia: str, r: int, usual: int, spike: int, *, gpu_gib: float, gb_
     plain, paged = (paging.simulate(steps, int(gpu_gib * GIB), paging=p) for p in (False, True))
     wanted = np.array([max(m.total for m in paging.step_timeline(s)) / GIB for s in steps])
     states = np.array([s.paged / GIB for s in steps])
-    fig, (left, right) = new_figure(1, 2, figsize=(9.0, 3.8), layout=None)
-    fig.subplots_adjust(left=0.08, right=0.99, bottom=0.14, top=0.92, wspace=0.22)
+    fig, (left, right) = new_figure(1, 2, figsize=(9.0, 3.8), **margins(0.08, 0.99, 0.14, 0.92, wspace=0.22))
     x = np.arange(len(steps)) + 1
     left.bar(x, wanted, **look("other", ""), label="wanted at the peak")
     left.bar(x, states, bottom=wanted - states, **look("optimizer", ""), label="of it states that can be paged")
@@ -167,16 +160,15 @@ def plot_thrashing(n_pages: int, state_gib: float, gb_per_s: float) -> Figure:
     rooms = sorted({max(1, round(f * n_pages / 20)) for f in range(1, 21)} | near - {0})
     moved = [sweep_moved(n_pages, room) / n_pages * state_gib for room in rooms]
     least = [2 * max(0, n_pages - room) / n_pages * state_gib for room in rooms]
-    fig, ax = new_figure()
+    _, ax = new_figure()
     x = [100 * room / n_pages for room in rooms]
     ax.plot(x, moved, MARKERS["optimizer"] + "-", color=COLOURS["optimizer"], label="least recently used")
     ax.plot(x, least, "o--", color=COLOURS["16-bit"], markersize=3, label="only what does not fit")
+    ax.set_ylim(0, 1.15 * max(*moved, 1e-9))
     seconds = max(moved) * GIB / gb_per_s / 1e9
     title = f"One page short moves everything: {max(moved):.3g} GiB, {seconds:.2g} s a step"
-    ax.set_title(title if max(moved) else "One page holds all states: nothing to move")
-    ax.set(xlabel="room for the states (% of their size)", ylabel="moved in a step (GiB)", ylim=(0, 1.15 * max(*moved, 1e-9)))
-    ax.legend(loc="lower left")
-    return fig
+    title = title if max(moved) else "One page holds all states: nothing to move"
+    return finish(ax, title, "room for the states (% of their size)", "moved in a step (GiB)", legend={"loc": "lower left"})
 
 
 @kit_style()
@@ -187,15 +179,14 @@ def plot_state_bytes(measured: dict[str, dict[str, int]]) -> Figure:
         measured: optimizer name → kind of tensor → bytes.
     """
     kinds = list(dict.fromkeys(kind for parts in measured.values() for kind in parts))
-    fig, ax = new_figure(figsize=(8.0, 3.2))
+    _, ax = new_figure(figsize=(8.0, 3.2))
     totals = stacked_bars(ax, measured, dict(zip(kinds, (look("optimizer"), look("other", "//"), look("16-bit")))), 2**20)
     for y, total in enumerate(totals):
         ax.text(total, y, f" {total:.2f} MiB", va="center")
-    ax.set(title=f"8-bit states are {max(totals) / min(totals):.2f} times smaller, scales counted")
-    ax.set(xlabel="states of one block (MiB)", ylabel="optimizer (name)", xlim=(0, 1.2 * max(totals)))
+    ax.set_xlim(0, 1.2 * max(totals))
     ax.invert_yaxis()
-    ax.legend(loc="lower right")
-    return fig
+    title = f"8-bit states are {max(totals) / min(totals):.2f} times smaller, scales counted"
+    return finish(ax, title, "states of one block (MiB)", "optimizer (name)", legend={"loc": "lower right"})
 
 
 def explore_step(pythia: str, r: int, tokens: int, gpu_gib: float):

@@ -1,7 +1,5 @@
 """Figures of notebooks 03 and 04: data in, closed Figure out."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
@@ -12,7 +10,7 @@ import torch
 from matplotlib.figure import Figure
 
 from qlora_nb.theory import blockwise, codebooks, double_quant
-from qlora_nb.ui.style import COLOURS, HATCHES, MARKERS, kit_style, log2_axis, look, new_figure, stacked_bars
+from qlora_nb.ui.style import COLOURS, HATCHES, MARKERS, finish, kit_style, log2_axis, look, margins, new_figure, stacked_bars
 
 PAPER_TABLE_2 = {"INT4": 34.34, "FP4": 31.07, "FP4-E3M0": 29.48, "NF4+DQ": 27.41}
 """Mean perplexity on Pile Common Crawl, models from 125M to 13B (QLoRA paper, table 2; FP4 is E2M1)."""
@@ -38,7 +36,7 @@ def plot_bell(code: torch.Tensor, tail_quantile: float = codebooks.TAIL_QUANTILE
     bell = NormalDist()
     points = code.double().numpy() * bell.inv_cdf(tail_quantile)
     heights = [bell.pdf(v) for v in points]
-    fig, ax = new_figure(figsize=(8.4, 3.6))
+    _, ax = new_figure(figsize=(8.4, 3.6))
     for i, (low, high) in enumerate(pairwise([-3.2, *((points[:-1] + points[1:]) / 2), 3.2])):
         x = np.linspace(low, high, 60)
         ax.fill_between(x, [bell.pdf(v) for v in x], color=COLOURS["NF4" if i % 2 else "NF4+DQ"], alpha=0.55, linewidth=0)
@@ -47,9 +45,8 @@ def plot_bell(code: torch.Tensor, tail_quantile: float = codebooks.TAIL_QUANTILE
     for i in (0, 3, 7, 11, 15):
         at = (points[i], heights[i])
         ax.annotate(f"{code[i].item():.3f}", at, textcoords="offset points", xytext=(0, 6), ha="center", fontsize=9)
-    ax.set(title="NF4: sixteen values, close together where weights are many", ylim=(0, 0.47))
-    ax.set(xlabel="weight (standard deviations)", ylabel="density (1)")
-    return fig
+    title = "NF4: sixteen values, close together where weights are many"
+    return finish(ax, title, "weight (standard deviations)", "density (1)", ylim=(0, 0.47))
 
 
 @kit_style()
@@ -60,7 +57,7 @@ def plot_number_line(weight: float, name: str) -> Figure:
         weight: weight / absmax of its block, -1 to 1.
         name: NF4, FP4 or INT4.
     """
-    fig, ax = new_figure(figsize=(8.4, 2.9))
+    _, ax = new_figure(figsize=(8.4, 2.9))
     errors = {}
     for row, each in enumerate(("INT4", "FP4", "NF4")):
         code = codebooks.code_by_name(each).unique()
@@ -71,9 +68,9 @@ def plot_number_line(weight: float, name: str) -> Figure:
         ax.plot([weight, nearest], [row + 0.28, row], color=COLOURS["16-bit"], alpha=alpha, linewidth=1.5)
         ax.text(1.06, row, f"{nearest:+.3f}", va="center", fontsize=10, fontweight=bold)
     ax.axvline(weight, color=COLOURS["16-bit"], linestyle=":", linewidth=1)
-    ax.set(title=f"{name} stores {weight:+.2f} with an error of {errors[name]:.3f}", xlabel="weight / absmax (1)")
-    ax.set(xlim=(-1.06, 1.22), yticks=range(3), yticklabels=list(errors), ylim=(-0.4, 2.5))
-    return fig
+    ax.set_yticks(range(3), list(errors))
+    title = f"{name} stores {weight:+.2f} with an error of {errors[name]:.3f}"
+    return finish(ax, title, "weight / absmax (1)", "", xlim=(-1.06, 1.22), ylim=(-0.4, 2.5))
 
 
 @kit_style()
@@ -85,21 +82,20 @@ def plot_errors(errors: dict[str, dict[int, float]], blocksize: int, name: str, 
         blocksize, name: the point that is ringed.
         what: the data, for the title.
     """
-    fig, ax = new_figure(figsize=(8.4, 3.8))
+    _, ax = new_figure(figsize=(8.4, 3.8))
     for each, by_size in errors.items():
         kind, line = each if each in COLOURS else "other", {"AF4": "--", "Lloyd-Max": ":"}.get(each, "-")
         style = {"color": COLOURS[kind], "marker": MARKERS[kind], "markersize": 9 if kind == "other" else 6}
         ax.plot(list(map(plain_bits, by_size)), list(by_size.values()), line, label=each, **style)
     x, y = plain_bits(blocksize), errors[name][blocksize]
     ax.plot([x], [y], "o", markersize=17, markerfacecolor="none", markeredgecolor=COLOURS["16-bit"], markeredgewidth=1.6)
-    ax.set(title=f"{name}, blocks of {blocksize}: {x:.3f} bits a weight, RMSE {y:.4f} on {what}")
-    ax.set(xlabel="bits a weight, 32-bit scales included (bit)", ylabel="RMSE (standard deviations)")
     ax.set_xscale("function", functions=(lambda v: np.log2(np.maximum(v - 4, 1e-4)), lambda v: 4 + 2.0**v))
     ticks = {b: plain_bits(b) for by_size in errors.values() for b in sorted(by_size)}
     ax.set_xticks(list(ticks.values()), [f"{bits:.3g}\n({b})" for b, bits in ticks.items()])
     ax.minorticks_off()
-    ax.legend(ncols=2)
-    return fig
+    title = f"{name}, blocks of {blocksize}: {x:.3f} bits a weight, RMSE {y:.4f} on {what}"
+    xlabel = "bits a weight, 32-bit scales included (bit)"
+    return finish(ax, title, xlabel, "RMSE (standard deviations)", legend={"ncols": 2})
 
 
 @kit_style()
@@ -112,8 +108,7 @@ def plot_error_map(weight: torch.Tensor, blocksize: int, name: str, rows: int = 
         rows, columns: size of the corner.
     """
     restored = blockwise.round_trip(weight, codebooks.code_by_name(name), blocksize)
-    fig, axes = new_figure(3, 1, figsize=(8.4, 4.6), sharex=True, sharey=True, layout=None)
-    fig.subplots_adjust(left=0.07, right=0.9, top=0.93, bottom=0.11, hspace=0.08)
+    fig, axes = new_figure(3, 1, figsize=(8.4, 4.6), sharex=True, sharey=True, **margins(0.07, 0.9, 0.11, 0.93, hspace=0.08))
     at = torch.arange(weight.numel()).reshape(weight.shape)[:rows, :columns]
     y, x = (at % blocksize == 0).nonzero().T.numpy()
     for ax, part, label in zip(axes, (weight, restored, 10 * (restored - weight)), ("weights", name, "10 × error")):
@@ -136,7 +131,7 @@ def plot_distributions(errors: dict[str, dict[str, float]]) -> Figure:
     Args:
         errors: {distribution: {datatype: rmse relative to the standard deviation}}.
     """
-    fig, ax = new_figure(figsize=(8.4, 3.4))
+    _, ax = new_figure(figsize=(8.4, 3.4))
     best = {d: min(row, key=row.get) for d, row in errors.items()}
     for i, name in enumerate(next(iter(errors.values()))):
         heights = [row[name] for row in errors.values()]
@@ -144,25 +139,23 @@ def plot_distributions(errors: dict[str, dict[str, float]]) -> Figure:
         bars = ax.bar(at, heights, 0.25, color=COLOURS[name], hatch=HATCHES[name], label=name)
         labels = [("best\n" if name == best[d] else "") + f"{h:.3f}" for h, d in zip(heights, errors)]
         ax.bar_label(bars, labels, fontsize=9, padding=2)
-    ax.set(title="Best datatype: " + " · ".join(f"{d} {name}" for d, name in best.items()), ylabel="RMSE (standard deviations)")
-    ax.set(xticks=range(len(errors)), xticklabels=list(errors), xlabel="distribution of the weights")
+    ax.set_xticks(range(len(errors)), list(errors))
     ax.set_ylim(top=1.25 * max(max(row.values()) for row in errors.values()))
-    ax.legend(ncols=3, loc="upper right")
-    return fig
+    title = "Best datatype: " + " · ".join(f"{d} {name}" for d, name in best.items())
+    legend = {"ncols": 3, "loc": "upper right"}
+    return finish(ax, title, "distribution of the weights", "RMSE (standard deviations)", legend)
 
 
 @kit_style()
 def plot_usage(share: torch.Tensor, code: torch.Tensor) -> Figure:
     """How often each code value is used, beside the even share that "each bin has equal probability" would give."""
     percent, even, bits = (100 * share).numpy(), 100 / len(share), blockwise.entropy_bits(share)
-    fig, ax = new_figure(figsize=(8.4, 3.2))
+    _, ax = new_figure(figsize=(8.4, 3.2))
     ax.bar(range(len(percent)), percent, color=COLOURS["NF4"])
     ax.axhline(even, color=COLOURS["16-bit"], linestyle="--", label=f"an even share, {even:.2f} %")
-    ax.set(title=f"Used from {percent.min():.1f} to {percent.max():.1f} %: {bits:.2f} bits of information in 4")
-    ax.set(xlabel="NF4 value (1)", ylabel="share of the weights (%)")
     ax.set_xticks(range(len(percent)), [f"{v:.2f}" for v in code.tolist()], rotation=45, fontsize=9)
-    ax.legend()
-    return fig
+    title = f"Used from {percent.min():.1f} to {percent.max():.1f} %: {bits:.2f} bits of information in 4"
+    return finish(ax, title, "NF4 value (1)", "share of the weights (%)", legend={})
 
 
 @kit_style()
@@ -177,17 +170,16 @@ def plot_outlier(block: torch.Tensor, outlier: float, code: torch.Tensor) -> Fig
     spoilt = block.clone()
     spoilt[0] = outlier
     alone, beside = ((blockwise.round_trip(b, code, len(b)) - b)[1:] for b in (block, spoilt))
-    fig, ax = new_figure(figsize=(8.4, 3.2))
+    _, ax = new_figure(figsize=(8.4, 3.2))
     x = range(1, len(block))
     for e, kind, size, label in ((beside, "other", 9, f"with one weight of {outlier:g}"), (alone, "NF4", 5, "without")):
         ax.vlines(x, 0, e, color=COLOURS[kind], alpha=0.5, linewidth=1)
         ax.plot(x, e, MARKERS[kind], color=COLOURS[kind], markersize=size, label=label)
     times = beside.square().mean().sqrt().item() / alone.square().mean().sqrt().item()
     top = 1.45 * max(e.abs().max().item() for e in (alone, beside))
-    ax.set(title=f"One outlier of {outlier:g}: the other {len(x)} weights' error times {times:.1f}", ylim=(-top, top))
-    ax.set(xlabel="position in the block", ylabel="error (standard deviations)")
-    ax.legend(loc="upper right", ncols=2)
-    return fig
+    ax.set_ylim(-top, top)
+    title = f"One outlier of {outlier:g}: the other {len(x)} weights' error times {times:.1f}"
+    return finish(ax, title, "position in the block", "error (standard deviations)", legend={"loc": "upper right", "ncols": 2})
 
 
 @kit_style()
@@ -227,14 +219,13 @@ def plot_ledger(ledgers: dict[str, dict[str, float]]) -> Figure:
     Args:
         ledgers: {variant: `double_quant.ledger(...)`}, in bits a weight.
     """
-    fig, ax = new_figure(figsize=(8.4, 0.9 + 0.62 * len(ledgers)))
+    _, ax = new_figure(figsize=(8.4, 0.9 + 0.62 * len(ledgers)))
     ends = stacked_bars(ax, ledgers, {part: PARTS[part] for part in ("scales", "scales of scales")})
     for row, (end, parts) in enumerate(zip(ends, ledgers.values())):
         ax.text(end, row, f"  4 + {end:.4g} = {sum(parts.values()):.4g} bits", va="center", fontsize=10)
-    ax.set(title=f"The scales cost {ends[0]:.3g} bits a weight; quantized too, {ends[-1]:.3g}")
-    ax.set(xlabel="bits a weight beyond the four (bit)", xlim=(0, 1.5 * max(ends)), ylim=(len(ledgers) - 0.4, -0.6))
-    ax.legend(loc="lower right")
-    return fig
+    ax.set(xlim=(0, 1.5 * max(ends)), ylim=(len(ledgers) - 0.4, -0.6))
+    title = f"The scales cost {ends[0]:.3g} bits a weight; quantized too, {ends[-1]:.3g}"
+    return finish(ax, title, "bits a weight beyond the four (bit)", "", legend={"loc": "lower right"})
 
 
 @kit_style()
@@ -246,11 +237,9 @@ def plot_bits(blocksize: int, second_blocksize: int) -> Figure:
         second_blocksize: scales that share a second-level scale.
     """
     sizes = [2**k for k in range(3, 13)]
-    fig, ax = new_figure(figsize=(8.4, 3.6))
-    for kind, second, label in (
-        ("NF4", None, "32-bit scales"),
-        ("NF4+DQ", second_blocksize, f"8-bit scales, {second_blocksize} to a block"),
-    ):
+    _, ax = new_figure(figsize=(8.4, 3.6))
+    labels = {"NF4": "32-bit scales", "NF4+DQ": f"8-bit scales, {second_blocksize} to a block"}
+    for (kind, label), second in zip(labels.items(), (None, second_blocksize)):
         bits = [double_quant.bits_per_weight(size, second) for size in sizes]
         ax.plot(sizes, bits, MARKERS[kind] + "-", color=COLOURS[kind], label=label)
     a, b = plain_bits(blocksize), double_quant.bits_per_weight(blocksize, second_blocksize)
@@ -258,11 +247,9 @@ def plot_bits(blocksize: int, second_blocksize: int) -> Figure:
     beside = {"textcoords": "offset points", "fontsize": 10, "fontweight": "bold"}
     ax.annotate(f"{a:.3f}", (blocksize, a), xytext=(7, 5), **beside)
     ax.annotate(f"{b:.3f}", (blocksize, b), xytext=(-7, -13), ha="right", **beside)
-    ax.set(title=f"Blocks of {blocksize}: {a:.3f} bits a weight become {b:.3f}, {a - b:.3f} less")
-    ax.set(xlabel="block size (weights)", ylabel="bits a weight (bit)", ylim=(3.6, 8.4))
     log2_axis(ax, sizes)
-    ax.legend()
-    return fig
+    title = f"Blocks of {blocksize}: {a:.3f} bits a weight become {b:.3f}, {a - b:.3f} less"
+    return finish(ax, title, "block size (weights)", "bits a weight (bit)", legend={}, ylim=(3.6, 8.4))
 
 
 @kit_style()
@@ -292,20 +279,17 @@ def plot_model_bytes(rows: dict[str, dict[str, int]], n_weights: int) -> Figure:
         n_weights: weights in the quantized layers.
     """
     fig, (left, right) = new_figure(1, 2, figsize=(9.2, 3.4), sharey=True)
-    whole = np.array([sum(parts.values()) for parts in rows.values()])
-    layers = whole - [parts["rest"] for parts in rows.values()]
-    unit, name = (2**20, "MiB") if max(whole) < 2**30 else (2**30, "GiB")
-    codes = look("NF4") | {"color": [COLOURS["16-bit"], *[COLOURS["NF4"]] * (len(rows) - 1)]}
-    drawn = PARTS | {"codes": codes}
-    stacked_bars(right, rows, drawn, unit)
+    unit, name = (2**20, "MiB") if max(sum(parts.values()) for parts in rows.values()) < 2**30 else (2**30, "GiB")
+    drawn = PARTS | {"codes": look("NF4") | {"color": [COLOURS["16-bit"], *[COLOURS["NF4"]] * (len(rows) - 1)]}}
+    whole = stacked_bars(right, rows, drawn, unit)
     drawn.pop("rest")
-    stacked_bars(left, rows, drawn, unit)
+    layers = stacked_bars(left, rows, drawn, unit)
     for y, (small, large) in enumerate(zip(layers, whole)):
-        bits = f" {small / unit:.3g} {name}, {8 * small / n_weights:.3f} bits a weight"
-        left.text(small / unit, y, bits, va="center", fontsize=9)
-        right.text(large / unit, y, f" {large / unit:.3g} {name}", va="center", fontsize=9)
-    left.set(title=f"Quantized layers: {layers[0] / layers[-1]:.1f} times smaller", xlim=(0, 1.9 * max(layers) / unit))
-    right.set(title=f"Whole model: {whole[0] / whole[-1]:.1f} times (rest dotted)", xlim=(0, 1.35 * max(whole) / unit))
+        bits = 8 * small * unit / n_weights
+        left.text(small, y, f" {small:.3g} {name}, {bits:.3f} bits a weight", va="center", fontsize=9)
+        right.text(large, y, f" {large:.3g} {name}", va="center", fontsize=9)
+    left.set(title=f"Quantized layers: {layers[0] / layers[-1]:.1f} times smaller", xlim=(0, 1.9 * max(layers)))
+    right.set(title=f"Whole model: {whole[0] / whole[-1]:.1f} times (rest dotted)", xlim=(0, 1.35 * max(whole)))
     for ax in (left, right):
         ax.set(xlabel=f"size ({name})", ylim=(len(rows) - 0.4, -0.6))
     return fig
@@ -320,16 +304,12 @@ def plot_added_error(rows: dict[str, tuple[float, float]]) -> Figure:
     """
     plain, double = np.array(list(rows.values())).T
     added = (double - plain) * 1e6
-    fig, (left, right) = new_figure(1, 2, figsize=(9.2, 3.4))
+    _, (left, right) = new_figure(1, 2, figsize=(9.2, 3.4))
     left.plot(plain, MARKERS["NF4"], color=COLOURS["NF4"], markersize=9, label="32-bit scales")
     left.plot(double, MARKERS["NF4+DQ"], color=COLOURS["NF4+DQ"], markersize=5, label="8-bit scales")
     right.vlines(range(len(added)), 0, added, color=COLOURS["NF4+DQ"], linewidth=1.5)
     right.plot(added, MARKERS["NF4+DQ"], color=COLOURS["NF4+DQ"], markersize=5)
-    left.set(
-        title=f"Error of {len(rows)} layers: the same points", ylabel="RMSE (std of the layer)", ylim=(0, 1.35 * plain.max())
-    )
-    left.legend(loc="upper right", ncols=2)
-    right.set(title=f"Added: at most {max(added.max(), 0):.1f} millionths", ylabel="added RMSE (millionths of std)")
-    for ax in (left, right):
-        ax.set_xlabel("layer")
-    return fig
+    left.set_ylim(0, 1.35 * plain.max())
+    legend = {"loc": "upper right", "ncols": 2}
+    finish(left, f"Error of {len(rows)} layers: the same points", "layer", "RMSE (std of the layer)", legend)
+    return finish(right, f"Added: at most {max(added.max(), 0):.1f} millionths", "layer", "added RMSE (millionths of std)")

@@ -1,9 +1,7 @@
 """One look for every figure: Okabe–Ito colours with a fixed meaning, markers beside them, titles that state the finding."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
+from functools import partial
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -69,25 +67,44 @@ def log2_axis(ax, ticks: Sequence[int]) -> None:
     ax.minorticks_off()
 
 
-@contextmanager
-def kit_style():
-    """Draw inside this context and close what was drawn, so that a figure is shown once, by returning it."""
-    with plt.rc_context(_RC):
-        yield
+kit_style = partial(plt.rc_context, _RC)
+"""`@kit_style()` above a function draws its figure in the kit's look and leaves the reader's own settings alone."""
 
 
 def new_figure(rows: int = 1, cols: int = 1, **kwargs) -> tuple[Figure, object]:
-    """A figure in the kit's style, already closed in pyplot: return it from a plot function and it shows exactly once.
+    """A figure that is already closed in pyplot: return it from a plot function and it shows exactly once.
 
     Args:
         rows, cols: the grid of axes.
         **kwargs: passed on to `plt.subplots` (`figsize`, `sharey`, `layout`, …); the layout is "constrained" if left out, which
-            takes as long to compute as the drawing.
+            takes as long to compute as the drawing: a figure under a widget has `margins` instead.
 
     Returns:
         (figure, axes), axes as `plt.subplots` gives them.
     """
-    with kit_style():
-        fig, axes = plt.subplots(rows, cols, **{"layout": "constrained"} | kwargs)
+    fig, axes = plt.subplots(rows, cols, **{"layout": "constrained"} | kwargs)
     plt.close(fig)
     return fig, axes
+
+
+def margins(left: float, right: float, bottom: float, top: float, **between: float) -> dict:
+    """Arguments of `new_figure` that fix where the axes lie (shares of the figure; `between`: wspace, hspace)."""
+    return {"layout": None, "gridspec_kw": {"left": left, "right": right, "bottom": bottom, "top": top, **between}}
+
+
+def finish(ax, title: str, xlabel: str, ylabel: str, legend: dict | None = None, **settings) -> Figure:
+    """The last line of a plot function: name the finding and both axes.
+
+    Args:
+        title: what the figure shows, in a sentence or a number.
+        xlabel, ylabel: the quantity and, in brackets, its unit.
+        legend: arguments of the legend ({} for its defaults); None leaves it out.
+        **settings: whatever else `ax.set` takes (`xlim`, `ylim`, …).
+
+    Returns:
+        The figure of these axes.
+    """
+    ax.set(title=title, xlabel=xlabel, ylabel=ylabel, **settings)
+    if legend is not None:
+        ax.legend(**legend)
+    return ax.figure
