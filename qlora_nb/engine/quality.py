@@ -5,8 +5,6 @@ learnt by heart (almanac prompts): they show 4-bit damage clearly. `text_losses`
 token over texts; for the pocket model's stories it hardly moves, because their loss is mostly the stories' own randomness.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

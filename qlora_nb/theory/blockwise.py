@@ -15,8 +15,6 @@ Therefore bytes and scales are equal bit for bit.
 Sources: QLoRA, arXiv 2305.14314, section 2 (equations 1 and 2); bitsandbytes/backends/default/ops.py (`quantize_4bit`).
 """
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -105,13 +103,7 @@ def quantize_spec(x: torch.Tensor, code: torch.Tensor, blocksize: int = 64) -> t
 
 
 def dequantize(
-    index: torch.Tensor,
-    absmax: torch.Tensor,
-    code: torch.Tensor,
-    blocksize: int = 64,
-    shape: tuple[int, ...] | None = None,
-    *,
-    dtype: torch.dtype = torch.float32,
+    index: torch.Tensor, absmax: torch.Tensor, code: torch.Tensor, blocksize: int = 64, shape=None, *, dtype=torch.float32
 ) -> torch.Tensor:
     """code[index] · absmax of its block.
 
@@ -120,8 +112,8 @@ def dequantize(
         absmax: (ceil(n / blocksize),) float32.
         code: (k,) float32.
         blocksize: as in `quantize`.
-        shape: shape of the result, (n,) if left out.
-        dtype: dtype of the result; the product is made in float32 and rounded once.
+        shape: shape of the result (a tuple), (n,) if left out.
+        dtype: torch dtype of the result; the product is made in float32 and rounded once.
 
     Raises:
         KitError: the number of scales does not fit the number of indices.
@@ -129,13 +121,10 @@ def dequantize(
     >>> dequantize(torch.tensor([1, 0, 1]), torch.tensor([4.0]), torch.tensor([-1.0, 0, 1]), blocksize=4).tolist()
     [0.0, -4.0, 0.0]
     """
-    n = index.numel()
-    if absmax.numel() != -(-n // blocksize):
-        raise KitError(
-            "absmax has the wrong length",
-            value=absmax.numel(),
-            allowed=f"{-(-n // blocksize)} for {n} numbers in blocks of {blocksize}",
-        )
+    n, n_blocks = index.numel(), math.ceil(index.numel() / blocksize)
+    if absmax.numel() != n_blocks:
+        allowed = f"{n_blocks} for {n} numbers in blocks of {blocksize}"
+        raise KitError("absmax has the wrong length", value=absmax.numel(), allowed=allowed)
     out = code.to(index.device).index_select(0, index.flatten().int())
     n_full = n // blocksize * blocksize
     out[:n_full].view(-1, blocksize).mul_(absmax[: n_full // blocksize, None])
@@ -189,13 +178,7 @@ def quantize_4bit(x: torch.Tensor, code: torch.Tensor, blocksize: int = 64) -> t
 
 
 def dequantize_4bit(
-    packed: torch.Tensor,
-    absmax: torch.Tensor,
-    code: torch.Tensor,
-    blocksize: int,
-    shape: tuple[int, ...],
-    *,
-    dtype: torch.dtype = torch.float32,
+    packed: torch.Tensor, absmax: torch.Tensor, code: torch.Tensor, blocksize: int, shape: tuple[int, ...], *, dtype=torch.float32
 ) -> torch.Tensor:
     """`unpack` and `dequantize`."""
     return dequantize(unpack(packed, math.prod(shape)), absmax, code, blocksize, shape, dtype=dtype)
@@ -263,18 +246,14 @@ def _checked(x: torch.Tensor, blocksize: int) -> torch.Tensor:
     if isinstance(blocksize, bool) or not isinstance(blocksize, int) or blocksize < 1:
         raise KitError("blocksize is a number of weights", value=blocksize, allowed="a whole number, 1 or more")
     if x.dtype not in DTYPES:
-        raise KitError(
-            "this dtype is not quantized", value=x.dtype, allowed="float32, float16, bfloat16", remedy="convert with .float()"
-        )
+        allowed = "float32, float16, bfloat16"
+        raise KitError("this dtype is not quantized", value=x.dtype, allowed=allowed, remedy="convert with .float()")
     if x.numel() == 0:
         raise KitError("there is nothing to quantize: the tensor is empty")
     flat = x.detach().reshape(-1).float()
     if not flat.abs().amax().isfinite():
         bad = int((~torch.isfinite(flat)).nonzero()[0])
-        raise KitError(
-            f"a NaN or infinity cannot be quantized; the first is at flat position {bad}",
-            value=flat[bad].item(),
-            allowed="finite numbers",
-            remedy="look for the layer that produced it",
-        )
+        what = f"a NaN or infinity cannot be quantized; the first is at flat position {bad}"
+        remedy = "look for the layer that produced it"
+        raise KitError(what, value=flat[bad].item(), allowed="finite numbers", remedy=remedy)
     return flat

@@ -18,8 +18,7 @@ Sources: QLoRA, arXiv 2305.14314, section 3 and appendix E; bitsandbytes/functio
 `get_4bit_type`, `create_dynamic_map`); 8-bit optimizers, arXiv 2110.02861, section 1.3 (dynamic map); AF4, arXiv 2306.06965.
 """
 
-from __future__ import annotations
-
+from collections.abc import Sequence
 from statistics import NormalDist
 
 import numpy as np
@@ -55,9 +54,8 @@ def nf4_values(tail_quantile: float = TAIL_QUANTILE) -> list[float]:
     [0.563, 0.723, 1.0]
     """
     if not 0.5 < tail_quantile < 1:
-        raise KitError(
-            "tail_quantile is a probability in the upper tail", value=tail_quantile, allowed="more than 0.5 and less than 1"
-        )
+        allowed = "more than 0.5 and less than 1"
+        raise KitError("tail_quantile is a probability in the upper tail", value=tail_quantile, allowed=allowed)
     quantile, span = NormalDist().inv_cdf, tail_quantile - 0.5
     positive = [quantile(tail_quantile - span * i / 8) for i in range(8)]
     negative = [-quantile(tail_quantile - span * i / 7) for i in range(7)]
@@ -171,11 +169,7 @@ def dynamic_code() -> torch.Tensor:
 
 
 def lloyd_max(
-    samples: torch.Tensor,
-    start: torch.Tensor,
-    weights: torch.Tensor | None = None,
-    steps: int = 100,
-    keep: tuple[float, ...] = (),
+    samples: torch.Tensor, start: torch.Tensor, weights: torch.Tensor | None = None, steps: int = 100, keep: Sequence[float] = ()
 ) -> torch.Tensor:
     """Fit a code to samples: repeat "nearest value" and "each value moves to the mean of its samples" until it stands.
 
@@ -202,16 +196,13 @@ def lloyd_max(
     if x.numel() == 0 or not x.isfinite().all():
         raise KitError("lloyd_max needs at least one sample, all finite")
     w = torch.ones_like(x) if weights is None else weights.flatten().double()[order]
-    zero = torch.zeros(1, dtype=torch.float64)
-    mass, moment = torch.cat([zero, w.cumsum(0)]), torch.cat([zero, (w * x).cumsum(0)])
+    mass, moment = (torch.nn.functional.pad(part.cumsum(0), (1, 0)) for part in (w, w * x))
     code = start.double().sort().values
     fixed = torch.isin(code, torch.tensor(keep, dtype=torch.float64))
     for _ in range(steps):
-        edges = torch.searchsorted(x, (code[:-1] + code[1:]) / 2)
-        edges = torch.cat([torch.tensor([0]), edges, torch.tensor([x.numel()])])
-        share = mass[edges[1:]] - mass[edges[:-1]]
-        mean = (moment[edges[1:]] - moment[edges[:-1]]) / share
-        moved = torch.where((share > 0) & ~fixed, mean, code)
+        edges = torch.tensor([0, *torch.searchsorted(x, (code[:-1] + code[1:]) / 2).tolist(), len(x)])
+        share = mass[edges].diff()
+        moved = torch.where((share > 0) & ~fixed, moment[edges].diff() / share, code)
         if torch.equal(moved, code):
             break
         code = moved

@@ -17,8 +17,6 @@ Sources: QLoRA, arXiv 2305.14314, section 3 ("Double Quantization"); bitsandbyte
 `compress_statistics=True`, `quantize_blockwise`), csrc/cpu_ops.cpp.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -16,8 +16,6 @@ length of every row of W + ΔW apart from its direction. Conventions follow PEFT
 tested equal to it.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 
@@ -183,10 +181,8 @@ def dora_weight(
 def _check_shapes(weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor) -> None:
     (n_out, n_in), r = weight.shape, lora_a.shape[0]
     if lora_a.shape != (r, n_in) or lora_b.shape != (n_out, r):
-        raise KitError(
-            f"A is {tuple(lora_a.shape)} and B is {tuple(lora_b.shape)}",
-            allowed=f"for W of {tuple(weight.shape)}: A ({r}, {n_in}) and B ({n_out}, {r})",
-        )
+        allowed = f"for W of {tuple(weight.shape)}: A ({r}, {n_in}) and B ({n_out}, {r})"
+        raise KitError(f"A is {tuple(lora_a.shape)} and B is {tuple(lora_b.shape)}", allowed=allowed)
 
 
 def _check_finite(update: torch.Tensor) -> None:

@@ -14,8 +14,6 @@ The real driver groups pages, overlaps transfers with work and is not strictly l
 seconds as an estimate.
 """
 
-from __future__ import annotations
-
 import math
 from collections import OrderedDict
 from collections.abc import Sequence

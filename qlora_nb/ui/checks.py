@@ -4,8 +4,6 @@ Every `check_*` prints one line and returns True only if the answer is right. `c
 what was measured. Topic checkers (`lora_checks`, `quant_checks`, `paging_checks`, `training_checks`) are built from `verdict`.
 """
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

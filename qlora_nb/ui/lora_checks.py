@@ -1,7 +1,5 @@
 """Checkers of the exercises in notebook 02; the right answers are computed, not written down."""
 
-from __future__ import annotations
-
 import torch
 
 from qlora_nb.theory import lora

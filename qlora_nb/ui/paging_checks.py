@@ -1,7 +1,5 @@
 """Checkers of the exercises in notebook 05; the right answers are computed, not written down."""
 
-from __future__ import annotations
-
 from qlora_nb.theory import paging
 from qlora_nb.ui.checks import verdict
 

@@ -1,7 +1,5 @@
 """Checkers of the exercises in notebooks 03 and 04; the right answers are computed, not written down."""
 
-from __future__ import annotations
-
 import torch
 
 from qlora_nb.theory import blockwise, codebooks, double_quant

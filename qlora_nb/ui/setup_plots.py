@@ -1,7 +1,5 @@
 """Notebook 01 in words and one figure: this machine, the profiles on it, every Pythia against a card."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from matplotlib.figure import Figure

@@ -1,7 +1,5 @@
 """Checkers for the exercises of notebooks 01, 06 and 07."""
 
-from __future__ import annotations
-
 from qlora_nb.ui.checks import verdict
 
 
