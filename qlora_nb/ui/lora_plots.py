@@ -1,7 +1,5 @@
 """Figures of notebook 02: data in, closed Figure out."""
 
-from collections.abc import Mapping, Sequence
-
 import numpy as np
 import torch
 from matplotlib import cycler
@@ -14,6 +12,7 @@ from qlora_nb.ui.style import COLOURS, MARKERS, finish, kit_style, log2_axis, lo
 from qlora_nb.ui.widgets import choice, choice_slider, explore
 
 LINES = cycler(color=[COLOURS["LoRA"], COLOURS["16-bit"], COLOURS["other"]], linestyle=["-", "--", "-."])
+"""`LINES()` gives how to draw one line after another, from the first again after the last."""
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
 TARGETS = {"query_key_value": slice(0, 1), "attention": slice(0, 2), "feed-forward": slice(2, 4), "all-linear": slice(0, 4)}
 """Which of a block's four linear layers (shapes.gpt_neox) each choice of targets adapts."""
@@ -49,17 +48,16 @@ def plot_parts(n_in: int, n_out: int, r: int) -> Figure:
 
 
 @kit_style()
-def plot_losses(losses: Mapping[str, Sequence[float]], title: str) -> Figure:
+def plot_losses(losses: dict[str, list[float]], title: str) -> Figure:
     """Loss over steps, one line a way of starting A and B."""
     _, ax = new_figure()
-    ax.set_prop_cycle(LINES)
-    for name, values in losses.items():
-        ax.plot(values, label=name, linewidth=2)
-    return finish(ax, title, "step (1)", "mean squared error (1)", legend={}, ylim=(0, None))
+    for (name, values), line in zip(losses.items(), LINES()):
+        ax.plot(values, **line, label=name, linewidth=2)
+    return finish(ax, title, "step (1)", "mean squared error (1)", legend="best", ylim=(0, None))
 
 
 @kit_style()
-def plot_scales(ranks: Sequence[int], lora_alpha: float, n_in: int, seed: int = 0) -> Figure:
+def plot_scales(ranks: tuple[int, ...], lora_alpha: float, n_in: int, seed: int = 0) -> Figure:
     """Size of the LoRA path's output over the rank, for three scales; entries of A and B independent.
 
     Args:
@@ -81,11 +79,11 @@ def plot_scales(ranks: Sequence[int], lora_alpha: float, n_in: int, seed: int = 
         ax.plot(ranks, values, line, marker=MARKERS[kind], color=COLOURS[kind], label=name)
     log2_axis(ax, ranks)
     title = "At random B, LoRA's output shrinks as 1/√r; rsLoRA's stays"
-    return finish(ax, title, "rank r (1)", "output size (std)", legend={}, yscale="log")
+    return finish(ax, title, "rank r (1)", "output size (std)", legend="best", yscale="log")
 
 
 @kit_style()
-def plot_captured(curves: Mapping[str, torch.Tensor], r: int) -> Figure:
+def plot_captured(curves: dict[str, torch.Tensor], r: int) -> Figure:
     """Share of an update that the best rank-r matrix holds, over r.
 
     Args:
@@ -93,9 +91,8 @@ def plot_captured(curves: Mapping[str, torch.Tensor], r: int) -> Figure:
         r: the rank to mark.
     """
     _, ax = new_figure()
-    ax.set_prop_cycle(LINES)
-    for name, curve in curves.items():
-        ax.plot(range(1, len(curve) + 1), 100 * curve, label=name, linewidth=2)
+    for (name, curve), line in zip(curves.items(), LINES()):
+        ax.plot(range(1, len(curve) + 1), 100 * curve, **line, label=name, linewidth=2)
     first = next(iter(curves.values()))
     r = min(r, len(first))
     held = 100 * first[r - 1]
@@ -103,7 +100,7 @@ def plot_captured(curves: Mapping[str, torch.Tensor], r: int) -> Figure:
     ax.axvline(r, color=COLOURS["other"], linewidth=1, linestyle=":")
     log2_axis(ax, [2**i for i in range(len(first).bit_length())])
     title = f"Rank {r} holds {held:.0f} % of this update"
-    return finish(ax, title, "rank r (1)", "captured (% of energy)", legend={"loc": "lower right"}, ylim=(0, 104))
+    return finish(ax, title, "rank r (1)", "captured (% of energy)", legend="lower right", ylim=(0, 104))
 
 
 @kit_style()
@@ -173,4 +170,4 @@ def plot_counts(r: int, targets: str = "all-linear", highlight: str = "12b") -> 
     ax.set_xticks(range(len(PYTHIA)), list(PYTHIA))
     trained = f"{count(highlight, r, targets):,} trained ({shares[highlight]:.2g} %)"
     title = f"pythia-{highlight}, r = {r}, {targets}: {trained}"
-    return finish(ax, title, "Pythia (size)", "trained (% of all parameters)", legend={})
+    return finish(ax, title, "Pythia (size)", "trained (% of all parameters)", legend="best")

@@ -47,14 +47,12 @@ def plot_step(pythia: str, r: int, tokens: int, gpu_gib: float, bits: int = 32) 
     floor = np.zeros(len(moments))
     for name, (colour, hatch) in PARTS.items():
         height = np.array([m.parts[name] / GIB for m in moments])
-        drawn = {"facecolor": COLOURS[colour], "hatch": hatch, "edgecolor": "white", "lw": 0, "step": "mid"}
-        ax.fill_between(range(len(moments)), floor, floor + height, **drawn, label=name)
+        drawn = {"facecolor": COLOURS[colour], "hatch": hatch, "edgecolor": "white", "linewidth": 0}
+        ax.fill_between(range(len(moments)), floor, floor + height, **drawn, step="mid", label=name)
         floor += height
-    ax.axhline(gpu_gib, color="black", linewidth=1.5, linestyle="--")
     top = 1.02 * max(highest, gpu_gib if gpu_gib < 1.5 * highest else 0)
     if gpu_gib < top:
-        box = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8}
-        ax.annotate(f"card {gpu_gib:g} GiB", (0, gpu_gib), xytext=(0, 3), textcoords="offset points", fontsize=9, bbox=box)
+        ax.axhline(gpu_gib, color="black", linewidth=1.5, linestyle="--", label=f"card {gpu_gib:g} GiB")
     weights = moments[0].parts["frozen weights"] / GIB
     bottom = 0.9 * min(weights, gpu_gib) if weights > 0.5 * highest else 0.0
     for phase in ("loss", "backward", "optimizer"):
@@ -65,8 +63,8 @@ def plot_step(pythia: str, r: int, tokens: int, gpu_gib: float, bits: int = 32) 
     peak = f"peak {highest:.2f} GiB ({names[totals.index(highest)]})"
     fits = "fits" if highest <= gpu_gib else "does not fit"
     title = f"pythia-{pythia}, r = {r}, {tokens:,} tokens: {peak}, {fits} {gpu_gib:g} GiB"
-    beside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5), "fontsize": 9, "reverse": True}
-    return finish(ax, title, "one step (layer by layer)", "memory (GiB)" + (", axis cut" if bottom else ""), legend=beside)
+    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9, reverse=True)
+    return finish(ax, title, "one step (layer by layer)", "memory (GiB)" + (", axis cut" if bottom else ""))
 
 
 def paged_shares(ranks: Sequence[int], bits: int = 32) -> np.ndarray:
@@ -122,9 +120,8 @@ def plot_run(pythia: str, r: int, usual: int, spike: int, *, gpu_gib: float, gb_
     floor = max(0.0, low - max(2 * max(states), high - low, 0.05 * high))
     left.set(ylim=(floor, high + 0.55 * (high - floor)), ylabel="memory (GiB)" + (", axis cut" if floor else ""))
     moved_in, moved_out = ([getattr(record, k) / 2**20 for record in paged] for k in ("bytes_in", "bytes_out"))
-    xs = x[: len(paged)]
-    right.bar(xs - 0.2, moved_out, 0.4, **look("optimizer", "//"), label="to RAM (evicted)")
-    right.bar(xs + 0.2, moved_in, 0.4, **look("NF4"), label="to the card (faults)")
+    right.bar(x[: len(paged)] - 0.2, moved_out, 0.4, **look("optimizer", "//"), label="to RAM (evicted)")
+    right.bar(x[: len(paged)] + 0.2, moved_in, 0.4, **look("NF4"), label="to the card (faults)")
     right.set(xlim=(0.4, len(steps) + 0.6), ylim=(0, 1.5 * max(*moved_in, *moved_out, 1)), ylabel="moved (MiB)")
     seconds = max(record.seconds(gb_per_s) for record in paged)
     survives = {"Not paged": "survives", "Paged": f"survives, {seconds:.2g} s for the transfers"}
@@ -168,7 +165,7 @@ def plot_thrashing(n_pages: int, state_gib: float, gb_per_s: float) -> Figure:
     seconds = max(moved) * GIB / gb_per_s / 1e9
     title = f"One page short moves everything: {max(moved):.3g} GiB, {seconds:.2g} s a step"
     title = title if max(moved) else "One page holds all states: nothing to move"
-    return finish(ax, title, "room for the states (% of their size)", "moved in a step (GiB)", legend={"loc": "lower left"})
+    return finish(ax, title, "room for the states (% of their size)", "moved in a step (GiB)", legend="lower left")
 
 
 @kit_style()
@@ -180,13 +177,12 @@ def plot_state_bytes(measured: dict[str, dict[str, int]]) -> Figure:
     """
     kinds = list(dict.fromkeys(kind for parts in measured.values() for kind in parts))
     _, ax = new_figure(figsize=(8.0, 3.2))
-    totals = stacked_bars(ax, measured, dict(zip(kinds, (look("optimizer"), look("other", "//"), look("16-bit")))), 2**20)
-    for y, total in enumerate(totals):
-        ax.text(total, y, f" {total:.2f} MiB", va="center")
+    looks = dict(zip(kinds, (look("optimizer"), look("other", "//"), look("16-bit"))))
+    totals = stacked_bars(ax, measured, looks, 2**20, lambda total: f" {total:.2f} MiB")
     ax.set_xlim(0, 1.2 * max(totals))
     ax.invert_yaxis()
     title = f"8-bit states are {max(totals) / min(totals):.2f} times smaller, scales counted"
-    return finish(ax, title, "states of one block (MiB)", "optimizer (name)", legend={"loc": "lower right"})
+    return finish(ax, title, "states of one block (MiB)", "optimizer (name)", legend="lower right")
 
 
 def explore_step(pythia: str, r: int, tokens: int, gpu_gib: float):
@@ -203,9 +199,8 @@ def explore_step(pythia: str, r: int, tokens: int, gpu_gib: float):
 def explore_run(pythia: str, r: int, usual: int, spike: int, gpu_gib: float):
     """`plot_run` under sliders for the card (around the given one, by a few times the paged states) and the bus."""
     span = max(0.02 * gpu_gib, 3 * ledger.step_sizes(pythia, r, usual).paged / GIB)
-    low, high = max(gpu_gib - span, gpu_gib / 10), gpu_gib + span
     return explore(
         lambda gpu_gib, gb_per_s: plot_run(pythia, r, usual, spike, gpu_gib=gpu_gib, gb_per_s=gb_per_s),
-        gpu_gib=float_slider("card (GiB)", gpu_gib, low, high, span / 40),
+        gpu_gib=float_slider("card (GiB)", gpu_gib, max(gpu_gib - span, gpu_gib / 10), gpu_gib + span, span / 40),
         gb_per_s=choice_slider("bus (GB/s)", [3.0, 6.0, 12.0, 25.0, 50.0], 12.0),
     )

@@ -1,6 +1,5 @@
 """Figures of notebooks 03 and 04: data in, closed Figure out."""
 
-from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 from statistics import NormalDist
@@ -43,8 +42,7 @@ def plot_bell(code: torch.Tensor, tail_quantile: float = codebooks.TAIL_QUANTILE
     ax.vlines(points, 0, heights, color=COLOURS["16-bit"], linewidth=1)
     ax.plot(points, [0] * len(points), MARKERS["NF4"], color=COLOURS["NF4"], markersize=6, clip_on=False, zorder=5)
     for i in (0, 3, 7, 11, 15):
-        at = (points[i], heights[i])
-        ax.annotate(f"{code[i].item():.3f}", at, textcoords="offset points", xytext=(0, 6), ha="center", fontsize=9)
+        ax.annotate(f"{code[i]:.3f}", (points[i], heights[i]), textcoords="offset points", xytext=(0, 6), ha="center", fontsize=9)
     title = "NF4: sixteen values, close together where weights are many"
     return finish(ax, title, "weight (standard deviations)", "density (1)", ylim=(0, 0.47))
 
@@ -94,8 +92,7 @@ def plot_errors(errors: dict[str, dict[int, float]], blocksize: int, name: str, 
     ax.set_xticks(list(ticks.values()), [f"{bits:.3g}\n({b})" for b, bits in ticks.items()])
     ax.minorticks_off()
     title = f"{name}, blocks of {blocksize}: {x:.3f} bits a weight, RMSE {y:.4f} on {what}"
-    xlabel = "bits a weight, 32-bit scales included (bit)"
-    return finish(ax, title, xlabel, "RMSE (standard deviations)", legend={"ncols": 2})
+    return finish(ax, title, "bits a weight, 32-bit scales included (bit)", "RMSE (standard deviations)", "best", ncols=2)
 
 
 @kit_style()
@@ -142,8 +139,7 @@ def plot_distributions(errors: dict[str, dict[str, float]]) -> Figure:
     ax.set_xticks(range(len(errors)), list(errors))
     ax.set_ylim(top=1.25 * max(max(row.values()) for row in errors.values()))
     title = "Best datatype: " + " · ".join(f"{d} {name}" for d, name in best.items())
-    legend = {"ncols": 3, "loc": "upper right"}
-    return finish(ax, title, "distribution of the weights", "RMSE (standard deviations)", legend)
+    return finish(ax, title, "distribution of the weights", "RMSE (standard deviations)", legend="upper right", ncols=3)
 
 
 @kit_style()
@@ -155,7 +151,7 @@ def plot_usage(share: torch.Tensor, code: torch.Tensor) -> Figure:
     ax.axhline(even, color=COLOURS["16-bit"], linestyle="--", label=f"an even share, {even:.2f} %")
     ax.set_xticks(range(len(percent)), [f"{v:.2f}" for v in code.tolist()], rotation=45, fontsize=9)
     title = f"Used from {percent.min():.1f} to {percent.max():.1f} %: {bits:.2f} bits of information in 4"
-    return finish(ax, title, "NF4 value (1)", "share of the weights (%)", legend={})
+    return finish(ax, title, "NF4 value (1)", "share of the weights (%)", legend="best")
 
 
 @kit_style()
@@ -179,11 +175,11 @@ def plot_outlier(block: torch.Tensor, outlier: float, code: torch.Tensor) -> Fig
     top = 1.45 * max(e.abs().max().item() for e in (alone, beside))
     ax.set_ylim(-top, top)
     title = f"One outlier of {outlier:g}: the other {len(x)} weights' error times {times:.1f}"
-    return finish(ax, title, "position in the block", "error (standard deviations)", legend={"loc": "upper right", "ncols": 2})
+    return finish(ax, title, "position in the block", "error (standard deviations)", legend="upper right", ncols=2)
 
 
 @kit_style()
-def plot_quality(panels: dict[str, Sequence]) -> Figure:
+def plot_quality(panels: dict[str, list]) -> Figure:
     """The loss that each set of weights adds (mean and standard deviation over the samples) beside the paper's table 2.
 
     Args:
@@ -196,9 +192,8 @@ def plot_quality(panels: dict[str, Sequence]) -> Figure:
         for i, (name, mean, spread) in enumerate(zip(names, means, spreads)):
             ax.bar(i, mean, yerr=spread, capsize=4, **look(name if name in COLOURS else "other"))
             ax.text(i, max(mean + spread, 0), f"{mean:+.2g}", ha="center", va="bottom", fontsize=8)
-        low, top = min(means - spreads), max(means + spreads)
         ax.axhline(0, color=COLOURS["16-bit"], linewidth=0.8)
-        ax.set(ylim=(min(1.1 * low, 0), 1.2 * max(top, 1e-6)), ylabel="added loss (nat)")
+        ax.set(ylim=(min(1.1 * min(means - spreads), 0), 1.2 * max(*(means + spreads), 1e-6)), ylabel="added loss (nat)")
         ax.set_xticks(range(len(names)), [name.replace("+", "\n+") for name in names])
         ax.set_title(f"{title}:\nleast {names[means.argmin()]}, most {names[means.argmax()]}", fontsize=10)
         ax.grid(axis="x", visible=False)
@@ -220,12 +215,11 @@ def plot_ledger(ledgers: dict[str, dict[str, float]]) -> Figure:
         ledgers: {variant: `double_quant.ledger(...)`}, in bits a weight.
     """
     _, ax = new_figure(figsize=(8.4, 0.9 + 0.62 * len(ledgers)))
-    ends = stacked_bars(ax, ledgers, {part: PARTS[part] for part in ("scales", "scales of scales")})
-    for row, (end, parts) in enumerate(zip(ends, ledgers.values())):
-        ax.text(end, row, f"  4 + {end:.4g} = {sum(parts.values()):.4g} bits", va="center", fontsize=10)
+    scales = {part: PARTS[part] for part in ("scales", "scales of scales")}
+    ends = stacked_bars(ax, ledgers, scales, text=lambda end: f"  4 + {end:.4g} = {4 + end:.4g} bits", fontsize=10)
     ax.set(xlim=(0, 1.5 * max(ends)), ylim=(len(ledgers) - 0.4, -0.6))
     title = f"The scales cost {ends[0]:.3g} bits a weight; quantized too, {ends[-1]:.3g}"
-    return finish(ax, title, "bits a weight beyond the four (bit)", "", legend={"loc": "lower right"})
+    return finish(ax, title, "bits a weight beyond the four (bit)", "", legend="lower right")
 
 
 @kit_style()
@@ -249,7 +243,7 @@ def plot_bits(blocksize: int, second_blocksize: int) -> Figure:
     ax.annotate(f"{b:.3f}", (blocksize, b), xytext=(-7, -13), ha="right", **beside)
     log2_axis(ax, sizes)
     title = f"Blocks of {blocksize}: {a:.3f} bits a weight become {b:.3f}, {a - b:.3f} less"
-    return finish(ax, title, "block size (weights)", "bits a weight (bit)", legend={}, ylim=(3.6, 8.4))
+    return finish(ax, title, "block size (weights)", "bits a weight (bit)", legend="best", ylim=(3.6, 8.4))
 
 
 @kit_style()
@@ -281,13 +275,11 @@ def plot_model_bytes(rows: dict[str, dict[str, int]], n_weights: int) -> Figure:
     fig, (left, right) = new_figure(1, 2, figsize=(9.2, 3.4), sharey=True)
     unit, name = (2**20, "MiB") if max(sum(parts.values()) for parts in rows.values()) < 2**30 else (2**30, "GiB")
     drawn = PARTS | {"codes": look("NF4") | {"color": [COLOURS["16-bit"], *[COLOURS["NF4"]] * (len(rows) - 1)]}}
-    whole = stacked_bars(right, rows, drawn, unit)
+    size = lambda end: f" {end:.3g} {name}"
+    whole = stacked_bars(right, rows, drawn, unit, size, fontsize=9)
     drawn.pop("rest")
-    layers = stacked_bars(left, rows, drawn, unit)
-    for y, (small, large) in enumerate(zip(layers, whole)):
-        bits = 8 * small * unit / n_weights
-        left.text(small, y, f" {small:.3g} {name}, {bits:.3f} bits a weight", va="center", fontsize=9)
-        right.text(large, y, f" {large:.3g} {name}", va="center", fontsize=9)
+    bits = lambda end: f"{size(end)}, {8 * end * unit / n_weights:.3f} bits a weight"
+    layers = stacked_bars(left, rows, drawn, unit, bits, fontsize=9)
     left.set(title=f"Quantized layers: {layers[0] / layers[-1]:.1f} times smaller", xlim=(0, 1.9 * max(layers)))
     right.set(title=f"Whole model: {whole[0] / whole[-1]:.1f} times (rest dotted)", xlim=(0, 1.35 * max(whole)))
     for ax in (left, right):
@@ -310,6 +302,5 @@ def plot_added_error(rows: dict[str, tuple[float, float]]) -> Figure:
     right.vlines(range(len(added)), 0, added, color=COLOURS["NF4+DQ"], linewidth=1.5)
     right.plot(added, MARKERS["NF4+DQ"], color=COLOURS["NF4+DQ"], markersize=5)
     left.set_ylim(0, 1.35 * plain.max())
-    legend = {"loc": "upper right", "ncols": 2}
-    finish(left, f"Error of {len(rows)} layers: the same points", "layer", "RMSE (std of the layer)", legend)
+    finish(left, f"Error of {len(rows)} layers: the same points", "layer", "RMSE (std of the layer)", "upper right", ncols=2)
     return finish(right, f"Added: at most {max(added.max(), 0):.1f} millionths", "layer", "added RMSE (millionths of std)")

@@ -25,8 +25,6 @@ _RC = {
     "figure.figsize": (8.0, 3.6),
     "figure.dpi": 100,
     "figure.facecolor": "white",
-    "savefig.facecolor": "white",
-    "savefig.bbox": "tight",
     "font.size": 11,
     "axes.titlesize": 12,
     "axes.titleweight": "bold",
@@ -46,8 +44,13 @@ def look(meaning: str, hatch: str | None = None) -> dict[str, str]:
     return {"color": COLOURS[meaning], "hatch": HATCHES[meaning] if hatch is None else hatch, "edgecolor": "white"}
 
 
-def stacked_bars(ax, rows: Mapping[str, Mapping[str, float]], looks: Mapping[str, dict], unit: float = 1) -> np.ndarray:
+def stacked_bars(ax, rows: Mapping[str, Mapping], looks: Mapping[str, dict], unit: float = 1, text=None, **font) -> np.ndarray:
     """Horizontal bars, one a row of parts (name → part → size), stacked in the order of `looks` (part → how it is drawn).
+
+    Args:
+        unit: sizes are divided by it.
+        text: where a bar ends (in `unit`s) → what is written there.
+        **font: how it is written (`fontsize`).
 
     Returns:
         Where each bar ends, in `unit`s.
@@ -57,6 +60,8 @@ def stacked_bars(ax, rows: Mapping[str, Mapping[str, float]], looks: Mapping[str
         widths = np.array([parts.get(part, 0) / unit for parts in rows.values()])
         ax.barh(list(rows), widths, left=ends, **drawn, label=part)
         ends += widths
+    for row, end in enumerate(ends if text else ()):
+        ax.text(end, row, text(end), va="center", **font)
     return ends
 
 
@@ -92,19 +97,20 @@ def margins(left: float, right: float, bottom: float, top: float, **between: flo
     return {"layout": None, "gridspec_kw": {"left": left, "right": right, "bottom": bottom, "top": top, **between}}
 
 
-def finish(ax, title: str, xlabel: str, ylabel: str, legend: dict | None = None, **settings) -> Figure:
+def finish(ax, title: str, xlabel: str, ylabel: str, legend: str = "", ncols: int = 1, **settings) -> Figure:
     """The last line of a plot function: name the finding and both axes.
 
     Args:
         title: what the figure shows, in a sentence or a number.
         xlabel, ylabel: the quantity and, in brackets, its unit.
-        legend: arguments of the legend ({} for its defaults); None leaves it out.
+        legend: where the legend lies ("best", "lower right", …); left out, there is none.
+        ncols: columns of the legend.
         **settings: whatever else `ax.set` takes (`xlim`, `ylim`, …).
 
     Returns:
         The figure of these axes.
     """
     ax.set(title=title, xlabel=xlabel, ylabel=ylabel, **settings)
-    if legend is not None:
-        ax.legend(**legend)
+    if legend:
+        ax.legend(loc=legend, ncols=ncols)
     return ax.figure
