@@ -40,9 +40,7 @@ def replaced_weights(model, change: Callable[[torch.Tensor], torch.Tensor]) -> I
             weight.data = old
 
 
-def _passes(
-    model, tokenizer, texts: list[str], batch: int, **options
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+def _passes(model, tokenizer, texts: list[str], batch: int, **options) -> Iterator[tuple[torch.Tensor, ...]]:
     """Token ids, their mask and the logits of each batch of texts, padded on the right; options are the tokenizer's."""
     options |= {"add_special_tokens": False, "padding": True, "padding_side": "right", "return_tensors": "pt"}
     for start in range(0, len(texts), batch):

@@ -22,7 +22,6 @@ import torch
 from qlora_nb.errors import KitError
 from qlora_nb.theory.codebooks import lloyd_max, nf4_code
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SMALLEST_SCALE = 1e-38
 """Scales below it count as this much when dividing (bitsandbytes' number)."""
 
@@ -97,8 +96,7 @@ def quantize_spec(x: torch.Tensor, code: torch.Tensor, blocksize: int = 64) -> t
         scales.append(absmax)
         for number in block:
             scaled = number / absmax if absmax > 0 else 0.0
-            best = min(range(len(values)), key=lambda i: (abs(values[i] - scaled), values[i], i))
-            indices.append(best)
+            indices.append(min(range(len(values)), key=lambda i: (abs(values[i] - scaled), values[i], i)))
     return torch.tensor(indices, dtype=torch.uint8), torch.tensor(scales, dtype=torch.float32)
 
 
@@ -245,7 +243,7 @@ def _checked(x: torch.Tensor, blocksize: int) -> torch.Tensor:
     """`x` flat and in float32, or a refusal."""
     if isinstance(blocksize, bool) or not isinstance(blocksize, int) or blocksize < 1:
         raise KitError("blocksize is a number of weights", value=blocksize, allowed="a whole number, 1 or more")
-    if x.dtype not in DTYPES:
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         allowed = "float32, float16, bfloat16"
         raise KitError("this dtype is not quantized", value=x.dtype, allowed=allowed, remedy="convert with .float()")
     if x.numel() == 0:

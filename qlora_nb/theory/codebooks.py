@@ -18,7 +18,6 @@ Sources: QLoRA, arXiv 2305.14314, section 3 and appendix E; bitsandbytes/functio
 `get_4bit_type`, `create_dynamic_map`); 8-bit optimizers, arXiv 2110.02861, section 1.3 (dynamic map); AF4, arXiv 2306.06965.
 """
 
-from collections.abc import Sequence
 from statistics import NormalDist
 
 import numpy as np
@@ -74,14 +73,13 @@ def nf4_code() -> torch.Tensor:
     >>> round(nf4_code()[8].item(), 6), nf4_code()[7].item()
     (0.07958, 0.0)
     """
-    quantile = NormalDist().inv_cdf
 
     def upper(n: int) -> list[float]:  # quantiles at n evenly spaced probabilities from the tail down, one half left out
         start, end = torch.tensor(LIBRARY_TAIL_QUANTILE), torch.tensor(0.5)
         step = (end - start) / n
         first = [start + step * i for i in range((n + 1) // 2)]
         last = [end - step * (n - i) for i in range((n + 1) // 2, n)]  # counted from the end, as torch.linspace does
-        return [quantile(p.item()) for p in first + last]
+        return [NormalDist().inv_cdf(p.item()) for p in first + last]
 
     values = torch.tensor([*(-q for q in upper(7)), 0.0, *upper(8)], dtype=torch.float32).sort().values
     return values / values.max()
@@ -169,7 +167,7 @@ def dynamic_code() -> torch.Tensor:
 
 
 def lloyd_max(
-    samples: torch.Tensor, start: torch.Tensor, weights: torch.Tensor | None = None, steps: int = 100, keep: Sequence[float] = ()
+    samples: torch.Tensor, start: torch.Tensor, weights: torch.Tensor | None = None, steps: int = 100, keep: tuple = ()
 ) -> torch.Tensor:
     """Fit a code to samples: repeat "nearest value" and "each value moves to the mean of its samples" until it stands.
 

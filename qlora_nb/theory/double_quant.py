@@ -143,7 +143,7 @@ def quantize_absmax(absmax: torch.Tensor, blocksize: int = SECOND_BLOCKSIZE) -> 
         KitError: no scales, scales that are not finite float32, or a bad blocksize.
 
     By hand: scales 1 and 3 have mean 2; centred they are -1 and 1; their absmax is 1; the indices are the two ends, 0 (which
-    means -0.993) and 255 (which means 1). Back: 1.007 and 3.
+    means -0.993) and 255 (which means 1). Back: 1.007 and 3. Where all scales of a block are the mean, the index is 0 too.
 
     >>> second = quantize_absmax(torch.tensor([1.0, 3.0]))
     >>> second.index.tolist(), second.absmax.tolist(), second.absmax_mean.item()
@@ -152,12 +152,10 @@ def quantize_absmax(absmax: torch.Tensor, blocksize: int = SECOND_BLOCKSIZE) -> 
     _check(absmax, blocksize)
     absmax_mean = absmax.mean()
     centred, code = absmax - absmax_mean, dynamic_code().to(absmax.device)
-    indices, scales = [], []
-    for block in centred.split(blocksize):
-        scale = block.abs().amax()
-        scales.append(scale)
-        indices.append(table_index(block / scale, code) if scale > 0 else torch.zeros_like(block, dtype=torch.uint8))
-    return SecondLevel(torch.cat(indices), torch.stack(scales), absmax_mean, blocksize)
+    blocks = centred.split(blocksize)
+    scales = torch.stack([block.abs().amax() for block in blocks])
+    scaled = torch.cat([block / scale if scale > 0 else torch.full_like(block, -1) for block, scale in zip(blocks, scales)])
+    return SecondLevel(table_index(scaled, code), scales, absmax_mean, blocksize)
 
 
 def dequantize_absmax(second: SecondLevel) -> torch.Tensor:

@@ -21,7 +21,6 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from qlora_nb.errors import KitError
 
@@ -175,7 +174,7 @@ def dora_weight(
         (out, in). One number a row is trained beside A and B (DoRA, section 4; PEFT's `tuners/lora/dora.py`).
     """
     merged = merge(weight, lora_a, lora_b, lora_alpha)
-    return magnitude[:, None] * F.normalize(merged, dim=1, eps=0.0)
+    return magnitude[:, None] * nn.functional.normalize(merged, dim=1, eps=0.0)
 
 
 def _check_shapes(weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor) -> None:

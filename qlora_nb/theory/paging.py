@@ -248,7 +248,7 @@ def simulate(
     memory, records = UnifiedMemory(budget_bytes // page_bytes), []
     for sizes in steps:
         ordinary = [m.total - sizes.paged for m in step_timeline(sizes)]
-        before = memory.faults, memory.pages_in, memory.pages_out
+        memory.faults = memory.pages_in = memory.pages_out = 0
         survived = paging or max(ordinary) + sizes.paged <= budget_bytes
         if paging:
             try:
@@ -260,8 +260,8 @@ def simulate(
                     memory.touch(page)
             except MemoryError:
                 survived = False
-        faults, came, went = memory.faults - before[0], memory.pages_in - before[1], memory.pages_out - before[2]
-        records.append(StepRecord(max(ordinary), survived, faults, came * page_bytes, went * page_bytes))
+        moved = memory.pages_in * page_bytes, memory.pages_out * page_bytes
+        records.append(StepRecord(max(ordinary), survived, memory.faults, *moved))
         if not survived:
             break
     return records

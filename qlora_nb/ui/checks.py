@@ -4,8 +4,6 @@ Every `check_*` prints one line and returns True only if the answer is right. `c
 what was measured. Topic checkers (`lora_checks`, `quant_checks`, `paging_checks`, `training_checks`) are built from `verdict`.
 """
 
-import math
-
 import numpy as np
 
 
@@ -36,34 +34,26 @@ def verdict(stub: object, want: object, name: str, hint: str = "", tolerance: fl
     bits per weight: right.
     True
     """
-    if stub is None:
-        print(f"{name}: not attempted yet. Replace None and run the cell again.")
-        return Verdict(False)
-    problem = _compare(_plain(stub), _plain(want), tolerance)
-    if problem is None:
-        print(f"{name}: right.")
-        return Verdict(True)
-    print(f"{name}: {problem}.{' Hint: ' + hint if hint else ''}")
-    return Verdict(False)
+    said = "not attempted yet. Replace None and run the cell again" if stub is None else _compare(stub, want, tolerance)
+    wrong = stub is not None and said != "right"
+    print(f"{name}: {said}.{' Hint: ' + hint if wrong and hint else ''}")
+    return Verdict(said == "right")
 
 
-def _plain(value):
-    return value.tolist() if hasattr(value, "tolist") else value
-
-
-def _compare(got, want, tolerance: float) -> str | None:
+def _compare(got, want, tolerance: float) -> str:
+    got, want = (value.tolist() if hasattr(value, "tolist") else value for value in (got, want))
     if isinstance(want, (str, bool)):
-        return None if got == want else f"values wrong: {got!r} is not it"
+        return "right" if got == want else f"values wrong: {got!r} is not it"
     got, want = (np.array(value, dtype=object) for value in (got, want))  # of objects: a wrong kind can be named
     if got.shape != want.shape:
         return f"shape wrong: yours is {got.shape}, needed is {want.shape}"
     for i, (g, w) in enumerate(zip(got.flat, want.flat)):
         if not isinstance(g, (int, float)) or isinstance(g, bool):
             return f"shape wrong: a number is needed, {g!r} is not one"
-        if math.isnan(g) or abs(g - w) > tolerance * max(1.0, abs(w)):
+        if not abs(g - w) <= tolerance * max(1.0, abs(w)):  # true of NaN too
             where = f" at position {i}" if want.shape else ""
             return f"values wrong{where}: {g:.6g} is {'too large' if g > w else 'too small' if g < w else 'not a number'}"
-    return None
+    return "right"
 
 
 def compare_guess(name: str, guess: float | None, found: float, unit: str = "", digits: int = 4, how: str = "measured") -> None:
@@ -78,8 +68,6 @@ def compare_guess(name: str, guess: float | None, found: float, unit: str = "", 
     """
     unit = f" {unit}" if unit else ""
     shown = f"{how} {found:.{digits}g}{unit}" if isinstance(found, float) else f"{how} {found:,}{unit}"
-    if guess is None:
-        print(f"{name}: no guess yet · {shown}")
-        return
-    off = f" · off by {100 * (guess - found) / abs(found):+.1f} %" if found else ""
-    print(f"{name}: your guess {guess:,}{unit} · {shown}{off}")
+    said = "no guess yet" if guess is None else f"your guess {guess:,}{unit}"
+    off = f" · off by {100 * (guess - found) / abs(found):+.1f} %" if guess is not None and found else ""
+    print(f"{name}: {said} · {shown}{off}")

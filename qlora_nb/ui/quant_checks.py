@@ -42,9 +42,7 @@ def check_saved_bytes(answer: object) -> bool:
     """04, exercise 2: bytes that double quantization saves on one 4096 × 4096 matrix, the mean counted."""
     n = 4096 * 4096
     want = sum(double_quant.storage_bytes(n, 64, None).values()) - sum(double_quant.storage_bytes(n, 64).values())
-    hint = (
-        "count the blocks of 64 first: 4 bytes each before; afterwards 1 byte each, 4 for every 256 of them, and 4 for the mean"
-    )
+    hint = "count the blocks of 64 first: 4 bytes each before; then 1 byte each, 4 for every 256 of them, and 4 for the mean"
     return verdict(answer, want, "bytes saved", hint, tolerance=1e-9)
 
 

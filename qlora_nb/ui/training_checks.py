@@ -1,5 +1,7 @@
 """Checkers for the exercises of notebooks 01, 06 and 07."""
 
+from itertools import accumulate
+
 from qlora_nb.ui.checks import verdict
 
 
@@ -43,10 +45,7 @@ def check_cache_bytes(stub, n_layers: int, hidden: int, bytes_per_value: int) ->
 
 def check_kept_by_top_p(stub, probabilities: list[float], top_p: float) -> bool:
     """How many tokens nucleus sampling keeps: the fewest, largest first, that reach `top_p` together."""
-    kept, total = 0, 0.0
-    for p in sorted(probabilities, reverse=True):
-        kept, total = kept + 1, total + p
-        if total >= top_p:
-            break
+    sums = accumulate(sorted(probabilities, reverse=True))
+    kept = 1 + sum(total < top_p for total in sums)
     hint = "add the largest probabilities until top_p is reached; the one that reaches it stays"
     return verdict(stub, kept, "tokens kept", hint)
