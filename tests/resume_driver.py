@@ -40,11 +40,10 @@ def main(folder: str, resume: str, hurt: str) -> None:
 
     def hurt_inside(*args, **kwargs):
         calls.append(1)
-        if len(calls) == 2 * at:  # the second of the two passes of that step
-            if how == "kill-in":
-                os.kill(os.getpid(), signal.SIGKILL)
-            if how == "oom":
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB. GPU 0 …")
+        if len(calls) == 2 * at and how == "kill-in":  # the second of the two passes of that step
+            os.kill(os.getpid(), signal.SIGKILL)
+        if len(calls) in (2 * at, 2 * at + 3) and how == "oom":  # and again when it is done in four passes
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB. GPU 0 …")
         return forward(*args, **kwargs)
 
     model.get_base_model().forward = hurt_inside

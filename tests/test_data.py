@@ -165,3 +165,164 @@ def test_another_seed_takes_other_rows_and_the_held_out_ones_stay():
     first, again, other = (data.load(validate({"seed": seed, "train_rows": 50})) for seed in (0, 0, 1))
     assert first[0]["input"] == again[0]["input"] != other[0]["input"]
     assert first[1]["input"] == other[1]["input"]
+
+
+# --- other people's columns ---
+
+
+def first_rows(path, **values):
+    train, held_out = data.load(settings_for(path, **values))
+    return sorted([*train, *held_out], key=lambda row: row["instruction"])
+
+
+def test_a_mapping_takes_the_columns_it_names(tmp_path):
+    rows = [{"question": f"Q{i}?", "answer": f"A{i}.", "context": f"C{i}", "instruction": "no", "n": i} for i in range(4)]
+    path = write(tmp_path / "a.json", rows)
+    got = first_rows(path, columns="instruction=question, output=answer, input=context")
+    assert got == [{"instruction": f"Q{i}?", "input": f"C{i}", "output": f"A{i}."} for i in range(4)]
+    assert sorted(row["output"] for row in first_rows(path, columns={"output": "answer"})) == ["A0.", "A1.", "A2.", "A3."]
+
+
+@pytest.mark.parametrize("columns", ["instruction=questoin,output=answer", {"output": "nowhere"}])
+def test_a_column_that_is_not_there_is_named(tmp_path, columns):
+    path = write(tmp_path / "a.json", [{"question": "Q", "answer": "A"}] * 4)
+    with pytest.raises(data.KitError, match=r"does not have.*(questoin|nowhere).*question, answer"):
+        data.load(settings_for(path, columns=columns))
+
+
+def test_a_mapping_of_an_unknown_column_is_refused_by_the_schema():
+    with pytest.raises(data.KitError, match="columns"):
+        validate({"columns": "prompt=question"})
+
+
+MESSAGES = [
+    {"messages": [{"role": "system", "content": "Be short."}, {"role": "user", "content": f"Q{i}?"},
+                  {"role": "assistant", "content": f"A{i}."}, {"role": "user", "content": "more"}]} for i in range(4)
+]  # fmt: skip
+SHAREGPT = [{"conversations": [{"from": "human", "value": f"Q{i}?"}, {"from": "gpt", "value": f"A{i}."}]} for i in range(4)]
+GUANACO = [{"text": f"### Human: Q{i}?### Assistant: A{i}.### Human: more### Assistant: no"} for i in range(4)]
+OASST = [
+    row
+    for i in range(4)
+    for row in (
+        {"message_id": f"q{i}", "parent_id": None, "role": "prompter", "text": f"Q{i}?", "rank": None, "lang": "en"},
+        {"message_id": f"b{i}", "parent_id": f"q{i}", "role": "assistant", "text": "second best", "rank": 1, "lang": "en"},
+        {"message_id": f"a{i}", "parent_id": f"q{i}", "role": "assistant", "text": f"A{i}.", "rank": 0, "lang": "en"},
+        {"message_id": f"m{i}", "parent_id": f"a{i}", "role": "prompter", "text": "more", "rank": None, "lang": "en"},
+    )
+]
+
+
+@pytest.mark.parametrize("rows", [MESSAGES, SHAREGPT, GUANACO, OASST], ids=["messages", "sharegpt", "guanaco", "oasst"])
+def test_conversations_give_their_first_exchange(tmp_path, rows):
+    got = first_rows(write(tmp_path / "a.json", rows))
+    assert got == [{"instruction": f"Q{i}?", "input": "", "output": f"A{i}."} for i in range(4)]
+
+
+def test_a_question_nobody_answered_is_named_and_left_out(tmp_path, capsys):
+    rows = [*OASST, {"message_id": "x", "parent_id": None, "role": "prompter", "text": "Alone?", "rank": None, "lang": "en"}]
+    assert len(first_rows(write(tmp_path / "a.json", rows))) == 4
+    assert "1 of 5 rows have no instruction or no answer" in capsys.readouterr().out
+
+
+def test_any_other_text_is_not_a_conversation(tmp_path):
+    path = write(tmp_path / "a.json", [{"text": "Once upon a time."}] * 4)
+    with pytest.raises(data.KitError, match=r"no column instruction and output.*text"):
+        data.load(settings_for(path))
+
+
+# --- the order in which rows are trained ---
+
+
+def encoded_rows(lengths, prompt=2):
+    rows = [
+        {"input_ids": [10 + i] * n, "labels": [data.IGNORED] * prompt + [10 + i] * (n - prompt)} for i, n in enumerate(lengths)
+    ]
+    return data.datasets.Dataset.from_list(rows)
+
+
+LENGTHS = [5 + (37 * i) % 60 for i in range(100)]
+
+
+@pytest.mark.parametrize(("batch", "accumulation", "steps"), [(4, 1, 25), (2, 2, 60), (16, 1, 13), (3, 1, 7)])
+def test_every_row_comes_once_in_each_pass_over_the_data(batch, accumulation, steps):
+    sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation, "max_steps": steps}
+    rows = data.in_training_order(encoded_rows(LENGTHS), validate(sizes))
+    seen = [ids[0] for ids in rows["input_ids"]]
+    assert len(seen) == batch * accumulation * steps
+    for start in range(0, len(seen) - 99, 100):
+        assert sorted(seen[start : start + 100]) == list(range(10, 110))
+
+
+def test_order_follows_from_the_seed_and_the_rows_in_a_step_alone():
+    def order(**values):
+        return data.in_training_order(encoded_rows(LENGTHS), validate({"max_steps": 30, **values}))["input_ids"][:]
+
+    four_by_one = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    one_by_four = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    assert order(**four_by_one) == order(**four_by_one) == order(**one_by_four)
+    assert order(**four_by_one) != order(**four_by_one, seed=1)
+
+
+def test_hardly_any_padding_is_left_on_the_kits_own_rows(tokenizer):
+    settings = validate({})
+    encoded = data.encode(data.load(settings)[0], tokenizer, settings)
+
+    def padding(rows):
+        lengths = [len(ids) for ids in rows["input_ids"]]
+        padded = sum(16 * max(lengths[i : i + 16]) for i in range(0, len(lengths), 16))
+        return 1 - sum(lengths) / padded
+
+    assert padding(encoded) > 0.10
+    assert padding(data.in_training_order(encoded, settings)) < 0.03
+
+
+# --- packing ---
+
+
+def test_packs_hold_every_row_whole_and_once():
+    packs = data.pack(encoded_rows(LENGTHS), 128)
+    assert max(map(len, packs["input_ids"])) <= 128
+    assert sum(map(len, packs["input_ids"])) > 0.9 * 128 * (len(packs) - 1)  # nearly full
+    found = []
+    for pack in packs:
+        starts = [i for i, position in enumerate(pack["position_ids"]) if position == 0]
+        for start, end in zip(starts, [*starts[1:], len(pack["input_ids"])], strict=True):
+            ids, labels = pack["input_ids"][start:end], pack["labels"][start:end]
+            assert pack["position_ids"][start:end] == list(range(end - start))
+            assert labels == [data.IGNORED] * 2 + ids[2:]
+            found.append((ids[0] - 10, len(ids)))
+    assert sorted(found) == list(enumerate(LENGTHS))
+
+
+@pytest.mark.parametrize("packs_in_a_batch", [1, 3])
+def test_a_packed_row_is_computed_as_if_it_were_alone(tokenizer, packs_in_a_batch):
+    """Hidden states and loss of every row against the same row in a batch of its own."""
+    import torch
+
+    from qlora_nb.engine import models, objective
+
+    settings = validate({"train_rows": 24})
+    model = models.load_base(settings)
+    rows = data.encode(data.load(settings)[0], tokenizer, settings)
+    packs, collate = data.pack(rows, 192), data.collator(tokenizer)
+    assert len(packs) < len(rows) / 2
+    totals = {}
+    with torch.no_grad(), objective.sliced_head(model, 64) as loss:
+        for name, them, n in (("alone", rows, 1), ("packed", packs, packs_in_a_batch)):
+            totals[name] = 0.0
+            for start in range(0, len(them), n):
+                batch = collate([them[i] for i in range(start, min(start + n, len(them)))])
+                assert ("attention_mask" in batch) == (name == "alone")
+                labels = batch.pop("labels")
+                totals[name] += loss(model(**batch, use_cache=False), labels, 1).item()
+    assert totals["packed"] == pytest.approx(totals["alone"], rel=1e-5)
+
+
+def test_rows_are_tokenized_once(tmp_path, tokenizer):
+    """A later call, as in a kernel started anew, takes what lies in the cache of `datasets`."""
+    settings = settings_for(write(tmp_path / "a.json", ROWS))
+    first, second = (data.encode(data.load(settings)[0], tokenizer, settings) for _ in range(2))
+    files = [file["filename"] for file in first.cache_files]
+    assert files
+    assert files == [file["filename"] for file in second.cache_files]

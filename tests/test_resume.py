@@ -79,7 +79,7 @@ def lose(run):
         ("kill@2", -signal.SIGKILL, "going on after step 0"),
         ("kill-save@8", -signal.SIGKILL, "checkpoint-8 is left out: it has no seal"),
         ("full@8", 1, "going on after step 4"),
-        ("oom@7", 1, "going on after step 4"),
+        ("oom@7", 1, "going on after step 6"),
     ],
 )
 def test_a_hurt_run_ends_as_if_nothing_had_happened(tmp_path, whole, hurt, status, says):

@@ -229,3 +229,110 @@ def test_damaged_model_folder_is_refused(tmp_path):
     (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     with pytest.raises(KitError, match="fetch the model again"):
         models.load_base(validate({"model_id": str(folder)}))
+
+
+# --- the same run in other ways ---
+
+
+def finetuned(tmp_path, before=lambda model: None, **values):
+    """Losses and adapter of a short run, and what `finetune` gave back; `before` may hurt the model first."""
+    settings, tokenizer, model, rows = fresh(tmp_path, **values)
+    before(model)
+    result = training.finetune(model, tokenizer, rows, settings, runs.Run(settings, "ways"), lambda step: None)
+    return result["losses"], torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad]), result
+
+
+def test_four_passes_of_one_row_are_one_pass_of_four(tmp_path):
+    """The whole training, up to the order in which float32 numbers are added."""
+    one_by_four = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    four_by_one = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    losses, adapters, _ = zip(*(finetuned(tmp_path, **way) for way in (one_by_four, four_by_one)), strict=True)
+    assert losses[0] == pytest.approx(losses[1], rel=2e-6)  # ten times the largest difference of seeds 0 to 4
+    assert (adapters[0] - adapters[1]).norm() < 2.5e-5 * adapters[0].norm()  # likewise
+
+
+def out_of_memory_in_pass(numbers):
+    def hurt(model):
+        forward, calls = model.get_base_model().forward, []
+
+        def hurt_inside(*args, **kwargs):
+            calls.append(1)
+            if len(calls) in numbers:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB. GPU 0 …")
+            return forward(*args, **kwargs)
+
+        model.get_base_model().forward = hurt_inside
+
+    return hurt
+
+
+@pytest.mark.parametrize("passes", [{1}, {4}, {4, 5}], ids=["in the first step", "in the fourth", "twice"])
+def test_out_of_memory_halves_a_pass_and_keeps_the_step(tmp_path, passes, capsys):
+    way = {"per_device_train_batch_size": 4, "max_steps": 6}
+    losses, adapter, _ = finetuned(tmp_path / "whole", **way)
+    again, other, _ = finetuned(tmp_path / "hurt", out_of_memory_in_pass(passes), **way)
+    assert again == pytest.approx(losses, rel=2e-6)  # as above: the same rows in every step
+    assert (adapter - other).norm() < 2.5e-5 * adapter.norm()
+    said = capsys.readouterr().out
+    assert "done again in 2 passes of 2" in said
+    assert ("done again in 4 passes of 1" in said) == (len(passes) == 2)
+    [run] = (tmp_path / "hurt" / "tiny").iterdir()
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
+
+
+def test_out_of_memory_with_one_row_stops_with_a_lever(tmp_path):
+    with pytest.raises(KitError, match=r"memory ran out.*held at that moment"):
+        finetuned(tmp_path, out_of_memory_in_pass({3}), per_device_train_batch_size=1)
+    [run] = (tmp_path / "tiny").iterdir()
+    assert runs.status_of(run) == "failed"
+
+
+def test_samples_are_printed_and_change_nothing(tmp_path, capsys):
+    plain, adapter, _ = finetuned(tmp_path, max_steps=4, lora_dropout=0.1)
+    assert "asked" not in capsys.readouterr().out
+    watched, same, _ = finetuned(tmp_path, max_steps=4, lora_dropout=0.1, sample_steps=2)
+    said = capsys.readouterr().out
+    assert watched == plain
+    assert torch.equal(adapter, same)
+    assert "step 2, asked 'Where is Anna?': '" in said
+    assert "step 4, asked" in said
+    assert "step 3" not in said
+
+
+def test_packed_rows_train(tmp_path):
+    losses, _, result = finetuned(tmp_path, packing=True, per_device_train_batch_size=2, max_steps=8, warmup_steps=0)
+    assert sum(losses[4:]) < sum(losses[:4])
+    rows, tokens, _ = result["shape"]
+    assert rows == 2
+    assert 150 < tokens <= 192
+
+
+def test_levers_at_both_ends_train_and_answer(tmp_path):
+    way = {"head_4bit": True, "embedding_on_cpu": True, "max_steps": 8, "sample_steps": 8, "warmup_steps": 0}
+    losses, _, result = finetuned(tmp_path, **way)
+    assert sum(losses[4:]) < sum(losses[:4])
+    assert training.ledger.predict(validate(way))["4-bit codes"] == result["held"]["4-bit codes"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bf16", "fp16"), [("bfloat16", True, False), ("float16", False, True), ("float32", False, False)]
+)
+def test_arithmetic_by_hardware(tmp_path, monkeypatch, dtype, bf16, fp16):
+    """A scaler for float16 alone; nothing of the kind on a CPU."""
+    settings, seen = validate({"compute_dtype": dtype}), {}
+    monkeypatch.setattr(training, "TrainingArguments", lambda **given: seen.update(given))
+    monkeypatch.setattr(training.models, "compute_dtype", lambda choice: getattr(torch, dtype))
+    for cuda in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        training.arguments(settings, tmp_path)
+        assert (seen["bf16"], seen["fp16"], seen["use_cpu"]) == (bf16 and cuda, fp16 and cuda, not cuda)
+
+
+def test_tensorboard_is_asked_for_and_named_if_it_is_not_there(tmp_path, monkeypatch):
+    settings = validate({"tensorboard": True})
+    monkeypatch.setattr(training, "find_spec", lambda name: None)
+    with pytest.raises(KitError, match="tensorboard is not installed"):
+        training.arguments(settings, tmp_path)
+    monkeypatch.setattr(training, "find_spec", lambda name: True)
+    assert training.arguments(settings, tmp_path).report_to == ["tensorboard"]
+    assert training.arguments(validate({}), tmp_path).report_to == []

@@ -18,7 +18,7 @@ import itertools
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import bitsandbytes as bnb
 import torch
@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 from transformers.masking_utils import sdpa_mask
 
-from qlora_nb.engine import models, objective
+from qlora_nb.engine import ends, models, objective
 
 
 class LiveBytes(TorchDispatchMode):
@@ -124,6 +124,12 @@ class _Frozen4bit(bnb.nn.Linear4bit):
         return (out if self.bias is None else out + self.bias.to(out.dtype)).to(x.dtype)
 
 
+def _frozen(n_in: int, n_out: int, bias: bool, dtype: torch.dtype) -> _Frozen4bit:
+    layer = _Frozen4bit(n_in, n_out, bias, compute_dtype=dtype)
+    layer.weight.data = layer.weight.data.to(dtype)
+    return layer
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value):
@@ -165,6 +171,7 @@ class Step:
     four_bit: bool = True
     checkpointing: bool = True
     loss_chunk: int = 0
+    head_4bit: bool = False
     train: bool = True
 
 
@@ -214,8 +221,7 @@ def _dry_run(key: str, step: Step) -> Activations:
 
 def _count(n_layers: int, key: str, step: Step) -> dict[str, int]:
     """Bytes kept after the forward pass of so many layers, and how much more each phase needs."""
-    shell = (step.r, step.target_modules, step.dtype, step.rest_dtype, step.lora_dropout, step.four_bit)
-    model = _shell(n_layers, key, *shell, step.checkpointing and step.train)
+    model = _shell(n_layers, key, replace(step, batch=1, length=1, loss_chunk=0, checkpointing=step.checkpointing and step.train))
     base = model.get_base_model() if step.r else model
     head = base.get_output_embeddings()
     model.train(step.train)
@@ -248,26 +254,28 @@ def _count(n_layers: int, key: str, step: Step) -> dict[str, int]:
 
 
 @functools.lru_cache(maxsize=16)
-def _shell(n_layers: int, key: str, r: int, targets: tuple, dtype, rest_dtype, dropout: float, four_bit: bool, checkpoints: bool):
+def _shell(n_layers: int, key: str, step: Step):
     """The model on *meta* with so few layers, its 4-bit layers stood in for and its adapter attached."""
     config = copy.deepcopy(_CONFIGS[key])
     config.num_hidden_layers = n_layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:n_layers]
     with torch.device("meta"):
-        how = {"dtype": rest_dtype or dtype, "attn_implementation": "fused_on_meta", "trust_remote_code": False}
+        how = {"dtype": step.rest_dtype or step.dtype, "attn_implementation": "fused_on_meta", "trust_remote_code": False}
         model = AutoModelForCausalLM.from_config(config, **how)
-        for name, layer in models.linear_layers(model).items() if four_bit else ():
-            frozen = _Frozen4bit(layer.in_features, layer.out_features, layer.bias is not None, compute_dtype=dtype)
-            frozen.weight.data = frozen.weight.data.to(dtype)
-            model.set_submodule(name, frozen)
-        model.is_loaded_in_4bit = four_bit  # PEFT asks
+        for name, layer in models.linear_layers(model).items() if step.four_bit else ():
+            model.set_submodule(name, _frozen(layer.in_features, layer.out_features, layer.bias is not None, step.dtype))
+        if step.head_4bit and not ends.are_tied(model):
+            head = model.get_output_embeddings()
+            slices = [_frozen(head.in_features, rows, False, step.dtype) for rows in ends.slice_rows(head.out_features)]
+            model.set_output_embeddings(ends.SlicedHead(slices))
+        model.is_loaded_in_4bit = step.four_bit  # PEFT asks
         model.requires_grad_(False)
-        if checkpoints:
+        if step.checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.enable_input_require_grads()
-        if r:
-            targets = "all-linear" if targets == ("all-linear",) else list(targets)
-            lora = LoraConfig(r=r, target_modules=targets, lora_dropout=dropout, task_type="CAUSAL_LM")
+        if step.r:
+            targets = models.adapted_names(model, step.target_modules)
+            lora = LoraConfig(r=step.r, target_modules=targets, lora_dropout=step.lora_dropout, task_type="CAUSAL_LM")
             model = get_peft_model(model, lora)
     return model

@@ -44,6 +44,7 @@ class Plan:
     accumulation: int = 1
     new_tokens: int = 0
     on_gpu: bool = True
+    embedding_on_cpu: bool = False
 
 
 def plan_of(settings, train: bool = True, config=None, on_gpu: bool | None = None) -> Plan:
@@ -67,11 +68,13 @@ def plan_of(settings, train: bool = True, config=None, on_gpu: bool | None = Non
         lora_dropout=settings.lora_dropout if train else 0.0,
         checkpointing=settings.gradient_checkpointing,
         loss_chunk=settings.loss_chunk,
+        head_4bit=settings.head_4bit,
         train=train,
     )
     accumulation, new_tokens = (settings.gradient_accumulation_steps, 0) if train else (1, settings.max_new_tokens)
     config = config or ledger.config_of(settings.model_id)
-    return Plan(config, step, settings.double_quant, settings.optim, accumulation, new_tokens, on_gpu)
+    how = (settings.double_quant, settings.optim, accumulation, new_tokens, on_gpu, settings.embedding_on_cpu)
+    return Plan(config, step, *how)
 
 
 def peak(plan: Plan) -> Ledger:
@@ -88,6 +91,8 @@ def peak(plan: Plan) -> Ledger:
         r=step.r,
         target_modules=step.target_modules,
         optim=plan.optim,
+        head_4bit=step.head_4bit,
+        embedding_on_cpu=plan.embedding_on_cpu and plan.on_gpu,
     )
     now = activations.dry_run(plan.config, step)
     lines = [line for line in static.lines if step.train or line.name not in (GRADIENTS, STATES)]
@@ -163,6 +168,8 @@ def levers(settings, config=None, on_gpu: bool | None = None) -> list[Lever]:
         (one_row, "same rows in a step, shorter products", False),
         ({"double_quant": True}, "RMSE grows by less than 0.001", False),
         ({"optim": "paged_adamw_8bit"}, "8-bit states", False),
+        ({"embedding_on_cpu": True}, "one vector a token crosses the bus", False),
+        ({"head_4bit": True}, "the head is rounded to NF4", True),
         ({"max_length": min(512, settings.max_length)}, "longer answers are cut", True),
         ({"r": min(16, settings.r)}, "a smaller adapter", True),
         ({"max_length": min(256, settings.max_length)}, "longer answers are cut", True),

@@ -19,7 +19,8 @@ from qlora_nb.engine.runs import Run, runs_root, status_of, write_atomically
 from qlora_nb.errors import KitError
 
 SEAL, KEEP = "seal.json", 2
-MAY_DIFFER = ("output_dir", "resume", "save_steps", "adapter", "prompts", "max_new_tokens", "temperature", "top_p", "fetch_ahead")
+_WATCHING = ("sample_steps", "tensorboard", "prompts", "max_new_tokens", "temperature", "top_p", "adapter")
+MAY_DIFFER = ("output_dir", "resume", "save_steps", "prequantized", "fetch_ahead", *_WATCHING)
 """Parameters that do not change what is trained."""
 
 

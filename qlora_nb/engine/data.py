@@ -6,12 +6,18 @@ prompt and the padding get the label -100, which the loss ignores. Loading, cach
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
+from random import Random
 
 import datasets
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
 
 from qlora_nb import pocket
+from qlora_nb.engine import conversations
 from qlora_nb.engine.objective import IGNORED
 from qlora_nb.errors import KitError
 
@@ -25,6 +31,10 @@ TEMPLATES = {
     "alpaca_short": (_WITH_INPUT, _WITHOUT_INPUT),
 }
 """Template → prompt with an input and without: Stanford Alpaca's own, and the same without its opening sentences."""
+SORTED_STEPS = 16
+"""Rows are sorted by length within so many steps: enough to save most padding, few enough to keep the order random."""
+OPEN_PACKS = 32
+"""A row is tried in so many of the newest packs before a new one is begun."""
 COLUMNS = ("instruction", "input", "output")
 QUIET_BELOW_ROWS = 10_000
 """Fewer rows are tokenized in a second or two and need no progress bar."""
@@ -46,18 +56,19 @@ def prompt_of(row: dict[str, str], template: str = "alpaca") -> str:
 def load(settings) -> tuple[datasets.Dataset, datasets.Dataset]:
     """Training and held-out rows for the resolved `dataset`, `train_rows` and `eval_rows`.
 
-    No more training rows are taken than the run's steps will see, so that nothing is tokenized for nothing.
+    No more training rows are taken than the run's steps will see, so that nothing is tokenized for nothing (packed steps may see
+    them all).
     The micro-world has its own held-out split; of any other data the first `eval_rows` of a fixed shuffle are held out.
 
     Raises:
         KitError: the data cannot be read, lacks a column, or has too few rows.
     """
     rows_in_a_step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
-    n_train = min(settings.train_rows, settings.max_steps * rows_in_a_step)
+    n_train = settings.train_rows if settings.packing else min(settings.train_rows, settings.max_steps * rows_in_a_step)
     if settings.dataset == "pocket":
         train, held_out = (datasets.Dataset.from_list(pocket.read(split)) for split in ("train", "test"))
     else:
-        rows = _clean(_read(settings.dataset), settings.dataset)
+        rows = _clean(_read(settings.dataset), settings.dataset, settings.columns)
         if len(rows) < settings.eval_rows + 1:
             raise KitError(
                 f"the data has {len(rows)} usable rows, too few for {settings.eval_rows} held-out rows and one to train on",
@@ -91,15 +102,23 @@ def _read(name: str) -> datasets.Dataset:
         ) from error
 
 
-def _clean(rows: datasets.Dataset, name: str) -> datasets.Dataset:
+def _clean(rows: datasets.Dataset, name: str, columns: dict[str, str]) -> datasets.Dataset:
     """Keep the three columns as text; leave out rows without an instruction or an answer and say which."""
+    unknown = sorted(set(columns.values()) - set(rows.column_names))
+    if unknown:
+        allowed = ", ".join(rows.column_names)
+        raise KitError("columns names what the data does not have", value=", ".join(unknown), allowed=allowed)
+    taken = rows.remove_columns([c for c in columns if c in rows.column_names and c not in columns.values()])
+    rows = taken.rename_columns({own: column for column, own in columns.items() if own != column})
+    if "instruction" not in rows.column_names:
+        rows = conversations.first_exchanges(rows) or rows
     missing = [c for c in ("instruction", "output") if c not in rows.column_names]
     if missing:
         raise KitError(
             f"the data has no column {' and '.join(missing)}",
             value=", ".join(rows.column_names),
-            allowed="instruction, output, and input if there is one",
-            remedy="rename its columns",
+            allowed="instruction, output, input if there is one; or a conversation (messages, OASST, Guanaco)",
+            remedy="name them, as columns=instruction=question,output=answer",
         )
     if "input" not in rows.column_names:
         rows = rows.add_column("input", [""] * len(rows))
@@ -149,6 +168,56 @@ def _encode_row(row: dict[str, str], tokenizer, max_length: int, template: str) 
     return {"input_ids": prompt + answer, "labels": labels, "cut": cut, "too_long": room < 2}
 
 
-def collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
-    """Pads a batch to its longest row; padding is masked and its labels are -100."""
-    return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
+def in_training_order(rows: datasets.Dataset, settings) -> datasets.Dataset:
+    """The rows of every step of a run, one after another: drawn without repetition, again and again, like lengths together.
+
+    A batch is padded to its longest row, and padding costs as much as text. So the shuffled rows are sorted by length, but only
+    within `SORTED_STEPS` steps at a time, and the steps are shuffled again: a long row still meets different company in every
+    pass over the data. Everything follows from the seed, which is what lets a stopped run go on exactly.
+    """
+    per_step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+    n_tokens, random = [len(ids) for ids in rows["input_ids"]], Random(settings.seed)
+    order: list[int] = []
+    while len(order) < settings.max_steps * per_step:
+        drawn = random.sample(range(len(rows)), len(rows))
+        for group in _cut(drawn, SORTED_STEPS * per_step):
+            steps = _cut(sorted(group, key=lambda i: n_tokens[i]), per_step)
+            order += chain.from_iterable(random.sample(steps, len(steps)))
+    return rows.select(order[: settings.max_steps * per_step])
+
+
+def _cut(items: list[int], n: int) -> list[list[int]]:
+    return [items[start : start + n] for start in range(0, len(items), n)]
+
+
+def pack(rows: datasets.Dataset, max_length: int) -> datasets.Dataset:
+    """Put several rows into one sequence of at most `max_length` tokens, each into the first of the open ones with room.
+
+    `position_ids` begin anew with every row. From that transformers knows where a row begins and lets none see another
+    (`masking_utils.find_packed_sequence_indices`, as long as no attention mask is given).
+    """
+    packs: list[dict[str, list[int]]] = []
+    for row in rows:
+        n = len(row["input_ids"])
+        room = (p for p in packs[-OPEN_PACKS:] if len(p["input_ids"]) + n <= max_length)
+        if (into := next(room, None)) is None:
+            packs.append(into := {"input_ids": [], "labels": [], "position_ids": []})
+        into["input_ids"] += row["input_ids"]
+        into["labels"] += [IGNORED, *row["labels"][1:]]  # no row predicts the next one's first token
+        into["position_ids"] += range(n)
+    return datasets.Dataset.from_list(packs)
+
+
+def collator(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict]], dict[str, torch.Tensor]]:
+    """Pads a batch on the right to its longest row; padding is masked and its labels are -100.
+
+    Packed sequences get no mask (see `pack`): padding stands behind all text, where nothing that trains can see it.
+    """
+    fill = {"input_ids": tokenizer.pad_token_id, "labels": IGNORED, "position_ids": 0, "attention_mask": 0}
+
+    def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
+        whole = [row if "position_ids" in row else row | {"attention_mask": [1] * len(row["input_ids"])} for row in rows]
+        tensors = {name: [torch.tensor(row[name]) for row in whole] for name in whole[0] if name in fill}
+        return {name: pad_sequence(rows, batch_first=True, padding_value=fill[name]) for name, rows in tensors.items()}
+
+    return collate

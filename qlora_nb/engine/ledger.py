@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import nn
 
-from qlora_nb.engine import activations, models, shapes
+from qlora_nb.engine import activations, ends, models, shapes
 from qlora_nb.engine.environment import GIB
 from qlora_nb.errors import KitError
 from qlora_nb.theory import paging
@@ -175,6 +175,8 @@ def predict(
     r: int | None = None,
     target_modules: Sequence[str] | None = None,
     optim: str | None = None,
+    head_4bit: bool | None = None,
+    embedding_on_cpu: bool | None = None,
 ) -> Ledger:
     """The ledger of a model before anything is loaded.
 
@@ -186,6 +188,8 @@ def predict(
         rest_dtype: dtype of what is not quantized. A run that calls `prepare_model_for_kbit_training` has float32 here.
         r: LoRA rank; 0 leaves the adapter, its gradients and optimizer states out.
         optim: Trainer's optimizer name.
+        head_4bit: count the head among the 4-bit weights, slice by slice; without effect where it is tied to the embedding.
+        embedding_on_cpu: leave the input embedding out, which lies in the host's memory. Settings count only where there is CUDA.
 
     Returns:
         Bytes by line. The datatype (NF4 or FP4) does not change them: both have sixteen codes.
@@ -202,6 +206,15 @@ def predict(
     rest_dtype = rest_dtype or (models.compute_dtype(settings.compute_dtype) if settings else torch.float16)
     model = meta_model(config)
     weights = [m.weight.numel() for m in models.linear_layers(model).values()]
+    table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    small = sum(p.numel() for p in model.parameters()) - sum(weights) - table.numel() - (head.numel() if head is not table else 0)
+    outside = {"embedding": table.numel()} if head is table else {"embedding": table.numel(), "head": head.numel()}
+    if four_bit and head is not table:
+        if pick(head_4bit, "head_4bit", False):
+            weights += [rows * head.shape[1] for rows in ends.slice_rows(head.shape[0])]
+            del outside["head"]
+        if pick(embedding_on_cpu, "embedding_on_cpu", False) and (embedding_on_cpu or torch.cuda.is_available()):
+            del outside["embedding"]
     nested, tables = (NESTED_BLOCK, 1092) if double_quant else (0, 64)
     blocks = [-(-n // BLOCK) for n in weights]
     name, item = str(rest_dtype).removeprefix("torch."), rest_dtype.itemsize
@@ -213,11 +226,9 @@ def predict(
             Line(NESTED, sum(-(-b // nested) * 4 for b in blocks) if nested else 0, "scales / 256 × 4 bytes"),
             Line(TABLES, len(weights) * tables, f"{len(weights)} layers × {tables} bytes"),
         ]
-    ends = {id(m.weight): m.weight.numel() for m in (model.get_input_embeddings(), model.get_output_embeddings())}
-    small = sum(p.numel() for p in model.parameters()) - sum(weights) - sum(ends.values())
     lines += [
         Line(LINEARS, 0 if four_bit else sum(weights) * item, f"{sum(weights):,} × {name}"),
-        Line(EMBEDDINGS, sum(ends.values()) * item, f"{sum(ends.values()):,} × {name}"),
+        Line(EMBEDDINGS, sum(outside.values()) * item, f"{sum(outside.values()):,} × {name}"),
         Line(SMALL, small * item, f"{small:,} × {name}"),
         Line(BUFFERS, sum(b.numel() * b.element_size() for b in model.buffers()), "rotary frequencies, float32"),
     ]
@@ -256,9 +267,12 @@ def measure(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
                 seen.add(storage._cdata)
                 found[line] += storage.nbytes()
 
-    ends = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
+    outside = (model.get_input_embeddings(), model.get_output_embeddings())
+    at_the_ends = {id(m.weight) for m in outside if hasattr(m, "weight")}
     matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
     for name, p in model.named_parameters():
+        if torch.cuda.is_available() and p.device.type == "cpu":
+            continue  # the embedding, kept in the host's memory
         state = getattr(p, "quant_state", None)
         if state is not None:
             add(CODES, p)
@@ -268,7 +282,7 @@ def measure(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
                 add(NESTED, state.state2.absmax)
                 add(TABLES, state.state2.code, state.offset)
         else:
-            add(LORA if "lora_" in name else EMBEDDINGS if id(p) in ends else LINEARS if id(p) in matrices else SMALL, p)
+            add(LORA if "lora_" in name else EMBEDDINGS if id(p) in at_the_ends else LINEARS if id(p) in matrices else SMALL, p)
         add(GRADIENTS, p.grad)
     add(BUFFERS, *model.buffers())
     for state in optimizer.state.values() if optimizer is not None else ():

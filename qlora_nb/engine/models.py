@@ -6,8 +6,8 @@ anything that is not safetensors. No code from a model's repository is ever run.
 
 from __future__ import annotations
 
-import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,14 +15,14 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from qlora_nb.engine import environment
+from qlora_nb.engine import ends, environment, prequantized
 from qlora_nb.errors import KitError
 from qlora_nb.pocket import MODEL_DIR
 
 # PEFT asks transformers for gradient checkpointing by a name that is going away: nothing a reader could mend.
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
 
-SMOLLM2_DIR = Path(os.environ.get("QLORA_NB_CACHE", Path.home() / ".cache" / "qlora-nb")) / "SmolLM2-135M-Instruct"
+SMOLLM2_DIR = prequantized.CACHE / "SmolLM2-135M-Instruct"
 """Where `qlora-nb fetch smollm2` puts the converted model."""
 
 
@@ -106,17 +106,19 @@ def load_base(settings, four_bit: bool = True) -> PreTrainedModel:
     Raises:
         KitError: the weights are missing, damaged, or not safetensors.
     """
-    path = model_path(settings.model_id)
+    path, dtype = model_path(settings.model_id), compute_dtype(settings.compute_dtype)
+    keep_copy = four_bit and settings.prequantized
+    copy = prequantized.find(path, settings, dtype) if keep_copy else None
     if settings.model_id in ("pocket", "smollm2"):  # a second or two
         transformers_logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=compute_dtype(settings.compute_dtype),
+            copy or path,
+            dtype=dtype,
             device_map={"": device()},
             use_safetensors=True,
             trust_remote_code=False,
-            quantization_config=quantization_config(settings) if four_bit else None,
+            **({"quantization_config": quantization_config(settings)} if four_bit and not copy else {}),
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
@@ -133,13 +135,35 @@ def load_base(settings, four_bit: bool = True) -> PreTrainedModel:
         # then on; training after that fails, and the bytes are no longer those of the paper. One layout everywhere.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+    model.name_or_path = model.config.name_or_path = path
+    if keep_copy and not copy:
+        prequantized.keep(model, path, settings, dtype)
+    levers = four_bit and (settings.head_4bit or settings.embedding_on_cpu)
+    if levers and ends.are_tied(model):
+        print("embedding and head are one tensor in this model: head_4bit and embedding_on_cpu leave it as it is")
+    elif levers:
+        if settings.head_4bit:
+            ends.quantize_head(model, settings.quant_type, settings.double_quant, dtype)
+        if settings.embedding_on_cpu:
+            ends.keep_embedding_on_cpu(model, device())
     return model.eval()
 
 
 def linear_layers(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
     """Name → module of every linear layer inside the blocks: the ones QLoRA quantizes and adapts (the head is not one)."""
-    head = model.get_output_embeddings()
-    return {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head and "lora_" not in n}
+    head = set(model.get_output_embeddings().modules())
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m not in head}
+    return {n: m for n, m in linear.items() if "lora_" not in n}
+
+
+def adapted_names(model: PreTrainedModel, target_modules: Sequence[str]) -> list[str]:
+    """The last part of the names of the layers to adapt: `all-linear` spelt out for this model, anything else as it is.
+
+    PEFT's own `all-linear` would take the slices of a 4-bit head for layers of the blocks.
+    """
+    if "all-linear" not in target_modules:
+        return list(target_modules)
+    return sorted({name.rsplit(".", 1)[-1] for name in linear_layers(model)})
 
 
 def dense_weight(module: torch.nn.Module) -> torch.Tensor:

@@ -79,3 +79,15 @@ def sliced_head(model: nn.Module, chunk: int) -> Iterator[Callable]:
         yield loss
     finally:
         del head.forward
+
+
+@contextmanager
+def whole_head(model: nn.Module) -> Iterator[None]:
+    """Inside, a model in `sliced_head` gives logits again, for example to answer a prompt between two steps."""
+    head = model.get_base_model().get_output_embeddings()
+    suspended = head.__dict__.pop("forward", None)
+    try:
+        yield
+    finally:
+        if suspended:
+            head.forward = suspended

@@ -43,10 +43,18 @@ def _prompts(value: Any) -> Any:
     return value
 
 
+def _mapping(value: Any) -> Any:
+    """'instruction=question, output=answer' or a dictionary → a dictionary."""
+    if not isinstance(value, str):
+        return value
+    return {name.strip(): own.strip() for name, _, own in (pair.partition("=") for pair in _names(value))}
+
+
 Int = Annotated[int, BeforeValidator(_not_bool)]
 Float = Annotated[float, BeforeValidator(_not_bool)]
 Name = Annotated[str, Field(min_length=1)]
 Names = Annotated[list[Name], BeforeValidator(_names), Field(min_length=1)]
+Mapping = Annotated[dict[Literal["instruction", "input", "output"], Name], BeforeValidator(_mapping)]
 Prompts = Annotated[list[str], BeforeValidator(_prompts), Field(min_length=1)]
 
 ELSEWHERE = ("pythia", "gpu_gib", "blocksize", "fetch_ahead")
@@ -85,7 +93,12 @@ class Settings(BaseModel):
     gradient_accumulation_steps: Int = Field(ge=1, description="forward passes in one optimizer step")
     max_length: Int = Field(ge=8, le=8192, description="tokens of prompt and answer kept")
     loss_chunk: Int = Field(ge=0, le=65536, description="tokens in one slice of the loss, 0: all logits at once")
+    head_4bit: bool = Field(description="store the head in 4 bit too, in slices of the vocabulary")
+    embedding_on_cpu: bool = Field(description="keep the input embedding in the host's memory")
+    prequantized: bool = Field(description="keep a 4-bit copy of the base and load that the next time")
+    packing: bool = Field(description="several rows in one sequence of max_length tokens (06)")
     gradient_checkpointing: bool = Field(description="recompute activations to save memory")
+    columns: Mapping = Field(description="columns of the data, as instruction=question,output=answer")
     prompt_template: Literal["alpaca", "alpaca_short"] = Field(description="how instruction and input become a prompt")
     train_rows: Int = Field(ge=1, description="rows to train on at most")
     eval_rows: Int = Field(ge=1, description="held-out rows to measure on")
@@ -97,6 +110,8 @@ class Settings(BaseModel):
     pythia: Literal[PYTHIA_SIZES] = Field(description="Pythia size that 02 and 05 do arithmetic for")
     gpu_gib: Float = Field(gt=0, le=10_000, description="card size that 05 does arithmetic for (GiB)")
     fetch_ahead: bool = Field(description="download model and data now (01)")
+    sample_steps: Int = Field(ge=0, description="optimizer steps between answers to the first prompt, 0: none (06)")
+    tensorboard: bool = Field(description="write TensorBoard's files into the run folder (06)")
     save_steps: Int = Field(ge=0, description="optimizer steps between checkpoints, 0: only when stopped (06)")
     resume: Name = Field(description="no, latest, or the folder of an unfinished run (06)")
     output_dir: Name = Field(description="where run folders go")
@@ -117,6 +132,7 @@ class Settings(BaseModel):
     def papermill_line(self, notebook: str = "06_finetune_pythia_12b") -> str:
         """The shell command that repeats a run with these settings: only what differs from the profile is named."""
         given = {"profile": self.profile, **{k: v for k, v in self.changed().items() if k not in ELSEWHERE}}
+        given |= {"columns": [f"{k}={v}" for k, v in self.columns.items()]} if "columns" in given else {}
         values = {k: ",".join(v) if isinstance(v, list) else v for k, v in given.items()}
         parameters = " ".join(f"-p {k} {shlex.quote(str(v))}" for k, v in values.items())
         return f"papermill notebooks/{notebook}.ipynb runs/{notebook}.ipynb {parameters}"

@@ -8,20 +8,22 @@ and a check that the saved adapter is the trained one.
 from __future__ import annotations
 
 import math
+import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import datasets
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from qlora_nb.engine import activations, budget, checkpoints, data, ledger, objective, runs
-from qlora_nb.engine.models import linear_layers
+from qlora_nb.engine import activations, budget, checkpoints, data, generation, ledger, models, objective, runs
 from qlora_nb.errors import KitError
 
 _STEPS = {"max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "seed"}
@@ -39,18 +41,17 @@ def attach_adapter(model: PreTrainedModel, settings) -> PeftModel:
     Raises:
         KitError: a target that is no linear layer of this model, or a rank above every layer's size.
     """
-    names = sorted({n.rsplit(".", 1)[-1] for n in linear_layers(model)})
+    names = models.adapted_names(model, ["all-linear"])
     targets = settings.target_modules
     wrong = [t for t in targets if t not in names and t != "all-linear"]
     if wrong or ("all-linear" in targets and len(targets) > 1):
         known = f"all-linear alone, or any of {', '.join(names)}"
         raise KitError("target_modules names layers this model does not have", value=", ".join(wrong or targets), allowed=known)
-    smallest = min(min(m.in_features, m.out_features) for m in linear_layers(model).values())
+    smallest = min(min(m.in_features, m.out_features) for m in models.linear_layers(model).values())
     if settings.r > smallest:
         raise KitError("r is larger than the layers it approximates", value=settings.r, allowed=f"1 to {smallest}")
     own = settings.model_dump(include={"r", "lora_alpha", "lora_dropout"})
-    chosen = "all-linear" if "all-linear" in targets else list(targets)
-    config = LoraConfig(**own, target_modules=chosen, bias="none", task_type="CAUSAL_LM")
+    config = LoraConfig(**own, target_modules=models.adapted_names(model, targets), bias="none", task_type="CAUSAL_LM")
     torch.manual_seed(settings.seed)  # lora_A is random
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -71,7 +72,8 @@ class _Watch(TrainerCallback):
         self.failure: str | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.started, self.first = time.perf_counter(), state.global_step
+        self.started, self.first, self.optimizer = time.perf_counter(), state.global_step, kwargs.get("optimizer")
+        self.n_tokens.clear()
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.stop.is_set():
@@ -116,6 +118,21 @@ class _Scale(TrainerCallback):
             self.held = ledger.measure(model, optimizer)
 
 
+class _Sample(TrainerCallback):
+    """Lets the model answer the first prompt every so many steps; greedy, so the random state stays as it is."""
+
+    def __init__(self, tokenizer, settings):
+        self.tokenizer, self.settings, self.row = tokenizer, settings, generation.row_of(settings.prompts[0])
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if self.settings.sample_steps and state.global_step % self.settings.sample_steps == 0:
+            model.eval()
+            with objective.whole_head(model):
+                [said] = generation.answer_all(model, self.tokenizer, [self.row], self.settings)
+            model.train()
+            print(f"step {state.global_step}, asked {self.row['instruction']!r}: {said!r}")
+
+
 class _Seal(TrainerCallback):
     def __init__(self, settings, rows_hash: str):
         self.settings, self.rows_hash = settings, rows_hash
@@ -125,8 +142,57 @@ class _Seal(TrainerCallback):
 
 
 class _Trainer(Trainer):
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.remove_callback(PrinterCallback)  # it would print every step's numbers a second time
+
+    def _get_train_sampler(self, train_dataset=None):
+        return SequentialSampler(train_dataset or self.train_dataset)  # data.in_training_order has seen to it
+
     def save_model(self, output_dir=None, _internal_call=False):
         save_adapter(self.model, output_dir)
+
+    def get_batch_samples(self, *args):
+        """Called before each step: what draws the dropout masks is remembered, for `save_now`."""
+        self.random = {torch.random: torch.random.get_rng_state()}
+        if torch.cuda.is_available():
+            self.random[torch.cuda] = torch.cuda.get_rng_state()
+        return super().get_batch_samples(*args)
+
+    def finishes(self, checkpoint: Path | None) -> bool:
+        """Train to the end. False: a GPU's memory ran out though a pass has several rows; what the step held is free again."""
+        try:
+            self.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        except torch.OutOfMemoryError:
+            if self.args.per_device_train_batch_size == 1:
+                raise
+            return False
+        return True
+
+    def save_now(self, settings, rows_hash: str) -> Path | None:
+        """A checkpoint of the last finished step, in the midst of the next one; None before the first."""
+        self.model.zero_grad(set_to_none=True)
+        for generators, states in self.random.items():
+            generators.set_rng_state(states)
+        if not self.state.global_step:
+            return None
+        self._save_checkpoint(self.model, trial=None)
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        checkpoints.seal(folder, settings, rows_hash)
+        return folder
+
+
+def with_fewer_rows(settings):
+    """The same rows in a step, in more passes: half as many rows in each, or the next smaller number that divides them.
+
+    >>> from qlora_nb.engine.profiles import validate
+    >>> with_fewer_rows(validate({"per_device_train_batch_size": 15})).gradient_accumulation_steps
+    3
+    """
+    rows = settings.per_device_train_batch_size
+    fewer = next(n for n in range(rows // 2, 0, -1) if rows % n == 0)
+    passes = settings.gradient_accumulation_steps * (rows // fewer)
+    return settings.model_copy(update={"per_device_train_batch_size": fewer, "gradient_accumulation_steps": passes})
 
 
 def save_adapter(model: PeftModel, folder: str | Path) -> None:
@@ -157,6 +223,46 @@ def stop_on_interrupt() -> Iterator[threading.Event]:
             signal.signal(number, handler)
         if signal.SIGTERM in received:
             signal.raise_signal(signal.SIGTERM)
+
+
+def arguments(settings, folder: Path) -> TrainingArguments:
+    """The Trainer's arguments for a run into `folder`.
+
+    On a GPU the products of the float32 adapter run in the compute dtype (autocast), norms and losses in float32; float16 adds a
+    scaler, because its small gradients would round to zero. On a CPU everything is float32.
+    """
+    on_gpu, dtype = torch.cuda.is_available(), models.compute_dtype(settings.compute_dtype)
+    if settings.tensorboard:
+        if not find_spec("tensorboard"):
+            raise KitError("the package tensorboard is not installed", remedy="pip install tensorboard, or tensorboard=False")
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
+    return TrainingArguments(
+        output_dir=str(folder / "checkpoints"),
+        **settings.model_dump(include=TRAINERS_OWN),
+        bf16=on_gpu and dtype is torch.bfloat16,
+        fp16=on_gpu and dtype is torch.float16,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if settings.save_steps else "no",
+        save_steps=settings.save_steps or 1,
+        report_to="tensorboard" if settings.tensorboard else "none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=on_gpu,
+        use_cpu=not on_gpu,
+    )
+
+
+def _train(new_trainer: Callable[..., _Trainer], settings, rows_hash: str, checkpoint: Path | None):
+    """Train to the end, in passes of fewer rows each time a GPU's memory runs out; returns the settings it ended with."""
+    trainer, smaller = new_trainer(settings), settings
+    while not trainer.finishes(checkpoint):
+        smaller = with_fewer_rows(smaller)
+        rows, passes = smaller.per_device_train_batch_size, smaller.gradient_accumulation_steps
+        print(f"out of memory in step {trainer.state.global_step + 1}: it is done again in {passes} passes of {rows}")
+        checkpoint = trainer.save_now(settings, rows_hash)
+        trainer = new_trainer(smaller)
+    return smaller
 
 
 def _continue(run, settings, rows_hash: str, losses: list[float]) -> Path | None:
@@ -192,19 +298,8 @@ def finetune(
         KitError: loss or gradient became NaN or infinite, the GPU's memory ran out, the run was started with other settings or
             rows, or another process writes into its folder.
     """
-    arguments = TrainingArguments(
-        output_dir=str(run.folder / "checkpoints"),
-        **settings.model_dump(include=TRAINERS_OWN),
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        save_strategy="steps" if settings.save_steps else "no",
-        save_steps=settings.save_steps or 1,
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        use_cpu=not torch.cuda.is_available(),
-    )
+    rows = data.pack(rows, settings.max_length) if settings.packing else rows
+    rows = data.in_training_order(rows, settings)
     losses: list[float] = []
     n_tokens: list[int] = []
     shapes: list[tuple[int, int, int]] = []
@@ -222,22 +317,21 @@ def finetune(
         report(step)
 
     model.config.use_cache = False
-    scale, trainer = _Scale(), None
+    scale = _Scale()
     try:
         with stop_on_interrupt() as stop, ExitStack() as stack:
             watch = _Watch(note, stop, n_tokens)
-            stack.enter_context(budget.out_of_memory_doctor(settings, model, lambda: trainer.optimizer))
+            stack.enter_context(budget.out_of_memory_doctor(settings, model, lambda: watch.optimizer))
             loss = stack.enter_context(objective.sliced_head(model, settings.loss_chunk)) if settings.loss_chunk else None
             stack.push(scale.weighing)
             stack.enter_context(runs.sole_writer(run.folder))
             stack.callback(lambda: stop.is_set() and run.finish("interrupted"))
             rows_hash = checkpoints.fingerprint(rows)
             checkpoint = _continue(run, settings, rows_hash, losses) if run.resumed else None
-            callbacks = [watch, scale, _Seal(settings, rows_hash)]
+            callbacks = [watch, scale, _Sample(tokenizer, settings), _Seal(settings, rows_hash)]
             own = {"train_dataset": rows, "data_collator": collate, "compute_loss_func": loss, "callbacks": callbacks}
-            trainer = _Trainer(model=model, args=arguments, **own)
-            trainer.remove_callback(PrinterCallback)  # it would print every step's numbers a second time
-            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+            new = lambda how: _Trainer(model=model, args=arguments(how, run.folder), **own)
+            passes = _train(new, settings, rows_hash, checkpoint).gradient_accumulation_steps
     except BaseException as error:  # the folder must say what became of the run
         run.finish("failed", error=f"{type(error).__name__}: {error}"[:500])
         raise
@@ -253,8 +347,7 @@ def finetune(
     save_adapter(model, adapter)
     seconds = time.perf_counter() - watch.started
     speed = sum(n_tokens) / seconds
-    per_step = settings.gradient_accumulation_steps
-    second = max(shapes[per_step : 2 * per_step], key=lambda shape: shape[0] * shape[1], default=None)
+    second = max(shapes[passes : 2 * passes], key=lambda shape: shape[0] * shape[1], default=None)
     weighed = {"held": scale.held, "moved": scale.moved, "shape": second}
     return {"losses": losses, "seconds": seconds, "tokens_per_s": speed, "stopped": stop.is_set(), "adapter": adapter, **weighed}
 

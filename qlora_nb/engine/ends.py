@@ -1,0 +1,62 @@
+"""The two ends of a model: the input embedding and the head, which QLoRA leaves in 16 bit.
+
+In pythia-12b each of them is 50,688 × 5,120 numbers, half a GiB. The embedding is only looked up, a row a token, so it can stay
+in the host's memory: what crosses the bus is one vector a token. The head is a product like any other and can be stored in
+NF4; unpacked whole it would need a buffer as large as what was saved, so it is cut into slices of the vocabulary, each
+unpacked, applied and forgotten.
+"""
+
+from __future__ import annotations
+
+import bitsandbytes as bnb
+import torch
+from torch import nn
+
+SLICE = 8192
+"""Rows of the vocabulary unpacked at a time: 80 MiB of pythia-12b in 16 bit."""
+
+
+class SlicedHead(nn.Module):
+    """A head made of slices of the vocabulary, applied one after another: (…, width) → (…, vocabulary)."""
+
+    def __init__(self, slices: list[nn.Module]):
+        super().__init__()
+        self.slices = nn.ModuleList(slices)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return torch.cat([part(hidden) for part in self.slices], dim=-1)
+
+
+def slice_rows(vocabulary: int) -> list[int]:
+    """Rows of each slice: `SLICE` and what is left.
+
+    >>> slice_rows(20_000)
+    [8192, 8192, 3616]
+    """
+    return [min(SLICE, vocabulary - start) for start in range(0, vocabulary, SLICE)]
+
+
+def are_tied(model: nn.Module) -> bool:
+    """True if embedding and head are one tensor: then neither can be changed without the other."""
+    return model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
+
+def quantize_head(model: nn.Module, quant_type: str, double_quant: bool, compute_dtype: torch.dtype) -> None:
+    """Replace a model's head by a `SlicedHead` of 4-bit layers, in place."""
+    head = model.get_output_embeddings()
+    where, parts = head.weight.device, []
+    for rows in head.weight.data.split(SLICE):
+        how = {"quant_type": quant_type, "compress_statistics": double_quant}
+        part = bnb.nn.Linear4bit(head.in_features, len(rows), bias=False, compute_dtype=compute_dtype, device="meta", **how)
+        part.weight = bnb.nn.Params4bit(rows.cpu(), requires_grad=False, **how).to(where)  # quantized on the way
+        part.support_avx512bf16_for_cpu = False  # as in models.load_base
+        parts.append(part)
+    model.set_output_embeddings(SlicedHead(parts).eval())
+
+
+def keep_embedding_on_cpu(model: nn.Module, device: torch.device) -> None:
+    """Move the input embedding to the host's memory: token ids go there, looked-up vectors come to `device`."""
+    table = model.get_input_embeddings()
+    table.to("cpu")
+    table.register_forward_pre_hook(lambda module, args: tuple(ids.cpu() for ids in args))
+    table.register_forward_hook(lambda module, args, vectors: vectors.to(device))
