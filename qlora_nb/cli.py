@@ -4,8 +4,6 @@ Every heavy import stands inside the command that needs it, so that `--help` and
 (`KitError`) is printed as one paragraph on stderr and exits with 2; a failed notebook exits with 1.
 """
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from contextlib import suppress

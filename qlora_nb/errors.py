@@ -1,7 +1,5 @@
 """The one exception a user of the kit meets: what is wrong, with which value, what is allowed, what to do."""
 
-from __future__ import annotations
-
 
 class KitError(ValueError):
     """A refusal in four parts, short in a notebook (no traceback of library internals), complete as `str(error)`.

@@ -110,7 +110,7 @@ def test_an_out_of_memory_error_becomes_a_ledger_and_a_lever(tmp_path, monkeypat
 
     def runs_out(*args, **kwargs):
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) >= 3:  # with four rows, then with two, then with one
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of …")
         return forward(*args, **kwargs)
 
@@ -118,7 +118,7 @@ def test_an_out_of_memory_error_becomes_a_ledger_and_a_lever(tmp_path, monkeypat
     run = runs.Run(settings, "06_finetune_pythia_12b")
     with pytest.raises(KitError, match=r"memory ran out.*Tried to allocate 2.00 GiB.*held at that moment") as refused:
         training.finetune(model, tokenizer, rows, settings, run, lambda step: None)
-    assert "per_device_train_batch_size=1" in refused.value.remedy
+    assert "per_device_train_batch_size" not in refused.value.remedy  # that was done already
     assert "saves" in refused.value.remedy
     assert isinstance(refused.value.__cause__, torch.OutOfMemoryError)
     assert len((run.folder / "metrics.jsonl").read_text().splitlines()) == 2  # both finished steps are kept

@@ -10,8 +10,6 @@ a buffer that lives for one product (`bitsandbytes/autograd/_functions.py`, `Mat
 key, value and output but never the square of scores (`scaled_dot_product_attention`).
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 import itertools

@@ -8,8 +8,6 @@ Each notebook gets a fresh process, so memory of one cannot hide in the next, an
 children is sampled while it runs. A later notebook runs even if an earlier one failed: one batch tells all that is wrong.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

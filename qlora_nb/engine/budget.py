@@ -8,8 +8,6 @@ and setting; none is fitted to a published figure.
 memory that the allocator's whole blocks waste. Both are assumptions until they are measured on a GPU.
 """
 
-from __future__ import annotations
-
 import time
 import tomllib
 from collections.abc import Iterator

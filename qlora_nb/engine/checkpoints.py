@@ -7,8 +7,6 @@ written when all of them are there. A checkpoint without a seal, or one that dis
 reason is said. On the CPU a continued run ends with the same bits as one that was never stopped.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

@@ -8,8 +8,6 @@
 Later turns are left out: a row of this kit is one question and one answer.
 """
 
-from __future__ import annotations
-
 import re
 
 import datasets

@@ -4,8 +4,6 @@ A row has Alpaca's columns *instruction, input, output*. What trains is the answ
 prompt and the padding get the label -100, which the loss ignores. Loading, caching and mapping are `datasets`' work.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path

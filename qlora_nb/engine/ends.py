@@ -6,8 +6,6 @@ NF4; unpacked whole it would need a buffer as large as what was saved, so it is 
 unpacked, applied and forgotten.
 """
 
-from __future__ import annotations
-
 import bitsandbytes as bnb
 import torch
 from torch import nn

@@ -5,8 +5,6 @@ library (NVML) tells the GPUs, psutil the memory, the package metadata the versi
 whether the hub can be reached.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib.metadata
 import os

@@ -4,8 +4,6 @@ Exact match is only worth something beside what costs nothing: always giving the
 fixed place of the input.
 """
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 
 import datasets

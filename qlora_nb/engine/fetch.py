@@ -7,8 +7,6 @@ makers. It is unpacked once to float32, which holds every Q4_1 value exactly; wh
 NF4 is applied to weights that are no longer the original ones. Read its 4-bit losses with that in mind.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import shutil

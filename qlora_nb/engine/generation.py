@@ -3,8 +3,6 @@
 Base and tuned are the same 4-bit weights; the adapter is switched, so a comparison never holds two models.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import threading

@@ -16,8 +16,6 @@ and not the rest of the model. transformers' `get_memory_footprint()` leaves the
 runs is counted in `activations` and added up in `budget`.
 """
 
-from __future__ import annotations
-
 import functools
 import html
 from collections.abc import Iterable, Sequence

@@ -4,8 +4,6 @@ transformers loads and bitsandbytes quantizes; what is ours is the choice of dat
 anything that is not safetensors. No code from a model's repository is ever run.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 from pathlib import Path

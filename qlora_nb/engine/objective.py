@@ -6,8 +6,6 @@ to the hidden state are computed together, then its logits are forgotten. Value 
 (The idea is known from Liger-Kernel and Cut Cross-Entropy, arXiv 2411.09009, which do not know GPT-NeoX.)
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 

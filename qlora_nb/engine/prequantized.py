@@ -4,8 +4,6 @@ pythia-12b is 24 GB on the hub and about 7 GB once its linear layers are packed.
 what it was made from; it is used only if that still holds.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -5,8 +5,6 @@ type ("false" is False, "2e-4" is 0.0002), a name that is not in the schema is r
 torch, so a wrong value costs half a second and no download.
 """
 
-from __future__ import annotations
-
 import ast
 import difflib
 import html

@@ -5,8 +5,6 @@ everything that came out of a notebook: a model may have answered with HTML. Eac
 it in the notebook, for readers who cannot see it.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from itertools import pairwise

@@ -4,8 +4,6 @@
 `metrics.jsonl`, `adapter/`. Every file is written under a temporary name and renamed.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -14,6 +12,7 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
+from typing import Self
 
 import psutil
 from filelock import FileLock, Timeout
@@ -138,7 +137,7 @@ class Run:
         self.manifest |= {"status": status, "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         self._save()
 
-    def __enter__(self) -> Run:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind, error, trace) -> None:

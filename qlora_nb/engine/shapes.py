@@ -3,8 +3,6 @@
 `ledger` counts any model exactly, tensor by tensor; this module answers in a millisecond, before torch is loaded.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

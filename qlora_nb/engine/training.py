@@ -5,8 +5,6 @@ on a NaN loss (the Trainer would log it as 0.0), a Stop that finishes the step, 
 and a check that the saved adapter is the trained one.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import signal
@@ -72,7 +70,7 @@ class _Watch(TrainerCallback):
         self.failure: str | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.started, self.first, self.optimizer = time.perf_counter(), state.global_step, kwargs.get("optimizer")
+        self.started, self.first = time.perf_counter(), state.global_step
         self.n_tokens.clear()
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -228,10 +226,12 @@ def stop_on_interrupt() -> Iterator[threading.Event]:
 def arguments(settings, folder: Path) -> TrainingArguments:
     """The Trainer's arguments for a run into `folder`.
 
-    On a GPU the products of the float32 adapter run in the compute dtype (autocast), norms and losses in float32; float16 adds a
-    scaler, because its small gradients would round to zero. On a CPU everything is float32.
+    The base computes in its own dtype and PEFT the adapter in float32: bfloat16 and float32 need no more. float16 has too few
+    exponents for small gradients, so there the Trainer's scaler and autocast come in, without autocast's second copy of the
+    adapter.
     """
     on_gpu, dtype = torch.cuda.is_available(), models.compute_dtype(settings.compute_dtype)
+    torch.set_autocast_cache_enabled(False)
     if settings.tensorboard:
         if not find_spec("tensorboard"):
             raise KitError("the package tensorboard is not installed", remedy="pip install tensorboard, or tensorboard=False")
@@ -239,7 +239,6 @@ def arguments(settings, folder: Path) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         **settings.model_dump(include=TRAINERS_OWN),
-        bf16=on_gpu and dtype is torch.bfloat16,
         fp16=on_gpu and dtype is torch.float16,
         logging_steps=1,
         logging_nan_inf_filter=False,
@@ -254,15 +253,21 @@ def arguments(settings, folder: Path) -> TrainingArguments:
 
 
 def _train(new_trainer: Callable[..., _Trainer], settings, rows_hash: str, checkpoint: Path | None):
-    """Train to the end, in passes of fewer rows each time a GPU's memory runs out; returns the settings it ended with."""
+    """Train to the end, in passes of fewer rows each time a GPU's memory runs out; returns the settings it ended with.
+
+    Raises:
+        KitError: it ran out with one row in a pass.
+    """
     trainer, smaller = new_trainer(settings), settings
-    while not trainer.finishes(checkpoint):
+    while True:
+        with budget.out_of_memory_doctor(smaller, trainer.model, lambda now=trainer: now.optimizer):
+            if trainer.finishes(checkpoint):
+                return smaller
         smaller = with_fewer_rows(smaller)
         rows, passes = smaller.per_device_train_batch_size, smaller.gradient_accumulation_steps
         print(f"out of memory in step {trainer.state.global_step + 1}: it is done again in {passes} passes of {rows}")
         checkpoint = trainer.save_now(settings, rows_hash)
         trainer = new_trainer(smaller)
-    return smaller
 
 
 def _continue(run, settings, rows_hash: str, losses: list[float]) -> Path | None:
@@ -321,7 +326,6 @@ def finetune(
     try:
         with stop_on_interrupt() as stop, ExitStack() as stack:
             watch = _Watch(note, stop, n_tokens)
-            stack.enter_context(budget.out_of_memory_doctor(settings, model, lambda: watch.optimizer))
             loss = stack.enter_context(objective.sliced_head(model, settings.loss_chunk)) if settings.loss_chunk else None
             stack.push(scale.weighing)
             stack.enter_context(runs.sole_writer(run.folder))

@@ -4,8 +4,6 @@ Only traits are set while something runs: text goes into `Label` and `Textarea`,
 model says can run in the page. Work started by a button runs in one worker thread and stops by an Event.
 """
 
-from __future__ import annotations
-
 import threading
 import time
 

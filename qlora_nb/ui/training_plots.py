@@ -1,7 +1,5 @@
 """Figures of notebooks 01, 06 and 07: the budget, what trains, the loss, the score, next tokens."""
 
-from __future__ import annotations
-
 import html
 
 from matplotlib.figure import Figure

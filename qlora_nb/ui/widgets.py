@@ -4,8 +4,6 @@ Only the widget API common to ipywidgets 7.7.1 (Colab) and 8.1 is used. A widget
 nothing in a notebook reads a value from it.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Callable
 
