@@ -45,17 +45,10 @@ Profile = Annotated[str, typer.Option(help="tiny, smollm2, t4 or full")]
 def doctor() -> None:
     """This machine, its packages, the profile that fits. Exits with 1 if a package is missing or outside its range."""
     from qlora_nb.engine import environment, runs
-    from qlora_nb.engine.environment import GIB
 
     here = environment.machine()
-    print(f"{here.system}, Python {here.python}, {here.cpu}, {here.n_cores} cores")
-    ram, free = here.ram_bytes / GIB, here.ram_free_bytes / GIB
-    print(f"memory {ram:.1f} GiB ({free:.1f} free), disk {here.disk_free_bytes / GIB:.1f} GiB free")
-    for card in here.gpus:
-        half = "bfloat16" if card.has_bf16 else "float16, no bfloat16"
-        print(f"GPU {card.name}: {card.total_bytes / GIB:.1f} GiB ({card.free_bytes / GIB:.1f} free), {half}")
-    if not here.gpus:
-        print("no NVIDIA GPU found")
+    for what, how_much in environment.describe(here).items():
+        print(f"{what:10} {how_much}")
     pins = _pins(runs.project_root() / "constraints.txt")
     versions = environment.versions()
     for version in versions:

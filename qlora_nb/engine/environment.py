@@ -74,6 +74,19 @@ def machine(folder: str | Path = ".") -> Machine:
     )
 
 
+def describe(here: Machine) -> dict[str, str]:
+    """The machine as a table: what it is → how much of it (sizes in GiB)."""
+    sizes = [f"{g.name}, {g.total_bytes / GIB:.1f} GiB, {g.free_bytes / GIB:.1f} GiB free" for g in here.gpus]
+    cards = [f"{size}, {'with' if g.has_bf16 else 'without'} bfloat16" for size, g in zip(sizes, here.gpus)]
+    return {
+        "processor": f"{here.cpu}, {here.n_cores} cores",
+        "memory": f"{here.ram_bytes / GIB:.1f} GiB, {here.ram_free_bytes / GIB:.1f} GiB free",
+        "disk": f"{here.disk_free_bytes / GIB:.0f} GiB free",
+        "GPU": ", ".join(cards) or "none found: profiles tiny and smollm2 run on the CPU",
+        "Python": f"{here.python} on {here.system}",
+    }
+
+
 def gpus() -> tuple[Gpu, ...]:
     """The NVIDIA cards of this machine; empty where there is no driver."""
     import pynvml

@@ -9,17 +9,8 @@ from qlora_nb.engine.environment import GIB
 from qlora_nb.errors import KitError
 from qlora_nb.ui import training_plots
 
-
-def describe(here: environment.Machine) -> dict[str, str]:
-    """The machine as a table: what it is → how much of it."""
-    cards = [f"{g.name}, {g.total_bytes / GIB:.1f} GiB, {'with' if g.has_bf16 else 'without'} bfloat16" for g in here.gpus]
-    return {
-        "processor": f"{here.cpu}, {here.n_cores} cores",
-        "memory": f"{here.ram_bytes / GIB:.1f} GiB, {here.ram_free_bytes / GIB:.1f} GiB free",
-        "disk": f"{here.disk_free_bytes / GIB:.0f} GiB free",
-        "GPU": ", ".join(cards) or "none found: profiles tiny and smollm2 run on the CPU",
-        "Python": f"{here.python} on {here.system}",
-    }
+describe = environment.describe
+"""The machine as a table: what it is → how much of it."""
 
 
 def profiles_here(here: environment.Machine) -> list[dict[str, str]]:

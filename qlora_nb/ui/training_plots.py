@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from qlora_nb.engine import budget as memory
 from qlora_nb.engine import ledger
 from qlora_nb.engine.environment import GIB
-from qlora_nb.ui.style import COLOURS, kit_style, look, new_figure, stacked_bars
+from qlora_nb.ui.style import COLOURS, finish, kit_style, look, new_figure, stacked_bars
 
 _PARTS = {
     "4-bit weights": (look("NF4"), (ledger.CODES,)),
@@ -37,9 +37,7 @@ def budget(ledgers: dict[str, ledger.Ledger], limit_gib: float | None = None) ->
     fig, ax = new_figure(figsize=(8.4, 1.9 + 0.45 * len(ledgers)))
     rows = {row: {part: found.sum(names) for part, (_, names) in _PARTS.items()} for row, found in ledgers.items()}
     there = {part: drawn for part, (drawn, _) in _PARTS.items() if any(parts[part] for parts in rows.values())}
-    stacked_bars(ax, rows, there, scale)
-    for row, found in enumerate(ledgers.values()):
-        ax.text(found.total_bytes / scale, row, f" {found.total_bytes / scale:.2f}", va="center")
+    stacked_bars(ax, rows, there, scale, text=lambda end: f" {end:.2f}")
     if limit_gib is None:
         parts = rows[largest]
         first = max(parts, key=parts.get)
@@ -48,31 +46,28 @@ def budget(ledgers: dict[str, ledger.Ledger], limit_gib: float | None = None) ->
         ax.axvline(limit_gib * GIB / scale, color="black", linestyle="--", label=f"card of {limit_gib:g} GiB")
         left = [name for name, found in ledgers.items() if found.total_bytes > limit_gib * GIB]
         title = f"Over {limit_gib:g} GiB: {', '.join(left)}" if left else f"All fit {limit_gib:g} GiB"
-    ax.set_title(title)
     ax.invert_yaxis()
     ax.margins(x=0.12)
-    ax.set_xlabel(f"memory at the fullest moment ({unit})")
     fig.legend(loc="outside lower center", ncols=4, fontsize=9)
-    return fig
+    return finish(ax, title, f"memory at the fullest moment ({unit})", "")
 
 
 @kit_style()
 def lengths(n_tokens: list[int], max_length: int) -> Figure:
     """Histogram of row lengths in tokens, prompt and answer together."""
-    fig, ax = new_figure(figsize=(8, 2.8))
+    _, ax = new_figure(figsize=(8, 2.8))
     ax.hist(n_tokens, bins=min(40, max(n_tokens) - min(n_tokens) + 1), color=COLOURS["other"], edgecolor="white")
     longest = sorted(n_tokens)[int(0.95 * (len(n_tokens) - 1))]
     ax.axvline(longest, color=COLOURS["NF4"], linestyle="--", label=f"95 % of rows are no longer than {longest}")
-    ax.set(xlabel="length of a row (tokens)", ylabel="rows", xlim=(0, min(max_length, max(n_tokens)) * 1.05))
-    ax.set_title(f"Rows have {sum(n_tokens) / len(n_tokens):.0f} tokens on average; max_length allows {max_length}")
-    ax.legend()
-    return fig
+    title = f"Rows have {sum(n_tokens) / len(n_tokens):.0f} tokens on average; max_length allows {max_length}"
+    end = 1.05 * min(max_length, max(n_tokens))
+    return finish(ax, title, "length of a row (tokens)", "rows", legend="best", xlim=(0, end))
 
 
 @kit_style()
 def loss_curve(losses: list[float], before: float | None = None, after: float | None = None) -> Figure:
     """Training loss a step with its running mean, and the held-out loss before and after."""
-    fig, ax = new_figure(figsize=(8, 3.2))
+    _, ax = new_figure(figsize=(8, 3.2))
     steps = range(1, len(losses) + 1)
     ax.plot(steps, losses, color=COLOURS["other"], linewidth=0.8, label="training loss of each step")
     window = max(1, len(losses) // 10)
@@ -84,10 +79,8 @@ def loss_curve(losses: list[float], before: float | None = None, after: float | 
             ax.plot(at, value, marker, color=COLOURS["NF4"], markersize=8, label=f"held-out, {label}: {value:.2f}")
     if before is not None and after is not None:
         title = f"Held-out loss goes from {before:.2f} to {after:.2f} nats"
-    ax.set(title=title, xlabel="optimizer step", ylabel="loss (nats per answer token)")
     ax.set_ylim(bottom=0)
-    ax.legend()
-    return fig
+    return finish(ax, title, "optimizer step", "loss (nats per answer token)", legend="best")
 
 
 @kit_style()
@@ -100,11 +93,11 @@ def scores(results: dict[str, dict[str, float]]) -> Figure:
     for i, (label, result) in enumerate(results.items()):
         x = [k + (i - (len(results) - 1) / 2) * width for k in range(len(kinds))]
         ax.bar(x, [100 * result[k] for k in kinds], width, **looks[i % len(looks)], label=label)
-    ax.set(ylabel="exact match (%)", ylim=(0, 105), xticks=range(len(kinds)), xticklabels=kinds)
-    last = list(results)[-1]
-    ax.set_title(f"{last}: {100 * results[last]['all']:.0f} % of held-out answers exactly right")
+    ax.set_xticks(range(len(kinds)), kinds)
     fig.legend(loc="outside lower center", ncols=len(results))
-    return fig
+    last = list(results)[-1]
+    title = f"{last}: {100 * results[last]['all']:.0f} % of held-out answers exactly right"
+    return finish(ax, title, "", "exact match (%)", ylim=(0, 105))
 
 
 def label_mask(tokens: list[str], trains: list[bool]) -> str:
