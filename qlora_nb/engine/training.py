@@ -85,18 +85,10 @@ class _Watch(TrainerCallback):
         if bad:
             self.failure = f"{' and '.join(bad)} became {logs[bad[0]]} at step {state.global_step}"
             control.should_training_stop = True
-        self.report(
-            {
-                "step": state.global_step,
-                "max_steps": state.max_steps,
-                "loss": logs["loss"],
-                "learning_rate": logs["learning_rate"],
-                "grad_norm": logs.get("grad_norm"),
-                "tokens_per_s": sum(self.n_tokens) / seconds,
-                "seconds": seconds,
-                "seconds_left": seconds / (state.global_step - self.first) * (state.max_steps - state.global_step),
-            }
-        )
+        left = seconds / (state.global_step - self.first) * (state.max_steps - state.global_step)
+        timing = {"tokens_per_s": sum(self.n_tokens) / seconds, "seconds": seconds, "seconds_left": left}
+        logged = {"loss": logs["loss"], "learning_rate": logs["learning_rate"], "grad_norm": logs.get("grad_norm")}
+        self.report({"step": state.global_step, "max_steps": state.max_steps, **logged, **timing})
         self.on_step_end(args, state, control)  # asked just now: this step can still be the last
 
 
@@ -131,17 +123,12 @@ class _Sample(TrainerCallback):
             print(f"step {state.global_step}, asked {self.row['instruction']!r}: {said!r}")
 
 
-class _Seal(TrainerCallback):
-    def __init__(self, settings, rows_hash: str):
-        self.settings, self.rows_hash = settings, rows_hash
-
-    def on_save(self, args, state, control, **kwargs):
-        checkpoints.seal(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.settings, self.rows_hash)
-
-
 class _Trainer(Trainer):
-    def __init__(self, **options):
+    """Takes the rows as they come, saves the adapter alone and closes every checkpoint with `seal`, which is given its folder."""
+
+    def __init__(self, seal: Callable[[Path], None], **options):
         super().__init__(**options)
+        self.seal = seal
         self.remove_callback(PrinterCallback)  # it would print every step's numbers a second time
 
     def _get_train_sampler(self, train_dataset=None):
@@ -150,6 +137,12 @@ class _Trainer(Trainer):
     def save_model(self, output_dir=None, _internal_call=False):
         save_adapter(self.model, output_dir)
 
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        self.seal(folder)
+        return folder
+
     def get_batch_samples(self, *args):
         """Called before each step: what draws the dropout masks is remembered, for `save_now`."""
         self.random = {torch.random: torch.random.get_rng_state()}
@@ -157,27 +150,12 @@ class _Trainer(Trainer):
             self.random[torch.cuda] = torch.cuda.get_rng_state()
         return super().get_batch_samples(*args)
 
-    def finishes(self, checkpoint: Path | None) -> bool:
-        """Train to the end. False: a GPU's memory ran out though a pass has several rows; what the step held is free again."""
-        try:
-            self.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-        except torch.OutOfMemoryError:
-            if self.args.per_device_train_batch_size == 1:
-                raise
-            return False
-        return True
-
-    def save_now(self, settings, rows_hash: str) -> Path | None:
+    def save_now(self) -> Path | None:
         """A checkpoint of the last finished step, in the midst of the next one; None before the first."""
         self.model.zero_grad(set_to_none=True)
         for generators, states in self.random.items():
             generators.set_rng_state(states)
-        if not self.state.global_step:
-            return None
-        self._save_checkpoint(self.model, trial=None)
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        checkpoints.seal(folder, settings, rows_hash)
-        return folder
+        return self._save_checkpoint(self.model, trial=None) if self.state.global_step else None
 
 
 def with_fewer_rows(settings):
@@ -236,23 +214,14 @@ def arguments(settings, folder: Path) -> TrainingArguments:
         if not find_spec("tensorboard"):
             raise KitError("the package tensorboard is not installed", remedy="pip install tensorboard, or tensorboard=False")
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
-    return TrainingArguments(
-        output_dir=str(folder / "checkpoints"),
-        **settings.model_dump(include=TRAINERS_OWN),
-        fp16=on_gpu and dtype is torch.float16,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        save_strategy="steps" if settings.save_steps else "no",
-        save_steps=settings.save_steps or 1,
-        report_to="tensorboard" if settings.tensorboard else "none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=on_gpu,
-        use_cpu=not on_gpu,
-    )
+    logs = {"logging_steps": 1, "logging_nan_inf_filter": False, "report_to": "tensorboard" if settings.tensorboard else "none"}
+    saves = {"save_strategy": "steps" if settings.save_steps else "no", "save_steps": settings.save_steps or 1}
+    device = {"fp16": on_gpu and dtype is torch.float16, "use_cpu": not on_gpu, "dataloader_pin_memory": on_gpu}
+    own = {**settings.model_dump(include=TRAINERS_OWN), "disable_tqdm": True, "remove_unused_columns": False}
+    return TrainingArguments(output_dir=str(folder / "checkpoints"), **own, **device, **logs, **saves)
 
 
-def _train(new_trainer: Callable[..., _Trainer], settings, rows_hash: str, checkpoint: Path | None):
+def _train(new_trainer: Callable[..., _Trainer], settings, checkpoint: Path | None):
     """Train to the end, in passes of fewer rows each time a GPU's memory runs out; returns the settings it ended with.
 
     Raises:
@@ -261,12 +230,16 @@ def _train(new_trainer: Callable[..., _Trainer], settings, rows_hash: str, check
     trainer, smaller = new_trainer(settings), settings
     while True:
         with budget.out_of_memory_doctor(smaller, trainer.model, lambda now=trainer: now.optimizer):
-            if trainer.finishes(checkpoint):
+            try:
+                trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
                 return smaller
-        smaller = with_fewer_rows(smaller)
+            except torch.OutOfMemoryError:
+                if smaller.per_device_train_batch_size == 1:
+                    raise
+        smaller = with_fewer_rows(smaller)  # the error is gone, and with it what the step held
         rows, passes = smaller.per_device_train_batch_size, smaller.gradient_accumulation_steps
         print(f"out of memory in step {trainer.state.global_step + 1}: it is done again in {passes} passes of {rows}")
-        checkpoint = trainer.save_now(settings, rows_hash)
+        checkpoint = trainer.save_now()
         trainer = new_trainer(smaller)
 
 
@@ -332,10 +305,11 @@ def finetune(
             stack.callback(lambda: stop.is_set() and run.finish("interrupted"))
             rows_hash = checkpoints.fingerprint(rows)
             checkpoint = _continue(run, settings, rows_hash, losses) if run.resumed else None
-            callbacks = [watch, scale, _Sample(tokenizer, settings), _Seal(settings, rows_hash)]
+            seal = lambda folder: checkpoints.seal(folder, settings, rows_hash)
+            callbacks = [watch, scale, _Sample(tokenizer, settings)]
             own = {"train_dataset": rows, "data_collator": collate, "compute_loss_func": loss, "callbacks": callbacks}
-            new = lambda how: _Trainer(model=model, args=arguments(how, run.folder), **own)
-            passes = _train(new, settings, rows_hash, checkpoint).gradient_accumulation_steps
+            new = lambda how: _Trainer(seal, model=model, args=arguments(how, run.folder), **own)
+            passes = _train(new, settings, checkpoint).gradient_accumulation_steps
     except BaseException as error:  # the folder must say what became of the run
         run.finish("failed", error=f"{type(error).__name__}: {error}"[:500])
         raise
@@ -343,10 +317,8 @@ def finetune(
     model.eval()
     if watch.failure:
         run.finish("failed", error=watch.failure)
-        raise KitError(
-            watch.failure,
-            remedy="lower learning_rate; on a GPU without bfloat16 choose a model trained in float16 (not pythia-1b)",
-        )
+        remedy = "lower learning_rate; on a GPU without bfloat16 choose a model trained in float16 (not pythia-1b)"
+        raise KitError(watch.failure, remedy=remedy)
     adapter = run.folder / "adapter"
     save_adapter(model, adapter)
     seconds = time.perf_counter() - watch.started
