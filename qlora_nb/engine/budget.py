@@ -57,22 +57,17 @@ def plan_of(settings, train: bool = True, config=None, on_gpu: bool | None = Non
     dtype = models.compute_dtype(settings.compute_dtype)
     if on_gpu and not torch.cuda.is_available() and settings.compute_dtype == "auto":
         dtype = torch.bfloat16  # planned for a card that is not here
-    step = activations.Step(
-        batch=settings.per_device_train_batch_size if train else 1,
-        length=settings.max_length,
-        r=settings.r,
-        target_modules=tuple(settings.target_modules),
-        dtype=dtype,
-        lora_dropout=settings.lora_dropout if train else 0.0,
-        checkpointing=settings.gradient_checkpointing,
-        loss_chunk=settings.loss_chunk,
-        head_4bit=settings.head_4bit,
-        train=train,
-    )
-    accumulation, new_tokens = (settings.gradient_accumulation_steps, 0) if train else (1, settings.max_new_tokens)
-    config = config or ledger.config_of(settings.model_id)
-    how = (settings.double_quant, settings.optim, accumulation, new_tokens, on_gpu, settings.embedding_on_cpu)
-    return Plan(config, step, *how)
+    step = settings.model_dump(include={"r", "loss_chunk", "head_4bit"})
+    step |= {"length": settings.max_length, "target_modules": tuple(settings.target_modules), "dtype": dtype}
+    step["checkpointing"] = settings.gradient_checkpointing
+    plan = settings.model_dump(include={"double_quant", "optim", "embedding_on_cpu"})
+    if train:
+        step |= {"batch": settings.per_device_train_batch_size, "lora_dropout": settings.lora_dropout}
+        plan["accumulation"] = settings.gradient_accumulation_steps
+    else:
+        step |= {"batch": 1, "train": False}
+        plan["new_tokens"] = settings.max_new_tokens
+    return Plan(config or ledger.config_of(settings.model_id), activations.Step(**step), on_gpu=on_gpu, **plan)
 
 
 def peak(plan: Plan) -> Ledger:
@@ -81,17 +76,10 @@ def peak(plan: Plan) -> Ledger:
     Attention is counted as fused (query, key, value and output are kept, scores are not).
     """
     step, layers = plan.step, plan.config.num_hidden_layers
-    static = ledger.predict(
-        config=plan.config,
-        four_bit=step.four_bit,
-        double_quant=plan.double_quant,
-        rest_dtype=step.rest_dtype or step.dtype,
-        r=step.r,
-        target_modules=step.target_modules,
-        optim=plan.optim,
-        head_4bit=step.head_4bit,
-        embedding_on_cpu=plan.embedding_on_cpu and plan.on_gpu,
-    )
+    of_plan = {"config": plan.config, "double_quant": plan.double_quant, "optim": plan.optim}
+    of_step = {name: getattr(step, name) for name in ("four_bit", "r", "target_modules", "head_4bit")}
+    outside = plan.embedding_on_cpu and plan.on_gpu
+    static = ledger.predict(**of_plan, **of_step, rest_dtype=step.rest_dtype or step.dtype, embedding_on_cpu=outside)
     now = activations.dry_run(plan.config, step)
     lines = [line for line in static.lines if step.train or line.name not in (GRADIENTS, STATES)]
     if step.train and step.r:
@@ -102,10 +90,8 @@ def peak(plan: Plan) -> Ledger:
         held, kept, work = always + fullest.parts["gradients"], fullest.parts[KEPT], fullest.parts[WORK]
         lines = [replace(line, bytes=held) if line.name == GRADIENTS else line for line in lines]
         rows = f"{step.batch} × {step.length} tokens"
-        lines += [
-            Line(KEPT, kept, f"{-(-kept // max(now.kept, 1))} layers × {now.kept:,} bytes, {rows}"),
-            Line(WORK, work, f"fullest in the phase {fullest.phase}; dry run of one layer and the head"),
-        ]
+        lines.append(Line(KEPT, kept, f"{-(-kept // max(now.kept, 1))} layers × {now.kept:,} bytes, {rows}"))
+        when = f"fullest in the phase {fullest.phase}"
     else:
         per_token, one = ledger.kv_cache_bytes(plan.config, step.dtype), activations.dry_run(plan.config, replace(step, length=1))
         read, whole = step.batch * step.length, step.batch * (step.length + plan.new_tokens)
@@ -114,10 +100,8 @@ def peak(plan: Plan) -> Ledger:
             (whole * per_token, max(one.forward, one.loss), whole, "while the last token is written"),
         )
         cache, work, n_tokens, when = max(phases, key=lambda phase: phase[0] + phase[1])
-        lines += [
-            Line(CACHE, cache, f"{n_tokens:,} tokens × {per_token:,} bytes"),
-            Line(WORK, work, f"{when}; dry run of one layer and the head"),
-        ]
+        lines.append(Line(CACHE, cache, f"{n_tokens:,} tokens × {per_token:,} bytes"))
+    lines.append(Line(WORK, work, f"{when}; dry run of one layer and the head"))
     if plan.on_gpu:
         moving = sum(line.bytes for line in lines if line.name in (GRADIENTS, KEPT, WORK, CACHE))
         lines.append(Line(CUDA, CONTEXT_BYTES + int(SLACK * moving), f"0.45 GiB + {SLACK:.0%} of what moves"))
@@ -240,11 +224,9 @@ def require_fit(settings, here: Machine, train: bool = True) -> None:
     fit = make_fit(settings, limit, config, on_gpu=True) if train else None
     largest = largest_pythia(settings, limit, train, pull=train)
     smaller = f'model_id="EleutherAI/pythia-{largest[0]}" fits' if largest else 'profile="tiny" runs anywhere'
-    raise KitError(
-        f"{settings.model_id} does not fit this GPU: {'fine-tuning' if train else 'answering'} is predicted to need "
-        f"{needed / GIB:.1f} GiB at its peak, the {card.name} has {limit / GIB:.1f} GiB",
-        remedy="; ".join(map(str, fit[1])) if fit else smaller,
-    )
+    what = f"{settings.model_id} does not fit this GPU: {'fine-tuning' if train else 'answering'} is predicted to need"
+    sizes = f"{needed / GIB:.1f} GiB at its peak, the {card.name} has {limit / GIB:.1f} GiB"
+    raise KitError(f"{what} {sizes}", remedy="; ".join(map(str, fit[1])) if fit else smaller)
 
 
 @contextmanager
@@ -259,16 +241,11 @@ def out_of_memory_doctor(settings, model, optimizer=None) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         held = ledger.measure(model, optimizer() if callable(optimizer) else optimizer)
         parts = ", ".join(f"{line.name} {line.bytes / GIB:.2f}" for line in sorted(held.lines, key=lambda x: -x.bytes)[:4])
-        more = levers(settings, _base_config(model))
+        more = levers(settings, model.config)
         asked = str(error).split("GPU ")[0].strip().rstrip(".")[:120]
-        raise KitError(
-            f"the GPU's memory ran out ({asked}); held at that moment {held.total_gib:.2f} GiB: {parts}",
-            remedy=f"{more[0]}" if more else "choose a smaller model, or close other programs on this GPU",
-        ) from error
-
-
-def _base_config(model):
-    return (model.get_base_model() if hasattr(model, "get_base_model") else model).config
+        what = f"the GPU's memory ran out ({asked}); held at that moment {held.total_gib:.2f} GiB: {parts}"
+        remedy = str(more[0]) if more else "choose a smaller model, or close other programs on this GPU"
+        raise KitError(what, remedy=remedy) from error
 
 
 def step_flops(plan: Plan) -> float:

@@ -39,9 +39,8 @@ def start(settings, notebook: str, say: Callable[[str], None] = print) -> Run:
         say("there is no unfinished run to go on with: a new one starts")
         return Run(settings, notebook)
     if folder is None:
-        raise KitError(
-            "this is no unfinished run", value=settings.resume, allowed="no, latest, or a run folder with checkpoints/"
-        )
+        allowed = "no, latest, or a run folder with checkpoints/"
+        raise KitError("this is no unfinished run", value=settings.resume, allowed=allowed)
     if checkpoint := newest(folder, say=lambda text: None):
         require_same(checkpoint, settings)
     say(f"going on with {folder.name} ({status_of(folder)})")
@@ -104,10 +103,8 @@ def require_same(folder: Path, settings, rows_hash: str | None = None) -> None:
     names = [k for k in now if k not in MAY_DIFFER and before.get(k) != now[k]]
     if names:
         differ = ", ".join(f"{k} was {before.get(k)}, is {now[k]}" for k in names)
-        raise KitError(
-            f"this run was started with something else: {differ}",
-            remedy='set these back, or start a new run with resume="no"',
-        )
+        remedy = 'set these back, or start a new run with resume="no"'
+        raise KitError(f"this run was started with something else: {differ}", remedy=remedy)
 
 
 def step_of(folder: Path) -> int:

@@ -54,9 +54,9 @@ def prompt_of(row: dict[str, str], template: str = "alpaca") -> str:
 def load(settings) -> tuple[datasets.Dataset, datasets.Dataset]:
     """Training and held-out rows for the resolved `dataset`, `train_rows` and `eval_rows`.
 
-    No more training rows are taken than the run's steps will see, so that nothing is tokenized for nothing (packed steps may see
-    them all).
-    The micro-world has its own held-out split; of any other data the first `eval_rows` of a fixed shuffle are held out.
+    No more training rows are taken than the run's steps will see, so that nothing is tokenized for nothing (packed steps may
+    see them all). The micro-world has its own held-out split; of any other data the first `eval_rows` of a fixed shuffle are
+    held out.
 
     Raises:
         KitError: the data cannot be read, lacks a column, or has too few rows.
@@ -68,11 +68,9 @@ def load(settings) -> tuple[datasets.Dataset, datasets.Dataset]:
     else:
         rows = _clean(_read(settings.dataset), settings.dataset, settings.columns)
         if len(rows) < settings.eval_rows + 1:
-            raise KitError(
-                f"the data has {len(rows)} usable rows, too few for {settings.eval_rows} held-out rows and one to train on",
-                value=settings.dataset,
-                remedy=f"set eval_rows to {max(1, len(rows) // 5)} or bring more rows",
-            )
+            what = f"the data has {len(rows)} usable rows, too few for {settings.eval_rows} held-out rows and one to train on"
+            remedy = f"set eval_rows to {max(1, len(rows) // 5)} or bring more rows"
+            raise KitError(what, value=settings.dataset, remedy=remedy)
         rows = rows.shuffle(seed=SPLIT_SEED)
         train, held_out = rows.skip(settings.eval_rows), rows.take(settings.eval_rows)
     train = train.shuffle(seed=settings.seed)
@@ -85,19 +83,16 @@ def _read(name: str) -> datasets.Dataset:
         return datasets.load_dataset(name, split="train")
     suffix = Path(path.stem).suffix if path.suffix in {".xz", ".gz", ".zst"} else path.suffix
     if suffix not in _READERS:
-        raise KitError(
-            "unknown kind of data file", value=path.name, allowed=", ".join(_READERS), remedy="convert it to one of these"
-        )
+        allowed = ", ".join(_READERS)
+        raise KitError("unknown kind of data file", value=path.name, allowed=allowed, remedy="convert it to one of these")
     try:
         options = {"keep_default_na": False} if suffix == ".csv" else {}  # "NA" and "" are texts
         rows = datasets.load_dataset(_READERS[suffix], data_files=str(path), split="train", **options)
         text = datasets.Features({c: datasets.Value("string") for c in rows.column_names})
         return rows.cast(text) if suffix == ".csv" else rows
     except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
-        reason = str(error.__cause__ or error).splitlines()[0][:200]
-        raise KitError(
-            f"the data file cannot be read: {reason}", value=path.name, remedy="check that every row is whole"
-        ) from error
+        what = f"the data file cannot be read: {str(error.__cause__ or error).splitlines()[0][:200]}"
+        raise KitError(what, value=path.name, remedy="check that every row is whole") from error
 
 
 def _clean(rows: datasets.Dataset, name: str, columns: dict[str, str]) -> datasets.Dataset:
@@ -112,20 +107,16 @@ def _clean(rows: datasets.Dataset, name: str, columns: dict[str, str]) -> datase
         rows = conversations.first_exchanges(rows) or rows
     missing = [c for c in ("instruction", "output") if c not in rows.column_names]
     if missing:
-        raise KitError(
-            f"the data has no column {' and '.join(missing)}",
-            value=", ".join(rows.column_names),
-            allowed="instruction, output, input if there is one; or a conversation (messages, OASST, Guanaco)",
-            remedy="name them, as columns=instruction=question,output=answer",
-        )
+        what, there = f"the data has no column {' and '.join(missing)}", ", ".join(rows.column_names)
+        allowed = "instruction, output, input if there is one; or a conversation (messages, OASST, Guanaco)"
+        raise KitError(what, value=there, allowed=allowed, remedy="name them, as columns=instruction=question,output=answer")
     if "input" not in rows.column_names:
         rows = rows.add_column("input", [""] * len(rows))
     rows = rows.select_columns(list(COLUMNS))
     for column, feature in rows.features.items():
         if getattr(feature, "dtype", None) not in ("string", "large_string", "null"):
-            raise KitError(
-                f"column {column} is not text", value=str(feature), allowed="text", remedy=f"look at {Path(name).name}"
-            )
+            remedy = f"look at {Path(name).name}"
+            raise KitError(f"column {column} is not text", value=str(feature), allowed="text", remedy=remedy)
     bad = {i for i, row in enumerate(rows) if not all((row[c] or "").strip() for c in ("instruction", "output"))}
     if bad:
         named = ", ".join(map(str, sorted(bad)[:5])) + (" …" if len(bad) > 5 else "")

@@ -97,16 +97,9 @@ def pythia_config(size: str):
     if size not in shapes.PYTHIA:
         raise KitError("unknown Pythia size", value=size, allowed=", ".join(shapes.PYTHIA))
     shape = shapes.PYTHIA[size]
-    return GPTNeoXConfig(
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        num_hidden_layers=shape.n_layers,
-        num_attention_heads=shape.heads,
-        intermediate_size=4 * shape.hidden,
-        max_position_embeddings=2048,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
+    widths = {"vocab_size": shape.vocab, "hidden_size": shape.hidden, "intermediate_size": 4 * shape.hidden}
+    counts = {"num_hidden_layers": shape.n_layers, "num_attention_heads": shape.heads, "max_position_embeddings": 2048}
+    return GPTNeoXConfig(**widths, **counts, bos_token_id=0, eos_token_id=0)
 
 
 def config_of(model_id: str):
@@ -137,10 +130,8 @@ def lora_layers(model: nn.Module, target_modules: Sequence[str] = ("all-linear",
         return {n: sizes[n] for n in models.linear_layers(model)}
     chosen = {n: s for n, s in sizes.items() if any(n == t or n.endswith(f".{t}") for t in target_modules)}
     if not chosen:
-        known = sorted({n.rsplit(".", 1)[-1] for n in sizes})
-        raise KitError(
-            "target_modules names no linear layer", value=list(target_modules), allowed=f"all-linear, {', '.join(known)}"
-        )
+        allowed = ", ".join(["all-linear", *sorted({n.rsplit(".", 1)[-1] for n in sizes})])
+        raise KitError("target_modules names no linear layer", value=list(target_modules), allowed=allowed)
     return chosen
 
 
@@ -205,8 +196,8 @@ def predict(
     model = meta_model(config)
     weights = [m.weight.numel() for m in models.linear_layers(model).values()]
     table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    small = sum(p.numel() for p in model.parameters()) - sum(weights) - table.numel() - (head.numel() if head is not table else 0)
     outside = {"embedding": table.numel()} if head is table else {"embedding": table.numel(), "head": head.numel()}
+    small = sum(p.numel() for p in model.parameters()) - sum(weights) - sum(outside.values())
     if four_bit and head is not table:
         if pick(head_4bit, "head_4bit", False):
             weights += [rows * head.shape[1] for rows in ends.slice_rows(head.shape[0])]

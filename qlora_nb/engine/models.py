@@ -72,11 +72,8 @@ def load_tokenizer(settings) -> PreTrainedTokenizerBase:
         known = tokenizer.get_vocab()
         spare = [t for t in ("<|padding|>", "<|endoftext|>", tokenizer.unk_token) if t in known and t != tokenizer.eos_token]
         if not spare:
-            raise KitError(
-                "the tokenizer has no token to pad with besides its end token",
-                value=settings.model_id,
-                remedy="choose another model",
-            )
+            what = "the tokenizer has no token to pad with besides its end token"
+            raise KitError(what, value=settings.model_id, remedy="choose another model")
         tokenizer.pad_token = spare[0]
     return tokenizer
 
@@ -109,23 +106,17 @@ def load_base(settings, four_bit: bool = True) -> PreTrainedModel:
     copy = prequantized.find(path, settings, dtype) if keep_copy else None
     if settings.model_id in ("pocket", "smollm2"):  # a second or two
         transformers_logging.disable_progress_bar()
+    how = {"dtype": dtype, "device_map": {"": device()}, "use_safetensors": True, "trust_remote_code": False}
+    if four_bit and not copy:
+        how["quantization_config"] = quantization_config(settings)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            copy or path,
-            dtype=dtype,
-            device_map={"": device()},
-            use_safetensors=True,
-            trust_remote_code=False,
-            **({"quantization_config": quantization_config(settings)} if four_bit and not copy else {}),
-        )
+        model = AutoModelForCausalLM.from_pretrained(copy or path, **how)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        raise KitError(
-            f"the model cannot be loaded: {str(error).splitlines()[0][:200]}",
-            value=settings.model_id,
-            remedy="needed are config.json, tokenizer and whole .safetensors files; fetch the model again if one was cut short",
-        ) from error
+        what = f"the model cannot be loaded: {str(error).splitlines()[0][:200]}"
+        remedy = "needed are config.json, tokenizer and whole .safetensors files; fetch the model again if one was cut short"
+        raise KitError(what, value=settings.model_id, remedy=remedy) from error
     finally:
         transformers_logging.enable_progress_bar()
     for module in model.modules():

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
+from qlora_nb.engine.shapes import PYTHIA
 from qlora_nb.errors import KitError
 
 
@@ -54,18 +55,14 @@ Name = Annotated[str, Field(min_length=1)]
 Names = Annotated[list[Name], BeforeValidator(_names), Field(min_length=1)]
 Mapping = Annotated[dict[Literal["instruction", "input", "output"], Name], BeforeValidator(_mapping)]
 Prompts = Annotated[list[str], BeforeValidator(_prompts), Field(min_length=1)]
+Optimizer = Literal["paged_adamw_32bit", "paged_adamw_8bit", "adamw_8bit", "adamw_torch"]
 
 ELSEWHERE = ("pythia", "gpu_gib", "blocksize", "fetch_ahead")
 """Parameters of the notebooks before the sixth."""
-PYTHIA_SIZES = ("14m", "70m", "160m", "410m", "1b", "1.4b", "2.8b", "6.9b", "12b")
 
 
-class Settings(BaseModel):
+class Settings(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True, protected_namespaces=()):
     """Every parameter of the kit, resolved. Names are PEFT's, transformers' and bitsandbytes' own."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True, protected_namespaces=()
-    )
 
     profile: Literal["tiny", "smollm2", "t4", "full"] = Field(description="which world the notebook runs in")
     model_id: Name = Field(description="pocket, smollm2, a hub name or a local folder")
@@ -79,9 +76,7 @@ class Settings(BaseModel):
     lora_alpha: Float = Field(gt=0, description="LoRA scale is lora_alpha / r")
     lora_dropout: Float = Field(ge=0, lt=1, description="dropout before lora_A")
     target_modules: Names = Field(description="all-linear, or names of linear layers")
-    optim: Literal["paged_adamw_32bit", "paged_adamw_8bit", "adamw_8bit", "adamw_torch"] = Field(
-        description="Trainer's optimizer"
-    )
+    optim: Optimizer = Field(description="Trainer's optimizer")
     learning_rate: Float = Field(gt=0, le=1, description="peak learning rate")
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field(description="learning-rate schedule")
     warmup_steps: Int = Field(ge=0, description="steps until the peak learning rate")
@@ -105,7 +100,7 @@ class Settings(BaseModel):
     max_new_tokens: Int = Field(ge=1, le=4096, description="tokens to generate at most")
     temperature: Float = Field(ge=0, le=10, description="0 is greedy")
     top_p: Float = Field(gt=0, le=1, description="nucleus sampling")
-    pythia: Literal[PYTHIA_SIZES] = Field(description="Pythia size that 02 and 05 do arithmetic for")
+    pythia: Literal[tuple(PYTHIA)] = Field(description="Pythia size that 02 and 05 do arithmetic for")
     gpu_gib: Float = Field(gt=0, le=10_000, description="card size that 05 does arithmetic for (GiB)")
     fetch_ahead: bool = Field(description="download model and data now (01)")
     sample_steps: Int = Field(ge=0, description="optimizer steps between answers to the first prompt, 0: none (06)")
@@ -117,11 +112,7 @@ class Settings(BaseModel):
     def table(self) -> list[tuple[str, object, str]]:
         """(name, value, where the value comes from) for every parameter."""
         defaults = PROFILES[self.profile]
-        return [
-            (name, value, defaults[name].reason if value == defaults[name].value else "set by you")
-            for name, value in self
-            if name in defaults
-        ]
+        return [(n, v, defaults[n].reason if v == defaults[n].value else "set by you") for n, v in self if n in defaults]
 
     def changed(self) -> dict[str, object]:
         """The parameters that differ from the profile's defaults, in schema order."""
@@ -140,19 +131,14 @@ class Settings(BaseModel):
         return "\n".join(f"{name:28} {value!s:28} {why}" for name, value, why in rows)
 
     def _repr_html_(self) -> str:
-        set_by_you = "".join(
-            f"<tr><td><code>{n}</code></td><td><code>{html.escape(str(v))}</code></td></tr>" for n, v in self.changed().items()
-        )
-        head = f"<b>profile</b> <code>{self.profile}</code> on <code>{html.escape(self.model_id)}</code>"
+        code = lambda value: f"<code>{html.escape(str(value))}</code>"
         cell = "<td style='text-align:left'>{}</td>".format
-        body = "".join(
-            f"<tr>{cell(f'<code>{n}</code>')}{cell(f'<code>{html.escape(str(v))}</code>')}{cell(html.escape(why))}</tr>"
-            for n, v, why in self.table()
-        )
-        own = f"<table><tr><th colspan=2>set by you</th></tr>{set_by_you}</table>" if set_by_you else " · nothing overridden"
-        return (
-            f"<div>{head}{own}<details><summary>all {len(self.table())} parameters</summary><table>{body}</table></details></div>"
-        )
+        changed = "".join(f"<tr><td>{code(n)}</td><td>{code(v)}</td></tr>" for n, v in self.changed().items())
+        every = [f"<tr>{cell(code(n))}{cell(code(v))}{cell(html.escape(why))}</tr>" for n, v, why in self.table()]
+        head = f"<b>profile</b> {code(self.profile)} on {code(self.model_id)}"
+        own = f"<table><tr><th colspan=2>set by you</th></tr>{changed}</table>" if changed else " · nothing overridden"
+        table = f"<summary>all {len(every)} parameters</summary><table>{''.join(every)}</table>"
+        return f"<div>{head}{own}<details>{table}</details></div>"
 
 
 @dataclass(frozen=True)
@@ -208,9 +194,8 @@ def validate(values: dict[str, object]) -> Settings:
     given = {k: v for k, v in values.items() if v is not None}
     profile = given.get("profile", "tiny")
     if not isinstance(profile, str) or profile not in PROFILES:
-        raise KitError(
-            "unknown profile", value=profile, allowed=", ".join(PROFILES), remedy=_suggest(str(profile), list(PROFILES))
-        )
+        remedy = _suggest(str(profile), list(PROFILES))
+        raise KitError("unknown profile", value=profile, allowed=", ".join(PROFILES), remedy=remedy)
     defaults = {k: d.value for k, d in PROFILES[profile].items()}
     try:
         return Settings(**{**defaults, **given, "profile": profile})
@@ -226,14 +211,8 @@ def _parameters(values: dict[str, object]) -> dict[str, object]:
     first_time = not values.get("_qlora_nb_resolved")
     values["_qlora_nb_resolved"] = True  # a cell run twice must not trip over the notebook's own variables
     typed = _assigned_in_parameter_cells(cells)
-    return {
-        k: v
-        for k, v in values.items()
-        if not k.startswith("_")
-        and k not in _NOT_PARAMETERS
-        and isinstance(v, _PLAIN)
-        and (k in Settings.model_fields or k in typed or first_time)
-    }
+    plain = {k: v for k, v in values.items() if isinstance(v, _PLAIN) and k not in _NOT_PARAMETERS and not k.startswith("_")}
+    return {k: v for k, v in plain.items() if k in Settings.model_fields or k in typed or first_time}
 
 
 def _assigned_in_parameter_cells(cells: list[str]) -> set[str]:
@@ -244,9 +223,8 @@ def _assigned_in_parameter_cells(cells: list[str]) -> set[str]:
             tree = ast.parse(source)
         except (SyntaxError, ValueError):  # a magic, or not Python
             continue
-        targets = [
-            t for n in tree.body if isinstance(n, (ast.Assign, ast.AnnAssign)) for t in getattr(n, "targets", None) or [n.target]
-        ]
+        assignments = [n for n in tree.body if isinstance(n, (ast.Assign, ast.AnnAssign))]
+        targets = [t for n in assignments for t in getattr(n, "targets", None) or [n.target]]
         own = {t.id for t in targets if isinstance(t, ast.Name)}
         if "profile" in own or source.lstrip().startswith("# Parameters"):
             names |= own
@@ -268,11 +246,10 @@ def _explain(error: ValidationError, defaults: dict[str, Default]) -> KitError:
     choices = get_args(field.annotation) if getattr(field.annotation, "__origin__", None) is Literal else ()
     allowed = ", ".join(map(str, choices)) or _bounds(field)
     others = sorted({str(p["loc"][0]) for p in problems} - {name})
-    remedy = f"leave it None for this profile's value ({defaults[name].value})" if name in defaults else "choose one of these"
     also = f"; also bad: {', '.join(others)}" if others else ""
-    return KitError(
-        f"{name} ({field.description}): {first['msg'].lower()}{also}", value=first["input"], allowed=allowed, remedy=remedy
-    )
+    what = f"{name} ({field.description}): {first['msg'].lower()}{also}"
+    remedy = f"leave it None for this profile's value ({defaults[name].value})" if name in defaults else "choose one of these"
+    return KitError(what, value=first["input"], allowed=allowed, remedy=remedy)
 
 
 def _bounds(field) -> str:

@@ -11,7 +11,6 @@ from pathlib import Path
 class Shape:
     """A GPT-NeoX: fused query-key-value, a feed-forward part four times as wide, biases, an untied embedding and head."""
 
-    name: str
     n_layers: int
     hidden: int
     heads: int
@@ -43,19 +42,16 @@ class Shape:
         return int(self.n_linear / 2 + scales + 2 * (self.n_parameters - self.n_linear))
 
 
-PYTHIA: dict[str, Shape] = {
-    size: Shape(f"pythia-{size}", layers, hidden, heads, vocab)
-    for size, layers, hidden, heads, vocab in (
-        ("14m", 6, 128, 4, 50304),
-        ("70m", 6, 512, 8, 50304),
-        ("160m", 12, 768, 12, 50304),
-        ("410m", 24, 1024, 16, 50304),
-        ("1b", 16, 2048, 8, 50304),
-        ("1.4b", 24, 2048, 16, 50304),
-        ("2.8b", 32, 2560, 32, 50304),
-        ("6.9b", 32, 4096, 32, 50432),
-        ("12b", 36, 5120, 40, 50688),
-    )
+PYTHIA = {
+    "14m": Shape(n_layers=6, hidden=128, heads=4, vocab=50304),
+    "70m": Shape(n_layers=6, hidden=512, heads=8, vocab=50304),
+    "160m": Shape(n_layers=12, hidden=768, heads=12, vocab=50304),
+    "410m": Shape(n_layers=24, hidden=1024, heads=16, vocab=50304),
+    "1b": Shape(n_layers=16, hidden=2048, heads=8, vocab=50304),
+    "1.4b": Shape(n_layers=24, hidden=2048, heads=16, vocab=50304),
+    "2.8b": Shape(n_layers=32, hidden=2560, heads=32, vocab=50304),
+    "6.9b": Shape(n_layers=32, hidden=4096, heads=32, vocab=50432),
+    "12b": Shape(n_layers=36, hidden=5120, heads=40, vocab=50688),
 }
 """The Pythia suite (arXiv 2304.01373, table 1), smallest first."""
 
