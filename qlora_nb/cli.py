@@ -97,6 +97,30 @@ def plan(ctx: typer.Context, profile: Profile = "tiny",
 
 
 @app.command(context_settings=_PARAMETERS)
+def generate(ctx: typer.Context, profile: Profile = "tiny",
+             prompts: Annotated[str, typer.Option(help="a .txt with a prompt a line, or a data file; else the profile's")] = "",
+             out: Annotated[str, typer.Option(help="a .jsonl for the answers; called again it goes on [printed]")] = "",
+             base: Annotated[bool, typer.Option("--base", help="without the adapter")] = False) -> None:  # fmt: skip
+    """Answer prompts greedily with the tuned model, in batches. Parameters: -p NAME VALUE, as -p adapter runs/…/adapter."""
+    from qlora_nb.engine import profiles
+
+    settings = profiles.resolve({"profile": profile, **_parameters(ctx.args)})
+    from qlora_nb.engine import generation, models
+
+    rows = generation.read_rows(prompts, settings.columns) if prompts else [generation.row_of(p) for p in settings.prompts]
+    tokenizer, model = models.load_tokenizer(settings), models.load_base(settings)
+    if not base:
+        folder, where_from = generation.find_adapter(settings)
+        model = generation.load_adapter(model, folder)
+        print(where_from)
+    if out:
+        print(f"{generation.answer_file(model, tokenizer, rows, Path(out), settings)} of {len(rows)} answered into {out}")
+        return
+    for row, text in zip(rows, generation.answer_all(model, tokenizer, rows, settings), strict=True):
+        print(f"{row['instruction']}\n    {text!r}")
+
+
+@app.command(context_settings=_PARAMETERS)
 def run(ctx: typer.Context, profile: Profile = "tiny",
         only: Annotated[str, typer.Option(help="beginnings of notebook names, as 03,04")] = "",
         out: Annotated[str | None, typer.Option(help="folder for everything written [runs]")] = None) -> None:  # fmt: skip

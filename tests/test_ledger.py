@@ -129,9 +129,9 @@ def test_targets_names_and_refusals():
     model = ledger.meta_model(ledger.pythia_config("70m"))
     assert len(ledger.lora_layers(model)) == 24
     assert set(ledger.lora_layers(model, ["query_key_value"]).values()) == {(512, 1536)}
-    assert list(ledger.lora_layers(model, ["lm_head"])) == ["lm_head"]
-    with pytest.raises(KitError, match=r"no linear layer.*query_key_value"):
-        ledger.lora_layers(model, ["q_proj"])
+    for wrong in ("q_proj", "embed_out"):  # the head is not adapted
+        with pytest.raises(KitError, match=rf"target_modules.*{wrong}.*query_key_value"):
+            ledger.lora_layers(model, [wrong])
     with pytest.raises(KitError, match="13b"):
         ledger.pythia_config("13b")
     assert ledger.config_of("EleutherAI/pythia-1b-deduped").hidden_size == 2048

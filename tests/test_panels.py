@@ -117,8 +117,10 @@ def test_live_view_counts_and_draws(capsys):
     view = panels.LiveTraining(4, redraw_s=0)
     for i in range(1, 5):
         step = {"step": i, "max_steps": 4, "loss": 5 / i, "learning_rate": 1e-3, "tokens_per_s": 100.0, "seconds_left": 4 - i}
+        step["memory_bytes"] = 3 * 2**29
         view(step)
     assert view.bar.value == 4
+    assert "1.50 GiB" in view.text.value
     assert "step 4/4" in view.text.value
     assert view.curve.value[:4] == b"\x89PNG"
     assert capsys.readouterr().out.count("step") == 4

@@ -125,6 +125,13 @@ def _clean(rows: datasets.Dataset, name: str, columns: dict[str, str]) -> datase
     return rows
 
 
+def questions(name: str, columns: dict[str, str]) -> list[dict[str, str]]:
+    """Instructions and inputs of a file whose rows need no answer."""
+    rows, asked = _read(name), {column: own for column, own in columns.items() if column != "output"}
+    rows = rows.remove_columns([c for c in rows.column_names if c == "output"]).add_column("output", ["-"] * len(rows))
+    return [{"instruction": row["instruction"], "input": row["input"] or ""} for row in _clean(rows, name, asked)]
+
+
 def encode(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, settings) -> datasets.Dataset:
     """Rows → `input_ids` and `labels` of equal length: prompt labels are -100, the end token is labelled.
 

@@ -8,16 +8,17 @@ import math
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
+from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList, TextIteratorStreamer
 
-from qlora_nb.engine import runs
+from qlora_nb.engine import data, runs
 from qlora_nb.engine.data import prompt_of
 from qlora_nb.errors import KitError
 from qlora_nb.pocket import ADAPTER_DIR
@@ -188,17 +189,56 @@ def next_tokens(model: PeftModel, tokenizer: PreTrainedTokenizerBase, row: dict,
 
 
 @torch.no_grad()
-def answer_all(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict], settings, batch: int = 48
-) -> list[str]:
-    """Greedy answers to many rows, in batches of like length padded on the left, in the rows' order."""
+def _in_batches(model, tokenizer, rows: list[dict], settings, batch: int) -> Iterator[dict[int, str]]:
+    """Greedy answers by row number, a batch of like length at a time, padded on the left."""
     order = sorted(range(len(rows)), key=lambda i: len(prompt_of(rows[i], settings.prompt_template)))
-    said: dict[int, str] = {}
     for start in range(0, len(order), batch):
         group = order[start : start + batch]
         encoded = _encode([rows[i] for i in group], tokenizer, model, settings)
-        said |= zip(group, _greedy(model, tokenizer, encoded, settings.max_new_tokens), strict=True)
+        yield dict(zip(group, _greedy(model, tokenizer, encoded, settings.max_new_tokens), strict=True))
+
+
+def answer_all(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict], settings, batch: int = 48
+) -> list[str]:
+    """Greedy answers to many rows, in the rows' order."""
+    said = {i: text for found in _in_batches(model, tokenizer, rows, settings, batch) for i, text in found.items()}
     return [said[i] for i in range(len(rows))]
+
+
+def read_rows(name: str, columns: dict[str, str]) -> list[dict[str, str]]:
+    """Rows with instruction and input: from a text file, a prompt a line, or from any data file (an answer is not needed)."""
+    if not Path(name).expanduser().is_file():
+        raise KitError("there is no such file of prompts", value=name, remedy="check the path")
+    if not name.endswith(".txt"):
+        return data.questions(name, columns)
+    return [row_of(line) for line in Path(name).expanduser().read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+
+
+def answer_file(model, tokenizer: PreTrainedTokenizerBase, rows: list[dict], target: Path, settings, batch: int = 16) -> int:
+    """Answer rows into a file of JSON lines (n, instruction, input, answer), batch by batch; called again, it goes on.
+
+    Returns:
+        How many rows were answered now.
+
+    Raises:
+        KitError: the file holds answers to other rows.
+    """
+    before = {}
+    for line in target.read_text(encoding="utf-8").splitlines() if target.is_file() else ():
+        with suppress(ValueError):  # the last line of a killed call may be cut short
+            before |= {record["n"]: record for record in [json.loads(line)]}
+    asked = [{"n": n, "instruction": row["instruction"], "input": row["input"]} for n, row in enumerate(rows)]
+    if any(n >= len(asked) or record | asked[n] != record for n, record in before.items()):
+        raise KitError("this file holds answers to other rows", value=target.name, remedy="name another file, or remove it")
+    runs.write_atomically(target, "".join(json.dumps(record) + "\n" for record in before.values()))
+    left = [row for row in asked if row["n"] not in before]
+    with target.open("a", encoding="utf-8") as file, tqdm(total=len(left), unit="row", desc="answering") as bar:
+        for found in _in_batches(model, tokenizer, left, settings, batch):
+            file.writelines(json.dumps(left[i] | {"answer": text}) + "\n" for i, text in found.items())
+            file.flush()
+            bar.update(len(found))
+    return len(left)
 
 
 def _encode(rows: list[dict], tokenizer, model, settings) -> dict[str, torch.Tensor]:

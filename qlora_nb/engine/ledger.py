@@ -120,19 +120,10 @@ def meta_model(config) -> nn.Module:
 
 
 def lora_layers(model: nn.Module, target_modules: Sequence[str] = ("all-linear",)) -> dict[str, tuple[int, int]]:
-    """Name → (in, out) of the linear layers that PEFT would adapt: all but the head, or those whose names end as asked.
-
-    Raises:
-        KitError: no layer has one of these names.
-    """
-    sizes = {n: (m.in_features, m.out_features) for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    if list(target_modules) == ["all-linear"]:
-        return {n: sizes[n] for n in models.linear_layers(model)}
-    chosen = {n: s for n, s in sizes.items() if any(n == t or n.endswith(f".{t}") for t in target_modules)}
-    if not chosen:
-        allowed = ", ".join(["all-linear", *sorted({n.rsplit(".", 1)[-1] for n in sizes})])
-        raise KitError("target_modules names no linear layer", value=list(target_modules), allowed=allowed)
-    return chosen
+    """Name → (in, out) of the linear layers that are adapted (see `models.adapted_names`)."""
+    names = models.adapted_names(model, target_modules)
+    adapted = {n: m for n, m in models.linear_layers(model).items() if n.rsplit(".", 1)[-1] in names}
+    return {n: (m.in_features, m.out_features) for n, m in adapted.items()}
 
 
 def lora_numels(model: nn.Module, r: int, target_modules: Sequence[str] = ("all-linear",)) -> list[int]:

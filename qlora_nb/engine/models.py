@@ -149,10 +149,17 @@ def adapted_names(model: PreTrainedModel, target_modules: Sequence[str]) -> list
     """The last part of the names of the layers to adapt: `all-linear` spelt out for this model, anything else as it is.
 
     PEFT's own `all-linear` would take the slices of a 4-bit head for layers of the blocks.
+
+    Raises:
+        KitError: a name that no linear layer of the blocks has, or `all-linear` beside other names.
     """
-    if "all-linear" not in target_modules:
-        return list(target_modules)
-    return sorted({name.rsplit(".", 1)[-1] for name in linear_layers(model)})
+    names = sorted({name.rsplit(".", 1)[-1] for name in linear_layers(model)})
+    if list(target_modules) == ["all-linear"]:
+        return names
+    if wrong := [target for target in target_modules if target not in names]:
+        allowed = f"all-linear alone, or any of {', '.join(names)}"
+        raise KitError("target_modules names layers this model does not have", value=", ".join(wrong), allowed=allowed)
+    return list(target_modules)
 
 
 def dense_weight(module: torch.nn.Module) -> torch.Tensor:

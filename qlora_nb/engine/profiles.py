@@ -131,14 +131,13 @@ class Settings(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, coer
         return "\n".join(f"{name:28} {value!s:28} {why}" for name, value, why in rows)
 
     def _repr_html_(self) -> str:
-        code = lambda value: f"<code>{html.escape(str(value))}</code>"
-        cell = "<td style='text-align:left'>{}</td>".format
-        changed = "".join(f"<tr><td>{code(n)}</td><td>{code(v)}</td></tr>" for n, v in self.changed().items())
-        every = [f"<tr>{cell(code(n))}{cell(code(v))}{cell(html.escape(why))}</tr>" for n, v, why in self.table()]
-        head = f"<b>profile</b> {code(self.profile)} on {code(self.model_id)}"
-        own = f"<table><tr><th colspan=2>set by you</th></tr>{changed}</table>" if changed else " · nothing overridden"
-        table = f"<summary>all {len(every)} parameters</summary><table>{''.join(every)}</table>"
-        return f"<div>{head}{own}<details>{table}</details></div>"
+        import pandas
+
+        own = ", ".join(f"{name} = {value}" for name, value in self.changed().items()) or "nothing overridden"
+        head = f"<b>profile</b> {self.profile} on {html.escape(self.model_id)} · {html.escape(own)}"
+        with pandas.option_context("display.max_colwidth", None):
+            table = pandas.DataFrame(self.table(), columns=["parameter", "value", "why"]).to_html(index=False, justify="left")
+        return f"<div>{head}<details><summary>all {len(self.table())} parameters</summary>{table}</details></div>"
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import datasets
+import psutil
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.data import SequentialSampler
@@ -39,17 +40,12 @@ def attach_adapter(model: PreTrainedModel, settings) -> PeftModel:
     Raises:
         KitError: a target that is no linear layer of this model, or a rank above every layer's size.
     """
-    names = models.adapted_names(model, ["all-linear"])
-    targets = settings.target_modules
-    wrong = [t for t in targets if t not in names and t != "all-linear"]
-    if wrong or ("all-linear" in targets and len(targets) > 1):
-        known = f"all-linear alone, or any of {', '.join(names)}"
-        raise KitError("target_modules names layers this model does not have", value=", ".join(wrong or targets), allowed=known)
+    targets = models.adapted_names(model, settings.target_modules)
     smallest = min(min(m.in_features, m.out_features) for m in models.linear_layers(model).values())
     if settings.r > smallest:
         raise KitError("r is larger than the layers it approximates", value=settings.r, allowed=f"1 to {smallest}")
     own = settings.model_dump(include={"r", "lora_alpha", "lora_dropout"})
-    config = LoraConfig(**own, target_modules=models.adapted_names(model, targets), bias="none", task_type="CAUSAL_LM")
+    config = LoraConfig(**own, target_modules=targets, bias="none", task_type="CAUSAL_LM")
     torch.manual_seed(settings.seed)  # lora_A is random
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -87,6 +83,7 @@ class _Watch(TrainerCallback):
             control.should_training_stop = True
         left = seconds / (state.global_step - self.first) * (state.max_steps - state.global_step)
         timing = {"tokens_per_s": sum(self.n_tokens) / seconds, "seconds": seconds, "seconds_left": left}
+        timing["memory_bytes"] = torch.cuda.memory_reserved() if torch.cuda.is_available() else psutil.Process().memory_info().rss
         logged = {"loss": logs["loss"], "learning_rate": logs["learning_rate"], "grad_norm": logs.get("grad_norm")}
         self.report({"step": state.global_step, "max_steps": state.max_steps, **logged, **timing})
         self.on_step_end(args, state, control)  # asked just now: this step can still be the last

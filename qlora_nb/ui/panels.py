@@ -36,7 +36,7 @@ class LiveTraining:
         self.losses.append(step["loss"])
         line = (
             f"step {step['step']}/{step['max_steps']} · loss {step['loss']:.3f} · learning rate {step['learning_rate']:.1e} · "
-            f"{step['tokens_per_s']:,.0f} tokens/s · {step['seconds_left']:.0f} s left"
+            f"{step['tokens_per_s']:,.0f} tokens/s · {step['memory_bytes'] / 2**30:.2f} GiB · {step['seconds_left']:.0f} s left"
         )
         self.bar.value, self.text.value = step["step"], line
         last = step["step"] == step["max_steps"]

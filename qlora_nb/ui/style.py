@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib import rc_params_from_file
 from matplotlib.figure import Figure
 
 COLOURS = {
@@ -20,23 +22,6 @@ COLOURS = {
 """Colour by meaning; never the only difference (see MARKERS and HATCHES)."""
 MARKERS = {"16-bit": "o", "INT4": "s", "FP4": "^", "NF4": "D", "NF4+DQ": "v", "LoRA": "P", "optimizer": "X", "other": "."}
 HATCHES = {"16-bit": "", "INT4": "//", "FP4": "\\\\", "NF4": "", "NF4+DQ": "xx", "LoRA": "..", "optimizer": "++", "other": "--"}
-
-_RC = {
-    "figure.figsize": (8.0, 3.6),
-    "figure.dpi": 100,
-    "figure.facecolor": "white",
-    "font.size": 11,
-    "axes.titlesize": 12,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "text.parse_math": False,
-}
 
 
 def look(meaning: str, hatch: str | None = None) -> dict[str, str]:
@@ -72,7 +57,7 @@ def log2_axis(ax, ticks: Sequence[int]) -> None:
     ax.minorticks_off()
 
 
-kit_style = partial(plt.rc_context, _RC)
+kit_style = partial(plt.rc_context, rc_params_from_file(Path(__file__).with_name("kit.mplstyle"), use_default_template=False))
 """`@kit_style()` above a function draws its figure in the kit's look and leaves the reader's own settings alone."""
 
 

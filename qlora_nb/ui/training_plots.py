@@ -1,6 +1,7 @@
 """Figures of notebooks 01, 06 and 07: the budget, what trains, the loss, the score, next tokens."""
 
 import html
+from collections.abc import Callable
 
 from matplotlib.figure import Figure
 
@@ -53,15 +54,21 @@ def budget(ledgers: dict[str, ledger.Ledger], limit_gib: float | None = None) ->
 
 
 @kit_style()
-def lengths(n_tokens: list[int], max_length: int) -> Figure:
-    """Histogram of row lengths in tokens, prompt and answer together."""
+def lengths(n_tokens: list[int], max_length: int, peak_gib: Callable[[int], float] | None = None) -> Figure:
+    """Histogram of row lengths in tokens, prompt and answer together, under the peak that a batch of such length needs (GiB)."""
     _, ax = new_figure(figsize=(8, 2.8))
     ax.hist(n_tokens, bins=min(40, max(n_tokens) - min(n_tokens) + 1), color=COLOURS["other"], edgecolor="white")
     longest = sorted(n_tokens)[int(0.95 * (len(n_tokens) - 1))]
     ax.axvline(longest, color=COLOURS["NF4"], linestyle="--", label=f"95 % of rows are no longer than {longest}")
     title = f"Rows have {sum(n_tokens) / len(n_tokens):.0f} tokens on average; max_length allows {max_length}"
     end = 1.05 * min(max_length, max(n_tokens))
-    return finish(ax, title, "length of a row (tokens)", "rows", legend="best", xlim=(0, end))
+    if peak_gib:
+        peaks, at = ax.twinx(), [round(end * i / 6) for i in range(1, 7)]
+        peaks.plot(at, [peak_gib(tokens) for tokens in at], "D-", color=COLOURS["FP4"], label="predicted peak (right)")
+        peaks.set(ylabel="peak (GiB)", ylim=(0, None))
+        peaks.grid(visible=False)
+        peaks.legend(loc="upper right")
+    return finish(ax, title, "length of a row (tokens)", "rows", legend="upper left", xlim=(0, end))
 
 
 @kit_style()

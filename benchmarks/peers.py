@@ -1,0 +1,112 @@
+"""The kit's fine-tuning and two recipes that are often used, on the same model, rows, targets and hardware.
+
+*common*: `prepare_model_for_kbit_training` (float32 rest, checkpointing), rows in random order, padded to the longest of a batch,
+whole logits, the best compute dtype for the hardware. *pasted*: the same with every row padded to `max_length` and bfloat16, as
+it stands in many notebooks. Speeds count tokens that are not padding.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from random import Random
+
+import datasets
+import torch
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
+
+from qlora_nb.engine import data, ledger, models, runs, training
+from qlora_nb.engine.profiles import Settings
+
+OPTIONS = {"optim", "learning_rate", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "max_steps", "seed"}
+
+
+class _Clock(TrainerCallback):
+    def __init__(self):
+        self.started = self.seconds = 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds = time.perf_counter() - self.started
+
+
+def kit(settings: Settings, rows: datasets.Dataset, tokenizer) -> tuple[float, torch.nn.Module]:
+    """Tokens a second of `training.finetune` (with its record keeping), and the trained model."""
+    model = training.attach_adapter(models.load_base(settings), settings)
+    with tempfile.TemporaryDirectory() as folder:
+        run = runs.Run(settings.model_copy(update={"output_dir": folder}), "peers")
+        result = training.finetune(model, tokenizer, rows, settings, run, lambda step: None)
+    return result["tokens_per_s"], model
+
+
+def recipe(settings: Settings, rows: datasets.Dataset, tokenizer, pasted: bool = False) -> tuple[float, torch.nn.Module]:
+    """Tokens a second of the common recipe, or of the one often pasted, and the trained model."""
+    settings = settings.model_copy(update={"compute_dtype": "bfloat16"}) if pasted else settings
+    dtype, on_gpu = models.compute_dtype(settings.compute_dtype), torch.cuda.is_available()
+    how = {"dtype": dtype, "quantization_config": models.quantization_config(settings), "device_map": {"": models.device()}}
+    base = AutoModelForCausalLM.from_pretrained(models.model_path(settings.model_id), **how)
+    model = prepare_model_for_kbit_training(base, gradient_checkpointing_kwargs={"use_reentrant": False})
+    lora = settings.model_dump(include={"r", "lora_alpha", "lora_dropout"})
+    torch.manual_seed(settings.seed)
+    model = get_peft_model(model, LoraConfig(**lora, target_modules="all-linear", task_type="CAUSAL_LM"))
+    how = {"padding": "max_length", "max_length": settings.max_length} if pasted else {}
+    pad, seen, clock = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=data.IGNORED, **how), [], _Clock()
+
+    def collate(batch):
+        seen.append(sum(len(row["input_ids"]) for row in batch))
+        return pad(batch)
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            **settings.model_dump(include=OPTIONS),
+            per_device_train_batch_size=settings.per_device_train_batch_size,
+            gradient_accumulation_steps=settings.gradient_accumulation_steps,
+            bf16=dtype is torch.bfloat16,
+            fp16=on_gpu and dtype is torch.float16,
+            save_strategy="no",
+            logging_steps=1,
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            use_cpu=not on_gpu,
+        )
+        Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[clock]).train()
+    return sum(seen) / clock.seconds, model
+
+
+def common(settings: Settings, rows: datasets.Dataset, tokenizer) -> tuple[float, torch.nn.Module]:
+    """The common recipe."""
+    return recipe(settings, rows, tokenizer)
+
+
+def pasted(settings: Settings, rows: datasets.Dataset, tokenizer) -> tuple[float, torch.nn.Module]:
+    """The recipe as often pasted."""
+    return recipe(settings, rows, tokenizer, pasted=True)
+
+
+def random_pythia(size: str, folder: Path) -> str:
+    """A Pythia of true shape with random weights in 16 bit under `folder`; made once."""
+    target = folder / f"random-pythia-{size}"
+    if not (target / "config.json").is_file():
+        torch.manual_seed(0)
+        with torch.device(models.device()):
+            model = AutoModelForCausalLM.from_config(ledger.pythia_config(size), dtype=torch.float16)
+        model.save_pretrained(target, max_shard_size="4GB")
+    return str(target)
+
+
+def random_rows(n: int, vocabulary: int, longest: int, middle: int = 85, seed: int = 0) -> datasets.Dataset:
+    """Rows of random tokens with the spread of lengths that instruction data has: log-normal around `middle` tokens."""
+    random, rows = Random(seed), []
+    for _ in range(n):
+        length = min(longest, max(24, int(middle * random.lognormvariate(0, 0.6))))
+        ids = [random.randrange(3, vocabulary - 1) for _ in range(length)]
+        rows.append({"input_ids": ids, "labels": [data.IGNORED] * (length // 2) + ids[length // 2 :]})
+    return datasets.Dataset.from_list(rows)

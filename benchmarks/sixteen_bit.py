@@ -1,0 +1,71 @@
+"""The paper's claim tested: is an adapter on a 4-bit base as good as one on the unrounded base? Same rows, seeds and steps.
+
+    python benchmarks/sixteen_bit.py pocket 0 1 2 3 4             into notebooks/recorded/sixteen_bit_pocket.json
+    QLORA_NB_DATASET=alpaca.json python benchmarks/sixteen_bit.py smollm2 0 1 2
+
+The unrounded base is float32 here, the upper bound of any 16-bit one. What is reported is the paired difference (4-bit minus
+unrounded) over the seeds with its 95 % interval (Student's t). Run it again with other seeds and they are added.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import os
+import statistics
+import sys
+import tempfile
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import provenance
+
+from qlora_nb.engine import data, evaluation, models, runs, training
+from qlora_nb.engine.profiles import validate
+
+T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+"""Student's t for a two-sided 95 % interval, by degrees of freedom."""
+
+
+def trained(settings, four_bit: bool) -> dict[str, float]:
+    """Held-out loss and exact match (where there is one) after a whole training."""
+    tokenizer, base = models.load_tokenizer(settings), models.load_base(settings, four_bit=four_bit)
+    rows, held_out = data.load(settings)
+    model = training.attach_adapter(base, settings)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        run = runs.Run(settings.model_copy(update={"output_dir": folder}), "sixteen_bit")
+        training.finetune(model, tokenizer, data.encode(rows, tokenizer, settings), settings, run, lambda step: None)
+        found = evaluation.measure(model, tokenizer, held_out, settings)
+    return {"loss": found["loss"], **({"exact_match": found["exact_match"]["all"]} if found["exact_match"] else {})}
+
+
+def interval(differences: list[float]) -> dict[str, object]:
+    """Mean of the paired differences and its 95 % interval."""
+    n, mean = len(differences), statistics.mean(differences)
+    half = T_95[n - 1] * statistics.stdev(differences) / math.sqrt(n) if n > 1 else None
+    return {"n": n, "mean": round(mean, 5), "low": half and round(mean - half, 5), "high": half and round(mean + half, 5)}
+
+
+def main() -> None:
+    profile = {"pocket": "tiny"}.get(sys.argv[1], sys.argv[1])
+    target = provenance.ROOT / "notebooks" / "recorded" / f"sixteen_bit_{sys.argv[1]}.json"
+    known = json.loads(target.read_text())["by_seed"] if target.is_file() else {}
+    given = {"profile": profile, "save_steps": 0}
+    if profile != "tiny" and os.environ.get("QLORA_NB_DATASET"):
+        given |= {"dataset": os.environ["QLORA_NB_DATASET"], "eval_rows": 48}
+    for seed in map(int, sys.argv[2:] or "01234"):
+        settings = validate({**given, "seed": seed})
+        known[str(seed)] = {name: trained(settings, four_bit) for name, four_bit in (("4-bit", True), ("unrounded", False))}
+        print(seed, known[str(seed)], flush=True)
+        pairs = list(known.values())
+        paired = {k: interval([p["4-bit"][k] - p["unrounded"][k] for p in pairs]) for k in pairs[0]["4-bit"]}
+        shown = {k: settings.model_dump()[k] for k in ("model_id", "max_steps", "r", "learning_rate", "eval_rows")}
+        shown["data"] = "Alpaca" if "dataset" in given else "pocket"
+        record = provenance.provenance(tuple(sorted(map(int, known))))
+        provenance.write(target, {**record, "settings": shown, "difference": paired, "by_seed": known})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""From base and adapter to one model that can be taken elsewhere, in three ways that do not give the same model.
+
+An adapter was trained on top of what its 4-bit base computes. Merged into the *dequantized* weights it gives the very model that
+was trained and measured, as a plain one. Merged into the *packed* weights, the sum is rounded to 4 bits again, and the adapter's
+small numbers partly vanish. Merged into the *original* weights it meets a base that it has never seen. How much each
+costs is measured in notebook 07.
+"""
+
+import json
+from pathlib import Path
+
+import bitsandbytes.functional as bnb
+import torch
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qlora_nb.engine import generation, ledger, models, runs
+from qlora_nb.errors import KitError
+
+WAYS = ("dequantized", "packed", "original")
+
+
+def merged(settings, adapter: Path, way: str = "dequantized") -> PreTrainedModel:
+    """A plain model (no PEFT) with the adapter's products added to its weights.
+
+    Args:
+        settings: the resolved parameters; the base is loaded anew, release yours first.
+        adapter: the adapter's folder.
+        way: "dequantized": onto what the 4-bit weights stand for, in the compute dtype; "packed": onto the 4-bit weights, which
+            are rounded again (PEFT, `tuners/lora/bnb.py`, `Linear4bit.merge`); "original": onto the unrounded weights.
+
+    Raises:
+        KitError: another way, or an adapter that does not fit.
+    """
+    if way not in WAYS:
+        raise KitError("unknown way of merging", value=way, allowed=", ".join(WAYS))
+    base = models.load_base(settings, four_bit=way == "packed")
+    if way == "dequantized":
+        for layer in models.linear_layers(base).values():
+            layer.weight.data = rounded(layer.weight.data, settings.quant_type, settings.double_quant)
+    return generation.load_adapter(base, adapter).merge_and_unload()
+
+
+def rounded(weight: torch.Tensor, quant_type: str, double_quant: bool) -> torch.Tensor:
+    """What 4-bit storage leaves of a weight: quantized and dequantized again, in its own dtype."""
+    codes, state = bnb.quantize_4bit(weight, blocksize=64, quant_type=quant_type, compress_statistics=double_quant)
+    return bnb.dequantize_4bit(codes, state).to(weight.dtype)
+
+
+@torch.no_grad()
+def logit_difference(model: torch.nn.Module, wanted: list[torch.Tensor], inputs: list[torch.Tensor]) -> float:
+    """Largest absolute difference of a model's logits from the wanted ones, over inputs of shape (1, tokens)."""
+    return max((model(input_ids=ids).logits - logits).abs().max().item() for ids, logits in zip(inputs, wanted, strict=True))
+
+
+def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: dict[str, object]) -> Path:
+    """Write safetensors, tokenizer and a model card; plain transformers loads the folder without a network.
+
+    Args:
+        model: a merged model that is not packed.
+        tokenizer: its tokenizer.
+        folder: where to; an earlier export there is replaced file by file.
+        card: what `card_facts` returned.
+    """
+    if getattr(model, "is_loaded_in_4bit", False):
+        raise KitError("a packed model is not exported: its layers are rounded twice", remedy='merge with way="dequantized"')
+    model.save_pretrained(folder, max_shard_size="2GB")
+    tokenizer.save_pretrained(folder)
+    texts = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True)
+    runs.write_atomically(folder / "README.md", texts.get_template("model_card.md.j2").render(card))
+    return folder
+
+
+def card_facts(adapter: Path, settings, way: str) -> dict[str, object]:
+    """What the model card says: the adapter's configuration, and the manifest of its run if that lies beside it."""
+    manifest, config = adapter.parent / "manifest.json", json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    run = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
+    layers = sorted({name.rsplit(".", 1)[-1] for name in config["target_modules"]})
+    return {"base": Path(settings.model_id).name, "way": way, "lora": config, "layers": layers, "run": run}
+
+
+def release(model: torch.nn.Module | PeftModel) -> int:
+    """Give a model's memory back at once, whoever still holds a name for it; the model is empty afterwards.
+
+    Returns:
+        Bytes that were held and now are not, from the live tensors.
+    """
+    before = ledger.measure(model).total_bytes
+    for tensor in (*model.parameters(), *model.buffers()):
+        state = getattr(tensor, "quant_state", None)
+        for level in (state, state and state.state2):
+            if level is not None:
+                level.absmax = level.code = level.offset = None
+        tensor.grad, tensor.data = None, torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return before - ledger.measure(model).total_bytes
