@@ -135,7 +135,7 @@ def test_other_settings_are_refused_with_both_values(stopped, tmp_path):
     run = next((tmp_path / "tiny").iterdir())
     before = (run / "manifest.json").read_text()
     changed = settings_of(tmp_path, resume="latest", learning_rate=1e-3, r=4)
-    with pytest.raises(KitError, match=r"r was 8, is 4, learning_rate was 0.006, is 0.001"):
+    with pytest.raises(KitError, match=r"r was 8, is 4, learning_rate was 0.004, is 0.001"):
         checkpoints.start(changed, "06_resume")
     assert (run / "manifest.json").read_text() == before  # refused before anything was written
     later = settings_of(tmp_path, resume="latest", save_steps=2, max_new_tokens=5)  # these do not change what is trained

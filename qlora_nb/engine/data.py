@@ -12,7 +12,7 @@ from random import Random
 import datasets
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from qlora_nb import pocket
 from qlora_nb.engine import conversations
@@ -204,16 +204,16 @@ def pack(rows: datasets.Dataset, max_length: int) -> datasets.Dataset:
     return datasets.Dataset.from_list(packs)
 
 
-def collator(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict]], dict[str, torch.Tensor]]:
+def collator(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict]], BatchEncoding]:
     """Pads a batch on the right to its longest row; padding is masked and its labels are -100.
 
     Packed sequences get no mask (see `pack`): padding stands behind all text, where nothing that trains can see it.
     """
     fill = {"input_ids": tokenizer.pad_token_id, "labels": IGNORED, "position_ids": 0, "attention_mask": 0}
 
-    def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
+    def collate(rows: list[dict]) -> BatchEncoding:
         whole = [row if "position_ids" in row else row | {"attention_mask": [1] * len(row["input_ids"])} for row in rows]
         tensors = {name: [torch.tensor(row[name]) for row in whole] for name in whole[0] if name in fill}
-        return {name: pad_sequence(rows, batch_first=True, padding_value=fill[name]) for name, rows in tensors.items()}
+        return BatchEncoding({key: pad_sequence(ids, batch_first=True, padding_value=fill[key]) for key, ids in tensors.items()})
 
     return collate

@@ -67,7 +67,7 @@ def lengths(n_tokens: list[int], max_length: int, peak_gib: Callable[[int], floa
         peaks.plot(at, [peak_gib(tokens) for tokens in at], "D-", color=COLOURS["FP4"], label="predicted peak (right)")
         peaks.set(ylabel="peak (GiB)", ylim=(0, None))
         peaks.grid(visible=False)
-        peaks.legend(loc="upper right")
+        peaks.legend(loc="upper left", bbox_to_anchor=(0, 0.88))
     return finish(ax, title, "length of a row (tokens)", "rows", legend="upper left", xlim=(0, end))
 
 
