@@ -4,6 +4,7 @@ Every heavy import stands inside the command that needs it, so that `--help` and
 (`KitError`) is printed as one paragraph on stderr and exits with 2; a failed notebook exits with 1.
 """
 
+import re
 import subprocess
 import sys
 from contextlib import suppress
@@ -49,11 +50,12 @@ def doctor() -> None:
     here = environment.machine()
     for what, how_much in environment.describe(here).items():
         print(f"{what:10} {how_much}")
-    pins = _pins(runs.project_root() / "constraints.txt")
+    constraints = runs.project_root() / "constraints.txt"
+    pins = constraints.read_text() if constraints.is_file() else ""
     versions = environment.versions()
     for version in versions:
-        pin = pins.get(version.package.lower().replace("_", "-"), "")
-        tested = "" if not pin or str(version.installed).split("+")[0] == pin else f"tested with {pin}"
+        pin = re.search(rf"^{version.package}==([^\s;]+)", pins, re.MULTILINE)
+        tested = f"tested with {pin[1]}" if pin and pin[1] != str(version.installed).split("+")[0] else ""
         print(f"  {version.package:18} {version.installed or '-':12} {version.problem or tested or 'ok'}")
     print(f"hub: {environment.hub_endpoint()} {'can' if environment.hub_is_reachable() else 'cannot'} be reached")
     print(f"take this profile: {_fitting_profile(here)}")
@@ -174,12 +176,6 @@ def _parameters(args: list[str]) -> dict[str, object]:
         case ["-p" | "--parameters", name, value, *rest]:
             return {name: value} | _parameters(rest)
     raise KitError("this argument is not understood", value=args[0], allowed="-p NAME VALUE", remedy="see qlora-nb run --help")
-
-
-def _pins(path: Path) -> dict[str, str]:
-    """Name → version from constraints.txt; empty where there is no repository."""
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return {name: pin.split(";")[0].strip() for name, found, pin in (line.partition("==") for line in lines) if found}
 
 
 def _fitting_profile(here) -> str:

@@ -3,7 +3,7 @@
 import pytest
 from matplotlib.figure import Figure
 
-from qlora_nb.engine import environment, ledger, models, shapes
+from qlora_nb.engine import data, environment, generation, ledger, models, shapes
 from qlora_nb.engine.generation import Answer, find_adapter, load_adapter
 from qlora_nb.engine.profiles import validate
 from qlora_nb.ui import panels, setup_plots, training_checks, training_plots
@@ -76,7 +76,7 @@ def ask(chat, prompt):
 def test_side_by_side_answers_twice(chat):
     said = ask(chat, "Where is Anna?\nAnna went to the park.")
     assert all(said.values())
-    assert chat.note.value == "done"
+    assert chat.note.value.startswith("done · first token base: ")
     assert "tokens/s" in chat.costs["tuned"].value
     assert not chat.ask.disabled
     assert chat.stop_button.disabled
@@ -88,7 +88,41 @@ def test_side_by_side_refuses_in_words(chat):
     ask(chat, "word " * 2000)
     assert "shorten the prompt" in chat.note.value
     ask(chat, "Where is Anna?\nAnna went to the park.")
-    assert chat.note.value == "done"
+    assert chat.note.value.startswith("done · first token base: ")
+
+
+def test_each_control_does_what_it_says(chat):
+    question = "Tell a story.\nAnna went to the park."
+    start = {name: control.value for name, control in chat.controls.items()}
+    assert set(start) == {"temperature", "top_p", "repetition_penalty", "seed"}
+    greedy = ask(chat, question)
+    assert greedy == ask(chat, question)
+    assert "1.0 tokens to choose from on average, 0 choices turned" in chat.costs["tuned"].value
+    chat.controls["repetition_penalty"].value = 2.0
+    ask(chat, question)
+    assert " 0 choices turned" not in chat.costs["base"].value
+    chat.controls["repetition_penalty"].value = 1.0
+    left, said = {}, {}
+    chat.controls["temperature"].value = 1.5
+    for top_p in (0.5, 1.0):
+        chat.controls["top_p"].value = top_p
+        said[top_p] = ask(chat, question)
+        left[top_p] = float(chat.costs["base"].value.split(" tokens to choose")[0].split("· ")[-1])
+    vocabulary = chat.model.config.vocab_size
+    assert 1 <= left[0.5] < left[1.0] == vocabulary, "no hidden top_k: all tokens are left where nothing cuts"
+    assert ask(chat, question) == said[1.0], "the same seed, the same answer"
+    chat.controls["seed"].value = 7
+    assert ask(chat, question) != said[1.0]
+    assert chat.history.value.count(question) == 7
+    assert chat.history.value.index("'seed': 7") < chat.history.value.index("'seed': 0"), "the newest stands first"
+
+
+def test_counted_tokens_are_those_that_were_made(chat):
+    row = generation.row_of("Where is Anna?\nAnna went to the park.")
+    last = generation.answer(chat.model, chat.tokenizer, row, chat.settings, tuned=True)
+    encoded = chat.tokenizer(data.prompt_of(row, chat.settings.prompt_template), return_tensors="pt", return_token_type_ids=False)
+    made = chat.model.generate(**encoded, max_new_tokens=chat.settings.max_new_tokens, do_sample=False)
+    assert last.n_tokens == made.shape[1] - encoded["input_ids"].shape[1]
 
 
 def test_model_text_is_never_html(chat):
@@ -145,6 +179,8 @@ def test_profiles_are_judged_on_the_machine_given():
     from dataclasses import replace
 
     runs_here = {row["profile"]: row["runs here"] for row in setup_plots.profiles_here(replace(here, gpus=(big,)))}
+    fetched = (models.SMOLLM2_DIR / "config.json").is_file()
+    assert runs_here.pop("smollm2") == ("yes" if fetched else "no: SmolLM2 is not on this machine yet")
     assert set(runs_here.values()) == {"yes"}
     without = {row["profile"]: row["runs here"] for row in setup_plots.profiles_here(replace(here, gpus=()))}
     assert without["tiny"] == "yes"

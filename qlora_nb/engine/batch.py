@@ -187,7 +187,8 @@ def _run_one(source: Path, folder: Path, outcome: Outcome, bar: tqdm, extra_env:
         stop_tree(process.pid)
         outcome.exit_code, outcome.wall_s = process.poll(), round(time.time() - started, 1)
         for path in (executed, results):
-            _hide_secrets(path)
+            if path.is_file():
+                runs.write_atomically(path, _redact(path.read_text(encoding="utf-8")))
         said = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if not _PROGRESS.search(line)]
         log.unlink()
     outcome.problems = _judge(outcome, executed, results, "\n".join(said).strip())
@@ -259,10 +260,3 @@ def _redact(text: str) -> str:
         if _SECRET_NAME.search(name) and len(value) >= 8:
             text = text.replace(value, "[hidden]")
     return re.sub(r"\bhf_[A-Za-z0-9]{16,}", "[hidden]", text)
-
-
-def _hide_secrets(path: Path) -> None:
-    if path.is_file():
-        text = path.read_text(encoding="utf-8")
-        if (clean := _redact(text)) != text:
-            runs.write_atomically(path, clean)

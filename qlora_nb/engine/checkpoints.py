@@ -13,11 +13,11 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from qlora_nb.engine.runs import Run, runs_root, status_of, write_atomically
+from qlora_nb.engine.runs import Run, runs_root, sha256, status_of, write_atomically
 from qlora_nb.errors import KitError
 
 SEAL, KEEP = "seal.json", 2
-_WATCHING = ("sample_steps", "tensorboard", "prompts", "max_new_tokens", "temperature", "top_p", "adapter")
+_WATCHING = ("sample_steps", "tensorboard", "prompts", "max_new_tokens", "temperature", "top_p", "repetition_penalty", "adapter")
 MAY_DIFFER = ("output_dir", "resume", "save_steps", "prequantized", "fetch_ahead", *_WATCHING)
 """Parameters that do not change what is trained."""
 
@@ -55,7 +55,7 @@ def fingerprint(rows) -> str:
 
 def seal(folder: Path, settings, rows_hash: str) -> None:
     """Close a checkpoint that is complete, then remove all but the newest two."""
-    files = {f.name: [f.stat().st_size, _sha256(f)] for f in sorted(folder.iterdir())}
+    files = {f.name: [f.stat().st_size, sha256(f)] for f in sorted(folder.iterdir())}
     record = {"settings": settings.model_dump(), "rows": rows_hash, "files": files}
     write_atomically(folder / SEAL, json.dumps(record, indent=1))
     for old in _newest_first(folder.parent)[KEEP:]:
@@ -76,7 +76,7 @@ def fault(folder: Path) -> str:
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes, {size} were sealed"
-        if _sha256(path) != digest:
+        if sha256(path) != digest:
             return f"{name} is damaged"
     return ""
 
@@ -115,8 +115,3 @@ def step_of(folder: Path) -> int:
 def _newest_first(folder: Path) -> list[Path]:
     found = [f for f in folder.glob("checkpoint-*") if f.name.rsplit("-", 1)[1].isdigit()]
     return sorted(found, key=step_of, reverse=True)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

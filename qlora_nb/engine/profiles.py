@@ -100,6 +100,7 @@ class Settings(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, coer
     max_new_tokens: Int = Field(ge=1, le=4096, description="tokens to generate at most")
     temperature: Float = Field(ge=0, le=10, description="0 is greedy")
     top_p: Float = Field(gt=0, le=1, description="nucleus sampling")
+    repetition_penalty: Float = Field(ge=1, le=10, description="divides the logits of tokens already there, 1: not (07)")
     pythia: Literal[tuple(PYTHIA)] = Field(description="Pythia size that 02 and 05 do arithmetic for")
     gpu_gib: Float = Field(gt=0, le=10_000, description="card size that 05 does arithmetic for (GiB)")
     fetch_ahead: bool = Field(description="download model and data now (01)")

@@ -4,6 +4,7 @@
 `metrics.jsonl`, `adapter/`. Every file is written under a temporary name and renamed.
 """
 
+import hashlib
 import json
 import os
 import subprocess
@@ -38,6 +39,12 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def sha256(path: Path) -> str:
+    """A file's SHA-256 in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def key_results(results: dict[str, object]) -> dict[str, object]:

@@ -15,7 +15,7 @@ from qlora_nb.engine import budget, generation
 from qlora_nb.engine.shapes import PYTHIA
 from qlora_nb.errors import KitError
 from qlora_nb.ui import training_plots
-from qlora_nb.ui.widgets import CONTROL, LABEL, choice, choice_slider
+from qlora_nb.ui.widgets import CONTROL, LABEL, choice, choice_slider, float_slider
 
 
 class LiveTraining:
@@ -104,15 +104,17 @@ class SideBySide:
         self.prompt = W.Textarea(settings.prompts[0], description="prompt", layout=wide, style=LABEL)
         self.ask = W.Button(description="Ask both", button_style="primary", icon="play")
         self.stop_button = W.Button(description="Stop", icon="stop", disabled=True)
-        name = "temperature (0 is greedy)"
-        self.temperature = W.FloatSlider(settings.temperature, min=0, max=2, step=0.1, description=name, **CONTROL)
-        self.note = W.Label("first line: the instruction; the rest: the input")
+        ranges = {"temperature": (0, 2, 0.1), "top_p": (0.05, 1, 0.05), "repetition_penalty": (1, 2, 0.05)}
+        sliders = {name: float_slider(name, getattr(settings, name), *ends) for name, ends in ranges.items()}
+        self.controls = sliders | {"seed": W.BoundedIntText(settings.seed, min=0, max=2**31 - 1, description="seed", **CONTROL)}
+        self.note = W.Label("first line: the instruction; the rest: the input; temperature 0 is greedy")
+        self.history = W.Textarea(disabled=True, description="history", layout=wide, style=LABEL)
         tall, half = W.Layout(width="99%", height="8em"), W.Layout(width="48%")
         self.answers = {name: W.Textarea(disabled=True, layout=tall, placeholder="no answer yet") for name in ("base", "tuned")}
         self.costs = {name: W.Label("") for name in self.answers}
         sides = [W.VBox([W.Label(f"{name} model"), box, self.costs[name]], layout=half) for name, box in self.answers.items()]
         buttons, both = W.HBox([self.ask, self.stop_button]), W.HBox(sides, layout=W.Layout(width="97%"))
-        self.box = W.VBox([self.prompt, self.temperature, buttons, self.note, both])
+        self.box = W.VBox([self.prompt, *self.controls.values(), buttons, self.note, both, self.history])
         self.stopping, self.worker = threading.Event(), None
         self.ask.on_click(lambda _: self.start())
         self.stop_button.on_click(lambda _: self.stopping.set())
@@ -127,7 +129,8 @@ class SideBySide:
         self.worker.start()
 
     def _work(self) -> None:
-        settings = self.settings.model_copy(update={"temperature": self.temperature.value})
+        chosen = {name: control.value for name, control in self.controls.items()}
+        settings = self.settings.model_copy(update=chosen)
         self.note.value = "answering"
         try:
             row = generation.row_of(self.prompt.value)
@@ -136,13 +139,16 @@ class SideBySide:
                 for said in generation.stream(self.model, self.tokenizer, row, settings, name == "tuned", self.stopping):
                     box.value = said.text
                 cost = f"{said.n_tokens} tokens · first after {1000 * said.first_token_s:.0f} ms"
-                self.costs[name].value = f"{cost} · {said.tokens_per_s:.0f} tokens/s"
+                chances = f"{said.left:.1f} tokens to choose from on average, {said.turned} choices turned by the penalty"
+                self.costs[name].value = f"{cost} · {said.tokens_per_s:.0f} tokens/s · {chances}"
                 if self.stopping.is_set():
                     break
-            self.note.value = "stopped" if self.stopping.is_set() else "done"
-        except KitError as error:
-            self.note.value = str(error)
+            *tops, bits = generation.next_tokens(self.model, self.tokenizer, row, settings)
+            first = "; ".join(f"{n}: {top[0][0]!r} {top[0][1]:.0%}" for n, top in zip(self.answers, tops, strict=True))
+            self.note.value = f"{'stopped' if self.stopping.is_set() else 'done'} · first token {first} · {bits:.1f} bits apart"
+            said = "".join(f"\n  {name}: {box.value}" for name, box in self.answers.items())
+            self.history.value = f"{self.prompt.value}\n  {chosen}{said}\n\n{self.history.value}"[:20_000]
         except Exception as error:  # a worker thread has nobody else to tell
-            self.note.value = f"{type(error).__name__}: {str(error)[:200]}"
+            self.note.value = str(error) if isinstance(error, KitError) else f"{type(error).__name__}: {str(error)[:200]}"
         finally:
             self.ask.disabled, self.stop_button.disabled = False, True

@@ -9,9 +9,6 @@ from qlora_nb.engine.environment import GIB
 from qlora_nb.errors import KitError
 from qlora_nb.ui import training_plots
 
-describe = environment.describe
-"""The machine as a table: what it is → how much of it."""
-
 
 def profiles_here(here: environment.Machine) -> list[dict[str, str]]:
     """One row a profile: its model, the predicted peak of its fine-tuning, whether it runs on this machine, and why not."""
