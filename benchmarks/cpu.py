@@ -10,10 +10,12 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import multiprocessing
 import os
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -22,8 +24,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import peers
 import provenance
+import psutil
 
-from qlora_nb.engine import data, evaluation, models, prequantized
+from qlora_nb.engine import budget, data, evaluation, ledger, models, prequantized
 from qlora_nb.engine.profiles import validate
 
 TARGET = provenance.ROOT / "benchmarks" / "results" / "cpu.json"
@@ -110,6 +113,33 @@ def loading(model_id: str) -> dict:
     }
 
 
+def memory_of_loading(model_id: str) -> dict[str, int]:
+    """What loading takes besides the model itself, in a process of its own: the most anonymous memory (mapped files are the
+    system's to give back), sampled every 5 ms, above what was there before and what the 4-bit model holds."""
+    process, ended = psutil.Process(), threading.Event()
+    anonymous = lambda: (info := process.memory_info()).rss - info.shared
+    quietly(models.load_base, validate({}))  # libraries and their own buffers
+    before, peak = anonymous(), [0]
+
+    def sample():
+        while not ended.wait(0.005):
+            peak[0] = max(peak[0], anonymous())
+
+    watcher = threading.Thread(target=sample, daemon=True)
+    watcher.start()
+    held = ledger.measure(quietly(models.load_base, validate({"model_id": model_id}))).total_bytes
+    ended.set()
+    watcher.join()
+    config = ledger.config_of(model_id)
+    largest = max(p.numel() for p in ledger.meta_model(config).parameters())
+    return {
+        "held": held,
+        "besides": peak[0] - before - held,
+        "largest_tensor_16_bit": 2 * largest,
+        "assumed": budget.host_bytes(config),
+    }
+
+
 def main() -> None:
     wanted = sys.argv[1:] or ["peers", "levers", "loading"]
     results = json.loads(TARGET.read_text()) if TARGET.is_file() else {}
@@ -124,11 +154,13 @@ def main() -> None:
                 "provenance": provenance.provenance((0,)),
             }
         if "loading" in wanted:
-            results["loading"] = {
-                "410m": loading(peers.random_pythia("410m", Path(folder))),
-                "1.4b": loading(peers.random_pythia("1.4b", Path(folder))),
-                "provenance": provenance.provenance((0,)),
-            }
+            results["loading"] = {"provenance": provenance.provenance((0,))}
+            for size in ("410m", "1.4b"):
+                made = peers.random_pythia(size, Path(folder))
+                results["loading"][size] = loading(made)
+                with multiprocessing.get_context("spawn").Pool(1) as pool:
+                    results["loading"][size]["memory"] = pool.apply(memory_of_loading, (made,))
+                print(size, results["loading"][size], flush=True)
     if results:
         provenance.write(TARGET, results)
 

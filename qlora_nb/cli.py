@@ -89,8 +89,11 @@ def plan(ctx: typer.Context, profile: Profile = "tiny",
     size = shapes.download_bytes(settings.model_id)
     print(f"download and disk: {f'{size / 1e9:.1f} GB' if size else 'nothing, or known only to the hub'}")
     print(f"host memory while loading onto a GPU: {budget.host_bytes(config) / 2**30:.1f} GiB (assumed)")
-    here = budget.step_flops(budget.plan_of(settings, True, config)) / budget.operations_per_s()
-    print(f"time: {settings.max_steps} steps of at least {here:.3g} s here (operations over this device's measured float32 rate)")
+    rate, where = budget.operations_per_s(), "here: operations over this device's measured float32 rate"
+    if gpu_gib is not None:
+        rate, where = budget.T4_OPERATIONS_PER_S, "on a T4: operations over a quarter (assumed) of its published rate"
+    least_s = settings.max_steps * budget.step_flops(budget.plan_of(settings, True, config)) / rate
+    print(f"time: {settings.max_steps} steps take at least {least_s / 3600:.2g} h {where}")
     print(budget.advice(settings, gpu_gib))
     for lever in budget.levers(settings, config, on_gpu):
         print(f"  lever: {lever}")

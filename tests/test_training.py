@@ -234,11 +234,11 @@ def test_damaged_model_folder_is_refused(tmp_path):
 # --- the same run in other ways ---
 
 
-def finetuned(tmp_path, before=lambda model: None, **values):
+def finetuned(tmp_path, before=lambda model: None, held_out=None, **values):
     """Losses and adapter of a short run, and what `finetune` gave back; `before` may hurt the model first."""
     settings, tokenizer, model, rows = fresh(tmp_path, **values)
     before(model)
-    result = training.finetune(model, tokenizer, rows, settings, runs.Run(settings, "ways"), lambda step: None)
+    result = training.finetune(model, tokenizer, rows, settings, runs.Run(settings, "ways"), lambda step: None, held_out)
     return result["losses"], torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad]), result
 
 
@@ -297,6 +297,25 @@ def test_samples_are_printed_and_change_nothing(tmp_path, capsys):
     assert "step 2, asked 'Where is Anna?': '" in said
     assert "step 4, asked" in said
     assert "step 3" not in said
+
+
+@pytest.mark.parametrize("loss_chunk", [0, 64])
+def test_held_out_loss_on_the_way_is_the_models_own_and_changes_nothing(tmp_path, loss_chunk):
+    way = {"max_steps": 4, "lora_dropout": 0.1, "loss_chunk": loss_chunk}
+    settings = validate({**way, "eval_rows": 12})
+    tokenizer = models.load_tokenizer(settings)
+    held_out = data.encode(data.load(settings)[1], tokenizer, settings)
+    plain, adapter, without = finetuned(tmp_path / "plain", **way)
+    assert without["held_out"] == {}
+    watched, same, result = finetuned(tmp_path / "watched", held_out=held_out, sample_steps=2, **way)
+    assert watched == plain
+    assert torch.equal(adapter, same)
+    assert list(result["held_out"]) == [2, 4]
+    [run] = (tmp_path / "watched" / "tiny").iterdir()
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["step"], r["held_out_loss"]) for r in logged if "held_out_loss" in r] == list(result["held_out"].items())
+    model = generation.load_adapter(models.load_base(settings), result["adapter"])
+    assert evaluation.response_loss(model, tokenizer, held_out) == pytest.approx(result["held_out"][4], rel=1e-6)
 
 
 def test_packed_rows_train(tmp_path):

@@ -24,6 +24,8 @@ from qlora_nb.errors import KitError
 from qlora_nb.theory import paging
 
 CONTEXT_BYTES, SLACK = int(0.45 * GIB), 0.05
+T4_OPERATIONS_PER_S = 0.25 * 65e12
+"""A quarter (assumed) of what NVIDIA publishes for a T4 in float16: the basis of a time estimate for a card that is not here."""
 CACHE, KEPT, WORK, CUDA = "key-value cache", "kept for the backward pass", "working memory", "CUDA context, slack (assumed)"
 
 

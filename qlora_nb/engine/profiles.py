@@ -104,7 +104,7 @@ class Settings(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, coer
     pythia: Literal[tuple(PYTHIA)] = Field(description="Pythia size that 02 and 05 do arithmetic for")
     gpu_gib: Float = Field(gt=0, le=10_000, description="card size that 05 does arithmetic for (GiB)")
     fetch_ahead: bool = Field(description="download model and data now (01)")
-    sample_steps: Int = Field(ge=0, description="optimizer steps between answers to the first prompt, 0: none (06)")
+    sample_steps: Int = Field(ge=0, description="optimizer steps between looks at an answer and the held-out loss, 0: none (06)")
     tensorboard: bool = Field(description="write TensorBoard's files into the run folder (06)")
     save_steps: Int = Field(ge=0, description="optimizer steps between checkpoints, 0: only when stopped (06)")
     resume: Name = Field(description="no, latest, or the folder of an unfinished run (06)")

@@ -22,7 +22,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from qlora_nb.engine import activations, budget, checkpoints, data, generation, ledger, models, objective, runs
+from qlora_nb.engine import activations, budget, checkpoints, data, evaluation, generation, ledger, models, objective, runs
 from qlora_nb.errors import KitError
 
 _STEPS = {"max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "seed"}
@@ -106,18 +106,23 @@ class _Scale(TrainerCallback):
 
 
 class _Sample(TrainerCallback):
-    """Lets the model answer the first prompt every so many steps; greedy, so the random state stays as it is."""
+    """Every so many steps an answer to the first prompt and the held-out loss; greedy, so the random state stays as it is."""
 
-    def __init__(self, tokenizer, settings):
-        self.tokenizer, self.settings, self.row = tokenizer, settings, generation.row_of(settings.prompts[0])
+    def __init__(self, tokenizer, settings, held_out, run):
+        self.tokenizer, self.settings, self.held_out, self.run = tokenizer, settings, held_out, run
+        self.row, self.losses = generation.row_of(settings.prompts[0]), {}
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if self.settings.sample_steps and state.global_step % self.settings.sample_steps == 0:
             model.eval()
             with objective.whole_head(model):
                 [said] = generation.answer_all(model, self.tokenizer, [self.row], self.settings)
+                print(f"step {state.global_step}, asked {self.row['instruction']!r}: {said!r}")
+                if self.held_out:
+                    loss = self.losses[state.global_step] = evaluation.response_loss(model, self.tokenizer, self.held_out)
+                    self.run.log({"step": state.global_step, "held_out_loss": loss})
+                    print(f"step {state.global_step}, held-out loss {loss:.3f} nats over {len(self.held_out)} rows")
             model.train()
-            print(f"step {state.global_step}, asked {self.row['instruction']!r}: {said!r}")
 
 
 class _Trainer(Trainer):
@@ -240,19 +245,27 @@ def _train(new_trainer: Callable[..., _Trainer], settings, checkpoint: Path | No
         trainer = new_trainer(smaller)
 
 
-def _continue(run, settings, rows_hash: str, losses: list[float]) -> Path | None:
-    """The checkpoint to go on from, its losses put into `losses`; what was logged after it is forgotten."""
+def _continue(run, settings, rows_hash: str, losses: list[float], held_out: dict[int, float]) -> Path | None:
+    """The checkpoint to go on from, what was logged up to it put into `losses` and `held_out`; the rest is forgotten."""
     checkpoint = checkpoints.newest(run.folder)
     if checkpoint:
         checkpoints.require_same(checkpoint, settings, rows_hash)
     step = checkpoints.step_of(checkpoint) if checkpoint else 0
-    losses += [record["loss"] for record in run.cut(step)]
+    logged = run.cut(step)
+    losses += [record["loss"] for record in logged if "loss" in record]
+    held_out |= {record["step"]: record["held_out_loss"] for record in logged if "held_out_loss" in record}
     print(f"going on after step {step}")
     return checkpoint
 
 
 def finetune(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: datasets.Dataset, settings, run, report: Callable[[dict], None]
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: datasets.Dataset,
+    settings,
+    run,
+    report: Callable[[dict], None],
+    held_out: datasets.Dataset | None = None,
 ):
     """Train the adapter on encoded rows, in the calling thread; a resumed run goes on after its newest good checkpoint.
 
@@ -263,11 +276,13 @@ def finetune(
         settings: the resolved parameters.
         run: the `runs.Run` whose folder takes `metrics.jsonl` and `adapter/`.
         report: called after each step with step, loss, learning_rate, tokens_per_s, seconds_left, …
+        held_out: encoded rows whose loss is looked at every `sample_steps` steps.
 
     Returns:
-        A dictionary: `losses` (one a step, those before a resume included), `seconds`, `tokens_per_s` (no padding counted),
-        `stopped` (by ■), `adapter` (folder); of the second step `held` (`ledger.Ledger`), `moved` (`activations.Moved`) and
-        `shape` (rows, tokens, tokens that train) of its largest pass, None where no second step was seen.
+        A dictionary: `losses` (one a step, those before a resume included), `held_out` ({step: loss}), `seconds`,
+        `tokens_per_s` (no padding counted), `stopped` (by ■), `adapter` (folder); of the second step `held` (`ledger.Ledger`),
+        `moved` (`activations.Moved`) and `shape` (rows, tokens, tokens that train) of its largest pass, None where no
+        second step was seen.
 
     Raises:
         KitError: loss or gradient became NaN or infinite, the GPU's memory ran out, the run was started with other settings or
@@ -292,7 +307,7 @@ def finetune(
         report(step)
 
     model.config.use_cache = False
-    scale = _Scale()
+    scale, sample = _Scale(), _Sample(tokenizer, settings, held_out, run)
     try:
         with stop_on_interrupt() as stop, ExitStack() as stack:
             watch = _Watch(note, stop, n_tokens)
@@ -301,11 +316,10 @@ def finetune(
             stack.enter_context(runs.sole_writer(run.folder))
             stack.callback(lambda: stop.is_set() and run.finish("interrupted"))
             rows_hash = checkpoints.fingerprint(rows)
-            checkpoint = _continue(run, settings, rows_hash, losses) if run.resumed else None
+            checkpoint = _continue(run, settings, rows_hash, losses, sample.losses) if run.resumed else None
             seal = lambda folder: checkpoints.seal(folder, settings, rows_hash)
-            callbacks = [watch, scale, _Sample(tokenizer, settings)]
-            own = {"train_dataset": rows, "data_collator": collate, "compute_loss_func": loss, "callbacks": callbacks}
-            new = lambda how: _Trainer(seal, model=model, args=arguments(how, run.folder), **own)
+            own = {"model": model, "train_dataset": rows, "data_collator": collate, "compute_loss_func": loss}
+            new = lambda how: _Trainer(seal, args=arguments(how, run.folder), callbacks=[watch, scale, sample], **own)
             passes = _train(new, settings, checkpoint).gradient_accumulation_steps
     except BaseException as error:  # the folder must say what became of the run
         run.finish("failed", error=f"{type(error).__name__}: {error}"[:500])
@@ -322,7 +336,8 @@ def finetune(
     speed = sum(n_tokens) / seconds
     second = max(shapes[passes : 2 * passes], key=lambda shape: shape[0] * shape[1], default=None)
     weighed = {"held": scale.held, "moved": scale.moved, "shape": second}
-    return {"losses": losses, "seconds": seconds, "tokens_per_s": speed, "stopped": stop.is_set(), "adapter": adapter, **weighed}
+    told = {"losses": losses, "held_out": sample.losses, "seconds": seconds, "tokens_per_s": speed}
+    return {**told, "stopped": stop.is_set(), "adapter": adapter, **weighed}
 
 
 @torch.no_grad()

@@ -72,8 +72,8 @@ def lengths(n_tokens: list[int], max_length: int, peak_gib: Callable[[int], floa
 
 
 @kit_style()
-def loss_curve(losses: list[float], before: float | None = None, after: float | None = None) -> Figure:
-    """Training loss a step with its running mean, and the held-out loss before and after."""
+def loss_curve(losses: list[float], before=None, after=None, held_out: dict[int, float] | None = None) -> Figure:
+    """Training loss a step with its running mean, and the held-out loss before, at the steps of `held_out`, and after."""
     _, ax = new_figure(figsize=(8, 3.2))
     steps = range(1, len(losses) + 1)
     ax.plot(steps, losses, color=COLOURS["other"], linewidth=0.8, label="training loss of each step")
@@ -81,10 +81,9 @@ def loss_curve(losses: list[float], before: float | None = None, after: float | 
     mean = [sum(losses[max(0, i - window) : i]) / len(losses[max(0, i - window) : i]) for i in steps]
     ax.plot(steps, mean, color=COLOURS["LoRA"], linewidth=2.2, label=f"mean of the last {window} steps")
     title = f"Training loss after {len(losses)} steps: {mean[-1] if mean else float('nan'):.2f} nats"
-    for at, value, label, marker in ((0, before, "before", "o"), (len(losses) + 1, after, "after", "D")):
-        if value is not None:
-            ax.plot(at, value, marker, color=COLOURS["NF4"], markersize=8, label=f"held-out, {label}: {value:.2f}")
     if before is not None and after is not None:
+        seen = {0: before, **(held_out or {}), len(losses) + 1: after}
+        ax.plot(list(seen), list(seen.values()), "D:", color=COLOURS["NF4"], markersize=7, label="held-out rows", clip_on=False)
         title = f"Held-out loss goes from {before:.2f} to {after:.2f} nats"
     ax.set_ylim(bottom=0)
     return finish(ax, title, "optimizer step", "loss (nats per answer token)", legend="best")
