@@ -59,16 +59,18 @@ def lengths(n_tokens: list[int], max_length: int, peak_gib: Callable[[int], floa
     _, ax = new_figure(figsize=(8, 2.8))
     ax.hist(n_tokens, bins=min(40, max(n_tokens) - min(n_tokens) + 1), color=COLOURS["other"], edgecolor="white")
     longest = sorted(n_tokens)[int(0.95 * (len(n_tokens) - 1))]
-    ax.axvline(longest, color=COLOURS["NF4"], linestyle="--", label=f"95 % of rows are no longer than {longest}")
+    ax.axvline(longest, ymax=0.77, color=COLOURS["NF4"], ls="--", label=f"95 % of rows are no longer than {longest}")
     title = f"Rows have {sum(n_tokens) / len(n_tokens):.0f} tokens on average; max_length allows {max_length}"
     end = 1.05 * min(max_length, max(n_tokens))
     if peak_gib:
         peaks, at = ax.twinx(), [round(end * i / 6) for i in range(1, 7)]
-        peaks.plot(at, [peak_gib(tokens) for tokens in at], "D-", color=COLOURS["FP4"], label="predicted peak (right)")
-        peaks.set(ylabel="peak (GiB)", ylim=(0, None))
+        found = [peak_gib(tokens) for tokens in at]
+        peaks.plot(at, found, "D-", color=COLOURS["FP4"], label="predicted peak (right)", clip_on=False)
+        peaks.set(ylabel="peak (GiB)", ylim=(0, 1.3 * max(found)))  # as below: room for the legends
         peaks.grid(visible=False)
-        peaks.legend(loc="upper left", bbox_to_anchor=(0, 0.88))
-    return finish(ax, title, "length of a row (tokens)", "rows", legend="upper left", xlim=(0, end))
+        peaks.legend(loc="upper right")
+    room = 1.3 * ax.get_ylim()[1]
+    return finish(ax, title, "length of a row (tokens)", "rows", legend="upper left", xlim=(0, end), ylim=(0, room))
 
 
 @kit_style()
@@ -83,7 +85,7 @@ def loss_curve(losses: list[float], before=None, after=None, held_out: dict[int,
     title = f"Training loss after {len(losses)} steps: {mean[-1] if mean else float('nan'):.2f} nats"
     if before is not None and after is not None:
         seen = {0: before, **(held_out or {}), len(losses) + 1: after}
-        ax.plot(list(seen), list(seen.values()), "D:", color=COLOURS["NF4"], markersize=7, label="held-out rows", clip_on=False)
+        ax.plot(list(seen), list(seen.values()), "D", color=COLOURS["NF4"], markersize=7, label="held-out rows", clip_on=False)
         title = f"Held-out loss goes from {before:.2f} to {after:.2f} nats"
     ax.set_ylim(bottom=0)
     return finish(ax, title, "optimizer step", "loss (nats per answer token)", legend="best")
