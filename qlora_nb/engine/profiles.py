@@ -199,7 +199,7 @@ def validate(values: dict[str, object]) -> Settings:
     """As `resolve`, without looking at the machine: what the command line and the tests use."""
     for name in values:
         if name not in Settings.model_fields:
-            raise KitError(f"unknown parameter {name!r}", remedy=_suggest(name))
+            raise KitError(f"unknown parameter {name!r:.80}", remedy=_suggest(name))
     given = {k: v for k, v in values.items() if v is not None}
     profile = given.get("profile", "tiny")
     if not isinstance(profile, str) or profile not in PROFILES:
