@@ -65,7 +65,7 @@ def doctor() -> None:
 @app.command()
 def fetch(what: Annotated[str, typer.Argument(help="smollm2, or a hub model such as EleutherAI/pythia-410m")],
           dataset: Annotated[bool, typer.Option("--dataset", help="the name is a data set's")] = False) -> None:  # fmt: skip
-    """Download a model or a data set ahead. Run it again after a cut: it goes on where it stopped."""
+    """Download a model or a data set ahead. Run it again after a cut: whole files are kept."""
     from qlora_nb.engine import fetch as door
 
     if what == "smollm2":
@@ -128,12 +128,13 @@ def generate(ctx: typer.Context, profile: Profile = "tiny",
 @app.command(context_settings=_PARAMETERS)
 def run(ctx: typer.Context, profile: Profile = "tiny",
         only: Annotated[str, typer.Option(help="beginnings of notebook names, as 03,04")] = "",
-        out: Annotated[str | None, typer.Option(help="folder for everything written [runs]")] = None) -> None:  # fmt: skip
+        out: Annotated[str | None, typer.Option(help="folder for everything written [runs]")] = None,
+        resume: Annotated[str, typer.Option(help="latest, or a sequence folder to go on with")] = "no") -> None:  # fmt: skip
     """Execute the notebooks in order and write a report. Parameters as papermill takes them: -p NAME VALUE."""
     from qlora_nb.engine import batch
 
     given = {"profile": profile, **({"output_dir": str(Path(out).absolute())} if out else {}), **_parameters(ctx.args)}
-    summary = batch.run_sequence(given, [part.strip() for part in only.split(",") if part.strip()])
+    summary = batch.run_sequence(given, [part.strip() for part in only.split(",") if part.strip()], resume=resume)
     raise typer.Exit(0 if summary["status"] == "done" else 1)
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import socket
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -102,3 +103,28 @@ def papermill_pass(tmp_path_factory):
     print(json.dumps({o["notebook"]: [o["status"], o["wall_s"], o["peak_bytes"] >> 20] for o in summary["notebooks"]}))
     yield summary
     shutil.rmtree(out, ignore_errors=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 16 MB of its own: a disk that can really be filled. Skipped where this user may not mount one."""
+    folder = tmp_path / "small disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)]
+    if not shutil.which("mount") or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("a small file system cannot be mounted here (it needs root)")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=False)
+
+
+@pytest.fixture
+def closed_folder(tmp_path):
+    """A folder into which nobody may write, root neither."""
+    folder = tmp_path / "closed"
+    folder.mkdir(mode=0o555)
+    if os.access(folder, os.W_OK):  # root: only a mount that is read-only stops it
+        command = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(folder)]
+        if not shutil.which("mount") or subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("root may write everywhere here and cannot mount a read-only file system")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], capture_output=True, check=False)

@@ -1,7 +1,8 @@
 """One training run of twelve steps in a process of its own, hurt as asked: `python resume_driver.py FOLDER RESUME HURT`.
 
 HURT is `none`, `int@7` (what ■ does, in step 7), `term@7`, `kill@7` (SIGKILL after step 7), `kill-in@7` (inside step 7),
-`kill-save@8` (half-way through writing the checkpoint of step 8), `full@8` (the disk is full then) or `oom@7`.
+`kill-save@8` (half-way through writing the checkpoint of step 8), `fill@6` (the disk is really filled to the last byte then),
+`quota@6` (no file may grow beyond 100 kB from then on) or `oom@7`.
 Prints the losses and a hash of the adapter as JSON.
 """
 
@@ -10,8 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
 import signal
 import sys
+from contextlib import suppress
 
 import torch
 
@@ -34,6 +37,12 @@ def main(folder: str, resume: str, hurt: str) -> None:
         signals = {"int": signal.SIGINT, "term": signal.SIGTERM, "kill": signal.SIGKILL}
         if step["step"] == at and how in signals:
             os.kill(os.getpid(), signals[how])
+        if step["step"] == at and how == "quota":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        if step["step"] == at and how == "fill":
+            with suppress(OSError), open(f"{folder}/filler", "wb", buffering=0) as filler:
+                while filler.write(bytes(4096)):
+                    pass
 
     calls = []
     forward = model.get_base_model().forward
@@ -52,8 +61,6 @@ def main(folder: str, resume: str, hurt: str) -> None:
     def save_and_hurt(self, output_dir):
         if self.state.global_step == at and how == "kill-save":
             os.kill(os.getpid(), signal.SIGKILL)
-        if self.state.global_step == at and how == "full":
-            raise OSError(28, "No space left on device")
         return save(self, output_dir)
 
     training._Trainer._save_rng_state = save_and_hurt

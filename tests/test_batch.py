@@ -14,10 +14,13 @@ import nbformat
 import psutil
 import pytest
 
-from qlora_nb.engine import batch, report
+from qlora_nb.engine import batch, report, runs
 from qlora_nb.errors import KitError
 
-DIES = "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"
+DIES = (
+    "import os, signal\nfrom qlora_nb.engine import profiles, runs\n"
+    "run = runs.Run(profiles.validate({'output_dir': output_dir}), '02_dies')\nos.kill(os.getpid(), signal.SIGKILL)"
+)
 WIDGET_FAILS = "import ipywidgets as W\nout = W.Output()\nwith out:\n    1 / 0\nout"
 PICTURE = "import matplotlib.pyplot as plt\n_ = plt.plot([0, 1])"
 
@@ -54,6 +57,9 @@ def test_each_fate_is_told(outcomes, tmp_path):
     assert found["01_good"]["results"] == {"answer": 42}
     assert found["01_good"]["peak_bytes"] > 20 * 2**20
     assert found["02_dies"]["exit_code"] != 0
+    assert found["02_dies"]["status"] == "died"
+    (run,) = (tmp_path / "out" / "tiny").glob("02_dies-*")
+    assert runs.status_of(run) == "died", "the run's own record was never closed"
     assert any("kernel died" in p and "memory" in p for p in found["02_dies"]["problems"])
     assert any("needs 190 MiB" in p and "per_device_train_batch_size=1" in p for p in found["02_dies"]["problems"])
     # papermill itself is content with this one
@@ -159,28 +165,130 @@ def test_a_foreign_kernel_is_refused(tmp_path, monkeypatch):
         batch.require_own_kernel()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interrupt_leaves_no_kernel(toy, tmp_path, number, code):
-    folder = toy(
-        "01_long",
-        "import os, pathlib, time",
-        f"pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))\ntime.sleep(300)",
-    )
+def wait_for(condition, seconds=90):
+    end = time.time() + seconds
+    while not condition() and time.time() < end:
+        time.sleep(0.1)
+    return condition()
+
+
+def is_gone(pid):
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.fixture
+def long(toy, tmp_path):
+    """A sequence in a process of its own: 01 is done, 02 sleeps until it is hurt (or until a file `go` is there).
+
+    `long()` → (that process, the pid of 02's kernel, the folder of the notebooks).
+    """
+    pid = tmp_path / "pid"
+    toy("01_short", "1 + 1")
+    sleep = f"import os, pathlib, time\npathlib.Path({str(pid)!r}).write_text(str(os.getpid()))\nprint('before the sleep')"
+    folder = toy("02_long", sleep, f"while not pathlib.Path({str(tmp_path / 'go')!r}).exists():\n    time.sleep(0.1)")
     program = (
-        "import sys; from pathlib import Path; from qlora_nb.engine import batch\n"
+        "from pathlib import Path; from qlora_nb.engine import batch\n"
         f"batch.run_sequence({{'output_dir': {str(tmp_path / 'out')!r}}}, notebooks=Path({str(folder)!r}))"
     )
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    end = time.time() + 60
-    while not ((tmp_path / "pid").is_file() and (tmp_path / "pid").read_text()) and time.time() < end:
-        time.sleep(0.2)
-    kernel = int((tmp_path / "pid").read_text())
-    process.send_signal(number)
-    assert process.wait(30) in (code, -number)
-    assert not psutil.pid_exists(kernel) or psutil.Process(kernel).status() == psutil.STATUS_ZOMBIE
+
+    def start():
+        process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        assert wait_for(lambda: pid.is_file() and pid.read_text())
+        time.sleep(0.5)  # papermill writes the notebook down before each cell
+        return process, int(pid.read_text()), folder
+
+    return start
+
+
+def record_of(tmp_path):
     (summary,) = (tmp_path / "out").glob("tiny/sequence-*/summary.json")
-    assert json.loads(summary.read_text())["status"] == "interrupted"
+    return json.loads(summary.read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("signals", "code"),
+    [([signal.SIGINT], 130), ([signal.SIGTERM], 143), ([signal.SIGINT] * 3, 130)],
+    ids=["once", "term", "thrice"],
+)
+def test_interrupt_leaves_no_kernel(long, tmp_path, signals, code):
+    process, kernel, _ = long()
+    for number in signals:
+        process.send_signal(number)
+        time.sleep(0.2)
+    assert process.wait(60) in (code, -signals[0])
+    assert is_gone(kernel)
+    record = record_of(tmp_path)
+    assert record["status"] == "interrupted"
+    assert [(o["notebook"], o["status"]) for o in record["notebooks"]] == [("01_short", "done"), ("02_long", "interrupted")]
+
+
+@pytest.mark.slow
+def test_a_killed_sequence_leaves_no_kernel_and_is_gone_on_with(long, tmp_path):
+    process, kernel, folder = long()
+    given = {"output_dir": str(tmp_path / "out")}
+    with pytest.raises(KitError, match="another process writes"):  # two never mix
+        batch.run_sequence(given, notebooks=folder, say=print, resume="latest")
+    process.kill()
+    process.wait(60)
+    assert wait_for(lambda: is_gone(kernel), 30), "papermill and its kernel outlive a batch that was killed"
+    (sequence,) = (tmp_path / "out").glob("tiny/sequence-*")
+    partial = nbformat.read(sequence / "02_long.ipynb", 4)
+    assert "before the sleep" in str([c.get("outputs") for c in partial.cells]), "what was done can be read"
+    record = record_of(tmp_path)
+    assert (record["status"], [o["status"] for o in record["notebooks"]]) == ("running", ["done"])
+    kept = (sequence / "01_short.ipynb").stat().st_mtime_ns
+    with pytest.raises(KitError, match="seed was None, is 3"):
+        batch.run_sequence({**given, "seed": 3}, notebooks=folder, resume="latest")
+    with pytest.raises(KitError, match="no unfinished sequence"):
+        batch.run_sequence(given, notebooks=folder, resume=str(tmp_path))
+    (tmp_path / "go").touch()
+    lines = []
+    summary = batch.run_sequence(given, notebooks=folder, say=lines.append, resume="latest")
+    assert summary["folder"] == str(sequence)
+    assert (summary["status"], [o["status"] for o in summary["notebooks"]]) == ("done", ["done", "done"])
+    assert (sequence / "01_short.ipynb").stat().st_mtime_ns == kept, "what was done is not done again"
+    assert any("01_short" in line and "is done already" in line for line in lines)
+    with pytest.raises(KitError, match="no unfinished sequence"):
+        batch.run_sequence(given, notebooks=folder, resume="latest")
+
+
+@pytest.mark.slow
+def test_papermill_killed_is_told_and_leaves_no_kernel(long, tmp_path):
+    process, kernel, _ = long()
+    (papermill,) = [p for p in psutil.Process(process.pid).children() if "papermill" in p.cmdline()]
+    papermill.kill()
+    process.wait(60)
+    assert wait_for(lambda: is_gone(kernel), 30)
+    record = record_of(tmp_path)
+    assert (record["status"], record["notebooks"][1]["status"]) == ("failed", "died")
+    assert "memory" in record["notebooks"][1]["problems"][0]
+    assert "Next lever" in record["notebooks"][1]["problems"][-1]
+
+
+@pytest.mark.slow
+def test_a_cell_that_takes_too_long_leaves_a_readable_notebook_and_no_kernel(toy, tmp_path):
+    pid = tmp_path / "pid"
+    first = f"import os, pathlib, time\npathlib.Path({str(pid)!r}).write_text(str(os.getpid()))\nprint('so far')"
+    source = toy("01_slow", first, "time.sleep(300)") / "01_slow.ipynb"
+    command = [sys.executable, "-m", "papermill", str(source), str(tmp_path / "out.ipynb"), "--execution-timeout", "5"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode != 0
+    assert "Timeout" in done.stderr
+    assert "so far" in str([c.get("outputs") for c in nbformat.read(tmp_path / "out.ipynb", 4).cells])
+    assert wait_for(lambda: is_gone(int(pid.read_text())), 30)
+
+
+def test_a_changed_notebook_is_not_kept(toy, tmp_path):
+    folder = toy("01_a", "print(1)")
+    toy("02_b", "1 / 0")
+    given = {"output_dir": str(tmp_path / "out")}
+    first = batch.run_sequence(given, notebooks=folder, say=lambda line: None)
+    assert [o["status"] for o in first["notebooks"]] == ["done", "failed"]
+    (folder / "01_a.ipynb").write_text((folder / "01_a.ipynb").read_text().replace("print(1)", "print(2)"))
+    again = batch.run_sequence(given, notebooks=folder, say=lambda line: None, resume=first["folder"])
+    assert [o["status"] for o in again["notebooks"]] == ["done", "failed"]
+    assert "2\\n" in (tmp_path / "out" / "tiny" / first["folder"].rsplit("/")[-1] / "01_a.ipynb").read_text()
 
 
 def test_parameters_reach_the_notebook_as_numbers(toy, tmp_path):

@@ -113,7 +113,7 @@ def test_run_exits_with_1_if_a_notebook_failed(monkeypatch):
     from qlora_nb.engine import batch
 
     for status, code in (("done", 0), ("failed", 1)):
-        monkeypatch.setattr(batch, "run_sequence", lambda given, only, status=status: {"status": status})
+        monkeypatch.setattr(batch, "run_sequence", lambda *_, status=status, **__: {"status": status})
         assert CliRunner().invoke(cli.app, ["run", "-p", "r", "8"]).exit_code == code
 
 
@@ -121,10 +121,26 @@ def test_parameters_are_collected(monkeypatch, tmp_path):
     from qlora_nb.engine import batch
 
     seen = []
-    monkeypatch.setattr(batch, "run_sequence", lambda *a: seen.append(a) or {"status": "done"})
-    arguments = ["run", "--only", "03, 04", "--out", str(tmp_path), "-p", "r", "8", "-p", "learning_rate", "-1"]
+    monkeypatch.setattr(batch, "run_sequence", lambda *a, **more: seen.append((*a, more)) or {"status": "done"})
+    arguments = [
+        "run",
+        "--only",
+        "03, 04",
+        "--resume",
+        "latest",
+        "--out",
+        str(tmp_path),
+        "-p",
+        "r",
+        "8",
+        "-p",
+        "learning_rate",
+        "-1",
+    ]
     assert CliRunner().invoke(cli.app, arguments).exit_code == 0
-    assert seen == [({"profile": "tiny", "output_dir": str(tmp_path), "r": "8", "learning_rate": "-1"}, ["03", "04"])]
+    assert seen == [
+        ({"profile": "tiny", "output_dir": str(tmp_path), "r": "8", "learning_rate": "-1"}, ["03", "04"], {"resume": "latest"})
+    ]
 
 
 def test_a_learners_copy_is_kept(toy, tmp_path, capsys):
@@ -146,7 +162,7 @@ def test_a_learners_copy_is_kept(toy, tmp_path, capsys):
 def test_interrupt_exits_130(monkeypatch):
     from qlora_nb.engine import batch
 
-    def stop(*_):
+    def stop(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(batch, "run_sequence", stop)
@@ -156,7 +172,7 @@ def test_interrupt_exits_130(monkeypatch):
 def test_only_the_kits_own_error_is_softened(monkeypatch):
     from qlora_nb.engine import batch
 
-    monkeypatch.setattr(batch, "run_sequence", lambda *_: 1 / 0)
+    monkeypatch.setattr(batch, "run_sequence", lambda *_, **__: 1 / 0)
     assert isinstance(CliRunner().invoke(cli.app, ["run"]).exception, ZeroDivisionError)
     with pytest.raises(KitError):
         cli._parameters(["x"])

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import subprocess
+import sys
 import zipfile
 from collections import namedtuple
 
 import pytest
+from loopback_hub import Hub
 
 from qlora_nb.engine import environment, fetch
 from qlora_nb.errors import KitError
@@ -154,7 +157,7 @@ def test_hub_failures_are_words_without_a_token(hub, monkeypatch):
             fetch.fetch_repo("a/b", say=lambda line: None)
         assert "hf_secret" not in str(refused.value)
     hub["error"] = OSError(104, "Connection reset")
-    with pytest.raises(KitError, match="goes on where it stopped"):
+    with pytest.raises(KitError, match="files that are whole are kept"):
         fetch.fetch_repo("a/b", say=lambda line: None)
     monkeypatch.setattr(fetch.shutil, "disk_usage", lambda folder: Usage(10, 9, 1))
     with pytest.raises(KitError, match="GB of disk"):
@@ -169,6 +172,86 @@ def test_fetch_ahead_leaves_local_things_alone(tmp_path, monkeypatch):
     assert fetch.fetch_ahead(profiles.validate({}), quiet) == []
     full = profiles.validate({"profile": "full", "model_id": str(tmp_path)})
     assert fetch.fetch_ahead(full, quiet) == ["dataset:tatsu-lab/alpaca"]
+
+
+# ---- a real hub library against a hub on loopback that fails ------------------------------------------------------------
+
+TOKEN = "hf_" + "t0ken" * 6
+WEIGHTS = os.urandom(25_000_000)  # huggingface_hub writes in pieces of 10 MB
+
+
+@pytest.fixture
+def loopback():
+    hub = Hub({"config.json": b"{}", "model.safetensors": WEIGHTS, "evil.py": b"1 / 0", "pytorch_model.bin": b"pickle"})
+    yield hub
+    hub.close()
+
+
+def fetch_from(hub, mode, home, largest_file=resource.RLIM_INFINITY):
+    hub.mode = mode
+    hub.sent.clear()
+    ways = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
+    command = [sys.executable, "-m", "qlora_nb.cli", "fetch", "a/b"]
+    quota = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    how = {"capture_output": True, "text": True, "timeout": 120, "preexec_fn": quota}
+    done = subprocess.run(command, env=os.environ | ways, check=False, **how)
+    assert "Traceback" not in done.stderr
+    assert TOKEN not in done.stdout + done.stderr
+    return done.returncode, done.stderr.strip().splitlines()[-1] if done.stderr.strip() else ""
+
+
+@pytest.mark.parametrize(
+    ("mode", "words"),
+    [
+        ("401", "does not let you read a/b"),
+        ("403", "hf auth login"),
+        ("404", "knows no such repository"),
+        ("503", "answered 503"),
+        ("portal", "was not fetched whole"),
+        ("gone", "was not fetched whole"),
+    ],
+)
+def test_a_hub_that_says_no_is_a_sentence_without_the_token(loopback, tmp_path, mode, words):
+    code, said = fetch_from(loopback, mode, tmp_path)
+    assert (code, said.startswith("qlora-nb: "), words in said) == (2, True, True), said
+    assert any(TOKEN in token for token in loopback.tokens) or mode == "gone", (
+        "the token went to the hub, so it could have leaked"
+    )
+
+
+def test_a_connection_cut_once_goes_on_and_one_cut_for_good_says_what_is_kept(loopback, tmp_path):
+    assert fetch_from(loopback, "blink", tmp_path / "one")[0] == 0
+    (first, second) = loopback.sent
+    assert first[0] == 0
+    assert 10_000_000 <= second[0] <= first[1], "the second request asked for the rest"
+    code, said = fetch_from(loopback, "cut", tmp_path / "two")
+    assert code == 2
+    assert "run the same command again: files that are whole are kept" in said
+    assert fetch_from(loopback, "fine", tmp_path / "two")[0] == 0
+    for home in ("one", "two"):
+        (folder,) = (tmp_path / home).glob("hub/models--a--b/snapshots/*")
+        assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"], "no pickle, no code"
+        assert (folder / "model.safetensors").read_bytes() == WEIGHTS
+    assert fetch_from(loopback, "fine", tmp_path / "two")[0] == 0
+    assert loopback.sent == [], "nothing is fetched twice"
+
+
+def test_a_download_that_never_ends_whole_leaves_no_weights(loopback, tmp_path):
+    code, said = fetch_from(loopback, "short", tmp_path)
+    assert (code, "was not fetched whole" in said) == (2, True), said
+    assert not list(tmp_path.glob("hub/models--a--b/snapshots/*/model.safetensors"))
+
+
+def test_a_quota_that_is_met_during_a_download(loopback, tmp_path):
+    code, said = fetch_from(loopback, "fine", tmp_path, largest_file=12_000_000)
+    assert (code, "was not fetched whole (OSError: File too large)" in said) == (2, True), said
+    assert fetch_from(loopback, "fine", tmp_path)[0] == 0
+
+
+def test_a_disk_too_small_for_a_download_is_told_before_it(loopback, small_disk):
+    code, said = fetch_from(loopback, "fine", small_disk)
+    assert (code, "a/b needs 0.0275 GB of disk, 0.0168 GB are free" in said) == (2, True), said
+    assert not list(small_disk.glob("hub/models--a--b/blobs/*")), "refused before anything was fetched"
 
 
 @pytest.mark.slow

@@ -78,7 +78,7 @@ def lose(run):
         ("kill-in@7", -signal.SIGKILL, "going on after step 4"),
         ("kill@2", -signal.SIGKILL, "going on after step 0"),
         ("kill-save@8", -signal.SIGKILL, "checkpoint-8 is left out: it has no seal"),
-        ("full@8", 1, "going on after step 4"),
+        ("quota@6", 1, "going on after step 4"),
         ("oom@7", 1, "going on after step 6"),
     ],
 )
@@ -86,6 +86,28 @@ def test_a_hurt_run_ends_as_if_nothing_had_happened(tmp_path, whole, hurt, statu
     hurt_run = drive(tmp_path, hurt=hurt)
     assert hurt_run.returncode == status, hurt_run.stderr[-1000:]
     assert says in go_on(tmp_path, whole)
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_costs_nothing_that_was_written(small_disk, whole):
+    hurt = drive(small_disk, hurt="fill@6")
+    assert hurt.returncode == 1
+    said = hurt.stderr.strip().splitlines()[-1]
+    assert said.startswith("qlora_nb.errors.KitError: ")
+    assert "cannot be written: [Errno 28] No space left on device" in said
+    assert 'make room there and run it again with resume="latest"' in said
+    run = next((small_disk / "tiny").iterdir())
+    assert runs.status_of(run) in ("failed", "died"), "the last word may have found no room"
+    assert checkpoints.newest(run, say=lambda text: None).name == "checkpoint-4"
+    (small_disk / "filler").unlink()
+    assert "going on after step 4" in go_on(small_disk, whole)
+
+
+def test_a_disk_too_small_is_told_before_the_first_step(small_disk):
+    (small_disk / "filler").write_bytes(bytes(14_000_000))
+    refused = drive(small_disk)
+    assert refused.returncode == 1
+    assert "this run needs 0.00" in refused.stderr.strip().splitlines()[-1]
 
 
 @pytest.fixture(scope="module")

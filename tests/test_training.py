@@ -318,6 +318,16 @@ def test_held_out_loss_on_the_way_is_the_models_own_and_changes_nothing(tmp_path
     assert evaluation.response_loss(model, tokenizer, held_out) == pytest.approx(result["held_out"][4], rel=1e-6)
 
 
+def test_what_was_logged_up_to_a_step_stays(tmp_path):
+    run = runs.Run(validate({"output_dir": str(tmp_path)}), "06_test")
+    kept = [{"step": 1, "loss": 2.0}, {"step": 2, "held_out_loss": 1.5}, {"step": 2, "loss": 1.0}]
+    for record in [*kept, {"step": 3, "loss": 0.5}, {"step": 3, "held_out_loss": 0.4}]:
+        run.log(record)
+    with open(run.folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 2, "lo')  # killed while writing
+    assert run.cut(2) == run.cut(2) == kept
+
+
 def test_packed_rows_train(tmp_path):
     losses, _, result = finetuned(tmp_path, packing=True, per_device_train_batch_size=2, max_steps=8, warmup_steps=0)
     assert sum(losses[4:]) < sum(losses[:4])

@@ -73,7 +73,20 @@ def smollm2() -> dict:
     return {"passed": summary["status"] == "done", "runs": [{k: o[k] for k in kept} for o in summary["notebooks"]]}
 
 
-CHECKS: dict[str, Callable[[], dict]] = {"seeds": seeds, "one_thread": one_thread, "smollm2": smollm2}
+def fuzz() -> dict:
+    """What users bring, damaged at random: 11,000 parameters, data files, adapters, checkpoints and prompts."""
+    with tempfile.TemporaryDirectory() as folder:
+        counts = Path(folder) / "counts.json"
+        env = os.environ | {"QLORA_NB_FUZZ": "11000", "QLORA_NB_FUZZ_OUT": str(counts)}
+        command = [sys.executable, "-m", "pytest", "tests/test_fuzz.py"]
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+        found = json.loads(counts.read_text()) if counts.is_file() else {}
+    failed = re.findall(r"^FAILED .*", done.stdout, re.MULTILINE)
+    n = sum(found.values())
+    return {"passed": done.returncode == 0 and n >= 10_000, "inputs": n, "became": found, "failed": failed}
+
+
+CHECKS: dict[str, Callable[[], dict]] = {"seeds": seeds, "one_thread": one_thread, "smollm2": smollm2, "fuzz": fuzz}
 
 
 def main() -> int:

@@ -6,8 +6,12 @@ reached its key-results cell (which writes a small file), and no stored output, 
 
 Each notebook gets a fresh process, so memory of one cannot hide in the next, and the memory of its kernel and the kernel's
 children is sampled while it runs. A later notebook runs even if an earlier one failed: one batch tells all that is wrong.
+
+What is known is written down after every notebook. A sequence that was stopped, or killed, can be gone on with: what its record
+calls done is kept, the rest is run, and other parameters are refused.
 """
 
+import ctypes
 import json
 import os
 import re
@@ -39,6 +43,7 @@ class Outcome:
     """What happened to one notebook. `problems` is empty if it is done."""
 
     notebook: str
+    source: str = ""  # SHA-256 of the notebook that was run
     status: str = "running"
     wall_s: float = 0.0
     peak_bytes: int = 0
@@ -53,6 +58,7 @@ def run_sequence(
     notebooks: Path | None = None,
     say: Callable[[str], None] = print,
     extra_env: dict[str, str] | None = None,
+    resume: str = "no",
 ) -> dict[str, object]:
     """Execute the notebooks in order with papermill and write `<output_dir>/<profile>/sequence-<time>/`.
 
@@ -62,60 +68,100 @@ def run_sequence(
         notebooks: the folder they lie in; None means the repository's.
         say: called with each line for the reader.
         extra_env: environment variables for the notebooks' processes besides the inherited ones.
+        resume: "no", "latest" (this profile's newest sequence that is not done) or the folder of a sequence to go on with.
 
     Returns:
         The summary, also written as `summary.json`; `summary["folder"]` holds it, the executed notebooks and `report.html`.
 
     Raises:
-        KitError: a bad parameter, no such notebook, a model that cannot run here, or a foreign kernel.
+        KitError: a bad parameter, no such notebook, a model that cannot run here, a foreign kernel, or nothing to go on with.
     """
     settings = profiles.validate(parameters)
     environment.refuse_what_cannot_run(settings)
-    sources = choose(notebooks or runs.project_root() / "notebooks", only)
-    require_own_kernel()
-    folder = runs.new_folder(settings, "sequence")
     given = {k: getattr(settings, k) for k, v in parameters.items() if v is not None} | {"profile": settings.profile}
-    (folder / "parameters.yaml").write_text(yaml.safe_dump(given, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    folder, before = _unfinished(settings, resume, given) if resume != "no" else (None, {})
+    sources = choose(notebooks or runs.project_root() / "notebooks", only or before.get("chosen"))
+    require_own_kernel()
+    folder = folder or runs.new_folder(settings, "sequence")
+    hashes = {source.stem: runs.sha256(source) for source in sources}
+    done = [
+        Outcome(**o) for o in before.get("notebooks", []) if o["status"] == "done" and o["source"] == hashes.get(o["notebook"])
+    ]
     say(f"{len(sources)} notebooks, profile {settings.profile}, into {folder}")
+    for outcome in done:
+        say(f"{outcome.notebook:28} is done already")
+    sources = [source for source in sources if source.stem not in {o.notebook for o in done}]
     summary = {
         "schema_version": runs.SCHEMA_VERSION,
         "status": "running",
         "folder": str(folder),
+        "chosen": list(hashes),
         "profile": settings.profile,
         "parameters": given,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "started": before.get("started") or time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "hardware": asdict(environment.machine(folder)),
         "versions": {v.package: v.installed for v in environment.versions()},
     }
-    outcomes: list[Outcome] = []
-    started, n_cells = time.time(), [len(nbformat.read(source, 4).cells) for source in sources]
-    try:
-        # disable=None: where nobody watches a terminal there is no bar, a plain line for each notebook is enough
-        with _sigterm_as_interrupt(), tqdm(total=sum(n_cells), unit="cell", disable=None, leave=False) as bar:
-            for source in sources:
-                outcomes.append(Outcome(source.stem))
+    outcomes, started, n_cells = [*done], time.time(), [len(nbformat.read(source, 4).cells) for source in sources]
+
+    def record() -> None:
+        seconds = before.get("wall_s", 0) + time.time() - started
+        summary.update(wall_s=round(seconds, 1), notebooks=[asdict(o) for o in sorted(outcomes, key=lambda o: o.notebook)])
+        runs.write_atomically(folder / "summary.json", json.dumps(summary, indent=1, default=str) + "\n")
+
+    # disable=None: where nobody watches a terminal there is no bar, a plain line for each notebook is enough
+    with runs.sole_writer(folder), _tidy_end(), tqdm(total=sum(n_cells), unit="cell", disable=None, leave=False) as bar:
+        try:
+            text = yaml.safe_dump(given, sort_keys=False, allow_unicode=True)
+            runs.write_atomically(folder / "parameters.yaml", text)
+            for n, source in enumerate(sources, start=1):
+                record()
+                outcomes.append(Outcome(source.stem, hashes[source.stem]))
                 bar.set_description(source.stem)
                 _run_one(source, folder, outcomes[-1], bar, extra_env or {})
-                bar.update(sum(n_cells[: len(outcomes)]) - bar.n)  # also the cells that a failed notebook left out
+                bar.update(sum(n_cells[:n]) - bar.n)  # also the cells that a failed notebook left out
                 bar.clear()
-                if any(problem.startswith("the kernel died") for problem in outcomes[-1].problems):
+                if outcomes[-1].status == "died":
                     from qlora_nb.engine import budget  # torch, and only now
 
                     outcomes[-1].problems.append(f"{budget.advice(settings, None)} Next lever: {budget.levers(settings)[:1]}")
                 say(_line(outcomes[-1]))
-        summary["status"] = "done" if all(o.status == "done" for o in outcomes) else "failed"
-    except BaseException:
-        summary["status"] = "interrupted"
-        raise
-    finally:
-        summary |= {"wall_s": round(time.time() - started, 1), "notebooks": [asdict(o) for o in outcomes]}
-        runs.write_atomically(folder / "summary.json", json.dumps(summary, indent=1, default=str) + "\n")
-        report.write(summary, folder)
+            summary["status"] = "done" if all(o.status == "done" for o in outcomes) else "failed"
+        except BaseException:
+            summary["status"] = "interrupted"
+            say(f"go on with: qlora-nb run --resume {folder}")
+            raise
+        finally:
+            record()
+            report.write(summary, folder)
     bad = [o.notebook for o in outcomes if o.status != "done"]
     failed = f"; failed: {', '.join(bad)}" if bad else ""
     say(f"{len(outcomes) - len(bad)} of {len(outcomes)} done in {summary['wall_s']:.0f} s{failed}")
     say(f"report: {folder / 'report.html'}")
     return summary
+
+
+def _unfinished(settings, which: str, given: dict[str, object]) -> tuple[Path, dict]:
+    """Folder and record of the sequence to go on with: the newest that is not done, or the one that `which` names.
+
+    Raises:
+        KitError: there is none, or it was started with other parameters.
+    """
+    folders = sorted(runs.runs_root(settings).glob("sequence-*"), reverse=True) if which == "latest" else [Path(which)]
+    for folder in folders:
+        record = {"status": "done"}
+        with suppress(OSError, ValueError):
+            record = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        if record["status"] == "done":
+            continue
+        then = record["parameters"]
+        if names := [n for n in sorted({*then, *given} - {"resume"}) if then.get(n) != given.get(n)]:
+            differ = ", ".join(f"{n} was {then.get(n)}, is {given.get(n)}" for n in names)
+            remedy = "give the same parameters, or leave --resume out"
+            raise KitError(f"this sequence was started with something else: {differ}", value=folder.name, remedy=remedy)
+        return folder, record
+    allowed = "latest, or a folder sequence-… whose summary.json does not say done"
+    raise KitError("there is no unfinished sequence to go on with", value=which, allowed=allowed, remedy="leave --resume out")
 
 
 def choose(folder: Path, only: list[str] | None = None) -> list[Path]:
@@ -172,8 +218,10 @@ def _run_one(source: Path, folder: Path, outcome: Outcome, bar: tqdm, extra_env:
     command += ["-f", str(folder / "parameters.yaml"), "--progress-bar", "--log-level", "ERROR"]
     env = os.environ | extra_env | {"QLORA_NB_RESULTS": str(results), "PYTHONUNBUFFERED": "1"}
     started, log, cells_before = time.time(), folder / f".{source.stem}.log", bar.n
-    with open(log, "wb") as stderr:  # a session of its own: Ctrl-C reaches us alone, and we end the kernel too
-        process = subprocess.Popen(command, env=env, cwd=root, stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True)
+    how = {"start_new_session": True}  # Ctrl-C reaches us alone, and we end the kernel too
+    how |= {"preexec_fn": _end_with_parent} if sys.platform == "linux" else {}
+    with open(log, "wb") as stderr:
+        process = subprocess.Popen(command, env=env, cwd=root, stdout=subprocess.DEVNULL, stderr=stderr, **how)
     try:
         while process.poll() is None:
             outcome.peak_bytes = max(outcome.peak_bytes, _descendants_bytes(process.pid))
@@ -192,7 +240,8 @@ def _run_one(source: Path, folder: Path, outcome: Outcome, bar: tqdm, extra_env:
         said = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if not _PROGRESS.search(line)]
         log.unlink()
     outcome.problems = _judge(outcome, executed, results, "\n".join(said).strip())
-    outcome.status = "failed" if outcome.problems else "done"
+    died = any(problem.startswith("the kernel died") for problem in outcome.problems)
+    outcome.status = "died" if died else "failed" if outcome.problems else "done"
 
 
 def _judge(outcome: Outcome, executed: Path, results: Path, log: str) -> list[str]:
@@ -236,17 +285,29 @@ def stop_tree(pid: int) -> None:
 
 
 @contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """A terminated batch (a cluster's pre-emption) must end its kernel too: exit 143, as the shell expects."""
+def _tidy_end() -> Iterator[None]:
+    """Ctrl-C and SIGTERM (a cluster's pre-emption: exit 143) end the kernel too; a second one does not disturb that."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    def end(number, frame):
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end_with_parent() -> None:
+    """Run in papermill's process before papermill: if the batch is killed, Linux ends papermill, and then its kernel ends."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _line(outcome: Outcome) -> str:

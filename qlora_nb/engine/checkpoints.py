@@ -31,7 +31,7 @@ def start(settings, notebook: str, say: Callable[[str], None] = print) -> Run:
     if settings.resume == "no":
         return Run(settings, notebook)
     if settings.resume == "latest":
-        folders = sorted(runs_root(settings).glob(f"{notebook}-*"), key=lambda f: f.stat().st_mtime, reverse=True)
+        folders = sorted(runs_root(settings).glob(f"{notebook}-*"), key=lambda f: f.lstat().st_mtime, reverse=True)
     else:
         folders = [Path(settings.resume).expanduser()]
     folder = next((f for f in folders if status_of(f) not in ("done", "running") and (f / "checkpoints").is_dir()), None)
@@ -53,11 +53,10 @@ def fingerprint(rows) -> str:
     return hashlib.sha256(json.dumps([len(rows), rows.select(some)["input_ids"][:]]).encode()).hexdigest()[:16]
 
 
-def seal(folder: Path, settings, rows_hash: str) -> None:
-    """Close a checkpoint that is complete, then remove all but the newest two."""
-    files = {f.name: [f.stat().st_size, sha256(f)] for f in sorted(folder.iterdir())}
-    record = {"settings": settings.model_dump(), "rows": rows_hash, "files": files}
-    write_atomically(folder / SEAL, json.dumps(record, indent=1))
+def seal(folder: Path, **about: object) -> None:
+    """Close a checkpoint or an adapter that is complete, then remove all checkpoints but the newest two."""
+    files = {f.name: [f.stat().st_size, sha256(f)] for f in sorted(folder.iterdir()) if f.name not in (SEAL, "README.md")}
+    write_atomically(folder / SEAL, json.dumps(about | {"files": files}, indent=1))
     for old in _newest_first(folder.parent)[KEEP:]:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -65,12 +64,12 @@ def seal(folder: Path, settings, rows_hash: str) -> None:
 def fault(folder: Path) -> str:
     """Why a checkpoint cannot be used; empty if it is what was sealed."""
     try:
-        files = json.loads((folder / SEAL).read_text())["files"]
+        files = [(name, size, digest) for name, (size, digest) in json.loads((folder / SEAL).read_text())["files"].items()]
     except FileNotFoundError:
         return "it has no seal: the run ended while it was being written"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "its seal cannot be read"
-    for name, (size, digest) in files.items():
+    for name, size, digest in files:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
@@ -79,6 +78,14 @@ def fault(folder: Path) -> str:
         if sha256(path) != digest:
             return f"{name} is damaged"
     return ""
+
+
+def require_whole(adapter: Path) -> None:
+    """Refuse an adapter that is not, byte for byte, the one that a run sealed; one from elsewhere has no seal."""
+    if (adapter / SEAL).exists() and (reason := fault(adapter)):
+        raise KitError(
+            f"the adapter is damaged: {reason}", value=adapter.name, remedy="take another copy, or run notebook 06 again"
+        )
 
 
 def newest(run_folder: Path, say: Callable[[str], None] = print) -> Path | None:
@@ -98,7 +105,7 @@ def require_same(folder: Path, settings, rows_hash: str | None = None) -> None:
         KitError: names every field that differs, with both values.
     """
     record, now = json.loads((folder / SEAL).read_text()), json.loads(settings.model_dump_json())
-    before = record["settings"] | {"training rows": record["rows"]}
+    before = record.get("settings", {}) | {"training rows": record.get("rows")}
     now |= {"training rows": rows_hash} if rows_hash else {}
     names = [k for k in now if k not in MAY_DIFFER and before.get(k) != now[k]]
     if names:

@@ -4,6 +4,11 @@ A row has Alpaca's columns *instruction, input, output*. What trains is the answ
 prompt and the padding get the label -100, which the loss ignores. Loading, caching and mapping are `datasets`' work.
 """
 
+import csv
+import glob
+import gzip
+import json
+import lzma
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -79,20 +84,56 @@ def load(settings) -> tuple[datasets.Dataset, datasets.Dataset]:
 
 def _read(name: str) -> datasets.Dataset:
     path = Path(name).expanduser()
-    if not path.is_file():
-        return datasets.load_dataset(name, split="train")
     suffix = Path(path.stem).suffix if path.suffix in {".xz", ".gz", ".zst"} else path.suffix
-    if suffix not in _READERS:
-        allowed = ", ".join(_READERS)
+    if path.exists() and not path.is_dir() and (suffix not in _READERS or not path.is_file()):
+        allowed = f"a file that ends in {', '.join(_READERS)}"
         raise KitError("unknown kind of data file", value=path.name, allowed=allowed, remedy="convert it to one of these")
     try:
-        options = {"keep_default_na": False} if suffix == ".csv" else {}  # "NA" and "" are texts
-        rows = datasets.load_dataset(_READERS[suffix], data_files=str(path), split="train", **options)
+        if not path.is_file():
+            return datasets.load_dataset(str(path) if path.is_dir() else name, split="train")
+        options = _look_at(path, suffix)
+        rows = datasets.load_dataset(_READERS[suffix], data_files=glob.escape(str(path)), split="train", **options)
         text = datasets.Features({c: datasets.Value("string") for c in rows.column_names})
         return rows.cast(text) if suffix == ".csv" else rows
-    except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
-        what = f"the data file cannot be read: {str(error.__cause__ or error).splitlines()[0][:200]}"
-        raise KitError(what, value=path.name, remedy="check that every row is whole") from error
+    except Exception as error:  # a file that somebody brought can break a reader in any way
+        raise _unreadable(error, path.name) from error
+
+
+def _unreadable(error: Exception, name: str) -> KitError:
+    reason = [*str(error.__cause__ or error).splitlines(), f"no rows ({type(error).__name__})"][0][:200]
+    remedy = "check that it is whole and in UTF-8; JSON is a list of rows or one row a line"
+    return KitError(f"the data cannot be read: {reason}", value=name, remedy=remedy)
+
+
+def _look_at(path: Path, suffix: str) -> dict[str, object]:
+    """Name the first line of a JSON or CSV file that is no row; returns the options for its reader.
+
+    The readers name no line, shift the fields of a row that has one too many, and one dies of a file that says `null`.
+    """
+    if suffix == ".parquet" or path.suffix == ".zst":
+        return {}
+    with {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)(path, "rt", encoding="utf-8-sig", newline="") as file:
+        if suffix == ".csv":
+            separator = max(",;\t", key=file.readline().count)
+            file.seek(0)
+            csv.field_size_limit(2**31 - 1)
+            n_fields, lines = 0, csv.reader(file, delimiter=separator)
+            for row in filter(None, lines):
+                n_fields = n_fields or len(row)
+                if len(row) != n_fields:
+                    raise ValueError(f"line {lines.line_num} has {len(row)} fields, the first line {n_fields}")
+            return {"sep": separator, "keep_default_na": False}  # "NA" and "" are texts
+        whole = file.read(4096).lstrip().startswith("[")
+        file.seek(0)
+        for n, text in enumerate([file.read()] if whole else file):
+            try:
+                found = json.loads(text) if text.strip() else {}
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {n + error.lineno}: {error.msg} at character {error.colno}") from None
+            for i, row in enumerate(found if whole else [found], start=n):
+                if not isinstance(row, dict):
+                    raise ValueError(f"row {i} has no named columns: {row!r:.60}")
+    return {}
 
 
 def _clean(rows: datasets.Dataset, name: str, columns: dict[str, str]) -> datasets.Dataset:
@@ -104,7 +145,10 @@ def _clean(rows: datasets.Dataset, name: str, columns: dict[str, str]) -> datase
     taken = rows.remove_columns([c for c in columns if c in rows.column_names and c not in columns.values()])
     rows = taken.rename_columns({own: column for column, own in columns.items() if own != column})
     if "instruction" not in rows.column_names:
-        rows = conversations.first_exchanges(rows) or rows
+        try:
+            rows = conversations.first_exchanges(rows) or rows
+        except Exception as error:  # of any shape, with turns of any type
+            raise _unreadable(error, name) from error
     missing = [c for c in ("instruction", "output") if c not in rows.column_names]
     if missing:
         what, there = f"the data has no column {' and '.join(missing)}", ", ".join(rows.column_names)
@@ -114,9 +158,10 @@ def _clean(rows: datasets.Dataset, name: str, columns: dict[str, str]) -> datase
         rows = rows.add_column("input", [""] * len(rows))
     rows = rows.select_columns(list(COLUMNS))
     for column, feature in rows.features.items():
-        if getattr(feature, "dtype", None) not in ("string", "large_string", "null"):
+        if getattr(feature, "dtype", None) not in ("string", "large_string", "string_view", "null"):
+            row = next((i for i, value in enumerate(rows[column]) if not isinstance(value, str | None)), 0)
             remedy = f"look at {Path(name).name}"
-            raise KitError(f"column {column} is not text", value=str(feature), allowed="text", remedy=remedy)
+            raise KitError(f"column {column} is not text in row {row}", value=rows[row][column], allowed="text", remedy=remedy)
     bad = {i for i, row in enumerate(rows) if not all((row[c] or "").strip() for c in ("instruction", "output"))}
     if bad:
         named = ", ".join(map(str, sorted(bad)[:5])) + (" …" if len(bad) > 5 else "")

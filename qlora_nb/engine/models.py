@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -42,6 +41,9 @@ def model_path(model_id: str) -> str:
 
 def device() -> torch.device:
     """The first CUDA device, else the CPU."""
+    if getattr(torch.cuda, "_is_in_bad_fork", bool)():
+        what = "this process was forked from one that uses the GPU, and cannot use it"
+        raise KitError(what, remedy="start processes with torchrun, or with the method spawn")
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
@@ -67,7 +69,13 @@ def load_tokenizer(settings) -> PreTrainedTokenizerBase:
     If both were the same, masking the padding would mask the end of every answer and the model would never learn to stop.
     The embedding is never resized: Pythia has 411 spare rows (12b), and id 1 is already `<|padding|>`.
     """
-    tokenizer = AutoTokenizer.from_pretrained(model_path(settings.model_id), trust_remote_code=False)
+    path = model_path(settings.model_id)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes an empty one where there is none
+            raise ValueError("it is not there")
+    except Exception as error:  # whatever a broken file makes the library say
+        raise broken("tokenizer", error, settings.model_id) from error
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         known = tokenizer.get_vocab()
         spare = [t for t in ("<|padding|>", "<|endoftext|>", tokenizer.unk_token) if t in known and t != tokenizer.eos_token]
@@ -76,6 +84,13 @@ def load_tokenizer(settings) -> PreTrainedTokenizerBase:
             raise KitError(what, value=settings.model_id, remedy="choose another model")
         tokenizer.pad_token = spare[0]
     return tokenizer
+
+
+def broken(part: str, error: Exception, model_id: str) -> KitError:
+    """What a library said about a part of a model that cannot be used."""
+    reason = [*str(error).splitlines(), type(error).__name__][0][:200]
+    remedy = "needed are config.json, tokenizer and whole .safetensors files; fetch the model again if one was cut short"
+    return KitError(f"the {part} cannot be loaded: {reason}", value=model_id, remedy=remedy)
 
 
 def quantization_config(settings) -> BitsAndBytesConfig:
@@ -110,13 +125,13 @@ def load_base(settings, four_bit: bool = True) -> PreTrainedModel:
     if four_bit and not copy:
         how["quantization_config"] = quantization_config(settings)
     try:
-        model = AutoModelForCausalLM.from_pretrained(copy or path, **how)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        what = f"the model cannot be loaded: {str(error).splitlines()[0][:200]}"
-        remedy = "needed are config.json, tokenizer and whole .safetensors files; fetch the model again if one was cut short"
-        raise KitError(what, value=settings.model_id, remedy=remedy) from error
+        model, told = AutoModelForCausalLM.from_pretrained(copy or path, output_loading_info=True, **how)
+        if lost := sorted(told["missing_keys"]) or sorted(told["mismatched_keys"]):
+            raise ValueError(f"{len(lost)} of its weights are not in the files, such as {lost[0]}")
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # as above
+        raise broken("model", error, settings.model_id) from error
     finally:
         transformers_logging.enable_progress_bar()
     for module in model.modules():
@@ -124,6 +139,10 @@ def load_base(settings, four_bit: bool = True) -> PreTrainedModel:
         # then on; training after that fails, and the bytes are no longer those of the paper. One layout everywhere.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+    with torch.no_grad():
+        if not model(torch.zeros(1, 1, dtype=torch.long, device=model.device)).logits.isfinite().all():
+            remedy = "its weights are damaged, or too large for float16: fetch it again, or set another compute_dtype"
+            raise KitError("the model computes NaN or infinity", value=settings.model_id, remedy=remedy)
     model.name_or_path = model.config.name_or_path = path
     if keep_copy and not copy:
         prequantized.keep(model, path, settings, dtype)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError
 
 from qlora_nb.engine.shapes import PYTHIA
 from qlora_nb.errors import KitError
@@ -49,9 +49,18 @@ def _mapping(value: Any) -> Any:
     return {name.strip(): own.strip() for name, _, own in (pair.partition("=") for pair in _names(value))}
 
 
+def _possible(name: str) -> str:
+    """A name may be a path: one that no file system can hold, or of a person who is not here, fails now and not later."""
+    try:
+        Path(name).expanduser().exists()
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"this is no possible path: {getattr(error, 'strerror', None) or error}") from None
+    return name
+
+
 Int = Annotated[int, BeforeValidator(_not_bool)]
 Float = Annotated[float, BeforeValidator(_not_bool)]
-Name = Annotated[str, Field(min_length=1)]
+Name = Annotated[str, Field(min_length=1), AfterValidator(_possible)]
 Names = Annotated[list[Name], BeforeValidator(_names), Field(min_length=1)]
 Mapping = Annotated[dict[Literal["instruction", "input", "output"], Name], BeforeValidator(_mapping)]
 Prompts = Annotated[list[str], BeforeValidator(_prompts), Field(min_length=1)]
@@ -190,7 +199,7 @@ def validate(values: dict[str, object]) -> Settings:
     """As `resolve`, without looking at the machine: what the command line and the tests use."""
     for name in values:
         if name not in Settings.model_fields:
-            raise KitError(f"unknown parameter {name!r}", remedy=_suggest(name))
+            raise KitError(f"unknown parameter {name!r:.80}", remedy=_suggest(name))
     given = {k: v for k, v in values.items() if v is not None}
     profile = given.get("profile", "tiny")
     if not isinstance(profile, str) or profile not in PROFILES:

@@ -6,10 +6,12 @@
 
 import hashlib
 import json
+import math
 import os
 import subprocess
 import time
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
@@ -31,14 +33,27 @@ def project_root() -> Path:
     return next((p for p in (here, *here.parents) if (p / "notebooks").is_dir() and (p / "pyproject.toml").is_file()), here)
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Whatever is said by the library that writes: a disk that is full or closed becomes a refusal with a remedy."""
+    try:
+        yield
+    except Exception as error:
+        reason = [*str(error).splitlines(), type(error).__name__][0][:200]
+        remedy = 'make room there and run it again with resume="latest": what was written before is whole'
+        raise KitError(f"{path.name} cannot be written: {reason}", value=str(path.parent), remedy=remedy) from error
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write under a temporary name in the same folder, then rename: a reader sees the old file or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with writing(path), ExitStack() as stack:
+        stack.callback(temporary.unlink, missing_ok=True)
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
 
 
 def sha256(path: Path) -> str:
@@ -123,18 +138,20 @@ class Run:
 
     def log(self, record: dict[str, object]) -> None:
         """Append one line to metrics.jsonl."""
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+        path = self.folder / "metrics.jsonl"
+        with writing(path), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
     def cut(self, step: int) -> list[dict]:
         """Forget what was logged after a step; returns the records that stay."""
         path = self.folder / "metrics.jsonl"
         path.touch()  # before the first logged step there is none
-        records = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with suppress(ValueError):  # the last line of a killed run may be cut short
-                records.append(json.loads(line))
-        kept = [record for record in records if record["step"] <= step]
+        kept = []
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError, KeyError, TypeError):  # the last line of a killed run may be cut short
+                record = json.loads(line)
+                loss = record.get("loss", record.get("held_out_loss"))
+                kept += [record] if record["step"] <= step and math.isfinite(loss) else []
         write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
         return kept
 
@@ -172,16 +189,17 @@ def sole_writer(folder: Path) -> AbstractContextManager:
 
 def status_of(folder: Path) -> str:
     """running, done, failed, interrupted, or died (it says running but its process is gone)."""
-    with suppress(OSError, ValueError, KeyError):
-        manifest = json.loads((folder / "manifest.json").read_text())
-        if manifest["status"] != "running" or psutil.pid_exists(manifest["pid"]):
+    with suppress(OSError, ValueError, KeyError, TypeError, psutil.NoSuchProcess):
+        manifest = json.loads((path := folder / "manifest.json").read_text())
+        # a process that began after the last word of this one only has its number
+        if manifest["status"] != "running" or psutil.Process(manifest["pid"]).create_time() < path.stat().st_mtime + 1:
             return manifest["status"]
     return "died"
 
 
 def latest_done(settings, notebook: str) -> Path | None:
     """The newest finished run of a notebook in this profile that left an adapter, or None."""
-    folders = sorted(runs_root(settings).glob(f"{notebook}-*"), key=lambda f: f.stat().st_mtime, reverse=True)
+    folders = sorted(runs_root(settings).glob(f"{notebook}-*"), key=lambda f: f.lstat().st_mtime, reverse=True)
     return next((f for f in folders if status_of(f) == "done" and (f / "adapter").is_dir()), None)
 
 

@@ -22,7 +22,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from qlora_nb.engine import activations, budget, checkpoints, data, evaluation, generation, ledger, models, objective, runs
+from qlora_nb.engine import activations, budget, checkpoints, data, evaluation, fetch, generation, ledger, models, objective, runs
 from qlora_nb.errors import KitError
 
 _STEPS = {"max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "seed"}
@@ -140,9 +140,10 @@ class _Trainer(Trainer):
         save_adapter(self.model, output_dir)
 
     def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        self.seal(folder)
+        with runs.writing(folder):
+            super()._save_checkpoint(model, trial)
+            self.seal(folder)
         return folder
 
     def get_batch_samples(self, *args):
@@ -315,9 +316,11 @@ def finetune(
             stack.push(scale.weighing)
             stack.enter_context(runs.sole_writer(run.folder))
             stack.callback(lambda: stop.is_set() and run.finish("interrupted"))
+            copies = 1 + (1 + checkpoints.KEEP) * bool(settings.save_steps)
+            fetch.require_room(run.folder, copies * 12 * trainable_parameters(model), "this run")  # weights and two states
             rows_hash = checkpoints.fingerprint(rows)
             checkpoint = _continue(run, settings, rows_hash, losses, sample.losses) if run.resumed else None
-            seal = lambda folder: checkpoints.seal(folder, settings, rows_hash)
+            seal = lambda folder: checkpoints.seal(folder, settings=settings.model_dump(), rows=rows_hash)
             own = {"model": model, "train_dataset": rows, "data_collator": collate, "compute_loss_func": loss}
             new = lambda how: _Trainer(seal, args=arguments(how, run.folder), callbacks=[watch, scale, sample], **own)
             passes = _train(new, settings, checkpoint).gradient_accumulation_steps
@@ -331,7 +334,9 @@ def finetune(
         remedy = "lower learning_rate; on a GPU without bfloat16 choose a model trained in float16 (not pythia-1b)"
         raise KitError(watch.failure, remedy=remedy)
     adapter = run.folder / "adapter"
-    save_adapter(model, adapter)
+    with runs.writing(adapter):
+        save_adapter(model, adapter)
+        checkpoints.seal(adapter)
     seconds = time.perf_counter() - watch.started
     speed = sum(n_tokens) / seconds
     second = max(shapes[passes : 2 * passes], key=lambda shape: shape[0] * shape[1], default=None)

@@ -1,0 +1,640 @@
+"""The fault matrix: 42 kinds of fault and bad input, each with the tests that inject it for real, and what else people do.
+
+`MATRIX` says for every row which tests hold it; most stand beside what they test. Those that belong to no module in particular
+stand here: files and folders of a strange kind, processes, places that cannot be written to.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from qlora_nb.engine import checkpoints, data, environment, generation, models, runs
+from qlora_nb.engine.profiles import validate
+from qlora_nb.errors import KitError
+from qlora_nb.pocket import ADAPTER_DIR, MODEL_DIR
+
+MATRIX: dict[int, tuple[str, list[str]]] = {
+    1: (
+        "unknown parameter",
+        [
+            "test_schema::test_a_misspelt_name_gets_a_suggestion",
+            "test_cli::test_refusals_are_one_sentence_and_exit_2",
+            "test_notebooks::test_a_misspelt_parameter_is_refused_by_plain_papermill",
+        ],
+    ),
+    2: ("values as text", ["test_schema::test_values_are_coerced", "test_batch::test_parameters_reach_the_notebook_as_numbers"]),
+    3: ("learning rate", ["test_schema::test_bad_values_are_refused_by_name"]),
+    4: ("steps, batch, accumulation, length", ["test_schema::test_bad_values_are_refused_by_name"]),
+    5: ("quant_type, compute dtype", ["test_schema::test_bad_values_are_refused_by_name"]),
+    6: ("block size", ["test_schema::test_bad_values_are_refused_by_name"]),
+    7: ("rank", ["test_training::test_wrong_targets_and_ranks_are_refused"]),
+    8: ("target modules", ["test_training::test_wrong_targets_and_ranks_are_refused"]),
+    9: ("alpha, dropout", ["test_schema::test_bad_values_are_refused_by_name"]),
+    10: (
+        "bfloat16 on a T4",
+        [
+            "test_faults::test_bfloat16_on_a_card_without_it_becomes_float16_with_a_notice",
+            "test_schema::test_t4_profile_fits_a_t4_and_has_no_bf16",
+        ],
+    ),
+    11: (
+        "no GPU or too small a one",
+        [
+            "test_schema::test_the_12b_is_refused_without_a_gpu_before_any_download",
+            "test_schema::test_a_card_too_small_names_what_would_fit",
+            "test_cli::test_full_profile_is_refused_fast_without_a_gpu",
+        ],
+    ),
+    12: (
+        "out of memory in a step",
+        [
+            "test_training::test_out_of_memory_halves_a_pass_and_keeps_the_step",
+            "test_training::test_out_of_memory_with_one_row_stops_with_a_lever",
+            "test_resume::test_a_hurt_run_ends_as_if_nothing_had_happened",
+        ],
+    ),
+    13: (
+        "offline and not cached",
+        ["test_fetch::test_offline_hub_is_told_in_two_seconds", "test_faults::test_offline_is_told_by_the_command_line"],
+    ),
+    14: (
+        "download cut, weights truncated",
+        [
+            "test_fetch::test_a_connection_cut_once_goes_on_and_one_cut_for_good_says_what_is_kept",
+            "test_fetch::test_a_download_that_never_ends_whole_leaves_no_weights",
+            "test_training::test_damaged_model_folder_is_refused",
+        ],
+    ),
+    15: ("401, 403", ["test_fetch::test_a_hub_that_says_no_is_a_sentence_without_the_token"]),
+    16: (
+        "disk full",
+        [
+            "test_fetch::test_a_disk_too_small_for_a_download_is_told_before_it",
+            "test_fetch::test_a_quota_that_is_met_during_a_download",
+            "test_resume::test_a_disk_too_small_is_told_before_the_first_step",
+            "test_resume::test_a_disk_that_fills_up_costs_nothing_that_was_written",
+        ],
+    ),
+    17: (
+        "output folder",
+        [
+            "test_batch::test_refusals_come_before_any_process",
+            "test_faults::test_where_runs_can_go",
+            "test_faults::test_where_runs_cannot_go",
+        ],
+    ),
+    18: ("SIGKILL in a step", ["test_resume::test_a_hurt_run_ends_as_if_nothing_had_happened", "test_resume::test_hurt_twice"]),
+    19: ("SIGKILL while saving", ["test_resume::test_a_hurt_run_ends_as_if_nothing_had_happened"]),
+    20: ("a checkpoint's file damaged", ["test_resume::test_a_damaged_checkpoint_is_left_out_and_the_one_before_taken"]),
+    21: (
+        "resume with other settings",
+        ["test_resume::test_other_settings_are_refused_with_both_values", "test_resume::test_other_rows_are_refused"],
+    ),
+    22: (
+        "the stop button",
+        [
+            "test_training::test_interrupt_finishes_the_step_and_saves",
+            "test_resume::test_a_hurt_run_ends_as_if_nothing_had_happened",
+        ],
+    ),
+    23: (
+        "SIGTERM",
+        ["test_resume::test_a_hurt_run_ends_as_if_nothing_had_happened", "test_batch::test_interrupt_leaves_no_kernel"],
+    ),
+    24: (
+        "two runs into one folder",
+        [
+            "test_resume::test_one_writer_at_a_time",
+            "test_faults::test_runs_of_the_same_second_have_own_folders",
+            "test_batch::test_a_killed_sequence_leaves_no_kernel_and_is_gone_on_with",
+        ],
+    ),
+    25: (
+        "NaN",
+        [
+            "test_training::test_nan_stops_at_once_and_is_named",
+            "test_faults::test_a_broken_model_folder_is_refused_in_a_sentence",
+        ],
+    ),
+    26: (
+        "empty data, odd rows",
+        [
+            "test_data::test_rows_without_an_answer_are_named_and_left_out",
+            "test_data::test_unusable_rows_are_refused",
+            "test_faults::test_data_that_cannot_be_used_is_refused",
+            "test_faults::test_fewer_rows_than_a_batch_work",
+        ],
+    ),
+    27: ("row too long", ["test_data::test_a_long_answer_keeps_its_end_token"]),
+    28: (
+        "malformed line, BOM, CRLF",
+        ["test_faults::test_data_that_cannot_be_used_is_refused", "test_faults::test_data_that_is_odd_works"],
+    ),
+    29: ("odd prompts", ["test_training::test_prompts", "test_fuzz::test_prompts"]),
+    30: (
+        "hostile output",
+        ["test_panels::test_model_text_is_never_html", "test_security::test_hostile_text_is_inert_in_the_report"],
+    ),
+    31: (
+        "sampling parameters",
+        [
+            "test_schema::test_bad_values_are_refused_by_name",
+            "test_training::test_sampling_needs_temperature_and_repeats_with_the_seed",
+        ],
+    ),
+    32: (
+        "adapter of another base, corrupt",
+        [
+            "test_training::test_adapter_for_another_model_is_refused",
+            "test_faults::test_a_broken_adapter_is_refused_in_a_sentence",
+        ],
+    ),
+    33: ("a token", ["test_batch::test_each_fate_is_told", "test_security::test_no_token_is_ever_written"]),
+    34: ("kernel dies under papermill", ["test_batch::test_each_fate_is_told"]),
+    35: (
+        "cell timeout, papermill killed",
+        [
+            "test_batch::test_a_cell_that_takes_too_long_leaves_a_readable_notebook_and_no_kernel",
+            "test_batch::test_papermill_killed_is_told_and_leaves_no_kernel",
+        ],
+    ),
+    36: ("a cell run twice", ["test_faults::test_a_cell_run_twice_holds_one_model"]),
+    37: ("no front end", ["test_notebooks::test_has_a_figure_and_a_widget"]),
+    38: (
+        "versions",
+        [
+            "test_schema::test_a_loaded_or_wrong_version_is_named_with_its_remedy",
+            "test_cli::test_doctor_exits_with_1_on_a_wrong_version",
+        ],
+    ),
+    39: ("one core, 2 GB", ["test_notebooks::test_memory_stays_under_two_gib"]),
+    40: ("slider dragged fast", ["test_faults::test_a_slider_dragged_fast_ends_with_the_last_value"]),
+    41: ("fork after CUDA init", ["test_faults::test_a_forked_process_is_told_to_use_torchrun"]),
+    42: ("HOME read-only", ["test_faults::test_home_read_only"]),
+}
+LEAST_CASES = 60
+
+
+def test_every_row_has_tests_that_exist(root):
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-p", "no:cacheprovider", "tests"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300, check=False)
+    cases = re.findall(r"^tests/(\w+)\.py::(\w+)", done.stdout, re.MULTILINE)
+    there = {f"{file}::{test}": 0 for file, test in cases}
+    for file, test in cases:
+        there[f"{file}::{test}"] += 1
+    assert list(MATRIX) == list(range(1, 43))
+    missing = {row: [t for t in tests if t not in there] for row, (_, tests) in MATRIX.items()}
+    assert not {row: tests for row, tests in missing.items() if tests}
+    assert all(tests for _, tests in MATRIX.values())
+    named = {test for _, tests in MATRIX.values() for test in tests}
+    assert sum(there[test] for test in named) >= LEAST_CASES
+
+
+# ---- data that somebody brings ---------------------------------------------------------------------------------------
+
+ROWS = [{"instruction": f"Say {i}.", "input": "", "output": f"It is {i}."} for i in range(8)]
+LINES = "\n".join(map(json.dumps, ROWS))
+CSV = "instruction,input,output\n" + "\n".join(f"Say {i}.,,It is {i}." for i in range(8))
+
+
+def loaded(path, **values):
+    return data.load(validate({"dataset": str(path), "eval_rows": 2, "train_rows": 10, **values}))
+
+
+def put(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("bom.json", b"\xef\xbb\xbf" + json.dumps(ROWS).encode()),
+        ("bom.jsonl", b"\xef\xbb\xbf" + LINES.encode()),
+        ("bom.csv", b"\xef\xbb\xbf" + CSV.encode()),
+        ("crlf.jsonl", LINES.replace("\n", "\r\n")),
+        ("crlf.csv", CSV.replace("\n", "\r\n")),
+        ("blank lines.jsonl", LINES.replace("\n", "\n\n")),
+        ("indented.json", json.dumps(ROWS, indent=2)),
+        ("semicolons.csv", CSV.replace(",", ";")),
+        ("tabs.csv", CSV.replace(",", "\t")),
+        ("a folder 'ü\" [x]/rows [1-3]*?.json", json.dumps(ROWS)),
+        ("more columns.jsonl", LINES.replace('"input": ""', '"input": "", "n": {"deep": [1, null]}')),
+    ],
+)
+def test_data_that_is_odd_works(tmp_path, name, content):
+    train, held_out = loaded(put(tmp_path / name, content))
+    assert {row["output"] for row in [*train, *held_out]} == {row["output"] for row in ROWS}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("empty.json", "", "no rows"),
+        ("empty.jsonl", "\n\n", "cannot be read"),
+        ("empty.csv", "", "cannot be read"),
+        ("empty.parquet", "", "0 bytes"),
+        ("null.json", "null", "row 0 has no named columns: None"),
+        ("number.json", "3", "row 0 has no named columns: 3"),
+        ("texts.json", '["a", "b"]', "row 0 has no named columns: 'a'"),
+        ("dict.json", json.dumps({"data": ROWS}), "no column instruction and output"),
+        ("deep.json", "[" * 100_000, "cannot be read"),
+        ("cut.json", json.dumps(ROWS)[:100], "line 1"),
+        ("line.jsonl", LINES.replace('"Say 5."', '"Say 5.'), "line 6: .* at character"),
+        ("null row.jsonl", LINES + "\nnull", "row 8 has no named columns"),
+        ("number row.jsonl", LINES + '\n{"instruction": 5, "output": "x"}', r"not text in row 8 \(got 5\)"),
+        ("latin.json", json.dumps([{"instruction": "Grüß", "output": "x"}], ensure_ascii=False).encode("latin-1"), "in UTF-8"),
+        ("latin.jsonl", '{"instruction": "Grüß", "output": "x"}'.encode("latin-1"), "in UTF-8"),
+        ("latin.csv", "instruction,output\nGrüß,x".encode("latin-1"), "in UTF-8"),
+        ("utf16.jsonl", LINES.encode("utf-16"), "in UTF-8"),
+        ("a field too many.csv", CSV + "\na,b,c,d", "line 10 has 4 fields, the first line 3"),
+        ("a field too few.csv", CSV + "\na,b", "line 10 has 2 fields, the first line 3"),
+        ("no gzip.json.gz", json.dumps(ROWS), "cannot be read"),
+        ("no.parquet", json.dumps(ROWS), "cannot be read"),
+        ("rows.xlsx", "x", "unknown kind of data file"),
+        ("turns.json", json.dumps([{"messages": "hi"}] * 4), "cannot be read"),
+        ("no turns.json", json.dumps([{"messages": [None]}] * 4), "cannot be read"),
+        ("parts.json", json.dumps([{"messages": [{"role": "user", "content": [{"type": "text"}]}] * 2}] * 4), "cannot be read"),
+        ("tree.json", json.dumps([{"message_id": ["a"], "parent_id": None, "role": "x", "text": ""}] * 4), "cannot be read"),
+    ],
+)
+def test_data_that_cannot_be_used_is_refused(tmp_path, name, content, words):
+    with pytest.raises(KitError, match=words) as refused:
+        loaded(put(tmp_path / name, content))
+    assert refused.value.remedy
+    assert len(str(refused.value)) < 700
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [("nested", "not text in row 0"), ("binary", "not text in row 0"), ("cut", "cannot be read"), ("renamed", "cannot be read")],
+)
+def test_parquet_of_other_kinds(tmp_path, kind, words):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / ("rows.json" if kind == "renamed" else "rows.parquet")
+    columns = {"nested": pa.array([{"a": 1}] * 4), "binary": pa.array([b"a"] * 4)}
+    pq.write_table(pa.table({"instruction": columns.get(kind, pa.array(["a"] * 4)), "output": pa.array(["a"] * 4)}), path)
+    if kind == "cut":
+        path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(KitError, match=words):
+        loaded(path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["loop.json", "nothing.json", "~nobody-of-that-name/a.json", "a" * 5000 + ".json", "a\0b.json", "\ud800.json"],
+)
+def test_a_path_that_leads_nowhere(tmp_path, name):
+    (tmp_path / "loop.json").symlink_to(tmp_path / "loop.json")
+    with pytest.raises(KitError, match="dataset"):
+        environment.refuse_what_cannot_run(validate({"dataset": str(tmp_path / name) if "nobody" not in name else name}))
+
+
+def test_a_folder_as_data(tmp_path):
+    put(tmp_path / "full" / "train.json", json.dumps(ROWS))
+    assert len(loaded(tmp_path / "full")[0]) == 6
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(KitError, match="cannot be read"):
+        loaded(tmp_path / "empty")
+    with pytest.raises(KitError, match="unknown kind of data file"):
+        loaded("/dev/null")
+
+
+def test_fewer_rows_than_a_batch_work(tmp_path):
+    train, _ = loaded(put(tmp_path / "rows.json", json.dumps(ROWS[:3])))
+    settings = validate({"max_steps": 2, "per_device_train_batch_size": 8})
+    tokenizer = models.load_tokenizer(settings)
+    rows = data.in_training_order(data.encode(train, tokenizer, settings), settings)
+    assert (len(train), len(rows)) == (1, 2 * 8 * settings.gradient_accumulation_steps)
+
+
+# ---- models and adapters that somebody brings ------------------------------------------------------------------------
+
+
+def config(**changes):
+    def change(folder):
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return change
+
+
+def as_pickle(folder):
+    from safetensors.torch import load_file
+
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def with_nan(folder):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    name = next(n for n in weights if n.endswith("dense.weight"))
+    weights[name] = torch.full_like(weights[name], float("nan"))
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("hurt", "words"),
+    [
+        (lambda f: [t.unlink() for t in f.glob("tokenizer*")], "the tokenizer cannot be loaded"),
+        (lambda f: [t.write_bytes(t.read_bytes()[:100]) for t in f.glob("tokenizer*")], "the tokenizer cannot be loaded"),
+        (lambda f: [t.write_text("[]") for t in f.glob("tokenizer*")], "the tokenizer cannot be loaded"),
+        (lambda f: (f / "config.json").write_text("[]"), "cannot be loaded"),
+        (lambda f: (f / "config.json").write_text(""), "cannot be loaded"),
+        (lambda f: (f / "config.json").write_bytes(b"{\xff}"), "cannot be loaded"),
+        (config(hidden_size="x"), "cannot be loaded"),
+        (config(num_attention_heads=7), "cannot be loaded"),
+        (config(hidden_act="nope"), "cannot be loaded"),
+        (config(num_hidden_layers=10), "of its weights are not in the files"),
+        (config(model_type="gpt2"), "of its weights are not in the files"),
+        (as_pickle, "safetensors"),
+        (with_nan, "computes NaN or infinity"),
+    ],
+    ids=[
+        "no tokenizer",
+        "cut tokenizer",
+        "odd tokenizer",
+        "config list",
+        "config empty",
+        "config bytes",
+        "hidden size",
+        "heads",
+        "activation",
+        "more layers",
+        "other architecture",
+        "pickle",
+        "NaN",
+    ],
+)
+def test_a_broken_model_folder_is_refused_in_a_sentence(tmp_path, hurt, words):
+    folder = shutil.copytree(MODEL_DIR, tmp_path / "a model")
+    hurt(folder)
+    settings = validate({"model_id": str(folder)})
+    both = lambda: (models.load_tokenizer(settings), models.load_base(settings))
+    with pytest.raises(KitError, match=words) as refused:
+        both()
+    assert refused.value.remedy
+    assert "a model" in str(refused.value)
+
+
+def adapter_config(**changes):
+    def change(folder):
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return change
+
+
+@pytest.fixture(scope="module")
+def pocket():
+    settings = validate({})
+    return settings, models.load_tokenizer(settings)
+
+
+@pytest.mark.parametrize(
+    ("hurt", "words"),
+    [
+        (lambda f: (f / "adapter_config.json").unlink(), "not an adapter folder"),
+        (lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"), "not an adapter folder"),
+        (lambda f: (f / "adapter_config.json").write_text("[]"), "does not fit"),
+        (lambda f: (f / "adapter_config.json").write_text("7"), "does not fit"),
+        (lambda f: (f / "adapter_config.json").write_bytes(b"\xff\xfe"), "does not fit"),
+        (lambda f: (f / "adapter_model.safetensors").write_bytes(b""), "does not fit"),
+        (lambda f: os.truncate(f / "adapter_model.safetensors", 5000), "does not fit"),
+        (adapter_config(peft_type="PROMPT_TUNING"), "does not fit"),
+        (adapter_config(peft_type="IA3"), "name other layers"),
+        (adapter_config(r=4), "does not fit"),
+        (adapter_config(r="x"), "does not fit"),
+        (adapter_config(lora_alpha=None), "does not fit"),
+        (adapter_config(target_modules=["dense"]), "name other layers"),
+        (adapter_config(target_modules="(a+)+$["), "does not fit"),
+    ],
+    ids=[
+        "no config",
+        "pickle",
+        "list",
+        "number",
+        "bytes",
+        "empty",
+        "cut",
+        "other kind",
+        "other kind of layers",
+        "rank",
+        "rank text",
+        "alpha",
+        "fewer layers",
+        "pattern",
+    ],
+)
+def test_a_broken_adapter_is_refused_in_a_sentence(pocket, tmp_path, hurt, words):
+    folder = shutil.copytree(ADAPTER_DIR, tmp_path / "an adapter")
+    hurt(folder)
+    settings = validate({"adapter": str(folder)})
+    with pytest.raises(KitError, match=words) as refused:
+        generation.load_adapter(models.load_base(settings), generation.find_adapter(settings)[0])
+    assert refused.value.remedy
+
+
+def test_a_sealed_adapter_with_one_other_bit_is_refused_and_a_new_card_is_not(pocket, tmp_path):
+    folder = shutil.copytree(ADAPTER_DIR, tmp_path / "adapter")
+    checkpoints.seal(folder)
+    base = models.load_base(pocket[0])
+    (folder / "README.md").write_text("my own card")
+    generation.load_adapter(base, folder)
+    for name in ("adapter_model.safetensors", "adapter_config.json", checkpoints.SEAL):
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[:-40] + bytes([whole[-40] ^ 1]) + whole[-39:])
+        with pytest.raises(KitError, match="the adapter is damaged: ") as refused:
+            generation.load_adapter(base, folder)
+        assert "another copy" in refused.value.remedy
+        (folder / name).write_bytes(whole)
+
+
+def test_an_adapter_that_is_a_file_or_a_loop(tmp_path):
+    put(tmp_path / "file", "x")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name in ("file", "loop"):
+        with pytest.raises(KitError, match="not an adapter folder"):
+            generation.find_adapter(validate({"adapter": str(tmp_path / name)}))
+
+
+def test_prompts_that_are_no_text(tmp_path):
+    for name, content, words in (("latin.txt", "Grüß".encode("latin-1"), "not in UTF-8"), ("none.csv", b"", "cannot be read")):
+        with pytest.raises(KitError, match=words):
+            generation.read_rows(str(put(tmp_path / name, content)), {})
+    for name in (str(tmp_path), "~nobody-of-that-name/a.txt", "a" * 5000, "a\0b"):
+        with pytest.raises(KitError, match="no such file of prompts"):
+            generation.read_rows(name, {})
+    assert generation.row_of("half a \ud83d and a whole \ud83d\ude00") == {
+        "instruction": "half a \ufffd and a whole 😀",
+        "input": "",
+    }
+
+
+# ---- places ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["not yet/there", "with space", "ünïcode 😀", "quote ' and \"", "a" * 200, "-p", "$HOME;ls"])
+def test_where_runs_can_go(tmp_path, name):
+    settings = validate({"output_dir": str(tmp_path / name)})
+    with runs.Run(settings, "n") as run:
+        run.log({"step": 1, "loss": 1.0})
+    assert runs.status_of(run.folder) == "done"
+    assert run.folder.is_relative_to(tmp_path / name)
+
+
+def test_where_runs_cannot_go(tmp_path, closed_folder):
+    put(tmp_path / "file", "")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for place in (closed_folder, tmp_path / "file", tmp_path / "loop"):
+        with pytest.raises(KitError, match="output_dir cannot be written to") as refused:
+            runs.Run(validate({"output_dir": str(place)}), "n")
+        assert refused.value.remedy
+    with pytest.raises(KitError, match="output_dir"):
+        validate({"output_dir": "~nobody-of-that-name/runs"})
+
+
+def test_home_read_only(closed_folder, tmp_path, root):
+    """Everything goes where one may write; what must lie in HOME says so."""
+    home = {"HOME": str(closed_folder), "XDG_CACHE_HOME": "", "HF_HOME": "", "QLORA_NB_CACHE": "", "MPLCONFIGDIR": ""}
+    own = {k: v for k, v in os.environ.items() if k not in home} | {"HOME": str(closed_folder)}
+    own |= {"PYTHONPATH": str(root)}
+    command = [sys.executable, "-m", "qlora_nb.cli"]
+    ask = lambda *more: subprocess.run(
+        [*command, *more], cwd=root, env=own, capture_output=True, text=True, timeout=200, check=False
+    )
+    refused = ask("fetch", "smollm2")
+    assert refused.returncode == 2, refused.stderr
+    assert "the cache folder cannot be written to" in refused.stderr
+    assert "set QLORA_NB_CACHE" in refused.stderr
+    answered = ask("generate", "-p", "adapter", "pocket", "-p", "max_new_tokens", "4", "-p", "output_dir", str(tmp_path))
+    assert answered.returncode == 0, answered.stderr
+    assert "Traceback" not in answered.stderr
+    refused = ask("run", "--only", "03", "--out", str(closed_folder / "runs"))
+    assert refused.returncode == 2
+    assert "output_dir cannot be written to" in refused.stderr
+
+
+def test_offline_is_told_by_the_command_line(tmp_path, root):
+    own = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    for parameter, name in (("model_id", "EleutherAI/pythia-70m"), ("dataset", "tatsu-lab/alpaca")):
+        command = [sys.executable, "-m", "qlora_nb.cli", "run", "-p", parameter, name]
+        done = subprocess.run(command, cwd=root, env=own, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 2
+        assert f"{name} is not in the local cache and http://127.0.0.1:9 cannot be reached" in done.stderr
+        assert "fetch it ahead" in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+def test_runs_of_the_same_second_have_own_folders(tmp_path):
+    program = (
+        "import sys; from qlora_nb.engine import profiles, runs\n"
+        "for _ in range(20): print(runs.new_folder(profiles.validate({'output_dir': sys.argv[1]}), 'n').name)"
+    )
+    start = lambda: subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    names = [name for process in [start(), start()] for name in process.communicate(timeout=60)[0].split()]
+    assert len(set(names)) == len(names) == 40
+
+
+def test_a_number_that_another_process_has_now_is_no_running_run(tmp_path):
+    """After a restart of the machine the recorded process number may belong to anybody."""
+    run = runs.Run(validate({"output_dir": str(tmp_path)}), "n")
+    assert runs.status_of(run.folder) == "running"
+    long_ago = time.time() - 30 * 24 * 3600
+    os.utime(run.folder / "manifest.json", (long_ago, long_ago))
+    assert runs.status_of(run.folder) == "died"
+
+
+@pytest.mark.parametrize("text", ["", "[]", "7", '{"status": "running"}', '{"status": "running", "pid": "x"}', "\udcff"])
+def test_a_manifest_that_cannot_be_read_is_no_finished_run(tmp_path, text):
+    (tmp_path / "manifest.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    assert runs.status_of(tmp_path) == "died"
+
+
+def test_a_dangling_link_among_the_runs_hides_none(tmp_path):
+    settings = validate({"output_dir": str(tmp_path)})
+    with runs.Run(settings, "n") as run:
+        (run.folder / "adapter").mkdir()
+    (tmp_path / "tiny" / "n-link").symlink_to(tmp_path / "nowhere")
+    assert runs.latest_done(settings, "n") == run.folder
+
+
+# ---- the notebook and the machine ------------------------------------------------------------------------------------
+
+
+def test_a_cell_run_twice_holds_one_model():
+    """The cells of notebook 07 that load, run twice in one kernel: the first model is gone."""
+    program = """
+import gc, nbformat, torch, transformers
+from pathlib import Path
+from IPython.core.interactiveshell import InteractiveShell
+cells = nbformat.read("notebooks/07_inference.ipynb", 4).cells
+first = next(i for i, c in enumerate(cells) if "parameters" in c.metadata.get("tags", []))
+last = next(i for i, c in enumerate(cells) if "generation.load_adapter(base" in c.source)
+shell = InteractiveShell.instance()
+for _ in range(2):
+    for cell in cells[first:last + 1]:
+        if cell.cell_type == "code":
+            assert shell.run_cell(cell.source, store_history=True).success
+gc.collect()
+print("models", sum(isinstance(o, transformers.GPTNeoXForCausalLM) for o in gc.get_objects()))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200, check=False)
+    assert done.stdout.strip().endswith("models 1"), done.stdout[-500:] + done.stderr[-1000:]
+
+
+def test_a_slider_dragged_fast_ends_with_the_last_value():
+    import ipywidgets
+    from matplotlib.figure import Figure
+
+    from qlora_nb.ui.widgets import explore, float_slider
+
+    drawn = []
+
+    def plot(x):
+        drawn.append(x)
+        figure = Figure()
+        figure.suptitle(f"{x:.2f}")
+        return figure
+
+    panel = explore(plot, x=float_slider("x", 0.0, 0, 1, 0.01))
+    for i in range(20):
+        panel.children[0].value = i / 20
+    assert drawn[-1] == 0.95
+    assert panel.result.get_suptitle() == "0.95"
+    assert len([o for o in panel.out.outputs if "image/png" in o.get("data", {})]) <= 1, "one picture stands there"
+    assert not panel.children[0].continuous_update, "the browser sends where the slider was let go"
+    assert isinstance(panel, ipywidgets.interactive)
+
+
+def test_bfloat16_on_a_card_without_it_becomes_float16_with_a_notice(monkeypatch, capsys):
+    t4 = environment.Gpu("Tesla T4", 15 * 2**30, 15 * 2**30, (7, 5))
+    monkeypatch.setattr(environment, "gpus", lambda: (t4,))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert models.compute_dtype("bfloat16") is torch.float16
+    assert "Tesla T4 has no bfloat16: computing in float16 instead" in capsys.readouterr().out
+
+
+def test_a_forked_process_is_told_to_use_torchrun(monkeypatch):
+    """What torch says of itself in a process that was forked after CUDA was used."""
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
+    with pytest.raises(KitError, match="forked") as refused:
+        models.load_base(validate({}))
+    assert "torchrun" in refused.value.remedy
+    gc.collect()
