@@ -90,8 +90,7 @@ def run_sequence(
     outcomes: list[Outcome] = []
     started, n_cells = time.time(), [len(nbformat.read(source, 4).cells) for source in sources]
     try:
-        # disable=None: where nobody watches a terminal there is no bar, a plain line for each notebook is enough
-        with _sigterm_as_interrupt(), tqdm(total=sum(n_cells), unit="cell", disable=None, leave=False) as bar:
+        with _sigterm_as_interrupt(), tqdm(total=sum(n_cells), unit="cell", leave=False) as bar:
             for source in sources:
                 outcomes.append(Outcome(source.stem))
                 bar.set_description(source.stem)

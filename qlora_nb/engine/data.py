@@ -12,6 +12,7 @@ from random import Random
 import datasets
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from qlora_nb import pocket
@@ -188,7 +189,7 @@ def pack(rows: datasets.Dataset, max_length: int) -> datasets.Dataset:
     (`masking_utils.find_packed_sequence_indices`, as long as no attention mask is given).
     """
     packs: list[dict[str, list[int]]] = []
-    for row in rows:
+    for row in tqdm(rows, desc="packing", unit="row"):
         n = len(row["input_ids"])
         room = (p for p in packs[-OPEN_PACKS:] if len(p["input_ids"]) + n <= max_length)
         if (into := next(room, None)) is None:

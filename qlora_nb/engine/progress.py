@@ -11,25 +11,21 @@ import tqdm.auto
 from tqdm.asyncio import tqdm_asyncio
 
 SILENT_S = 2.0
-
-
-def _in_kernel() -> bool:
-    return type(sys.stdout).__module__.startswith("ipykernel")
+IN_KERNEL = type(sys.stdout).__module__.startswith("ipykernel")
 
 
 class Bar(tqdm_asyncio):
     """tqdm's text bar, silent for the first seconds."""
 
     def __init__(self, *args, **options):
-        own = {"delay": SILENT_S, "mininterval": 0.1 if sys.stderr.isatty() else SILENT_S}
-        if _in_kernel():
-            own["file"] = sys.stdout  # JupyterLab paints stderr red
-        super().__init__(*args, **own | options)
+        often = 0.1 if sys.stderr.isatty() else SILENT_S
+        file = sys.stdout if IN_KERNEL else None  # None is stderr, which JupyterLab paints red
+        super().__init__(*args, **{"delay": SILENT_S, "mininterval": often, "file": file} | options)
 
     @staticmethod
     def status_printer(file):
         """How a state of the bar is written: over the last one, in a file under it."""
-        if file.isatty() or _in_kernel():
+        if file.isatty() or IN_KERNEL:
             return tqdm_asyncio.status_printer(file)
         return lambda line: line and print(line, file=file, flush=True)
 
