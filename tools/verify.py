@@ -4,6 +4,7 @@
     python tools/verify.py --only seeds
 
 A check is a function that returns a dictionary with `passed` and what it measured. Add one to CHECKS and it is part of it.
+The checks `colab` and `binder` install packages: PIP_ARGS is passed on to pip, as in `make run`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+
+import hosts
+from hosts import closing_line
 
 from qlora_nb.engine import batch, environment, runs
 
@@ -54,8 +58,7 @@ def one_thread() -> dict:
     """All tests with a single thread: nothing may depend on how many there are."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-m", "pytest"], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-    closing = [line for line in done.stdout.splitlines() if re.search(r" in [\d.]+s", line)]
-    return {"passed": done.returncode == 0, "closing_line": closing[-1] if closing else done.stdout[-300:]}
+    return {"passed": done.returncode == 0, "closing_line": closing_line(done)}
 
 
 def smollm2() -> dict:
@@ -86,37 +89,55 @@ def fuzz() -> dict:
     return {"passed": done.returncode == 0 and n >= 10_000, "inputs": n, "became": found, "failed": failed}
 
 
-CHECKS: dict[str, Callable[[], dict]] = {"seeds": seeds, "one_thread": one_thread, "smollm2": smollm2, "fuzz": fuzz}
+CHECKS: dict[str, Callable[[], dict]] = {
+    "seeds": seeds,
+    "one_thread": one_thread,
+    "smollm2": smollm2,
+    "fuzz": fuzz,
+    "one_core": hosts.one_core,
+    "colab": hosts.colab,
+    "binder": hosts.binder,
+}
+
+
+def tree_stamp(target: Path) -> dict:
+    """When, and of which commit; `clean` False: the commit does not say all (this very record, which grows, aside)."""
+    status = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    other = [line for line in status.splitlines() if not line.endswith(target.name)]
+    return {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "commit": runs._commit(), "clean": not other}
+
+
+def earlier_today(target: Path) -> dict[str, dict]:
+    """What was checked earlier on this day stays in the record, each result with its own time and commit."""
+    record = json.loads(target.read_text()) if target.is_file() else {}
+    stamp = {key: record[key] for key in ("date", "commit", "clean") if key in record}
+    return {name: stamp | result for name, result in record.get("checks", {}).items()}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=list(CHECKS), action="append", help="this check alone; may be repeated")
     chosen = parser.parse_args().only or list(CHECKS)
-    dirty = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-    record = {
-        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "commit": runs._commit(),
-        "clean": not dirty,  # False: the commit does not say all
-        "versions": {v.package: v.installed for v in environment.versions()},
-        "hardware": asdict(environment.machine(ROOT)),
-        "checks": {},
-    }
     folder = ROOT / "verified"
     folder.mkdir(exist_ok=True)
     target = folder / f"{time.strftime('%Y-%m-%d')}.json"
+    record = {
+        "versions": {v.package: v.installed for v in environment.versions()},
+        "hardware": asdict(environment.machine(ROOT)),
+        "checks": earlier_today(target),
+    }
     for name in chosen:
         print(f"{name}: {(CHECKS[name].__doc__ or '').splitlines()[0]}", flush=True)
-        started = time.time()
+        started, stamp = time.time(), tree_stamp(target)
         try:
             result = CHECKS[name]()
         except Exception as error:  # the others still run, and the record says what happened
-            result = {"passed": False, "error": f"{type(error).__name__}: {error}"[:500]}
-        record["checks"][name] = result | {"wall_s": round(time.time() - started, 1)}
+            result = {"passed": False, "error": f"{type(error).__name__}: {error}"[:1000]}
+        record["checks"][name] = stamp | result | {"wall_s": round(time.time() - started, 1)}
         runs.write_atomically(target, json.dumps(record, indent=1, default=str) + "\n")
         print(f"{name}: {({True: 'passed', False: 'FAILED', None: 'skipped'})[result['passed']]}", flush=True)
     print(f"written: {target.relative_to(ROOT)}")
-    return 1 if any(c["passed"] is False for c in record["checks"].values()) else 0
+    return 1 if any(record["checks"][name]["passed"] is False for name in chosen) else 0
 
 
 if __name__ == "__main__":

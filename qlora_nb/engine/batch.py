@@ -109,8 +109,7 @@ def run_sequence(
         summary.update(wall_s=round(seconds, 1), notebooks=[asdict(o) for o in sorted(outcomes, key=lambda o: o.notebook)])
         runs.write_atomically(folder / "summary.json", json.dumps(summary, indent=1, default=str) + "\n")
 
-    # disable=None: where nobody watches a terminal there is no bar, a plain line for each notebook is enough
-    with runs.sole_writer(folder), _tidy_end(), tqdm(total=sum(n_cells), unit="cell", disable=None, leave=False) as bar:
+    with runs.sole_writer(folder), _tidy_end(), tqdm(total=sum(n_cells), unit="cell", leave=False) as bar:
         try:
             text = yaml.safe_dump(given, sort_keys=False, allow_unicode=True)
             runs.write_atomically(folder / "parameters.yaml", text)

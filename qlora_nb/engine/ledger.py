@@ -16,6 +16,7 @@ and not the rest of the model. transformers' `get_memory_footprint()` leaves the
 runs is counted in `activations` and added up in `budget`.
 """
 
+import bisect
 import functools
 import html
 from collections.abc import Iterable, Sequence
@@ -126,8 +127,8 @@ def meta_model(config) -> nn.Module:
 def lora_layers(model: nn.Module, target_modules: Sequence[str] = ("all-linear",)) -> dict[str, tuple[int, int]]:
     """Name → (in, out) of the linear layers that are adapted (see `models.adapted_names`)."""
     names = models.adapted_names(model, target_modules)
-    adapted = {n: m for n, m in models.linear_layers(model).items() if n.rsplit(".", 1)[-1] in names}
-    return {n: (m.in_features, m.out_features) for n, m in adapted.items()}
+    layers = models.linear_layers(model).items()
+    return {n: (m.in_features, m.out_features) for n, m in layers if n.rsplit(".", 1)[-1] in names}
 
 
 def lora_numels(model: nn.Module, r: int, target_modules: Sequence[str] = ("all-linear",)) -> list[int]:
@@ -321,12 +322,8 @@ def _pythia_parts(pythia: str) -> tuple[int, tuple[int, ...]]:
 def longest_pass(pythia: str, r: int, budget_bytes: int, paged: bool, bits: int = 32) -> int:
     """Tokens in one forward pass that just fit a card, with or without paged optimizer states; 0 if not even one fits."""
 
-    def fits(tokens: int) -> bool:
+    def needed(tokens: int) -> int:
         sizes = step_sizes(pythia, r, tokens, bits)
-        return max(m.total for m in paging.step_timeline(sizes)) - (sizes.paged if paged else 0) <= budget_bytes
+        return max(m.total for m in paging.step_timeline(sizes)) - (sizes.paged if paged else 0)
 
-    low, high = 0, 2**22
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
+    return bisect.bisect_right(range(1, 2**22 + 1), budget_bytes, key=needed)

@@ -13,6 +13,7 @@ import bitsandbytes.functional as bnb
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from peft import PeftModel
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_nb.engine import generation, ledger, models, runs
@@ -37,9 +38,9 @@ def merged(settings, adapter: Path, way: str = "dequantized") -> PreTrainedModel
         raise KitError("unknown way of merging", value=way, allowed=", ".join(WAYS))
     base = models.load_base(settings, four_bit=way == "packed")
     if way == "dequantized":
-        for layer in models.linear_layers(base).values():
+        for layer in tqdm(models.linear_layers(base).values(), desc="rounding", unit="layer"):
             layer.weight.data = rounded(layer.weight.data, settings.quant_type, settings.double_quant)
-    return generation.load_adapter(base, adapter).merge_and_unload()
+    return generation.load_adapter(base, adapter).merge_and_unload(progressbar=True)
 
 
 def rounded(weight: torch.Tensor, quant_type: str, double_quant: bool) -> torch.Tensor:

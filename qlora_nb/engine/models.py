@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from qlora_nb.engine import ends, environment, prequantized
 from qlora_nb.errors import KitError
@@ -119,8 +118,6 @@ def load_base(settings, four_bit: bool = True) -> PreTrainedModel:
     path, dtype = model_path(settings.model_id), compute_dtype(settings.compute_dtype)
     keep_copy = four_bit and settings.prequantized
     copy = prequantized.find(path, settings, dtype) if keep_copy else None
-    if settings.model_id in ("pocket", "smollm2"):  # a second or two
-        transformers_logging.disable_progress_bar()
     how = {"dtype": dtype, "device_map": {"": device()}, "use_safetensors": True, "trust_remote_code": False}
     if four_bit and not copy:
         how["quantization_config"] = quantization_config(settings)
@@ -132,8 +129,6 @@ def load_base(settings, four_bit: bool = True) -> PreTrainedModel:
         raise
     except Exception as error:  # as above
         raise broken("model", error, settings.model_id) from error
-    finally:
-        transformers_logging.enable_progress_bar()
     for module in model.modules():
         # On CPUs with bfloat16 units bitsandbytes repacks the weights at the first inference and computes in bfloat16 from
         # then on; training after that fails, and the bytes are no longer those of the paper. One layout everywhere.

@@ -65,8 +65,7 @@ def sliced_head(model: nn.Module, chunk: int) -> Iterator[Callable]:
 
     The function has the signature of `Trainer(compute_loss_func=…)`: (outputs, labels, num_items_in_batch).
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    head = base.get_output_embeddings()
+    head = model.get_output_embeddings()
     forward = head.forward  # the head stays where it is; only its call is suspended
 
     def loss(outputs, labels, num_items_in_batch=None):
@@ -82,7 +81,7 @@ def sliced_head(model: nn.Module, chunk: int) -> Iterator[Callable]:
 @contextmanager
 def whole_head(model: nn.Module) -> Iterator[None]:
     """Inside, a model in `sliced_head` gives logits again, for example to answer a prompt between two steps."""
-    head = model.get_base_model().get_output_embeddings()
+    head = model.get_output_embeddings()
     suspended = head.__dict__.pop("forward", None)
     try:
         yield

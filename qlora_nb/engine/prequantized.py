@@ -41,7 +41,7 @@ def keep(model, path: str, settings, dtype: torch.dtype) -> None:
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         fetch.require_room(folder.parent, model.get_memory_footprint(), "the 4-bit copy")
-        model.save_pretrained(temporary)
+        model.save_pretrained(temporary, max_shard_size="1GB")  # a step of the progress bar each
         note = {"source": _source(path), "files": _sizes(temporary)}
         runs.write_atomically(temporary / NOTE, json.dumps(note, indent=1))
         shutil.rmtree(folder, ignore_errors=True)

@@ -30,7 +30,7 @@ class LiveTraining:
         self.curve = W.Image(format="png", layout=W.Layout(max_width="700px", display="none"))
         self.box = W.VBox([self.bar, self.text, self.curve])
         self.losses: list[float] = []
-        self.every, self.redraw_s, self.drawn = max(1, max_steps // n_lines), redraw_s, 0.0
+        self.every, self.redraw_s, self.drawn, self.said = max(1, max_steps // n_lines), redraw_s, 0.0, time.perf_counter()
 
     def __call__(self, step: dict) -> None:
         self.losses.append(step["loss"])
@@ -40,8 +40,9 @@ class LiveTraining:
         )
         self.bar.value, self.text.value = step["step"], line
         last = step["step"] == step["max_steps"]
-        if step["step"] % self.every == 0 or last:
+        if step["step"] % self.every == 0 or last or time.perf_counter() - self.said > 60:  # a batch run shows these lines alone
             print(line)
+            self.said = time.perf_counter()
         if last or time.perf_counter() - self.drawn > self.redraw_s:
             self.curve.value = print_figure(training_plots.loss_curve(self.losses), bbox_inches=None, dpi=80)
             self.curve.layout.display = "block"
