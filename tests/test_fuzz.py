@@ -126,8 +126,20 @@ VALUES = st.recursive(
 )
 
 
+def own_values(name: str) -> st.SearchStrategy:
+    """Values that some profile has for this parameter, as they are and as text."""
+    found = [table[name].value for table in profiles.PROFILES.values() if name in table] or list(profiles.PROFILES)
+    return st.sampled_from([*found, *(str(value) for value in found)])
+
+
+NAMES = st.sampled_from(list(profiles.Settings.model_fields))
+PAIRS = st.one_of(
+    st.tuples(st.one_of(NAMES, TEXTS), VALUES), *[NAMES.flatmap(lambda name: st.tuples(st.just(name), own_values(name)))] * 3
+)
+
+
 @seed(0)
-@given(st.dictionaries(st.one_of(st.sampled_from(list(profiles.Settings.model_fields)), TEXTS), VALUES, min_size=1, max_size=3))
+@given(st.lists(PAIRS, min_size=1, max_size=3).map(dict))
 @settings(max_examples=share("parameters"), deadline=None, database=None, suppress_health_check=list(HealthCheck))
 def test_parameters(values):
     def work():

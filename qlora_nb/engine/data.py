@@ -92,6 +92,7 @@ def _read(name: str) -> datasets.Dataset:
             return datasets.load_dataset(str(path) if path.is_dir() else name, split="train")
         options = _look_at(path, suffix)
         rows = datasets.load_dataset(_READERS[suffix], data_files=glob.escape(str(path)), split="train", **options)
+        rows.data.validate(full=True)  # a damaged Parquet file can hold texts that are none
         text = datasets.Features({c: datasets.Value("string") for c in rows.column_names})
         return rows.cast(text) if suffix == ".csv" else rows
     except Exception as error:  # a file that somebody brought can break a reader in any way
