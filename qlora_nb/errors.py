@@ -1,5 +1,8 @@
 """The one exception a user of the kit meets: what is wrong, with which value, what is allowed, what to do."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class KitError(ValueError):
     """A refusal in four parts, short in a notebook (no traceback of library internals), complete as `str(error)`.
@@ -26,6 +29,18 @@ class KitError(ValueError):
     def _render_traceback_(self) -> list[str]:
         """What IPython prints instead of a long traceback."""
         return [f"{type(self).__name__}: {self}"]
+
+
+@contextmanager
+def refusing(what: str, value: object, remedy: str) -> Iterator[None]:
+    """Inside, whatever a library says of what somebody brought (it can be any exception) becomes a refusal: `what: reason`."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, KitError) or type(error).__name__ == "OutOfMemoryError":
+            raise
+        reason = [*str(error.__cause__ or error).strip().splitlines(), f"nothing is there ({type(error).__name__})"][0][:200]
+        raise KitError(f"{what}: {reason}", value=value, remedy=remedy) from error
 
 
 def _short(value: object, limit: int = 80) -> str:

@@ -242,7 +242,7 @@ def test_data_that_is_odd_works(tmp_path, name, content):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("empty.json", "", "no rows"),
+        ("empty.json", "", "nothing is there"),
         ("empty.jsonl", "\n\n", "cannot be read"),
         ("empty.csv", "", "cannot be read"),
         ("empty.parquet", "", "0 bytes"),

@@ -53,13 +53,9 @@ class Outcome:
 
 
 def run_sequence(
-    parameters: dict[str, object],
-    only: list[str] | None = None,
-    notebooks: Path | None = None,
-    say: Callable[[str], None] = print,
-    extra_env: dict[str, str] | None = None,
-    resume: str = "no",
-) -> dict[str, object]:
+    parameters: dict[str, object], only: list[str] | None = None, notebooks: Path | None = None,
+    say: Callable[[str], None] = print, extra_env: dict[str, str] | None = None, resume: str = "no",
+) -> dict[str, object]:  # fmt: skip
     """Execute the notebooks in order with papermill and write `<output_dir>/<profile>/sequence-<time>/`.
 
     Args:
@@ -84,25 +80,17 @@ def run_sequence(
     require_own_kernel()
     folder = folder or runs.new_folder(settings, "sequence")
     hashes = {source.stem: runs.sha256(source) for source in sources}
-    done = [
-        Outcome(**o) for o in before.get("notebooks", []) if o["status"] == "done" and o["source"] == hashes.get(o["notebook"])
-    ]
+    told = [Outcome(**o) for o in before.get("notebooks", [])]
+    done = {o.notebook: o for o in told if o.status == "done" and o.source == hashes.get(o.notebook)}
     say(f"{len(sources)} notebooks, profile {settings.profile}, into {folder}")
-    for outcome in done:
-        say(f"{outcome.notebook:28} is done already")
-    sources = [source for source in sources if source.stem not in {o.notebook for o in done}]
-    summary = {
-        "schema_version": runs.SCHEMA_VERSION,
-        "status": "running",
-        "folder": str(folder),
-        "chosen": list(hashes),
-        "profile": settings.profile,
-        "parameters": given,
-        "started": before.get("started") or time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "hardware": asdict(environment.machine(folder)),
-        "versions": {v.package: v.installed for v in environment.versions()},
-    }
-    outcomes, started, n_cells = [*done], time.time(), [len(nbformat.read(source, 4).cells) for source in sources]
+    for name in done:
+        say(f"{name:28} is done already")
+    sources = [source for source in sources if source.stem not in done]
+    what = {"status": "running", "folder": str(folder), "chosen": list(hashes), "profile": settings.profile, "parameters": given}
+    now, here = time.strftime("%Y-%m-%dT%H:%M:%S%z"), asdict(environment.machine(folder))
+    where = {"hardware": here, "versions": {v.package: v.installed for v in environment.versions()}}
+    summary = {"schema_version": runs.SCHEMA_VERSION, "started": before.get("started", now), **what, **where}
+    outcomes, started, n_cells = [*done.values()], time.time(), [len(nbformat.read(source, 4).cells) for source in sources]
 
     def record() -> None:
         seconds = before.get("wall_s", 0) + time.time() - started

@@ -23,7 +23,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 from qlora_nb import pocket
 from qlora_nb.engine import conversations
 from qlora_nb.engine.objective import IGNORED
-from qlora_nb.errors import KitError
+from qlora_nb.errors import KitError, refusing
 
 _WITH_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 _WITHOUT_INPUT = "### Instruction:\n{instruction}\n\n### Response:\n"
@@ -87,7 +87,7 @@ def _read(name: str) -> datasets.Dataset:
     if path.exists() and not path.is_dir() and (suffix not in _READERS or not path.is_file()):
         allowed = f"a file that ends in {', '.join(_READERS)}"
         raise KitError("unknown kind of data file", value=path.name, allowed=allowed, remedy="convert it to one of these")
-    try:
+    with _reading(path.name):
         if not path.is_file():
             return datasets.load_dataset(str(path) if path.is_dir() else name, split="train")
         options = _look_at(path, suffix)
@@ -95,14 +95,11 @@ def _read(name: str) -> datasets.Dataset:
         rows.data.validate(full=True)  # a damaged Parquet file can hold texts that are none
         text = datasets.Features({c: datasets.Value("string") for c in rows.column_names})
         return rows.cast(text) if suffix == ".csv" else rows
-    except Exception as error:  # a file that somebody brought can break a reader in any way
-        raise _unreadable(error, path.name) from error
 
 
-def _unreadable(error: Exception, name: str) -> KitError:
-    reason = [*str(error.__cause__ or error).splitlines(), f"no rows ({type(error).__name__})"][0][:200]
+def _reading(name: str):
     remedy = "check that it is whole and in UTF-8; JSON is a list of rows or one row a line"
-    return KitError(f"the data cannot be read: {reason}", value=name, remedy=remedy)
+    return refusing("the data cannot be read", name, remedy)
 
 
 def _look_at(path: Path, suffix: str) -> dict[str, object]:
@@ -145,10 +142,8 @@ def _clean(rows: datasets.Dataset, name: str, columns: dict[str, str]) -> datase
     taken = rows.remove_columns([c for c in columns if c in rows.column_names and c not in columns.values()])
     rows = taken.rename_columns({own: column for column, own in columns.items() if own != column})
     if "instruction" not in rows.column_names:
-        try:
+        with _reading(name):  # turns of any type
             rows = conversations.first_exchanges(rows) or rows
-        except Exception as error:  # of any shape, with turns of any type
-            raise _unreadable(error, name) from error
     missing = [c for c in ("instruction", "output") if c not in rows.column_names]
     if missing:
         what, there = f"the data has no column {' and '.join(missing)}", ", ".join(rows.column_names)

@@ -21,7 +21,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from qlora_nb.engine import checkpoints, data, runs
 from qlora_nb.engine.data import prompt_of
-from qlora_nb.errors import KitError
+from qlora_nb.errors import KitError, refusing
 from qlora_nb.pocket import ADAPTER_DIR
 
 
@@ -75,22 +75,17 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     Raises:
         KitError: it was made for a model of another shape, or its files are damaged.
     """
-    made_for = "another model"
     checkpoints.require_whole(folder)
-    try:
-        made_for = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    own, made_for = Path(model.config.name_or_path).name, "another model"
+    with suppress(ValueError, AttributeError, OSError):
+        made_for = Path(str(json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path"))).name
+    what = f"the adapter does not fit: it was made for {made_for}, the model here is {own}"
+    with refusing(what, folder.name, "load the base the adapter was trained on, or take another copy of the adapter"):
         tuned = PeftModel.from_pretrained(model, str(folder), is_trainable=False).eval()
         with safe_open(folder / "adapter_model.safetensors", "pt") as file:
             if set(file.keys()) != set(get_peft_model_state_dict(tuned, save_embedding_layers=False)):
                 raise ValueError("its configuration and its weights name other layers")
         return tuned
-    except Exception as error:  # whatever a broken file makes the library say
-        reason = [*str(error).strip().splitlines(), type(error).__name__][0][:150]
-        raise KitError(
-            f"the adapter does not fit: it was made for {Path(str(made_for)).name}, the model here is "
-            f"{Path(model.config.name_or_path).name} ({reason})",
-            remedy="load the base the adapter was trained on",
-        ) from error
 
 
 def base_or_tuned(model: PeftModel, tuned: bool):

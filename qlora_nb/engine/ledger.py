@@ -110,10 +110,8 @@ def config_of(model_id: str):
     if size := shapes.pythia_size(model_id):
         return pythia_config(size)
     path = models.model_path(model_id)
-    try:
+    with models.loading("configuration", model_id):
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # whatever a broken file makes the library say
-        raise models.broken("configuration", error, model_id) from error
 
 
 def meta_model(config) -> nn.Module:

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_nb.engine import ends, environment, prequantized
-from qlora_nb.errors import KitError
+from qlora_nb.errors import KitError, refusing
 from qlora_nb.pocket import MODEL_DIR
 
 # PEFT asks transformers for gradient checkpointing by a name that is going away: nothing a reader could mend.
@@ -69,12 +69,10 @@ def load_tokenizer(settings) -> PreTrainedTokenizerBase:
     The embedding is never resized: Pythia has 411 spare rows (12b), and id 1 is already `<|padding|>`.
     """
     path = model_path(settings.model_id)
-    try:
+    with loading("tokenizer", settings.model_id):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes an empty one where there is none
             raise ValueError("it is not there")
-    except Exception as error:  # whatever a broken file makes the library say
-        raise broken("tokenizer", error, settings.model_id) from error
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         known = tokenizer.get_vocab()
         spare = [t for t in ("<|padding|>", "<|endoftext|>", tokenizer.unk_token) if t in known and t != tokenizer.eos_token]
@@ -85,11 +83,10 @@ def load_tokenizer(settings) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def broken(part: str, error: Exception, model_id: str) -> KitError:
-    """What a library said about a part of a model that cannot be used."""
-    reason = [*str(error).splitlines(), type(error).__name__][0][:200]
+def loading(part: str, model_id: str):
+    """Context in which whatever a broken file makes a library say becomes a refusal."""
     remedy = "needed are config.json, tokenizer and whole .safetensors files; fetch the model again if one was cut short"
-    return KitError(f"the {part} cannot be loaded: {reason}", value=model_id, remedy=remedy)
+    return refusing(f"the {part} cannot be loaded", model_id, remedy)
 
 
 def quantization_config(settings) -> BitsAndBytesConfig:
@@ -121,14 +118,10 @@ def load_base(settings, four_bit: bool = True) -> PreTrainedModel:
     how = {"dtype": dtype, "device_map": {"": device()}, "use_safetensors": True, "trust_remote_code": False}
     if four_bit and not copy:
         how["quantization_config"] = quantization_config(settings)
-    try:
+    with loading("model", settings.model_id):
         model, told = AutoModelForCausalLM.from_pretrained(copy or path, output_loading_info=True, **how)
         if lost := sorted(told["missing_keys"]) or sorted(told["mismatched_keys"]):
             raise ValueError(f"{len(lost)} of its weights are not in the files, such as {lost[0]}")
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # as above
-        raise broken("model", error, settings.model_id) from error
     for module in model.modules():
         # On CPUs with bfloat16 units bitsandbytes repacks the weights at the first inference and computes in bfloat16 from
         # then on; training after that fails, and the bytes are no longer those of the paper. One layout everywhere.

@@ -10,8 +10,7 @@ import math
 import os
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
@@ -21,7 +20,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from qlora_nb.engine.environment import installed, machine
-from qlora_nb.errors import KitError
+from qlora_nb.errors import KitError, refusing
 
 SCHEMA_VERSION = 1
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "qlora-nb")
@@ -33,15 +32,10 @@ def project_root() -> Path:
     return next((p for p in (here, *here.parents) if (p / "notebooks").is_dir() and (p / "pyproject.toml").is_file()), here)
 
 
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Whatever is said by the library that writes: a disk that is full or closed becomes a refusal with a remedy."""
-    try:
-        yield
-    except Exception as error:
-        reason = [*str(error).splitlines(), type(error).__name__][0][:200]
-        remedy = 'make room there and run it again with resume="latest": what was written before is whole'
-        raise KitError(f"{path.name} cannot be written: {reason}", value=str(path.parent), remedy=remedy) from error
+def writing(path: Path) -> AbstractContextManager:
+    """Context in which a disk that is full or closed becomes a refusal, whatever the library that writes says."""
+    remedy = 'make room there and run it again with resume="latest": what was written before is whole'
+    return refusing(f"{path.name} cannot be written", str(path.parent), remedy)
 
 
 def write_atomically(path: Path, text: str) -> None:
