@@ -9,6 +9,7 @@ off, because `2.13.0+cpu` exists only as one build; no index address is written,
 from __future__ import annotations
 
 import importlib.metadata
+import time
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -18,6 +19,14 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "constraints.txt"
 EXTRAS = ("lab", "smollm2", "test")
+AUDITED = ROOT / "docs" / "dependencies.md"
+AUDIT_HEAD = """# What the kit stands on
+
+Written by `tools/pin.py` on {date}: the {n} packages of `constraints.txt`, whose versions were installed and tested on that day.
+To hold them against the known vulnerabilities, where their lists can be reached: `pip install pip-audit`, then
+`pip-audit -r constraints.txt --no-deps --disable-pip`. The result belongs to a day, so it is not kept here.
+
+"""
 
 
 def closure(package: str, extras: tuple[str, ...] = ()) -> dict[str, str]:
@@ -67,6 +76,7 @@ def main() -> None:
     pins = closure("qlora-nb", EXTRAS)
     lines = [f"{name}=={version}{newer_python_only(name)}\n" for name, version in sorted(pins.items())]
     CONSTRAINTS.write_text(head + "".join(lines), encoding="utf-8")
+    AUDITED.write_text(AUDIT_HEAD.format(date=time.strftime("%Y-%m-%d"), n=len(pins)) + "".join(f"- {line}" for line in lines))
     every = [f"{n}=={pins[n]}" for n in direct(EXTRAS)]
     why = "For a GPU: torch comes from pip, because its Linux wheel brings the CUDA libraries that bitsandbytes looks for."
     (ROOT / "environment.yml").write_text(conda_file("qlora-nb", why, ["python=3.12"], every, kit=True), encoding="utf-8")
