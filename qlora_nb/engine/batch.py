@@ -206,7 +206,8 @@ def _run_one(source: Path, folder: Path, outcome: Outcome, bar: tqdm, extra_env:
     env = os.environ | extra_env | {"QLORA_NB_RESULTS": str(results), "PYTHONUNBUFFERED": "1"}
     started, log, cells_before = time.time(), folder / f".{source.stem}.log", bar.n
     how = {"start_new_session": True}  # Ctrl-C reaches us alone, and we end the kernel too
-    how |= {"preexec_fn": _end_with_parent} if sys.platform == "linux" else {}
+    if sys.platform == "linux":  # PR_SET_PDEATHSIG: if we are killed, Linux ends papermill, and then its kernel ends
+        how["preexec_fn"] = lambda: ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     with open(log, "wb") as stderr:
         process = subprocess.Popen(command, env=env, cwd=root, stdout=subprocess.DEVNULL, stderr=stderr, **how)
     try:
@@ -274,27 +275,19 @@ def stop_tree(pid: int) -> None:
 @contextmanager
 def _tidy_end() -> Iterator[None]:
     """Ctrl-C and SIGTERM (a cluster's pre-emption: exit 143) end the kernel too; a second one does not disturb that."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    mine = threading.current_thread() is threading.main_thread()  # elsewhere no signal arrives
 
     def end(number, frame):
         for each in before:
             signal.signal(each, signal.SIG_IGN)
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM) if mine}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _end_with_parent() -> None:
-    """Run in papermill's process before papermill: if the batch is killed, Linux ends papermill, and then its kernel ends."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _line(outcome: Outcome) -> str:
