@@ -9,6 +9,7 @@ to beat it. A redraw is what happens between a control's move and the finished P
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import os
@@ -20,6 +21,7 @@ from functools import partial
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import nbformat
 import provenance
 import torch
 from bitsandbytes import functional as bnb
@@ -79,37 +81,42 @@ def quantizers() -> dict:
     return {"n_weights": N_WEIGHTS, "blocksize": 64, "rounds": ROUNDS, **found}
 
 
+def widgets_of(notebook: str, names: dict[str, object]) -> list:
+    """The widgets of a notebook, made by its own cells from these names."""
+    (path,) = (provenance.ROOT / "notebooks").glob(f"{notebook}_*.ipynb")
+    made, names = [], names | {"widgets": widgets, "partial": partial, "ledger": ledger}
+    for cell in nbformat.read(path, 4).cells:
+        if cell.cell_type == "code" and "widgets.explore(" in cell.source:
+            *before, last = ast.parse(cell.source).body
+            exec(compile(ast.Module(before, []), notebook, "exec"), names)
+            made.append(eval(compile(ast.Expression(last.value), notebook, "eval"), names))
+    return made
+
+
 def panels() -> dict[str, object]:
     """Every widget of notebooks 02 to 05 with the arguments it has there in profile tiny."""
     settings = profiles.resolve({})
     layers = models.linear_layers(models.load_base(settings, four_bit=False))
     weight = models.dense_weight(next(iter(layers.values())))
     update = torch.randn(weight.shape, generator=torch.Generator().manual_seed(SEED))
+    a_best, b_best = lora.best_rank(update, min(update.shape))
     budget = int(settings.gpu_gib * ledger.GIB)
     plain, paged = (ledger.longest_pass(settings.pythia, settings.r, budget, paged=p) for p in (False, True))
     paging_plots.paged_shares((settings.r,))  # notebook 05 counts every Pythia in a figure, before a reader moves anything
+    names = {"settings": settings, "shown": update, "A_best": a_best, "B_best": b_best, "SIZES": SIZES}
+    names |= {"corner": weight[:256] / weight.std(), "CODES": ["NF4", "AF4", "FP4", "INT4"], "tokens": 2048}
     usual, spike = int(0.95 * plain), plain + max(1, (paged - plain) // 2)
-    return {
-        "02 what is left of an update": lora_plots.explore_update(update, lora.best_rank(update, min(update.shape)), settings.r),
-        "02 trained numbers": lora_plots.explore_counts(settings.r, settings.pythia),
-        "03 number line": widgets.explore(
-            quant_plots.plot_number_line,
-            weight=widgets.float_slider("weight / absmax", 0.31, -1.0, 1.0, 0.01),
-            name=widgets.choice("datatype", ["NF4", "FP4", "INT4"], "NF4"),
-        ),
-        "03 error map": widgets.explore(
-            partial(quant_plots.plot_error_map, weight[:256] / weight.std()),
-            blocksize=widgets.choice_slider("block size (weights)", SIZES, 64),
-            name=widgets.choice("datatype", ["NF4", "AF4", "FP4", "INT4"], "NF4"),
-        ),
-        "04 bits a weight": widgets.explore(
-            quant_plots.plot_bits,
-            blocksize=widgets.choice_slider("block size (weights)", [8, 16, *SIZES], 64),
-            second_blocksize=widgets.choice_slider("second block size (scales)", [16, 32, 64, 128, 256, 512, 1024], 256),
-        ),
-        "05 a step's memory": paging_plots.explore_step(settings.pythia, settings.r, 2048, settings.gpu_gib),
-        "05 a run with a spike": paging_plots.explore_run(settings.pythia, settings.r, usual, spike, settings.gpu_gib),
+    steps = [ledger.step_sizes(settings.pythia, settings.r, n) for n in (usual, usual, usual, spike, usual, usual)]
+    names |= {"own": ledger.step_sizes(settings.pythia, settings.r, 2048), "steps": steps}
+    names |= {"lora_plots": lora_plots, "paging_plots": paging_plots, "quant_plots": quant_plots}
+    titles = {
+        "02": ("what is left of an update", "trained numbers"),
+        "03": ("number line", "error map"),
+        "04": ("bits a weight",),
+        "05": ("a step's memory", "a run with a spike"),
     }
+    made = {n: widgets_of(n, names) for n in titles}
+    return {f"{n} {title}": panel for n in titles for title, panel in zip(titles[n], made[n], strict=True)}
 
 
 def moves(control, n: int) -> list:

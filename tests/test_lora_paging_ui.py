@@ -1,14 +1,19 @@
 """Notebooks 02 and 05: checkers on right and plausible wrong answers, every control driven to both ends, every figure drawn."""
 
+import ast
 import io
+from functools import partial
 
+import nbformat
 import pytest
 import torch
+from conftest import NOTEBOOKS
 from matplotlib.figure import Figure
 
 from qlora_nb.engine import ledger
+from qlora_nb.engine.profiles import resolve
 from qlora_nb.theory import lora
-from qlora_nb.ui import lora_checks, lora_plots, paging_checks, paging_plots
+from qlora_nb.ui import lora_checks, lora_plots, paging_checks, paging_plots, widgets
 
 EXERCISES = [  # checker, solution, [(wrong answer, part of the message)]
     (lora_checks.check_count, 30720, [(8 * 768 * 3072, "too large"), (8 * 768, "too small"), ("30720", "not one")]),
@@ -75,17 +80,36 @@ def update_and_factors():
     return update, lora.best_rank(update, 24)
 
 
+def widget_cells(name: str, **names) -> list:
+    """The widgets of a notebook, made by its own cells from these names."""
+    cells = [c.source for c in nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4).cells if "widgets.explore(" in c.source]
+    names |= {"widgets": widgets, "partial": partial, "ledger": ledger, "lora_plots": lora_plots, "paging_plots": paging_plots}
+    made = []
+    for cell in cells:
+        *before, last = ast.parse(cell).body
+        exec(compile(ast.Module(before, []), name, "exec"), names)
+        made.append(eval(compile(ast.Expression(last.value), name, "eval"), names))
+    return made
+
+
 def test_lora_widgets():
     update, factors = update_and_factors()
-    drive(lora_plots.explore_update(update, factors, 8))
-    drive(lora_plots.explore_counts(8, "12b"))
+    made = widget_cells("02_lora", settings=resolve({"r": 8}), shown=update, A_best=factors[0], B_best=factors[1])
+    assert len(made) == 2
+    for panel in made:
+        drive(panel)
 
 
 @pytest.mark.parametrize(("pythia", "r", "gib"), [("12b", 16, 24.0), ("12b", 64, 5.0), ("410m", 16, 8.0)])
 def test_paging_widgets(pythia, r, gib):
-    drive(paging_plots.explore_step(pythia, r, 2048, gib))
     plain, paged = (ledger.longest_pass(pythia, r, int(gib * 2**30), paged=p) for p in (False, True))
-    drive(paging_plots.explore_run(pythia, r, int(0.95 * plain), plain + max(1, (paged - plain) // 2), gib))
+    usual, spike = int(0.95 * plain), plain + max(1, (paged - plain) // 2)
+    steps = [ledger.step_sizes(pythia, r, tokens) for tokens in (usual, usual, usual, spike, usual, usual)]
+    settings, own = resolve({"pythia": pythia, "r": r, "gpu_gib": gib}), ledger.step_sizes(pythia, r, 2048)
+    made = widget_cells("05_paged_optimizers", settings=settings, own=own, tokens=2048, steps=steps)
+    assert len(made) == 2
+    for panel in made:
+        drive(panel)
 
 
 def test_every_figure_is_drawn_and_closed():
@@ -102,7 +126,7 @@ def test_every_figure_is_drawn_and_closed():
         paging_plots.plot_paged_share((4, 8), "14m", 16),
         paging_plots.plot_thrashing(1, 1e-4, 12.0),
         paging_plots.plot_thrashing(90, 0.2, 12.0),
-        paging_plots.plot_state_bytes({"a": {"states": 100}, "b": {"states": 25, "scales": 1}}),
+        paging_plots.plot_state_bytes({"a": {"states": 100}, "b": {"states": 25, "scales of 8-bit states": 1}}),
     ]
     assert all(isinstance(f, Figure) for f in figures)
     assert not plt.get_fignums()
@@ -113,7 +137,8 @@ def test_every_figure_is_drawn_and_closed():
 def test_titles_state_what_is_drawn():
     assert "47,185,920" in lora_plots.plot_counts(16).axes[0].get_title(loc="left")
     assert lora_plots.count("12b", 16, "query_key_value") == 11_796_480
-    run = paging_plots.plot_run("12b", 64, 16_000, 17_500, gpu_gib=24.0)
+    steps = [ledger.step_sizes("12b", 64, tokens) for tokens in (16_000, 16_000, 16_000, 17_500, 16_000)]
+    run = paging_plots.plot_run(steps, gpu_gib=24.0)
     assert [ax.get_title(loc="left").split(",")[0] for ax in run.axes] == [
         "Not paged: out of memory in step 4",
         "Paged: survives",

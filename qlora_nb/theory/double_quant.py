@@ -170,7 +170,8 @@ def dequantize_absmax(second: SecondLevel) -> torch.Tensor:
 def quantize_absmax_spec(absmax: torch.Tensor, blocksize: int = SECOND_BLOCKSIZE) -> tuple[list[int], list[float], float]:
     """The second level as the paper means it, in plain loops: subtract the mean, scale, take the nearest of 256 values.
 
-    Differs from `quantize_absmax` by at most one index, where the 65,536-bin table and true nearness disagree.
+    Differs from `quantize_absmax` where the 65,536-bin table and true nearness disagree: by one index beside a border, by a few
+    around zero, where the values lie closer together than the bins.
 
     >>> quantize_absmax_spec(torch.tensor([1.0, 3.0]))
     ([0, 255], [1.0], 2.0)

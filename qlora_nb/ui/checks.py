@@ -4,6 +4,8 @@ Every `check_*` prints one line and returns True only if the answer is right. `c
 what was measured. Topic checkers (`lora_checks`, `quant_checks`, `paging_checks`, `training_checks`) are built from `verdict`.
 """
 
+from functools import partial
+
 import numpy as np
 
 
@@ -38,6 +40,11 @@ def verdict(stub: object, want: object, name: str, hint: str = "", tolerance: fl
     wrong = stub is not None and said != "right"
     print(f"{name}: {said}.{' Hint: ' + hint if wrong and hint else ''}")
     return Verdict(said == "right")
+
+
+def exercise(name: str, want: object, hint: str = "", tolerance: float = 1e-6) -> partial:
+    """A checker: `exercise(…)(answer)` is `verdict` with everything but the reader's answer."""
+    return partial(verdict, want=want, name=name, hint=hint, tolerance=tolerance)
 
 
 def _compare(got, want, tolerance: float) -> str:

@@ -3,13 +3,11 @@
 import numpy as np
 import torch
 from matplotlib import cycler
-from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from qlora_nb.engine.shapes import PYTHIA
 from qlora_nb.theory import lora
-from qlora_nb.ui.style import COLOURS, MARKERS, finish, kit_style, log2_axis, look, margins, new_figure
-from qlora_nb.ui.widgets import choice, choice_slider, explore
+from qlora_nb.ui.style import COLOURS, MARKERS, draws, finish, log2_axis, look, maps, margins
 
 LINES = cycler(color=[COLOURS["LoRA"], COLOURS["16-bit"], COLOURS["other"]], linestyle=["-", "--", "-."])
 """`LINES()` gives how to draw one line after another, from the first again after the last."""
@@ -18,15 +16,14 @@ TARGETS = {"query_key_value": slice(0, 1), "attention": slice(0, 2), "feed-forwa
 """Which of a block's four linear layers (shapes.gpt_neox) each choice of targets adapts."""
 
 
-@kit_style()
-def plot_parts(n_in: int, n_out: int, r: int) -> Figure:
+@draws(figsize=(6.4, 3.6))
+def plot_parts(ax, n_in: int, n_out: int, r: int) -> None:
     """W and the two thin matrices, drawn to one scale.
 
     Args:
         n_in, n_out: sizes of the layer.
         r: rank.
     """
-    fig, ax = new_figure(figsize=(6.4, 3.6))
     unit = max(n_in, n_out)
     gap, thick = 0.28 * unit, max(r, 0.012 * unit)
     b_left, a_left = n_in + gap, n_in + 2 * gap + thick
@@ -44,20 +41,18 @@ def plot_parts(n_in: int, n_out: int, r: int) -> Figure:
     ax.set(xlim=(-0.02 * unit, a_left + n_in + 0.5 * thick + 0.05 * unit), ylim=(-n_out - 0.3 * unit, 0.03 * unit))
     ax.set(title=f"Two thin matrices hold {share:.2g} % as many numbers as W", aspect="equal", anchor="W")
     ax.axis("off")
-    return fig
 
 
-@kit_style()
-def plot_losses(losses: dict[str, list[float]], title: str) -> Figure:
+@draws()
+def plot_losses(ax, losses: dict[str, list[float]], title: str) -> None:
     """Loss over steps, one line a way of starting A and B."""
-    _, ax = new_figure()
     for (name, values), line in zip(losses.items(), LINES()):
         ax.plot(values, **line, label=name, linewidth=2)
-    return finish(ax, title, "step (1)", "mean squared error (1)", legend="best", ylim=(0, None))
+    finish(ax, title, "step (1)", "mean squared error (1)", legend="best", ylim=(0, None))
 
 
-@kit_style()
-def plot_scales(ranks: tuple[int, ...], lora_alpha: float, n_in: int, seed: int = 0) -> Figure:
+@draws()
+def plot_scales(ax, ranks: tuple[int, ...], lora_alpha: float, n_in: int, seed: int = 0) -> None:
     """Size of the LoRA path's output over the rank, for three scales; entries of A and B independent.
 
     Args:
@@ -67,30 +62,25 @@ def plot_scales(ranks: tuple[int, ...], lora_alpha: float, n_in: int, seed: int 
     """
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(64, n_in, generator=generator)
-    sizes = []
-    for r in ranks:
-        a = (torch.rand(r, n_in, generator=generator) * 2 - 1) / n_in**0.5
-        b = torch.randn(256, r, generator=generator) * 0.01
-        raw = (x @ a.T @ b.T).std().item()
-        sizes.append([raw, raw * lora.scale(lora_alpha, r), raw * lora.scale(lora_alpha, r, rslora=True)])
-    _, ax = new_figure()
+    a = (torch.rand(max(ranks), n_in, generator=generator) * 2 - 1) / n_in**0.5
+    b = torch.randn(max(ranks), 256, generator=generator) * 0.01
+    raw = [(x @ a[:r].T @ b[:r]).std().item() for r in ranks]
     kinds = {"no scale": ("other", "-"), "alpha / r (LoRA)": ("LoRA", "--"), "alpha / √r (rsLoRA)": ("16-bit", "-.")}
-    for (name, (kind, line)), values in zip(kinds.items(), zip(*sizes)):
+    for rslora, (name, (kind, line)) in zip((None, False, True), kinds.items()):
+        values = [size * (1 if rslora is None else lora.scale(lora_alpha, r, rslora)) for r, size in zip(ranks, raw)]
         ax.plot(ranks, values, line, marker=MARKERS[kind], color=COLOURS[kind], label=name)
     log2_axis(ax, ranks)
-    title = "At random B, LoRA's output shrinks as 1/√r; rsLoRA's stays"
-    return finish(ax, title, "rank r (1)", "output size (std)", legend="best", yscale="log")
+    finish(ax, "At random B LoRA's path shrinks as 1/√r, rsLoRA's stays", "rank r (1)", "output size (std)", "best", yscale="log")
 
 
-@kit_style()
-def plot_captured(curves: dict[str, torch.Tensor], r: int) -> Figure:
+@draws()
+def plot_captured(ax, curves: dict[str, torch.Tensor], r: int) -> None:
     """Share of an update that the best rank-r matrix holds, over r.
 
     Args:
         curves: name → cumulative energy (`lora.captured_energy`); the first is the finding, the others are for comparison.
         r: the rank to mark.
     """
-    _, ax = new_figure()
     for (name, curve), line in zip(curves.items(), LINES()):
         ax.plot(range(1, len(curve) + 1), 100 * curve, **line, label=name, linewidth=2)
     first = next(iter(curves.values()))
@@ -100,11 +90,11 @@ def plot_captured(curves: dict[str, torch.Tensor], r: int) -> Figure:
     ax.axvline(r, color=COLOURS["other"], linewidth=1, linestyle=":")
     log2_axis(ax, [2**i for i in range(len(first).bit_length())])
     title = f"Rank {r} holds {held:.0f} % of this update"
-    return finish(ax, title, "rank r (1)", "captured (% of energy)", legend="lower right", ylim=(0, 104))
+    finish(ax, title, "rank r (1)", "captured (% of energy)", legend="lower right", ylim=(0, 104))
 
 
-@kit_style()
-def plot_update(update: torch.Tensor, factors: tuple[torch.Tensor, torch.Tensor], r: int, size: int = 32) -> Figure:
+@draws(1, 3, figsize=(8.4, 3.2), sharey=True, **margins(0.07, 0.88, 0.11, 0.88, wspace=0.2))
+def plot_update(axes, update: torch.Tensor, factors: tuple[torch.Tensor, torch.Tensor], r: int, size: int = 32) -> None:
     """A corner of the update, of its best rank-r matrix, and what is left, in one colour scale.
 
     Args:
@@ -117,30 +107,10 @@ def plot_update(update: torch.Tensor, factors: tuple[torch.Tensor, torch.Tensor]
     r = min(r, len(a))
     corner, near = update[:size, :size], b[:size, :r] @ a[:r, :size]
     left = 100 * (b[:, r:] ** 2).sum().item() / (b**2).sum().item()
-    fig, axes = new_figure(1, 3, figsize=(8.4, 3.2), sharey=True, **margins(0.07, 0.88, 0.11, 0.88, wspace=0.2))
-    parts = {"update ΔW": corner, f"best of rank {r}": near, f"left over: {left:.0f} %": corner - near}
-    for ax, (title, part) in zip(axes, parts.items()):
-        image = ax.imshow(part.numpy(), cmap="RdBu", vmin=-2, vmax=2, interpolation="nearest")
+    maps(axes, (corner, near, corner - near), 2, "change (std of ΔW)")
+    for ax, title in zip(axes, ("update ΔW", f"best of rank {r}", f"left over: {left:.0f} %")):
         ax.set(title=title, xlabel="input (index)", xticks=[0, size // 2], yticks=[0, size // 2])
-        ax.grid(visible=False)
     axes[0].set_ylabel("output (index)")
-    fig.colorbar(image, cax=fig.add_axes((0.9, 0.15, 0.015, 0.68)), label="change (std of ΔW)")
-    return fig
-
-
-def explore_update(update: torch.Tensor, factors: tuple[torch.Tensor, torch.Tensor], r: int):
-    """`plot_update` under a slider over the rank."""
-    return explore(lambda r: plot_update(update, factors, r), r=choice_slider("rank r", sorted({*RANKS, r}), r))
-
-
-def explore_counts(r: int, pythia: str):
-    """`plot_counts` under controls for rank, targets and size."""
-    return explore(
-        plot_counts,
-        r=choice_slider("rank r", sorted({*RANKS, r}), r),
-        targets=choice("targets", list(TARGETS), "all-linear"),
-        highlight=choice("Pythia", list(PYTHIA), pythia),
-    )
 
 
 def count(size: str, r: int, targets: str) -> int:
@@ -149,8 +119,8 @@ def count(size: str, r: int, targets: str) -> int:
     return shape.n_layers * lora.n_parameters(r, shape.linears[TARGETS[targets]])
 
 
-@kit_style()
-def plot_counts(r: int, targets: str = "all-linear", highlight: str = "12b") -> Figure:
+@draws(figsize=(8.4, 3.8), **margins(0.08, 0.99, 0.14, 0.92))
+def plot_counts(ax, r: int, targets: str = "all-linear", highlight: str = "12b") -> None:
     """Trained share of every Pythia at one rank, for the chosen targets beside PEFT's default.
 
     Args:
@@ -158,7 +128,6 @@ def plot_counts(r: int, targets: str = "all-linear", highlight: str = "12b") -> 
         targets: a key of `TARGETS`.
         highlight: the size whose numbers are in the title.
     """
-    _, ax = new_figure(figsize=(8.4, 3.8), **margins(0.08, 0.99, 0.14, 0.92))
     kinds = {"query_key_value": "other"} | {targets: "LoRA"}
     width = 0.8 / len(kinds)
     for k, (kind, colour) in enumerate(kinds.items()):
@@ -170,4 +139,4 @@ def plot_counts(r: int, targets: str = "all-linear", highlight: str = "12b") -> 
     ax.set_xticks(range(len(PYTHIA)), list(PYTHIA))
     trained = f"{count(highlight, r, targets):,} trained ({shares[highlight]:.2g} %)"
     title = f"pythia-{highlight}, r = {r}, {targets}: {trained}"
-    return finish(ax, title, "Pythia (size)", "trained (% of all parameters)", legend="best")
+    finish(ax, title, "Pythia (size)", "trained (% of all parameters)", legend="best")

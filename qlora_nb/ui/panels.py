@@ -9,13 +9,12 @@ import time
 
 import ipywidgets as W
 from IPython.core.pylabtools import print_figure
-from IPython.display import display
 
 from qlora_nb.engine import budget, generation
 from qlora_nb.engine.shapes import PYTHIA
 from qlora_nb.errors import KitError
 from qlora_nb.ui import training_plots
-from qlora_nb.ui.widgets import CONTROL, LABEL, choice, choice_slider, float_slider
+from qlora_nb.ui.widgets import CONTROL, LABEL, choice, choice_slider, explore, float_slider
 
 
 class LiveTraining:
@@ -83,12 +82,10 @@ def planner(settings, gpu_gib: float | None = None, notebook: str = "06_finetune
     def redraw(gpu_gib=gpu_gib, **values):
         chosen = settings.model_copy(update=values)
         advice.value = budget.advice(chosen, gpu_gib) + "\n" + chosen.papermill_line(notebook)
-        figure = plan_figure(chosen, gpu_gib)
-        display(figure)
-        return figure
+        return plan_figure(chosen, gpu_gib)
 
-    picture = W.interactive_output(redraw, controls)
-    box = W.VBox([*controls.values(), advice, picture])
+    box = explore(redraw, **controls)
+    box.children = (*controls.values(), advice, box.out)
     box.redraw, box.controls, box.advice = redraw, controls, advice  # for the tests, which drive every control to both ends
     return box
 

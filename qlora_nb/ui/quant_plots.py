@@ -6,13 +6,12 @@ from statistics import NormalDist
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 from qlora_nb.theory import blockwise, codebooks, double_quant
-from qlora_nb.ui.style import COLOURS, HATCHES, MARKERS, finish, kit_style, log2_axis, look, margins, new_figure, stacked_bars
+from qlora_nb.ui.style import COLOURS, HATCHES, MARKERS, draws, finish, log2_axis, look, maps, margins, stacked_bars
 
-PAPER_TABLE_2 = {"INT4": 34.34, "FP4": 31.07, "FP4-E3M0": 29.48, "NF4+DQ": 27.41}
-"""Mean perplexity on Pile Common Crawl, models from 125M to 13B (QLoRA paper, table 2; FP4 is E2M1)."""
+PAPER_TABLE_2 = {"Int4": 34.34, "FP4-E2M1": 31.07, "FP4-E3M0": 29.48, "NF4+DQ": 27.41}
+"""Mean perplexity on Pile Common Crawl, models from 125M to 13B (QLoRA paper, table 2)."""
 PARTS = {
     "codes": look("NF4"),
     "scales": look("other", "//"),
@@ -24,8 +23,8 @@ PARTS = {
 plain_bits = partial(double_quant.bits_per_weight, second_blocksize=None)
 
 
-@kit_style()
-def plot_bell(code: torch.Tensor, tail_quantile: float = codebooks.TAIL_QUANTILE) -> Figure:
+@draws(figsize=(8.4, 3.6))
+def plot_bell(ax, code: torch.Tensor, tail_quantile: float = codebooks.TAIL_QUANTILE) -> None:
     """The bell curve cut into the share of each code value (by midpoints), the code values below it as ticks.
 
     Args:
@@ -35,27 +34,25 @@ def plot_bell(code: torch.Tensor, tail_quantile: float = codebooks.TAIL_QUANTILE
     bell = NormalDist()
     points = code.double().numpy() * bell.inv_cdf(tail_quantile)
     heights = [bell.pdf(v) for v in points]
-    _, ax = new_figure(figsize=(8.4, 3.6))
     for i, (low, high) in enumerate(pairwise([-3.2, *((points[:-1] + points[1:]) / 2), 3.2])):
         x = np.linspace(low, high, 60)
         ax.fill_between(x, [bell.pdf(v) for v in x], color=COLOURS["NF4" if i % 2 else "NF4+DQ"], alpha=0.55, linewidth=0)
     ax.vlines(points, 0, heights, color=COLOURS["16-bit"], linewidth=1)
     ax.plot(points, [0] * len(points), MARKERS["NF4"], color=COLOURS["NF4"], markersize=6, clip_on=False, zorder=5)
-    for i in (0, 3, 7, 11, 15):
-        ax.annotate(f"{code[i]:.3f}", (points[i], heights[i]), textcoords="offset points", xytext=(0, 6), ha="center", fontsize=9)
+    for i, side in {0: "right", 3: "right", 7: "center", 11: "left", 15: "left"}.items():
+        ax.annotate(f"{code[i]:.3f}", (points[i], heights[i]), textcoords="offset points", xytext=(0, 4), ha=side, fontsize=9)
     title = "NF4: sixteen values, close together where weights are many"
-    return finish(ax, title, "weight (standard deviations)", "density (1)", ylim=(0, 0.47))
+    finish(ax, title, "weight (standard deviations)", "density (1)", ylim=(0, 0.47))
 
 
-@kit_style()
-def plot_number_line(weight: float, name: str) -> Figure:
+@draws(figsize=(8.4, 2.9), **margins(0.07, 0.99, 0.17, 0.91))
+def plot_number_line(ax, weight: float, name: str) -> None:
     """Where one scaled weight lands on each code's number line; the chosen code is drawn strongly.
 
     Args:
         weight: weight / absmax of its block, -1 to 1.
         name: NF4, FP4 or INT4.
     """
-    _, ax = new_figure(figsize=(8.4, 2.9))
     errors = {}
     for row, each in enumerate(("INT4", "FP4", "NF4")):
         code = codebooks.code_by_name(each).unique()
@@ -68,11 +65,11 @@ def plot_number_line(weight: float, name: str) -> Figure:
     ax.axvline(weight, color=COLOURS["16-bit"], linestyle=":", linewidth=1)
     ax.set_yticks(range(3), list(errors))
     title = f"{name} stores {weight:+.2f} with an error of {errors[name]:.3f}"
-    return finish(ax, title, "weight / absmax (1)", "", xlim=(-1.06, 1.22), ylim=(-0.4, 2.5))
+    finish(ax, title, "weight / absmax (1)", "", xlim=(-1.06, 1.22), ylim=(-0.4, 2.5))
 
 
-@kit_style()
-def plot_errors(errors: dict[str, dict[int, float]], blocksize: int, name: str, what: str = "a Gaussian") -> Figure:
+@draws(figsize=(8.4, 3.8))
+def plot_errors(ax, errors: dict[str, dict[int, float]], blocksize: int, name: str, what: str = "a Gaussian") -> None:
     """RMSE over bits a weight, one line a datatype; one point (datatype, blocksize) is ringed.
 
     Args:
@@ -80,23 +77,21 @@ def plot_errors(errors: dict[str, dict[int, float]], blocksize: int, name: str, 
         blocksize, name: the point that is ringed.
         what: the data, for the title.
     """
-    _, ax = new_figure(figsize=(8.4, 3.8))
+    sizes = sorted({size for by_size in errors.values() for size in by_size})
     for each, by_size in errors.items():
         kind, line = each if each in COLOURS else "other", {"AF4": "--", "Lloyd-Max": ":"}.get(each, "-")
         style = {"color": COLOURS[kind], "marker": MARKERS[kind], "markersize": 9 if kind == "other" else 6}
-        ax.plot(list(map(plain_bits, by_size)), list(by_size.values()), line, label=each, **style)
-    x, y = plain_bits(blocksize), errors[name][blocksize]
-    ax.plot([x], [y], "o", markersize=17, markerfacecolor="none", markeredgecolor=COLOURS["16-bit"], markeredgewidth=1.6)
-    ax.set_xscale("function", functions=(lambda v: np.log2(np.maximum(v - 4, 1e-4)), lambda v: 4 + 2.0**v))
-    ticks = {b: plain_bits(b) for by_size in errors.values() for b in sorted(by_size)}
-    ax.set_xticks(list(ticks.values()), [f"{bits:.3g}\n({b})" for b, bits in ticks.items()])
-    ax.minorticks_off()
-    title = f"{name}, blocks of {blocksize}: {x:.3f} bits a weight, RMSE {y:.4f} on {what}"
-    return finish(ax, title, "bits a weight, 32-bit scales included (bit)", "RMSE (standard deviations)", "best", ncols=2)
+        ax.plot(list(by_size), list(by_size.values()), line, label=each, **style)
+    bits, y = plain_bits(blocksize), errors[name][blocksize]
+    ax.plot([blocksize], [y], "o", markersize=17, markerfacecolor="none", markeredgecolor=COLOURS["16-bit"], markeredgewidth=1.6)
+    log2_axis(ax, sizes, [f"{plain_bits(size):.3g}\n({size})" for size in sizes])
+    ax.invert_xaxis()
+    title = f"{name}, blocks of {blocksize}: {bits:.3f} bits a weight, RMSE {y:.4f} on {what}"
+    finish(ax, title, "bits a weight, 32-bit scales included (bit)", "RMSE (standard deviations)", "best", ncols=2)
 
 
-@kit_style()
-def plot_error_map(weight: torch.Tensor, blocksize: int, name: str, rows: int = 16, columns: int = 128) -> Figure:
+@draws(3, 1, figsize=(8.4, 4.6), sharex=True, sharey=True, **margins(0.07, 0.9, 0.11, 0.93, hspace=0.08))
+def plot_error_map(axes, weight: torch.Tensor, blocksize: int, name: str, rows: int = 16, columns: int = 128) -> None:
     """A corner of a layer's weights, what is left of it in 4 bits, and ten times the difference; thin lines separate the blocks.
 
     Args:
@@ -105,57 +100,51 @@ def plot_error_map(weight: torch.Tensor, blocksize: int, name: str, rows: int = 
         rows, columns: size of the corner.
     """
     restored = blockwise.round_trip(weight, codebooks.code_by_name(name), blocksize)
-    fig, axes = new_figure(3, 1, figsize=(8.4, 4.6), sharex=True, sharey=True, **margins(0.07, 0.9, 0.11, 0.93, hspace=0.08))
     at = torch.arange(weight.numel()).reshape(weight.shape)[:rows, :columns]
     y, x = (at % blocksize == 0).nonzero().T.numpy()
-    for ax, part, label in zip(axes, (weight, restored, 10 * (restored - weight)), ("weights", name, "10 × error")):
-        corner = part[:rows, :columns].numpy()
-        image = ax.imshow(corner, cmap="RdBu", vmin=-3, vmax=3, interpolation="nearest", aspect="auto")
+    parts = [part[:rows, :columns] for part in (weight, restored, 10 * (restored - weight))]
+    maps(axes, parts, 3, "std of the layer", aspect="auto")
+    for ax, label in zip(axes, ("weights", name, "10 × error")):
         ax.vlines(x - 0.5, y - 0.5, y + 0.5, color="black", linewidth=0.8)
         ax.set(ylabel=label, xticks=range(0, columns, 32), yticks=[0, rows // 2])
-        ax.grid(visible=False)
-    fig.colorbar(image, cax=fig.add_axes((0.91, 0.11, 0.015, 0.82)), label="std of the layer", ticks=[-3, 0, 3])
     bits, error = plain_bits(blocksize), blockwise.rmse(weight, restored)
     axes[0].set_title(f"{name}, blocks of {blocksize}: {bits:.3f} bits a weight, RMSE {error:.4f}")
     axes[-1].set_xlabel("input (index); a row is an output")
-    return fig
 
 
-@kit_style()
-def plot_distributions(errors: dict[str, dict[str, float]]) -> Figure:
+@draws(figsize=(8.4, 3.4))
+def plot_distributions(ax, errors: dict[str, dict[str, float]]) -> None:
     """Grouped bars: RMSE by distribution and datatype; the best datatype of each distribution is marked.
 
     Args:
         errors: {distribution: {datatype: rmse relative to the standard deviation}}.
     """
-    _, ax = new_figure(figsize=(8.4, 3.4))
     best = {d: min(row, key=row.get) for d, row in errors.items()}
     for i, name in enumerate(next(iter(errors.values()))):
         heights = [row[name] for row in errors.values()]
         at = np.arange(len(errors)) + 0.27 * (i - 1)
-        bars = ax.bar(at, heights, 0.25, color=COLOURS[name], hatch=HATCHES[name], label=name)
+        bars = ax.bar(at, heights, 0.25, **look(name), label=name)
         labels = [("best\n" if name == best[d] else "") + f"{h:.3f}" for h, d in zip(heights, errors)]
         ax.bar_label(bars, labels, fontsize=9, padding=2)
     ax.set_xticks(range(len(errors)), list(errors))
     ax.set_ylim(top=1.25 * max(max(row.values()) for row in errors.values()))
     title = "Best datatype: " + " · ".join(f"{d} {name}" for d, name in best.items())
-    return finish(ax, title, "distribution of the weights", "RMSE (standard deviations)", legend="upper right", ncols=3)
+    finish(ax, title, "distribution of the weights", "RMSE (standard deviations)", legend="upper right", ncols=3)
 
 
-@kit_style()
-def plot_usage(share: torch.Tensor, code: torch.Tensor) -> Figure:
+@draws(figsize=(8.4, 3.2))
+def plot_usage(ax, share: torch.Tensor, code: torch.Tensor) -> None:
     """How often each code value is used, beside the even share that "each bin has equal probability" would give."""
     percent, even, bits = (100 * share).numpy(), 100 / len(share), blockwise.entropy_bits(share)
-    _, ax = new_figure(figsize=(8.4, 3.2))
     ax.bar(range(len(percent)), percent, color=COLOURS["NF4"])
     ax.axhline(even, color=COLOURS["16-bit"], linestyle="--", label=f"an even share, {even:.2f} %")
     ax.set_xticks(range(len(percent)), [f"{v:.2f}" for v in code.tolist()], rotation=45, fontsize=9)
     title = f"Used from {percent.min():.1f} to {percent.max():.1f} %: {bits:.2f} bits of information in 4"
-    return finish(ax, title, "NF4 value (1)", "share of the weights (%)", legend="best")
+    finish(ax, title, "NF4 value (1)", "share of the weights (%)", legend="best")
 
 
-@kit_style()
-def plot_outlier(block: torch.Tensor, outlier: float, code: torch.Tensor) -> Figure:
+@draws(figsize=(8.4, 3.2))
+def plot_outlier(ax, block: torch.Tensor, outlier: float, code: torch.Tensor) -> None:
     """Errors of one block of weights, alone and after its first weight has become an outlier.
 
     Args:
@@ -166,7 +155,6 @@ def plot_outlier(block: torch.Tensor, outlier: float, code: torch.Tensor) -> Fig
     spoilt = block.clone()
     spoilt[0] = outlier
     alone, beside = ((blockwise.round_trip(b, code, len(b)) - b)[1:] for b in (block, spoilt))
-    _, ax = new_figure(figsize=(8.4, 3.2))
     x = range(1, len(block))
     for e, kind, size, label in ((beside, "other", 9, f"with one weight of {outlier:g}"), (alone, "NF4", 5, "without")):
         ax.vlines(x, 0, e, color=COLOURS[kind], alpha=0.5, linewidth=1)
@@ -175,55 +163,57 @@ def plot_outlier(block: torch.Tensor, outlier: float, code: torch.Tensor) -> Fig
     top = 1.45 * max(e.abs().max().item() for e in (alone, beside))
     ax.set_ylim(-top, top)
     title = f"One outlier of {outlier:g}: the other {len(x)} weights' error times {times:.1f}"
-    return finish(ax, title, "position in the block", "error (standard deviations)", legend="upper right", ncols=2)
+    finish(ax, title, "position in the block", "error (standard deviations)", legend="upper right", ncols=2)
 
 
-@kit_style()
-def plot_quality(panels: dict[str, list]) -> Figure:
+def _labelled_bars(ax, heights: dict[str, float], meanings: list[str], form: str, **settings) -> None:
+    """Bars drawn by their meanings, the height on each (in this format), long names broken into lines."""
+    names = [name.replace("+", "\n+").replace("-", "\n") for name in heights]
+    drawn = {"color": [COLOURS[m] for m in meanings], "hatch": [HATCHES[m] for m in meanings], "edgecolor": "white"}
+    bars = ax.bar(names, heights.values(), **drawn, capsize=4, **settings)
+    ax.bar_label(bars, fmt=form, fontsize=8)
+    ax.grid(axis="x", visible=False)
+
+
+@draws(figsize=(10.2, 3.9))
+def plot_quality(ax, panels: dict[str, list]) -> None:
     """The loss that each set of weights adds (mean and standard deviation over the samples) beside the paper's table 2.
 
     Args:
         panels: {title: `quality.Quality` records of the same samples, the first of them the unquantized model's}.
     """
-    fig, (*axes, paper) = new_figure(1, len(panels) + 1, figsize=(10.2, 3.9))
-    for ax, (title, (base, *quantized)) in zip(axes, panels.items()):
-        names, added = [q.name for q in quantized], np.array([np.subtract(q.losses, base.losses) for q in quantized])
-        means, spreads = added.mean(axis=1), added.std(axis=1, ddof=1)
-        for i, (name, mean, spread) in enumerate(zip(names, means, spreads)):
-            ax.bar(i, mean, yerr=spread, capsize=4, **look(name if name in COLOURS else "other"))
-            ax.text(i, max(mean + spread, 0), f"{mean:+.2g}", ha="center", va="bottom", fontsize=8)
-        ax.axhline(0, color=COLOURS["16-bit"], linewidth=0.8)
-        ax.set(ylim=(min(1.1 * min(means - spreads), 0), 1.2 * max(*(means + spreads), 1e-6)), ylabel="added loss (nat)")
-        ax.set_xticks(range(len(names)), [name.replace("+", "\n+") for name in names])
-        ax.set_title(f"{title}:\nleast {names[means.argmin()]}, most {names[means.argmax()]}", fontsize=10)
-        ax.grid(axis="x", visible=False)
-    for i, (name, value) in enumerate(PAPER_TABLE_2.items()):
-        paper.bar(i, value, **look("FP4" if name.startswith("FP4") else name))
-        paper.text(i, value, f"{value:.2f}", ha="center", va="bottom", fontsize=9)
+    figure = ax.figure
+    ax.remove()
+    *axes, paper = figure.subplots(1, len(panels) + 1)
+    for panel, (title, (base, *quantized)) in zip(axes, panels.items()):
+        added = np.array([np.subtract(q.losses, base.losses) for q in quantized])
+        means, spreads = dict(zip((q.name for q in quantized), added.mean(axis=1))), added.std(axis=1, ddof=1)
+        _labelled_bars(panel, means, [n if n in COLOURS else "other" for n in means], "{:+.2g}", yerr=spreads)
+        heights = np.array([*means.values()])
+        panel.axhline(0, color=COLOURS["16-bit"], linewidth=0.8)
+        panel.set(ylim=(min(1.1 * min(heights - spreads), 0), 1.2 * max(*(heights + spreads), 1e-6)), ylabel="added loss (nat)")
+        panel.set_title(f"{title}:\nleast {min(means, key=means.get)}, most {max(means, key=means.get)}", fontsize=10)
+    _labelled_bars(paper, PAPER_TABLE_2, ["INT4", "FP4", "FP4", "NF4+DQ"], "{:.2f}")
     paper.set(ylabel="mean perplexity (1)", ylim=(0, 40))
-    paper.set_xticks(range(4), ["Int4", "FP4\nE2M1", "FP4\nE3M0", "NF4\n+DQ"])
     paper.set_title("the paper, table 2:\nleast NF4+DQ, most Int4", fontsize=10)
-    paper.grid(axis="x", visible=False)
-    return fig
 
 
-@kit_style()
-def plot_ledger(ledgers: dict[str, dict[str, float]]) -> Figure:
+@draws(figsize=(8.4, 2.2))
+def plot_ledger(ax, ledgers: dict[str, dict[str, float]]) -> None:
     """What a weight costs beyond its four bits, one bar a variant.
 
     Args:
         ledgers: {variant: `double_quant.ledger(...)`}, in bits a weight.
     """
-    _, ax = new_figure(figsize=(8.4, 0.9 + 0.62 * len(ledgers)))
     scales = {part: PARTS[part] for part in ("scales", "scales of scales")}
     ends = stacked_bars(ax, ledgers, scales, text=lambda end: f"  4 + {end:.4g} = {4 + end:.4g} bits", fontsize=10)
     ax.set(xlim=(0, 1.5 * max(ends)), ylim=(len(ledgers) - 0.4, -0.6))
     title = f"The scales cost {ends[0]:.3g} bits a weight; quantized too, {ends[-1]:.3g}"
-    return finish(ax, title, "bits a weight beyond the four (bit)", "", legend="lower right")
+    finish(ax, title, "bits a weight beyond the four (bit)", "", legend="lower right")
 
 
-@kit_style()
-def plot_bits(blocksize: int, second_blocksize: int) -> Figure:
+@draws(figsize=(8.4, 3.6))
+def plot_bits(ax, blocksize: int, second_blocksize: int) -> None:
     """Bits a weight over the block size, without and with double quantization; one block size is read off.
 
     Args:
@@ -231,7 +221,6 @@ def plot_bits(blocksize: int, second_blocksize: int) -> Figure:
         second_blocksize: scales that share a second-level scale.
     """
     sizes = [2**k for k in range(3, 13)]
-    _, ax = new_figure(figsize=(8.4, 3.6))
     labels = {"NF4": "32-bit scales", "NF4+DQ": f"8-bit scales, {second_blocksize} to a block"}
     for (kind, label), second in zip(labels.items(), (None, second_blocksize)):
         bits = [double_quant.bits_per_weight(size, second) for size in sizes]
@@ -243,28 +232,27 @@ def plot_bits(blocksize: int, second_blocksize: int) -> Figure:
     ax.annotate(f"{b:.3f}", (blocksize, b), xytext=(-7, -13), ha="right", **beside)
     log2_axis(ax, sizes)
     title = f"Blocks of {blocksize}: {a:.3f} bits a weight become {b:.3f}, {a - b:.3f} less"
-    return finish(ax, title, "block size (weights)", "bits a weight (bit)", legend="best", ylim=(3.6, 8.4))
+    finish(ax, title, "block size (weights)", "bits a weight (bit)", legend="best", ylim=(3.6, 8.4))
 
 
-@kit_style()
-def plot_scales(scaled: torch.Tensor, code: torch.Tensor) -> Figure:
+@draws(2, 1, figsize=(8.4, 3.8), sharex=True, height_ratios=[3, 1])
+def plot_scales(axes, scaled: torch.Tensor, code: torch.Tensor) -> None:
     """The centred scales of a model beside the 256 values they may become.
 
     Args:
         scaled: centred scales / second-level absmax, in [-1, 1].
         code: (256,) dynamic 8-bit map.
     """
-    fig, (top, low) = new_figure(2, 1, figsize=(8.4, 3.8), sharex=True, height_ratios=[3, 1])
+    top, low = axes
     top.hist(scaled.numpy(), bins=80, range=(-1, 1), color=COLOURS["NF4+DQ"])
     low.vlines(code, 0, 1, color=COLOURS["NF4"], linewidth=0.7)
     inside, near = 100 * (scaled.abs() < 0.1).double().mean().item(), int((code.abs() < 0.1).sum())
     top.set(title=f"{inside:.0f} % of the scales lie within ±0.1, where {near} of the {len(code)} values lie", ylabel="scales")
     low.set(xlabel="centred scale / second-level absmax (1)", ylabel="values", yticks=[], xlim=(-1.02, 1.02))
-    return fig
 
 
-@kit_style()
-def plot_model_bytes(rows: dict[str, dict[str, int]], n_weights: int) -> Figure:
+@draws(1, 2, figsize=(9.2, 3.4), sharey=True)
+def plot_model_bytes(axes, rows: dict[str, dict[str, int]], n_weights: int) -> None:
     """Bytes of the quantized layers on the left, of the whole model on the right.
 
     Args:
@@ -272,23 +260,22 @@ def plot_model_bytes(rows: dict[str, dict[str, int]], n_weights: int) -> Figure:
             and has its layers' bytes under "codes".
         n_weights: weights in the quantized layers.
     """
-    fig, (left, right) = new_figure(1, 2, figsize=(9.2, 3.4), sharey=True)
+    left, right = axes
     unit, name = (2**20, "MiB") if max(sum(parts.values()) for parts in rows.values()) < 2**30 else (2**30, "GiB")
     drawn = PARTS | {"codes": look("NF4") | {"color": [COLOURS["16-bit"], *[COLOURS["NF4"]] * (len(rows) - 1)]}}
     size = lambda end: f" {end:.3g} {name}"
     whole = stacked_bars(right, rows, drawn, unit, size, fontsize=9)
     drawn.pop("rest")
-    bits = lambda end: f"{size(end)}, {8 * end * unit / n_weights:.3f} bits a weight"
+    bits = lambda end: f"{size(end)}, {8 * end * unit / n_weights:.4g} bits a weight"
     layers = stacked_bars(left, rows, drawn, unit, bits, fontsize=9)
-    left.set(title=f"Quantized layers: {layers[0] / layers[-1]:.1f} times smaller", xlim=(0, 1.9 * max(layers)))
+    left.set(title=f"Quantized layers: {layers[0] / layers[-1]:.1f} times smaller", xlim=(0, 2 * max(layers)))
     right.set(title=f"Whole model: {whole[0] / whole[-1]:.1f} times (rest dotted)", xlim=(0, 1.35 * max(whole)))
     for ax in (left, right):
         ax.set(xlabel=f"size ({name})", ylim=(len(rows) - 0.4, -0.6))
-    return fig
 
 
-@kit_style()
-def plot_added_error(rows: dict[str, tuple[float, float]]) -> Figure:
+@draws(1, 2, figsize=(9.2, 3.4))
+def plot_added_error(axes, rows: dict[str, tuple[float, float]]) -> None:
     """RMSE with 32-bit scales and with 8-bit scales, layer by layer, and their difference.
 
     Args:
@@ -296,11 +283,11 @@ def plot_added_error(rows: dict[str, tuple[float, float]]) -> Figure:
     """
     plain, double = np.array(list(rows.values())).T
     added = (double - plain) * 1e6
-    _, (left, right) = new_figure(1, 2, figsize=(9.2, 3.4))
+    left, right = axes
     left.plot(plain, MARKERS["NF4"], color=COLOURS["NF4"], markersize=9, label="32-bit scales")
     left.plot(double, MARKERS["NF4+DQ"], color=COLOURS["NF4+DQ"], markersize=5, label="8-bit scales")
     right.vlines(range(len(added)), 0, added, color=COLOURS["NF4+DQ"], linewidth=1.5)
     right.plot(added, MARKERS["NF4+DQ"], color=COLOURS["NF4+DQ"], markersize=5)
     left.set_ylim(0, 1.35 * plain.max())
     finish(left, f"Error of {len(rows)} layers: the same points", "layer", "RMSE (std of the layer)", "upper right", ncols=2)
-    return finish(right, f"Added: at most {max(added.max(), 0):.1f} millionths", "layer", "added RMSE (millionths of std)")
+    finish(right, f"Added: at most {max(added.max(), 0):.1f} millionths", "layer", "added RMSE (millionths of std)")

@@ -1,13 +1,14 @@
 """One look for every figure: Okabe–Ito colours with a fixed meaning, markers beside them, titles that state the finding."""
 
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial, wraps
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib import rc_params_from_file
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 COLOURS = {
     "16-bit": "#000000",
@@ -17,7 +18,7 @@ COLOURS = {
     "NF4+DQ": "#56B4E9",
     "LoRA": "#009E73",
     "optimizer": "#CC79A7",
-    "other": "#8C8C8C",
+    "other": "#606060",
 }
 """Colour by meaning; never the only difference (see MARKERS and HATCHES)."""
 MARKERS = {"16-bit": "o", "INT4": "s", "FP4": "^", "NF4": "D", "NF4+DQ": "v", "LoRA": "P", "optimizer": "X", "other": "."}
@@ -50,15 +51,33 @@ def stacked_bars(ax, rows: Mapping[str, Mapping], looks: Mapping[str, dict], uni
     return ends
 
 
-def log2_axis(ax, ticks: Sequence[int]) -> None:
-    """A logarithmic x axis with plain numbers at these powers of two."""
+def log2_axis(ax, ticks: Sequence[int], labels: Sequence[str] = ()) -> None:
+    """A logarithmic x axis with labels (plain numbers if left out) at these powers of two."""
     ax.set_xscale("log", base=2)
-    ax.set_xticks(ticks, [str(tick) for tick in ticks])
+    ax.set_xticks(ticks, labels or [str(tick) for tick in ticks])
     ax.minorticks_off()
+
+
+def maps(axes, parts: Sequence, limit: float, label: str, **settings) -> None:
+    """Matrices as colour maps, one on each of the axes, on one scale from -limit to limit with one colour bar (`label`)."""
+    for ax, part in zip(axes, parts):
+        image = ax.imshow(part.numpy(), cmap="RdBu", vmin=-limit, vmax=limit, interpolation="nearest", **settings)
+        ax.grid(visible=False)
+    bottom, top = axes[-1].get_position().y0, axes[0].get_position().y1
+    bar = image.figure.add_axes((0.91, bottom, 0.015, top - bottom))
+    image.figure.colorbar(image, cax=bar, label=label, ticks=[-limit, 0, limit])
 
 
 kit_style = partial(plt.rc_context, rc_params_from_file(Path(__file__).with_name("kit.mplstyle"), use_default_template=False))
 """`@kit_style()` above a function draws its figure in the kit's look and leaves the reader's own settings alone."""
+
+
+class WholeFigure(Figure):
+    """Shown as large as it was made: a notebook would cut off white edges, and a static figure would not be its widget's twin."""
+
+    def get_tightbbox(self, *_args, **_kwargs) -> Bbox:
+        """The whole figure (inches), less the edge that is added again when it is saved."""
+        return self.bbox_inches.padded(-plt.rcParams["savefig.pad_inches"])
 
 
 def new_figure(rows: int = 1, cols: int = 1, **kwargs) -> tuple[Figure, object]:
@@ -72,9 +91,33 @@ def new_figure(rows: int = 1, cols: int = 1, **kwargs) -> tuple[Figure, object]:
     Returns:
         (figure, axes), axes as `plt.subplots` gives them.
     """
-    fig, axes = plt.subplots(rows, cols, **{"layout": "constrained"} | kwargs)
+    fig, axes = plt.subplots(rows, cols, FigureClass=WholeFigure, **{"layout": "constrained"} | kwargs)
     plt.close(fig)
     return fig, axes
+
+
+def draws(rows: int = 1, cols: int = 1, **kwargs) -> Callable:
+    """`@draws(figsize=…)` above `plot(ax, data)` gives `plot(data)`, which draws on new axes in the kit's look.
+
+    Args:
+        rows, cols, **kwargs: as in `new_figure`; if there are several axes they come as an array.
+
+    Returns:
+        A decorator; what it makes returns the closed figure.
+    """
+
+    def decorate(plot: Callable) -> Callable[..., Figure]:
+        @wraps(plot)
+        def drawn(*data, **options) -> Figure:
+            with kit_style():
+                fig, axes = new_figure(rows, cols, **kwargs)
+                plot(axes, *data, **options)
+            return fig
+
+        del drawn.__wrapped__  # its signature has the axes, which nobody passes
+        return drawn
+
+    return decorate
 
 
 def margins(left: float, right: float, bottom: float, top: float, **between: float) -> dict:

@@ -4,18 +4,22 @@ Only the widget API common to ipywidgets 7.7.1 (Colab) and 8.1 is used. A widget
 nothing in a notebook reads a value from it.
 """
 
+import base64
+import html
 import io
 from collections.abc import Callable
+from pathlib import Path
 
 import ipywidgets as W
-from IPython.display import Image, display
+from IPython.display import HTML, display
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 LABEL = {"description_width": "initial"}
-WIDE = W.Layout(width="min(460px, 95%)")
-CONTROL = {"style": LABEL, "layout": WIDE}
+CONTROL = {"style": LABEL, "layout": W.Layout(width="min(460px, 95%)")}
 """How every control looks: the whole description, and no wider than a phone."""
+NAME_SLIDERS = Path(__file__).with_name("name_sliders.js").read_text(encoding="utf-8")
+"""For screen readers: ipywidgets names no slider, and tells the place of a choice instead of the choice."""
 
 
 def explore(plot: Callable[..., Figure], **controls: W.Widget) -> W.interactive:
@@ -30,9 +34,8 @@ def explore(plot: Callable[..., Figure], **controls: W.Widget) -> W.interactive:
     """
 
     def draw(**values):
-        figure, png = plot(**values), io.BytesIO()
-        FigureCanvasAgg(figure).print_png(png)  # one drawing pass; displaying the Figure itself costs three
-        display(Image(png.getvalue()))  # `interactive` does not display what its function returns
+        figure = plot(**values)
+        display(picture(figure))  # `interactive` does not display what its function returns
         return figure
 
     panel = W.interactive(draw, **controls)
@@ -40,14 +43,29 @@ def explore(plot: Callable[..., Figure], **controls: W.Widget) -> W.interactive:
     return panel
 
 
+def picture(figure: Figure) -> HTML:
+    """A figure, drawn in one pass (displaying it costs three), that a screen reader tells by its titles."""
+    png, titles = io.BytesIO(), " · ".join(filter(None, (ax.get_title(loc="left") for ax in figure.axes)))
+    FigureCanvasAgg(figure).print_png(png)
+    source = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
+    return HTML(f'<img alt="{html.escape(titles)}" src="{source}" onload="{NAME_SLIDERS}">')
+
+
+def slider(kind: type, description: str, value, **limits) -> W.Widget:
+    """A slider of this kind that redraws when let go."""
+    made = kind(value=value, description=description, continuous_update=False, **limits, **CONTROL)
+    made.tooltip = description  # without one ipywidgets 8 shows "null" under the mouse
+    return made
+
+
 def float_slider(description: str, value: float, low: float, high: float, step: float) -> W.FloatSlider:
-    """A slider over real numbers that redraws when let go."""
-    return W.FloatSlider(value, min=low, max=high, step=step, description=description, continuous_update=False, **CONTROL)
+    """A slider over real numbers."""
+    return slider(W.FloatSlider, description, value, min=low, max=high, step=step)
 
 
 def choice_slider(description: str, options: list, value) -> W.SelectionSlider:
     """A slider over a list of values, for example block sizes."""
-    return W.SelectionSlider(options=options, value=value, description=description, continuous_update=False, **CONTROL)
+    return slider(W.SelectionSlider, description, value, options=options)
 
 
 def choice(description: str, options: list, value) -> W.Dropdown:

@@ -1,0 +1,86 @@
+"""The kit's colours as other eyes see them, and what stands beside colour: markers, hatches, line styles; figures in full."""
+
+from __future__ import annotations
+
+import io
+import itertools
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from IPython.core.pylabtools import print_figure
+from matplotlib import colors
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from qlora_nb.ui import style, widgets
+
+# Machado, Oliveira, Fernandes 2009, severity 1.0: what is left of linear sRGB when one kind of cone is missing
+SEEN_WITHOUT = {
+    "nothing missing": np.eye(3),
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+NOTICEABLE = 2.3
+"""A difference in CIELAB that half of all people just notice (Mahy et al. 1994)."""
+LEAST = 5 * NOTICEABLE
+"""What is asked for: seen at a glance, also in a thin line and on a poor projector."""
+
+
+def lab(rgb: str, matrix) -> np.ndarray:
+    """CIELAB (D65) of a colour seen through a matrix on linear sRGB."""
+    value = np.array(colors.to_rgb(rgb))
+    linear = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
+    seen = np.clip(np.array(matrix) @ linear, 0, 1)
+    xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]) @ seen
+    ratio = xyz / [0.9505, 1.0, 1.089]
+    f = np.where(ratio > (6 / 29) ** 3, np.cbrt(ratio), ratio / (3 * (6 / 29) ** 2) + 4 / 29)
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+def nearest(palette: dict[str, str], matrix) -> tuple[float, tuple[str, str]]:
+    """The smallest distance of two colours, and which they are."""
+    distance = lambda a, b: float(np.linalg.norm(lab(palette[a], matrix) - lab(palette[b], matrix)))
+    return min((distance(a, b), (a, b)) for a, b in itertools.combinations(palette, 2))
+
+
+@pytest.mark.parametrize("eyes", SEEN_WITHOUT)
+def test_colours_stay_apart(eyes):
+    distance, pair = nearest(style.COLOURS | {"paper": "white"}, SEEN_WITHOUT[eyes])
+    print(f"{eyes}: {distance:.1f} between {' and '.join(pair)}")
+    assert distance >= LEAST, pair
+
+
+def test_the_measure_would_find_a_bad_palette():
+    usual = {"green": "tab:green", "red": "tab:red", "brown": "tab:brown"}
+    assert nearest(usual, SEEN_WITHOUT["nothing missing"])[0] > LEAST
+    assert nearest(usual, SEEN_WITHOUT["deuteranopia"])[0] < LEAST
+
+
+def test_a_colour_is_never_the_only_difference():
+    assert style.COLOURS.keys() == style.MARKERS.keys() == style.HATCHES.keys()
+    assert len(set(style.MARKERS.values())) == len(style.MARKERS)
+    full = {meaning for meaning, hatch in style.HATCHES.items() if not hatch}
+    assert full == {"16-bit", "NF4"}, "without a hatch: only black and the darkest blue, told apart by lightness alone"
+    lightness = [lab(style.COLOURS[meaning], np.eye(3))[0] for meaning in sorted(full)]
+    assert lightness[1] - lightness[0] > 4 * LEAST / 2
+
+
+def test_a_figure_is_shown_in_full_and_leaves_no_trace():
+    before = dict(plt.rcParams)
+
+    @style.draws(figsize=(3, 2), **style.margins(0.3, 0.7, 0.3, 0.7))
+    def plot(ax, height):
+        """A bar."""
+        ax.bar([0], [height], **style.look("LoRA"))
+        style.finish(ax, "<b>&", "x", "y")
+
+    figure = plot(2)
+    shown = print_figure(figure, "png", base64=False)
+    drawn = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(drawn)
+    assert shown == drawn.getvalue(), "a static figure must be its widget's twin"
+    assert plt.imread(io.BytesIO(shown)).shape[:2] == (200, 300)
+    assert plt.imread(io.BytesIO(shown))[0, 0].tolist() == [1, 1, 1, 1], "on a dark page figures need their own white ground"
+    assert 'alt="&lt;b&gt;&amp;"' in widgets.picture(figure).data
+    assert (plot.__doc__, dict(plt.rcParams), plt.get_fignums()) == ("A bar.", before, [])
