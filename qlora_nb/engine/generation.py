@@ -209,7 +209,7 @@ def along(model: PeftModel, tokenizer: PreTrainedTokenizerBase, row: dict, setti
         probable tokens as (text, probability).
     """
     prompt, more = _encode([row], tokenizer, model, settings), {"add_special_tokens": False, "return_tensors": "pt"}
-    written = tokenizer(" " + text, **more)["input_ids"][:, : settings.max_new_tokens].long().to(model.device)
+    written = tokenizer(text, **more)["input_ids"][:, : settings.max_new_tokens].long().to(model.device)
     ids, start = torch.cat([prompt["input_ids"], written], dim=1), prompt["input_ids"].shape[1] - 1
     logs = []
     for tuned in (False, True):
