@@ -21,11 +21,12 @@ import threading
 import time
 from pathlib import Path
 
+import decoding as decoding_benchmark
 import peers
 import provenance
 import torch
 
-from qlora_nb.engine import budget, ledger, models
+from qlora_nb.engine import budget, ends, ledger, models
 from qlora_nb.engine.profiles import validate
 
 TARGET = provenance.ROOT / "notebooks" / "recorded" / "gpu.json"
@@ -140,6 +141,34 @@ def answer(folder: str, values: dict) -> dict:
     return {"predicted": budget.peak(without_adapter).total_bytes, **speeds, **found}
 
 
+def decode(folder: str, values: dict, n: int = 64, rounds: int = 5) -> dict:
+    """Plain against fast decoding, alternating, one row; and the share of what the card's memory bandwidth allows."""
+    settings = settings_for(folder, **values)
+    world = settings, tokenizer_for(), models.load_base(settings)
+    found = decoding_benchmark.compare(world, True, n, rounds)
+    plan = ledger.measure(world[2])
+    read = plan.total_bytes - (0 if ends.are_tied(world[2]) else plan[ledger.EMBEDDINGS] // 2)  # the input table is looked up
+    limit = bandwidth() / read
+    return found | {
+        "bytes_read_per_token": read,
+        "limit_tokens_per_s": round(limit, 1),
+        "share_of_limit": round(found["fast_tokens_per_s"] / limit, 3),
+    }
+
+
+def bandwidth(n: int = 2**28) -> float:
+    """Bytes a second that this device really copies: read and write counted."""
+    source = torch.empty(n if torch.cuda.is_available() else n // 8, dtype=torch.uint8, device=models.device())
+    target, seconds = torch.empty_like(source), []
+    for _ in range(5):
+        started = time.perf_counter()
+        target.copy_(source)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return 2 * source.nbytes / min(seconds)
+
+
 def apart(kind: str, *arguments) -> dict:
     """Run one measurement in a process of its own."""
     command = [sys.executable, __file__, "--one", json.dumps([kind, *arguments])]
@@ -159,7 +188,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.one:
         kind, *arguments = json.loads(given.one)
-        print(json.dumps({"peak": peak, "speed": speed, "load": load, "answer": answer}[kind](*arguments)))
+        print(json.dumps({"peak": peak, "speed": speed, "load": load, "answer": answer, "decode": decode}[kind](*arguments)))
         return
     if not torch.cuda.is_available() and given.shape == parser.get_default("shape"):
         raise SystemExit("no CUDA device here: try --shape 14m --out FILE")
@@ -179,6 +208,7 @@ def main() -> None:
         note("peaks", name, apart("peak", folder, values))
     for name, values in ANSWERS.items():
         note("answers", name, apart("answer", folder, values))
+    note("decoding", "64 tokens, one row", apart("decode", folder, {}))
     rounds = [{who: apart("speed", folder, who) for who in ("kit", "common", "pasted")} for _ in range(given.rounds)]
     note("speed", "rounds", rounds)
     whole = [found for found in rounds if all("error" not in one for one in found.values())]

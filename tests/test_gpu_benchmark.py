@@ -48,6 +48,15 @@ def test_an_answer_and_a_load(gpu, monkeypatch, tmp_path):
     assert gpu.load("pocket", True)["held"] == gpu.load("pocket", True)["held"] > 1_000_000
 
 
+@pytest.mark.slow
+def test_decoding_against_the_limit(gpu):
+    found = gpu.decode("pocket", {}, n=6, rounds=1)
+    assert found["same_tokens"]
+    assert found["times_as_fast"] > 0
+    assert 1_500_000 < found["bytes_read_per_token"] < gpu.ledger.predict(validate({}), r=0).total_bytes
+    assert 0 < found["share_of_limit"] < 1
+
+
 def test_a_failure_is_told_and_not_measured(gpu, root, monkeypatch):
     assert "error" in gpu.apart("peak", "/nowhere/at/all", {})
 

@@ -78,6 +78,9 @@ def test_side_by_side_answers_twice(chat):
     assert all(said.values())
     assert chat.note.value.startswith("done · first token base: ")
     assert "tokens/s" in chat.costs["tuned"].value
+    lines = chat.positions.value.splitlines()
+    assert lines[-1].startswith("'(end)' · ")
+    assert all(" bits apart · base: " in line and " · tuned: " in line for line in lines)
     assert not chat.ask.disabled
     assert chat.stop_button.disabled
 
@@ -169,6 +172,9 @@ def test_figures_for_small_and_large_models():
     answers = [Answer("a", 3, 0.1, 0.2)]
     assert isinstance(training_plots.speeds({"base": answers, "tuned": answers}), Figure)
     assert isinstance(training_plots.next_tokens([("<b>$x$", 0.5)], [("\n", 0.5)], 1.0), Figure)
+    steps = [("<b>$x$", [("a", 0.5)], [("b", 0.5)], 3.0), ("(end)", [], [], 0.0)]
+    assert training_plots.along(steps).axes[0].get_title(loc="left") == "The models differ by 3.0 bits at most, 1.5 on average"
+    assert "adds 8 bytes" in training_plots.cache_growth({0: 0, 4: 32}, {4: 32}).axes[0].get_title(loc="left")
     scores = {"majority": {"all": 0.1, "who": 0.2}, "QLoRA": {"all": 0.9, "who": 0.8}}
     assert isinstance(training_plots.scores(scores), Figure)
 

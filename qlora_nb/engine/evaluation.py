@@ -4,27 +4,61 @@ Exact match is only worth something beside what costs nothing: always giving the
 fixed place of the input.
 """
 
+import math
 from collections import Counter, defaultdict
+from types import SimpleNamespace
 
 import datasets
 import torch
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_nb.engine import data, generation, objective
 
 
 @torch.no_grad()
-def response_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, encoded: datasets.Dataset, batch: int = 8) -> float:
-    """Mean cross-entropy (nats) of every labelled token in the encoded rows: answers and end tokens, no prompts."""
+def row_losses(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, encoded: datasets.Dataset, batch: int = 8
+) -> torch.Tensor:
+    """(rows, 2): summed cross-entropy (nats) and number of the labelled tokens of each row: answer and end token, no prompt."""
     collate = data.collator(tokenizer)
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]["input_ids"]))
-    total = 0.0
-    with objective.sliced_head(model, chunk=256) as loss:  # whole logits would be the largest thing in memory
+    found = torch.zeros(len(encoded), 2, dtype=torch.float64)
+    bar = tqdm(total=len(order), desc="held-out loss", unit="row", delay=2, mininterval=2, leave=False)
+    with objective.sliced_head(model, chunk=256) as loss, bar:  # whole logits would be the largest thing in memory
         for start in range(0, len(order), batch):
-            padded = collate([encoded[i] for i in order[start : start + batch]])
-            inputs = {k: padded[k].to(model.device) for k in ("input_ids", "attention_mask")}
-            total += loss(model(**inputs), padded["labels"], num_items_in_batch=1).item()
-    return total / sum(label != data.IGNORED for labels in encoded["labels"] for label in labels[1:])
+            group = order[start : start + batch]
+            padded = collate([encoded[i] for i in group])
+            hidden = model(**{k: padded[k].to(model.device) for k in ("input_ids", "attention_mask")}).logits
+            for i, vectors, labels in zip(group, hidden, padded["labels"]):
+                row = SimpleNamespace(logits=vectors[None])
+                found[i, 0] = loss(row, labels[None], num_items_in_batch=1)
+                found[i, 1] = (labels[1:] != data.IGNORED).sum()
+            bar.update(len(group))
+    return found
+
+
+def response_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, encoded: datasets.Dataset, batch: int = 8) -> float:
+    """Mean cross-entropy (nats) of every labelled token in the encoded rows."""
+    total, n = row_losses(model, tokenizer, encoded, batch).sum(0)
+    return (total / n).item()
+
+
+def loss_interval(rows: torch.Tensor, before: torch.Tensor | None = None, n: int = 2000) -> tuple[float, float]:
+    """95 % interval of the mean loss, or with `before` of its change on the same rows: percentiles of `n` resamples of rows."""
+    drawn = torch.randint(len(rows), (n, len(rows)), generator=torch.Generator().manual_seed(0))
+    means = [(r[drawn][..., 0].sum(-1) / r[drawn][..., 1].sum(-1)) for r in (rows, before) if r is not None]
+    return tuple((means[0] - (means[1] if len(means) > 1 else 0)).quantile(torch.tensor([0.025, 0.975]).double()).tolist())
+
+
+def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % interval of a share that was seen in `n` rows (Wilson, 1927); it stays between 0 and 1, also at the ends.
+
+    >>> [round(end, 3) for end in wilson(0.5, 10)]
+    [0.237, 0.763]
+    """
+    middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
 
 
 def exact_match(said: list[str], rows: list[dict]) -> dict[str, float]:
@@ -45,10 +79,11 @@ def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: da
     """Held-out loss, and exact match where the answers are short enough for it (the micro-world's rows, which name a kind).
 
     Returns:
-        `loss` (nats per answer token), `exact_match` ({kind: share}, empty for open answers), `said` (the answers).
+        `loss` (nats a token), `rows` (`row_losses`), `exact_match` ({kind: share}, empty for open answers), `said` (the answers).
     """
     encoded = data.encode(rows, tokenizer, settings)
-    result = {"loss": response_loss(model, tokenizer, encoded), "exact_match": {}, "said": []}
+    losses = row_losses(model, tokenizer, encoded)
+    result = {"loss": (losses[:, 0].sum() / losses[:, 1].sum()).item(), "rows": losses, "exact_match": {}, "said": []}
     if "kind" in rows.column_names:
         rows = list(rows)
         result["said"] = generation.answer_all(model, tokenizer, rows, settings)

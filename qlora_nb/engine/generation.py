@@ -19,7 +19,7 @@ from safetensors import safe_open
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList, TextIteratorStreamer
 
-from qlora_nb.engine import checkpoints, data, runs
+from qlora_nb.engine import checkpoints, data, decoding, runs
 from qlora_nb.engine.data import prompt_of
 from qlora_nb.errors import KitError, refusing
 from qlora_nb.pocket import ADAPTER_DIR
@@ -140,13 +140,13 @@ def stream(
     ending, failure, made = stop or threading.Event(), [], []
     shown = {"output_scores": True, "output_logits": True, "return_dict_in_generate": True}
     sampling = {name: getattr(settings, name) for name in ("temperature", "top_p", "repetition_penalty")}
-    config = _config(tokenizer, settings.max_new_tokens, **sampling, **shown)
     stopped = lambda input_ids, scores, **_: torch.full((len(input_ids),), ending.is_set(), device=input_ids.device)
 
     def work():
         try:
             torch.manual_seed(settings.seed)
-            with base_or_tuned(model, tuned), torch.no_grad():
+            with base_or_tuned(model, tuned), torch.no_grad(), decoding.fast(model) as how:
+                config = _config(tokenizer, settings.max_new_tokens, **sampling, **shown, **how)
                 criteria = StoppingCriteriaList([stopped])
                 made.append(model.generate(**encoded, generation_config=config, streamer=streamer, stopping_criteria=criteria))
         except BaseException as error:  # handed to the caller below; a silent thread would leave it waiting
@@ -191,15 +191,32 @@ def next_tokens(model: PeftModel, tokenizer: PreTrainedTokenizerBase, row: dict,
         (base, tuned, divergence): two lists of (token text, probability) and KL(tuned ‖ base) in bits, over the whole
         vocabulary.
     """
-    encoded = _encode([row], tokenizer, model, settings)
-    logs, tops = [], []
+    _, *tops, divergence = along(model, tokenizer, row, settings, "", k)[0]
+    return *tops, divergence
+
+
+@torch.no_grad()
+def along(model: PeftModel, tokenizer: PreTrainedTokenizerBase, row: dict, settings, text: str, k: int = 3) -> list[tuple]:
+    """Both models' next tokens at every position of an answer, the end included.
+
+    Returns:
+        (token written there, base's `k` most probable ones, the tuned model's, KL(tuned ‖ base) in bits) for each position;
+        probable tokens as (text, probability).
+    """
+    prompt, more = _encode([row], tokenizer, model, settings), {"add_special_tokens": False, "return_tensors": "pt"}
+    written = tokenizer(text, **more)["input_ids"][:, : settings.max_new_tokens].long().to(model.device)
+    ids, start = torch.cat([prompt["input_ids"], written], dim=1), prompt["input_ids"].shape[1] - 1
+    logs = []
     for tuned in (False, True):
         with base_or_tuned(model, tuned):
-            logs.append(model(**encoded).logits[0, -1].float().log_softmax(-1))
-        values, ids = logs[-1].exp().topk(k)
-        tops.append([(tokenizer.decode([i]), p) for i, p in zip(ids.tolist(), values.tolist(), strict=True)])
-    divergence = (logs[1].exp() * (logs[1] - logs[0])).sum().item() / math.log(2)
-    return *tops, divergence
+            logs.append(model(input_ids=ids).logits[0, start:].float().log_softmax(-1))
+    bits = ((logs[1].exp() * (logs[1] - logs[0])).sum(-1) / math.log(2)).tolist()
+    tops = []
+    for log in logs:
+        values, best = log.exp().topk(k)
+        tops.append([[(tokenizer.decode([i]), p) for i, p in zip(*row)] for row in zip(best.tolist(), values.tolist())])
+    tokens = [*(tokenizer.decode([i]) for i in written[0].tolist()), "(end)"]
+    return list(zip(tokens, *tops, bits, strict=True))
 
 
 @torch.no_grad()

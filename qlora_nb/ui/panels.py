@@ -106,13 +106,15 @@ class SideBySide:
         sliders = {name: float_slider(name, getattr(settings, name), *ends) for name, ends in ranges.items()}
         self.controls = sliders | {"seed": W.BoundedIntText(settings.seed, min=0, max=2**31 - 1, description="seed", **CONTROL)}
         self.note = W.Label("first line: the instruction; the rest: the input; temperature 0 is greedy")
-        self.history = W.Textarea(disabled=True, description="history", layout=wide, style=LABEL)
+        self.history, self.positions = (
+            W.Textarea(disabled=True, description=name, layout=wide, style=LABEL) for name in ("history", "token by token")
+        )
         tall, half = W.Layout(width="99%", height="8em"), W.Layout(width="48%")
         self.answers = {name: W.Textarea(disabled=True, layout=tall, placeholder="no answer yet") for name in ("base", "tuned")}
         self.costs = {name: W.Label("") for name in self.answers}
         sides = [W.VBox([W.Label(f"{name} model"), box, self.costs[name]], layout=half) for name, box in self.answers.items()]
         buttons, both = W.HBox([self.ask, self.stop_button]), W.HBox(sides, layout=W.Layout(width="97%"))
-        self.box = W.VBox([self.prompt, *self.controls.values(), buttons, self.note, both, self.history])
+        self.box = W.VBox([self.prompt, *self.controls.values(), buttons, self.note, both, self.positions, self.history])
         self.stopping, self.worker = threading.Event(), None
         self.ask.on_click(lambda _: self.start())
         self.stop_button.on_click(lambda _: self.stopping.set())
@@ -141,9 +143,13 @@ class SideBySide:
                 self.costs[name].value = f"{cost} · {said.tokens_per_s:.0f} tokens/s · {chances}"
                 if self.stopping.is_set():
                     break
-            *tops, bits = generation.next_tokens(self.model, self.tokenizer, row, settings)
-            first = "; ".join(f"{n}: {top[0][0]!r} {top[0][1]:.0%}" for n, top in zip(self.answers, tops, strict=True))
-            self.note.value = f"{'stopped' if self.stopping.is_set() else 'done'} · first token {first} · {bits:.1f} bits apart"
+            steps = generation.along(self.model, self.tokenizer, row, settings, self.answers["tuned"].value)
+            best = lambda top: " ".join(f"{token!r} {p:.0%}" for token, p in top)
+            lines = [f"{t!r} · {bits:.1f} bits apart · base: {best(b)} · tuned: {best(a)}" for t, b, a, bits in steps]
+            self.positions.value = "\n".join(lines)
+            first = "; ".join(f"{n}: {top[0][0]!r} {top[0][1]:.0%}" for n, top in zip(self.answers, steps[0][1:3], strict=True))
+            state = "stopped" if self.stopping.is_set() else "done"
+            self.note.value = f"{state} · first token {first} · {steps[0][3]:.1f} bits apart"
             said = "".join(f"\n  {name}: {box.value}" for name, box in self.answers.items())
             self.history.value = f"{self.prompt.value}\n  {chosen}{said}\n\n{self.history.value}"[:20_000]
         except Exception as error:  # a worker thread has nobody else to tell

@@ -146,3 +146,28 @@ def next_tokens(base: list[tuple[str, float]], tuned: list[tuple[str, float]], d
         ax.set(title=name, xlabel="probability (%)", xlim=(0, 100))
     fig.suptitle(f"The two differ by {divergence:.2f} bits at this token", x=0.01, ha="left", fontsize=12, fontweight="bold")
     return fig
+
+
+@kit_style()
+def along(steps: list[tuple]) -> Figure:
+    """Divergence at every position of an answer (`generation.along`), the token written there under its bar."""
+    _, ax = new_figure(figsize=(8, 2.8))
+    bits = [step[3] for step in steps]
+    ax.bar(range(len(steps)), bits, **look("LoRA"))
+    ax.set_xticks(
+        range(len(steps)), [repr(step[0])[1:-1] for step in steps], parse_math=False, rotation=45 if len(steps) > 12 else 0
+    )
+    title = f"The models differ by {max(bits):.1f} bits at most, {sum(bits) / len(bits):.1f} on average"
+    return finish(ax, title, "token of the tuned answer", "divergence (bits)")
+
+
+@kit_style()
+def cache_growth(predicted: dict[int, int], measured: dict[int, int]) -> Figure:
+    """Bytes of the key-value cache by tokens: the ledger's line, and what the real cache's tensors hold."""
+    _, ax = new_figure(figsize=(8, 2.8))
+    ax.plot(list(predicted), [n / 1024 for n in predicted.values()], color=COLOURS["NF4+DQ"], label="predicted")
+    ax.plot(list(measured), [n / 1024 for n in measured.values()], "D", color=COLOURS["NF4"], label="measured")
+    slope = max(measured.values()) / max(measured)
+    return finish(
+        ax, f"Every token adds {slope:,.0f} bytes", "tokens", "cache (KiB)", "upper left", xlim=(0, None), ylim=(0, None)
+    )

@@ -1,0 +1,115 @@
+"""Fast decoding says what plain `generate` says, holds little more, and leaves the model as it was."""
+
+import threading
+
+import bitsandbytes as bnb
+import pytest
+import torch
+
+from qlora_nb.engine import data, decoding, generation, ledger, models, training
+from qlora_nb.engine.profiles import validate
+
+FETCHED = (models.SMOLLM2_DIR / "config.json").is_file()
+SMOLLM2 = pytest.param("smollm2", marks=[pytest.mark.slow, pytest.mark.skipif(not FETCHED, reason="SmolLM2 is not fetched")])
+
+
+@pytest.fixture(scope="module", params=["tiny", SMOLLM2])
+def world(request):
+    settings = validate({"profile": request.param, "adapter": "pocket", "max_new_tokens": 24 if request.param == "tiny" else 3})
+    base = models.load_base(settings)
+    if request.param == "tiny":
+        return settings, models.load_tokenizer(settings), generation.load_adapter(base, generation.ADAPTER_DIR)
+    model = training.attach_adapter(base, settings).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    return settings, models.load_tokenizer(settings), model
+
+
+def plain(world, row, tuned):
+    settings, tokenizer, model = world
+    encoded = generation._encode([row], tokenizer, model, settings)
+    config = generation._config(tokenizer, settings.max_new_tokens)
+    with generation.base_or_tuned(model, tuned), torch.no_grad():
+        out = model.generate(**encoded, generation_config=config)
+    return tokenizer.decode(out[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("tuned", [False, True])
+def test_the_tokens_are_those_of_plain_generate(world, tuned):
+    settings, tokenizer, model = world
+    for row in data.pocket.read("test")[:240:12]:
+        assert generation.answer(model, tokenizer, row, settings, tuned).text == plain(world, row, tuned)
+
+
+def test_the_weights_stay_packed_and_little_is_added(world, monkeypatch):
+    settings, _, model = world
+    made, empty, unpacked = [], torch.empty, bnb.functional.dequantize_blockwise
+    monkeypatch.setattr(decoding.torch, "empty", lambda *a, **k: made.append(empty(*a, **k)) or made[-1])
+    monkeypatch.setattr(bnb.functional, "dequantize_blockwise", lambda *a: made.append(unpacked(*a)) or made[-1])
+    before = ledger.measure(model).total_bytes
+    with decoding.fast(model):
+        own = [tensor for tensor in made if tensor.dtype == torch.float32 or tensor.nbytes > 2**16]
+        held = ledger.measure(model).total_bytes + sum(tensor.nbytes for tensor in own)
+    predicted = ledger.predict(settings, r=model.peft_config["default"].r)
+    assert before < held <= 1.1 * (predicted.total_bytes - predicted.sum((ledger.GRADIENTS, ledger.STATES)))
+    assert not [module for module in model.modules() if "forward" in vars(module)], "everything is as it was"
+
+
+def test_another_thread_goes_the_plain_way_meanwhile(world):
+    _, _, model = world
+    ids, found, threads = torch.arange(5, 25)[None], [], torch.get_num_threads()
+    with torch.no_grad():
+        wanted = model(input_ids=ids).logits
+
+        def work():
+            with torch.no_grad(), decoding.fast(model) as how:
+                found.append((how, model(input_ids=ids).logits))
+
+        with decoding.fast(model):
+            layer = next(m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit))
+            assert "forward" in vars(layer) or torch.cuda.is_available()
+            thread = threading.Thread(target=work)
+            thread.start()
+            thread.join()
+            assert "forward" in vars(layer) or torch.cuda.is_available(), "the other one's end is not ours"
+            assert torch.allclose(model(input_ids=ids).logits, wanted, atol=1e-3)
+    assert torch.allclose(found[0][1], wanted, atol=1e-5)
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("values", [{"quant_type": "fp4", "double_quant": False}, {"compute_dtype": "bfloat16"}], ids=str)
+def test_other_datatypes_give_the_same_logits(values):
+    model, ids = models.load_base(validate(values)), torch.arange(5, 25)[None]
+    with torch.no_grad():
+        wanted = model(input_ids=ids).logits
+        with decoding.fast(model):
+            assert torch.allclose(model(input_ids=ids).logits, wanted, atol=1e-4 if wanted.dtype is torch.float32 else 0.2)
+
+
+def test_a_static_cache_as_on_a_gpu_gives_the_same_tokens(world, monkeypatch):
+    """There transformers compiles the step by itself; here the same setting runs uncompiled."""
+    settings, tokenizer, model = world
+    row = data.pocket.read("test")[0]
+    monkeypatch.setattr(decoding.torch.cuda, "is_available", lambda: True)
+    with decoding.fast(model) as how:
+        assert how == {"cache_implementation": "static"}
+    monkeypatch.undo()
+    encoded = generation._encode([row], tokenizer, model, settings)
+    with torch.no_grad():
+        out = model.generate(**encoded, generation_config=generation._config(tokenizer, settings.max_new_tokens, **how))
+    said = tokenizer.decode(out[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    assert said == plain(world, row, True)
+
+
+def test_along_an_answer_the_first_position_is_the_next_token(world):
+    settings, tokenizer, model = world
+    row = data.pocket.read("test")[0]
+    found = generation.along(model, tokenizer, row, settings, "By the river.")
+    base, tuned, bits = generation.next_tokens(model, tokenizer, row, settings, k=3)
+    assert found[0][3] == pytest.approx(bits, abs=1e-3)
+    assert [t for t, _ in found[0][1]] == [t for t, _ in base]
+    assert [p for _, p in found[0][2]] == pytest.approx([p for _, p in tuned], abs=1e-4)
+    assert found[-1][0] == "(end)"
+    assert len(found) >= 2
+    assert all(step[3] >= -1e-4 for step in found)

@@ -1,0 +1,33 @@
+"""Intervals: they hold the estimate, narrow with rows, and cover the truth about as often as they say."""
+
+import pytest
+import torch
+
+from qlora_nb.engine import evaluation
+
+
+def test_wilson_by_hand_and_at_the_ends():
+    low, high = evaluation.wilson(0.5, 10)
+    assert (low, high) == (pytest.approx(0.2366, abs=1e-3), pytest.approx(0.7634, abs=1e-3))
+    assert evaluation.wilson(0.0, 240)[0] == 0.0
+    assert 0.01 < evaluation.wilson(0.0, 240)[1] < 0.02
+    assert evaluation.wilson(1.0, 240)[1] == 1.0
+
+
+def test_the_interval_of_the_loss_covers_the_truth_about_95_times_in_100():
+    generator, held = torch.Generator().manual_seed(1), 0
+    for _ in range(100):
+        tokens = torch.randint(1, 10, (80,), generator=generator).double()
+        sums = tokens * (2 + torch.randn(80, generator=generator).double())
+        low, high = evaluation.loss_interval(torch.stack([sums, tokens], dim=1), n=400)
+        held += low < 2 < high
+    assert 85 <= held <= 100
+
+
+def test_the_change_is_drawn_on_the_same_rows():
+    tokens = torch.full((50,), 4.0).double()
+    before = torch.stack([torch.arange(50).double(), tokens], dim=1)
+    after = torch.stack([torch.arange(50).double() - 2, tokens], dim=1)
+    assert evaluation.loss_interval(after, before) == pytest.approx((-0.5, -0.5)), "each row lost half a nat a token"
+    low, high = evaluation.loss_interval(after)
+    assert high - low > 0.5
