@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
 import sys
+import textwrap
 import zipfile
 from collections import namedtuple
 
@@ -92,10 +94,32 @@ def test_missing_extra_disk_and_permission(tmp_path, monkeypatch):
 
 
 def test_pip_failure_is_a_sentence(tmp_path, monkeypatch):
-    failed = subprocess.CompletedProcess([], 1, "", "noise\nERROR: No matching distribution found\n")
-    monkeypatch.setattr(fetch.subprocess, "run", lambda *a, **k: failed)
+    program = "import sys; print('noise', 'ERROR: No matching distribution found', sep=chr(10), file=sys.stderr); sys.exit(1)"
+    popen = subprocess.Popen
+    monkeypatch.setattr(fetch.subprocess, "Popen", lambda command, **options: popen([sys.executable, "-c", program], **options))
     with pytest.raises(KitError, match="No matching distribution"):
         fetch.download_wheel(tmp_path)
+
+
+def test_the_wheels_download_shows_how_much_is_here(tmp_path, monkeypatch, capsys):
+    """pip is quiet; what it has written so far is weighed where it writes."""
+    program = """
+        import os, tempfile, time
+        unfinished = os.path.join(tempfile.mkdtemp(), "a.whl")
+        for n in range(1, 8):
+            open(unfinished, "ab").write(bytes(9_300_000))
+            time.sleep(0.6)
+        os.rename(unfinished, os.path.join(TARGET, "a.whl"))
+    """
+    program = textwrap.dedent(program).replace("TARGET", repr(str(tmp_path)))
+    popen = subprocess.Popen
+    monkeypatch.setattr(fetch.subprocess, "Popen", lambda command, **options: popen([sys.executable, "-c", program], **options))
+    assert fetch.download_wheel(tmp_path) == tmp_path / "a.whl"
+    shown = capsys.readouterr().err
+    states = [int(n) for n in re.findall(r"downloading: +(\d+)%\|.*\[\d\d:\d\d<\d\d:\d\d, .*B/s\]", shown)]
+    assert states, shown
+    assert states == sorted(states)
+    assert states[-1] <= 70
 
 
 def test_offline_hub_is_told_in_two_seconds(monkeypatch):
