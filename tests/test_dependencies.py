@@ -246,3 +246,32 @@ def test_make_knows_its_names(root):
     for target in ("run", "test", "lab", "verify", "notebooks", "check", "pins"):
         done = subprocess.run(["make", "-n", target], cwd=root, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        (None, "there is no python-of-mine here. Install Python 3.11, 3.12 or 3.13"),
+        ('case "$2" in *version_info*) exec {python} -c "import sys; sys.version_info = (3, 9, 1); $2";; esac', "is 3.9"),
+        ('case "$2" in *ensurepip*) exit 1;; esac', "comes without venv"),
+        ('case "$*" in *pip\\ install*) exit 1;; esac', "pip could not install what the kit needs"),
+    ],
+)
+def test_a_set_up_that_cannot_be_says_why(root, tmp_path, script, words):
+    """`make` on a machine without the right Python, without venv, without network: one sentence, and no half set-up is kept."""
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(root / name, tmp_path / name)
+    if script is not None:
+        python = tmp_path / "python-of-mine"
+        made = 'case "$*" in *"-m venv"*) mkdir -p .venv/bin; cp "$0" .venv/bin/python; exit 0;; esac'
+        python.write_text(
+            "\n".join(["#!/bin/sh", script.replace("{python}", sys.executable), made, f'exec {sys.executable} "$@"'])
+        )
+        python.chmod(0o755)
+    search = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    command = ["make", "setup", "PYTHON=python-of-mine"]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | search, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / ".venv" / ".installed").exists()
