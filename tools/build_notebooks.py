@@ -36,7 +36,8 @@ KERNEL = {
     "language_info": {"name": "python"},
 }
 _PARAMETER = re.compile(r"^[a-z_]\w*: (?P<type>[\w\[\], |]+) = (?P<default>[^#]+?)  # \S.*$")
-_NOISE = re.compile(r"gemm_4bit_forward from kernels|\r|it/s\]|s/it\]|\?it/s|examples/s|^\s*\d+%\|")
+_BAR = r"\r|\d+%\||\[(\d+:)?\d\d:\d\d[<,]"  # a progress bar, which shows how long a thing took today
+_NOISE = re.compile(f"gemm_4bit_forward from kernels|{_BAR}")
 _TIME_OF_DAY = re.compile(r"\b\d{1,2}:\d{2}:\d{2}\b")
 
 

@@ -127,7 +127,7 @@ class Version:
         if self.installed is None:
             return f"not installed: pip install '{self.package}{self.allowed}'"
         if self.loaded and self.loaded.split("+")[0] != self.installed.split("+")[0]:
-            return f"{self.loaded} is loaded but {self.installed} is installed: restart the kernel (Colab: restart the session)"
+            return f"{self.loaded} is loaded but {self.installed} is installed: restart the kernel (Colab: restart the runtime)"
         if self.allowed and not Requirement(f"x{self.allowed}").specifier.contains(self.installed, prereleases=True):
             return f"outside {self.allowed}: pip install '{self.package}{self.allowed}'"
         return ""
