@@ -23,6 +23,7 @@ from contextlib import contextmanager
 import bitsandbytes as bnb
 import torch
 from bitsandbytes.cextension import lib
+from packaging.version import Version
 from peft.tuners.lora.bnb import Linear4bit as Adapted
 from torch.nn.functional import linear
 
@@ -79,7 +80,7 @@ def _in_slices(layer: bnb.nn.Linear4bit, buffer: torch.Tensor) -> Callable | Non
     state, dtype = layer.weight.quant_state, layer.compute_dtype
     rows, width = state.shape
     unpack = getattr(lib, f"cdequantize_blockwise_cpu_{state.quant_type}_{_KERNELS.get(dtype)}", None)
-    if unpack is None or width % state.blocksize:
+    if unpack is None or width % state.blocksize or Version(bnb.__version__) < Version("0.50"):  # earlier ones were not tried
         return None
     absmax = bnb.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
     absmax, bias = absmax.float(), None if layer.bias is None else layer.bias.to(dtype)
