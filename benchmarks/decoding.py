@@ -41,7 +41,7 @@ def loaded(name: str):
 def decode(world, tuned: bool, fast: bool, n: int) -> tuple[torch.Tensor, float]:
     """The tokens written after the first prompt, exactly `n`, and the seconds that took."""
     settings, tokenizer, model = world
-    encoded = generation._encode([generation.row_of(settings.prompts[0])], tokenizer, model, settings)
+    encoded = generation.encode([generation.row_of(settings.prompts[0])], tokenizer, model, settings)
     started = time.perf_counter()
     with generation.base_or_tuned(model, tuned), torch.no_grad():
         if fast:

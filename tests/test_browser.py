@@ -132,18 +132,16 @@ def prepared(path: Path) -> nbformat.NotebookNode:
     return notebook
 
 
-@pytest.fixture(scope="module", params=NAMES)
-def page(request, lab, browser):
+def open_and_run(lab: Lab, browser, notebook: nbformat.NotebookNode, name: str):
     """The notebook's page after Run All; keeps what it asked for from elsewhere and its script errors."""
-    notebook = prepared(NOTEBOOKS / f"{request.param}.ipynb")
-    nbformat.write(notebook, lab.root / "notebooks" / f"{request.param}.ipynb")
+    nbformat.write(notebook, lab.root / "notebooks" / f"{name}.ipynb")
     page = browser.new_page(viewport={"width": 1280, "height": 1000})
     page.set_default_timeout(60_000)
-    page.number, page.elsewhere, page.script_errors = request.param[:2], [], []
+    page.number, page.elsewhere, page.script_errors = name[:2], [], []
     own = (f"http://127.0.0.1:{lab.port}", f"ws://127.0.0.1:{lab.port}", "data:", "blob:")
     page.on("request", lambda r: None if r.url.startswith(own) else page.elsewhere.append(r.url))
     page.on("pageerror", lambda e: page.script_errors.append(str(e)))
-    page.goto(f"http://127.0.0.1:{lab.port}/lab/tree/notebooks/{request.param}.ipynb?token=look&reset")
+    page.goto(f"http://127.0.0.1:{lab.port}/lab/tree/notebooks/{name}.ipynb?token=look&reset")
     page.locator(".jp-NotebookPanel .jp-Notebook").wait_for()
     lab.wait(lab.idle, 120)
     page.get_by_text(re.compile(r"\| Idle")).first.wait_for()
@@ -155,6 +153,13 @@ def page(request, lab, browser):
     lab.wait(lambda: page.wait_for_timeout(300) or numbered.count() >= n_code or page.locator(ERROR).count(), 600)
     lab.wait(lab.idle, 120)
     page.wait_for_timeout(1000)
+    return page
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def page(request, lab, browser):
+    """One notebook after the other, opened and run."""
+    page = open_and_run(lab, browser, prepared(NOTEBOOKS / f"{request.param}.ipynb"), request.param)
     yield page
     page.close()
     lab.stop_kernels()

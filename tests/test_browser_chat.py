@@ -4,7 +4,7 @@ import time
 
 import nbformat
 import pytest
-from test_browser import ERROR, chromium, lab, open_and_run  # noqa: F401  (fixtures)
+from test_browser import ERROR, browser, chromium, lab, open_and_run  # noqa: F401  (fixtures)
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 PAYLOAD = "<script>window.hurt = 1</script><img src=x onerror='window.hurt=2'> **bold** \x1b[31mred"
@@ -21,12 +21,10 @@ chat = panels.SideBySide(model, tokenizer, settings)
 chat.box"""
 
 
-def test_ask_stream_stop_and_payloads_stay_inert(open_and_run, lab, tmp_path):  # noqa: F811
-    path = tmp_path / "chat.ipynb"
-    cells = [nbformat.v4.new_code_cell(SOURCE)]
-    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), path)
-    page = open_and_run(path)
+def test_ask_stream_stop_and_payloads_stay_inert(lab, browser):  # noqa: F811
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(SOURCE)])
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    page = open_and_run(lab, browser, notebook, "chat")
     boxes = page.locator(".jp-OutputArea textarea")
     boxes.first.wait_for(timeout=60_000)
     prompt, base, tuned = boxes.nth(0), boxes.nth(1), boxes.nth(2)

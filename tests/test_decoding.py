@@ -28,7 +28,7 @@ def world(request):
 
 def plain(world, row, tuned):
     settings, tokenizer, model = world
-    encoded = generation._encode([row], tokenizer, model, settings)
+    encoded = generation.encode([row], tokenizer, model, settings)
     config = generation._config(tokenizer, settings.max_new_tokens)
     with generation.base_or_tuned(model, tuned), torch.no_grad():
         out = model.generate(**encoded, generation_config=config)
@@ -95,7 +95,7 @@ def test_a_static_cache_as_on_a_gpu_gives_the_same_tokens(world, monkeypatch):
     with decoding.fast(model) as how:
         assert how == {"cache_implementation": "static"}
     monkeypatch.undo()
-    encoded = generation._encode([row], tokenizer, model, settings)
+    encoded = generation.encode([row], tokenizer, model, settings)
     with torch.no_grad():
         out = model.generate(**encoded, generation_config=generation._config(tokenizer, settings.max_new_tokens, **how))
     said = tokenizer.decode(out[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True).strip()

@@ -135,7 +135,7 @@ def stream(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, row: dict, settings, tuned: bool, stop: threading.Event | None = None
 ) -> Iterator[Answer]:
     """Yield the growing answer token by token; the last one is complete. `stop` ends it after the current token."""
-    encoded = _encode([row], tokenizer, model, settings)
+    encoded = encode([row], tokenizer, model, settings)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=600)
     ending, failure, made = stop or threading.Event(), [], []
     shown = {"output_scores": True, "output_logits": True, "return_dict_in_generate": True}
@@ -203,7 +203,7 @@ def along(model: PeftModel, tokenizer: PreTrainedTokenizerBase, row: dict, setti
         (token written there, base's `k` most probable ones, the tuned model's, KL(tuned ‖ base) in bits) for each position;
         probable tokens as (text, probability).
     """
-    prompt, more = _encode([row], tokenizer, model, settings), {"add_special_tokens": False, "return_tensors": "pt"}
+    prompt, more = encode([row], tokenizer, model, settings), {"add_special_tokens": False, "return_tensors": "pt"}
     written = tokenizer(text, **more)["input_ids"][:, : settings.max_new_tokens].long().to(model.device)
     ids, start = torch.cat([prompt["input_ids"], written], dim=1), prompt["input_ids"].shape[1] - 1
     logs = []
@@ -225,7 +225,7 @@ def _in_batches(model, tokenizer, rows: list[dict], settings, batch: int) -> Ite
     order = sorted(range(len(rows)), key=lambda i: len(prompt_of(rows[i], settings.prompt_template)))
     for start in range(0, len(order), batch):
         group = order[start : start + batch]
-        encoded = _encode([rows[i] for i in group], tokenizer, model, settings)
+        encoded = encode([rows[i] for i in group], tokenizer, model, settings)
         yield dict(zip(group, _greedy(model, tokenizer, encoded, settings.max_new_tokens), strict=True))
 
 
@@ -276,7 +276,12 @@ def answer_file(model, tokenizer: PreTrainedTokenizerBase, rows: list[dict], tar
     return len(left)
 
 
-def _encode(rows: list[dict], tokenizer, model, settings) -> dict[str, torch.Tensor]:
+def encode(rows: list[dict], tokenizer, model, settings) -> dict[str, torch.Tensor]:
+    """Prompts of rows as `input_ids` and `attention_mask` (rows, tokens) on the model's device, padded on the left.
+
+    Raises:
+        KitError: with the answer it would be longer than the model's context.
+    """
     prompts = [prompt_of(row, settings.prompt_template) for row in rows]
     encoded = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False)
     limit = getattr(model.config, "max_position_embeddings", None)
