@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from qlora_nb.engine import budget as memory
 from qlora_nb.engine import ledger
 from qlora_nb.engine.environment import GIB
-from qlora_nb.ui.style import COLOURS, finish, kit_style, look, new_figure, stacked_bars
+from qlora_nb.ui.style import COLOURS, draws, finish, kit_style, look, new_figure, stacked_bars
 
 _PARTS = {
     "4-bit weights": (look("NF4"), (ledger.CODES,)),
@@ -53,10 +53,9 @@ def budget(ledgers: dict[str, ledger.Ledger], limit_gib: float | None = None) ->
     return finish(ax, title, f"memory at the fullest moment ({unit})", "")
 
 
-@kit_style()
-def lengths(n_tokens: list[int], max_length: int, peak_gib: Callable[[int], float] | None = None) -> Figure:
+@draws(figsize=(8, 2.8))
+def lengths(ax, n_tokens: list[int], max_length: int, peak_gib: Callable[[int], float] | None = None) -> None:
     """Histogram of row lengths in tokens, prompt and answer together, under the peak that a batch of such length needs (GiB)."""
-    _, ax = new_figure(figsize=(8, 2.8))
     ax.hist(n_tokens, bins=min(40, max(n_tokens) - min(n_tokens) + 1), color=COLOURS["other"], edgecolor="white")
     longest = sorted(n_tokens)[int(0.95 * (len(n_tokens) - 1))]
     ax.axvline(longest, ymax=0.77, color=COLOURS["NF4"], ls="--", label=f"95 % of rows are no longer than {longest}")
@@ -70,13 +69,12 @@ def lengths(n_tokens: list[int], max_length: int, peak_gib: Callable[[int], floa
         peaks.grid(visible=False)
         peaks.legend(loc="upper right")
     room = 1.3 * ax.get_ylim()[1]
-    return finish(ax, title, "length of a row (tokens)", "rows", legend="upper left", xlim=(0, end), ylim=(0, room))
+    finish(ax, title, "length of a row (tokens)", "rows", legend="upper left", xlim=(0, end), ylim=(0, room))
 
 
-@kit_style()
-def loss_curve(losses: list[float], before=None, after=None, held_out: dict[int, float] | None = None) -> Figure:
+@draws(figsize=(8, 3.2))
+def loss_curve(ax, losses: list[float], before=None, after=None, held_out: dict[int, float] | None = None) -> None:
     """Training loss a step with its running mean, and the held-out loss before, at the steps of `held_out`, and after."""
-    _, ax = new_figure(figsize=(8, 3.2))
     steps = range(1, len(losses) + 1)
     ax.plot(steps, losses, color=COLOURS["other"], linewidth=0.8, label="training loss of each step")
     window = max(1, len(losses) // 10)
@@ -88,24 +86,23 @@ def loss_curve(losses: list[float], before=None, after=None, held_out: dict[int,
         ax.plot(list(seen), list(seen.values()), "D", color=COLOURS["NF4"], markersize=7, label="held-out rows", clip_on=False)
         title = f"Held-out loss goes from {before:.2f} to {after:.2f} nats"
     ax.set_ylim(bottom=0)
-    return finish(ax, title, "optimizer step", "loss (nats per answer token)", legend="best")
+    finish(ax, title, "optimizer step", "loss (nats per answer token)", legend="best")
 
 
-@kit_style()
-def scores(results: dict[str, dict[str, float]]) -> Figure:
+@draws(figsize=(8, 3.6))
+def scores(ax, results: dict[str, dict[str, float]]) -> None:
     """Exact match by kind of question for several answerers (label → {kind: share}), "all" first."""
     kinds = list(next(iter(results.values())))
     looks = [look("other", ""), look("INT4"), look("16-bit", ".."), look("LoRA", "")]
-    fig, ax = new_figure(figsize=(8, 3.6))
     width = 0.8 / len(results)
     for i, (label, result) in enumerate(results.items()):
         x = [k + (i - (len(results) - 1) / 2) * width for k in range(len(kinds))]
         ax.bar(x, [100 * result[k] for k in kinds], width, **looks[i % len(looks)], label=label)
     ax.set_xticks(range(len(kinds)), kinds)
-    fig.legend(loc="outside lower center", ncols=len(results))
+    ax.figure.legend(loc="outside lower center", ncols=len(results))
     last = list(results)[-1]
     title = f"{last}: {100 * results[last]['all']:.0f} % of held-out answers exactly right"
-    return finish(ax, title, "", "exact match (%)", ylim=(0, 105))
+    finish(ax, title, "", "exact match (%)", ylim=(0, 105))
 
 
 def label_mask(tokens: list[str], trains: list[bool]) -> str:
@@ -119,10 +116,9 @@ def label_mask(tokens: list[str], trains: list[bool]) -> str:
     return f"<div style='font-family:monospace;line-height:1.7;max-width:60em'>{''.join(cells)}</div>{note}"
 
 
-@kit_style()
-def speeds(answers: dict[str, list]) -> Figure:
+@draws(1, 2, figsize=(8, 2.6))
+def speeds(axes, answers: dict[str, list]) -> None:
     """Time to the first token and tokens a second, for each answerer (label → list of `generation.Answer`)."""
-    fig, axes = new_figure(1, 2, figsize=(8, 2.6))
     shown = {"time to first token (ms)": lambda a: 1000 * a.first_token_s, "speed (tokens/s)": lambda a: a.tokens_per_s}
     for ax, (label, pick) in zip(axes, shown.items()):
         for i, said in enumerate(answers.values()):
@@ -131,43 +127,40 @@ def speeds(answers: dict[str, list]) -> Figure:
             ax.text(middle, i, f" {middle:.0f}", va="center")
         ax.set(xlabel=label, yticks=range(len(answers)), yticklabels=list(answers))
         ax.margins(x=0.2)
-    fig.suptitle(f"Median over {len(next(iter(answers.values())))} prompts", x=0.01, ha="left", fontsize=12, fontweight="bold")
-    return fig
+    _heading(axes, f"Median over {len(next(iter(answers.values())))} prompts")
 
 
-@kit_style()
-def next_tokens(base: list[tuple[str, float]], tuned: list[tuple[str, float]], divergence: float) -> Figure:
+@draws(1, 2, figsize=(8, 2.8), sharex=True)
+def next_tokens(axes, base: list[tuple[str, float]], tuned: list[tuple[str, float]], divergence: float) -> None:
     """The most probable next tokens of both models, side by side, with the divergence between the distributions (bits)."""
-    fig, axes = new_figure(1, 2, figsize=(8, 2.8), sharex=True)
     for ax, rows, name, drawn in zip(axes, (base, tuned), ("base", "tuned"), (look("other", ""), look("LoRA"))):
         ax.barh(range(len(rows)), [100 * p for _, p in rows], **drawn)
         ax.set_yticks(range(len(rows)), [repr(token)[1:-1] or "·" for token, _ in rows])
         ax.invert_yaxis()
         ax.set(title=name, xlabel="probability (%)", xlim=(0, 100))
-    fig.suptitle(f"The two differ by {divergence:.2f} bits at this token", x=0.01, ha="left", fontsize=12, fontweight="bold")
-    return fig
+    _heading(axes, f"The two differ by {divergence:.2f} bits at this token")
 
 
-@kit_style()
-def along(steps: list[tuple]) -> Figure:
+def _heading(axes, text: str) -> None:
+    axes[0].figure.suptitle(text, x=0.01, ha="left", fontsize=12, fontweight="bold")
+
+
+@draws(figsize=(8, 2.8))
+def along(ax, steps: list[tuple]) -> None:
     """Divergence at every position of an answer (`generation.along`), the token written there under its bar."""
-    _, ax = new_figure(figsize=(8, 2.8))
     bits = [step[3] for step in steps]
     ax.bar(range(len(steps)), bits, **look("LoRA"))
-    ax.set_xticks(
-        range(len(steps)), [repr(step[0])[1:-1] for step in steps], parse_math=False, rotation=45 if len(steps) > 12 else 0
-    )
+    tokens, many = [repr(step[0])[1:-1] for step in steps], len(steps) > 12
+    ax.set_xticks(range(len(steps)), tokens, parse_math=False, rotation=45 if many else 0)
     title = f"The models differ by {max(bits):.1f} bits at most, {sum(bits) / len(bits):.1f} on average"
-    return finish(ax, title, "token of the tuned answer", "divergence (bits)")
+    finish(ax, title, "token of the tuned answer", "divergence (bits)")
 
 
-@kit_style()
-def cache_growth(predicted: dict[int, int], measured: dict[int, int]) -> Figure:
+@draws(figsize=(8, 2.8))
+def cache_growth(ax, predicted: dict[int, int], measured: dict[int, int]) -> None:
     """Bytes of the key-value cache by tokens: the ledger's line, and what the real cache's tensors hold."""
-    _, ax = new_figure(figsize=(8, 2.8))
     ax.plot(list(predicted), [n / 1024 for n in predicted.values()], color=COLOURS["NF4+DQ"], label="predicted")
     ax.plot(list(measured), [n / 1024 for n in measured.values()], "D", color=COLOURS["NF4"], label="measured")
     slope = max(measured.values()) / max(measured)
-    return finish(
-        ax, f"Every token adds {slope:,.0f} bytes", "tokens", "cache (KiB)", "upper left", xlim=(0, None), ylim=(0, None)
-    )
+    title = f"Every token adds {slope:,.0f} bytes"
+    finish(ax, title, "tokens", "cache (KiB)", "upper left", xlim=(0, None), ylim=(0, None))
