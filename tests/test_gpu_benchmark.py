@@ -44,7 +44,9 @@ def test_a_speed(gpu, monkeypatch, who):
 def test_an_answer_and_a_load(gpu, monkeypatch, tmp_path):
     monkeypatch.setattr(gpu.models.prequantized, "CACHE", tmp_path)
     found = gpu.answer("pocket", {"max_length": 96, "max_new_tokens": 8})
-    assert found["tokens_per_s"] > 1
+    assert found["first_token_s"] > 0
+    assert found["predicted"] > 2_000_000
+    assert {"tokens_per_s", "allocated", "reserved", "process"} < set(found)
     assert gpu.load("pocket", True)["held"] == gpu.load("pocket", True)["held"] > 1_000_000
 
 
