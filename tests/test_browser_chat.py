@@ -12,11 +12,11 @@ SOURCE = """import time
 from qlora_nb.engine import generation, models
 from qlora_nb.engine.profiles import validate
 from qlora_nb.ui import panels
-settings = validate({"adapter": "pocket", "max_new_tokens": 150})
+settings = validate({"adapter": "pocket", "max_new_tokens": 80})
 tokenizer = models.load_tokenizer(settings)
 tokenizer.eos_token_id = None  # answers as long as max_new_tokens, so that there is something to stop
 model = generation.load_adapter(models.load_base(settings), generation.ADAPTER_DIR)
-slow = model.get_base_model().register_forward_pre_hook(lambda *_: time.sleep(0.03))  # as slow as a larger model
+slow = model.get_base_model().register_forward_pre_hook(lambda *_: time.sleep(0.15))  # as slow as a larger model
 chat = panels.SideBySide(model, tokenizer, settings)
 chat.box"""
 

@@ -61,6 +61,8 @@ def test_another_thread_goes_the_plain_way_meanwhile(world):
     ids, found, threads = torch.arange(5, 25)[None], [], torch.get_num_threads()
     with torch.no_grad():
         wanted = model(input_ids=ids).logits
+        # one thread adds in another order than two: SmolLM2's logits then differ by about 1e-5 of their size
+        off = lambda logits: ((logits - wanted).norm() / wanted.norm()).item()
 
         def work():
             with torch.no_grad(), decoding.fast(model) as how:
@@ -73,8 +75,8 @@ def test_another_thread_goes_the_plain_way_meanwhile(world):
             thread.start()
             thread.join()
             assert "forward" in vars(layer) or torch.cuda.is_available(), "the other one's end is not ours"
-            assert torch.allclose(model(input_ids=ids).logits, wanted, atol=1e-3)
-    assert torch.allclose(found[0][1], wanted, atol=1e-5)
+            assert off(model(input_ids=ids).logits) < 1e-4
+    assert off(found[0][1]) < 1e-4
     assert torch.get_num_threads() == threads
 
 
