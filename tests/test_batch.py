@@ -51,19 +51,6 @@ def outcomes(toy, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_notebook_that_stands_still_is_run_again_once(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(batch, "STILL_S", 5)
-    first_time = f"from pathlib import Path\nimport time\nseen = Path({str(tmp_path)!r}) / 'seen'\n"
-    toy("01_once", first_time + "if not seen.exists():\n    seen.touch()\n    time.sleep(3600)")
-    folder = toy("02_always", "import time\ntime.sleep(3600)")
-    summary, _ = run(folder, tmp_path)
-    once, always = summary["notebooks"]
-    assert once["status"] == "done", once
-    assert always["status"] != "done"
-    assert "nothing moved for 5 s, twice" in always["problems"]
-
-
-@pytest.mark.slow
 def test_each_fate_is_told(outcomes, tmp_path):
     found, summary, lines = outcomes
     assert found["01_good"]["status"] == "done", found["01_good"]

@@ -178,7 +178,7 @@ def changes(page, state, act, seconds: float = 40) -> bool:
 
 
 ERROR = '.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"]'
-PANEL = ".jp-Cell-outputArea .widget-interact"
+PANEL = ".jp-Cell-outputArea .explore"
 CONTROLS = ".noUi-handle, select"
 
 

@@ -85,6 +85,7 @@ def test_has_a_figure_and_a_widget(name, executed):
     state = notebook.metadata.widgets["application/vnd.jupyter.widget-state+json"]["state"]
     usual = ("DropdownModel", "ButtonModel", "ToggleButtonsModel", "TextareaModel")
     assert any("Slider" in m["model_name"] or m["model_name"] in usual for m in state.values())
+    assert not [m for m in state.values() if m["model_name"] == "OutputModel"], "papermill can wait for ever (widgets.explore)"
 
 
 @each

@@ -33,13 +33,13 @@ def ends(control: W.Widget) -> list:
     return [control.min, control.max]
 
 
-def drive(panel: W.interactive) -> None:
+def drive(panel: W.VBox) -> None:
     """Move every control to its ends; a Figure must come out each time (an exception would leave the old one)."""
     for control in panel.children[:-1]:
         for value in ends(control):
             panel.result = None
             if control.value == value:
-                panel.update()
+                panel.redraw()
             else:
                 control.value = value
             assert isinstance(panel.result, Figure), (control.description, value)

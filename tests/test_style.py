@@ -82,5 +82,5 @@ def test_a_figure_is_shown_in_full_and_leaves_no_trace():
     assert shown == drawn.getvalue(), "a static figure must be its widget's twin"
     assert plt.imread(io.BytesIO(shown)).shape[:2] == (200, 300)
     assert plt.imread(io.BytesIO(shown))[0, 0].tolist() == [1, 1, 1, 1], "on a dark page figures need their own white ground"
-    assert 'alt="&lt;b&gt;&amp;"' in widgets.picture(figure).data
+    assert 'alt="&lt;b&gt;&amp;"' in widgets.picture(figure)
     assert (plot.__doc__, dict(plt.rcParams), plt.get_fignums()) == ("A bar.", before, [])

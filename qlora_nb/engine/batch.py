@@ -33,7 +33,7 @@ from tqdm import tqdm
 from qlora_nb.engine import environment, profiles, report, runs
 from qlora_nb.errors import KitError
 
-SAMPLE_S, STILL_S = 0.25, 180
+SAMPLE_S = 0.25
 _PROGRESS = re.compile(r"(\d+)/\d+ \[")  # papermill's own bar, read from its stderr
 _SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|API_?KEY|CREDENTIAL", re.IGNORECASE)
 
@@ -197,12 +197,8 @@ def _errors(outputs: list) -> Iterator[str]:
             yield "a traceback was printed: " + "".join(output["text"]).strip().splitlines()[-1]
 
 
-def _run_one(source: Path, folder: Path, outcome: Outcome, bar: tqdm, extra_env: dict[str, str], again: bool = True) -> None:
-    """Run one notebook in its own process and write into `outcome` what the witnesses say.
-
-    On a busy machine papermill can miss the kernel's last word of a cell with a widget; both then wait for ever. So a notebook
-    whose processes do nothing for `STILL_S` seconds is ended and run `again`, once.
-    """
+def _run_one(source: Path, folder: Path, outcome: Outcome, bar: tqdm, extra_env: dict[str, str]) -> None:
+    """Run one notebook in its own process and write into `outcome` what the witnesses say."""
     executed, results = folder / source.name, folder / f"{source.stem}.results.json"
     root = runs.project_root()
     command = [sys.executable, "-m", "papermill", str(source), str(executed), "--kernel", "python3", "--cwd", str(root)]
@@ -214,13 +210,9 @@ def _run_one(source: Path, folder: Path, outcome: Outcome, bar: tqdm, extra_env:
         how["preexec_fn"] = lambda: ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     with open(log, "wb") as stderr:
         process = subprocess.Popen(command, env=env, cwd=root, stdout=subprocess.DEVNULL, stderr=stderr, **how)
-    worked, since, still = 0.0, time.time(), False
     try:
-        while process.poll() is None and not still:
-            n_bytes, busy_s = _descendants(process.pid)
-            outcome.peak_bytes = max(outcome.peak_bytes, n_bytes)
-            worked, since = (busy_s, time.time()) if abs(busy_s - worked) > 1 else (worked, since)
-            still = time.time() - since > STILL_S
+        while process.poll() is None:
+            outcome.peak_bytes = max(outcome.peak_bytes, _resident(process.pid))
             if steps := _PROGRESS.findall(log.read_text(encoding="utf-8", errors="replace")):
                 bar.update(cells_before + int(steps[-1]) - bar.n)
             time.sleep(SAMPLE_S)
@@ -235,11 +227,7 @@ def _run_one(source: Path, folder: Path, outcome: Outcome, bar: tqdm, extra_env:
                 runs.write_atomically(path, _redact(path.read_text(encoding="utf-8")))
         said = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if not _PROGRESS.search(line)]
         log.unlink()
-    if still and again:
-        _run_one(source, folder, outcome, bar, extra_env, again=False)
-        return
     outcome.problems = _judge(outcome, executed, results, "\n".join(said).strip())
-    outcome.problems += [f"nothing moved for {STILL_S} s, twice"] if still else []
     died = any(problem.startswith("the kernel died") for problem in outcome.problems)
     outcome.status = "died" if died else "failed" if outcome.problems else "done"
 
@@ -260,14 +248,14 @@ def _judge(outcome: Outcome, executed: Path, results: Path, log: str) -> list[st
     return problems
 
 
-def _descendants(pid: int) -> tuple[int, float]:
-    """Resident memory (bytes) and processor time (s) of the kernel and its children. Pages they share are counted for each."""
-    n_bytes, busy_s = 0, 0.0
+def _resident(pid: int) -> int:
+    """Resident memory (bytes) of the kernel and its children. Pages they share are counted for each."""
+    n_bytes = 0
     with suppress(psutil.Error):  # it has ended by itself
         for child in psutil.Process(pid).children(recursive=True):
             with suppress(psutil.Error):
-                n_bytes, busy_s = n_bytes + child.memory_info().rss, busy_s + sum(child.cpu_times()[:2])
-    return n_bytes, busy_s
+                n_bytes += child.memory_info().rss
+    return n_bytes
 
 
 def stop_tree(pid: int) -> None:

@@ -79,14 +79,14 @@ def planner(settings, gpu_gib: float | None = None, notebook: str = "06_finetune
     controls = {name: kinds[name](name, options, start[name]) for name, options in choices.items() if len(options) > 1}
     advice = W.Textarea(description="advice", disabled=True, layout=W.Layout(width="95%", height="6em"), style=LABEL)
 
-    def redraw(gpu_gib=gpu_gib, **values):
+    def plan(gpu_gib=gpu_gib, **values):
         chosen = settings.model_copy(update=values)
         advice.value = budget.advice(chosen, gpu_gib) + "\n" + chosen.papermill_line(notebook)
         return plan_figure(chosen, gpu_gib)
 
-    box = explore(redraw, **controls)
-    box.children = (*controls.values(), advice, box.out)
-    box.redraw, box.controls, box.advice = redraw, controls, advice  # for the tests, which drive every control to both ends
+    box = explore(plan, **controls)
+    box.children = (*controls.values(), advice, box.children[-1])
+    box.controls, box.advice = controls, advice  # for the tests, which drive every control to both ends
     return box
 
 

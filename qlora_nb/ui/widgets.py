@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import ipywidgets as W
-from IPython.display import HTML, display
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -22,33 +21,44 @@ NAME_SLIDERS = Path(__file__).with_name("name_sliders.js").read_text(encoding="u
 """For screen readers: ipywidgets names no slider, and tells the place of a choice instead of the choice."""
 
 
-def explore(plot: Callable[..., Figure], **controls: W.Widget) -> W.interactive:
-    """`plot(**values)` redrawn whenever a control moves; the last cell line shows it.
+def explore(plot: Callable[..., Figure], **controls: W.Widget) -> W.VBox:
+    """Controls over `plot(**values)`, which is redrawn whenever one of them moves; the last cell line shows the box.
+
+    Not ipywidgets' own `interactive`, which shows figures in an `Output`: nbclient sends the kernel messages about that while it
+    waits for others, and papermill then waits for ever, once in some fifty cells. About an `HTML` nothing is sent.
 
     Args:
         plot: returns a closed Figure (see `style.new_figure`); its arguments are the controls' names.
         **controls: one widget an argument. Their start values are the static twin's arguments.
 
     Returns:
-        The `interactive` box; `.result` is the last Figure, which is what the tests look at.
+        The box; `.result` is the last Figure, which is what the tests look at, `.redraw()` draws it anew.
     """
+    shown = W.HTML()
+    panel = W.VBox([*controls.values(), shown])
+    panel.add_class("explore")
 
-    def draw(**values):
-        figure = plot(**values)
-        display(picture(figure))  # `interactive` does not display what its function returns
-        return figure
+    def redraw(_change=None) -> None:
+        try:
+            panel.result = plot(**{name: control.value for name, control in controls.items()})
+            shown.value = picture(panel.result)
+        except Exception as error:  # what is raised while a control moves, only the kernel's log would tell
+            shown.value = f"<pre>{html.escape(str(error))}</pre>"
+            raise
 
-    panel = W.interactive(draw, **controls)
-    panel.update()
+    for control in controls.values():
+        control.observe(redraw, "value")
+    panel.redraw = redraw
+    redraw()
     return panel
 
 
-def picture(figure: Figure) -> HTML:
-    """A figure, drawn in one pass (displaying it costs three), that a screen reader tells by its titles."""
+def picture(figure: Figure) -> str:
+    """A figure as HTML, drawn in one pass (displaying it costs three), that a screen reader tells by its titles."""
     png, titles = io.BytesIO(), " · ".join(filter(None, (ax.get_title(loc="left") for ax in figure.axes)))
     FigureCanvasAgg(figure).print_png(png)
     source = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
-    return HTML(f'<img alt="{html.escape(titles)}" src="{source}" onload="{NAME_SLIDERS}">')
+    return f'<img alt="{html.escape(titles)}" src="{source}" style="max-width:100%" onload="{NAME_SLIDERS}">'
 
 
 def slider(kind: type, description: str, value, **limits) -> W.Widget:
