@@ -59,7 +59,7 @@ def plot_step(ax, pythia: str, r: int, tokens: int, gpu_gib: float, bits: int = 
 
 def paged_shares(ranks: Sequence[int]) -> np.ndarray:
     """(sizes, ranks) share of the 32-bit optimizer states' bytes that bitsandbytes would page on CUDA."""
-    splits = np.array([[ledger.state_split(size, r, 32) for r in ranks] for size in PYTHIA])
+    splits = np.array([[ledger.state_split(size, r) for r in ranks] for size in PYTHIA])
     return splits[..., 0] / splits.sum(axis=-1)
 
 
@@ -76,7 +76,7 @@ def plot_paged_share(ax, ranks: Sequence[int], pythia: str, r: int) -> str:
     ax.set_xticks(range(len(ranks)), [str(k) for k in ranks])
     ax.set_yticks(range(len(PYTHIA)), list(PYTHIA))
     ax.grid(visible=False)
-    paged, fixed = ledger.state_split(pythia, r, 32)
+    paged, fixed = ledger.state_split(pythia, r)
     return f"pythia-{pythia}, r = {r}: {100 * paged / (paged + fixed):.0f} % of the state bytes are paged"
 
 
