@@ -88,8 +88,7 @@ def storage_bytes(n_weights: int, blocksize: int = 64, second_blocksize: int | N
     {'codes': 500, 'scales': 16, 'scales of scales': 4, 'mean': 4}
     """
     ledger(blocksize, second_blocksize)  # refuses bad sizes
-    blocks = -(-n_weights // blocksize)
-    codes = -(-n_weights // 2)
+    blocks, codes = -(-n_weights // blocksize), -(-n_weights // 2)
     if second_blocksize is None:
         return {"codes": codes, "scales": 4 * blocks, "scales of scales": 0, "mean": 0}
     return {"codes": codes, "scales": blocks, "scales of scales": 4 * -(-blocks // second_blocksize), "mean": 4}

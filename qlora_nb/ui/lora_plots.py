@@ -137,5 +137,4 @@ def plot_counts(ax, r: int, targets: str = "all-linear", highlight: str = "12b")
         bars = ax.bar(x, shares.values(), width, **look(colour), label=name)
         ax.bar_label(bars, [f"{share:.2g}" for share in shares.values()], fontsize=8)
     ax.set_xticks(range(len(PYTHIA)), list(PYTHIA))
-    trained = f"{count(highlight, r, targets):,} trained ({shares[highlight]:.2g} %)"
-    return f"pythia-{highlight}, r = {r}, {targets}: {trained}"
+    return f"pythia-{highlight}, r = {r}, {targets}: {count(highlight, r, targets):,} trained ({shares[highlight]:.2g} %)"

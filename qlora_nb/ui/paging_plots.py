@@ -9,7 +9,6 @@ from qlora_nb.engine.shapes import PYTHIA
 from qlora_nb.theory import paging
 from qlora_nb.ui.style import COLOURS, MARKERS, draws, look, margins, stacked_bars
 
-GIB = ledger.GIB
 PARTS = {
     "frozen weights": (COLOURS["NF4+DQ"], ""),
     "LoRA weights": (COLOURS["LoRA"], ".."),
@@ -34,15 +33,15 @@ def plot_step(ax, pythia: str, r: int, tokens: int, gpu_gib: float, bits: int = 
         bits: width of the optimizer states.
     """
     moments = paging.step_timeline(ledger.step_sizes(pythia, r, tokens, bits))
-    names, totals = [m.phase for m in moments], [m.total / GIB for m in moments]
+    names, totals = [m.phase for m in moments], [m.total / ledger.GIB for m in moments]
     highest, n = max(totals), names.count("forward")
-    heights, (colours, hatches) = [[m.parts[name] / GIB for m in moments] for name in PARTS], zip(*PARTS.values())
+    heights, (colours, hatches) = [[m.parts[name] / ledger.GIB for m in moments] for name in PARTS], zip(*PARTS.values())
     drawn = {"colors": colours, "hatch": hatches, "edgecolor": "white", "linewidth": 0, "step": "mid"}
     ax.stackplot(range(len(moments)), heights, labels=list(PARTS), **drawn)
     top = 1.02 * max(highest, gpu_gib if gpu_gib < 1.5 * highest else 0)
     if gpu_gib < top:
         ax.axhline(gpu_gib, color="black", linewidth=1.5, linestyle="--", label=f"card {gpu_gib:g} GiB")
-    weights = moments[0].parts["frozen weights"] / GIB
+    weights = moments[0].parts["frozen weights"] / ledger.GIB
     bottom = 0.9 * min(weights, gpu_gib) if weights > 0.5 * highest else 0.0
     for phase in ("loss", "backward", "optimizer"):
         ax.axvline(names.index(phase) - 0.5, color="black", linewidth=0.6, linestyle=":")
@@ -89,9 +88,9 @@ def plot_run(axes, steps: Sequence[paging.StepSizes], gpu_gib: float, gb_per_s: 
         gpu_gib: the card (GiB).
         gb_per_s: bandwidth of the bus between card and RAM (10^9 bytes a second).
     """
-    plain, paged = (paging.simulate(steps, int(gpu_gib * GIB), paging=p) for p in (False, True))
-    wanted = np.array([max(m.total for m in paging.step_timeline(s)) / GIB for s in steps])
-    states = np.array([s.paged / GIB for s in steps])
+    plain, paged = (paging.simulate(steps, int(gpu_gib * ledger.GIB), paging=p) for p in (False, True))
+    wanted = np.array([max(m.total for m in paging.step_timeline(s)) / ledger.GIB for s in steps])
+    states = np.array([s.paged / ledger.GIB for s in steps])
     left, right = axes
     x = np.arange(len(steps)) + 1
     left.bar(x, wanted, **look("other", ""), label="wanted at the peak")
@@ -142,7 +141,7 @@ def plot_thrashing(ax, n_pages: int, state_gib: float, gb_per_s: float) -> str:
     ax.set_ylim(0, 1.15 * max(*moved, 1e-9))
     if not any(moved):
         return "One page holds all states: nothing to move"
-    return f"One page short moves everything: {max(moved):.3g} GiB, {max(moved) * GIB / gb_per_s / 1e9:.2g} s a step"
+    return f"One page short moves everything: {max(moved):.3g} GiB, {max(moved) * ledger.GIB / gb_per_s / 1e9:.2g} s a step"
 
 
 @draws((8.0, 3.2), "lower right", xlabel="states of one block (MiB)", ylabel="optimizer (name)")

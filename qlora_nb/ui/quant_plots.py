@@ -1,6 +1,5 @@
 """Figures of notebooks 03 and 04: data in, closed Figure out."""
 
-from functools import partial
 from itertools import pairwise
 from statistics import NormalDist
 
@@ -20,7 +19,6 @@ PARTS = {
     "rest": {"color": "#D0D0D0", "hatch": "..", "edgecolor": "white"},
 }
 """How each part of a 4-bit layer is drawn, and what is not quantized."""
-plain_bits = partial(double_quant.bits_per_weight, second_blocksize=None)
 
 
 @draws((8.4, 3.6), xlabel="weight (standard deviations)", ylabel="density (1)", ylim=(0, 0.47))
@@ -80,11 +78,11 @@ def plot_errors(ax, errors: dict[str, dict[int, float]], blocksize: int, name: s
         kind, line = each if each in COLOURS else "other", {"AF4": "--", "Lloyd-Max": ":"}.get(each, "-")
         style = {"color": COLOURS[kind], "marker": MARKERS[kind], "markersize": 9 if kind == "other" else 6}
         ax.plot(list(by_size), list(by_size.values()), line, label=each, **style)
-    y = errors[name][blocksize]
+    bits, y = double_quant.bits_per_weight(blocksize, None), errors[name][blocksize]
     ax.plot([blocksize], [y], "o", markersize=17, markerfacecolor="none", markeredgecolor=COLOURS["16-bit"], markeredgewidth=1.6)
-    log2_axis(ax, sizes, [f"{plain_bits(size):.3g}\n({size})" for size in sizes])
+    log2_axis(ax, sizes, [f"{double_quant.bits_per_weight(size, None):.3g}\n({size})" for size in sizes])
     ax.invert_xaxis()
-    return f"{name}, blocks of {blocksize}: {plain_bits(blocksize):.3f} bits a weight, RMSE {y:.4f} on {what}"
+    return f"{name}, blocks of {blocksize}: {bits:.3f} bits a weight, RMSE {y:.4f} on {what}"
 
 
 @draws((8.4, 4.6), grid={"nrows": 3, "sharex": True, "sharey": True, **margins(0.07, 0.9, 0.11, 0.93, hspace=0.08)})
@@ -106,7 +104,7 @@ def plot_error_map(axes, weight: torch.Tensor, blocksize: int, name: str, rows: 
         ax.set(ylabel=label, xticks=range(0, columns, 32), yticks=[0, rows // 2])
     axes[-1].set_xlabel("input (index); a row is an output")
     error = blockwise.rmse(weight, restored)
-    return f"{name}, blocks of {blocksize}: {plain_bits(blocksize):.3f} bits a weight, RMSE {error:.4f}"
+    return f"{name}, blocks of {blocksize}: {double_quant.bits_per_weight(blocksize, None):.3f} bits a weight, RMSE {error:.4f}"
 
 
 @draws((8.4, 3.4), "upper right", 3, xlabel="distribution of the weights", ylabel="RMSE (standard deviations)")
@@ -217,7 +215,7 @@ def plot_bits(ax, blocksize: int, second_blocksize: int) -> str:
     for (kind, label), second in zip(labels.items(), (None, second_blocksize)):
         bits = [double_quant.bits_per_weight(size, second) for size in sizes]
         ax.plot(sizes, bits, MARKERS[kind] + "-", color=COLOURS[kind], label=label)
-    a, b = plain_bits(blocksize), double_quant.bits_per_weight(blocksize, second_blocksize)
+    a, b = double_quant.bits_per_weight(blocksize, None), double_quant.bits_per_weight(blocksize, second_blocksize)
     ax.plot([blocksize, blocksize], [a, b], color=COLOURS["16-bit"], linewidth=2)
     beside = {"textcoords": "offset points", "fontsize": 10, "fontweight": "bold"}
     ax.annotate(f"{a:.3f}", (blocksize, a), xytext=(7, 5), **beside)

@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 from qlora_nb.engine import budget as memory
 from qlora_nb.engine import ledger
-from qlora_nb.engine.environment import GIB
 from qlora_nb.ui.style import COLOURS, draws, look, stacked_bars
 
 _PARTS = {
@@ -32,13 +31,13 @@ def budget(ax, ledgers: dict[str, ledger.Ledger], limit_gib: float | None = None
     """
     largest = max(ledgers, key=lambda name: ledgers[name].total_bytes)
     top = ledgers[largest].total_bytes
-    scale, unit = (GIB, "GiB") if top > 0.5 * GIB else (2**20, "MiB")
+    scale, unit = (ledger.GIB, "GiB") if top > 0.5 * ledger.GIB else (2**20, "MiB")
     ax.figure.set_size_inches(8.4, 1.9 + 0.45 * len(ledgers))
     rows = {row: {part: found.sum(names) for part, (_, names) in _PARTS.items()} for row, found in ledgers.items()}
     there = {part: drawn for part, (drawn, _) in _PARTS.items() if any(parts[part] for parts in rows.values())}
     stacked_bars(ax, rows, there, scale, text=lambda end: f" {end:.2f}")
     if limit_gib is not None:
-        ax.axvline(limit_gib * GIB / scale, color="black", linestyle="--", label=f"card of {limit_gib:g} GiB")
+        ax.axvline(limit_gib * ledger.GIB / scale, color="black", linestyle="--", label=f"card of {limit_gib:g} GiB")
     ax.invert_yaxis()
     ax.margins(x=0.12)
     ax.set_xlabel(f"memory at the fullest moment ({unit})")
@@ -46,7 +45,7 @@ def budget(ax, ledgers: dict[str, ledger.Ledger], limit_gib: float | None = None
     if limit_gib is None:
         part, size = max(rows[largest].items(), key=lambda item: item[1])
         return f"The largest part: {part}, {100 * size / top:.0f} % of {top / scale:.2f} {unit}"
-    over = [name for name, found in ledgers.items() if found.total_bytes > limit_gib * GIB]
+    over = [name for name, found in ledgers.items() if found.total_bytes > limit_gib * ledger.GIB]
     return f"Over {limit_gib:g} GiB: {', '.join(over)}" if over else f"All fit {limit_gib:g} GiB"
 
 
