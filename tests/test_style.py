@@ -69,11 +69,11 @@ def test_a_colour_is_never_the_only_difference():
 def test_a_figure_is_shown_in_full_and_leaves_no_trace():
     before = dict(plt.rcParams)
 
-    @style.draws(figsize=(3, 2), **style.margins(0.3, 0.7, 0.3, 0.7))
+    @style.draws((3, 2), grid=style.margins(0.3, 0.7, 0.3, 0.7), xlabel="x", ylabel="y")
     def plot(ax, height):
         """A bar."""
         ax.bar([0], [height], **style.look("LoRA"))
-        style.finish(ax, "<b>&", "x", "y")
+        return "<b>&"
 
     figure = plot(2)
     shown = print_figure(figure, "png", base64=False)

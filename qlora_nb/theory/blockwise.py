@@ -18,6 +18,7 @@ Sources: QLoRA, arXiv 2305.14314, section 2 (equations 1 and 2); bitsandbytes/ba
 import math
 
 import torch
+from torch import Tensor
 
 from qlora_nb.errors import KitError
 from qlora_nb.theory.codebooks import lloyd_max, nf4_code
@@ -26,7 +27,7 @@ SMALLEST_SCALE = 1e-38
 """Scales below it count as this much when dividing (bitsandbytes' number)."""
 
 
-def midpoints(code: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def midpoints(code: Tensor) -> tuple[Tensor, Tensor]:
     """Borders between neighbouring code values, and which index each interval between them means.
 
     Args:
@@ -42,7 +43,7 @@ def midpoints(code: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (code[order[:-1]] + code[order[1:]]) / 2, order
 
 
-def quantize(x: torch.Tensor, code: torch.Tensor, blocksize: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize(x: Tensor, code: Tensor, blocksize: int = 64) -> tuple[Tensor, Tensor]:
     """Indices into `code` and one scale a block.
 
     Args:
@@ -80,7 +81,7 @@ def quantize(x: torch.Tensor, code: torch.Tensor, blocksize: int = 64) -> tuple[
     return index, absmax
 
 
-def quantize_spec(x: torch.Tensor, code: torch.Tensor, blocksize: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_spec(x: Tensor, code: Tensor, blocksize: int = 64) -> tuple[Tensor, Tensor]:
     """`quantize` as plain loops over plain numbers: for every number try every code value and keep the nearest.
 
     Slow and in double precision, so it may differ from `quantize` for numbers within a rounding error of a border.
@@ -100,9 +101,7 @@ def quantize_spec(x: torch.Tensor, code: torch.Tensor, blocksize: int = 64) -> t
     return torch.tensor(indices, dtype=torch.uint8), torch.tensor(scales, dtype=torch.float32)
 
 
-def dequantize(
-    index: torch.Tensor, absmax: torch.Tensor, code: torch.Tensor, blocksize: int = 64, shape=None, *, dtype=torch.float32
-) -> torch.Tensor:
+def dequantize(index: Tensor, absmax: Tensor, code: Tensor, blocksize: int = 64, shape=None, *, dtype=torch.float32) -> Tensor:
     """code[index] · absmax of its block.
 
     Args:
@@ -130,7 +129,7 @@ def dequantize(
     return out.reshape(shape if shape is not None else (n,)).to(dtype)
 
 
-def pack(index: torch.Tensor, filler: int = 0) -> torch.Tensor:
+def pack(index: Tensor, filler: int = 0) -> Tensor:
     """Two 4-bit indices in a byte, the first in the high nibble.
 
     Args:
@@ -155,7 +154,7 @@ def pack(index: torch.Tensor, filler: int = 0) -> torch.Tensor:
     return (index[0::2] << 4) | index[1::2]
 
 
-def unpack(packed: torch.Tensor, n: int) -> torch.Tensor:
+def unpack(packed: Tensor, n: int) -> Tensor:
     """The first `n` indices out of packed bytes.
 
     >>> unpack(torch.tensor([163, 23], dtype=torch.uint8), 3).tolist()
@@ -165,7 +164,7 @@ def unpack(packed: torch.Tensor, n: int) -> torch.Tensor:
     return torch.stack([packed >> 4, packed & 0xF], dim=1).flatten()[:n]
 
 
-def quantize_4bit(x: torch.Tensor, code: torch.Tensor, blocksize: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_4bit(x: Tensor, code: Tensor, blocksize: int = 64) -> tuple[Tensor, Tensor]:
     """`quantize` and `pack`: the bytes and scales that `bitsandbytes.functional.quantize_4bit` makes on a CPU.
 
     Returns:
@@ -175,14 +174,12 @@ def quantize_4bit(x: torch.Tensor, code: torch.Tensor, blocksize: int = 64) -> t
     return pack(index, filler=int(code.abs().argmin()))[:, None], absmax  # filled up with zero
 
 
-def dequantize_4bit(
-    packed: torch.Tensor, absmax: torch.Tensor, code: torch.Tensor, blocksize: int, shape: tuple[int, ...], *, dtype=torch.float32
-) -> torch.Tensor:
-    """`unpack` and `dequantize`."""
-    return dequantize(unpack(packed, math.prod(shape)), absmax, code, blocksize, shape, dtype=dtype)
+def dequantize_4bit(packed: Tensor, absmax: Tensor, code: Tensor, blocksize: int, shape: tuple[int, ...]) -> Tensor:
+    """`unpack` and `dequantize`, to float32."""
+    return dequantize(unpack(packed, math.prod(shape)), absmax, code, blocksize, shape)
 
 
-def round_trip(x: torch.Tensor, code: torch.Tensor, blocksize: int = 64) -> torch.Tensor:
+def round_trip(x: Tensor, code: Tensor, blocksize: int = 64) -> Tensor:
     """What is left of `x` after quantizing and dequantizing; same shape and dtype.
 
     >>> round_trip(torch.tensor([2.0, -4, 1]), torch.tensor([-1.0, 0, 1]), blocksize=4).tolist()
@@ -192,26 +189,22 @@ def round_trip(x: torch.Tensor, code: torch.Tensor, blocksize: int = 64) -> torc
     return dequantize(index, absmax, code, blocksize, tuple(x.shape), dtype=x.dtype)
 
 
-def fitted_code(x: torch.Tensor, blocksize: int = 64, start: torch.Tensor | None = None, steps: int = 100) -> torch.Tensor:
-    """A Lloyd-Max code for `x` in blocks: least squared error of the weights themselves, nothing held fixed.
+def fitted_code(x: Tensor, blocksize: int = 64) -> Tensor:
+    """A Lloyd-Max code for `x` in blocks, from NF4 on: least squared error of the weights themselves, nothing held fixed.
 
     Args:
         x: weights, as in `quantize`.
         blocksize: as in `quantize`.
-        start: sorted code to start from; NF4 if left out.
-        steps: repetitions of `codebooks.lloyd_max`.
 
     Returns:
         (16,) float32, sorted. Its ends come to lie inside ±1: only one weight in a block is ±absmax.
     """
-    flat = _checked(x, blocksize)
-    pad = torch.nn.functional.pad(flat, (0, -len(flat) % blocksize)).reshape(-1, blocksize)
-    absmax = pad.abs().amax(dim=1, keepdim=True).clamp(min=SMALLEST_SCALE)
-    scaled, weight = (pad / absmax).reshape(-1)[: len(flat)], absmax.square().expand_as(pad).reshape(-1)[: len(flat)]
-    return lloyd_max(scaled, nf4_code() if start is None else start, weight, steps)
+    code = nf4_code()
+    absmax = quantize(x, code, blocksize)[1].clamp(min=SMALLEST_SCALE).repeat_interleave(blocksize)[: x.numel()]
+    return lloyd_max(x.detach().flatten().float() / absmax, code, weights=absmax.square())
 
 
-def rmse(x: torch.Tensor, y: torch.Tensor) -> float:
+def rmse(x: Tensor, y: Tensor) -> float:
     """Root of the mean squared difference, in the unit of `x`.
 
     >>> rmse(torch.tensor([0.0, 0.0]), torch.tensor([3.0, 4.0])) == 12.5**0.5
@@ -220,7 +213,7 @@ def rmse(x: torch.Tensor, y: torch.Tensor) -> float:
     return (x.double() - y.double()).square().mean().sqrt().item()
 
 
-def code_usage(index: torch.Tensor, n_codes: int = 16) -> torch.Tensor:
+def code_usage(index: Tensor, n_codes: int = 16) -> Tensor:
     """Share of the numbers that chose each index, (n_codes,) float64, sum 1.
 
     >>> code_usage(torch.tensor([0, 1, 1, 1]), 2).tolist()
@@ -229,7 +222,7 @@ def code_usage(index: torch.Tensor, n_codes: int = 16) -> torch.Tensor:
     return torch.bincount(index.flatten().int(), minlength=n_codes).double() / index.numel()
 
 
-def entropy_bits(share: torch.Tensor) -> float:
+def entropy_bits(share: Tensor) -> float:
     """Bits a perfect compressor would need for each index: -Σ p log2 p.
 
     >>> entropy_bits(torch.full((16,), 1 / 16))
@@ -239,19 +232,17 @@ def entropy_bits(share: torch.Tensor) -> float:
     return -(used * used.log2()).sum().item()
 
 
-def _checked(x: torch.Tensor, blocksize: int) -> torch.Tensor:
+def _checked(x: Tensor, blocksize: int) -> Tensor:
     """`x` flat and in float32, or a refusal."""
     if isinstance(blocksize, bool) or not isinstance(blocksize, int) or blocksize < 1:
         raise KitError("blocksize is a number of weights", value=blocksize, allowed="a whole number, 1 or more")
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        allowed = "float32, float16, bfloat16"
-        raise KitError("this dtype is not quantized", value=x.dtype, allowed=allowed, remedy="convert with .float()")
+        raise KitError("this dtype is not quantized", value=x.dtype, allowed="float32, float16, bfloat16", remedy="use x.float()")
     if x.numel() == 0:
         raise KitError("there is nothing to quantize: the tensor is empty")
     flat = x.detach().reshape(-1).float()
     if not flat.abs().amax().isfinite():
         bad = int((~torch.isfinite(flat)).nonzero()[0])
         what = f"a NaN or infinity cannot be quantized; the first is at flat position {bad}"
-        remedy = "look for the layer that produced it"
-        raise KitError(what, value=flat[bad].item(), allowed="finite numbers", remedy=remedy)
+        raise KitError(what, value=flat[bad].item(), allowed="finite numbers", remedy="look for the layer that produced it")
     return flat

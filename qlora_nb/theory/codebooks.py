@@ -22,6 +22,7 @@ from statistics import NormalDist
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from qlora_nb.errors import KitError
 
@@ -53,15 +54,14 @@ def nf4_values(tail_quantile: float = TAIL_QUANTILE) -> list[float]:
     [0.563, 0.723, 1.0]
     """
     if not 0.5 < tail_quantile < 1:
-        allowed = "more than 0.5 and less than 1"
-        raise KitError("tail_quantile is a probability in the upper tail", value=tail_quantile, allowed=allowed)
+        raise KitError("tail_quantile is a probability in the upper tail", value=tail_quantile, allowed="between 0.5 and 1")
     quantile, span = NormalDist().inv_cdf, tail_quantile - 0.5
     positive = [quantile(tail_quantile - span * i / 8) for i in range(8)]
     negative = [-quantile(tail_quantile - span * i / 7) for i in range(7)]
     return sorted(v / positive[0] for v in [*negative, 0.0, *positive])
 
 
-def nf4_code() -> torch.Tensor:
+def nf4_code() -> Tensor:
     """NF4 as bitsandbytes tabulates it, derived in the same single-precision steps: equal to its table in every bit.
 
     `nf4_values` is within 2e-7 of it. The last bits matter only for proving equality: one value in ten million lies
@@ -85,7 +85,7 @@ def nf4_code() -> torch.Tensor:
     return values / values.max()
 
 
-def fp4_code() -> torch.Tensor:
+def fp4_code() -> Tensor:
     """FP4 (sign, two exponent bits, one fraction bit) in the order of its bit patterns, as bitsandbytes stores it.
 
     Exponent field e and fraction bit m mean (1 + m/2) · 2^(3-e) for e = 0 … 2 in bitsandbytes' own order (patterns
@@ -103,7 +103,7 @@ def fp4_code() -> torch.Tensor:
     return values / values.max()
 
 
-def int4_code() -> torch.Tensor:
+def int4_code() -> Tensor:
     """Symmetric 4-bit integers -7 … 7 divided by 7: fifteen even steps, the sixteenth pattern is unused.
 
     >>> int4_code().numel(), round(int4_code()[8].item(), 4)
@@ -112,7 +112,7 @@ def int4_code() -> torch.Tensor:
     return torch.arange(-7, 8, dtype=torch.float32) / 7
 
 
-def af4_code(blocksize: int = 64) -> torch.Tensor:
+def af4_code(blocksize: int = 64) -> Tensor:
     """AF4, "abnormal float": least mean absolute error of the scaled numbers of a Gaussian in blocks of this size.
 
     A block's largest number becomes ±1. The others follow the bell curve cut at that number; averaged over how large the
@@ -144,7 +144,7 @@ def af4_code(blocksize: int = 64) -> torch.Tensor:
     return torch.tensor([*-half(7)[::-1], 0, *half(8)], dtype=torch.float32)
 
 
-def dynamic_code() -> torch.Tensor:
+def dynamic_code() -> Tensor:
     """bitsandbytes' signed dynamic 8-bit map: the 256 values that store the scales in double quantization.
 
     The further from 1, the fewer bits are left for the fraction: decade 10^0 has 64 values a side, 10^-1 has 32, …,
@@ -166,9 +166,7 @@ def dynamic_code() -> torch.Tensor:
     return torch.tensor(sorted(values), dtype=torch.float32)
 
 
-def lloyd_max(
-    samples: torch.Tensor, start: torch.Tensor, weights: torch.Tensor | None = None, steps: int = 100, keep: tuple = ()
-) -> torch.Tensor:
+def lloyd_max(samples: Tensor, start: Tensor, weights: Tensor | None = None, steps: int = 100, keep: tuple = ()) -> Tensor:
     """Fit a code to samples: repeat "nearest value" and "each value moves to the mean of its samples" until it stands.
 
     Args:
@@ -207,7 +205,7 @@ def lloyd_max(
     return code.float()
 
 
-def code_by_name(name: str) -> torch.Tensor:
+def code_by_name(name: str) -> Tensor:
     """NF4, FP4, INT4 or AF4 (for blocks of 64) by the name used in figures (any case).
 
     Raises:

@@ -20,6 +20,7 @@ Sources: QLoRA, arXiv 2305.14314, section 3 ("Double Quantization"); bitsandbyte
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from qlora_nb.errors import KitError
 from qlora_nb.theory.blockwise import dequantize, quantize
@@ -87,8 +88,7 @@ def storage_bytes(n_weights: int, blocksize: int = 64, second_blocksize: int | N
     {'codes': 500, 'scales': 16, 'scales of scales': 4, 'mean': 4}
     """
     ledger(blocksize, second_blocksize)  # refuses bad sizes
-    blocks = -(-n_weights // blocksize)
-    codes = -(-n_weights // 2)
+    blocks, codes = -(-n_weights // blocksize), -(-n_weights // 2)
     if second_blocksize is None:
         return {"codes": codes, "scales": 4 * blocks, "scales of scales": 0, "mean": 0}
     return {"codes": codes, "scales": blocks, "scales of scales": 4 * -(-blocks // second_blocksize), "mean": 4}
@@ -105,13 +105,13 @@ class SecondLevel:
         blocksize: scales that share one `absmax`.
     """
 
-    index: torch.Tensor
-    absmax: torch.Tensor
-    absmax_mean: torch.Tensor
+    index: Tensor
+    absmax: Tensor
+    absmax_mean: Tensor
     blocksize: int = SECOND_BLOCKSIZE
 
 
-def table_index(scaled: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
+def table_index(scaled: Tensor, code: Tensor) -> Tensor:
     """Index of a number in [-1, 1] by bitsandbytes' CPU table: which of 65,536 bins, then the code nearest to that bin.
 
     No bin is centred on zero (their number is even), so zero becomes index 131, which means 0.0000212 and not 0 (index 127).
@@ -132,7 +132,7 @@ def table_index(scaled: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
     return table[position]
 
 
-def quantize_absmax(absmax: torch.Tensor, blocksize: int = SECOND_BLOCKSIZE) -> SecondLevel:
+def quantize_absmax(absmax: Tensor, blocksize: int = SECOND_BLOCKSIZE) -> SecondLevel:
     """The second level: subtract the mean, scale blocks of 256, store 8-bit indices.
 
     Args:
@@ -158,7 +158,7 @@ def quantize_absmax(absmax: torch.Tensor, blocksize: int = SECOND_BLOCKSIZE) -> 
     return SecondLevel(table_index(scaled, code), scales, absmax_mean, blocksize)
 
 
-def dequantize_absmax(second: SecondLevel) -> torch.Tensor:
+def dequantize_absmax(second: SecondLevel) -> Tensor:
     """code[index] · absmax + mean: the scales as the dequantizer will see them, (n_blocks,) float32.
 
     >>> [round(v, 3) for v in dequantize_absmax(quantize_absmax(torch.tensor([1.0, 3.0]))).tolist()]
@@ -167,7 +167,7 @@ def dequantize_absmax(second: SecondLevel) -> torch.Tensor:
     return dequantize(second.index, second.absmax, dynamic_code(), second.blocksize) + second.absmax_mean
 
 
-def quantize_absmax_spec(absmax: torch.Tensor, blocksize: int = SECOND_BLOCKSIZE) -> tuple[list[int], list[float], float]:
+def quantize_absmax_spec(absmax: Tensor, blocksize: int = SECOND_BLOCKSIZE) -> tuple[list[int], list[float], float]:
     """The second level as the paper means it, in plain loops: subtract the mean, scale, take the nearest of 256 values.
 
     Differs from `quantize_absmax` where the 65,536-bin table and true nearness disagree: by one index beside a border, by a few
@@ -190,21 +190,20 @@ def quantize_absmax_spec(absmax: torch.Tensor, blocksize: int = SECOND_BLOCKSIZE
     return indices, seconds, mean
 
 
-def _check(absmax: torch.Tensor, blocksize: int) -> None:
+def _check(absmax: Tensor, blocksize: int) -> None:
     if absmax.dtype != torch.float32 or absmax.numel() == 0 or not torch.isfinite(absmax).all():
         raise KitError("absmax must be float32, finite and not empty", value=f"{absmax.numel()} × {absmax.dtype}")
     ledger(1, blocksize)  # refuses a bad size
 
 
-def round_trip(x: torch.Tensor, code: torch.Tensor | None = None, blocksize: int = 64) -> torch.Tensor:
+def round_trip(x: Tensor, blocksize: int = 64) -> Tensor:
     """What is left of `x` after NF4 with double quantization; same shape and dtype (see `blockwise.round_trip`).
 
     Args:
         x: any shape, float32, float16 or bfloat16.
-        code: 4-bit code, NF4 if left out.
         blocksize: weights that share one scale.
     """
-    code = nf4_code().to(x.device) if code is None else code
+    code = nf4_code().to(x.device)
     index, absmax = quantize(x, code, blocksize)
     restored = dequantize_absmax(quantize_absmax(absmax))
     return dequantize(index, restored, code, blocksize, tuple(x.shape), dtype=x.dtype)

@@ -20,7 +20,7 @@ import math
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qlora_nb.errors import KitError
 
@@ -39,7 +39,7 @@ def scale(lora_alpha: float, r: int, rslora: bool = False) -> float:
     return lora_alpha / (math.sqrt(r) if rslora else r)
 
 
-def forward(x: torch.Tensor, weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, lora_alpha: float) -> torch.Tensor:
+def forward(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, lora_alpha: float) -> Tensor:
     """y = x Wᵀ + (alpha / r) (x Aᵀ) Bᵀ, the thin product first: ΔW is never formed.
 
     Args:
@@ -67,9 +67,7 @@ def forward(x: torch.Tensor, weight: torch.Tensor, lora_a: torch.Tensor, lora_b:
     return x @ weight.T + scale(lora_alpha, lora_a.shape[0]) * ((x @ lora_a.T) @ lora_b.T)
 
 
-def forward_spec(
-    x: torch.Tensor, weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, lora_alpha: float
-) -> torch.Tensor:
+def forward_spec(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, lora_alpha: float) -> Tensor:
     """`forward` for one input vector (in,), as plain loops: what the formula says, number by number."""
     (n_out, n_in), r = weight.shape, lora_a.shape[0]
     thin = [sum(x[i].item() * lora_a[k, i].item() for i in range(n_in)) for k in range(r)]
@@ -101,17 +99,17 @@ class LoRALinear(nn.Module):
         self.dropout = nn.Dropout(lora_dropout)
         self.scale = scale(lora_alpha, r)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """(…, in) → (…, out)."""
         return self.base(x) + self.dropout(x) @ self.lora_A.T @ self.lora_B.T * self.scale
 
 
-def delta(lora_a: torch.Tensor, lora_b: torch.Tensor, lora_alpha: float) -> torch.Tensor:
+def delta(lora_a: Tensor, lora_b: Tensor, lora_alpha: float) -> Tensor:
     """ΔW = (alpha / r) B A, shape (out, in)."""
     return scale(lora_alpha, lora_a.shape[0]) * (lora_b @ lora_a)
 
 
-def merge(weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, lora_alpha: float) -> torch.Tensor:
+def merge(weight: Tensor, lora_a: Tensor, lora_b: Tensor, lora_alpha: float) -> Tensor:
     """W + ΔW: one matrix that does what the two paths did. Exact only within the rounding of W's dtype."""
     _check_shapes(weight, lora_a, lora_b)
     return weight + delta(lora_a, lora_b, lora_alpha).to(weight.dtype)
@@ -126,7 +124,7 @@ def n_parameters(r: int, shapes: Iterable[tuple[int, int]]) -> int:
     return sum(r * (n_in + n_out) for n_in, n_out in shapes)
 
 
-def captured_energy(update: torch.Tensor) -> torch.Tensor:
+def captured_energy(update: Tensor) -> Tensor:
     """How much of an update the best rank-r matrix holds, for every r.
 
     Args:
@@ -149,7 +147,7 @@ def captured_energy(update: torch.Tensor) -> torch.Tensor:
     return energy.cumsum(0) / energy.sum()
 
 
-def best_rank(update: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor]:
+def best_rank(update: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """(A, B) whose product B A is the rank-r matrix nearest to the update: A (r, in), B (out, r).
 
     Raises:
@@ -162,9 +160,7 @@ def best_rank(update: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor]
     return v[:r], u[:, :r] * s[:r]
 
 
-def dora_weight(
-    weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, lora_alpha: float, magnitude: torch.Tensor
-) -> torch.Tensor:
+def dora_weight(weight: Tensor, lora_a: Tensor, lora_b: Tensor, lora_alpha: float, magnitude: Tensor) -> Tensor:
     """DoRA's weight: rows of W + ΔW brought to trained lengths.
 
     Args:
@@ -177,13 +173,13 @@ def dora_weight(
     return magnitude[:, None] * nn.functional.normalize(merged, dim=1, eps=0.0)
 
 
-def _check_shapes(weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor) -> None:
+def _check_shapes(weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
     (n_out, n_in), r = weight.shape, lora_a.shape[0]
     if lora_a.shape != (r, n_in) or lora_b.shape != (n_out, r):
         allowed = f"for W of {tuple(weight.shape)}: A ({r}, {n_in}) and B ({n_out}, {r})"
         raise KitError(f"A is {tuple(lora_a.shape)} and B is {tuple(lora_b.shape)}", allowed=allowed)
 
 
-def _check_finite(update: torch.Tensor) -> None:
+def _check_finite(update: Tensor) -> None:
     if not torch.isfinite(update).all():
         raise KitError("the update holds NaN or inf", remedy="look at the training loss: it has probably diverged")

@@ -7,17 +7,16 @@ from matplotlib.patches import Rectangle
 
 from qlora_nb.engine.shapes import PYTHIA
 from qlora_nb.theory import lora
-from qlora_nb.ui.style import COLOURS, MARKERS, draws, finish, log2_axis, look, maps, margins
+from qlora_nb.ui.style import COLOURS, MARKERS, draws, log2_axis, look, maps, margins
 
 LINES = cycler(color=[COLOURS["LoRA"], COLOURS["16-bit"], COLOURS["other"]], linestyle=["-", "--", "-."])
 """`LINES()` gives how to draw one line after another, from the first again after the last."""
-RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
 TARGETS = {"query_key_value": slice(0, 1), "attention": slice(0, 2), "feed-forward": slice(2, 4), "all-linear": slice(0, 4)}
 """Which of a block's four linear layers (shapes.gpt_neox) each choice of targets adapts."""
 
 
-@draws(figsize=(6.4, 3.6))
-def plot_parts(ax, n_in: int, n_out: int, r: int) -> None:
+@draws((6.4, 3.6), aspect="equal", anchor="W")
+def plot_parts(ax, n_in: int, n_out: int, r: int) -> str:
     """W and the two thin matrices, drawn to one scale.
 
     Args:
@@ -37,22 +36,23 @@ def plot_parts(ax, n_in: int, n_out: int, r: int) -> None:
         ax.text(left + width / 2, -height - 0.03 * unit, text, ha="center", va="top", fontsize=10)
     for x, y, sign in ((b_left - gap / 2, -n_out / 2, "+"), (a_left - gap / 2, -0.08 * unit, "·")):
         ax.text(x, y, sign, ha="center", va="center", fontsize=22, fontweight="bold")
-    share = 100 * lora.n_parameters(r, [(n_in, n_out)]) / (n_in * n_out)
     ax.set(xlim=(-0.02 * unit, a_left + n_in + 0.5 * thick + 0.05 * unit), ylim=(-n_out - 0.3 * unit, 0.03 * unit))
-    ax.set(title=f"Two thin matrices hold {share:.2g} % as many numbers as W", aspect="equal", anchor="W")
     ax.axis("off")
+    share = 100 * lora.n_parameters(r, [(n_in, n_out)]) / (n_in * n_out)
+    return f"Two thin matrices hold {share:.2g} % as many numbers as W"
 
 
-@draws()
-def plot_losses(ax, losses: dict[str, list[float]], title: str) -> None:
+@draws(legend="best", xlabel="step (1)", ylabel="mean squared error (1)")
+def plot_losses(ax, losses: dict[str, list[float]], title: str) -> str:
     """Loss over steps, one line a way of starting A and B."""
     for (name, values), line in zip(losses.items(), LINES()):
         ax.plot(values, **line, label=name, linewidth=2)
-    finish(ax, title, "step (1)", "mean squared error (1)", legend="best", ylim=(0, None))
+    ax.set_ylim(bottom=0)
+    return title
 
 
-@draws()
-def plot_scales(ax, ranks: tuple[int, ...], lora_alpha: float, n_in: int, seed: int = 0) -> None:
+@draws(legend="best", xlabel="rank r (1)", ylabel="output size (std)")
+def plot_scales(ax, ranks: tuple[int, ...], lora_alpha: float, n_in: int, seed: int = 0) -> str:
     """Size of the LoRA path's output over the rank, for three scales; entries of A and B independent.
 
     Args:
@@ -70,11 +70,12 @@ def plot_scales(ax, ranks: tuple[int, ...], lora_alpha: float, n_in: int, seed: 
         values = [size * (1 if rslora is None else lora.scale(lora_alpha, r, rslora)) for r, size in zip(ranks, raw)]
         ax.plot(ranks, values, line, marker=MARKERS[kind], color=COLOURS[kind], label=name)
     log2_axis(ax, ranks)
-    finish(ax, "At random B LoRA's path shrinks as 1/√r, rsLoRA's stays", "rank r (1)", "output size (std)", "best", yscale="log")
+    ax.set_yscale("log")
+    return "At random B LoRA's path shrinks as 1/√r, rsLoRA's stays"
 
 
-@draws()
-def plot_captured(ax, curves: dict[str, torch.Tensor], r: int) -> None:
+@draws(legend="lower right", xlabel="rank r (1)", ylabel="captured (% of energy)", ylim=(0, 104))
+def plot_captured(ax, curves: dict[str, torch.Tensor], r: int) -> str:
     """Share of an update that the best rank-r matrix holds, over r.
 
     Args:
@@ -89,11 +90,10 @@ def plot_captured(ax, curves: dict[str, torch.Tensor], r: int) -> None:
     ax.plot([r], [held], MARKERS["LoRA"], color=COLOURS["LoRA"], markersize=11)
     ax.axvline(r, color=COLOURS["other"], linewidth=1, linestyle=":")
     log2_axis(ax, [2**i for i in range(len(first).bit_length())])
-    title = f"Rank {r} holds {held:.0f} % of this update"
-    finish(ax, title, "rank r (1)", "captured (% of energy)", legend="lower right", ylim=(0, 104))
+    return f"Rank {r} holds {held:.0f} % of this update"
 
 
-@draws(1, 3, figsize=(8.4, 3.2), sharey=True, **margins(0.07, 0.88, 0.11, 0.88, wspace=0.2))
+@draws((8.4, 3.2), grid={"ncols": 3, "sharey": True, **margins(0.07, 0.88, 0.11, 0.88, wspace=0.2)}, xlabel="input (index)")
 def plot_update(axes, update: torch.Tensor, factors: tuple[torch.Tensor, torch.Tensor], r: int, size: int = 32) -> None:
     """A corner of the update, of its best rank-r matrix, and what is left, in one colour scale.
 
@@ -109,7 +109,7 @@ def plot_update(axes, update: torch.Tensor, factors: tuple[torch.Tensor, torch.T
     left = 100 * (b[:, r:] ** 2).sum().item() / (b**2).sum().item()
     maps(axes, (corner, near, corner - near), 2, "change (std of ΔW)")
     for ax, title in zip(axes, ("update ΔW", f"best of rank {r}", f"left over: {left:.0f} %")):
-        ax.set(title=title, xlabel="input (index)", xticks=[0, size // 2], yticks=[0, size // 2])
+        ax.set(title=title, xticks=[0, size // 2], yticks=[0, size // 2])
     axes[0].set_ylabel("output (index)")
 
 
@@ -119,8 +119,8 @@ def count(size: str, r: int, targets: str) -> int:
     return shape.n_layers * lora.n_parameters(r, shape.linears[TARGETS[targets]])
 
 
-@draws(figsize=(8.4, 3.8), **margins(0.08, 0.99, 0.14, 0.92))
-def plot_counts(ax, r: int, targets: str = "all-linear", highlight: str = "12b") -> None:
+@draws((8.4, 3.8), "best", grid=margins(0.08, 0.99, 0.14, 0.92), xlabel="Pythia (size)", ylabel="trained (% of all parameters)")
+def plot_counts(ax, r: int, targets: str = "all-linear", highlight: str = "12b") -> str:
     """Trained share of every Pythia at one rank, for the chosen targets beside PEFT's default.
 
     Args:
@@ -137,6 +137,4 @@ def plot_counts(ax, r: int, targets: str = "all-linear", highlight: str = "12b")
         bars = ax.bar(x, shares.values(), width, **look(colour), label=name)
         ax.bar_label(bars, [f"{share:.2g}" for share in shares.values()], fontsize=8)
     ax.set_xticks(range(len(PYTHIA)), list(PYTHIA))
-    trained = f"{count(highlight, r, targets):,} trained ({shares[highlight]:.2g} %)"
-    title = f"pythia-{highlight}, r = {r}, {targets}: {trained}"
-    finish(ax, title, "Pythia (size)", "trained (% of all parameters)", legend="best")
+    return f"pythia-{highlight}, r = {r}, {targets}: {count(highlight, r, targets):,} trained ({shares[highlight]:.2g} %)"

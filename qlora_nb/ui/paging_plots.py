@@ -7,9 +7,8 @@ import numpy as np
 from qlora_nb.engine import ledger
 from qlora_nb.engine.shapes import PYTHIA
 from qlora_nb.theory import paging
-from qlora_nb.ui.style import COLOURS, MARKERS, draws, finish, look, margins, stacked_bars
+from qlora_nb.ui.style import COLOURS, MARKERS, draws, look, margins, stacked_bars
 
-GIB = ledger.GIB
 PARTS = {
     "frozen weights": (COLOURS["NF4+DQ"], ""),
     "LoRA weights": (COLOURS["LoRA"], ".."),
@@ -22,7 +21,7 @@ PARTS = {
 """Colour and hatch of each part of a step's memory, bottom to top."""
 
 
-@draws(figsize=(8.8, 4.2), **margins(0.09, 0.74, 0.125, 0.93))
+@draws((8.8, 4.2), grid=margins(0.09, 0.74, 0.125, 0.93), xlabel="one step (layer by layer)")
 def plot_step(ax, pythia: str, r: int, tokens: int, gpu_gib: float, bits: int = 32) -> None:
     """Memory through one step, stacked by part, under the card's line.
 
@@ -34,40 +33,39 @@ def plot_step(ax, pythia: str, r: int, tokens: int, gpu_gib: float, bits: int = 
         bits: width of the optimizer states.
     """
     moments = paging.step_timeline(ledger.step_sizes(pythia, r, tokens, bits))
-    names, totals = [m.phase for m in moments], [m.total / GIB for m in moments]
+    names, totals = [m.phase for m in moments], [m.total / ledger.GIB for m in moments]
     highest, n = max(totals), names.count("forward")
-    heights, (colours, hatches) = [[m.parts[name] / GIB for m in moments] for name in PARTS], zip(*PARTS.values())
+    heights, (colours, hatches) = [[m.parts[name] / ledger.GIB for m in moments] for name in PARTS], zip(*PARTS.values())
     drawn = {"colors": colours, "hatch": hatches, "edgecolor": "white", "linewidth": 0, "step": "mid"}
     ax.stackplot(range(len(moments)), heights, labels=list(PARTS), **drawn)
     top = 1.02 * max(highest, gpu_gib if gpu_gib < 1.5 * highest else 0)
     if gpu_gib < top:
         ax.axhline(gpu_gib, color="black", linewidth=1.5, linestyle="--", label=f"card {gpu_gib:g} GiB")
-    weights = moments[0].parts["frozen weights"] / GIB
+    weights = moments[0].parts["frozen weights"] / ledger.GIB
     bottom = 0.9 * min(weights, gpu_gib) if weights > 0.5 * highest else 0.0
     for phase in ("loss", "backward", "optimizer"):
         ax.axvline(names.index(phase) - 0.5, color="black", linewidth=0.6, linestyle=":")
     ax.set_xticks([n / 2 - 0.5, n, n + 0.5 + n / 2, 2 * n + 1], ["forward", "loss ", "backward", "  optimizer"])
     ax.set(xlim=(-0.5, len(moments) - 0.5), ylim=(bottom, bottom + 1.1 * (top - bottom)))
+    ax.set_ylabel("memory (GiB)" + (", axis cut" if bottom else ""))
     ax.locator_params(axis="y", nbins=6)  # few ticks: text is what takes time in a redraw
     peak = f"peak {highest:.2f} GiB ({names[totals.index(highest)]})"
     fits = "fits" if highest <= gpu_gib else "does not fit"
     title = f"pythia-{pythia}, r = {r}, {tokens:,} tokens: {peak}, {fits} {gpu_gib:g} GiB"
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9, reverse=True)
     ax.set_title(title, y=1.0)  # told where: looking for a free height takes a seventh of the drawing
-    ax.set(xlabel="one step (layer by layer)", ylabel="memory (GiB)" + (", axis cut" if bottom else ""))
 
 
-def paged_shares(ranks: Sequence[int], bits: int = 32) -> np.ndarray:
-    """(sizes, ranks) share of the optimizer-state bytes that bitsandbytes would page on CUDA."""
-    splits = np.array([[ledger.state_split(size, r, bits) for r in ranks] for size in PYTHIA])
+def paged_shares(ranks: Sequence[int]) -> np.ndarray:
+    """(sizes, ranks) share of the 32-bit optimizer states' bytes that bitsandbytes would page on CUDA."""
+    splits = np.array([[ledger.state_split(size, r) for r in ranks] for size in PYTHIA])
     return splits[..., 0] / splits.sum(axis=-1)
 
 
-@draws(figsize=(7.6, 4.4))
-def plot_paged_share(ax, ranks: Sequence[int], pythia: str, r: int, bits: int = 32) -> None:
+@draws((7.6, 4.4), xlabel="rank r (1)", ylabel="Pythia (size)")
+def plot_paged_share(ax, ranks: Sequence[int], pythia: str, r: int) -> str:
     """Which states are paged, for every Pythia and rank; the reader's own cell is framed if it is there."""
-    shares = 100 * paged_shares(ranks, bits)
-    paged, fixed = ledger.state_split(pythia, r, bits)
+    shares = 100 * paged_shares(ranks)
     ax.imshow(shares, cmap="PuRd", vmin=0, vmax=130, aspect="auto")
     for (i, j), share in np.ndenumerate(shares):
         ax.text(j, i, f"{share:.0f}", ha="center", va="center", color="white" if share > 70 else "black")
@@ -77,11 +75,11 @@ def plot_paged_share(ax, ranks: Sequence[int], pythia: str, r: int, bits: int = 
     ax.set_xticks(range(len(ranks)), [str(k) for k in ranks])
     ax.set_yticks(range(len(PYTHIA)), list(PYTHIA))
     ax.grid(visible=False)
-    title = f"pythia-{pythia}, r = {r}: {100 * paged / (paged + fixed):.0f} % of the state bytes are paged"
-    finish(ax, title, "rank r (1)", "Pythia (size)")
+    paged, fixed = ledger.state_split(pythia, r)
+    return f"pythia-{pythia}, r = {r}: {100 * paged / (paged + fixed):.0f} % of the state bytes are paged"
 
 
-@draws(1, 2, figsize=(9.0, 3.8), **margins(0.08, 0.99, 0.14, 0.92, wspace=0.22))
+@draws((9.0, 3.8), grid={"ncols": 2, **margins(0.08, 0.99, 0.14, 0.92, wspace=0.22)}, xlabel="step (1)")
 def plot_run(axes, steps: Sequence[paging.StepSizes], gpu_gib: float, gb_per_s: float = 12.0) -> None:
     """A run of steps with and without paging: memory wanted beside the card, and bytes moved.
 
@@ -90,9 +88,9 @@ def plot_run(axes, steps: Sequence[paging.StepSizes], gpu_gib: float, gb_per_s: 
         gpu_gib: the card (GiB).
         gb_per_s: bandwidth of the bus between card and RAM (10^9 bytes a second).
     """
-    plain, paged = (paging.simulate(steps, int(gpu_gib * GIB), paging=p) for p in (False, True))
-    wanted = np.array([max(m.total for m in paging.step_timeline(s)) / GIB for s in steps])
-    states = np.array([s.paged / GIB for s in steps])
+    plain, paged = (paging.simulate(steps, int(gpu_gib * ledger.GIB), paging=p) for p in (False, True))
+    wanted = np.array([max(m.total for m in paging.step_timeline(s)) / ledger.GIB for s in steps])
+    states = np.array([s.paged / ledger.GIB for s in steps])
     left, right = axes
     x = np.arange(len(steps)) + 1
     left.bar(x, wanted, **look("other", ""), label="wanted at the peak")
@@ -112,7 +110,7 @@ def plot_run(axes, steps: Sequence[paging.StepSizes], gpu_gib: float, gb_per_s: 
         ax.set_title(f"{way}: {end}", fontsize=11)
         ax.legend(fontsize=8, loc="upper left")
         ax.locator_params(axis="y", nbins=5)  # few ticks: text is what takes time in a redraw
-        ax.set(xticks=x, xlabel="step (1)")
+        ax.set_xticks(x)
 
 
 def sweep_moved(n_pages: int, room: int, sweeps: int = 3) -> int:
@@ -125,8 +123,8 @@ def sweep_moved(n_pages: int, room: int, sweeps: int = 3) -> int:
     return memory.pages_in + memory.pages_out - before
 
 
-@draws()
-def plot_thrashing(ax, n_pages: int, state_gib: float, gb_per_s: float) -> None:
+@draws(legend="lower left", xlabel="room for the states (% of their size)", ylabel="moved in a step (GiB)")
+def plot_thrashing(ax, n_pages: int, state_gib: float, gb_per_s: float) -> str:
     """Bytes moved a step over the room left for the states: least-recently-used against the least that is possible.
 
     Args:
@@ -141,14 +139,13 @@ def plot_thrashing(ax, n_pages: int, state_gib: float, gb_per_s: float) -> None:
     ax.plot(x, moved, MARKERS["optimizer"] + "-", color=COLOURS["optimizer"], label="least recently used")
     ax.plot(x, least, "o--", color=COLOURS["16-bit"], markersize=3, label="only what does not fit")
     ax.set_ylim(0, 1.15 * max(*moved, 1e-9))
-    seconds = max(moved) * GIB / gb_per_s / 1e9
-    title = f"One page short moves everything: {max(moved):.3g} GiB, {seconds:.2g} s a step"
-    title = title if max(moved) else "One page holds all states: nothing to move"
-    finish(ax, title, "room for the states (% of their size)", "moved in a step (GiB)", legend="lower left")
+    if not any(moved):
+        return "One page holds all states: nothing to move"
+    return f"One page short moves everything: {max(moved):.3g} GiB, {max(moved) * ledger.GIB / gb_per_s / 1e9:.2g} s a step"
 
 
-@draws(figsize=(8.0, 3.2))
-def plot_state_bytes(ax, measured: dict[str, dict[str, int]]) -> None:
+@draws((8.0, 3.2), "lower right", xlabel="states of one block (MiB)", ylabel="optimizer (name)")
+def plot_state_bytes(ax, measured: dict[str, dict[str, int]]) -> str:
     """Bytes of optimizer states by optimizer, stacked by kind.
 
     Args:
@@ -158,5 +155,4 @@ def plot_state_bytes(ax, measured: dict[str, dict[str, int]]) -> None:
     totals = stacked_bars(ax, measured, looks, 2**20, lambda total: f" {total:.2f} MiB")
     ax.set_xlim(0, 1.2 * max(totals))
     ax.invert_yaxis()
-    title = f"8-bit states are {max(totals) / min(totals):.2f} times smaller, scales counted"
-    finish(ax, title, "states of one block (MiB)", "optimizer (name)", legend="lower right")
+    return f"8-bit states are {max(totals) / min(totals):.2f} times smaller, scales counted"

@@ -11,8 +11,7 @@ hint = "absmax is 1, so look for the nearest value in the table; indices count f
 check_indices = exercise("indices", blockwise.quantize(torch.tensor([0.5, -1.0, 0.1, 0.0]), NF4, blocksize=4)[0], hint)
 """03, exercise 1: the NF4 indices of the block [0.5, -1.0, 0.1, 0.0]."""
 
-hint = "the first index is the high nibble: it counts sixteen-fold"
-check_byte = exercise("byte", int(blockwise.pack(torch.tensor([12, 5], dtype=torch.uint8))[0]), hint)
+check_byte = exercise("byte", blockwise.pack(torch.tensor([12, 5]))[0], "the first index is the high nibble: it counts 16-fold")
 """03, exercise 2: the byte that holds the indices 12 and 5."""
 
 hint = "four bits: halves of 1/32 and 1/30, that is 2·16 and 2·15; three bits have 8 codes, so 2·8 and 2·7"

@@ -1,6 +1,5 @@
 """Figures of notebooks 03 and 04: data in, closed Figure out."""
 
-from functools import partial
 from itertools import pairwise
 from statistics import NormalDist
 
@@ -8,7 +7,7 @@ import numpy as np
 import torch
 
 from qlora_nb.theory import blockwise, codebooks, double_quant
-from qlora_nb.ui.style import COLOURS, HATCHES, MARKERS, draws, finish, log2_axis, look, maps, margins, stacked_bars
+from qlora_nb.ui.style import COLOURS, HATCHES, MARKERS, draws, log2_axis, look, maps, margins, stacked_bars
 
 PAPER_TABLE_2 = {"Int4": 34.34, "FP4-E2M1": 31.07, "FP4-E3M0": 29.48, "NF4+DQ": 27.41}
 """Mean perplexity on Pile Common Crawl, models from 125M to 13B (QLoRA paper, table 2)."""
@@ -20,11 +19,10 @@ PARTS = {
     "rest": {"color": "#D0D0D0", "hatch": "..", "edgecolor": "white"},
 }
 """How each part of a 4-bit layer is drawn, and what is not quantized."""
-plain_bits = partial(double_quant.bits_per_weight, second_blocksize=None)
 
 
-@draws(figsize=(8.4, 3.6))
-def plot_bell(ax, code: torch.Tensor, tail_quantile: float = codebooks.TAIL_QUANTILE) -> None:
+@draws((8.4, 3.6), xlabel="weight (standard deviations)", ylabel="density (1)", ylim=(0, 0.47))
+def plot_bell(ax, code: torch.Tensor, tail_quantile: float = codebooks.TAIL_QUANTILE) -> str:
     """The bell curve cut into the share of each code value (by midpoints), the code values below it as ticks.
 
     Args:
@@ -41,12 +39,11 @@ def plot_bell(ax, code: torch.Tensor, tail_quantile: float = codebooks.TAIL_QUAN
     ax.plot(points, [0] * len(points), MARKERS["NF4"], color=COLOURS["NF4"], markersize=6, clip_on=False, zorder=5)
     for i, side in {0: "right", 3: "right", 7: "center", 11: "left", 15: "left"}.items():
         ax.annotate(f"{code[i]:.3f}", (points[i], heights[i]), textcoords="offset points", xytext=(0, 4), ha=side, fontsize=9)
-    title = "NF4: sixteen values, close together where weights are many"
-    finish(ax, title, "weight (standard deviations)", "density (1)", ylim=(0, 0.47))
+    return "NF4: sixteen values, close together where weights are many"
 
 
-@draws(figsize=(8.4, 2.9), **margins(0.07, 0.99, 0.17, 0.91))
-def plot_number_line(ax, weight: float, name: str) -> None:
+@draws((8.4, 2.9), grid=margins(0.07, 0.99, 0.17, 0.91), xlabel="weight / absmax (1)", xlim=(-1.06, 1.22), ylim=(-0.4, 2.5))
+def plot_number_line(ax, weight: float, name: str) -> str:
     """Where one scaled weight lands on each code's number line; the chosen code is drawn strongly.
 
     Args:
@@ -64,12 +61,11 @@ def plot_number_line(ax, weight: float, name: str) -> None:
         ax.text(1.06, row, f"{nearest:+.3f}", va="center", fontsize=10, fontweight=bold)
     ax.axvline(weight, color=COLOURS["16-bit"], linestyle=":", linewidth=1)
     ax.set_yticks(range(3), list(errors))
-    title = f"{name} stores {weight:+.2f} with an error of {errors[name]:.3f}"
-    finish(ax, title, "weight / absmax (1)", "", xlim=(-1.06, 1.22), ylim=(-0.4, 2.5))
+    return f"{name} stores {weight:+.2f} with an error of {errors[name]:.3f}"
 
 
-@draws(figsize=(8.4, 3.8))
-def plot_errors(ax, errors: dict[str, dict[int, float]], blocksize: int, name: str, what: str = "a Gaussian") -> None:
+@draws((8.4, 3.8), "best", 2, xlabel="bits a weight, 32-bit scales included (bit)", ylabel="RMSE (standard deviations)")
+def plot_errors(ax, errors: dict[str, dict[int, float]], blocksize: int, name: str, what: str = "a Gaussian") -> str:
     """RMSE over bits a weight, one line a datatype; one point (datatype, blocksize) is ringed.
 
     Args:
@@ -82,16 +78,15 @@ def plot_errors(ax, errors: dict[str, dict[int, float]], blocksize: int, name: s
         kind, line = each if each in COLOURS else "other", {"AF4": "--", "Lloyd-Max": ":"}.get(each, "-")
         style = {"color": COLOURS[kind], "marker": MARKERS[kind], "markersize": 9 if kind == "other" else 6}
         ax.plot(list(by_size), list(by_size.values()), line, label=each, **style)
-    bits, y = plain_bits(blocksize), errors[name][blocksize]
+    bits, y = double_quant.bits_per_weight(blocksize, None), errors[name][blocksize]
     ax.plot([blocksize], [y], "o", markersize=17, markerfacecolor="none", markeredgecolor=COLOURS["16-bit"], markeredgewidth=1.6)
-    log2_axis(ax, sizes, [f"{plain_bits(size):.3g}\n({size})" for size in sizes])
+    log2_axis(ax, sizes, [f"{double_quant.bits_per_weight(size, None):.3g}\n({size})" for size in sizes])
     ax.invert_xaxis()
-    title = f"{name}, blocks of {blocksize}: {bits:.3f} bits a weight, RMSE {y:.4f} on {what}"
-    finish(ax, title, "bits a weight, 32-bit scales included (bit)", "RMSE (standard deviations)", "best", ncols=2)
+    return f"{name}, blocks of {blocksize}: {bits:.3f} bits a weight, RMSE {y:.4f} on {what}"
 
 
-@draws(3, 1, figsize=(8.4, 4.6), sharex=True, sharey=True, **margins(0.07, 0.9, 0.11, 0.93, hspace=0.08))
-def plot_error_map(axes, weight: torch.Tensor, blocksize: int, name: str, rows: int = 16, columns: int = 128) -> None:
+@draws((8.4, 4.6), grid={"nrows": 3, "sharex": True, "sharey": True, **margins(0.07, 0.9, 0.11, 0.93, hspace=0.08)})
+def plot_error_map(axes, weight: torch.Tensor, blocksize: int, name: str, rows: int = 16, columns: int = 128) -> str:
     """A corner of a layer's weights, what is left of it in 4 bits, and ten times the difference; thin lines separate the blocks.
 
     Args:
@@ -107,13 +102,13 @@ def plot_error_map(axes, weight: torch.Tensor, blocksize: int, name: str, rows: 
     for ax, label in zip(axes, ("weights", name, "10 × error")):
         ax.vlines(x - 0.5, y - 0.5, y + 0.5, color="black", linewidth=0.8)
         ax.set(ylabel=label, xticks=range(0, columns, 32), yticks=[0, rows // 2])
-    bits, error = plain_bits(blocksize), blockwise.rmse(weight, restored)
-    axes[0].set_title(f"{name}, blocks of {blocksize}: {bits:.3f} bits a weight, RMSE {error:.4f}")
     axes[-1].set_xlabel("input (index); a row is an output")
+    error = blockwise.rmse(weight, restored)
+    return f"{name}, blocks of {blocksize}: {double_quant.bits_per_weight(blocksize, None):.3f} bits a weight, RMSE {error:.4f}"
 
 
-@draws(figsize=(8.4, 3.4))
-def plot_distributions(ax, errors: dict[str, dict[str, float]]) -> None:
+@draws((8.4, 3.4), "upper right", 3, xlabel="distribution of the weights", ylabel="RMSE (standard deviations)")
+def plot_distributions(ax, errors: dict[str, dict[str, float]]) -> str:
     """Grouped bars: RMSE by distribution and datatype; the best datatype of each distribution is marked.
 
     Args:
@@ -128,23 +123,21 @@ def plot_distributions(ax, errors: dict[str, dict[str, float]]) -> None:
         ax.bar_label(bars, labels, fontsize=9, padding=2)
     ax.set_xticks(range(len(errors)), list(errors))
     ax.set_ylim(top=1.25 * max(max(row.values()) for row in errors.values()))
-    title = "Best datatype: " + " · ".join(f"{d} {name}" for d, name in best.items())
-    finish(ax, title, "distribution of the weights", "RMSE (standard deviations)", legend="upper right", ncols=3)
+    return "Best datatype: " + " · ".join(f"{d} {name}" for d, name in best.items())
 
 
-@draws(figsize=(8.4, 3.2))
-def plot_usage(ax, share: torch.Tensor, code: torch.Tensor) -> None:
+@draws((8.4, 3.2), "best", xlabel="NF4 value (1)", ylabel="share of the weights (%)")
+def plot_usage(ax, share: torch.Tensor, code: torch.Tensor) -> str:
     """How often each code value is used, beside the even share that "each bin has equal probability" would give."""
     percent, even, bits = (100 * share).numpy(), 100 / len(share), blockwise.entropy_bits(share)
     ax.bar(range(len(percent)), percent, color=COLOURS["NF4"])
     ax.axhline(even, color=COLOURS["16-bit"], linestyle="--", label=f"an even share, {even:.2f} %")
     ax.set_xticks(range(len(percent)), [f"{v:.2f}" for v in code.tolist()], rotation=45, fontsize=9)
-    title = f"Used from {percent.min():.1f} to {percent.max():.1f} %: {bits:.2f} bits of information in 4"
-    finish(ax, title, "NF4 value (1)", "share of the weights (%)", legend="best")
+    return f"Used from {percent.min():.1f} to {percent.max():.1f} %: {bits:.2f} bits of information in 4"
 
 
-@draws(figsize=(8.4, 3.2))
-def plot_outlier(ax, block: torch.Tensor, outlier: float, code: torch.Tensor) -> None:
+@draws((8.4, 3.2), "upper right", 2, xlabel="position in the block", ylabel="error (standard deviations)")
+def plot_outlier(ax, block: torch.Tensor, outlier: float, code: torch.Tensor) -> str:
     """Errors of one block of weights, alone and after its first weight has become an outlier.
 
     Args:
@@ -159,11 +152,9 @@ def plot_outlier(ax, block: torch.Tensor, outlier: float, code: torch.Tensor) ->
     for e, kind, size, label in ((beside, "other", 9, f"with one weight of {outlier:g}"), (alone, "NF4", 5, "without")):
         ax.vlines(x, 0, e, color=COLOURS[kind], alpha=0.5, linewidth=1)
         ax.plot(x, e, MARKERS[kind], color=COLOURS[kind], markersize=size, label=label)
-    times = beside.square().mean().sqrt().item() / alone.square().mean().sqrt().item()
     top = 1.45 * max(e.abs().max().item() for e in (alone, beside))
     ax.set_ylim(-top, top)
-    title = f"One outlier of {outlier:g}: the other {len(x)} weights' error times {times:.1f}"
-    finish(ax, title, "position in the block", "error (standard deviations)", legend="upper right", ncols=2)
+    return f"One outlier of {outlier:g}: the other {len(x)} weights' error times {beside.norm() / alone.norm():.1f}"
 
 
 def _labelled_bars(ax, heights: dict[str, float], meanings: list[str], form: str, **settings) -> None:
@@ -175,7 +166,7 @@ def _labelled_bars(ax, heights: dict[str, float], meanings: list[str], form: str
     ax.grid(axis="x", visible=False)
 
 
-@draws(figsize=(10.2, 3.9))
+@draws((10.2, 3.9))
 def plot_quality(ax, panels: dict[str, list]) -> None:
     """The loss that each set of weights adds (mean and standard deviation over the samples) beside the paper's table 2.
 
@@ -198,8 +189,8 @@ def plot_quality(ax, panels: dict[str, list]) -> None:
     paper.set_title("the paper, table 2:\nleast NF4+DQ, most Int4", fontsize=10)
 
 
-@draws(figsize=(8.4, 2.2))
-def plot_ledger(ax, ledgers: dict[str, dict[str, float]]) -> None:
+@draws((8.4, 2.2), "lower right", xlabel="bits a weight beyond the four (bit)")
+def plot_ledger(ax, ledgers: dict[str, dict[str, float]]) -> str:
     """What a weight costs beyond its four bits, one bar a variant.
 
     Args:
@@ -208,12 +199,11 @@ def plot_ledger(ax, ledgers: dict[str, dict[str, float]]) -> None:
     scales = {part: PARTS[part] for part in ("scales", "scales of scales")}
     ends = stacked_bars(ax, ledgers, scales, text=lambda end: f"  4 + {end:.4g} = {4 + end:.4g} bits", fontsize=10)
     ax.set(xlim=(0, 1.5 * max(ends)), ylim=(len(ledgers) - 0.4, -0.6))
-    title = f"The scales cost {ends[0]:.3g} bits a weight; quantized too, {ends[-1]:.3g}"
-    finish(ax, title, "bits a weight beyond the four (bit)", "", legend="lower right")
+    return f"The scales cost {ends[0]:.3g} bits a weight; quantized too, {ends[-1]:.3g}"
 
 
-@draws(figsize=(8.4, 3.6))
-def plot_bits(ax, blocksize: int, second_blocksize: int) -> None:
+@draws((8.4, 3.6), "best", xlabel="block size (weights)", ylabel="bits a weight (bit)", ylim=(3.6, 8.4))
+def plot_bits(ax, blocksize: int, second_blocksize: int) -> str:
     """Bits a weight over the block size, without and with double quantization; one block size is read off.
 
     Args:
@@ -225,18 +215,17 @@ def plot_bits(ax, blocksize: int, second_blocksize: int) -> None:
     for (kind, label), second in zip(labels.items(), (None, second_blocksize)):
         bits = [double_quant.bits_per_weight(size, second) for size in sizes]
         ax.plot(sizes, bits, MARKERS[kind] + "-", color=COLOURS[kind], label=label)
-    a, b = plain_bits(blocksize), double_quant.bits_per_weight(blocksize, second_blocksize)
+    a, b = double_quant.bits_per_weight(blocksize, None), double_quant.bits_per_weight(blocksize, second_blocksize)
     ax.plot([blocksize, blocksize], [a, b], color=COLOURS["16-bit"], linewidth=2)
     beside = {"textcoords": "offset points", "fontsize": 10, "fontweight": "bold"}
     ax.annotate(f"{a:.3f}", (blocksize, a), xytext=(7, 5), **beside)
     ax.annotate(f"{b:.3f}", (blocksize, b), xytext=(-7, -13), ha="right", **beside)
     log2_axis(ax, sizes)
-    title = f"Blocks of {blocksize}: {a:.3f} bits a weight become {b:.3f}, {a - b:.3f} less"
-    finish(ax, title, "block size (weights)", "bits a weight (bit)", legend="best", ylim=(3.6, 8.4))
+    return f"Blocks of {blocksize}: {a:.3f} bits a weight become {b:.3f}, {a - b:.3f} less"
 
 
-@draws(2, 1, figsize=(8.4, 3.8), sharex=True, height_ratios=[3, 1])
-def plot_scales(axes, scaled: torch.Tensor, code: torch.Tensor) -> None:
+@draws((8.4, 3.8), grid={"nrows": 2, "sharex": True, "height_ratios": [3, 1]})
+def plot_scales(axes, scaled: torch.Tensor, code: torch.Tensor) -> str:
     """The centred scales of a model beside the 256 values they may become.
 
     Args:
@@ -246,12 +235,13 @@ def plot_scales(axes, scaled: torch.Tensor, code: torch.Tensor) -> None:
     top, low = axes
     top.hist(scaled.numpy(), bins=80, range=(-1, 1), color=COLOURS["NF4+DQ"])
     low.vlines(code, 0, 1, color=COLOURS["NF4"], linewidth=0.7)
-    inside, near = 100 * (scaled.abs() < 0.1).double().mean().item(), int((code.abs() < 0.1).sum())
-    top.set(title=f"{inside:.0f} % of the scales lie within ±0.1, where {near} of the {len(code)} values lie", ylabel="scales")
+    top.set_ylabel("scales")
     low.set(xlabel="centred scale / second-level absmax (1)", ylabel="values", yticks=[], xlim=(-1.02, 1.02))
+    inside, near = 100 * (scaled.abs() < 0.1).double().mean().item(), int((code.abs() < 0.1).sum())
+    return f"{inside:.0f} % of the scales lie within ±0.1, where {near} of the {len(code)} values lie"
 
 
-@draws(1, 2, figsize=(9.2, 3.4), sharey=True)
+@draws((9.2, 3.4), grid={"ncols": 2, "sharey": True})
 def plot_model_bytes(axes, rows: dict[str, dict[str, int]], n_weights: int) -> None:
     """Bytes of the quantized layers on the left, of the whole model on the right.
 
@@ -274,8 +264,8 @@ def plot_model_bytes(axes, rows: dict[str, dict[str, int]], n_weights: int) -> N
         ax.set(xlabel=f"size ({name})", ylim=(len(rows) - 0.4, -0.6))
 
 
-@draws(1, 2, figsize=(9.2, 3.4))
-def plot_added_error(axes, rows: dict[str, tuple[float, float]]) -> None:
+@draws((9.2, 3.4), grid={"ncols": 2}, xlabel="layer")
+def plot_added_error(axes, rows: dict[str, tuple[float, float]]) -> str:
     """RMSE with 32-bit scales and with 8-bit scales, layer by layer, and their difference.
 
     Args:
@@ -288,6 +278,7 @@ def plot_added_error(axes, rows: dict[str, tuple[float, float]]) -> None:
     left.plot(double, MARKERS["NF4+DQ"], color=COLOURS["NF4+DQ"], markersize=5, label="8-bit scales")
     right.vlines(range(len(added)), 0, added, color=COLOURS["NF4+DQ"], linewidth=1.5)
     right.plot(added, MARKERS["NF4+DQ"], color=COLOURS["NF4+DQ"], markersize=5)
-    left.set_ylim(0, 1.35 * plain.max())
-    finish(left, f"Error of {len(rows)} layers: the same points", "layer", "RMSE (std of the layer)", "upper right", ncols=2)
-    finish(right, f"Added: at most {max(added.max(), 0):.1f} millionths", "layer", "added RMSE (millionths of std)")
+    left.set(ylabel="RMSE (std of the layer)", ylim=(0, 1.35 * plain.max()))
+    left.legend(loc="upper right", ncols=2)
+    right.set(title=f"Added: at most {max(added.max(), 0):.1f} millionths", ylabel="added RMSE (millionths of std)")
+    return f"Error of {len(rows)} layers: the same points"

@@ -5,7 +5,6 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from qlora_nb.engine import budget, environment, ledger, profiles, shapes
-from qlora_nb.engine.environment import GIB
 from qlora_nb.errors import KitError
 from qlora_nb.ui import training_plots
 
@@ -46,7 +45,7 @@ def what_fits(settings, cards: tuple[float, ...] = (8.0, 12.0, 16.0, 24.0, 48.0)
     rows = []
     for card in cards:
         kinds = {"answering": (False, False), "fine-tuning": (True, False), "fine-tuning with levers": (True, True)}
-        found = {kind: budget.largest_pythia(settings, card * GIB, *how) for kind, how in kinds.items()}
+        found = {kind: budget.largest_pythia(settings, card * environment.GIB, *how) for kind, how in kinds.items()}
         row = {kind: f"{fit[0]} ({fit[1].total_gib:.1f} GiB)" if fit else "none" for kind, fit in found.items()}
         pulled = found["fine-tuning with levers"][2] if found["fine-tuning with levers"] else []
         changes = [", ".join(f"{k}={v}" for k, v in lever.changes.items()) for lever in pulled]

@@ -1,7 +1,7 @@
 """One look for every figure: Okabe–Ito colours with a fixed meaning, markers beside them, titles that state the finding."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial, wraps
+from functools import wraps
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -68,8 +68,8 @@ def maps(axes, parts: Sequence, limit: float, label: str, **settings) -> None:
     image.figure.colorbar(image, cax=bar, label=label, ticks=[-limit, 0, limit])
 
 
-kit_style = partial(plt.rc_context, rc_params_from_file(Path(__file__).with_name("kit.mplstyle"), use_default_template=False))
-"""`@kit_style()` above a function draws its figure in the kit's look and leaves the reader's own settings alone."""
+KIT_STYLE = rc_params_from_file(Path(__file__).with_name("kit.mplstyle"), use_default_template=False)
+"""The kit's look; figures are drawn inside `plt.rc_context(KIT_STYLE)`, which leaves the reader's own settings alone."""
 
 
 class WholeFigure(Figure):
@@ -80,38 +80,37 @@ class WholeFigure(Figure):
         return self.bbox_inches.padded(-plt.rcParams["savefig.pad_inches"])
 
 
-def new_figure(rows: int = 1, cols: int = 1, **kwargs) -> tuple[Figure, object]:
-    """A figure that is already closed in pyplot: return it from a plot function and it shows exactly once.
+def draws(figsize: tuple[float, float] | None = None, legend: str = "", columns: int = 1, grid: Mapping = {}, **axes) -> Callable:
+    """`@draws(figsize, …)` above `plot(ax, data)` gives `plot(data)`, which draws on new axes in the kit's look.
+
+    `plot` returns its finding, a sentence or a number, which becomes the title of the (first) axes; None if there is none.
 
     Args:
-        rows, cols: the grid of axes.
-        **kwargs: passed on to `plt.subplots` (`figsize`, `sharey`, `layout`, …); the layout is "constrained" if left out, which
-            takes as long to compute as the drawing: a figure under a widget has `margins` instead.
+        figsize: width and height (inches).
+        legend: where the legend lies ("best", "lower right", …); left out, there is none.
+        columns: columns of the legend.
+        grid: what else `plt.subplots` takes (`nrows`, `ncols`, `sharey`, …); if there are several axes they come as an array.
+            The layout is "constrained" if left out, which takes as long to compute as the drawing: a figure under a widget has
+            `margins`.
+        **axes: what `ax.set` takes and does not depend on the data: `xlabel` and `ylabel` (the quantity and, in brackets, its
+            unit), `xlim`, `ylim`, …
 
     Returns:
-        (figure, axes), axes as `plt.subplots` gives them.
+        A decorator; what it makes returns a figure that is already closed in pyplot and so shows exactly once.
     """
-    fig, axes = plt.subplots(rows, cols, FigureClass=WholeFigure, **{"layout": "constrained"} | kwargs)
-    plt.close(fig)
-    return fig, axes
 
-
-def draws(rows: int = 1, cols: int = 1, **kwargs) -> Callable:
-    """`@draws(figsize=…)` above `plot(ax, data)` gives `plot(data)`, which draws on new axes in the kit's look.
-
-    Args:
-        rows, cols, **kwargs: as in `new_figure`; if there are several axes they come as an array.
-
-    Returns:
-        A decorator; what it makes returns the closed figure.
-    """
+    settings = {"FigureClass": WholeFigure, "layout": "constrained", "figsize": figsize, "subplot_kw": axes, **grid}
 
     def decorate(plot: Callable) -> Callable[..., Figure]:
         @wraps(plot)
         def drawn(*data, **options) -> Figure:
-            with kit_style():
-                fig, axes = new_figure(rows, cols, **kwargs)
-                plot(axes, *data, **options)
+            with plt.rc_context(KIT_STYLE):
+                fig, ax = plt.subplots(**settings)
+                plt.close(fig)
+                if finding := plot(ax, *data, **options):
+                    fig.axes[0].set_title(finding)
+                if legend:
+                    ax.legend(loc=legend, ncols=columns)
             return fig
 
         del drawn.__wrapped__  # its signature has the axes, which nobody passes
@@ -121,24 +120,5 @@ def draws(rows: int = 1, cols: int = 1, **kwargs) -> Callable:
 
 
 def margins(left: float, right: float, bottom: float, top: float, **between: float) -> dict:
-    """Arguments of `new_figure` that fix where the axes lie (shares of the figure; `between`: wspace, hspace)."""
+    """A `grid` for `draws` that fixes where the axes lie (shares of the figure; `between`: wspace, hspace)."""
     return {"layout": None, "gridspec_kw": {"left": left, "right": right, "bottom": bottom, "top": top, **between}}
-
-
-def finish(ax, title: str, xlabel: str, ylabel: str, legend: str = "", ncols: int = 1, **settings) -> Figure:
-    """The last line of a plot function: name the finding and both axes.
-
-    Args:
-        title: what the figure shows, in a sentence or a number.
-        xlabel, ylabel: the quantity and, in brackets, its unit.
-        legend: where the legend lies ("best", "lower right", …); left out, there is none.
-        ncols: columns of the legend.
-        **settings: whatever else `ax.set` takes (`xlim`, `ylim`, …).
-
-    Returns:
-        The figure of these axes.
-    """
-    ax.set(title=title, xlabel=xlabel, ylabel=ylabel, **settings)
-    if legend:
-        ax.legend(loc=legend, ncols=ncols)
-    return ax.figure
