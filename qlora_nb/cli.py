@@ -20,6 +20,11 @@ from qlora_nb.errors import KitError
 class _Group(TyperGroup):
     """Commands whose refusals are a sentence, not a traceback."""
 
+    def main(self, *args, **options):
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(errors="replace")  # a terminal that knows ASCII alone
+        return super().main(*args, **options)
+
     def invoke(self, ctx):
         try:
             return super().invoke(ctx)
@@ -134,7 +139,7 @@ def run(ctx: typer.Context, profile: Profile = "tiny",
     from qlora_nb.engine import batch
 
     given = {"profile": profile, **({"output_dir": str(Path(out).absolute())} if out else {}), **_parameters(ctx.args)}
-    summary = batch.run_sequence(given, [part.strip() for part in only.split(",") if part.strip()], resume=resume)
+    summary = batch.run_sequence(given, [part.strip() for part in only.split(",")] if only else None, resume=resume)
     raise typer.Exit(0 if summary["status"] == "done" else 1)
 
 
@@ -153,20 +158,23 @@ def copy_for_learning(source: Path, target: Path) -> list[Path]:
     """Copy notebooks without outputs; a copy that is already there is the learner's own and is never touched."""
     import nbformat
 
-    from qlora_nb.engine.batch import choose
+    from qlora_nb.engine.batch import choose, read_notebook
+    from qlora_nb.engine.runs import writing
 
-    target.mkdir(exist_ok=True)
-    fresh = []
-    for path in choose(source):
+    notebooks, fresh = choose(source), []
+    with writing(target):
+        target.mkdir(exist_ok=True)
+    for path in notebooks:
         copy = target / path.name
         if copy.exists():
             print(f"kept your {copy.name} (remove it to get a fresh copy)")
             continue
-        notebook = nbformat.read(path, 4)
+        notebook = read_notebook(path)
         for cell in notebook.cells:
             if cell.cell_type == "code":
                 cell.outputs, cell.execution_count = [], None
-        nbformat.write(notebook, copy)
+        with writing(copy):
+            nbformat.write(notebook, copy)
         fresh.append(copy)
     print(f"{len(fresh)} fresh copies in {target}")
     return fresh
@@ -177,8 +185,10 @@ def _parameters(args: list[str]) -> dict[str, object]:
     match args:
         case []:
             return {}
-        case ["-p" | "--parameters", name, value, *rest]:
-            return {name: value} | _parameters(rest)
+        case ["-p" | "--parameters", name, value, *rest] if name not in (others := _parameters(rest)):
+            return {name: value} | others
+        case ["-p" | "--parameters", name, _, *_]:
+            raise KitError("this parameter is given twice", value=name, remedy="give it once")
     raise KitError("this argument is not understood", value=args[0], allowed="-p NAME VALUE", remedy="see qlora-nb run --help")
 
 

@@ -44,5 +44,8 @@ def refusing(what: str, value: object, remedy: str) -> Iterator[None]:
 
 
 def _short(value: object, limit: int = 80) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # a number of more digits than Python writes
+        text = f"something too long to show ({type(value).__name__})"
     return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -125,6 +125,7 @@ def test_report_escapes_everything(tmp_path):
             ["a traceback was printed: Oops"],
         ),
         (nbformat.v4.new_output("stream", name="stdout", text="fine"), []),
+        (nbformat.v4.new_output("stream", name="stdout", text="asked: Traceback (most recent call last):\nOops"), []),
     ],
 )
 def test_stored_errors(output, expected):
@@ -146,12 +147,47 @@ def test_refusals_come_before_any_process(toy, tmp_path, monkeypatch):
         ({"r": "0"}, None, "at least 1"),
         ({"profile": "huge"}, None, "unknown profile"),
         ({}, ["09"], "no such notebook"),
+        ({}, [""], "no such notebook"),
         ({"output_dir": str(tmp_path / "a file")}, None, "cannot be written to"),
     ):
         with pytest.raises(KitError, match=expected):
             batch.run_sequence(parameters, only=only, notebooks=folder)
     with pytest.raises(KitError, match="no notebooks found"):
         batch.run_sequence({"output_dir": str(tmp_path)}, notebooks=tmp_path)
+
+
+@pytest.mark.parametrize("record", ["[]", "null", '{"status": "running"}', '{"parameters": 7}', "{", ""])
+def test_a_summary_that_is_none_is_no_unfinished_sequence(toy, tmp_path, record):
+    folder = tmp_path / "out" / "tiny" / "sequence-20260101-000000"
+    folder.mkdir(parents=True)
+    (folder / "summary.json").write_text(record)
+    for resume in ("latest", str(folder)):
+        with pytest.raises(KitError, match="no unfinished sequence"):
+            batch.run_sequence({"output_dir": str(tmp_path / "out")}, notebooks=toy("01_good", "1"), resume=resume)
+    with pytest.raises(KitError, match="goes on with the notebooks it began with"):
+        batch.run_sequence({"output_dir": str(tmp_path / "out")}, ["01"], notebooks=toy("01_good", "1"), resume="latest")
+
+
+def test_a_notebook_that_cannot_be_read_stops_nothing_but_is_told(toy, tmp_path):
+    """Before the run it is refused; one that papermill left cut off counts as failed."""
+    folder = toy("01_good", "1")
+    (folder / "02_broken.ipynb").write_text('{"cells": [')
+    with pytest.raises(KitError, match="this is no notebook"):
+        batch.run_sequence({"output_dir": str(tmp_path)}, notebooks=folder)
+    outcome = batch.Outcome("01_good", exit_code=-15)
+    cut = tmp_path / "cut.ipynb"
+    cut.write_text('{"cells": [')
+    batch._take_out_secrets(cut, tmp_path / "none")
+    assert "cut.ipynb is cut off: papermill was ended while it wrote" in batch._judge(outcome, cut, tmp_path / "none", "")
+
+
+def test_a_path_means_the_folder_the_user_is_in(toy, tmp_path, monkeypatch):
+    (tmp_path / "rows.json").write_text(json.dumps([{"instruction": "a", "output": "b"}] * 9))
+    monkeypatch.chdir(tmp_path)
+    given = {"output_dir": str(tmp_path / "out"), "dataset": "rows.json", "model_id": "pocket"}
+    summary = batch.run_sequence(given, notebooks=toy("01_good", "1"), say=lambda line: None)
+    assert summary["parameters"]["dataset"] == str(tmp_path / "rows.json")
+    assert summary["parameters"]["model_id"] == "pocket"
 
 
 def test_a_foreign_kernel_is_refused(tmp_path, monkeypatch):

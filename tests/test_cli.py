@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -53,6 +54,9 @@ def test_help_names_every_command():
         (["run", "-p", "max_stepz", "3"], "did you mean max_steps"),
         (["run", "-p", "learning_rate", "-1"], "learning_rate"),
         (["run", "--only", "99"], "no such notebook"),
+        (["run", "--only", ","], "no such notebook"),
+        (["run", "--only", "03", "--resume", "latest"], "leave --only or --resume out"),
+        (["run", "-p", "seed", "1", "-p", "r", "4", "-p", "seed", "2"], "given twice (got 'seed')"),
         (["run", "-p", "seed"], "not understood"),
         (["run", "--profil", "tiny"], "not understood"),
         (["plan", "--profile", "large"], "tiny, smollm2, t4, full"),
@@ -65,6 +69,26 @@ def test_refusals_are_one_sentence_and_exit_2(arguments, expected, root):
     assert expected in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["plan", "--help"], ["run", "-p", "model_id", "modèle"]])
+def test_a_terminal_that_knows_ascii_alone(arguments, root):
+    done = qlora_nb(*arguments, cwd=root, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.returncode in (0, 2)
+    assert "Traceback" not in done.stderr
+
+
+def test_lab_says_why_it_cannot_copy(toy, tmp_path):
+    folder = toy("01_a", "1")
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(KitError, match="cannot be written"):
+        cli.copy_for_learning(folder, tmp_path / "taken")
+    with pytest.raises(KitError, match="no notebooks found"):
+        cli.copy_for_learning(tmp_path / "none", tmp_path / "mine")
+    assert not (tmp_path / "mine").exists()
+    (folder / "02_b.ipynb").write_text("{")
+    with pytest.raises(KitError, match="this is no notebook"):
+        cli.copy_for_learning(folder, tmp_path / "mine")
 
 
 def test_full_profile_is_refused_fast_without_a_gpu(root):

@@ -102,6 +102,29 @@ def test_unusable_rows_are_refused(tmp_path, rows, message):
         data.load(settings_for(write(tmp_path / "rows.json", rows)))
 
 
+def test_what_a_csv_file_says_stays_as_it_is(tmp_path):
+    said = ["007", "1.70", "NA", "1e3", "True", "", "2024-01-01", "-0"]
+    path = tmp_path / "rows.CSV"
+    path.write_text("instruction,input,output\n" + "".join(f"Say {n}.,{text},{text or '-'}\n" for n, text in enumerate(said)))
+    rows = [row for split in data.load(settings_for(path)) for row in split]
+    assert sorted(row["output"] for row in rows) == sorted(text or "-" for text in said)
+    assert sorted(row["input"] for row in rows) == sorted(said)
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_no_remedy_is_named_that_does_not_help(tmp_path, n):
+    with pytest.raises(KitError, match="too few") as refused:
+        data.load(settings_for(write(tmp_path / "rows.json", [*ROWS[:n], {"instruction": "x", "output": ""}])))
+    assert refused.value.remedy == "bring more rows"
+
+
+def test_one_column_for_two_is_refused(tmp_path):
+    path = write(tmp_path / "rows.json", [{"q": "a"}] * 9)
+    settings = settings_for(path).model_copy(update={"columns": {"instruction": "q", "output": "q"}})
+    with pytest.raises(KitError, match="one column of the data twice"):
+        data.load(settings)
+
+
 def test_broken_and_unknown_files_are_refused(tmp_path):
     broken = tmp_path / "rows.json"
     broken.write_text('[{"instruction": "a", ')

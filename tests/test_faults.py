@@ -14,10 +14,12 @@ import shutil
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from qlora_nb.engine import checkpoints, data, environment, generation, models, runs
 from qlora_nb.engine.profiles import validate
@@ -401,6 +403,14 @@ def adapter_config(**changes):
     return change
 
 
+def weights(change):
+    def apply(folder):
+        path = folder / "adapter_model.safetensors"
+        save_file({name: change(tensor) for name, tensor in load_file(path).items()}, path)
+
+    return apply
+
+
 @pytest.fixture(scope="module")
 def pocket():
     settings = validate({})
@@ -424,6 +434,11 @@ def pocket():
         (adapter_config(lora_alpha=None), "does not fit"),
         (adapter_config(target_modules=["dense"]), "name other layers"),
         (adapter_config(target_modules="(a+)+$["), "does not fit"),
+        (adapter_config(bias="all"), "does not fit"),
+        (adapter_config(lora_alpha=1e38), "NaN or infinity"),
+        (weights(lambda w: w * float("nan")), "NaN or infinity"),
+        (weights(lambda w: w * 1e38), "NaN or infinity"),
+        (weights(lambda w: w.to(torch.int8)), "whole numbers"),
     ],
     ids=[
         "no config",
@@ -440,6 +455,11 @@ def pocket():
         "alpha",
         "fewer layers",
         "pattern",
+        "biases",
+        "alpha without end",
+        "nan",
+        "infinity",
+        "whole numbers",
     ],
 )
 def test_a_broken_adapter_is_refused_in_a_sentence(pocket, tmp_path, hurt, words):
@@ -449,6 +469,19 @@ def test_a_broken_adapter_is_refused_in_a_sentence(pocket, tmp_path, hurt, words
     with pytest.raises(KitError, match=words) as refused:
         generation.load_adapter(models.load_base(settings), generation.find_adapter(settings)[0])
     assert refused.value.remedy
+
+
+def test_an_adapter_for_another_base_names_both(pocket, tmp_path, capsys):
+    """Of the same shape it could be the same base under another name, so it is used and this is said; else it is refused."""
+    folder = shutil.copytree(ADAPTER_DIR, tmp_path / "adapter")
+    generation.load_adapter(models.load_base(pocket[0]), folder)
+    assert "made for" not in capsys.readouterr().out
+    adapter_config(base_model_name_or_path="EleutherAI/pythia-70m")(folder)
+    generation.load_adapter(models.load_base(pocket[0]), folder)
+    assert "made for pythia-70m, the model here is pocket" in capsys.readouterr().out
+    adapter_config(base_model_name_or_path="EleutherAI/pythia-70m", r=4)(folder)
+    with pytest.raises(KitError, match="made for pythia-70m, the model here is pocket"):
+        generation.load_adapter(models.load_base(pocket[0]), folder)
 
 
 def test_a_sealed_adapter_with_one_other_bit_is_refused_and_a_new_card_is_not(pocket, tmp_path):
@@ -631,6 +664,36 @@ def test_a_slider_dragged_fast_ends_with_the_last_value():
     assert panel.children[-1].value == "<pre>&lt;b&gt;x&lt;/b&gt; is too large (got 0.9).</pre>"
     panel.children[0].value = 0.1
     assert panel.children[-1].value.startswith("<img ")
+
+
+@pytest.mark.parametrize(
+    ("visible", "build", "found"),
+    [(None, "2.9.1+cu128", "abc"), ("", "2.9.1", ""), ("-1", "2.9.1", ""), ("2,0", "2.9.1", "ca"), (None, "2.9.1+cpu", ""),
+     ("GPU-3f", "2.9.1", "abc"), ("7", "2.9.1", "")],
+)  # fmt: skip
+def test_only_cards_that_torch_can_use_count(monkeypatch, visible, build, found):
+    """NVML sees every card; a build of torch without CUDA and CUDA_VISIBLE_DEVICES do not. A fourth card tells no memory."""
+    import pynvml
+
+    def memory(handle):
+        if handle == "d":
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+        return types.SimpleNamespace(total=2**34, free=2**34)
+
+    def handle(i):
+        if i > 3:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_INVALID_ARGUMENT)
+        return "abcd"[i]
+
+    own = {"Init": lambda: None, "Shutdown": lambda: None, "DeviceGetCount": lambda: 4, "DeviceGetMemoryInfo": memory}
+    own |= {"DeviceGetHandleByIndex": handle, "DeviceGetName": str, "DeviceGetCudaComputeCapability": lambda handle: [8, 6]}
+    for name, function in own.items():
+        monkeypatch.setattr(pynvml, f"nvml{name}", function)
+    monkeypatch.setattr(environment, "installed", lambda package: build)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert "".join(card.name for card in environment.gpus()) == found
 
 
 def test_bfloat16_on_a_card_without_it_becomes_float16_with_a_notice(monkeypatch, capsys):

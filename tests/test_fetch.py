@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 import textwrap
@@ -187,6 +188,27 @@ def test_hub_failures_are_words_without_a_token(hub, monkeypatch):
     monkeypatch.setattr(fetch.shutil, "disk_usage", lambda folder: Usage(10, 9, 1))
     with pytest.raises(KitError, match="GB of disk"):
         fetch.fetch_repo("a/b", say=lambda line: None)
+
+
+def test_a_proxy_is_the_way_out(monkeypatch):
+    """Behind one the hub itself answers nobody; NO_PROXY and an address that is none are told apart too."""
+    with socket.socket() as proxy:
+        proxy.bind(("127.0.0.1", 0))
+        proxy.listen()
+        port = proxy.getsockname()[1]
+        for name in ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+        assert not environment._reachable("http://hub.invalid")
+        for form in (f"http://127.0.0.1:{port}", f"127.0.0.1:{port}"):
+            environment._reachable.cache_clear()
+            monkeypatch.setenv("http_proxy", form)
+            assert environment._reachable("http://hub.invalid")
+        assert not environment._reachable("https://hub.invalid"), "another scheme has another proxy"
+        monkeypatch.setenv("no_proxy", "hub.invalid")
+        environment._reachable.cache_clear()
+        assert not environment._reachable("http://hub.invalid")
+    for bad in ("http://[::1", "http://host:port", "", "http://127.0.0.1:99999"):
+        assert not environment._reachable(bad)
 
 
 def test_fetch_ahead_leaves_local_things_alone(tmp_path, monkeypatch):

@@ -149,6 +149,40 @@ def test_a_file_with_answers_to_other_rows_is_left_alone(tuned, tmp_path):
     assert target.read_text() == before
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"my notes, weeks of work\nline two\n",
+        b"my notes",
+        b'{"a": 1}\n',
+        b"[1]\n",
+        b"\xe9\n",
+        b'{"n": "x"}\n',
+        b'{"n": 0\n{"n": 1}\n',
+    ],
+)
+def test_a_file_of_something_else_is_left_alone(tuned, tmp_path, content):
+    tokenizer, model = tuned
+    target = tmp_path / "notes.txt"
+    target.write_bytes(content)
+    with pytest.raises(KitError, match=r"is no file of answers|holds answers to other rows") as refused:
+        generation.answer_file(model, tokenizer, rows_of(2), target, SETTINGS)
+    assert "name another file" in refused.value.remedy
+    assert target.read_bytes() == content
+
+
+def test_answers_of_another_model_are_not_mixed_in(tuned, tmp_path):
+    tokenizer, model = tuned
+    target = tmp_path / "not" / "there yet" / "answers.jsonl"
+    with model.disable_adapter():
+        generation.answer_file(model.get_base_model(), tokenizer, rows_of(2), target, SETTINGS)
+    before = target.read_text()
+    for settings in (SETTINGS, SETTINGS.model_copy(update={"max_new_tokens": 3})):
+        with pytest.raises(KitError, match="by another model"):
+            generation.answer_file(model, tokenizer, rows_of(2), target, settings)
+    assert target.read_text() == before
+
+
 def test_prompts_come_from_text_and_data_files(tmp_path):
     (tmp_path / "a.txt").write_text("\ufeffSay hi.\n\nSay bye.\n", encoding="utf-8")
     assert generation.read_rows(str(tmp_path / "a.txt"), {}) == [

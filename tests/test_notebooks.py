@@ -5,6 +5,7 @@ How long a notebook takes is printed, never asserted: a busy machine is not a fa
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -14,7 +15,7 @@ import nbformat
 import pytest
 from conftest import NOTEBOOKS, ROOT, Listener
 
-from qlora_nb.engine import batch, environment, report
+from qlora_nb.engine import batch, environment, profiles, report
 
 NAMES = [p.stem for p in sorted(NOTEBOOKS.glob("0*.ipynb"))]
 each = pytest.mark.parametrize("name", NAMES)
@@ -34,6 +35,15 @@ def test_committed_form(name):
     from build_notebooks import format_problems
 
     assert format_problems(NOTEBOOKS / f"{name}.ipynb", NAMES) == []
+
+
+@each
+def test_no_cell_takes_a_parameters_name_for_something_else(name):
+    """Run again, the cell that resolves the parameters would read it."""
+    cells = [c for c in nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4).cells if c.cell_type == "code"]
+    others = [c.source for c in cells if "parameters" not in c.metadata.get("tags", [])]
+    stored = [n for source in others for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Name)]
+    assert {n.id for n in stored if isinstance(n.ctx, ast.Store)} & profiles.Settings.model_fields.keys() == set()
 
 
 @each

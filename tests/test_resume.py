@@ -85,6 +85,8 @@ def lose(run):
 def test_a_hurt_run_ends_as_if_nothing_had_happened(tmp_path, whole, hurt, status, says):
     hurt_run = drive(tmp_path, hurt=hurt)
     assert hurt_run.returncode == status, hurt_run.stderr[-1000:]
+    told = runs.status_of(next((tmp_path / "tiny").iterdir()))
+    assert told == {"int": "interrupted", "term": "interrupted", "kill": "died"}.get(hurt[:4].rstrip("@"), "failed")
     assert says in go_on(tmp_path, whole)
 
 
@@ -162,6 +164,25 @@ def test_other_settings_are_refused_with_both_values(stopped, tmp_path):
     assert (run / "manifest.json").read_text() == before  # refused before anything was written
     later = settings_of(tmp_path, resume="latest", save_steps=2, max_new_tokens=5)  # these do not change what is trained
     assert checkpoints.start(later, "06_resume").resumed
+
+
+OTHER = {
+    "seed": 1,
+    "quant_type": "fp4",
+    "double_quant": False,
+    "dataset": "rows.json",
+    "target_modules": "dense",
+    "max_length": 64,
+}
+OTHER |= {"lora_alpha": 3.0, "lora_dropout": 0.2, "learning_rate": 1e-3, "optim": "adamw_torch", "max_steps": 11, "packing": True}
+OTHER |= {"model_id": "smollm2", "prompt_template": "alpaca", "gradient_accumulation_steps": 1, "per_device_train_batch_size": 1}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_each_setting_that_changes_what_is_trained_is_refused(stopped, name):
+    folder = checkpoints.newest(next((stopped / "tiny").iterdir()))
+    with pytest.raises(KitError, match=rf"something else: {name} was .*, is "):
+        checkpoints.require_same(folder, settings_of(stopped, **{name: OTHER[name]}))
 
 
 def test_other_rows_are_refused(stopped):

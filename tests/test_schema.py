@@ -6,7 +6,10 @@ import json
 import math
 import subprocess
 import sys
+from decimal import Decimal
+from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -31,6 +34,11 @@ from qlora_nb.errors import KitError
         ("target_modules", '["dense"]', ["dense"]),
         ("prompts", "one prompt, with a comma", ["one prompt, with a comma"]),
         ("prompts", '["a", "b"]', ["a", "b"]),
+        ("prompts", {"a"}, ["a"]),
+        ("dataset", Path("a folder") / "rows.json", str(Path("a folder") / "rows.json")),
+        ("r", np.int64(16), 16),
+        ("learning_rate", np.float64(0.1), 0.1),
+        ("learning_rate", Decimal("0.1"), 0.1),
         ("blocksize", 128, 128),
         ("r", None, profiles.PROFILES["tiny"]["r"].value),
     ],
@@ -72,7 +80,12 @@ def test_values_are_coerced(name, value, expected):
         ("model_id", ""),
         ("optim", "adam"),
         ("prompts", []),
+        ("prompts", "[" * 60_000),
+        ("target_modules", "[" * 60_000),
+        ("model_id", object()),
+        ("r", np.array([8, 16])),
         ("seed", -1),
+        pytest.param("seed", 10**5000, id="a number too long to write"),
         ("pythia", "13b"),
     ],
 )

@@ -15,7 +15,7 @@ import nbformat
 import pytest
 
 import qlora_nb
-from qlora_nb.engine import batch, models, report
+from qlora_nb.engine import batch, environment, models, report, runs
 from qlora_nb.engine.generation import Answer
 from qlora_nb.engine.profiles import validate
 from qlora_nb.errors import KitError
@@ -200,6 +200,42 @@ def test_no_token_is_ever_written(toy, tmp_path, monkeypatch):
         assert not [n for n, value in SECRETS.items() if value.encode() in content], path
     assert not [n for n, value in SECRETS.items() if value in "\n".join(lines)]
     assert "[hidden]" in (Path(summary["folder"]) / "02_leaks.ipynb").read_text(encoding="utf-8")
+
+
+def test_a_failing_run_hides_them_too(tmp_path, monkeypatch):
+    odd = {
+        "DB_PASSWORD": 'quote " back \\ slash',
+        "CREDENTIALS_JSON": '{\n "key": "one line\nand another"\n}',
+        "GITHUB_PAT": "g" * 9,
+    }
+    for name, value in (SECRETS | odd).items():
+        monkeypatch.setenv(name, value)
+    run = runs.Run(validate({"output_dir": str(tmp_path)}), "06_x")
+    run.log({"step": 1, "said": " ".join(odd.values())})
+    with pytest.raises(OSError, match="token="), run:
+        raise OSError("token=" + " ".join((SECRETS | odd).values()) + " sk-" + 20 * "a")
+    for name in ("manifest.json", "metrics.jsonl"):
+        text = (run.folder / name).read_text()
+        assert not [n for n, value in (SECRETS | odd).items() if json.dumps(value)[1:-1] in text or value in text], name
+        assert "sk-a" not in text
+    assert json.loads((run.folder / "manifest.json").read_text())["metrics"]["error"].startswith("OSError: token=[hidden]")
+
+
+def test_a_secret_that_is_a_word_of_the_format_breaks_nothing(toy, tmp_path, monkeypatch):
+    monkeypatch.setenv("POSTGRES_PASSWORD", "metadata")
+    monkeypatch.setenv("SERVICE_KEY", "first line\nsecond line")
+    folder = toy("01_x", "import os\nprint('metadata and')\nprint(os.environ['SERVICE_KEY'])")
+    summary = batch.run_sequence({"output_dir": str(tmp_path / "out")}, notebooks=folder, say=lambda line: None)
+    assert summary["status"] == "done", summary["notebooks"]
+    executed = (Path(summary["folder"]) / "01_x.ipynb").read_text()
+    assert "second line" not in executed
+    assert "[hidden] and" in executed
+
+
+def test_an_endpoint_is_shown_without_its_password(monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://teacher:S3cretPassw0rd@127.0.0.1:9")
+    assert environment.hub_endpoint() == "http://127.0.0.1:9"
+    assert not environment.hub_is_reachable()
 
 
 def test_no_parameter_takes_a_token_and_no_command_shows_one():

@@ -1,6 +1,7 @@
 """Training, saving, answering: the engine of notebooks 06 and 07 on the pocket model."""
 
 import json
+import math
 import os
 import signal
 import threading
@@ -9,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from qlora_nb.engine import data, evaluation, generation, models, runs, training
+from qlora_nb.engine import checkpoints, data, evaluation, generation, models, runs, training
 from qlora_nb.engine.profiles import validate
 from qlora_nb.errors import KitError
 
@@ -119,6 +120,57 @@ def test_nan_stops_at_once_and_is_named(tmp_path):
         training.finetune(model, tokenizer, rows, settings, run, steps.append)
     assert len(steps) == 1
     assert runs.status_of(run.folder) == "failed"
+    assert not list(run.folder.rglob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_no_number_leaves_the_last_good_checkpoint(tmp_path, bad):
+    """It comes in the backward pass of step 3 alone, whose checkpoint is due: what is resumed is step 2."""
+    settings, tokenizer, model, rows = fresh(tmp_path, save_steps=1, gradient_accumulation_steps=1)
+    weight, calls = next(p for n, p in model.named_parameters() if "lora_B" in n), []
+
+    def spoil(gradient):
+        calls.append(1)
+        return gradient * bad if len(calls) == 3 else gradient
+
+    weight.register_hook(spoil)
+    with pytest.raises(KitError, match=r"grad_norm became (nan|inf) at step 3"), runs.Run(settings, "06_bad") as run:
+        training.finetune(model, tokenizer, rows, settings, run, lambda step: None)
+    assert runs.status_of(run.folder) == "failed"
+    assert checkpoints.newest(run.folder).name == "checkpoint-2"
+    resumed = checkpoints.start(settings.model_copy(update={"resume": "latest"}), "06_bad")
+    result = training.finetune(model, tokenizer, rows, settings, resumed, lambda step: None)
+    assert len(result["losses"]) == settings.max_steps
+    assert all(map(math.isfinite, result["losses"]))
+
+
+def test_a_cell_that_was_stopped_goes_on_when_run_again(tmp_path, capsys):
+    """■ and the same cell once more, in one kernel: the same bits as never stopped. A run that is done is not gone on with."""
+    ended = {}
+    for stops in (False, True):
+        settings, tokenizer, model, rows = fresh(tmp_path / str(stops), lora_dropout=0.1)
+        asked = lambda step: os.kill(os.getpid(), signal.SIGINT) if step["step"] == 2 and stops else None  # noqa: B023
+        run = checkpoints.start(settings, "06_cell")
+        result = training.finetune(model, tokenizer, rows, settings, run, asked)
+        if stops:
+            again = checkpoints.start(settings, "06_cell")
+            assert again.folder == run.folder
+            assert "going on with" in capsys.readouterr().out
+            run, result = again, training.finetune(model, tokenizer, rows, settings, again, lambda step: None)
+        run.finish("done")
+        weights = [p.detach() for n, p in sorted(model.named_parameters()) if p.requires_grad]
+        ended[stops] = result["losses"], weights
+    assert ended[True][0] == ended[False][0]
+    assert all(map(torch.equal, ended[True][1], ended[False][1]))
+    other = checkpoints.start(settings, "06_cell")
+    assert other.folder != run.folder
+    with pytest.raises(KitError, match="trained before") as refused:
+        training.finetune(model, tokenizer, rows, settings, other, lambda step: None)
+    assert "attach it once more" in refused.value.remedy
+    once_more = training.attach_adapter(model, settings)
+    assert training.trainable_parameters(once_more) == sum(w.numel() for w in weights)
+    first = training.finetune(once_more, tokenizer, rows, settings, runs.Run(settings, "06_cell"), lambda step: None)
+    assert first["losses"] == ended[False][0]
 
 
 def test_interrupt_finishes_the_step_and_saves(tmp_path):

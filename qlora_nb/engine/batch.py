@@ -31,11 +31,10 @@ import yaml
 from tqdm import tqdm
 
 from qlora_nb.engine import environment, profiles, report, runs
-from qlora_nb.errors import KitError
+from qlora_nb.errors import KitError, refusing
 
 SAMPLE_S = 0.25
 _PROGRESS = re.compile(r"(\d+)/\d+ \[")  # papermill's own bar, read from its stderr
-_SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|API_?KEY|CREDENTIAL", re.IGNORECASE)
 
 
 @dataclass
@@ -74,9 +73,12 @@ def run_sequence(
     """
     settings = profiles.validate(parameters)
     environment.refuse_what_cannot_run(settings)
-    given = {k: getattr(settings, k) for k, v in parameters.items() if v is not None} | {"profile": settings.profile}
+    given = _for_the_notebooks(settings, parameters)
+    if only and resume != "no":
+        raise KitError("a sequence goes on with the notebooks it began with", value=only, remedy="leave --only or --resume out")
     folder, before = _unfinished(settings, resume, given) if resume != "no" else (None, {})
     sources = choose(notebooks or runs.project_root() / "notebooks", only or before.get("chosen"))
+    cells = {source: len(read_notebook(source).cells) for source in sources}
     require_own_kernel()
     folder = folder or runs.new_folder(settings, "sequence")
     hashes = {source.stem: runs.sha256(source) for source in sources}
@@ -86,11 +88,8 @@ def run_sequence(
     for name in done:
         say(f"{name:28} is done already")
     sources = [source for source in sources if source.stem not in done]
-    what = {"status": "running", "folder": str(folder), "chosen": list(hashes), "profile": settings.profile, "parameters": given}
-    now, here = time.strftime("%Y-%m-%dT%H:%M:%S%z"), asdict(environment.machine(folder))
-    where = {"hardware": here, "versions": {v.package: v.installed for v in environment.versions()}}
-    summary = {"schema_version": runs.SCHEMA_VERSION, "started": before.get("started", now), **what, **where}
-    outcomes, started, n_cells = [*done.values()], time.time(), [len(nbformat.read(source, 4).cells) for source in sources]
+    summary = _heading(folder, given) | {"chosen": list(hashes)} | {k: before[k] for k in ("started",) if k in before}
+    outcomes, started, n_cells = [*done.values()], time.time(), [cells[source] for source in sources]
 
     def record() -> None:
         seconds = before.get("wall_s", 0) + time.time() - started
@@ -128,6 +127,24 @@ def run_sequence(
     return summary
 
 
+def _heading(folder: Path, given: dict[str, object]) -> dict[str, object]:
+    """What a summary says before anything has run."""
+    what = {"status": "running", "folder": str(folder), "profile": given["profile"], "parameters": given}
+    here, versions = asdict(environment.machine(folder)), {v.package: v.installed for v in environment.versions()}
+    when = {"schema_version": runs.SCHEMA_VERSION, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    return {**when, **what, "hardware": here, "versions": versions}
+
+
+def _for_the_notebooks(settings, parameters: dict[str, object]) -> dict[str, object]:
+    """What was given, resolved; a path of the user's folder is made absolute, for the notebooks run in the repository's."""
+    given = {k: getattr(settings, k) for k, v in parameters.items() if v is not None} | {"profile": settings.profile}
+    for name in {"model_id", "dataset", "adapter"} & given.keys():
+        path = Path(given[name]).expanduser()
+        if path.exists() and given[name] not in ("pocket", "smollm2", "latest"):
+            given[name] = str(path.absolute())
+    return given
+
+
 def _unfinished(settings, which: str, given: dict[str, object]) -> tuple[Path, dict]:
     """Folder and record of the sequence to go on with: the newest that is not done, or the one that `which` names.
 
@@ -136,12 +153,12 @@ def _unfinished(settings, which: str, given: dict[str, object]) -> tuple[Path, d
     """
     folders = sorted(runs.runs_root(settings).glob("sequence-*"), reverse=True) if which == "latest" else [Path(which)]
     for folder in folders:
-        record = {"status": "done"}
+        record = {}
         with suppress(OSError, ValueError):
             record = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        if record["status"] == "done":
+        then = record.get("parameters") if isinstance(record, dict) else None
+        if not isinstance(then, dict) or record.get("status") == "done":
             continue
-        then = record["parameters"]
         if names := [n for n in sorted({*then, *given} - {"resume"}) if then.get(n) != given.get(n)]:
             differ = ", ".join(f"{n} was {then.get(n)}, is {given.get(n)}" for n in names)
             remedy = "give the same parameters, or leave --resume out"
@@ -157,9 +174,15 @@ def choose(folder: Path, only: list[str] | None = None) -> list[Path]:
     if not there:
         raise KitError("no notebooks found", value=str(folder), remedy="run this in the kit's repository (a clone)")
     for start in only or []:
-        if not any(p.stem.startswith(start) for p in there):
+        if not start or not any(p.stem.startswith(start) for p in there):
             raise KitError("no such notebook", value=start, allowed=", ".join(p.stem for p in there))
     return [p for p in there if p.stem.startswith(tuple(only or [""]))]
+
+
+def read_notebook(path: Path) -> nbformat.NotebookNode:
+    """A notebook from its file, or a refusal."""
+    with refusing("this is no notebook", path.name, "take another copy of it"):
+        return nbformat.read(path, 4)
 
 
 def require_own_kernel() -> None:
@@ -193,7 +216,7 @@ def _errors(outputs: list) -> Iterator[str]:
         if output.get("output_type") == "error":
             name, text = output.get("ename", "error"), output.get("evalue", "")
             yield text if name == "KitError" else f"{name}: {text}"
-        elif output.get("output_type") == "stream" and "Traceback (most recent call last)" in "".join(output.get("text", "")):
+        elif output.get("name") == "stderr" and "Traceback (most recent call last)" in "".join(output.get("text", "")):
             yield "a traceback was printed: " + "".join(output["text"]).strip().splitlines()[-1]
 
 
@@ -222,9 +245,7 @@ def _run_one(source: Path, folder: Path, outcome: Outcome, bar: tqdm, extra_env:
     finally:
         stop_tree(process.pid)
         outcome.exit_code, outcome.wall_s = process.poll(), round(time.time() - started, 1)
-        for path in (executed, results):
-            if path.is_file():
-                runs.write_atomically(path, _redact(path.read_text(encoding="utf-8")))
+        _take_out_secrets(executed, results)
         said = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if not _PROGRESS.search(line)]
         log.unlink()
     outcome.problems = _judge(outcome, executed, results, "\n".join(said).strip())
@@ -232,17 +253,35 @@ def _run_one(source: Path, folder: Path, outcome: Outcome, bar: tqdm, extra_env:
     outcome.status = "died" if died else "failed" if outcome.problems else "done"
 
 
+def _take_out_secrets(executed: Path, results: Path) -> None:
+    """Redact what a notebook has left; a notebook that was cut off is no JSON any more and redacted as it stands."""
+    for path in (executed, results):
+        if path.is_file():
+            text = path.read_text(encoding="utf-8", errors="replace")
+            try:
+                if path is executed:
+                    text = nbformat.writes(runs.redact(nbformat.reads(text, 4)))  # which joins texts that are cut into lines
+                else:
+                    text = json.dumps(runs.redact(json.loads(text)), indent=1)
+            except ValueError:
+                text = runs.redact(text)
+            runs.write_atomically(path, text)
+
+
 def _judge(outcome: Outcome, executed: Path, results: Path, log: str) -> list[str]:
     """What the witnesses object to; `log` is what papermill wrote on stderr besides its bar."""
     problems = []
-    if executed.is_file():
-        problems += [_redact(p)[:600] for p in stored_errors(nbformat.read(executed, 4))]
+    with suppress(FileNotFoundError):  # papermill refused it at once
+        try:
+            problems += [problem[:600] for problem in stored_errors(nbformat.read(executed, 4))]
+        except ValueError:
+            problems.append(f"{executed.name} is cut off: papermill was ended while it wrote")
     if outcome.exit_code in (-9, 137, 138) or "Kernel died" in log or "DeadKernelError" in log:
         problems.append(f"the kernel died (exit {outcome.exit_code}), most often because memory ran out")
     elif outcome.exit_code and not problems:
-        problems.append(f"papermill ended with {outcome.exit_code}: {_redact(''.join(log.splitlines()[-1:]))[:300]}")
+        problems.append(f"papermill ended with {outcome.exit_code}: {runs.redact(''.join(log.splitlines()[-1:]))[:300]}")
     try:
-        outcome.results = json.loads(_redact(results.read_text(encoding="utf-8")))
+        outcome.results = json.loads(results.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         problems.append("the notebook did not reach its key results")
     return problems
@@ -293,11 +332,3 @@ def _tidy_end() -> Iterator[None]:
 def _line(outcome: Outcome) -> str:
     line = f"{outcome.notebook:28} {outcome.status:8} {outcome.wall_s:6.1f} s  {outcome.peak_bytes / 2**20:6.0f} MiB"
     return "\n".join([line, *(f"    {problem}" for problem in outcome.problems)])
-
-
-def _redact(text: str) -> str:
-    """Take out what looks like a hub token and the value of every variable whose name says that it is a secret."""
-    for name, value in os.environ.items():
-        if _SECRET_NAME.search(name) and len(value) >= 8:
-            text = text.replace(value, "[hidden]")
-    return re.sub(r"\bhf_[A-Za-z0-9]{16,}", "[hidden]", text)

@@ -9,8 +9,10 @@ reason is said. On the CPU a continued run ends with the same bits as one that w
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from qlora_nb.engine.runs import Run, runs_root, sha256, status_of, write_atomically
@@ -25,17 +27,17 @@ MAY_DIFFER = ("output_dir", "resume", "save_steps", "prequantized", "fetch_ahead
 def start(settings, notebook: str, say: Callable[[str], None] = print) -> Run:
     """A new run, or with `resume` the one to go on with: "latest" is this profile's newest unfinished run with checkpoints.
 
+    A run that ■ stopped is gone on with if its cell is run again, in the same kernel and with the same settings.
+
     Raises:
         KitError: `resume` names a folder that is no unfinished run, or one that was started with other settings.
     """
-    if settings.resume == "no":
+    mine = sorted(runs_root(settings).glob(f"{notebook}-*"), key=lambda f: f.lstat().st_mtime, reverse=True)
+    if settings.resume == "no" and not (mine and _stopped_here(mine[0], settings)):
         return Run(settings, notebook)
-    if settings.resume == "latest":
-        folders = sorted(runs_root(settings).glob(f"{notebook}-*"), key=lambda f: f.lstat().st_mtime, reverse=True)
-    else:
-        folders = [Path(settings.resume).expanduser()]
+    folders = [Path(settings.resume).expanduser()] if settings.resume not in ("no", "latest") else mine
     folder = next((f for f in folders if status_of(f) not in ("done", "running") and (f / "checkpoints").is_dir()), None)
-    if folder is None and settings.resume == "latest":
+    if folder is None and folders is mine:
         say("there is no unfinished run to go on with: a new one starts")
         return Run(settings, notebook)
     if folder is None:
@@ -45,6 +47,14 @@ def start(settings, notebook: str, say: Callable[[str], None] = print) -> Run:
         require_same(checkpoint, settings)
     say(f"going on with {folder.name} ({status_of(folder)})")
     return Run(settings, notebook, folder)
+
+
+def _stopped_here(folder: Path, settings) -> bool:
+    with suppress(OSError, ValueError, KeyError):
+        manifest, now = json.loads((folder / "manifest.json").read_text()), json.loads(settings.model_dump_json())
+        same = all(manifest["parameters"][name] == now[name] for name in now.keys() - MAY_DIFFER)
+        return same and (manifest["status"], manifest["pid"]) == ("interrupted", os.getpid())
+    return False
 
 
 def fingerprint(rows) -> str:

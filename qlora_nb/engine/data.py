@@ -73,7 +73,7 @@ def load(settings) -> tuple[datasets.Dataset, datasets.Dataset]:
         rows = _clean(_read(settings.dataset), settings.dataset, settings.columns)
         if len(rows) < settings.eval_rows + 1:
             what = f"the data has {len(rows)} usable rows, too few for {settings.eval_rows} held-out rows and one to train on"
-            remedy = f"set eval_rows to {max(1, len(rows) // 5)} or bring more rows"
+            remedy = f"set eval_rows to {max(1, len(rows) // 5)} or bring more rows" if len(rows) > 1 else "bring more rows"
             raise KitError(what, value=settings.dataset, remedy=remedy)
         rows = rows.shuffle(seed=SPLIT_SEED)
         train, held_out = rows.skip(settings.eval_rows), rows.take(settings.eval_rows)
@@ -83,7 +83,7 @@ def load(settings) -> tuple[datasets.Dataset, datasets.Dataset]:
 
 def _read(name: str) -> datasets.Dataset:
     path = Path(name).expanduser()
-    suffix = Path(path.stem).suffix if path.suffix in {".xz", ".gz", ".zst"} else path.suffix
+    suffix = (Path(path.stem).suffix if path.suffix in {".xz", ".gz", ".zst"} else path.suffix).lower()
     if path.exists() and not path.is_dir() and (suffix not in _READERS or not path.is_file()):
         allowed = f"a file that ends in {', '.join(_READERS)}"
         raise KitError("unknown kind of data file", value=path.name, allowed=allowed, remedy="convert it to one of these")
@@ -93,8 +93,7 @@ def _read(name: str) -> datasets.Dataset:
         options = _look_at(path, suffix)
         rows = datasets.load_dataset(_READERS[suffix], data_files=glob.escape(str(path)), split="train", **options)
         rows.data.validate(full=True)  # a damaged Parquet file can hold texts that are none
-        text = datasets.Features({c: datasets.Value("string") for c in rows.column_names})
-        return rows.cast(text) if suffix == ".csv" else rows
+        return rows
 
 
 def _reading(name: str):
@@ -114,12 +113,13 @@ def _look_at(path: Path, suffix: str) -> dict[str, object]:
             separator = max(",;\t", key=file.readline().count)
             file.seek(0)
             csv.field_size_limit(2**31 - 1)
-            n_fields, lines = 0, csv.reader(file, delimiter=separator)
+            names, lines = [], csv.reader(file, delimiter=separator)
             for row in filter(None, lines):
-                n_fields = n_fields or len(row)
-                if len(row) != n_fields:
-                    raise ValueError(f"line {lines.line_num} has {len(row)} fields, the first line {n_fields}")
-            return {"sep": separator, "keep_default_na": False}  # "NA" and "" are texts
+                names = names or row
+                if len(row) != len(names):
+                    raise ValueError(f"line {lines.line_num} has {len(row)} fields, the first line {len(names)}")
+            texts = datasets.Features(dict.fromkeys(names, datasets.Value("string")))  # "NA", "" and "007" are texts
+            return {"sep": separator, "keep_default_na": False, "features": texts}
         whole = file.read(4096).lstrip().startswith("[")
         file.seek(0)
         for n, text in enumerate([file.read()] if whole else file):
@@ -139,6 +139,8 @@ def _clean(rows: datasets.Dataset, name: str, columns: dict[str, str]) -> datase
     if unknown:
         allowed = ", ".join(rows.column_names)
         raise KitError("columns names what the data does not have", value=", ".join(unknown), allowed=allowed)
+    if len(set(columns.values())) < len(columns):
+        raise KitError("columns names one column of the data twice", value=columns, allowed="another one for each")
     taken = rows.remove_columns([c for c in columns if c in rows.column_names and c not in columns.values()])
     rows = taken.rename_columns({own: column for column, own in columns.items() if own != column})
     if "instruction" not in rows.column_names:
@@ -157,7 +159,8 @@ def _clean(rows: datasets.Dataset, name: str, columns: dict[str, str]) -> datase
             row = next((i for i, value in enumerate(rows[column]) if not isinstance(value, str | None)), 0)
             remedy = f"look at {Path(name).name}"
             raise KitError(f"column {column} is not text in row {row}", value=rows[row][column], allowed="text", remedy=remedy)
-    bad = {i for i, row in enumerate(rows) if not all((row[c] or "").strip() for c in ("instruction", "output"))}
+    whole = lambda row: all((row[c] or "").strip() for c in ("instruction", "output"))
+    bad = {i for i, row in enumerate(tqdm(rows, desc="checking", unit="row")) if not whole(row)}
     if bad:
         named = ", ".join(map(str, sorted(bad)[:5])) + (" …" if len(bad) > 5 else "")
         print(f"{len(bad)} of {len(rows)} rows have no instruction or no answer and are left out: rows {named}")

@@ -9,6 +9,7 @@ import functools
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import socket
 import sys
@@ -16,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import psutil
 from packaging.requirements import Requirement
@@ -88,19 +90,26 @@ def describe(here: Machine) -> dict[str, str]:
 
 
 def gpus() -> tuple[Gpu, ...]:
-    """The NVIDIA cards of this machine; empty where there is no driver."""
+    """The NVIDIA cards that torch can use; empty where there is no driver, torch has no CUDA, or CUDA_VISIBLE_DEVICES hides them.
+
+    If CUDA_VISIBLE_DEVICES counts cards up, these are given, in its order; a card that keeps its memory secret is left out.
+    """
     import pynvml
 
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
+    if visible.strip() in ("", "-1") or (installed("torch") or "").endswith("+cpu"):
+        return ()
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
         return ()
     found = []
-    for i in range(pynvml.nvmlDeviceGetCount()):
-        handle = pynvml.nvmlDeviceGetHandleByIndex(i)
-        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-        capability = tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle))
-        found.append(Gpu(pynvml.nvmlDeviceGetName(handle), memory.total, memory.free, capability))
+    for i in map(int, re.findall(r"\b\d+\b", visible)) if visible[0].isdigit() else range(pynvml.nvmlDeviceGetCount()):
+        with suppress(pynvml.NVMLError):
+            handle = pynvml.nvmlDeviceGetHandleByIndex(i)
+            memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+            capability = tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle))
+            found.append(Gpu(pynvml.nvmlDeviceGetName(handle), memory.total, memory.free, capability))
     pynvml.nvmlShutdown()
     return tuple(found)
 
@@ -152,16 +161,20 @@ def versions() -> list[Version]:
 
 
 def hub_endpoint() -> str:
-    """The hub's address, or the mirror that HF_ENDPOINT names."""
-    return os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    """The hub's address, or the mirror that HF_ENDPOINT names, without a name and password in it."""
+    return re.sub("//[^/]*@", "//", os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
 
 
 @functools.lru_cache(maxsize=8)
 def _reachable(endpoint: str) -> bool:
-    parts = urlsplit(endpoint)
-    address = (parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
-    with suppress(OSError), socket.create_connection(address, timeout=1.0):
-        return True
+    with suppress(OSError, ValueError):  # nobody there, or no address
+        parts = urlsplit(endpoint)
+        proxy = getproxies().get(parts.scheme)
+        if proxy and not proxy_bypass(parts.hostname or ""):
+            parts = urlsplit(proxy if "//" in proxy else f"//{proxy}")
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        with socket.create_connection((parts.hostname or "", port), timeout=1.0):
+            return True
     return False
 
 

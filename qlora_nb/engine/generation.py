@@ -3,6 +3,7 @@
 Base and tuned are the same 4-bit weights; the adapter is switched, so a comparison never holds two models.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -19,10 +20,10 @@ from safetensors import safe_open
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList, TextIteratorStreamer
 
-from qlora_nb.engine import checkpoints, data, decoding, runs
+from qlora_nb.engine import checkpoints, data, decoding, models, runs
 from qlora_nb.engine.data import prompt_of
 from qlora_nb.errors import KitError, refusing
-from qlora_nb.pocket import ADAPTER_DIR
+from qlora_nb.pocket import ADAPTER_DIR, MODEL_DIR
 
 
 def row_of(prompt: str) -> dict[str, str]:
@@ -76,16 +77,28 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
         KitError: it was made for a model of another shape, or its files are damaged.
     """
     checkpoints.require_whole(folder)
-    own, made_for = Path(model.config.name_or_path).name, "another model"
+    own, made_for = _base_name(model.config.name_or_path), "another model"
     with suppress(ValueError, AttributeError, OSError):
-        made_for = Path(str(json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path"))).name
+        made_for = _base_name(str(json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")))
     what = f"the adapter does not fit: it was made for {made_for}, the model here is {own}"
     with refusing(what, folder.name, "load the base the adapter was trained on, or take another copy of the adapter"):
         tuned = PeftModel.from_pretrained(model, str(folder), is_trainable=False).eval()
         with safe_open(folder / "adapter_model.safetensors", "pt") as file:
             if set(file.keys()) != set(get_peft_model_state_dict(tuned, save_embedding_layers=False)):
                 raise ValueError("its configuration and its weights name other layers")
-        return tuned
+            if whole := [name for name in file.keys() if not file.get_slice(name).get_dtype().startswith(("F", "BF"))]:  # noqa: SIM118
+                raise ValueError(f"{whole[0]} holds whole numbers")
+        if any(config.bias != "none" for config in tuned.peft_config.values()):
+            raise ValueError("it trained biases too, which cannot be switched off to ask the base")
+        if not models.computes(tuned):
+            raise ValueError("with it the model computes NaN or infinity")
+    if made_for != own:
+        print(f"the adapter was made for {made_for}, the model here is {own}: if these are two models, its answers mean nothing")
+    return tuned
+
+
+def _base_name(path: str) -> str:
+    return "pocket" if Path(path).parts[-2:] == MODEL_DIR.parts[-2:] else Path(path).name
 
 
 def base_or_tuned(model: PeftModel, tuned: bool):
@@ -223,10 +236,12 @@ def along(model: PeftModel, tokenizer: PreTrainedTokenizerBase, row: dict, setti
 def _in_batches(model, tokenizer, rows: list[dict], settings, batch: int) -> Iterator[dict[int, str]]:
     """Greedy answers by row number, a batch of like length at a time, padded on the left."""
     order = sorted(range(len(rows)), key=lambda i: len(prompt_of(rows[i], settings.prompt_template)))
-    for start in range(0, len(order), batch):
-        group = order[start : start + batch]
-        encoded = encode([rows[i] for i in group], tokenizer, model, settings)
-        yield dict(zip(group, _greedy(model, tokenizer, encoded, settings.max_new_tokens), strict=True))
+    with tqdm(total=len(order), unit="row", desc="answering", leave=False) as bar:
+        for start in range(0, len(order), batch):
+            group = order[start : start + batch]
+            encoded = encode([rows[i] for i in group], tokenizer, model, settings)
+            yield dict(zip(group, _greedy(model, tokenizer, encoded, settings.max_new_tokens), strict=True))
+            bar.update(len(group))
 
 
 def answer_all(
@@ -245,35 +260,56 @@ def read_rows(name: str, columns: dict[str, str]) -> list[dict[str, str]]:
     if not name.endswith(".txt"):
         return data.questions(name, columns)
     try:
-        return [row_of(line) for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        rows = [row_of(line) for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError:
         raise KitError("the file of prompts is not in UTF-8", value=name, remedy="save it as UTF-8") from None
+    if not rows:
+        raise KitError("the file of prompts is empty", value=name, remedy="write a prompt on each line")
+    return rows
 
 
 def answer_file(model, tokenizer: PreTrainedTokenizerBase, rows: list[dict], target: Path, settings, batch: int = 16) -> int:
-    """Answer rows into a file of JSON lines (n, instruction, input, answer), batch by batch; called again, it goes on.
+    """Answer rows into a file of JSON lines (n, by, instruction, input, answer), batch by batch; called again, it goes on.
+
+    `by` is a hash of whatever decides the answers: the model's name, how it is rounded and asked, the adapter's numbers.
 
     Returns:
         How many rows were answered now.
 
     Raises:
-        KitError: the file holds answers to other rows.
+        KitError: the file holds answers to other rows or by another model, or is no file of answers at all.
     """
-    before = {}
-    for line in target.read_text(encoding="utf-8").splitlines() if target.is_file() else ():
-        with suppress(ValueError):  # the last line of a killed call may be cut short
-            before |= {record["n"]: record for record in [json.loads(line)]}
-    asked = [{"n": n, "instruction": row["instruction"], "input": row["input"]} for n, row in enumerate(rows)]
-    if any(n >= len(asked) or record | asked[n] != record for n, record in before.items()):
-        raise KitError("this file holds answers to other rows", value=target.name, remedy="name another file, or remove it")
+    before, by = _answers_in(target), _author(model, settings)
+    asked = [{"n": n, "by": by, "instruction": row["instruction"], "input": row["input"]} for n, row in enumerate(rows)]
+    if any(n not in range(len(asked)) or record | asked[n] != record for n, record in before.items()):
+        remedy = "name another file, or remove it"
+        raise KitError("this file holds answers to other rows or by another model", value=target.name, remedy=remedy)
+    with runs.writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
     runs.write_atomically(target, "".join(json.dumps(record) + "\n" for record in before.values()))
     left = [row for row in asked if row["n"] not in before]
-    with target.open("a", encoding="utf-8") as file, tqdm(total=len(left), unit="row", desc="answering") as bar:
+    with target.open("a", encoding="utf-8") as file:
         for found in _in_batches(model, tokenizer, left, settings, batch):
             file.writelines(json.dumps(left[i] | {"answer": text}) + "\n" for i, text in found.items())
             file.flush()
-            bar.update(len(found))
     return len(left)
+
+
+def _answers_in(target: Path) -> dict[int, dict]:
+    """The records of a file of answers by row; a last line that a killed call has cut short is left out."""
+    with refusing("this is no file of answers, and is left alone", target.name, "name another file"):
+        *lines, cut = target.read_text(encoding="utf-8").split("\n") if target.exists() else [""]
+        if not '{"n": '.startswith(cut[:6]):
+            raise ValueError("its last line is not one")
+        return {record["n"]: record for record in map(json.loads, lines)}
+
+
+def _author(model, settings) -> str:
+    how = {"model_id", "quant_type", "double_quant", "head_4bit", "compute_dtype", "prompt_template", "max_new_tokens"}
+    found = hashlib.sha256(settings.model_dump_json(include=how).encode())
+    for tensor in get_peft_model_state_dict(model, save_embedding_layers=False).values() if isinstance(model, PeftModel) else ():
+        found.update(tensor.cpu().float().numpy().tobytes())
+    return found.hexdigest()[:12]
 
 
 def encode(rows: list[dict], tokenizer, model, settings) -> dict[str, torch.Tensor]:

@@ -127,10 +127,9 @@ def load_base(settings, four_bit: bool = True) -> PreTrainedModel:
         # then on; training after that fails, and the bytes are no longer those of the paper. One layout everywhere.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    with torch.no_grad():
-        if not model(torch.zeros(1, 1, dtype=torch.long, device=model.device)).logits.isfinite().all():
-            remedy = "its weights are damaged, or too large for float16: fetch it again, or set another compute_dtype"
-            raise KitError("the model computes NaN or infinity", value=settings.model_id, remedy=remedy)
+    if not computes(model):
+        remedy = "its weights are damaged, or too large for float16: fetch it again, or set another compute_dtype"
+        raise KitError("the model computes NaN or infinity", value=settings.model_id, remedy=remedy)
     model.name_or_path = model.config.name_or_path = path
     if keep_copy and not copy:
         prequantized.keep(model, path, settings, dtype)
@@ -143,6 +142,12 @@ def load_base(settings, four_bit: bool = True) -> PreTrainedModel:
         if settings.embedding_on_cpu:
             ends.keep_embedding_on_cpu(model, device())
     return model.eval()
+
+
+@torch.no_grad()
+def computes(model: torch.nn.Module) -> bool:
+    """Whether every logit after one token is a number."""
+    return bool(model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device)).logits.isfinite().all())
 
 
 def linear_layers(model: PreTrainedModel) -> dict[str, torch.nn.Module]:

@@ -17,7 +17,7 @@ from qlora_nb.engine import fetch, runs
 from qlora_nb.errors import KitError
 
 NOTE = "made_from.json"
-CACHE = Path(os.environ.get("QLORA_NB_CACHE", Path.home() / ".cache" / "qlora-nb"))
+CACHE = Path(os.environ.get("QLORA_NB_CACHE") or "~/.cache/qlora-nb").expanduser().absolute()
 """The kit's own cache; what comes from the hub lies in the hub's."""
 
 

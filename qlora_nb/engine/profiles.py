@@ -9,6 +9,7 @@ import ast
 import difflib
 import html
 import json
+import os
 import shlex
 import tomllib
 from dataclasses import dataclass
@@ -22,24 +23,28 @@ from qlora_nb.errors import KitError
 
 
 def _not_bool(value: Any) -> Any:
-    """Python counts True as 1; a person who writes max_steps=True has made a mistake."""
+    """Python counts True as 1; a person who writes max_steps=True has made a mistake. NumPy's numbers are as good as Python's."""
     if isinstance(value, bool):
         raise ValueError("a number is needed, not True or False")
-    return value
+    return value.item() if hasattr(value, "item") else value
+
+
+def _json_or(value: str, otherwise: list[str]) -> list:
+    try:
+        return json.loads(value) if value.strip().startswith("[") else otherwise
+    except RecursionError:
+        raise ValueError("a list in so many lists") from None
 
 
 def _names(value: Any) -> Any:
     """'q, k' or '["q", "k"]' or a list → a list of names."""
-    if isinstance(value, str):
-        value = json.loads(value) if value.strip().startswith("[") else [v.strip() for v in value.split(",")]
+    value = _json_or(value, [v.strip() for v in value.split(",")]) if isinstance(value, str) else value
     return [v for v in value if v != ""] if isinstance(value, list) else value
 
 
 def _prompts(value: Any) -> Any:
     """A single prompt, a JSON list of prompts, or a list → a list of prompts."""
-    if isinstance(value, str):
-        value = json.loads(value) if value.strip().startswith("[") else [value]
-    return value
+    return _json_or(value, [value]) if isinstance(value, str) else value
 
 
 def _mapping(value: Any) -> Any:
@@ -47,6 +52,11 @@ def _mapping(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     return {name.strip(): own.strip() for name, _, own in (pair.partition("=") for pair in _names(value))}
+
+
+def _text(value: Any) -> Any:
+    """A path object is as good as its text."""
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def _possible(name: str) -> str:
@@ -60,7 +70,7 @@ def _possible(name: str) -> str:
 
 Int = Annotated[int, BeforeValidator(_not_bool)]
 Float = Annotated[float, BeforeValidator(_not_bool)]
-Name = Annotated[str, Field(min_length=1), AfterValidator(_possible)]
+Name = Annotated[str, BeforeValidator(_text), Field(min_length=1), AfterValidator(_possible)]
 Names = Annotated[list[Name], BeforeValidator(_names), Field(min_length=1)]
 Mapping = Annotated[dict[Literal["instruction", "input", "output"], Name], BeforeValidator(_mapping)]
 Prompts = Annotated[list[str], BeforeValidator(_prompts), Field(min_length=1)]
@@ -134,7 +144,7 @@ class Settings(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, coer
         given |= {"columns": [f"{k}={v}" for k, v in self.columns.items()]} if "columns" in given else {}
         values = {k: ",".join(v) if isinstance(v, list) else v for k, v in given.items()}
         parameters = " ".join(f"-p {k} {shlex.quote(str(v))}" for k, v in values.items())
-        return f"papermill notebooks/{notebook}.ipynb runs/{notebook}.ipynb {parameters}"
+        return f"papermill notebooks/{notebook}.ipynb out.ipynb {parameters}"
 
     def __repr__(self) -> str:
         rows = [("profile", self.profile, ""), *self.table()]
@@ -220,8 +230,9 @@ def _parameters(values: dict[str, object]) -> dict[str, object]:
     first_time = not values.get("_qlora_nb_resolved")
     values["_qlora_nb_resolved"] = True  # a cell run twice must not trip over the notebook's own variables
     typed = _assigned_in_parameter_cells(cells)
+    own = {k: v for k, v in values.items() if k in Settings.model_fields}  # of any type: a wrong one is refused, not left out
     plain = {k: v for k, v in values.items() if isinstance(v, _PLAIN) and k not in _NOT_PARAMETERS and not k.startswith("_")}
-    return {k: v for k, v in plain.items() if k in Settings.model_fields or k in typed or first_time}
+    return own | {k: v for k, v in plain.items() if k in typed or first_time}
 
 
 def _assigned_in_parameter_cells(cells: list[str]) -> set[str]:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import subprocess
 import time
 from contextlib import AbstractContextManager, ExitStack, suppress
@@ -23,6 +24,8 @@ from qlora_nb.engine.environment import installed, machine
 from qlora_nb.errors import KitError, refusing
 
 SCHEMA_VERSION = 1
+_SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|API_?KEY|CREDENTIAL|_KEY$|_PAT$", re.IGNORECASE)
+_SECRET = re.compile(r"\b(hf_|ghp_|github_pat_|sk-)[A-Za-z0-9_-]{16,}")
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "qlora-nb")
 
 
@@ -30,6 +33,24 @@ def project_root() -> Path:
     """The folder of the repository a notebook runs in, else the current folder."""
     here = Path.cwd()
     return next((p for p in (here, *here.parents) if (p / "notebooks").is_dir() and (p / "pyproject.toml").is_file()), here)
+
+
+def redact(value):
+    """A copy without secrets, of a text or of whatever holds texts (keys are left alone): what looks like a token of a hub, and
+    the value of every environment variable whose name says that it is a secret.
+
+    >>> redact({"said": ["hf_" + 20 * "a"]})
+    {'said': ['[hidden]']}
+    """
+    if isinstance(value, dict):
+        return type(value)({key: redact(part) for key, part in value.items()})
+    if isinstance(value, list | tuple):
+        return [redact(part) for part in value]
+    if isinstance(value, str):
+        for name, secret in os.environ.items():
+            value = value.replace(secret, "[hidden]") if len(secret) >= 8 and _SECRET_NAME.search(name) else value
+        return _SECRET.sub("[hidden]", value)
+    return value
 
 
 def writing(path: Path) -> AbstractContextManager:
@@ -134,7 +155,7 @@ class Run:
         """Append one line to metrics.jsonl."""
         path = self.folder / "metrics.jsonl"
         with writing(path), open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(redact(record)) + "\n")
 
     def cut(self, step: int) -> list[dict]:
         """Forget what was logged after a step; returns the records that stay."""
@@ -165,7 +186,7 @@ class Run:
             self.finish()
 
     def _save(self) -> None:
-        write_atomically(self.folder / "manifest.json", json.dumps(self.manifest, indent=1, default=str) + "\n")
+        write_atomically(self.folder / "manifest.json", json.dumps(redact(self.manifest), indent=1, default=str) + "\n")
 
 
 def sole_writer(folder: Path) -> AbstractContextManager:

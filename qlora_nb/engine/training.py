@@ -40,6 +40,7 @@ def attach_adapter(model: PreTrainedModel, settings) -> PeftModel:
     Raises:
         KitError: a target that is no linear layer of this model, or a rank above every layer's size.
     """
+    model = model.unload() if isinstance(model, PeftModel) else model  # the cell was run before: begin anew
     targets = models.adapted_names(model, settings.target_modules)
     smallest = min(min(m.in_features, m.out_features) for m in models.linear_layers(model).values())
     if settings.r > smallest:
@@ -80,13 +81,14 @@ class _Watch(TrainerCallback):
         bad = [k for k in ("loss", "grad_norm") if not math.isfinite(logs.get(k, 0.0))]
         if bad:
             self.failure = f"{' and '.join(bad)} became {logs[bad[0]]} at step {state.global_step}"
-            control.should_training_stop = True
         left = seconds / (state.global_step - self.first) * (state.max_steps - state.global_step)
         timing = {"tokens_per_s": sum(self.n_tokens) / seconds, "seconds": seconds, "seconds_left": left}
         timing["memory_bytes"] = torch.cuda.memory_reserved() if torch.cuda.is_available() else psutil.Process().memory_info().rss
         logged = {"loss": logs["loss"], "learning_rate": logs["learning_rate"], "grad_norm": logs.get("grad_norm")}
         self.report({"step": state.global_step, "max_steps": state.max_steps, **logged, **timing})
         self.on_step_end(args, state, control)  # asked just now: this step can still be the last
+        if bad:
+            control.should_training_stop, control.should_save = True, False  # the checkpoint before is the last good one
 
 
 class _Scale(TrainerCallback):
@@ -246,8 +248,16 @@ def _train(new_trainer: Callable[..., _Trainer], settings, checkpoint: Path | No
         trainer = new_trainer(smaller)
 
 
-def _continue(run, settings, rows_hash: str, losses: list[float], held_out: dict[int, float]) -> Path | None:
-    """The checkpoint to go on from, what was logged up to it put into `losses` and `held_out`; the rest is forgotten."""
+def _begin(model: PeftModel, run, settings, rows_hash: str, losses: list[float], held_out: dict[int, float]) -> Path | None:
+    """The checkpoint to go on from, what was logged up to it put into `losses` and `held_out`; the rest is forgotten.
+
+    Raises:
+        KitError: a new run would begin in the middle of an earlier one.
+    """
+    if not run.resumed:
+        if any(parameter.any() for name, parameter in model.named_parameters() if "lora_B" in name):
+            raise KitError("this adapter was trained before", remedy="attach it once more: then a new run begins at zero")
+        return None
     checkpoint = checkpoints.newest(run.folder)
     if checkpoint:
         checkpoints.require_same(checkpoint, settings, rows_hash)
@@ -287,7 +297,7 @@ def finetune(
 
     Raises:
         KitError: loss or gradient became NaN or infinite, the GPU's memory ran out, the run was started with other settings or
-            rows, or another process writes into its folder.
+            rows, the adapter of a new run is trained already, or another process writes into the folder.
     """
     rows = data.pack(rows, settings.max_length) if settings.packing else rows
     rows = data.in_training_order(rows, settings)
@@ -319,7 +329,7 @@ def finetune(
             copies = 1 + (1 + checkpoints.KEEP) * bool(settings.save_steps)
             fetch.require_room(run.folder, copies * 12 * trainable_parameters(model), "this run")  # weights and two states
             rows_hash = checkpoints.fingerprint(rows)
-            checkpoint = _continue(run, settings, rows_hash, losses, sample.losses) if run.resumed else None
+            checkpoint = _begin(model, run, settings, rows_hash, losses, sample.losses)
             seal = lambda folder: checkpoints.seal(folder, settings=settings.model_dump(), rows=rows_hash)
             own = {"model": model, "train_dataset": rows, "data_collator": collate, "compute_loss_func": loss}
             new = lambda how: _Trainer(seal, args=arguments(how, run.folder), callbacks=[watch, scale, sample], **own)

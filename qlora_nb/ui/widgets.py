@@ -28,7 +28,7 @@ def explore(plot: Callable[..., Figure], **controls: W.Widget) -> W.VBox:
     waits for others, and papermill then waits for ever, once in some fifty cells. About an `HTML` nothing is sent.
 
     Args:
-        plot: returns a closed Figure (see `style.new_figure`); its arguments are the controls' names.
+        plot: returns a closed Figure (see `style.draws`); its arguments are the controls' names.
         **controls: one widget an argument. Their start values are the static twin's arguments.
 
     Returns:
