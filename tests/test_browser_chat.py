@@ -1,10 +1,18 @@
-"""The side-by-side chat as its reader has it: typed, asked, streamed, stopped, and inert whatever is in the text."""
+"""What untrusted text does in a real browser: nothing. In the side-by-side chat (typed, streamed, stopped, and said by a model
+that says nothing else), in the report of a batch run and in an HTML export.
+"""
 
 import time
 
 import nbformat
 import pytest
+from nbconvert import HTMLExporter
 from test_browser import ERROR, browser, chromium, lab, open_and_run  # noqa: F401  (fixtures)
+from test_security import PAYLOADS
+
+from qlora_nb.engine import report
+from qlora_nb.engine.profiles import validate
+from qlora_nb.ui import training_plots
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 PAYLOAD = "<script>window.hurt = 1</script><img src=x onerror='window.hurt=2'> **bold** \x1b[31mred"
@@ -51,3 +59,80 @@ def test_ask_stream_stop_and_payloads_stay_inert(lab, browser):  # noqa: F811
     assert page.locator(ERROR).count() == 0
     assert page.script_errors == []
     assert took < 10, "a busy machine is slow; an idle one takes under a second"
+
+
+SAYS = """
+text = {payload!r}
+ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], 0]
+tokenizer.eos_token_id, at = 0, [0]
+slow.remove()
+model.config.max_position_embeddings = 4096
+
+
+def say(module, args, kwargs, output):  # whatever is asked, the next token of the text is the most probable one
+    at[0] = 0 if kwargs["input_ids"].shape[1] > 1 else at[0] + 1
+    output.logits[:, -1] = -100.0
+    output.logits[:, -1, ids[min(at[0], len(ids) - 1)]] = 100.0
+    return output
+
+
+model.get_base_model().register_forward_hook(say, with_kwargs=True)
+chat.prompt.value = "Say it."
+"""
+
+
+@pytest.mark.parametrize("payload", [PAYLOAD, "".join(text for text in PAYLOADS if "$$$" not in text)], ids=["one", "battery"])
+def test_what_a_model_answers_stays_inert(lab, browser, payload):  # noqa: F811
+    source = SOURCE.replace("chat.box", "").replace('"max_new_tokens": 80', '"max_new_tokens": 900')
+    cells = [nbformat.v4.new_code_cell(source + SAYS.format(payload=payload)), nbformat.v4.new_code_cell("chat.box")]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    page = open_and_run(lab, browser, notebook, f"answers{len(payload)}")
+    dialogs = []
+    page.on("dialog", lambda dialog: dialogs.append(dialog.message) or dialog.dismiss())
+    boxes = page.locator(".jp-OutputArea textarea")
+    page.get_by_role("button", name="Ask both").click()
+    history = page.get_by_label("history", exact=True)
+    lab.wait(lambda: page.wait_for_timeout(100) or history.input_value(), 180)
+    shown = [box.input_value() for box in boxes.all()]
+    for answer in shown[1:3]:
+        assert answer[:40] == payload.strip()[:40].replace("\x00", "\ufffd"), "it is shown as it was said"
+    assert "bits apart" in shown[3], "token by token"
+    assert payload[:8] in shown[4], "the history"
+    page.wait_for_timeout(500)
+    assert page.evaluate("window.hurt") is None
+    assert dialogs == []
+    assert page.locator(".jupyter-widgets :is(script, iframe, svg, a, img[src=x], strong, style)").count() == 0
+    assert (page.elsewhere, page.script_errors) == ([], [])
+    assert page.locator(ERROR).count() == 0
+
+
+def test_the_report_and_an_export_stay_inert(tmp_path, browser):  # noqa: F811
+    """Every payload in every place a page has for text: answers printed, tables, masks, problems, results, names."""
+    settings = [validate({"prompts": [text], "model_id": "pocket"}) for text in PAYLOADS]
+    pages = [part for s, text in zip(settings, PAYLOADS) for part in (s._repr_html_(), training_plots.label_mask([text], [True]))]
+    outputs = [nbformat.v4.new_output("stream", text="\n".join(PAYLOADS))]
+    outputs += [nbformat.v4.new_output("display_data", data={"text/html": page, "text/plain": "x"}) for page in pages]
+    outputs += [nbformat.v4.new_output("error", ename="KitError", evalue=text, traceback=[text]) for text in PAYLOADS]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("print(answer)", outputs=outputs)])
+    nbformat.write(notebook, tmp_path / "n.ipynb")
+    outcome = {"wall_s": 1.0, "peak_bytes": 1, "notebook": "n"}
+    rows = [{**outcome, "status": text, "problems": [text], "results": {text: text}} for text in PAYLOADS]
+    machine = {"cpu": PAYLOADS[0], "n_cores": 1, "ram_bytes": 1, "gpus": [], "python": PAYLOADS[1]}
+    summary = {"status": PAYLOADS[2], "started": "", "wall_s": 1, "parameters": dict(zip(PAYLOADS, PAYLOADS)), "versions": {}}
+    (tmp_path / "report.html").write_text(report.page(summary | {"hardware": machine, "notebooks": rows}, tmp_path), "utf-8")
+    (tmp_path / "export.html").write_text(HTMLExporter().from_notebook_node(notebook)[0], "utf-8")
+    for name in ("report", "export"):
+        page, dialogs, asked = browser.new_page(), [], []
+        page.on("dialog", lambda dialog, dialogs=dialogs: dialogs.append(dialog.message) or dialog.dismiss())
+        page.on("request", lambda request, asked=asked: asked.append(request.url))
+        page.route("https://**", lambda route: route.abort())  # nbconvert's own page asks for its libraries
+        page.goto((tmp_path / f"{name}.html").as_uri(), wait_until="domcontentloaded")
+        for anything in page.locator("body *").all()[:200]:
+            anything.dispatch_event("mouseover")
+        page.wait_for_timeout(500)
+        assert dialogs == [], name
+        assert not [url for url in asked if "evil" in url], name
+        assert name == "export" or len(asked) == 1, "the report asks nobody"
+        assert PAYLOADS[0] in page.locator("body").inner_text()
+        page.close()

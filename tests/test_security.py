@@ -20,7 +20,7 @@ from qlora_nb.engine.generation import Answer
 from qlora_nb.engine.profiles import validate
 from qlora_nb.errors import KitError
 from qlora_nb.pocket import MODEL_DIR
-from qlora_nb.ui import training_plots
+from qlora_nb.ui import panels, training_plots
 
 PAYLOADS = [
     "<script>alert(1)</script>",
@@ -99,6 +99,13 @@ def test_hostile_text_cannot_break_a_figure(evil):
         training_plots.speeds({evil: [Answer("a", 3, 0.1, 0.2)], "tuned": [Answer("a", 3, 0.1, 0.2)]}),
     ):
         figure.savefig(io.BytesIO(), format="png", dpi=40)
+
+
+def test_a_models_name_cannot_break_the_plan(tmp_path):
+    import io
+
+    folder = shutil.copytree(MODEL_DIR, tmp_path / r"m$\frac$ $x^{1")
+    panels.plan_figure(validate({"model_id": str(folder)})).savefig(io.BytesIO(), format="png", dpi=40)
 
 
 # ---- no pickle, no code ----------------------------------------------------------------------------------------------
