@@ -127,11 +127,11 @@ def test_unquantized_pocket_model():
 
 def test_targets_names_and_refusals():
     model = ledger.meta_model(ledger.pythia_config("70m"))
-    assert len(ledger.lora_layers(model)) == 24
-    assert set(ledger.lora_layers(model, ["query_key_value"]).values()) == {(512, 1536)}
+    assert len(ledger.lora_numels(model, 1)) == 2 * 24
+    assert ledger.lora_numels(model, 1, ["query_key_value"]) == 6 * [512, 1536]
     for wrong in ("q_proj", "embed_out"):  # the head is not adapted
         with pytest.raises(KitError, match=rf"target_modules.*{wrong}.*query_key_value"):
-            ledger.lora_layers(model, [wrong])
+            ledger.lora_numels(model, 1, [wrong])
     with pytest.raises(KitError, match="13b"):
         ledger.pythia_config("13b")
     assert ledger.config_of("EleutherAI/pythia-1b-deduped").hidden_size == 2048

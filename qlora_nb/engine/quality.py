@@ -5,7 +5,7 @@ learnt by heart (almanac prompts): they show 4-bit damage clearly. `text_losses`
 token over texts; for the pocket model's stories it hardly moves, because their loss is mostly the stories' own randomness.
 """
 
-import math
+import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,31 +50,29 @@ def _passes(model, tokenizer, texts: list[str], batch: int, **options) -> Iterat
 
 
 @torch.no_grad()
-def recall(model, tokenizer, prompts: list[tuple[str, str]] | None = None, batch: int = 256) -> tuple[torch.Tensor, torch.Tensor]:
+def recall(model, tokenizer, prompts: list[tuple[str, str]] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Ask each prompt and look at the first token of the answer.
 
     Args:
         model, tokenizer: any causal language model; only the pocket model knows the almanac.
         prompts: (prompt, answer) pairs; the whole almanac (720 facts) if left out.
-        batch: prompts in one forward pass.
 
     Returns:
         (n,) loss of the right first answer token for each prompt (nats), and (n,) True where it is the model's first choice.
     """
-    prompts = prompts or [(row["prompt"], row["answer"]) for row in pocket.read("almanac")]
-    answers = tokenizer([" " + answer for _, answer in prompts], add_special_tokens=False)["input_ids"]
-    want, said = torch.tensor([ids[0] for ids in answers]), []
-    for _, mask, logits in _passes(model, tokenizer, [prompt for prompt, _ in prompts], batch):
-        said.append(logits[torch.arange(len(mask)), mask.sum(dim=1) - 1].float().cpu())
-    logits = torch.cat(said)
+    questions, answers = zip(*(prompts or [(row["prompt"], row["answer"]) for row in pocket.read("almanac")]))
+    spelt = tokenizer([f" {answer}" for answer in answers], add_special_tokens=False)["input_ids"]
+    want = torch.tensor([ids[0] for ids in spelt])
+    passes = _passes(model, tokenizer, list(questions), 256)
+    logits = torch.cat([said[range(len(mask)), mask.sum(dim=1) - 1].float().cpu() for _, mask, said in passes])
     return torch.nn.functional.cross_entropy(logits, want, reduction="none"), logits.argmax(dim=1) == want
 
 
 @torch.no_grad()
-def text_losses(model, tokenizer, texts: list[str], max_length: int = 128, batch: int = 16) -> torch.Tensor:
-    """Mean loss a token (nats) of each text, (len(texts),). Perplexity of a sample of texts is exp of their mean."""
+def text_losses(model, tokenizer, texts: list[str]) -> torch.Tensor:
+    """Mean loss a token (nats) of each text's first 128 tokens, (len(texts),). Perplexity of a sample is exp of their mean."""
     losses = []
-    for ids, mask, logits in _passes(model, tokenizer, texts, batch, truncation=True, max_length=max_length):
+    for ids, mask, logits in _passes(model, tokenizer, texts, 16, truncation=True, max_length=128):
         each = torch.nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
         seen = mask[:, 1:]
         losses.append(((each * seen).sum(dim=1) / seen.sum(dim=1)).cpu())
@@ -98,17 +96,17 @@ class Quality:
     @property
     def loss(self) -> float:
         """Mean over the samples (nats)."""
-        return sum(self.losses) / len(self.losses)
+        return statistics.fmean(self.losses)
 
     @property
     def known(self) -> float:
         """Share of facts known, mean over the samples (0 to 1)."""
-        return sum(self.recall) / len(self.recall)
+        return statistics.fmean(self.recall)
 
     @property
     def spread(self) -> float:
         """Standard deviation of the samples' losses (nats)."""
-        return math.sqrt(sum((x - self.loss) ** 2 for x in self.losses) / (len(self.losses) - 1))
+        return statistics.stdev(self.losses)
 
 
 def measure(name: str, model, tokenizer, knows_almanac: bool, seed: int = 0) -> Quality:
@@ -143,17 +141,14 @@ def comparison_settings(settings):
     return settings.model_copy(update={"model_id": "pocket"})
 
 
-def sample_weights(model, n_max: int = 2**22) -> torch.Tensor:
+def sample_weights(model) -> torch.Tensor:
     """Weights of every linear layer, each layer divided by its standard deviation; the first ones of a layer if there are many.
 
-    Args:
-        n_max: numbers at most (about: each layer gives whole blocks of 4096).
-
     Returns:
-        (n,) float32 on the CPU.
+        (n,) float32 on the CPU; n is about 2^22 at most (each layer gives whole blocks of 4096).
     """
     layers = linear_layers(model).values()
-    share = max(1, n_max // len(layers) // 4096) * 4096
+    share = max(1, 2**22 // len(layers) // 4096) * 4096
     flat = (dense_weight(module).flatten().cpu() for module in layers)
     return torch.cat([weights[:share] / weights.std() for weights in flat])
 
@@ -169,16 +164,13 @@ def stored_bytes(model) -> dict[str, int]:
         Biases are "rest". The code tables (16 and 256 numbers, the same for all layers) are left out.
     """
     layers = [layer_bytes(module) for module in linear_layers(model).values()]
-    total = {part: sum(layer.get(part, 0) for layer in layers) for part in ("codes", "scales", "scales of scales", "mean")}
+    total = {part: sum(layer[part] for layer in layers) for part in layers[0]}
     return total | {"rest": model.get_memory_footprint() - total["codes"]}
 
 
 def layer_bytes(module) -> dict[str, int]:
-    """Bytes of one linear layer's weight: codes, scales, scales of scales, mean."""
-    found = {"codes": module.weight.nbytes}
+    """Bytes of one linear layer's weight: codes, scales, scales of scales, mean; 0 for what it does not have."""
     state = getattr(module.weight, "quant_state", None)
-    if state is not None:
-        found["scales"] = state.absmax.nbytes
-        if state.nested:
-            found |= {"scales of scales": state.state2.absmax.nbytes, "mean": state.offset.nbytes}
-    return found
+    nested = state and state.state2
+    scales = {"scales": state and state.absmax, "scales of scales": nested and nested.absmax, "mean": nested and state.offset}
+    return {"codes": module.weight.nbytes} | {part: 0 if held is None else held.nbytes for part, held in scales.items()}
