@@ -75,7 +75,7 @@ def peak(plan: Plan) -> Ledger:
     Attention is counted as fused (query, key, value and output are kept, scores are not).
     """
     step, layers = plan.step, plan.config.num_hidden_layers
-    parts = {name: getattr(step, name) for name in ("four_bit", "r", "target_modules", "head_4bit")}
+    parts = {"r": step.r, "target_modules": step.target_modules, "head_4bit": step.head_4bit}
     parts |= {"double_quant": plan.double_quant, "optim": plan.optim, "embedding_on_cpu": plan.embedding_on_cpu and plan.on_gpu}
     static = ledger.predict(config=plan.config, rest_dtype=step.rest_dtype or step.dtype, **parts)
     now = activations.dry_run(plan.config, step)
@@ -92,13 +92,10 @@ def peak(plan: Plan) -> Ledger:
         when = f"fullest in the phase {fullest.phase}"
     else:
         per_token, one = ledger.kv_cache_bytes(plan.config, step.dtype), activations.dry_run(plan.config, replace(step, length=1))
-        read, whole = step.batch * step.length, step.batch * (step.length + plan.new_tokens)
-        phases = (
-            (read * per_token, max(now.forward, now.loss), read, f"while {step.batch} × {step.length} tokens are read"),
-            (whole * per_token, max(one.forward, one.loss), whole, "while the last token is written"),
-        )
-        cache, work, n_tokens, when = max(phases, key=lambda phase: phase[0] + phase[1])
-        lines.append(Line(CACHE, cache, f"{n_tokens:,} tokens × {per_token:,} bytes"))
+        reading = max(now.forward, now.loss), step.batch * step.length, f"while {step.batch} × {step.length} tokens are read"
+        writing = max(one.forward, one.loss), step.batch * (step.length + plan.new_tokens), "while the last token is written"
+        work, n_tokens, when = max(reading, writing, key=lambda phase: phase[0] + phase[1] * per_token)
+        lines.append(Line(CACHE, n_tokens * per_token, f"{n_tokens:,} tokens × {per_token:,} bytes"))
     lines.append(Line(WORK, work, f"{when}; dry run of one layer and the head"))
     if plan.on_gpu:
         moving = sum(line.bytes for line in lines if line.name in (GRADIENTS, KEPT, WORK, CACHE))

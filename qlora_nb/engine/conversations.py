@@ -42,15 +42,11 @@ def _of_turns(turns: list[dict[str, str]]) -> dict[str, str]:
 
 def _of_text(text: str) -> dict[str, str]:
     _, *parts = _TURN.split(text or "")
-    turns = [{"role": role.lower(), "content": said.strip()} for role, said in zip(parts[::2], parts[1::2])]
-    return _of_turns(turns)
+    return _of_turns([{"role": role.lower(), "content": said.strip()} for role, said in zip(parts[::2], parts[1::2])])
 
 
 def _of_tree(rows: datasets.Dataset) -> list[dict[str, str]]:
     asked = {row["message_id"]: row["text"] for row in rows if not row["parent_id"]}
-    best: dict[str, dict] = {}
-    for row in rows:
-        rank = row.get("rank") or 0
-        if row["parent_id"] in asked and rank < best.get(row["parent_id"], {"rank": 1e9})["rank"]:
-            best[row["parent_id"]] = {"rank": rank, "text": row["text"]}
-    return [{"instruction": text, "output": best.get(name, {"text": ""})["text"]} for name, text in asked.items()]
+    by_rank = sorted((row for row in rows if row["parent_id"] in asked), key=lambda row: row.get("rank") or 0)
+    best = {row["parent_id"]: row["text"] for row in reversed(by_rank)}  # the best one is written last
+    return [{"instruction": text, "output": best.get(name, "")} for name, text in asked.items()]

@@ -6,9 +6,11 @@ fixed place of the input.
 
 import math
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import datasets
+import pandas
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,7 +22,7 @@ BATCH = 8
 
 
 @torch.no_grad()
-def row_losses(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, encoded: datasets.Dataset) -> torch.Tensor:
+def row_losses(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, encoded: Sequence[dict]) -> torch.Tensor:
     """(rows, 2): summed cross-entropy (nats) and number of the labelled tokens of each row: answer and end token, no prompt."""
     collate = data.collator(tokenizer)
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]["input_ids"]))
@@ -44,7 +46,7 @@ def mean_loss(rows: torch.Tensor) -> torch.Tensor:
     return total / n
 
 
-def response_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, encoded: datasets.Dataset) -> float:
+def response_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, encoded: Sequence[dict]) -> float:
     """Mean cross-entropy (nats) of every labelled token in the encoded rows."""
     return mean_loss(row_losses(model, tokenizer, encoded)).item()
 
@@ -72,12 +74,9 @@ def exact_match(said: list[str], rows: list[dict]) -> dict[str, float]:
     >>> exact_match(["Red.", "Two."], [{"output": "Red.", "kind": "a"}, {"output": "Six.", "kind": "b"}])
     {'all': 0.5, 'a': 1.0, 'b': 0.0}
     """
-    hits = defaultdict(list)
-    for text, row in zip(said, rows, strict=True):
-        right = text.strip() == row["output"].strip()
-        hits["all"].append(right)
-        hits[row.get("kind", "all rows")].append(right)
-    return {kind: sum(h) / len(h) for kind, h in hits.items()}
+    right = pandas.Series([text.strip() == row["output"].strip() for text, row in zip(said, rows, strict=True)], dtype=float)
+    by_kind = right.groupby([row.get("kind", "all rows") for row in rows], sort=False)
+    return {"all": float(right.mean()), **by_kind.mean().to_dict()}
 
 
 def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: datasets.Dataset, settings) -> dict:

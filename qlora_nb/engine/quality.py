@@ -9,11 +9,13 @@ import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import psutil
 import torch
 
 from qlora_nb import pocket
+from qlora_nb.engine import evaluation
 from qlora_nb.engine.models import dense_weight, linear_layers
 from qlora_nb.engine.shapes import download_bytes
 
@@ -29,24 +31,14 @@ def replaced_weights(model, change: Callable[[torch.Tensor], torch.Tensor]) -> I
         model: a model in 16 or 32 bit.
         change: (out, in) tensor → tensor of the same shape.
     """
-    weights = [module.weight for module in linear_layers(model).values()]
-    before = [weight.data for weight in weights]
+    before = [(module.weight, module.weight.data) for module in linear_layers(model).values()]
     try:
-        for weight in weights:
-            weight.data = change(weight.data).to(weight.dtype)
+        for weight, old in before:
+            weight.data = change(old).to(weight.dtype)
         yield
     finally:
-        for weight, old in zip(weights, before):
+        for weight, old in before:
             weight.data = old
-
-
-def _passes(model, tokenizer, texts: list[str], batch: int, **options) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Token ids, their mask and the logits of each batch of texts, padded on the right; options are the tokenizer's."""
-    options |= {"add_special_tokens": False, "padding": True, "padding_side": "right", "return_tensors": "pt"}
-    for start in range(0, len(texts), batch):
-        given = tokenizer(texts[start : start + batch], **options).to(model.device)
-        ids, mask = given["input_ids"], given["attention_mask"]
-        yield ids, mask, model(input_ids=ids, attention_mask=mask).logits
 
 
 @torch.no_grad()
@@ -61,22 +53,19 @@ def recall(model, tokenizer, prompts: list[tuple[str, str]] | None = None) -> tu
         (n,) loss of the right first answer token for each prompt (nats), and (n,) True where it is the model's first choice.
     """
     questions, answers = zip(*(prompts or [(row["prompt"], row["answer"]) for row in pocket.read("almanac")]))
-    spelt = tokenizer([f" {answer}" for answer in answers], add_special_tokens=False)["input_ids"]
-    want = torch.tensor([ids[0] for ids in spelt])
-    passes = _passes(model, tokenizer, list(questions), 256)
-    logits = torch.cat([said[range(len(mask)), mask.sum(dim=1) - 1].float().cpu() for _, mask, said in passes])
+    spelt = partial(tokenizer, add_special_tokens=False)
+    want = torch.tensor([ids[0] for ids in spelt([f" {answer}" for answer in answers])["input_ids"]])
+    given = spelt(list(questions), padding=True, padding_side="right", return_tensors="pt").to(model.device)
+    last = given["attention_mask"].sum(dim=1) - 1
+    logits = model(given["input_ids"], given["attention_mask"]).logits[range(len(last)), last].float().cpu()
     return torch.nn.functional.cross_entropy(logits, want, reduction="none"), logits.argmax(dim=1) == want
 
 
-@torch.no_grad()
 def text_losses(model, tokenizer, texts: list[str]) -> torch.Tensor:
     """Mean loss a token (nats) of each text's first 128 tokens, (len(texts),). Perplexity of a sample is exp of their mean."""
-    losses = []
-    for ids, mask, logits in _passes(model, tokenizer, texts, 16, truncation=True, max_length=128):
-        each = torch.nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
-        seen = mask[:, 1:]
-        losses.append(((each * seen).sum(dim=1) / seen.sum(dim=1)).cpu())
-    return torch.cat(losses)
+    encoded = tokenizer(texts, truncation=True, max_length=128, add_special_tokens=False)["input_ids"]
+    total, n = evaluation.row_losses(model, tokenizer, [{"input_ids": ids, "labels": ids} for ids in encoded]).unbind(1)
+    return total / n
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,9 @@ from qlora_nb.engine.runs import write_atomically
 _TEMPLATES = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True)
 
 
-def write(summary: dict, folder: Path) -> Path:
+def write(summary: dict, folder: Path) -> None:
     """Write `report.html` into a sequence folder from its summary and the executed notebooks beside it."""
-    target = folder / "report.html"
-    write_atomically(target, page(summary, folder))
-    return target
+    write_atomically(folder / "report.html", page(summary, folder))
 
 
 def page(summary: dict, folder: Path) -> str:

@@ -115,8 +115,7 @@ def plot_update(axes, update: torch.Tensor, factors: tuple[torch.Tensor, torch.T
 
 def count(size: str, r: int, targets: str) -> int:
     """Trained numbers of a Pythia at a rank for a choice of targets (a key of `TARGETS`)."""
-    shape = PYTHIA[size]
-    return shape.n_layers * lora.n_parameters(r, shape.linears[TARGETS[targets]])
+    return PYTHIA[size].n_layers * lora.n_parameters(r, PYTHIA[size].linears[TARGETS[targets]])
 
 
 @draws((8.4, 3.8), "best", grid=margins(0.08, 0.99, 0.14, 0.92), xlabel="Pythia (size)", ylabel="trained (% of all parameters)")

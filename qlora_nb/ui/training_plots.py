@@ -101,11 +101,9 @@ def scores(ax, results: dict[str, dict[str, float]]) -> str:
 
 def label_mask(tokens: list[str], trains: list[bool]) -> str:
     """HTML that shows a row's tokens, those that train both coloured and underlined; all text is escaped."""
-    on_look, off_look = "background:#009E7333;border-bottom:2px solid #009E73", "opacity:.65"
-    cells = [
-        f"<span style='{on_look if on else off_look};white-space:pre-wrap'>{html.escape(token).replace(chr(10), '⏎<br>')}</span>"
-        for token, on in zip(tokens, trains, strict=True)
-    ]
+    looks = {True: "background:#009E7333;border-bottom:2px solid #009E73", False: "opacity:.65"}
+    cell = "<span style='{};white-space:pre-wrap'>{}</span>".format
+    cells = [cell(looks[on], html.escape(token).replace("\n", "⏎<br>")) for token, on in zip(tokens, trains, strict=True)]
     note = f"<p>underlined and green: the {sum(trains)} tokens that train, of {len(tokens)}</p>"
     return f"<div style='font-family:monospace;line-height:1.7;max-width:60em'>{''.join(cells)}</div>{note}"
 
