@@ -230,9 +230,8 @@ def _count(n_layers: int, key: str, step: Step) -> dict[str, int]:
             return found | {"loss": count.peak - kept}
         leaf = hidden.detach().requires_grad_()
         if step.loss_chunk:
-            answers = leaf.flatten(0, 1).clone()  # at worst every token trains
-            loss = objective.sum_in_slices(answers, ids.flatten(), head, step.loss_chunk)
-            del answers
+            # at worst every token trains
+            loss = objective.sum_in_slices(leaf.flatten(0, 1).clone(), ids.flatten(), head, step.loss_chunk)
         else:
             logits = head(leaf)
             loss = base.loss_function(logits=logits, labels=ids, vocab_size=logits.shape[-1])

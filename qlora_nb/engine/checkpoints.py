@@ -128,5 +128,4 @@ def step_of(folder: Path) -> int:
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    found = [f for f in folder.glob("checkpoint-*") if f.name.rsplit("-", 1)[1].isdigit()]
-    return sorted(found, key=step_of, reverse=True)
+    return sorted((f for f in folder.glob("checkpoint-*") if f.name.rsplit("-", 1)[1].isdigit()), key=step_of, reverse=True)

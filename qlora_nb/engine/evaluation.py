@@ -27,16 +27,14 @@ def row_losses(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, encod
     collate = data.collator(tokenizer)
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]["input_ids"]))
     found = torch.zeros(len(encoded), 2, dtype=torch.float64)
-    bar = tqdm(total=len(order), desc="held-out loss", unit="row", leave=False)
-    with objective.sliced_head(model, chunk=256) as loss, bar:  # whole logits would be the largest thing in memory
-        for start in range(0, len(order), BATCH):
-            group = order[start : start + BATCH]
+    groups = [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
+    with objective.sliced_head(model, chunk=256) as loss:  # whole logits would be the largest thing in memory
+        for group in tqdm(groups, desc="held-out loss", unit="batch", leave=False):
             padded = collate([encoded[i] for i in group])
             hidden = model(**{k: padded[k].to(model.device) for k in ("input_ids", "attention_mask")}).logits
             for i, vectors, labels in zip(group, hidden, padded["labels"]):
                 found[i, 0] = loss(SimpleNamespace(logits=vectors[None]), labels[None], num_items_in_batch=1)
                 found[i, 1] = (labels[1:] != data.IGNORED).sum()
-            bar.update(len(group))
     return found
 
 

@@ -98,7 +98,7 @@ def pythia_config(size: str):
         raise KitError("unknown Pythia size", value=size, allowed=", ".join(shapes.PYTHIA))
     shape = shapes.PYTHIA[size]
     widths = {"vocab_size": shape.vocab, "hidden_size": shape.hidden, "intermediate_size": 4 * shape.hidden}
-    counts = {"num_hidden_layers": shape.n_layers, "num_attention_heads": shape.heads, "max_position_embeddings": 2048}
+    counts = {"num_hidden_layers": shape.n_layers, "num_attention_heads": shape.heads}
     return GPTNeoXConfig(**widths, **counts, bos_token_id=0, eos_token_id=0)
 
 

@@ -15,9 +15,7 @@ import psutil
 import torch
 
 from qlora_nb import pocket
-from qlora_nb.engine import evaluation
-from qlora_nb.engine.models import dense_weight, linear_layers
-from qlora_nb.engine.shapes import download_bytes
+from qlora_nb.engine import evaluation, models, shapes
 
 N_STORIES = 24
 """Stories in a text measurement, a third of them in each sample; every set of weights reads the same ones."""
@@ -31,7 +29,7 @@ def replaced_weights(model, change: Callable[[torch.Tensor], torch.Tensor]) -> I
         model: a model in 16 or 32 bit.
         change: (out, in) tensor → tensor of the same shape.
     """
-    before = [(module.weight, module.weight.data) for module in linear_layers(model).values()]
+    before = [(module.weight, module.weight.data) for module in models.linear_layers(model).values()]
     try:
         for weight, old in before:
             weight.data = change(old).to(weight.dtype)
@@ -122,7 +120,8 @@ def comparison_settings(settings):
     """
     on_gpu = torch.cuda.is_available()
     free = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available
-    needed = (2 if on_gpu else 4) * (download_bytes(settings.model_id) or 0)  # a size that only the hub knows is not judged
+    # A size that only the hub knows is not judged.
+    needed = (2 if on_gpu else 4) * (shapes.download_bytes(settings.model_id) or 0)
     if needed < 0.8 * free:
         return settings
     sizes = f"needs {needed / 2**30:.1f} GiB, free are {free / 2**30:.1f}"
@@ -136,9 +135,9 @@ def sample_weights(model) -> torch.Tensor:
     Returns:
         (n,) float32 on the CPU; n is about 2^22 at most (each layer gives whole blocks of 4096).
     """
-    layers = linear_layers(model).values()
+    layers = models.linear_layers(model).values()
     share = max(1, 2**22 // len(layers) // 4096) * 4096
-    flat = (dense_weight(module).flatten().cpu() for module in layers)
+    flat = (models.dense_weight(module).flatten().cpu() for module in layers)
     return torch.cat([weights[:share] / weights.std() for weights in flat])
 
 
@@ -152,7 +151,7 @@ def stored_bytes(model) -> dict[str, int]:
         {"codes", "scales", "scales of scales", "mean", "rest"}; for a layer that is not quantized all bytes are "codes".
         Biases are "rest". The code tables (16 and 256 numbers, the same for all layers) are left out.
     """
-    layers = [layer_bytes(module) for module in linear_layers(model).values()]
+    layers = [layer_bytes(module) for module in models.linear_layers(model).values()]
     total = {part: sum(layer[part] for layer in layers) for part in layers[0]}
     return total | {"rest": model.get_memory_footprint() - total["codes"]}
 

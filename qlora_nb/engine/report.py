@@ -7,6 +7,7 @@ it in the notebook, for readers who cannot see it.
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -42,10 +43,9 @@ def figures(notebook: nbformat.NotebookNode) -> Iterator[tuple[str, str]]:
 
 
 def _read(path: Path) -> nbformat.NotebookNode:
-    try:
+    with suppress(OSError, ValueError):
         return nbformat.read(path, 4)
-    except (OSError, ValueError):
-        return nbformat.v4.new_notebook()  # it never started, or was cut off: the row says so
+    return nbformat.v4.new_notebook()  # it never started, or was cut off: the row says so
 
 
 def _title(notebook: nbformat.NotebookNode) -> str:

@@ -33,8 +33,8 @@ def plot_step(ax, pythia: str, r: int, tokens: int, gpu_gib: float, bits: int = 
         bits: width of the optimizer states.
     """
     moments = paging.step_timeline(ledger.step_sizes(pythia, r, tokens, bits))
-    names, totals = [m.phase for m in moments], [m.total / ledger.GIB for m in moments]
-    highest, n = max(totals), names.count("forward")
+    fullest, n = max(moments, key=lambda m: m.total), PYTHIA[pythia].n_layers
+    highest = fullest.total / ledger.GIB
     heights, (colours, hatches) = [[m.parts[name] / ledger.GIB for m in moments] for name in PARTS], zip(*PARTS.values())
     drawn = {"colors": colours, "hatch": hatches, "edgecolor": "white", "linewidth": 0, "step": "mid"}
     ax.stackplot(range(len(moments)), heights, labels=list(PARTS), **drawn)
@@ -43,15 +43,14 @@ def plot_step(ax, pythia: str, r: int, tokens: int, gpu_gib: float, bits: int = 
         ax.axhline(gpu_gib, color="black", linewidth=1.5, linestyle="--", label=f"card {gpu_gib:g} GiB")
     weights = moments[0].parts["frozen weights"] / ledger.GIB
     bottom = 0.9 * min(weights, gpu_gib) if weights > 0.5 * highest else 0.0
-    for phase in ("loss", "backward", "optimizer"):
-        ax.axvline(names.index(phase) - 0.5, color="black", linewidth=0.6, linestyle=":")
+    for begins in (n, n + 1, 2 * n + 1):
+        ax.axvline(begins - 0.5, color="black", linewidth=0.6, linestyle=":")
     ax.set_xticks([n / 2 - 0.5, n, n + 0.5 + n / 2, 2 * n + 1], ["forward", "loss ", "backward", "  optimizer"])
     ax.set(xlim=(-0.5, len(moments) - 0.5), ylim=(bottom, bottom + 1.1 * (top - bottom)))
     ax.set_ylabel("memory (GiB)" + (", axis cut" if bottom else ""))
     ax.locator_params(axis="y", nbins=6)  # few ticks: text is what takes time in a redraw
-    peak = f"peak {highest:.2f} GiB ({names[totals.index(highest)]})"
     fits = "fits" if highest <= gpu_gib else "does not fit"
-    title = f"pythia-{pythia}, r = {r}, {tokens:,} tokens: {peak}, {fits} {gpu_gib:g} GiB"
+    title = f"pythia-{pythia}, r = {r}, {tokens:,} tokens: peak {highest:.2f} GiB ({fullest.phase}), {fits} {gpu_gib:g} GiB"
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9, reverse=True)
     ax.set_title(title, y=1.0)  # told where: looking for a free height takes a seventh of the drawing
 
@@ -75,8 +74,8 @@ def plot_paged_share(ax, ranks: Sequence[int], pythia: str, r: int) -> str:
     ax.set_xticks(range(len(ranks)), [str(k) for k in ranks])
     ax.set_yticks(range(len(PYTHIA)), list(PYTHIA))
     ax.grid(visible=False)
-    paged, fixed = ledger.state_split(pythia, r)
-    return f"pythia-{pythia}, r = {r}: {100 * paged / (paged + fixed):.0f} % of the state bytes are paged"
+    share = 100 * paged_shares([r])[list(PYTHIA).index(pythia), 0]
+    return f"pythia-{pythia}, r = {r}: {share:.0f} % of the state bytes are paged"
 
 
 @draws((9.0, 3.8), grid={"ncols": 2, **margins(0.08, 0.99, 0.14, 0.92, wspace=0.22)}, xlabel="step (1)")

@@ -10,8 +10,7 @@ import time
 import ipywidgets as W
 from IPython.core.pylabtools import print_figure
 
-from qlora_nb.engine import budget, generation
-from qlora_nb.engine.shapes import PYTHIA
+from qlora_nb.engine import budget, generation, shapes
 from qlora_nb.errors import KitError
 from qlora_nb.ui import training_plots
 from qlora_nb.ui.widgets import CONTROL, LABEL, choice, choice_slider, explore, float_slider
@@ -62,7 +61,7 @@ def planner(settings, gpu_gib: float | None = None, notebook: str = "06_finetune
     Start values are the settings' own; without `gpu_gib` there is no card, and the model stays as it is.
     """
     own = settings.model_id
-    models = [own, *(f"EleutherAI/pythia-{size}" for size in PYTHIA if gpu_gib and not own.endswith(f"pythia-{size}"))]
+    models = [own, *(f"EleutherAI/pythia-{size}" for size in shapes.PYTHIA if gpu_gib and not own.endswith(f"pythia-{size}"))]
     cards = sorted({6.0, 8.0, 12.0, 16.0, 24.0, 48.0, 80.0, gpu_gib}) if gpu_gib else [None]
     choices = {
         "model_id": models,
