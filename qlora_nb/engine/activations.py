@@ -238,7 +238,7 @@ def _count(n_layers: int, key: str, step: Step) -> dict[str, int]:
         del loss
         count.peak = count.live
         hidden.backward(leaf.grad)
-        trained = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+    trained = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
     return found | {"backward": count.peak - kept - trained}
 
 

@@ -60,11 +60,10 @@ def plan_of(settings, train: bool = True, config=None, on_gpu: bool | None = Non
     elsewhere = on_gpu and not torch.cuda.is_available()  # planned for a card that is not here
     dtype = models.compute_dtype("bfloat16" if elsewhere and settings.compute_dtype == "auto" else settings.compute_dtype)
     step = settings.model_dump(include={"r", "lora_dropout", "loss_chunk", "head_4bit"})
-    step |= {"target_modules": tuple(settings.target_modules), "checkpointing": settings.gradient_checkpointing}
-    rows = settings.per_device_train_batch_size if train else 1
+    step |= {"target_modules": tuple(settings.target_modules), "checkpointing": settings.gradient_checkpointing, "dtype": dtype}
     plan = settings.model_dump(include={"double_quant", "optim", "embedding_on_cpu"})
     plan |= {"accumulation": settings.gradient_accumulation_steps, "new_tokens": settings.max_new_tokens, "on_gpu": on_gpu}
-    step = activations.Step(rows, settings.max_length, dtype=dtype, train=train, **step)
+    step = activations.Step(settings.per_device_train_batch_size if train else 1, settings.max_length, train=train, **step)
     return Plan(config or ledger.config_of(settings.model_id), step, **plan)
 
 
@@ -78,18 +77,18 @@ def peak(plan: Plan) -> Ledger:
     parts |= {"double_quant": plan.double_quant, "optim": plan.optim, "embedding_on_cpu": plan.embedding_on_cpu and plan.on_gpu}
     static = ledger.predict(config=plan.config, rest_dtype=step.rest_dtype or step.dtype, **parts)
     now = activations.dry_run(plan.config, step)
-    lines = [line for line in static.lines if step.train or line.name not in (GRADIENTS, STATES)]
     if step.train and step.r:
         gradients = static[GRADIENTS]
         always = gradients if plan.accumulation > 1 else 0
         sizes = paging.StepSizes(layers, 0, always, gradients - always, 0, 0, now.kept, now.forward, now.backward, now.loss)
         fullest = max(paging.step_timeline(sizes), key=lambda m: m.total)
         held, kept, work = always + fullest.parts["gradients"], fullest.parts[KEPT], fullest.parts[WORK]
-        lines = [replace(line, bytes=held) if line.name == GRADIENTS else line for line in lines]
+        lines = [replace(line, bytes=held) if line.name == GRADIENTS else line for line in static.lines]
         source = f"{-(-kept // max(now.kept, 1))} layers × {now.kept:,} bytes, {step.batch} × {step.length} tokens"
         lines.append(Line(KEPT, kept, source))
         when = f"fullest in the phase {fullest.phase}"
     else:
+        lines = [line for line in static.lines if line.name not in (GRADIENTS, STATES)]
         per_token, one = ledger.kv_cache_bytes(plan.config, step.dtype), activations.dry_run(plan.config, replace(step, length=1))
         reading = max(now.forward, now.loss), step.batch * step.length, f"while {step.batch} × {step.length} tokens are read"
         writing = max(one.forward, one.loss), step.batch * (step.length + plan.new_tokens), "while the last token is written"

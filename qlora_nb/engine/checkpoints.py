@@ -116,8 +116,7 @@ def require_same(folder: Path, settings, rows_hash: str | None = None) -> None:
     record, now = json.loads((folder / SEAL).read_text()), json.loads(settings.model_dump_json())
     before = record.get("settings", {}) | {"training rows": record.get("rows")}
     now |= {"training rows": rows_hash} if rows_hash else {}
-    differ = [f"{k} was {before.get(k)}, is {now[k]}" for k in now if k not in MAY_DIFFER and before.get(k) != now[k]]
-    if differ:
+    if differ := [f"{k} was {before.get(k)}, is {now[k]}" for k in now if k not in MAY_DIFFER and before.get(k) != now[k]]:
         remedy = 'set these back, or start a new run with resume="no"'
         raise KitError(f"this run was started with something else: {', '.join(differ)}", remedy=remedy)
 

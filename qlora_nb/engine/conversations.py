@@ -13,7 +13,6 @@ import re
 import datasets
 
 _TURN = re.compile(r"### (Human|Assistant):")
-_PEOPLE = {"user", "human", "prompter"}
 
 
 def first_exchanges(rows: datasets.Dataset) -> datasets.Dataset | None:
@@ -34,7 +33,7 @@ def first_exchanges(rows: datasets.Dataset) -> datasets.Dataset | None:
 
 def _of_turns(turns: list[dict[str, str]]) -> dict[str, str]:
     said = [(turn.get("role") or turn.get("from"), turn.get("content") or turn.get("value") or "") for turn in turns]
-    asked = next((i for i, (role, _) in enumerate(said) if role in _PEOPLE), len(said))
+    asked = next((i for i, (role, _) in enumerate(said) if role in {"user", "human", "prompter"}), len(said))
     question, answer = ([text for _, text in said[i : i + 1]] for i in (asked, asked + 1))
     return {"instruction": "".join(question), "output": "".join(answer)}
 

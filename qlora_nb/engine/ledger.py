@@ -37,7 +37,6 @@ LINEARS, EMBEDDINGS, SMALL, BUFFERS = "linear weights", "embedding and head", "b
 LORA, GRADIENTS, STATES = "LoRA weights", "gradients", "optimizer states"
 ORDER = (CODES, SCALES, NESTED, TABLES, LINEARS, EMBEDDINGS, SMALL, BUFFERS, LORA, GRADIENTS, STATES)
 QUANTIZED = (CODES, SCALES, NESTED)
-FROZEN = (CODES, SCALES, NESTED, LINEARS, EMBEDDINGS, SMALL)
 
 
 @dataclass(frozen=True)
@@ -225,9 +224,8 @@ def measure(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
     seen: set[int] = set()
 
     def add(line: str, *tensors: torch.Tensor | None) -> None:
-        for tensor in tensors:
-            storage = None if tensor is None else tensor.untyped_storage()
-            if storage is not None and storage._cdata not in seen:
+        for storage in (tensor.untyped_storage() for tensor in tensors if tensor is not None):
+            if storage._cdata not in seen:
                 seen.add(storage._cdata)
                 found[line] += storage.nbytes()
 
@@ -240,10 +238,8 @@ def measure(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
         if state is not None:
             add(CODES, p)
             add(SCALES, state.absmax)
-            add(TABLES, state.code)
-            if state.nested:
-                add(NESTED, state.state2.absmax)
-                add(TABLES, state.state2.code, state.offset)
+            add(NESTED, state.state2 and state.state2.absmax)
+            add(TABLES, state.code, state.offset, state.state2 and state.state2.code)
         else:
             add(LORA if "lora_" in name else EMBEDDINGS if id(p) in at_the_ends else LINEARS if id(p) in matrices else SMALL, p)
         add(GRADIENTS, p.grad)

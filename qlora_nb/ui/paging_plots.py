@@ -71,8 +71,7 @@ def plot_paged_share(ax, ranks: Sequence[int], pythia: str, r: int) -> str:
     if r in ranks:
         x, y = list(ranks).index(r) - 0.5, list(PYTHIA).index(pythia) - 0.5
         ax.plot([x, x + 1, x + 1, x, x], [y, y, y + 1, y + 1, y], color="black", linewidth=2.5)
-    ax.set_xticks(range(len(ranks)), [str(k) for k in ranks])
-    ax.set_yticks(range(len(PYTHIA)), list(PYTHIA))
+    ax.set(xticks=range(len(ranks)), xticklabels=ranks, yticks=range(len(PYTHIA)), yticklabels=PYTHIA)
     ax.grid(visible=False)
     share = 100 * paged_shares([r])[list(PYTHIA).index(pythia), 0]
     return f"pythia-{pythia}, r = {r}: {share:.0f} % of the state bytes are paged"
@@ -102,9 +101,8 @@ def plot_run(axes, steps: Sequence[paging.StepSizes], gpu_gib: float, gb_per_s: 
     right.bar(x[: len(paged)] - 0.2, moved_out, 0.4, **look("optimizer", "//"), label="to RAM (evicted)")
     right.bar(x[: len(paged)] + 0.2, moved_in, 0.4, **look("NF4"), label="to the card (faults)")
     right.set(xlim=(0.4, len(steps) + 0.6), ylim=(0, 1.5 * max(*moved_in, *moved_out, 1)), ylabel="moved (MiB)")
-    seconds = max(record.seconds(gb_per_s) for record in paged)
-    survives = {"Not paged": "survives", "Paged": f"survives, {seconds:.2g} s for the transfers"}
-    for ax, records, (way, well) in zip((left, right), (plain, paged), survives.items()):
+    took = f"survives, {max(record.seconds(gb_per_s) for record in paged):.2g} s for the transfers"
+    for ax, records, way, well in ((left, plain, "Not paged", "survives"), (right, paged, "Paged", took)):
         end = well if records[-1].survived else f"out of memory in step {len(records)}"  # the record after it is not made
         ax.set_title(f"{way}: {end}", fontsize=11)
         ax.legend(fontsize=8, loc="upper left")

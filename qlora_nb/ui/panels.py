@@ -61,9 +61,8 @@ def planner(settings, gpu_gib: float | None = None) -> W.VBox:
     Start values are the settings' own; without `gpu_gib` there is no card, and the model stays as it is.
     """
     own = settings.model_id
-    models = [own, *(f"EleutherAI/pythia-{size}" for size in shapes.PYTHIA if gpu_gib and not own.endswith(f"pythia-{size}"))]
     choices = {
-        "model_id": models,
+        "model_id": [own, *(f"EleutherAI/pythia-{n}" for n in shapes.PYTHIA if gpu_gib and not own.endswith(f"pythia-{n}"))],
         "gpu_gib": sorted({6.0, 8.0, 12.0, 16.0, 24.0, 48.0, 80.0, gpu_gib}) if gpu_gib else [None],
         "r": sorted({4, 8, 16, 32, 64, settings.r}),
         "max_length": sorted({128, 256, 512, 1024, 2048, settings.max_length}),

@@ -127,9 +127,8 @@ def next_tokens(axes, base: list[tuple[str, float]], tuned: list[tuple[str, floa
     """The most probable next tokens of both models, side by side, with the divergence between the distributions (bits)."""
     for ax, rows, name, drawn in zip(axes, (base, tuned), ("base", "tuned"), (look("other", ""), look("LoRA"))):
         ax.barh(range(len(rows)), [100 * p for _, p in rows], **drawn)
-        ax.set_yticks(range(len(rows)), [repr(token)[1:-1] or "·" for token, _ in rows])
+        ax.set(title=name, yticks=range(len(rows)), yticklabels=[repr(token)[1:-1] or "·" for token, _ in rows])
         ax.invert_yaxis()
-        ax.set_title(name)
     _heading(axes, f"The two differ by {divergence:.2f} bits at this token")
 
 
