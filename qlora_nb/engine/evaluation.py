@@ -104,12 +104,11 @@ def copy_baseline(train: list[dict], rows: list[dict]) -> list[str]:
     scores = defaultdict(Counter)
     for row in train:
         for rule in rules:
-            scores[row.get("kind")][rule] += _copy(row["input"], rule) == row["output"]
-    return [_copy(row["input"], scores[row.get("kind")].most_common(1)[0][0]) for row in rows]
+            scores[row.get("kind")][rule] += _copy(row["input"], *rule) == row["output"]
+    return [_copy(row["input"], *scores[row.get("kind")].most_common(1)[0][0]) for row in rows]
 
 
-def _copy(text: str, rule: tuple[int, str, int]) -> str:
-    index, end, n = rule
+def _copy(text: str, index: int, end: str, n: int) -> str:
     sentences = [s for s in text.split(". ") if s]
     if not -len(sentences) <= index < len(sentences):
         return ""

@@ -220,14 +220,11 @@ def measure(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
     On a CPU with AVX512-BF16 bitsandbytes repacks a frozen layer at its first forward pass in eval mode: the scales become
     bfloat16 and double quantization is undone (`nn/modules.py`, `Linear4bit.forward`). Measure before that, or in train mode.
     """
-    found: dict[str, int] = dict.fromkeys(ORDER, 0)
-    seen: set[int] = set()
+    held: dict[int, tuple[str, int]] = {}  # by storage: what several tensors share counts once
 
     def add(line: str, *tensors: torch.Tensor | None) -> None:
         for storage in (tensor.untyped_storage() for tensor in tensors if tensor is not None):
-            if storage._cdata not in seen:
-                seen.add(storage._cdata)
-                found[line] += storage.nbytes()
+            held.setdefault(storage._cdata, (line, storage.nbytes()))
 
     at_the_ends = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if hasattr(m, "weight")}
     matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
@@ -246,6 +243,7 @@ def measure(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
     add(BUFFERS, *model.buffers())
     for state in optimizer.state.values() if optimizer is not None else ():
         add(STATES, *(t for t in state.values() if torch.is_tensor(t)))
+    found = {name: sum(size for line, size in held.values() if line == name) for name in ORDER}
     return Ledger("measured", tuple(Line(name, n, "storages of live tensors") for name, n in found.items() if n))
 
 

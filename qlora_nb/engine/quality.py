@@ -9,7 +9,6 @@ import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 
 import psutil
 import torch
@@ -51,9 +50,9 @@ def recall(model, tokenizer, prompts: list[tuple[str, str]] | None = None) -> tu
         (n,) loss of the right first answer token for each prompt (nats), and (n,) True where it is the model's first choice.
     """
     questions, answers = zip(*(prompts or [(row["prompt"], row["answer"]) for row in pocket.read("almanac")]))
-    spelt = partial(tokenizer, add_special_tokens=False)
-    want = torch.tensor([ids[0] for ids in spelt([f" {answer}" for answer in answers])["input_ids"]])
-    given = spelt(list(questions), padding=True, padding_side="right", return_tensors="pt").to(model.device)
+    want = torch.tensor([ids[0] for ids in tokenizer([f" {a}" for a in answers], add_special_tokens=False)["input_ids"]])
+    how = {"add_special_tokens": False, "padding": True, "padding_side": "right", "return_tensors": "pt"}
+    given = tokenizer(list(questions), **how).to(model.device)
     last = given["attention_mask"].sum(dim=1) - 1
     logits = model(given["input_ids"], given["attention_mask"]).logits[range(len(last)), last].float().cpu()
     return torch.nn.functional.cross_entropy(logits, want, reduction="none"), logits.argmax(dim=1) == want
@@ -105,12 +104,11 @@ def measure(name: str, model, tokenizer, knows_almanac: bool, seed: int = 0) -> 
             of the kit's little stories a sample, each model sees the same ones.
         seed: which stories.
     """
+    thirds = lambda numbers: tuple(numbers[i::3].double().mean().item() for i in range(3))
     if knows_almanac:
-        losses, right = (tuple(x[i::3].double().mean().item() for i in range(3)) for x in recall(model, tokenizer))
-        return Quality(name, losses, right)
+        return Quality(name, *map(thirds, recall(model, tokenizer)))
     stories = [row["text"] for row in pocket.read("stories")]
-    per_text = text_losses(model, tokenizer, stories[N_STORIES * (seed % 10) :][:N_STORIES])
-    return Quality(name, tuple(per_text[i::3].mean().item() for i in range(3)))
+    return Quality(name, thirds(text_losses(model, tokenizer, stories[N_STORIES * (seed % 10) :][:N_STORIES])))
 
 
 def comparison_settings(settings):

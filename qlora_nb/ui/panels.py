@@ -49,10 +49,9 @@ class LiveTraining:
 
 def plan_figure(settings, gpu_gib: float | None = None):
     """The peaks of fine-tuning and of answering with these settings: the figure that the planner varies."""
-    name, on_gpu = settings.model_id.split("/")[-1].replace("$", r"\$"), bool(gpu_gib)  # two would begin a formula
-    purposes = {"fine-tuning": True, "answering": False}
-    plans = {f"{what}\n{name}": budget.plan_of(settings, train, on_gpu=on_gpu) for what, train in purposes.items()}
-    return training_plots.budget({what: budget.peak(plan) for what, plan in plans.items()}, gpu_gib)
+    name = settings.model_id.split("/")[-1].replace("$", r"\$")  # two would begin a formula
+    peak = lambda train: budget.peak(budget.plan_of(settings, train, on_gpu=bool(gpu_gib)))
+    return training_plots.budget({f"fine-tuning\n{name}": peak(True), f"answering\n{name}": peak(False)}, gpu_gib)
 
 
 def planner(settings, gpu_gib: float | None = None) -> W.VBox:

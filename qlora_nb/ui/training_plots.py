@@ -95,8 +95,7 @@ def scores(ax, results: dict[str, dict[str, float]]) -> str:
         ax.bar(x, [100 * result[k] for k in kinds], width, **looks[i % len(looks)], label=label)
     ax.set_xticks(range(len(kinds)), kinds)
     ax.figure.legend(loc="outside lower center", ncols=len(results))
-    last = list(results)[-1]
-    return f"{last}: {100 * results[last]['all']:.0f} % of held-out answers exactly right"
+    return f"{label}: {100 * result['all']:.0f} % of held-out answers exactly right"
 
 
 def label_mask(tokens: list[str], trains: list[bool]) -> str:
