@@ -13,6 +13,8 @@ from qlora_nb.engine.models import load_base
 from qlora_nb.engine.profiles import validate
 from qlora_nb.errors import KitError
 
+FROZEN = (*ledger.QUANTIZED, ledger.LINEARS, ledger.EMBEDDINGS, ledger.SMALL)
+"""The lines that the published table adds up."""
 FACTS = {  # reference/facts.md: total parameters, share in 4-bit linears (%), GiB: all fp16, NF4+DQ, NF4+DQ with the rest in fp32
     "14m": (14_067_712, 8.4, None, None, None),
     "70m": (70_426_624, 26.8, 0.131, 0.105, 0.201),
@@ -41,11 +43,11 @@ def test_every_pythia_equals_the_table(size):
     small = ledger.predict(config=config)
     large_rest = ledger.predict(config=config, rest_dtype=torch.float32)
     assert (time.perf_counter() - start) / 3 < 2
-    assert plain.sum(ledger.FROZEN) == 2 * total == 2 * shapes.PYTHIA[size].n_parameters
+    assert plain.sum(FROZEN) == 2 * total == 2 * shapes.PYTHIA[size].n_parameters
     assert plain["linear weights"] == 4 * small["4-bit codes"]
-    assert round(100 * plain["linear weights"] / plain.sum(ledger.FROZEN), 1) == share
+    assert round(100 * plain["linear weights"] / plain.sum(FROZEN), 1) == share
     if all_16:
-        got = [round(found.sum(ledger.FROZEN) / 2**30, 3) for found in (plain, small, large_rest)]
+        got = [round(found.sum(FROZEN) / 2**30, 3) for found in (plain, small, large_rest)]
         assert got == [all_16, nf4_dq, upcast]
 
 
@@ -67,8 +69,7 @@ def test_neox_20b_and_a_tied_llama():
         hidden_size=6144, num_hidden_layers=44, num_attention_heads=64, intermediate_size=24576, vocab_size=50432
     )
     sizes = [
-        ledger.predict(config=neox, **k).sum(ledger.FROZEN) / 2**30
-        for k in ({"four_bit": False}, {}, {"rest_dtype": torch.float32})
+        ledger.predict(config=neox, **k).sum(FROZEN) / 2**30 for k in ({"four_bit": False}, {}, {"rest_dtype": torch.float32})
     ]
     assert [round(s, 3) for s in sizes] == [38.286, 10.737, 11.898]
     tied = LlamaConfig(
@@ -127,11 +128,11 @@ def test_unquantized_pocket_model():
 
 def test_targets_names_and_refusals():
     model = ledger.meta_model(ledger.pythia_config("70m"))
-    assert len(ledger.lora_layers(model)) == 24
-    assert set(ledger.lora_layers(model, ["query_key_value"]).values()) == {(512, 1536)}
+    assert len(ledger.lora_numels(model, 1)) == 2 * 24
+    assert ledger.lora_numels(model, 1, ["query_key_value"]) == 6 * [512, 1536]
     for wrong in ("q_proj", "embed_out"):  # the head is not adapted
         with pytest.raises(KitError, match=rf"target_modules.*{wrong}.*query_key_value"):
-            ledger.lora_layers(model, [wrong])
+            ledger.lora_numels(model, 1, [wrong])
     with pytest.raises(KitError, match="13b"):
         ledger.pythia_config("13b")
     assert ledger.config_of("EleutherAI/pythia-1b-deduped").hidden_size == 2048

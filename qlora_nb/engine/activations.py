@@ -32,7 +32,9 @@ from qlora_nb.engine import ends, models, objective
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of every tensor made inside the context while it lives: `live` now, `peak` since the last `restart`.
+    """Counts the bytes of every tensor made inside the context while it lives: `live` now, `peak` the most of it.
+
+    A new phase begins when `peak` is set to `live`.
 
     Works on real tensors and on *meta* ones. The tensors of `model` are not counted; neither is what a kernel allocates and
     frees inside itself, which is why real runs are measured by `weigh`.
@@ -47,7 +49,7 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, model: nn.Module | None = None, all_true: bool = True):
         super().__init__()
         self.live = self.peak = 0
-        held = [*model.parameters(), *model.buffers()] if model else []
+        held = (*model.parameters(), *model.buffers()) if model else ()
         self.known = {tensor.untyped_storage()._cdata: None for tensor in held}  # a view of them is nothing new
         self.all_true = all_true
 
@@ -70,11 +72,6 @@ class LiveBytes(TorchDispatchMode):
             self.live -= size
 
         self.known[key] = weakref.ref(storage, forget)
-
-    def restart(self) -> int:
-        """Begin a new phase: the peak is what lives now, which is returned."""
-        self.peak = self.live
-        return self.live
 
 
 @dataclass
@@ -117,15 +114,13 @@ class _Unpacked(torch.autograd.Function):
 class _Frozen4bit(bnb.nn.Linear4bit):
     """A 4-bit layer as far as memory is concerned; PEFT takes it for the real one."""
 
+    def __init__(self, n_in: int, n_out: int, bias: bool, dtype: torch.dtype):
+        super().__init__(n_in, n_out, bias, compute_dtype=dtype)
+        self.weight.data = self.weight.data.to(dtype)
+
     def forward(self, x):
         out = _Unpacked.apply(x.to(self.compute_dtype), self.weight.data)
         return (out if self.bias is None else out + self.bias.to(out.dtype)).to(x.dtype)
-
-
-def _frozen(n_in: int, n_out: int, bias: bool, dtype: torch.dtype) -> _Frozen4bit:
-    layer = _Frozen4bit(n_in, n_out, bias, compute_dtype=dtype)
-    layer.weight.data = layer.weight.data.to(dtype)
-    return layer
 
 
 class _Attention(torch.autograd.Function):
@@ -166,7 +161,6 @@ class Step:
     dtype: torch.dtype = torch.float16
     rest_dtype: torch.dtype | None = None
     lora_dropout: float = 0.0
-    four_bit: bool = True
     checkpointing: bool = True
     loss_chunk: int = 0
     head_4bit: bool = False
@@ -222,32 +216,29 @@ def _count(n_layers: int, key: str, step: Step) -> dict[str, int]:
     model = _shell(n_layers, key, replace(step, batch=1, length=1, loss_chunk=0, checkpointing=step.checkpointing and step.train))
     base = model.get_base_model() if step.r else model
     head = base.get_output_embeddings()
-    model.train(step.train)
-    model.zero_grad(set_to_none=True)
+    model.train(step.train).zero_grad()
     ids = torch.zeros(step.batch, step.length, dtype=torch.long, device="meta")
     with LiveBytes(model, step.batch == 1) as count, torch.set_grad_enabled(step.train and step.r > 0):
         hidden = base.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)[0]
         found = {"kept": count.live, "forward": count.peak - count.live, "backward": 0}
-        kept = count.restart()
+        kept = count.peak = count.live
         if not torch.is_grad_enabled():
             logits = head(hidden[:, -1:]).float()
             return found | {"loss": count.peak - kept}
         leaf = hidden.detach().requires_grad_()
         if step.loss_chunk:
-            answers = leaf.flatten(0, 1).clone()  # at worst every token trains
-            loss = objective.sum_in_slices(answers, ids.flatten(), head, step.loss_chunk)
-            del answers
+            # at worst every token trains
+            loss = objective.sum_in_slices(leaf.flatten(0, 1).clone(), ids.flatten(), head, step.loss_chunk)
         else:
             logits = head(leaf)
             loss = base.loss_function(logits=logits, labels=ids, vocab_size=logits.shape[-1])
             del logits  # the graph keeps what the backward pass needs
         loss.backward()
         found["loss"] = count.peak - kept
-        gradient = leaf.grad
-        del loss, leaf
-        count.restart()
-        hidden.backward(gradient)
-        trained = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+        del loss
+        count.peak = count.live
+        hidden.backward(leaf.grad)
+    trained = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
     return found | {"backward": count.peak - kept - trained}
 
 
@@ -261,13 +252,13 @@ def _shell(n_layers: int, key: str, step: Step):
     with torch.device("meta"):
         how = {"dtype": step.rest_dtype or step.dtype, "attn_implementation": "fused_on_meta", "trust_remote_code": False}
         model = AutoModelForCausalLM.from_config(config, **how)
-        for name, layer in models.linear_layers(model).items() if step.four_bit else ():
-            model.set_submodule(name, _frozen(layer.in_features, layer.out_features, layer.bias is not None, step.dtype))
+        for name, layer in models.linear_layers(model).items():
+            model.set_submodule(name, _Frozen4bit(layer.in_features, layer.out_features, layer.bias is not None, step.dtype))
         if step.head_4bit and not ends.are_tied(model):
             head = model.get_output_embeddings()
-            slices = [_frozen(head.in_features, rows, False, step.dtype) for rows in ends.slice_rows(head.out_features)]
+            slices = [_Frozen4bit(head.in_features, rows, False, step.dtype) for rows in ends.slice_rows(head.out_features)]
             model.set_output_embeddings(ends.SlicedHead(slices))
-        model.is_loaded_in_4bit = step.four_bit  # PEFT asks
+        model.is_loaded_in_4bit = True  # PEFT asks
         model.requires_grad_(False)
         if step.checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

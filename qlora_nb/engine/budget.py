@@ -9,13 +9,14 @@ memory that the allocator's whole blocks waste. Both are assumptions until they 
 """
 
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch.utils import benchmark
+from transformers import AutoConfig
 
 from qlora_nb.engine import activations, ledger, models
 from qlora_nb.engine.environment import GIB, Machine, machine
@@ -56,20 +57,14 @@ def plan_of(settings, train: bool = True, config=None, on_gpu: bool | None = Non
         on_gpu: count what CUDA takes; default: whether this machine has a GPU.
     """
     on_gpu = bool(machine().gpus) if on_gpu is None else on_gpu
-    dtype = models.compute_dtype(settings.compute_dtype)
-    if on_gpu and not torch.cuda.is_available() and settings.compute_dtype == "auto":
-        dtype = torch.bfloat16  # planned for a card that is not here
-    step = settings.model_dump(include={"r", "loss_chunk", "head_4bit"})
-    step |= {"length": settings.max_length, "target_modules": tuple(settings.target_modules), "dtype": dtype}
-    step["checkpointing"] = settings.gradient_checkpointing
+    elsewhere = on_gpu and not torch.cuda.is_available()  # planned for a card that is not here
+    dtype = models.compute_dtype("bfloat16" if elsewhere and settings.compute_dtype == "auto" else settings.compute_dtype)
+    step = settings.model_dump(include={"r", "lora_dropout", "loss_chunk", "head_4bit"})
+    step |= {"target_modules": tuple(settings.target_modules), "checkpointing": settings.gradient_checkpointing, "dtype": dtype}
     plan = settings.model_dump(include={"double_quant", "optim", "embedding_on_cpu"})
-    if train:
-        step |= {"batch": settings.per_device_train_batch_size, "lora_dropout": settings.lora_dropout}
-        plan["accumulation"] = settings.gradient_accumulation_steps
-    else:
-        step |= {"batch": 1, "train": False}
-        plan["new_tokens"] = settings.max_new_tokens
-    return Plan(config or ledger.config_of(settings.model_id), activations.Step(**step), on_gpu=on_gpu, **plan)
+    plan |= {"accumulation": settings.gradient_accumulation_steps, "new_tokens": settings.max_new_tokens, "on_gpu": on_gpu}
+    step = activations.Step(settings.per_device_train_batch_size if train else 1, settings.max_length, train=train, **step)
+    return Plan(config or ledger.config_of(settings.model_id), step, **plan)
 
 
 def peak(plan: Plan) -> Ledger:
@@ -78,37 +73,32 @@ def peak(plan: Plan) -> Ledger:
     Attention is counted as fused (query, key, value and output are kept, scores are not).
     """
     step, layers = plan.step, plan.config.num_hidden_layers
-    of_plan = {"config": plan.config, "double_quant": plan.double_quant, "optim": plan.optim}
-    of_step = {name: getattr(step, name) for name in ("four_bit", "r", "target_modules", "head_4bit")}
-    outside = plan.embedding_on_cpu and plan.on_gpu
-    static = ledger.predict(**of_plan, **of_step, rest_dtype=step.rest_dtype or step.dtype, embedding_on_cpu=outside)
+    parts = {"r": step.r, "target_modules": step.target_modules, "head_4bit": step.head_4bit}
+    parts |= {"double_quant": plan.double_quant, "optim": plan.optim, "embedding_on_cpu": plan.embedding_on_cpu and plan.on_gpu}
+    static = ledger.predict(config=plan.config, rest_dtype=step.rest_dtype or step.dtype, **parts)
     now = activations.dry_run(plan.config, step)
-    lines = [line for line in static.lines if step.train or line.name not in (GRADIENTS, STATES)]
     if step.train and step.r:
         gradients = static[GRADIENTS]
         always = gradients if plan.accumulation > 1 else 0
         sizes = paging.StepSizes(layers, 0, always, gradients - always, 0, 0, now.kept, now.forward, now.backward, now.loss)
         fullest = max(paging.step_timeline(sizes), key=lambda m: m.total)
         held, kept, work = always + fullest.parts["gradients"], fullest.parts[KEPT], fullest.parts[WORK]
-        lines = [replace(line, bytes=held) if line.name == GRADIENTS else line for line in lines]
-        rows = f"{step.batch} × {step.length} tokens"
-        lines.append(Line(KEPT, kept, f"{-(-kept // max(now.kept, 1))} layers × {now.kept:,} bytes, {rows}"))
+        lines = [replace(line, bytes=held) if line.name == GRADIENTS else line for line in static.lines]
+        source = f"{-(-kept // max(now.kept, 1))} layers × {now.kept:,} bytes, {step.batch} × {step.length} tokens"
+        lines.append(Line(KEPT, kept, source))
         when = f"fullest in the phase {fullest.phase}"
     else:
+        lines = [line for line in static.lines if line.name not in (GRADIENTS, STATES)]
         per_token, one = ledger.kv_cache_bytes(plan.config, step.dtype), activations.dry_run(plan.config, replace(step, length=1))
-        read, whole = step.batch * step.length, step.batch * (step.length + plan.new_tokens)
-        phases = (
-            (read * per_token, max(now.forward, now.loss), read, f"while {step.batch} × {step.length} tokens are read"),
-            (whole * per_token, max(one.forward, one.loss), whole, "while the last token is written"),
-        )
-        cache, work, n_tokens, when = max(phases, key=lambda phase: phase[0] + phase[1])
-        lines.append(Line(CACHE, cache, f"{n_tokens:,} tokens × {per_token:,} bytes"))
+        reading = max(now.forward, now.loss), step.batch * step.length, f"while {step.batch} × {step.length} tokens are read"
+        writing = max(one.forward, one.loss), step.batch * (step.length + plan.new_tokens), "while the last token is written"
+        work, n_tokens, when = max(reading, writing, key=lambda phase: phase[0] + phase[1] * per_token)
+        lines.append(Line(CACHE, n_tokens * per_token, f"{n_tokens:,} tokens × {per_token:,} bytes"))
     lines.append(Line(WORK, work, f"{when}; dry run of one layer and the head"))
     if plan.on_gpu:
         moving = sum(line.bytes for line in lines if line.name in (GRADIENTS, KEPT, WORK, CACHE))
         lines.append(Line(CUDA, CONTEXT_BYTES + int(SLACK * moving), f"0.45 GiB + {SLACK:.0%} of what moves"))
-    what = "fine-tuning" if step.train else "answering"
-    return Ledger(f"predicted peak, {what}", tuple(line for line in lines if line.bytes))
+    return Ledger(f"predicted peak, {'fine-tuning' if step.train else 'answering'}", tuple(line for line in lines if line.bytes))
 
 
 def reconcile(predicted: Ledger, held: Ledger | None, moved: activations.Moved) -> list[tuple[str, int, int]]:
@@ -145,11 +135,10 @@ def levers(settings, config=None, on_gpu: bool | None = None) -> list[Lever]:
     config = config or ledger.config_of(settings.model_id)
     now = peak(plan_of(settings, True, config, on_gpu)).total_bytes
     rows = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
-    one_row = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": rows}
     candidates = [
         ({"gradient_checkpointing": True}, "a third more time", False),
         ({"loss_chunk": 128}, "same loss, same gradient", False),
-        (one_row, "same rows in a step, shorter products", False),
+        ({"per_device_train_batch_size": 1, "gradient_accumulation_steps": rows}, "same rows in a step, shorter products", False),
         ({"double_quant": True}, "RMSE grows by less than 0.001", False),
         ({"optim": "paged_adamw_8bit"}, "8-bit states", False),
         ({"embedding_on_cpu": True}, "one vector a token crosses the bus", False),
@@ -164,16 +153,15 @@ def levers(settings, config=None, on_gpu: bool | None = None) -> list[Lever]:
     return [lever for _, lever in found if lever.saves > 0.002 * now]
 
 
-def make_fit(settings, available_bytes: int, config=None, on_gpu: bool | None = None) -> tuple[object, list[Lever]] | None:
-    """Pull one lever after another until fine-tuning fits; None if it never does.
+def make_fit(settings, card_bytes: float, config=None) -> tuple[object, list[Lever]] | None:
+    """Pull one lever after another until fine-tuning fits a card; None if it never does.
 
     Returns:
         (the settings that fit, the levers pulled).
     """
     config, pulled = config or ledger.config_of(settings.model_id), []
-    while peak(plan_of(settings, True, config, on_gpu)).total_bytes > available_bytes:
-        more = levers(settings, config, on_gpu)
-        if not more:
+    while peak(plan_of(settings, True, config, on_gpu=True)).total_bytes > card_bytes:
+        if not (more := levers(settings, config, on_gpu=True)):
             return None
         pulled.append(more[0])
         settings = settings.model_copy(update=more[0].changes)
@@ -188,19 +176,17 @@ def advice(settings, gpu_gib: float | None) -> str:
     left = gpu_gib * GIB - needed
     if left >= 0:
         return f"Fine-tuning fits: {needed / GIB:.2f} of {gpu_gib:g} GiB, {left / GIB:.2f} are left."
-    fit = make_fit(settings, int(gpu_gib * GIB), on_gpu=True)
+    missing, fit = f"Fine-tuning does not fit: {-left / GIB:.2f} GiB are missing", make_fit(settings, gpu_gib * GIB)
     if fit is None:
-        return f"Fine-tuning does not fit: {-left / GIB:.2f} GiB are missing, more than all levers save. Take a smaller model."
-    pulled = "; then ".join(map(str, fit[1]))
-    return f"Fine-tuning does not fit: {-left / GIB:.2f} GiB are missing. Pull first: {pulled}."
+        return f"{missing}, more than all levers save. Take a smaller model."
+    return f"{missing}. Pull first: {'; then '.join(map(str, fit[1]))}."
 
 
 def largest_pythia(settings, card_bytes: float, train: bool, pull: bool = False) -> tuple[str, Ledger, list[Lever]] | None:
     """The largest Pythia for a card: its size, its peak, and the levers pulled (none without `pull`); None if none fits."""
     for size in reversed(ledger.shapes.PYTHIA):
-        config, own, pulled = ledger.pythia_config(size), settings, []
-        if pull:
-            own, pulled = make_fit(settings, card_bytes, config, on_gpu=True) or (settings, [])
+        config = ledger.pythia_config(size)
+        own, pulled = (make_fit(settings, card_bytes, config) if pull else None) or (settings, [])
         found = peak(plan_of(own, train, config, on_gpu=True))
         if found.total_bytes <= card_bytes:
             return size, found, pulled
@@ -220,7 +206,7 @@ def require_fit(settings, here: Machine, train: bool = True) -> None:
     needed = peak(plan_of(settings, train, config, on_gpu=True)).total_bytes
     if needed <= limit:
         return
-    fit = make_fit(settings, limit, config, on_gpu=True) if train else None
+    fit = make_fit(settings, limit, config) if train else None
     largest = largest_pythia(settings, limit, train, pull=train)
     smaller = f'model_id="EleutherAI/pythia-{largest[0]}" fits' if largest else 'profile="tiny" runs anywhere'
     what = f"{settings.model_id} does not fit this GPU: {'fine-tuning' if train else 'answering'} is predicted to need"
@@ -229,8 +215,11 @@ def require_fit(settings, here: Machine, train: bool = True) -> None:
 
 
 @contextmanager
-def out_of_memory_doctor(settings, model, optimizer=None) -> Iterator[None]:
+def out_of_memory_doctor(settings, model, optimizer: Callable) -> Iterator[None]:
     """Turn CUDA's out-of-memory error into the ledger of that moment and the next lever to pull.
+
+    Args:
+        optimizer: returns the optimizer, or None while there is none.
 
     Raises:
         KitError: in place of `torch.OutOfMemoryError`, which stays its cause.
@@ -238,7 +227,7 @@ def out_of_memory_doctor(settings, model, optimizer=None) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        held = ledger.measure(model, optimizer() if callable(optimizer) else optimizer)
+        held = ledger.measure(model, optimizer())
         parts = ", ".join(f"{line.name} {line.bytes / GIB:.2f}" for line in sorted(held.lines, key=lambda x: -x.bytes)[:4])
         more = levers(settings, model.config)
         asked = str(error).split("GPU ")[0].strip().rstrip(".")[:120]
@@ -255,9 +244,8 @@ def step_flops(plan: Plan) -> float:
     """
     model = ledger.meta_model(plan.config)
     linear = sum(m.weight.numel() for m in models.linear_layers(model).values())
-    head = model.get_output_embeddings().weight.numel()
     tokens = plan.step.batch * plan.step.length * plan.accumulation
-    return 2.0 * tokens * (linear * (3 if plan.step.checkpointing else 2) + 2 * head)
+    return 2.0 * tokens * (linear * (3 if plan.step.checkpointing else 2) + 2 * model.get_output_embeddings().weight.numel())
 
 
 def operations_per_s(dtype: torch.dtype = torch.float32, n: int = 1024, least_s: float = 0.2) -> float:
@@ -278,18 +266,15 @@ def published_figures() -> list[dict[str, object]]:
     Returns:
         Rows with figure, published and predicted (both in 10^9 bytes), remark (why they differ) and source.
     """
-    from transformers import AutoConfig
-
     rows = []
     for name, row in tomllib.loads((Path(__file__).parent / "published.toml").read_text(encoding="utf-8")).items():
-        shape, how = row["config"], dict(row.get("step", {}))
+        shape = row["config"]
         config = ledger.pythia_config(shape["pythia"]) if "pythia" in shape else AutoConfig.for_model(**shape)
-        for key in ("dtype", "rest_dtype"):
-            how[key] = getattr(torch, how.get(key, "float16"))
         if row["moment"] == "peak":
-            predicted = peak(Plan(config, activations.Step(**how), **row.get("plan", {}))).total_bytes
+            step = {name: getattr(torch, value) if "dtype" in name else value for name, value in row["step"].items()}
+            predicted = peak(Plan(config, activations.Step(**step), **row.get("plan", {}))).total_bytes
         else:  # all weights, alone or with everything that full fine-tuning keeps for each of them
             predicted = row["bytes_per_parameter"] * sum(p.numel() for p in ledger.meta_model(config).parameters())
-        found = {"figure": name, "published": row["published_gb"], "predicted": predicted / 1e9}
-        rows.append({**found, "remark": row["why"], "source": row["source"]})
+        figures = {"figure": name, "published": row["published_gb"], "predicted": predicted / 1e9}
+        rows.append(figures | {"remark": row["why"], "source": row["source"]})
     return rows

@@ -93,9 +93,8 @@ def fault(folder: Path) -> str:
 def require_whole(adapter: Path) -> None:
     """Refuse an adapter that is not, byte for byte, the one that a run sealed; one from elsewhere has no seal."""
     if (adapter / SEAL).exists() and (reason := fault(adapter)):
-        raise KitError(
-            f"the adapter is damaged: {reason}", value=adapter.name, remedy="take another copy, or run notebook 06 again"
-        )
+        remedy = "take another copy, or run notebook 06 again"
+        raise KitError(f"the adapter is damaged: {reason}", value=adapter.name, remedy=remedy)
 
 
 def newest(run_folder: Path, say: Callable[[str], None] = print) -> Path | None:
@@ -117,11 +116,9 @@ def require_same(folder: Path, settings, rows_hash: str | None = None) -> None:
     record, now = json.loads((folder / SEAL).read_text()), json.loads(settings.model_dump_json())
     before = record.get("settings", {}) | {"training rows": record.get("rows")}
     now |= {"training rows": rows_hash} if rows_hash else {}
-    names = [k for k in now if k not in MAY_DIFFER and before.get(k) != now[k]]
-    if names:
-        differ = ", ".join(f"{k} was {before.get(k)}, is {now[k]}" for k in names)
+    if differ := [f"{k} was {before.get(k)}, is {now[k]}" for k in now if k not in MAY_DIFFER and before.get(k) != now[k]]:
         remedy = 'set these back, or start a new run with resume="no"'
-        raise KitError(f"this run was started with something else: {differ}", remedy=remedy)
+        raise KitError(f"this run was started with something else: {', '.join(differ)}", remedy=remedy)
 
 
 def step_of(folder: Path) -> int:
@@ -130,5 +127,4 @@ def step_of(folder: Path) -> int:
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    found = [f for f in folder.glob("checkpoint-*") if f.name.rsplit("-", 1)[1].isdigit()]
-    return sorted(found, key=step_of, reverse=True)
+    return sorted((f for f in folder.glob("checkpoint-*") if f.name.rsplit("-", 1)[1].isdigit()), key=step_of, reverse=True)

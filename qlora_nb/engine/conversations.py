@@ -13,7 +13,6 @@ import re
 import datasets
 
 _TURN = re.compile(r"### (Human|Assistant):")
-_PEOPLE = {"user", "human", "prompter"}
 
 
 def first_exchanges(rows: datasets.Dataset) -> datasets.Dataset | None:
@@ -26,8 +25,7 @@ def first_exchanges(rows: datasets.Dataset) -> datasets.Dataset | None:
     if {"message_id", "parent_id", "role", "text"} <= names:
         return datasets.Dataset.from_list(_of_tree(rows))
     if turns := names & {"messages", "conversations"}:
-        column = min(turns, key=len)
-        return rows.map(lambda row: _of_turns(row[column] or []), remove_columns=rows.column_names)
+        return rows.map(lambda row: _of_turns(row[min(turns, key=len)] or []), remove_columns=rows.column_names)
     if "text" in names and all(_TURN.match((text or "").strip()) for text in rows["text"][:100]):
         return rows.map(lambda row: _of_text(row["text"]), remove_columns=rows.column_names)
     return None
@@ -35,22 +33,18 @@ def first_exchanges(rows: datasets.Dataset) -> datasets.Dataset | None:
 
 def _of_turns(turns: list[dict[str, str]]) -> dict[str, str]:
     said = [(turn.get("role") or turn.get("from"), turn.get("content") or turn.get("value") or "") for turn in turns]
-    asked = next((i for i, (role, _) in enumerate(said) if role in _PEOPLE), len(said))
+    asked = next((i for i, (role, _) in enumerate(said) if role in {"user", "human", "prompter"}), len(said))
     question, answer = ([text for _, text in said[i : i + 1]] for i in (asked, asked + 1))
     return {"instruction": "".join(question), "output": "".join(answer)}
 
 
 def _of_text(text: str) -> dict[str, str]:
     _, *parts = _TURN.split(text or "")
-    turns = [{"role": role.lower(), "content": said.strip()} for role, said in zip(parts[::2], parts[1::2])]
-    return _of_turns(turns)
+    return _of_turns([{"role": role.lower(), "content": said.strip()} for role, said in zip(parts[::2], parts[1::2])])
 
 
 def _of_tree(rows: datasets.Dataset) -> list[dict[str, str]]:
     asked = {row["message_id"]: row["text"] for row in rows if not row["parent_id"]}
-    best: dict[str, dict] = {}
-    for row in rows:
-        rank = row.get("rank") or 0
-        if row["parent_id"] in asked and rank < best.get(row["parent_id"], {"rank": 1e9})["rank"]:
-            best[row["parent_id"]] = {"rank": rank, "text": row["text"]}
-    return [{"instruction": text, "output": best.get(name, {"text": ""})["text"]} for name, text in asked.items()]
+    by_rank = sorted((row for row in rows if row["parent_id"] in asked), key=lambda row: row.get("rank") or 0)
+    best = {row["parent_id"]: row["text"] for row in reversed(by_rank)}  # the best one is written last
+    return [{"instruction": text, "output": best.get(name, "")} for name, text in asked.items()]

@@ -44,15 +44,15 @@ def fast(model: torch.nn.Module) -> Iterator[dict[str, str]]:
     Yields:
         What to pass on to `GenerationConfig`.
     """
-    if torch.cuda.is_available():
-        yield {"cache_implementation": "static"}
+    if torch.cuda.is_available() or not _FREE.acquire(blocking=False):
+        yield {"cache_implementation": "static"} if torch.cuda.is_available() else {}
         return
-    changed, mine, threads = [], _FREE.acquire(blocking=False), torch.get_num_threads()
+    changed, threads = [], torch.get_num_threads()
     try:
-        torch.set_num_threads(1 if mine else threads)
+        torch.set_num_threads(1)
         size = int(min(SLICE_BYTES, SLICE_SHARE * model.get_memory_footprint()))
         buffer = torch.empty(max(size, *(4 * getattr(m, "in_features", 0) for m in model.modules())), dtype=torch.uint8)
-        for module in model.modules() if mine else ():
+        for module in model.modules():
             forward = None
             if isinstance(module, bnb.nn.Linear4bit):
                 forward = _in_slices(module, buffer)
@@ -65,9 +65,8 @@ def fast(model: torch.nn.Module) -> Iterator[dict[str, str]]:
     finally:
         for module in changed:
             del module.forward
-        if mine:
-            torch.set_num_threads(threads)
-            _FREE.release()
+        torch.set_num_threads(threads)
+        _FREE.release()
 
 
 def _for_this_thread(quick: Callable, plain: Callable) -> Callable:

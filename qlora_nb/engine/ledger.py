@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig
 
 from qlora_nb.engine import activations, ends, models, shapes
 from qlora_nb.engine.environment import GIB
@@ -36,7 +37,6 @@ LINEARS, EMBEDDINGS, SMALL, BUFFERS = "linear weights", "embedding and head", "b
 LORA, GRADIENTS, STATES = "LoRA weights", "gradients", "optimizer states"
 ORDER = (CODES, SCALES, NESTED, TABLES, LINEARS, EMBEDDINGS, SMALL, BUFFERS, LORA, GRADIENTS, STATES)
 QUANTIZED = (CODES, SCALES, NESTED)
-FROZEN = (CODES, SCALES, NESTED, LINEARS, EMBEDDINGS, SMALL)
 
 
 @dataclass(frozen=True)
@@ -93,45 +93,37 @@ def pythia_config(size: str):
     Raises:
         KitError: a size that does not exist.
     """
-    from transformers import GPTNeoXConfig
-
     if size not in shapes.PYTHIA:
         raise KitError("unknown Pythia size", value=size, allowed=", ".join(shapes.PYTHIA))
     shape = shapes.PYTHIA[size]
     widths = {"vocab_size": shape.vocab, "hidden_size": shape.hidden, "intermediate_size": 4 * shape.hidden}
-    counts = {"num_hidden_layers": shape.n_layers, "num_attention_heads": shape.heads, "max_position_embeddings": 2048}
+    counts = {"num_hidden_layers": shape.n_layers, "num_attention_heads": shape.heads}
     return GPTNeoXConfig(**widths, **counts, bos_token_id=0, eos_token_id=0)
 
 
 def config_of(model_id: str):
     """The configuration behind a `model_id`: a Pythia from its known sizes, everything else from its config.json."""
-    from transformers import AutoConfig
-
     if size := shapes.pythia_size(model_id):
         return pythia_config(size)
-    path = models.model_path(model_id)
     with models.loading("configuration", model_id):
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+        return AutoConfig.from_pretrained(models.model_path(model_id), trust_remote_code=False)
 
 
 def meta_model(config) -> nn.Module:
     """The model of a configuration with every tensor's shape and none of its memory."""
-    from transformers import AutoModelForCausalLM
-
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
-def lora_layers(model: nn.Module, target_modules: Sequence[str] = ("all-linear",)) -> dict[str, tuple[int, int]]:
-    """Name → (in, out) of the linear layers that are adapted (see `models.adapted_names`)."""
-    names = models.adapted_names(model, target_modules)
-    layers = models.linear_layers(model).items()
-    return {n: (m.in_features, m.out_features) for n, m in layers if n.rsplit(".", 1)[-1] in names}
-
-
 def lora_numels(model: nn.Module, r: int, target_modules: Sequence[str] = ("all-linear",)) -> list[int]:
-    """Elements of every lora_A (r · in) and lora_B (out · r), layer by layer: the tensors an optimizer sees."""
-    return [r * side for sizes in lora_layers(model, target_modules).values() for side in sizes]
+    """Elements of every lora_A (r · in) and lora_B (out · r), layer by layer: the tensors an optimizer sees.
+
+    Raises:
+        KitError: see `models.adapted_names`.
+    """
+    names = models.adapted_names(model, target_modules)
+    adapted = (m for name, m in models.linear_layers(model).items() if name.rsplit(".", 1)[-1] in names)
+    return [r * side for m in adapted for side in (m.in_features, m.out_features)]
 
 
 def optimizer_bytes(numels: Sequence[int], optim: str) -> int:
@@ -148,81 +140,69 @@ def optimizer_bytes(numels: Sequence[int], optim: str) -> int:
     return sum(paging.state_bytes(n, bits) for n in numels) + tables
 
 
-def predict(
-    settings=None,
-    *,
-    config=None,
-    four_bit: bool = True,
-    double_quant: bool | None = None,
-    rest_dtype: torch.dtype | None = None,
-    r: int | None = None,
-    target_modules: Sequence[str] | None = None,
-    optim: str | None = None,
-    head_4bit: bool | None = None,
-    embedding_on_cpu: bool | None = None,
-) -> Ledger:
+@dataclass(frozen=True)
+class Parts:
+    """What `predict` counts, by the names of the settings."""
+
+    double_quant: bool = True
+    r: int = 0
+    target_modules: Sequence[str] = ("all-linear",)
+    optim: str = "paged_adamw_32bit"
+    head_4bit: bool = False
+    embedding_on_cpu: bool = False
+
+
+def predict(settings=None, *, config=None, four_bit: bool = True, rest_dtype: torch.dtype | None = None, **changes) -> Ledger:
     """The ledger of a model before anything is loaded.
 
     Args:
-        settings: resolved parameters; each keyword left None is taken from here. Without settings a keyword left None is
-            double_quant True, rest_dtype float16, and no adapter.
+        settings: resolved parameters, from which `Parts` is read; without them its defaults count.
         config: a transformers configuration (for example `pythia_config("12b")`); default: `settings.model_id`'s.
         four_bit: False counts the linear weights in `rest_dtype` too.
-        rest_dtype: dtype of what is not quantized. A run that calls `prepare_model_for_kbit_training` has float32 here.
-        r: LoRA rank; 0 leaves the adapter, its gradients and optimizer states out.
-        optim: Trainer's optimizer name.
-        head_4bit: count the head among the 4-bit weights, slice by slice; without effect where it is tied to the embedding.
-        embedding_on_cpu: leave the input embedding out, which lies in the host's memory. Settings count only where there is CUDA.
+        rest_dtype: dtype of what is not quantized; default: the settings' compute dtype, without settings float16. A run that
+            calls `prepare_model_for_kbit_training` has float32 here.
+        **changes: fields of `Parts` that differ from the settings.
 
     Returns:
         Bytes by line. The datatype (NF4 or FP4) does not change them: both have sixteen codes.
 
+    Raises:
+        KitError: `target_modules` names a layer that the model does not have.
+
     Example, by hand: a linear layer of 128 × 64 weights, 8,192 in all, takes 4,096 bytes of codes and 128 scales; these are
     512 bytes, or with double quantization 128 bytes and one float32.
     """
-
-    def pick(value, name: str, default):
-        return getattr(settings, name, default) if value is None else value
-
-    config = config or config_of(settings.model_id)
-    double_quant, r = pick(double_quant, "double_quant", True), pick(r, "r", 0)
+    parts = Parts(**(settings.model_dump(include=set(Parts.__annotations__)) if settings else {}) | changes)
     rest_dtype = rest_dtype or (models.compute_dtype(settings.compute_dtype) if settings else torch.float16)
-    model = meta_model(config)
+    model = meta_model(config or config_of(settings.model_id))
     weights = [m.weight.numel() for m in models.linear_layers(model).values()]
     table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     outside = {"embedding": table.numel()} if head is table else {"embedding": table.numel(), "head": head.numel()}
     small = sum(p.numel() for p in model.parameters()) - sum(weights) - sum(outside.values())
     if four_bit and head is not table:
-        if pick(head_4bit, "head_4bit", False):
+        if parts.head_4bit:
             weights += [rows * head.shape[1] for rows in ends.slice_rows(head.shape[0])]
             del outside["head"]
-        if pick(embedding_on_cpu, "embedding_on_cpu", False) and (embedding_on_cpu or torch.cuda.is_available()):
+        if parts.embedding_on_cpu and ("embedding_on_cpu" in changes or torch.cuda.is_available()):
             del outside["embedding"]
-    nested, tables = (NESTED_BLOCK, 1092) if double_quant else (0, 64)
-    blocks = [-(-n // BLOCK) for n in weights]
+    packed, plain = (weights, []) if four_bit else ([], weights)
+    blocks = [-(-n // BLOCK) for n in packed]
+    nested, tables = (NESTED_BLOCK, 1092) if parts.double_quant else (0, 64)
     name, item = str(rest_dtype).removeprefix("torch."), rest_dtype.itemsize
-    lines = []
-    if four_bit:
-        lines += [
-            Line(CODES, sum(-(-n // 2) for n in weights), f"{sum(weights):,} weights / 2"),
-            Line(SCALES, sum(blocks) * (1 if nested else 4), f"weights / 64 × {'1 byte' if nested else '4 bytes'}"),
-            Line(NESTED, sum(-(-b // nested) * 4 for b in blocks) if nested else 0, "scales / 256 × 4 bytes"),
-            Line(TABLES, len(weights) * tables, f"{len(weights)} layers × {tables} bytes"),
-        ]
-    lines += [
-        Line(LINEARS, 0 if four_bit else sum(weights) * item, f"{sum(weights):,} × {name}"),
+    numels = lora_numels(model, parts.r, parts.target_modules) if parts.r else []
+    lines = (
+        Line(CODES, sum(-(-n // 2) for n in packed), f"{sum(packed):,} weights / 2"),
+        Line(SCALES, sum(blocks) * (1 if nested else 4), f"weights / 64 × {'1 byte' if nested else '4 bytes'}"),
+        Line(NESTED, sum(-(-b // nested) * 4 for b in blocks) if nested else 0, "scales / 256 × 4 bytes"),
+        Line(TABLES, len(packed) * tables, f"{len(packed)} layers × {tables} bytes"),
+        Line(LINEARS, sum(plain) * item, f"{sum(plain):,} × {name}"),
         Line(EMBEDDINGS, sum(outside.values()) * item, f"{sum(outside.values()):,} × {name}"),
         Line(SMALL, small * item, f"{small:,} × {name}"),
-        Line(BUFFERS, sum(b.numel() * b.element_size() for b in model.buffers()), "rotary frequencies, float32"),
-    ]
-    if r:
-        numels = lora_numels(model, r, pick(target_modules, "target_modules", ("all-linear",)))
-        optim = pick(optim, "optim", "paged_adamw_32bit")
-        lines += [
-            Line(LORA, 4 * sum(numels), f"{sum(numels):,} × float32, r = {r}"),
-            Line(GRADIENTS, 4 * sum(numels), "as the LoRA weights"),
-            Line(STATES, optimizer_bytes(numels, optim), optim),
-        ]
+        Line(BUFFERS, sum(b.nbytes for b in model.buffers()), "rotary frequencies, float32"),
+        Line(LORA, 4 * sum(numels), f"{sum(numels):,} × float32, r = {parts.r}"),
+        Line(GRADIENTS, 4 * sum(numels), "as the LoRA weights"),
+        Line(STATES, optimizer_bytes(numels, parts.optim), parts.optim),
+    )
     kind = f"4-bit{' + double quantization' if nested else ''}, rest {name}" if four_bit else f"all {name}"
     return Ledger(f"predicted: {kind}", tuple(line for line in lines if line.bytes))
 
@@ -240,18 +220,13 @@ def measure(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
     On a CPU with AVX512-BF16 bitsandbytes repacks a frozen layer at its first forward pass in eval mode: the scales become
     bfloat16 and double quantization is undone (`nn/modules.py`, `Linear4bit.forward`). Measure before that, or in train mode.
     """
-    found: dict[str, int] = dict.fromkeys(ORDER, 0)
-    seen: set[int] = set()
+    held: dict[int, tuple[str, int]] = {}  # by storage: what several tensors share counts once
 
     def add(line: str, *tensors: torch.Tensor | None) -> None:
-        for tensor in tensors:
-            storage = None if tensor is None else tensor.untyped_storage()
-            if storage is not None and storage._cdata not in seen:
-                seen.add(storage._cdata)
-                found[line] += storage.nbytes()
+        for storage in (tensor.untyped_storage() for tensor in tensors if tensor is not None):
+            held.setdefault(storage._cdata, (line, storage.nbytes()))
 
-    outside = (model.get_input_embeddings(), model.get_output_embeddings())
-    at_the_ends = {id(m.weight) for m in outside if hasattr(m, "weight")}
+    at_the_ends = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if hasattr(m, "weight")}
     matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
     for name, p in model.named_parameters():
         if torch.cuda.is_available() and p.device.type == "cpu":
@@ -260,16 +235,15 @@ def measure(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
         if state is not None:
             add(CODES, p)
             add(SCALES, state.absmax)
-            add(TABLES, state.code)
-            if state.nested:
-                add(NESTED, state.state2.absmax)
-                add(TABLES, state.state2.code, state.offset)
+            add(NESTED, state.state2 and state.state2.absmax)
+            add(TABLES, state.code, state.offset, state.state2 and state.state2.code)
         else:
             add(LORA if "lora_" in name else EMBEDDINGS if id(p) in at_the_ends else LINEARS if id(p) in matrices else SMALL, p)
         add(GRADIENTS, p.grad)
     add(BUFFERS, *model.buffers())
     for state in optimizer.state.values() if optimizer is not None else ():
         add(STATES, *(t for t in state.values() if torch.is_tensor(t)))
+    found = {name: sum(size for line, size in held.values() if line == name) for name in ORDER}
     return Ledger("measured", tuple(Line(name, n, "storages of live tensors") for name, n in found.items() if n))
 
 

@@ -90,10 +90,8 @@ def release(model: torch.nn.Module | PeftModel) -> int:
     before = ledger.measure(model).total_bytes
     for tensor in (*model.parameters(), *model.buffers()):
         state = getattr(tensor, "quant_state", None)
-        for level in (state, state and state.state2):
-            if level is not None:
-                level.absmax = level.code = level.offset = None
+        for level in filter(None, (state, state and state.state2)):
+            level.absmax = level.code = level.offset = None
         tensor.grad, tensor.data = None, torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
     return before - ledger.measure(model).total_bytes

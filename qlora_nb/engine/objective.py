@@ -55,8 +55,7 @@ def sliced_loss(hidden: torch.Tensor, labels: torch.Tensor, head: Callable, chun
     """
     wanted = labels[:, 1:].to(hidden.device)
     counts = wanted != IGNORED
-    total = sum_in_slices(hidden[:, :-1][counts], wanted[counts], head, chunk)
-    return total / (counts.sum() if n_items is None else n_items)
+    return sum_in_slices(hidden[:, :-1][counts], wanted[counts], head, chunk) / (counts.sum() if n_items is None else n_items)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from qlora_nb.engine import fetch, runs
+from qlora_nb.engine import environment, fetch, runs
 from qlora_nb.errors import KitError
 
 NOTE = "made_from.json"
@@ -42,8 +42,7 @@ def keep(model, path: str, settings, dtype: torch.dtype) -> None:
     try:
         fetch.require_room(folder.parent, model.get_memory_footprint(), "the 4-bit copy")
         model.save_pretrained(temporary, max_shard_size="1GB")  # a step of the progress bar each
-        note = {"source": _source(path), "files": _sizes(temporary)}
-        runs.write_atomically(temporary / NOTE, json.dumps(note, indent=1))
+        runs.write_atomically(temporary / NOTE, json.dumps({"source": _source(path), "files": _sizes(temporary)}, indent=1))
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
     except (KitError, OSError, SafetensorError) as error:
@@ -61,9 +60,7 @@ def _source(path: str) -> list:
     """Name, size and time of a folder's weights; of a hub name the commits in the local cache."""
     if os.path.isdir(path):
         return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(Path(path).glob("*.safetensors"))]
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    return sorted(f.read_text() for f in (Path(HF_HUB_CACHE) / f"models--{path.replace('/', '--')}").glob("refs/*"))
+    return sorted(f.read_text() for f in environment.hub_cache(path, "model").glob("refs/*"))
 
 
 def _sizes(folder: Path) -> dict[str, int]:

@@ -5,7 +5,7 @@ learnt by heart (almanac prompts): they show 4-bit damage clearly. `text_losses`
 token over texts; for the pocket model's stories it hardly moves, because their loss is mostly the stories' own randomness.
 """
 
-import math
+import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,8 +14,7 @@ import psutil
 import torch
 
 from qlora_nb import pocket
-from qlora_nb.engine.models import dense_weight, linear_layers
-from qlora_nb.engine.shapes import download_bytes
+from qlora_nb.engine import evaluation, models, shapes
 
 N_STORIES = 24
 """Stories in a text measurement, a third of them in each sample; every set of weights reads the same ones."""
@@ -29,56 +28,41 @@ def replaced_weights(model, change: Callable[[torch.Tensor], torch.Tensor]) -> I
         model: a model in 16 or 32 bit.
         change: (out, in) tensor → tensor of the same shape.
     """
-    weights = [module.weight for module in linear_layers(model).values()]
-    before = [weight.data for weight in weights]
+    before = [(module.weight, module.weight.data) for module in models.linear_layers(model).values()]
     try:
-        for weight in weights:
-            weight.data = change(weight.data).to(weight.dtype)
+        for weight, old in before:
+            weight.data = change(old).to(weight.dtype)
         yield
     finally:
-        for weight, old in zip(weights, before):
+        for weight, old in before:
             weight.data = old
 
 
-def _passes(model, tokenizer, texts: list[str], batch: int, **options) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Token ids, their mask and the logits of each batch of texts, padded on the right; options are the tokenizer's."""
-    options |= {"add_special_tokens": False, "padding": True, "padding_side": "right", "return_tensors": "pt"}
-    for start in range(0, len(texts), batch):
-        given = tokenizer(texts[start : start + batch], **options).to(model.device)
-        ids, mask = given["input_ids"], given["attention_mask"]
-        yield ids, mask, model(input_ids=ids, attention_mask=mask).logits
-
-
 @torch.no_grad()
-def recall(model, tokenizer, prompts: list[tuple[str, str]] | None = None, batch: int = 256) -> tuple[torch.Tensor, torch.Tensor]:
+def recall(model, tokenizer, prompts: list[tuple[str, str]] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Ask each prompt and look at the first token of the answer.
 
     Args:
         model, tokenizer: any causal language model; only the pocket model knows the almanac.
         prompts: (prompt, answer) pairs; the whole almanac (720 facts) if left out.
-        batch: prompts in one forward pass.
 
     Returns:
         (n,) loss of the right first answer token for each prompt (nats), and (n,) True where it is the model's first choice.
     """
-    prompts = prompts or [(row["prompt"], row["answer"]) for row in pocket.read("almanac")]
-    answers = tokenizer([" " + answer for _, answer in prompts], add_special_tokens=False)["input_ids"]
-    want, said = torch.tensor([ids[0] for ids in answers]), []
-    for _, mask, logits in _passes(model, tokenizer, [prompt for prompt, _ in prompts], batch):
-        said.append(logits[torch.arange(len(mask)), mask.sum(dim=1) - 1].float().cpu())
-    logits = torch.cat(said)
+    questions, answers = zip(*(prompts or [(row["prompt"], row["answer"]) for row in pocket.read("almanac")]))
+    want = torch.tensor([ids[0] for ids in tokenizer([f" {a}" for a in answers], add_special_tokens=False)["input_ids"]])
+    how = {"add_special_tokens": False, "padding": True, "padding_side": "right", "return_tensors": "pt"}
+    given = tokenizer(list(questions), **how).to(model.device)
+    last = given["attention_mask"].sum(dim=1) - 1
+    logits = model(given["input_ids"], given["attention_mask"]).logits[range(len(last)), last].float().cpu()
     return torch.nn.functional.cross_entropy(logits, want, reduction="none"), logits.argmax(dim=1) == want
 
 
-@torch.no_grad()
-def text_losses(model, tokenizer, texts: list[str], max_length: int = 128, batch: int = 16) -> torch.Tensor:
-    """Mean loss a token (nats) of each text, (len(texts),). Perplexity of a sample of texts is exp of their mean."""
-    losses = []
-    for ids, mask, logits in _passes(model, tokenizer, texts, batch, truncation=True, max_length=max_length):
-        each = torch.nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
-        seen = mask[:, 1:]
-        losses.append(((each * seen).sum(dim=1) / seen.sum(dim=1)).cpu())
-    return torch.cat(losses)
+def text_losses(model, tokenizer, texts: list[str]) -> torch.Tensor:
+    """Mean loss a token (nats) of each text's first 128 tokens, (len(texts),). Perplexity of a sample is exp of their mean."""
+    encoded = tokenizer(texts, truncation=True, max_length=128, add_special_tokens=False)["input_ids"]
+    total, n = evaluation.row_losses(model, tokenizer, [{"input_ids": ids, "labels": ids} for ids in encoded]).unbind(1)
+    return total / n
 
 
 @dataclass(frozen=True)
@@ -98,17 +82,17 @@ class Quality:
     @property
     def loss(self) -> float:
         """Mean over the samples (nats)."""
-        return sum(self.losses) / len(self.losses)
+        return statistics.fmean(self.losses)
 
     @property
     def known(self) -> float:
         """Share of facts known, mean over the samples (0 to 1)."""
-        return sum(self.recall) / len(self.recall)
+        return statistics.fmean(self.recall)
 
     @property
     def spread(self) -> float:
         """Standard deviation of the samples' losses (nats)."""
-        return math.sqrt(sum((x - self.loss) ** 2 for x in self.losses) / (len(self.losses) - 1))
+        return statistics.stdev(self.losses)
 
 
 def measure(name: str, model, tokenizer, knows_almanac: bool, seed: int = 0) -> Quality:
@@ -120,12 +104,11 @@ def measure(name: str, model, tokenizer, knows_almanac: bool, seed: int = 0) -> 
             of the kit's little stories a sample, each model sees the same ones.
         seed: which stories.
     """
+    thirds = lambda numbers: tuple(numbers[i::3].double().mean().item() for i in range(3))
     if knows_almanac:
-        losses, right = (tuple(x[i::3].double().mean().item() for i in range(3)) for x in recall(model, tokenizer))
-        return Quality(name, losses, right)
+        return Quality(name, *map(thirds, recall(model, tokenizer)))
     stories = [row["text"] for row in pocket.read("stories")]
-    per_text = text_losses(model, tokenizer, stories[N_STORIES * (seed % 10) :][:N_STORIES])
-    return Quality(name, tuple(per_text[i::3].mean().item() for i in range(3)))
+    return Quality(name, thirds(text_losses(model, tokenizer, stories[N_STORIES * (seed % 10) :][:N_STORIES])))
 
 
 def comparison_settings(settings):
@@ -135,7 +118,8 @@ def comparison_settings(settings):
     """
     on_gpu = torch.cuda.is_available()
     free = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available
-    needed = (2 if on_gpu else 4) * (download_bytes(settings.model_id) or 0)  # a size that only the hub knows is not judged
+    # A size that only the hub knows is not judged.
+    needed = (2 if on_gpu else 4) * (shapes.download_bytes(settings.model_id) or 0)
     if needed < 0.8 * free:
         return settings
     sizes = f"needs {needed / 2**30:.1f} GiB, free are {free / 2**30:.1f}"
@@ -143,18 +127,15 @@ def comparison_settings(settings):
     return settings.model_copy(update={"model_id": "pocket"})
 
 
-def sample_weights(model, n_max: int = 2**22) -> torch.Tensor:
+def sample_weights(model) -> torch.Tensor:
     """Weights of every linear layer, each layer divided by its standard deviation; the first ones of a layer if there are many.
 
-    Args:
-        n_max: numbers at most (about: each layer gives whole blocks of 4096).
-
     Returns:
-        (n,) float32 on the CPU.
+        (n,) float32 on the CPU; n is about 2^22 at most (each layer gives whole blocks of 4096).
     """
-    layers = linear_layers(model).values()
-    share = max(1, n_max // len(layers) // 4096) * 4096
-    flat = (dense_weight(module).flatten().cpu() for module in layers)
+    layers = models.linear_layers(model).values()
+    share = max(1, 2**22 // len(layers) // 4096) * 4096
+    flat = (models.dense_weight(module).flatten().cpu() for module in layers)
     return torch.cat([weights[:share] / weights.std() for weights in flat])
 
 
@@ -168,17 +149,14 @@ def stored_bytes(model) -> dict[str, int]:
         {"codes", "scales", "scales of scales", "mean", "rest"}; for a layer that is not quantized all bytes are "codes".
         Biases are "rest". The code tables (16 and 256 numbers, the same for all layers) are left out.
     """
-    layers = [layer_bytes(module) for module in linear_layers(model).values()]
-    total = {part: sum(layer.get(part, 0) for layer in layers) for part in ("codes", "scales", "scales of scales", "mean")}
+    layers = [layer_bytes(module) for module in models.linear_layers(model).values()]
+    total = {part: sum(layer[part] for layer in layers) for part in layers[0]}
     return total | {"rest": model.get_memory_footprint() - total["codes"]}
 
 
 def layer_bytes(module) -> dict[str, int]:
-    """Bytes of one linear layer's weight: codes, scales, scales of scales, mean."""
-    found = {"codes": module.weight.nbytes}
+    """Bytes of one linear layer's weight: codes, scales, scales of scales, mean; 0 for what it does not have."""
     state = getattr(module.weight, "quant_state", None)
-    if state is not None:
-        found["scales"] = state.absmax.nbytes
-        if state.nested:
-            found |= {"scales of scales": state.state2.absmax.nbytes, "mean": state.offset.nbytes}
-    return found
+    nested = state and state.state2
+    scales = {"scales": state and state.absmax, "scales of scales": nested and nested.absmax, "mean": nested and state.offset}
+    return {"codes": module.weight.nbytes} | {part: 0 if held is None else held.nbytes for part, held in scales.items()}

@@ -7,6 +7,7 @@ it in the notebook, for readers who cannot see it.
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,11 +19,9 @@ from qlora_nb.engine.runs import write_atomically
 _TEMPLATES = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True)
 
 
-def write(summary: dict, folder: Path) -> Path:
+def write(summary: dict, folder: Path) -> None:
     """Write `report.html` into a sequence folder from its summary and the executed notebooks beside it."""
-    target = folder / "report.html"
-    write_atomically(target, page(summary, folder))
-    return target
+    write_atomically(folder / "report.html", page(summary, folder))
 
 
 def page(summary: dict, folder: Path) -> str:
@@ -44,10 +43,9 @@ def figures(notebook: nbformat.NotebookNode) -> Iterator[tuple[str, str]]:
 
 
 def _read(path: Path) -> nbformat.NotebookNode:
-    try:
+    with suppress(OSError, ValueError):
         return nbformat.read(path, 4)
-    except (OSError, ValueError):
-        return nbformat.v4.new_notebook()  # it never started, or was cut off: the row says so
+    return nbformat.v4.new_notebook()  # it never started, or was cut off: the row says so
 
 
 def _title(notebook: nbformat.NotebookNode) -> str:

@@ -38,8 +38,7 @@ def plot_parts(ax, n_in: int, n_out: int, r: int) -> str:
         ax.text(x, y, sign, ha="center", va="center", fontsize=22, fontweight="bold")
     ax.set(xlim=(-0.02 * unit, a_left + n_in + 0.5 * thick + 0.05 * unit), ylim=(-n_out - 0.3 * unit, 0.03 * unit))
     ax.axis("off")
-    share = 100 * lora.n_parameters(r, [(n_in, n_out)]) / (n_in * n_out)
-    return f"Two thin matrices hold {share:.2g} % as many numbers as W"
+    return f"Two thin matrices hold {100 * lora.n_parameters(r, [(n_in, n_out)]) / (n_in * n_out):.2g} % as many numbers as W"
 
 
 @draws(legend="best", xlabel="step (1)", ylabel="mean squared error (1)")
@@ -115,8 +114,7 @@ def plot_update(axes, update: torch.Tensor, factors: tuple[torch.Tensor, torch.T
 
 def count(size: str, r: int, targets: str) -> int:
     """Trained numbers of a Pythia at a rank for a choice of targets (a key of `TARGETS`)."""
-    shape = PYTHIA[size]
-    return shape.n_layers * lora.n_parameters(r, shape.linears[TARGETS[targets]])
+    return PYTHIA[size].n_layers * lora.n_parameters(r, PYTHIA[size].linears[TARGETS[targets]])
 
 
 @draws((8.4, 3.8), "best", grid=margins(0.08, 0.99, 0.14, 0.92), xlabel="Pythia (size)", ylabel="trained (% of all parameters)")

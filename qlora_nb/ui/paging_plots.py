@@ -33,8 +33,8 @@ def plot_step(ax, pythia: str, r: int, tokens: int, gpu_gib: float, bits: int = 
         bits: width of the optimizer states.
     """
     moments = paging.step_timeline(ledger.step_sizes(pythia, r, tokens, bits))
-    names, totals = [m.phase for m in moments], [m.total / ledger.GIB for m in moments]
-    highest, n = max(totals), names.count("forward")
+    fullest, n = max(moments, key=lambda m: m.total), PYTHIA[pythia].n_layers
+    highest = fullest.total / ledger.GIB
     heights, (colours, hatches) = [[m.parts[name] / ledger.GIB for m in moments] for name in PARTS], zip(*PARTS.values())
     drawn = {"colors": colours, "hatch": hatches, "edgecolor": "white", "linewidth": 0, "step": "mid"}
     ax.stackplot(range(len(moments)), heights, labels=list(PARTS), **drawn)
@@ -43,15 +43,14 @@ def plot_step(ax, pythia: str, r: int, tokens: int, gpu_gib: float, bits: int = 
         ax.axhline(gpu_gib, color="black", linewidth=1.5, linestyle="--", label=f"card {gpu_gib:g} GiB")
     weights = moments[0].parts["frozen weights"] / ledger.GIB
     bottom = 0.9 * min(weights, gpu_gib) if weights > 0.5 * highest else 0.0
-    for phase in ("loss", "backward", "optimizer"):
-        ax.axvline(names.index(phase) - 0.5, color="black", linewidth=0.6, linestyle=":")
+    for begins in (n, n + 1, 2 * n + 1):
+        ax.axvline(begins - 0.5, color="black", linewidth=0.6, linestyle=":")
     ax.set_xticks([n / 2 - 0.5, n, n + 0.5 + n / 2, 2 * n + 1], ["forward", "loss ", "backward", "  optimizer"])
     ax.set(xlim=(-0.5, len(moments) - 0.5), ylim=(bottom, bottom + 1.1 * (top - bottom)))
     ax.set_ylabel("memory (GiB)" + (", axis cut" if bottom else ""))
     ax.locator_params(axis="y", nbins=6)  # few ticks: text is what takes time in a redraw
-    peak = f"peak {highest:.2f} GiB ({names[totals.index(highest)]})"
     fits = "fits" if highest <= gpu_gib else "does not fit"
-    title = f"pythia-{pythia}, r = {r}, {tokens:,} tokens: {peak}, {fits} {gpu_gib:g} GiB"
+    title = f"pythia-{pythia}, r = {r}, {tokens:,} tokens: peak {highest:.2f} GiB ({fullest.phase}), {fits} {gpu_gib:g} GiB"
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9, reverse=True)
     ax.set_title(title, y=1.0)  # told where: looking for a free height takes a seventh of the drawing
 
@@ -72,11 +71,10 @@ def plot_paged_share(ax, ranks: Sequence[int], pythia: str, r: int) -> str:
     if r in ranks:
         x, y = list(ranks).index(r) - 0.5, list(PYTHIA).index(pythia) - 0.5
         ax.plot([x, x + 1, x + 1, x, x], [y, y, y + 1, y + 1, y], color="black", linewidth=2.5)
-    ax.set_xticks(range(len(ranks)), [str(k) for k in ranks])
-    ax.set_yticks(range(len(PYTHIA)), list(PYTHIA))
+    ax.set(xticks=range(len(ranks)), xticklabels=ranks, yticks=range(len(PYTHIA)), yticklabels=PYTHIA)
     ax.grid(visible=False)
-    paged, fixed = ledger.state_split(pythia, r)
-    return f"pythia-{pythia}, r = {r}: {100 * paged / (paged + fixed):.0f} % of the state bytes are paged"
+    share = 100 * paged_shares([r])[list(PYTHIA).index(pythia), 0]
+    return f"pythia-{pythia}, r = {r}: {share:.0f} % of the state bytes are paged"
 
 
 @draws((9.0, 3.8), grid={"ncols": 2, **margins(0.08, 0.99, 0.14, 0.92, wspace=0.22)}, xlabel="step (1)")
@@ -103,9 +101,8 @@ def plot_run(axes, steps: Sequence[paging.StepSizes], gpu_gib: float, gb_per_s: 
     right.bar(x[: len(paged)] - 0.2, moved_out, 0.4, **look("optimizer", "//"), label="to RAM (evicted)")
     right.bar(x[: len(paged)] + 0.2, moved_in, 0.4, **look("NF4"), label="to the card (faults)")
     right.set(xlim=(0.4, len(steps) + 0.6), ylim=(0, 1.5 * max(*moved_in, *moved_out, 1)), ylabel="moved (MiB)")
-    seconds = max(record.seconds(gb_per_s) for record in paged)
-    survives = {"Not paged": "survives", "Paged": f"survives, {seconds:.2g} s for the transfers"}
-    for ax, records, (way, well) in zip((left, right), (plain, paged), survives.items()):
+    took = f"survives, {max(record.seconds(gb_per_s) for record in paged):.2g} s for the transfers"
+    for ax, records, way, well in ((left, plain, "Not paged", "survives"), (right, paged, "Paged", took)):
         end = well if records[-1].survived else f"out of memory in step {len(records)}"  # the record after it is not made
         ax.set_title(f"{way}: {end}", fontsize=11)
         ax.legend(fontsize=8, loc="upper left")

@@ -10,8 +10,7 @@ import time
 import ipywidgets as W
 from IPython.core.pylabtools import print_figure
 
-from qlora_nb.engine import budget, generation
-from qlora_nb.engine.shapes import PYTHIA
+from qlora_nb.engine import budget, generation, shapes
 from qlora_nb.errors import KitError
 from qlora_nb.ui import training_plots
 from qlora_nb.ui.widgets import CONTROL, LABEL, choice, choice_slider, explore, float_slider
@@ -50,23 +49,20 @@ class LiveTraining:
 
 def plan_figure(settings, gpu_gib: float | None = None):
     """The peaks of fine-tuning and of answering with these settings: the figure that the planner varies."""
-    name, on_gpu = settings.model_id.split("/")[-1].replace("$", r"\$"), bool(gpu_gib)  # two would begin a formula
-    purposes = {"fine-tuning": True, "answering": False}
-    plans = {f"{what}\n{name}": budget.plan_of(settings, train, on_gpu=on_gpu) for what, train in purposes.items()}
-    return training_plots.budget({what: budget.peak(plan) for what, plan in plans.items()}, gpu_gib)
+    name = settings.model_id.split("/")[-1].replace("$", r"\$")  # two would begin a formula
+    peak = lambda train: budget.peak(budget.plan_of(settings, train, on_gpu=bool(gpu_gib)))
+    return training_plots.budget({f"fine-tuning\n{name}": peak(True), f"answering\n{name}": peak(False)}, gpu_gib)
 
 
-def planner(settings, gpu_gib: float | None = None, notebook: str = "06_finetune_pythia_12b") -> W.VBox:
+def planner(settings, gpu_gib: float | None = None) -> W.VBox:
     """Model × card × settings → the two peaks, the first lever to pull if it does not fit, and the papermill line.
 
     Start values are the settings' own; without `gpu_gib` there is no card, and the model stays as it is.
     """
     own = settings.model_id
-    models = [own, *(f"EleutherAI/pythia-{size}" for size in PYTHIA if gpu_gib and not own.endswith(f"pythia-{size}"))]
-    cards = sorted({6.0, 8.0, 12.0, 16.0, 24.0, 48.0, 80.0, gpu_gib}) if gpu_gib else [None]
     choices = {
-        "model_id": models,
-        "gpu_gib": cards,
+        "model_id": [own, *(f"EleutherAI/pythia-{n}" for n in shapes.PYTHIA if gpu_gib and not own.endswith(f"pythia-{n}"))],
+        "gpu_gib": sorted({6.0, 8.0, 12.0, 16.0, 24.0, 48.0, 80.0, gpu_gib}) if gpu_gib else [None],
         "r": sorted({4, 8, 16, 32, 64, settings.r}),
         "max_length": sorted({128, 256, 512, 1024, 2048, settings.max_length}),
         "per_device_train_batch_size": sorted({1, 2, 4, 8, 16, settings.per_device_train_batch_size}),
@@ -81,7 +77,7 @@ def planner(settings, gpu_gib: float | None = None, notebook: str = "06_finetune
 
     def plan(gpu_gib=gpu_gib, **values):
         chosen = settings.model_copy(update=values)
-        advice.value = budget.advice(chosen, gpu_gib) + "\n" + chosen.papermill_line(notebook)
+        advice.value = budget.advice(chosen, gpu_gib) + "\n" + chosen.papermill_line("06_finetune_pythia_12b")
         return plan_figure(chosen, gpu_gib)
 
     box = explore(plan, **controls)

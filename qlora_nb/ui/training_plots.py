@@ -95,17 +95,14 @@ def scores(ax, results: dict[str, dict[str, float]]) -> str:
         ax.bar(x, [100 * result[k] for k in kinds], width, **looks[i % len(looks)], label=label)
     ax.set_xticks(range(len(kinds)), kinds)
     ax.figure.legend(loc="outside lower center", ncols=len(results))
-    last = list(results)[-1]
-    return f"{last}: {100 * results[last]['all']:.0f} % of held-out answers exactly right"
+    return f"{label}: {100 * result['all']:.0f} % of held-out answers exactly right"
 
 
 def label_mask(tokens: list[str], trains: list[bool]) -> str:
     """HTML that shows a row's tokens, those that train both coloured and underlined; all text is escaped."""
-    on_look, off_look = "background:#009E7333;border-bottom:2px solid #009E73", "opacity:.65"
-    cells = [
-        f"<span style='{on_look if on else off_look};white-space:pre-wrap'>{html.escape(token).replace(chr(10), '⏎<br>')}</span>"
-        for token, on in zip(tokens, trains, strict=True)
-    ]
+    looks = {True: "background:#009E7333;border-bottom:2px solid #009E73", False: "opacity:.65"}
+    cell = "<span style='{};white-space:pre-wrap'>{}</span>".format
+    cells = [cell(looks[on], html.escape(token).replace("\n", "⏎<br>")) for token, on in zip(tokens, trains, strict=True)]
     note = f"<p>underlined and green: the {sum(trains)} tokens that train, of {len(tokens)}</p>"
     return f"<div style='font-family:monospace;line-height:1.7;max-width:60em'>{''.join(cells)}</div>{note}"
 
@@ -129,9 +126,8 @@ def next_tokens(axes, base: list[tuple[str, float]], tuned: list[tuple[str, floa
     """The most probable next tokens of both models, side by side, with the divergence between the distributions (bits)."""
     for ax, rows, name, drawn in zip(axes, (base, tuned), ("base", "tuned"), (look("other", ""), look("LoRA"))):
         ax.barh(range(len(rows)), [100 * p for _, p in rows], **drawn)
-        ax.set_yticks(range(len(rows)), [repr(token)[1:-1] or "·" for token, _ in rows])
+        ax.set(title=name, yticks=range(len(rows)), yticklabels=[repr(token)[1:-1] or "·" for token, _ in rows])
         ax.invert_yaxis()
-        ax.set_title(name)
     _heading(axes, f"The two differ by {divergence:.2f} bits at this token")
 
 
