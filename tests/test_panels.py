@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from qlora_nb.engine import data, environment, generation, ledger, models, shapes
 from qlora_nb.engine.generation import Answer, find_adapter, load_adapter
 from qlora_nb.engine.profiles import validate
-from qlora_nb.ui import panels, setup_plots, training_checks, training_plots
+from qlora_nb.ui import panels, setup_plots, training_checks, training_plots, widgets
 
 
 def both_ends(widget):
@@ -134,7 +134,12 @@ def test_model_text_is_never_html(chat):
         for child in getattr(widget, "children", ()):
             yield from walk(child)
 
-    assert not [w for w in walk(chat.box) if isinstance(w, (ipywidgets.HTML, ipywidgets.HTMLMath, ipywidgets.Output))]
+    chat.prompt.value = "Where is <b>Anna</b>?"
+    chat.start()
+    chat.worker.join(60)
+    assert "<b>Anna</b>" in chat.history.value
+    html = [w for w in walk(chat.box) if isinstance(w, (ipywidgets.HTML, ipywidgets.HTMLMath, ipywidgets.Output))]
+    assert [w.value for w in html] == [widgets.naming().value], "one that names the sliders, and says nothing of the model's"
 
 
 def test_label_mask_is_escaped_and_marked_twice():

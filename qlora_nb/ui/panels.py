@@ -13,7 +13,7 @@ from IPython.core.pylabtools import print_figure
 from qlora_nb.engine import budget, generation, shapes
 from qlora_nb.errors import KitError
 from qlora_nb.ui import training_plots
-from qlora_nb.ui.widgets import CONTROL, LABEL, choice, choice_slider, explore, float_slider
+from qlora_nb.ui.widgets import CONTROL, LABEL, choice, choice_slider, explore, float_slider, naming
 
 
 class LiveTraining:
@@ -106,11 +106,14 @@ class SideBySide:
             W.Textarea(disabled=True, description=name, layout=wide, style=LABEL) for name in ("history", "token by token")
         )
         tall, half = W.Layout(width="99%", height="8em"), W.Layout(width="48%")
-        self.answers = {name: W.Textarea(disabled=True, layout=tall, placeholder="no answer yet") for name in ("base", "tuned")}
+        empty = {"disabled": True, "placeholder": "no answer yet", "layout": tall, "style": LABEL}
+        self.answers = {name: W.Textarea(description=f"{name} model", **empty) for name in ("base", "tuned")}
         self.costs = {name: W.Label("") for name in self.answers}
-        sides = [W.VBox([W.Label(f"{name} model"), box, self.costs[name]], layout=half) for name, box in self.answers.items()]
+        sides = [W.VBox([box, self.costs[name]], layout=half) for name, box in self.answers.items()]
         buttons, both = W.HBox([self.ask, self.stop_button]), W.HBox(sides, layout=W.Layout(width="97%"))
-        self.box = W.VBox([self.prompt, *self.controls.values(), buttons, self.note, both, self.positions, self.history])
+        texts = [self.note, both, self.positions, self.history]
+        self.box = W.VBox([self.prompt, *self.controls.values(), buttons, *texts, naming()])
+        self.box.add_class("chat")
         self.stopping, self.worker = threading.Event(), None
         self.ask.on_click(lambda _: self.start())
         self.stop_button.on_click(lambda _: self.stopping.set())

@@ -17,8 +17,9 @@ from matplotlib.figure import Figure
 LABEL = {"description_width": "initial"}
 CONTROL = {"style": LABEL, "layout": W.Layout(width="min(460px, 95%)")}
 """How every control looks: the whole description, and no wider than a phone."""
-NAME_SLIDERS = Path(__file__).with_name("name_sliders.js").read_text(encoding="utf-8")
-"""For screen readers: ipywidgets names no slider, and tells the place of a choice instead of the choice."""
+NAMES_SLIDERS = f'onload="{Path(__file__).with_name("name_sliders.js").read_text(encoding="utf-8")}"'
+"""For screen readers, in an `<img>`: ipywidgets names no slider, and tells the place of a choice instead of the choice."""
+NO_PICTURE = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7"
 
 
 def explore(plot: Callable[..., Figure], **controls: W.Widget) -> W.VBox:
@@ -53,12 +54,17 @@ def explore(plot: Callable[..., Figure], **controls: W.Widget) -> W.VBox:
     return panel
 
 
+def naming() -> W.HTML:
+    """Names the sliders of a box without a figure; nothing is seen of it."""
+    return W.HTML(f'<img alt="" src="{NO_PICTURE}" {NAMES_SLIDERS}>', layout=W.Layout(display="none"))
+
+
 def picture(figure: Figure) -> str:
     """A figure as HTML, drawn in one pass (displaying it costs three), that a screen reader tells by its titles."""
     png, titles = io.BytesIO(), " · ".join(filter(None, (ax.get_title(loc="left") for ax in figure.axes)))
     FigureCanvasAgg(figure).print_png(png)
     source = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
-    return f'<img alt="{html.escape(titles)}" src="{source}" style="max-width:100%" onload="{NAME_SLIDERS}">'
+    return f'<img alt="{html.escape(titles)}" src="{source}" style="max-width:100%" {NAMES_SLIDERS}>'
 
 
 def slider(kind: type, description: str, value, **limits) -> W.Widget:
