@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import re
 import shlex
 import sys
 import types
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import build_notebooks as build
 import nbformat
+import pandas
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 from packaging.requirements import Requirement
@@ -204,3 +206,12 @@ def test_build_check_and_drift(tmp_path, capsys):
     path.write_text(was.replace("print(Path.cwd(), object())", "raise ValueError('oh')", 1))
     assert build.main(folder) == 1
     assert "ValueError: oh" in capsys.readouterr().out
+
+
+def test_a_styled_table_is_the_same_in_every_build():
+    """pandas draws a new name for it each time; two tables in a notebook keep two names."""
+    shown = lambda number: build._normal_output(
+        nbformat.v4.new_output("display_data", data={"text/html": pandas.DataFrame({"a": [number]}).style.to_html()})
+    )["data"]["text/html"]
+    assert shown(1) == shown(1)
+    assert re.search(r"T_\w{5}", shown(1))[0] != re.search(r"T_\w{5}", shown(2))[0]
