@@ -56,6 +56,7 @@ MATRIX: dict[int, tuple[str, list[str]]] = {
             "test_schema::test_the_12b_is_refused_without_a_gpu_before_any_download",
             "test_schema::test_a_card_too_small_names_what_would_fit",
             "test_cli::test_full_profile_is_refused_fast_without_a_gpu",
+            "test_faults::test_only_cards_that_torch_can_use_count",
         ],
     ),
     12: (
@@ -101,12 +102,17 @@ MATRIX: dict[int, tuple[str, list[str]]] = {
     20: ("a checkpoint's file damaged", ["test_resume::test_a_damaged_checkpoint_is_left_out_and_the_one_before_taken"]),
     21: (
         "resume with other settings",
-        ["test_resume::test_other_settings_are_refused_with_both_values", "test_resume::test_other_rows_are_refused"],
+        [
+            "test_resume::test_other_settings_are_refused_with_both_values",
+            "test_resume::test_each_setting_that_changes_what_is_trained_is_refused",
+            "test_resume::test_other_rows_are_refused",
+        ],
     ),
     22: (
         "the stop button",
         [
             "test_training::test_interrupt_finishes_the_step_and_saves",
+            "test_training::test_a_cell_that_was_stopped_goes_on_when_run_again",
             "test_resume::test_a_hurt_run_ends_as_if_nothing_had_happened",
         ],
     ),
@@ -126,6 +132,7 @@ MATRIX: dict[int, tuple[str, list[str]]] = {
         "NaN",
         [
             "test_training::test_nan_stops_at_once_and_is_named",
+            "test_training::test_a_gradient_that_is_no_number_leaves_the_last_good_checkpoint",
             "test_faults::test_a_broken_model_folder_is_refused_in_a_sentence",
         ],
     ),
@@ -134,6 +141,7 @@ MATRIX: dict[int, tuple[str, list[str]]] = {
         [
             "test_data::test_rows_without_an_answer_are_named_and_left_out",
             "test_data::test_unusable_rows_are_refused",
+            "test_data::test_what_a_csv_file_says_stays_as_it_is",
             "test_faults::test_data_that_cannot_be_used_is_refused",
             "test_faults::test_fewer_rows_than_a_batch_work",
         ],
@@ -146,7 +154,14 @@ MATRIX: dict[int, tuple[str, list[str]]] = {
     29: ("odd prompts", ["test_training::test_prompts", "test_fuzz::test_prompts"]),
     30: (
         "hostile output",
-        ["test_panels::test_model_text_is_never_html", "test_security::test_hostile_text_is_inert_in_the_report"],
+        [
+            "test_browser_chat::test_what_a_model_answers_stays_inert",
+            "test_browser_chat::test_the_report_and_an_export_stay_inert",
+            "test_panels::test_model_text_is_never_html",
+            "test_security::test_hostile_text_is_inert_in_the_report",
+            "test_security::test_hostile_text_is_inert_in_tables_and_masks",
+            "test_security::test_hostile_text_cannot_break_a_figure",
+        ],
     ),
     31: (
         "sampling parameters",
@@ -160,19 +175,36 @@ MATRIX: dict[int, tuple[str, list[str]]] = {
         [
             "test_training::test_adapter_for_another_model_is_refused",
             "test_faults::test_a_broken_adapter_is_refused_in_a_sentence",
+            "test_faults::test_an_adapter_for_another_base_names_both",
         ],
     ),
-    33: ("a token", ["test_batch::test_each_fate_is_told", "test_security::test_no_token_is_ever_written"]),
+    33: (
+        "a token",
+        [
+            "test_batch::test_each_fate_is_told",
+            "test_security::test_no_token_is_ever_written",
+            "test_security::test_a_failing_run_hides_them_too",
+            "test_security::test_an_endpoint_is_shown_without_its_password",
+        ],
+    ),
     34: ("kernel dies under papermill", ["test_batch::test_each_fate_is_told"]),
     35: (
         "cell timeout, papermill killed",
         [
             "test_batch::test_a_cell_that_takes_too_long_leaves_a_readable_notebook_and_no_kernel",
             "test_batch::test_papermill_killed_is_told_and_leaves_no_kernel",
+            "test_batch::test_a_notebook_that_cannot_be_read_stops_nothing_but_is_told",
         ],
     ),
-    36: ("a cell run twice", ["test_faults::test_a_cell_run_twice_holds_one_model"]),
-    37: ("no front end", ["test_notebooks::test_has_a_figure_and_a_widget"]),
+    36: (
+        "a cell run twice",
+        [
+            "test_faults::test_a_cell_run_twice_holds_one_model",
+            "test_training::test_a_cell_that_was_stopped_goes_on_when_run_again",
+            "test_notebooks::test_no_cell_takes_a_parameters_name_for_something_else",
+        ],
+    ),
+    37: ("no front end", ["test_notebooks::test_has_a_figure_and_a_widget"]),  # ipywidgets 7.7.1: `make verify`, colab
     38: (
         "versions",
         [
@@ -180,12 +212,13 @@ MATRIX: dict[int, tuple[str, list[str]]] = {
             "test_cli::test_doctor_exits_with_1_on_a_wrong_version",
         ],
     ),
-    39: ("one core, 2 GB", ["test_notebooks::test_memory_stays_under_two_gib"]),
+    39: ("one core, 2 GB", ["test_notebooks::test_memory_stays_under_two_gib"]),  # really so confined: `make verify`, one_core
     40: ("slider dragged fast", ["test_faults::test_a_slider_dragged_fast_ends_with_the_last_value"]),
     41: ("fork after CUDA init", ["test_faults::test_a_forked_process_is_told_to_use_torchrun"]),
     42: ("HOME read-only", ["test_faults::test_home_read_only"]),
 }
-LEAST_CASES = 60
+LEAST_CASES = 150
+"""Besides those of single bad values, of which there are as many as one likes."""
 
 
 def test_every_row_has_tests_that_exist(root):
@@ -199,7 +232,7 @@ def test_every_row_has_tests_that_exist(root):
     missing = {row: [t for t in tests if t not in there] for row, (_, tests) in MATRIX.items()}
     assert not {row: tests for row, tests in missing.items() if tests}
     assert all(tests for _, tests in MATRIX.values())
-    named = {test for _, tests in MATRIX.values() for test in tests}
+    named = {test for _, tests in MATRIX.values() for test in tests} - {"test_schema::test_bad_values_are_refused_by_name"}
     assert sum(there[test] for test in named) >= LEAST_CASES
 
 
