@@ -153,6 +153,10 @@ def test_a_cell_that_was_stopped_goes_on_when_run_again(tmp_path, capsys):
         run = checkpoints.start(settings, "06_cell")
         result = training.finetune(model, tokenizer, rows, settings, run, asked)
         if stops:
+            os.utime(run.folder / "manifest.json", (1e9, 1e9))  # as another process of the same number has left it
+            assert not checkpoints._stopped_here(run.folder, settings)
+            os.utime(run.folder / "manifest.json")
+            assert not checkpoints._stopped_here(run.folder, settings.model_copy(update={"r": 4}))
             again = checkpoints.start(settings, "06_cell")
             assert again.folder == run.folder
             assert "going on with" in capsys.readouterr().out

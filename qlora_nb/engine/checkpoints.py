@@ -15,6 +15,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
+
 from qlora_nb.engine.runs import Run, runs_root, sha256, status_of, write_atomically
 from qlora_nb.errors import KitError
 
@@ -51,9 +53,10 @@ def start(settings, notebook: str, say: Callable[[str], None] = print) -> Run:
 
 def _stopped_here(folder: Path, settings) -> bool:
     with suppress(OSError, ValueError, KeyError):
-        manifest, now = json.loads((folder / "manifest.json").read_text()), json.loads(settings.model_dump_json())
+        manifest, now = json.loads((path := folder / "manifest.json").read_text()), json.loads(settings.model_dump_json())
         same = all(manifest["parameters"][name] == now[name] for name in now.keys() - MAY_DIFFER)
-        return same and (manifest["status"], manifest["pid"]) == ("interrupted", os.getpid())
+        later = path.stat().st_mtime > psutil.Process().create_time()  # an earlier process may have had this number
+        return same and later and (manifest["status"], manifest["pid"]) == ("interrupted", os.getpid())
     return False
 
 
