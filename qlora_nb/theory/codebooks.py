@@ -52,9 +52,9 @@ def nf4_code() -> Tensor:
     def upper(n: int) -> list[float]:  # quantiles at n evenly spaced probabilities from the tail down, one half left out
         start, end = torch.tensor(LIBRARY_TAIL_QUANTILE), torch.tensor(0.5)
         step = (end - start) / n
-        first = [start + step * i for i in range((n + 1) // 2)]
-        last = [end - step * (n - i) for i in range((n + 1) // 2, n)]  # counted from the end, as torch.linspace does
-        return [NormalDist().inv_cdf(p.item()) for p in first + last]
+        # the second half is counted from the end, as torch.linspace does
+        steps = [start + step * i if i < (n + 1) // 2 else end - step * (n - i) for i in range(n)]
+        return [NormalDist().inv_cdf(p.item()) for p in steps]
 
     values = torch.tensor([*(-q for q in upper(7)), 0.0, *upper(8)], dtype=torch.float32).sort().values
     return values / values.max()

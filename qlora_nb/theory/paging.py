@@ -125,9 +125,11 @@ class UnifiedMemory:
 
 
 def replay_spec(events: Sequence[tuple[str, int]], budget_pages: int) -> tuple[int, int, int, list[int]]:
-    """(faults, pages_in, pages_out, resident) of a list of ("reserve" | "touch" | "prefetch", n), in plain loops over a list."""
-    resident: list[int] = []
-    known: list[int] = []
+    """(faults, pages_in, pages_out, resident) of a list of ("reserve" | "touch" | "prefetch", n), in plain loops over a list.
+
+    The card must have room: more pages of ordinary memory than it holds are an IndexError here.
+    """
+    resident, known = [], []
     reserved = faults = pages_in = pages_out = 0
     for kind, n in events:
         if kind == "reserve":
@@ -139,8 +141,6 @@ def replay_spec(events: Sequence[tuple[str, int]], budget_pages: int) -> tuple[i
             pages_in += n in known
             known.append(n)
         while len(resident) + reserved + (kind != "reserve") > budget_pages:
-            if not resident:
-                raise MemoryError("no room")
             resident.pop(0)
             pages_out += 1
         if kind != "reserve":
