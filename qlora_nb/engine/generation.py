@@ -246,7 +246,7 @@ def read_rows(name: str, columns: dict[str, str]) -> list[dict[str, str]]:
         raise KitError("there is no such file of prompts", value=name, remedy="check the path")
     if not name.endswith(".txt"):
         return data.questions(name, columns)
-    with refusing("the file of prompts cannot be read", name, "save it as text in UTF-8"):
+    with refusing("the file of prompts cannot be read or is not in UTF-8", name, "save it as UTF-8"):
         rows = [row_of(line) for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     if not rows:
         raise KitError("the file of prompts is empty", value=name, remedy="write a prompt on each line")
