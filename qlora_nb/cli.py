@@ -28,21 +28,14 @@ class _Group(TyperGroup):
     def invoke(self, ctx):
         try:
             return super().invoke(ctx)
-        except KitError as error:
-            typer.echo(f"qlora-nb: {error}", err=True)
-            raise SystemExit(2) from None
-        except KeyboardInterrupt:
-            typer.echo("qlora-nb: stopped by you", err=True)
-            raise SystemExit(130) from None
+        except (KitError, KeyboardInterrupt) as error:
+            said, code = (error, 2) if isinstance(error, KitError) else ("stopped by you", 130)
+            typer.echo(f"qlora-nb: {said}", err=True)
+            raise SystemExit(code) from None
 
 
-app = typer.Typer(
-    cls=_Group,
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="Learn QLoRA by taking it apart, then run it: from an offline CPU to pythia-12b.",
-)
+_ABOUT = "Learn QLoRA by taking it apart, then run it: from an offline CPU to pythia-12b."
+app = typer.Typer(cls=_Group, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=_ABOUT)
 _PARAMETERS = {"allow_extra_args": True, "ignore_unknown_options": True}
 Profile = Annotated[str, typer.Option(help="tiny, smollm2, t4 or full")]
 
@@ -158,24 +151,22 @@ def copy_for_learning(source: Path, target: Path) -> list[Path]:
     """Copy notebooks without outputs; a copy that is already there is the learner's own and is never touched."""
     import nbformat
 
-    from qlora_nb.engine.batch import choose, read_notebook
-    from qlora_nb.engine.runs import writing
+    from qlora_nb.engine import batch, runs
 
-    notebooks, fresh = choose(source), []
-    with writing(target):
+    notebooks, fresh = batch.choose(source), []
+    with runs.writing(target):
         target.mkdir(exist_ok=True)
-    for path in notebooks:
-        copy = target / path.name
-        if copy.exists():
-            print(f"kept your {copy.name} (remove it to get a fresh copy)")
-            continue
-        notebook = read_notebook(path)
-        for cell in notebook.cells:
-            if cell.cell_type == "code":
-                cell.outputs, cell.execution_count = [], None
-        with writing(copy):
+        for path in notebooks:
+            copy = target / path.name
+            if copy.exists():
+                print(f"kept your {copy.name} (remove it to get a fresh copy)")
+                continue
+            notebook = batch.read_notebook(path)
+            for cell in notebook.cells:
+                if cell.cell_type == "code":
+                    cell.outputs, cell.execution_count = [], None
             nbformat.write(notebook, copy)
-        fresh.append(copy)
+            fresh.append(copy)
     print(f"{len(fresh)} fresh copies in {target}")
     return fresh
 

@@ -18,10 +18,9 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -82,13 +81,15 @@ def run_sequence(
     require_own_kernel()
     folder = folder or runs.new_folder(settings, "sequence")
     hashes = {source.stem: runs.sha256(source) for source in sources}
-    told = [Outcome(**o) for o in before.get("notebooks", [])]
-    done = {o.notebook: o for o in told if o.status == "done" and o.source == hashes.get(o.notebook)}
+    earlier = [Outcome(**o) for o in before.get("notebooks", [])]
+    done = {o.notebook: o for o in earlier if o.status == "done" and o.source == hashes.get(o.notebook)}
     say(f"{len(sources)} notebooks, profile {settings.profile}, into {folder}")
     for name in done:
         say(f"{name:28} is done already")
     sources = [source for source in sources if source.stem not in done]
-    summary = _heading(folder, given) | {"chosen": list(hashes)} | {k: before[k] for k in ("started",) if k in before}
+    summary = runs.beginning(folder, given, [version.package for version in environment.versions()])
+    summary |= {"folder": str(folder), "profile": settings.profile, "chosen": list(hashes)}
+    summary["started"] = before.get("started", summary["started"])
     outcomes, started, n_cells = [*done.values()], time.time(), [cells[source] for source in sources]
 
     def record() -> None:
@@ -96,10 +97,9 @@ def run_sequence(
         summary.update(wall_s=round(seconds, 1), notebooks=[asdict(o) for o in sorted(outcomes, key=lambda o: o.notebook)])
         runs.write_atomically(folder / "summary.json", json.dumps(summary, indent=1, default=str) + "\n")
 
-    with runs.sole_writer(folder), _tidy_end(), tqdm(total=sum(n_cells), unit="cell", leave=False) as bar:
+    with runs.sole_writer(folder), runs.on_interrupt(_end), tqdm(total=sum(n_cells), unit="cell", leave=False) as bar:
         try:
-            text = yaml.safe_dump(given, sort_keys=False, allow_unicode=True)
-            runs.write_atomically(folder / "parameters.yaml", text)
+            runs.write_atomically(folder / "parameters.yaml", yaml.safe_dump(given, sort_keys=False, allow_unicode=True))
             for n, source in enumerate(sources, start=1):
                 record()
                 outcomes.append(Outcome(source.stem, hashes[source.stem]))
@@ -121,18 +121,9 @@ def run_sequence(
             record()
             report.write(summary, folder)
     bad = [o.notebook for o in outcomes if o.status != "done"]
-    failed = f"; failed: {', '.join(bad)}" if bad else ""
-    say(f"{len(outcomes) - len(bad)} of {len(outcomes)} done in {summary['wall_s']:.0f} s{failed}")
-    say(f"report: {folder / 'report.html'}")
+    told = f"{len(outcomes) - len(bad)} of {len(outcomes)} done in {summary['wall_s']:.0f} s"
+    say(told + (f"; failed: {', '.join(bad)}" if bad else "") + f"\nreport: {folder / 'report.html'}")
     return summary
-
-
-def _heading(folder: Path, given: dict[str, object]) -> dict[str, object]:
-    """What a summary says before anything has run."""
-    what = {"status": "running", "folder": str(folder), "profile": given["profile"], "parameters": given}
-    here, versions = asdict(environment.machine(folder)), {v.package: v.installed for v in environment.versions()}
-    when = {"schema_version": runs.SCHEMA_VERSION, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-    return {**when, **what, "hardware": here, "versions": versions}
 
 
 def _for_the_notebooks(settings, parameters: dict[str, object]) -> dict[str, object]:
@@ -201,14 +192,11 @@ def stored_errors(notebook: nbformat.NotebookNode) -> list[str]:
 
     A cell tagged `raises-exception` may fail.
     """
-    found = []
-    for i, cell in enumerate(notebook.cells):
-        if "raises-exception" not in cell.metadata.get("tags", []):
-            found += [f"cell {i}: {text}" for text in _errors(cell.get("outputs", []))]
+    may_fail = lambda cell: "raises-exception" in cell.metadata.get("tags", [])
     state = notebook.metadata.get("widgets", {}).get("application/vnd.jupyter.widget-state+json", {}).get("state", {})
-    for model in state.values():
-        found += [f"inside a widget: {text}" for text in _errors(model.get("state", {}).get("outputs", []))]
-    return found
+    places = [(f"cell {i}", cell) for i, cell in enumerate(notebook.cells) if not may_fail(cell)]
+    places += [("inside a widget", model.get("state", {})) for model in state.values()]
+    return [f"{where}: {text}" for where, place in places for text in _errors(place.get("outputs", []))]
 
 
 def _errors(outputs: list) -> Iterator[str]:
@@ -255,27 +243,24 @@ def _run_one(source: Path, folder: Path, outcome: Outcome, bar: tqdm, extra_env:
 
 def _take_out_secrets(executed: Path, results: Path) -> None:
     """Redact what a notebook has left; a notebook that was cut off is no JSON any more and redacted as it stands."""
-    for path in (executed, results):
-        if path.is_file():
-            text = path.read_text(encoding="utf-8", errors="replace")
-            try:
-                if path is executed:
-                    text = nbformat.writes(runs.redact(nbformat.reads(text, 4)))  # which joins texts that are cut into lines
-                else:
-                    text = json.dumps(runs.redact(json.loads(text)), indent=1)
-            except ValueError:
-                text = runs.redact(text)
-            runs.write_atomically(path, text)
+    for path in filter(Path.is_file, (executed, results)):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        try:
+            if path is executed:
+                text = nbformat.writes(runs.redact(nbformat.reads(text, 4)))  # which joins texts that are cut into lines
+            else:
+                text = json.dumps(runs.redact(json.loads(text)), indent=1)
+        except ValueError:
+            text = runs.redact(text)
+        runs.write_atomically(path, text)
 
 
 def _judge(outcome: Outcome, executed: Path, results: Path, log: str) -> list[str]:
     """What the witnesses object to; `log` is what papermill wrote on stderr besides its bar."""
-    problems = []
-    with suppress(FileNotFoundError):  # papermill refused it at once
-        try:
-            problems += [problem[:600] for problem in stored_errors(nbformat.read(executed, 4))]
-        except ValueError:
-            problems.append(f"{executed.name} is cut off: papermill was ended while it wrote")
+    try:  # there is no such file if papermill refused it at once
+        problems = [problem[:600] for problem in stored_errors(nbformat.read(executed, 4))] if executed.exists() else []
+    except ValueError:
+        problems = [f"{executed.name} is cut off: papermill was ended while it wrote"]
     if outcome.exit_code in (-9, 137, 138) or "Kernel died" in log or "DeadKernelError" in log:
         problems.append(f"the kernel died (exit {outcome.exit_code}), most often because memory ran out")
     elif outcome.exit_code and not problems:
@@ -299,34 +284,22 @@ def _resident(pid: int) -> int:
 
 def stop_tree(pid: int) -> None:
     """End a process and all its descendants. The kernel has a session of its own, so a signal to the group would miss it."""
-    tree = []
     with suppress(psutil.Error):  # here and below: it has ended by itself
         parent = psutil.Process(pid)
         tree = [*parent.children(recursive=True), parent]
-    for process in tree:
-        with suppress(psutil.Error):
-            process.terminate()
-    for process in psutil.wait_procs(tree, timeout=5)[1]:
-        with suppress(psutil.Error):
-            process.kill()
+        for process in tree:
+            with suppress(psutil.Error):
+                process.terminate()
+        for process in psutil.wait_procs(tree, timeout=5)[1]:
+            with suppress(psutil.Error):
+                process.kill()
 
 
-@contextmanager
-def _tidy_end() -> Iterator[None]:
-    """Ctrl-C and SIGTERM (a cluster's pre-emption: exit 143) end the kernel too; a second one does not disturb that."""
-    mine = threading.current_thread() is threading.main_thread()  # elsewhere no signal arrives
-
-    def end(number, frame):
-        for each in before:
-            signal.signal(each, signal.SIG_IGN)
-        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
-
-    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM) if mine}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _end(number: int) -> None:
+    """Leave the run, which ends the kernel too (SIGTERM: exit 143); a second signal does not disturb that."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+    raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
 
 def _line(outcome: Outcome) -> str:

@@ -27,11 +27,10 @@ from qlora_nb.errors import KitError, refusing
 
 _WITH_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 _WITHOUT_INPUT = "### Instruction:\n{instruction}\n\n### Response:\n"
-_TASK = "Below is an instruction that describes a task"
+_OPENING = "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
 _CONTEXT = ", paired with an input that provides further context"
-_REQUEST = ". Write a response that appropriately completes the request.\n\n"
 TEMPLATES = {
-    "alpaca": (_TASK + _CONTEXT + _REQUEST + _WITH_INPUT, _TASK + _REQUEST + _WITHOUT_INPUT),
+    "alpaca": (_OPENING.format(_CONTEXT) + _WITH_INPUT, _OPENING.format("") + _WITHOUT_INPUT),
     "alpaca_short": (_WITH_INPUT, _WITHOUT_INPUT),
 }
 """Template → prompt with an input and without: Stanford Alpaca's own, and the same without its opening sentences."""
@@ -39,7 +38,6 @@ SORTED_STEPS = 16
 """Rows are sorted by length within so many steps: enough to save most padding, few enough to keep the order random."""
 OPEN_PACKS = 32
 """A row is tried in so many of the newest packs before a new one is begun."""
-COLUMNS = ("instruction", "input", "output")
 SPLIT_SEED = 2305
 """The held-out rows are the same for every training seed."""
 _READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -135,8 +133,7 @@ def _look_at(path: Path, suffix: str) -> dict[str, object]:
 
 def _clean(rows: datasets.Dataset, name: str, columns: dict[str, str]) -> datasets.Dataset:
     """Keep the three columns as text; leave out rows without an instruction or an answer and say which."""
-    unknown = sorted(set(columns.values()) - set(rows.column_names))
-    if unknown:
+    if unknown := sorted(set(columns.values()) - set(rows.column_names)):
         allowed = ", ".join(rows.column_names)
         raise KitError("columns names what the data does not have", value=", ".join(unknown), allowed=allowed)
     if len(set(columns.values())) < len(columns):
@@ -146,22 +143,20 @@ def _clean(rows: datasets.Dataset, name: str, columns: dict[str, str]) -> datase
     if "instruction" not in rows.column_names:
         with _reading(name):  # turns of any type
             rows = conversations.first_exchanges(rows) or rows
-    missing = [c for c in ("instruction", "output") if c not in rows.column_names]
-    if missing:
+    if missing := [c for c in ("instruction", "output") if c not in rows.column_names]:
         what, there = f"the data has no column {' and '.join(missing)}", ", ".join(rows.column_names)
         allowed = "instruction, output, input if there is one; or a conversation (messages, OASST, Guanaco)"
         raise KitError(what, value=there, allowed=allowed, remedy="name them, as columns=instruction=question,output=answer")
     if "input" not in rows.column_names:
         rows = rows.add_column("input", [""] * len(rows))
-    rows = rows.select_columns(list(COLUMNS))
+    rows = rows.select_columns(["instruction", "input", "output"])
     for column, feature in rows.features.items():
         if getattr(feature, "dtype", None) not in ("string", "large_string", "string_view", "null"):
             row = next((i for i, value in enumerate(rows[column]) if not isinstance(value, str | None)), 0)
             remedy = f"look at {Path(name).name}"
             raise KitError(f"column {column} is not text in row {row}", value=rows[row][column], allowed="text", remedy=remedy)
     whole = lambda row: all((row[c] or "").strip() for c in ("instruction", "output"))
-    bad = {i for i, row in enumerate(tqdm(rows, desc="checking", unit="row")) if not whole(row)}
-    if bad:
+    if bad := {i for i, row in enumerate(tqdm(rows, desc="checking", unit="row")) if not whole(row)}:
         named = ", ".join(map(str, sorted(bad)[:5])) + (" …" if len(bad) > 5 else "")
         print(f"{len(bad)} of {len(rows)} rows have no instruction or no answer and are left out: rows {named}")
         rows = rows.select([i for i in range(len(rows)) if i not in bad])
@@ -197,8 +192,7 @@ def _encode_row(row: dict[str, str], tokenizer, max_length: int, template: str) 
     prompt = tokenizer(prompt_of(row, template))["input_ids"]
     answer = [*tokenizer(row["output"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     room = max_length - len(prompt)
-    cut = len(answer) > room
-    if cut:
+    if cut := len(answer) > room:
         answer = [*answer[: max(room - 1, 0)], tokenizer.eos_token_id]
     labels = [IGNORED] * len(prompt) + answer
     return {"input_ids": prompt + answer, "labels": labels, "cut": cut, "too_long": room < 2}
@@ -216,13 +210,14 @@ def in_training_order(rows: datasets.Dataset, settings) -> datasets.Dataset:
     order: list[int] = []
     while len(order) < settings.max_steps * per_step:
         drawn = random.sample(range(len(rows)), len(rows))
-        for group in _cut(drawn, SORTED_STEPS * per_step):
-            steps = _cut(sorted(group, key=lambda i: n_tokens[i]), per_step)
+        for group in groups(drawn, SORTED_STEPS * per_step):
+            steps = groups(sorted(group, key=lambda i: n_tokens[i]), per_step)
             order += chain.from_iterable(random.sample(steps, len(steps)))
     return rows.select(order[: settings.max_steps * per_step])
 
 
-def _cut(items: list[int], n: int) -> list[list[int]]:
+def groups(items: list[int], n: int) -> list[list[int]]:
+    """The items in order, `n` at a time; the last group may be smaller."""
     return [items[start : start + n] for start in range(0, len(items), n)]
 
 

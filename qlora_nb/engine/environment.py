@@ -57,8 +57,8 @@ class Machine:
     ram_free_bytes: int
     disk_free_bytes: int
     gpus: tuple[Gpu, ...]
-    python: str
-    system: str
+    python: str = platform.python_version()
+    system: str = f"{platform.system()} {platform.machine()}"
 
 
 def machine(folder: str | Path = ".") -> Machine:
@@ -71,8 +71,6 @@ def machine(folder: str | Path = ".") -> Machine:
         ram_free_bytes=memory.available,
         disk_free_bytes=shutil.disk_usage(folder).free,
         gpus=gpus(),
-        python=platform.python_version(),
-        system=f"{platform.system()} {platform.machine()}",
     )
 
 
@@ -99,18 +97,16 @@ def gpus() -> tuple[Gpu, ...]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
     if visible.strip() in ("", "-1") or (installed("torch") or "").endswith("+cpu"):
         return ()
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return ()
     found = []
-    for i in map(int, re.findall(r"\b\d+\b", visible)) if visible[0].isdigit() else range(pynvml.nvmlDeviceGetCount()):
-        with suppress(pynvml.NVMLError):
-            handle = pynvml.nvmlDeviceGetHandleByIndex(i)
-            memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-            capability = tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle))
-            found.append(Gpu(pynvml.nvmlDeviceGetName(handle), memory.total, memory.free, capability))
-    pynvml.nvmlShutdown()
+    with suppress(pynvml.NVMLError):  # no driver
+        pynvml.nvmlInit()
+        for i in map(int, re.findall(r"\b\d+\b", visible)) if visible[0].isdigit() else range(pynvml.nvmlDeviceGetCount()):
+            with suppress(pynvml.NVMLError):
+                handle = pynvml.nvmlDeviceGetHandleByIndex(i)
+                memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+                capability = tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle))
+                found.append(Gpu(pynvml.nvmlDeviceGetName(handle), memory.total, memory.free, capability))
+        pynvml.nvmlShutdown()
     return tuple(found)
 
 
@@ -151,12 +147,10 @@ def installed(package: str) -> str | None:
 def versions() -> list[Version]:
     """Every dependency in the kit's metadata with what is installed and loaded here."""
     found = []
-    for line in importlib.metadata.requires("qlora-nb") or []:
-        requirement = Requirement(line)
-        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
-            continue
-        loaded = getattr(sys.modules.get(requirement.name.replace("-", "_")), "__version__", None)
-        found.append(Version(requirement.name, installed(requirement.name), str(requirement.specifier), loaded))
+    for needed in map(Requirement, importlib.metadata.requires("qlora-nb") or []):
+        if not needed.marker or needed.marker.evaluate({"extra": ""}):
+            loaded = getattr(sys.modules.get(needed.name.replace("-", "_")), "__version__", None)
+            found.append(Version(needed.name, installed(needed.name), str(needed.specifier), loaded))
     return found
 
 
@@ -180,8 +174,7 @@ def _reachable(endpoint: str) -> bool:
 
 def hub_is_reachable() -> bool:
     """One connection attempt of at most a second (asking the hub library itself takes 23 s to fail)."""
-    offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}
-    return not offline and _reachable(hub_endpoint())
+    return os.environ.get("HF_HUB_OFFLINE", "").lower() not in {"1", "true", "yes", "on"} and _reachable(hub_endpoint())
 
 
 def in_hub_cache(repo_id: str, repo_type: str = "model") -> bool:
@@ -204,9 +197,8 @@ def refuse_what_cannot_run(settings) -> None:
     here, size = machine(), shapes.download_bytes(settings.model_id)
     if not here.gpus:
         refuse_on_cpu(settings.model_id, size or 0, here)
-    models = "pocket, smollm2, a hub name like EleutherAI/pythia-410m, or a folder"
-    _refuse_unreachable(settings.model_id, "model", "model_id", models)
-    _refuse_unreachable(settings.dataset, "dataset", "dataset", "pocket, a hub name, or a file")
+    _refuse_unreachable("model", settings.model_id, "pocket, smollm2, a hub name like EleutherAI/pythia-410m, or a folder")
+    _refuse_unreachable("dataset", settings.dataset, "pocket, a hub name, or a file")
     if here.gpus and size:
         from qlora_nb.engine import budget
 
@@ -226,7 +218,7 @@ def refuse_on_cpu(model_id: str, bytes_16_bit: int, here: Machine) -> None:
         raise KitError(what, remedy='close other kernels, or use profile="tiny"')
 
 
-def _refuse_unreachable(name: str, what: str, parameter: str, allowed: str) -> None:
+def _refuse_unreachable(what: str, name: str, allowed: str) -> None:
     """A local path must exist; a hub name must be cached or the hub reachable."""
     path = Path(name).expanduser()
     if path.is_dir() and what == "model" and not (path / "config.json").is_file():
@@ -237,5 +229,5 @@ def _refuse_unreachable(name: str, what: str, parameter: str, allowed: str) -> N
         raise KitError(f"{what} not found", value=name, allowed=allowed, remedy="check the path")
     if not in_hub_cache(name, what) and not hub_is_reachable():
         elsewhere = "fetch it ahead on a machine with network (notebook 01, fetch_ahead=True)"
-        remedy = f'{elsewhere}, or give a local path as {parameter}, or use profile="tiny"'
+        remedy = f'{elsewhere}, or give a local path for it, or use profile="tiny"'
         raise KitError(f"the {what} {name} is not in the local cache and {hub_endpoint()} cannot be reached", remedy=remedy)

@@ -7,12 +7,12 @@ import hashlib
 import json
 import math
 import os
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event, Thread
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
@@ -21,7 +21,6 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList, TextIteratorStreamer
 
 from qlora_nb.engine import checkpoints, data, decoding, models, runs
-from qlora_nb.engine.data import prompt_of
 from qlora_nb.errors import KitError, refusing
 from qlora_nb.pocket import ADAPTER_DIR, MODEL_DIR
 
@@ -48,25 +47,19 @@ def find_adapter(settings) -> tuple[Path, str]:
         KitError: there is none, or the folder is not an adapter.
     """
     if settings.adapter == "latest":
-        folder = runs.latest_done(settings, "06_finetune_pythia_12b")
-        if folder:
+        if folder := runs.latest_done(settings, "06_finetune_pythia_12b"):
             return folder / "adapter", f"the adapter of your run {folder.name}"
         if settings.model_id != "pocket":
-            raise KitError(
-                "there is no finished run of notebook 06 in this profile",
-                remedy="run notebook 06 first, or give adapter a folder",
-            )
+            remedy = "run notebook 06 first, or give adapter a folder"
+            raise KitError("there is no finished run of notebook 06 in this profile", remedy=remedy)
         return ADAPTER_DIR, "no finished run of notebook 06 yet: the adapter shipped with the pocket model"
     if settings.adapter == "pocket":
         return ADAPTER_DIR, "the adapter shipped with the pocket model"
     folder = Path(settings.adapter).expanduser()
-    if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
-        raise KitError(
-            "this is not an adapter folder",
-            value=settings.adapter,
-            allowed="a folder with adapter_config.json and adapter_model.safetensors",
-            remedy='use adapter="latest", "pocket", or the adapter/ folder of a run',
-        )
+    if not all((folder / name).is_file() for name in ("adapter_config.json", "adapter_model.safetensors")):
+        allowed = "a folder with adapter_config.json and adapter_model.safetensors"
+        remedy = 'use adapter="latest", "pocket", or the adapter/ folder of a run'
+        raise KitError("this is not an adapter folder", value=settings.adapter, allowed=allowed, remedy=remedy)
     return folder, f"the adapter in {folder.name}"
 
 
@@ -116,8 +109,7 @@ def _config(tokenizer, max_new_tokens: int, temperature: float = 0.0, top_p: flo
 def _greedy(model, tokenizer, encoded: dict[str, torch.Tensor], max_new_tokens: int) -> list[str]:
     """What a model writes after each encoded prompt when it always takes the most probable token."""
     out = model.generate(**encoded, generation_config=_config(tokenizer, max_new_tokens))
-    texts = tokenizer.batch_decode(out[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [text.strip() for text in texts]
+    return [t.strip() for t in tokenizer.batch_decode(out[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True)]
 
 
 @dataclass
@@ -144,13 +136,11 @@ class Answer:
         return self.n_tokens / self.seconds if self.seconds else 0.0
 
 
-def stream(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, row: dict, settings, tuned: bool, stop: threading.Event | None = None
-) -> Iterator[Answer]:
+def stream(model: PeftModel, tokenizer, row: dict, settings, tuned: bool, stop: Event | None = None) -> Iterator[Answer]:
     """Yield the growing answer token by token; the last one is complete. `stop` ends it after the current token."""
     encoded = encode([row], tokenizer, model, settings)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=600)
-    ending, failure, made = stop or threading.Event(), [], []
+    ending, failure, made = stop or Event(), [], []
     shown = {"output_scores": True, "output_logits": True, "return_dict_in_generate": True}
     sampling = {name: getattr(settings, name) for name in ("temperature", "top_p", "repetition_penalty")}
     stopped = lambda input_ids, scores, **_: torch.full((len(input_ids),), ending.is_set(), device=input_ids.device)
@@ -166,7 +156,7 @@ def stream(
             failure.append(error)
             streamer.end()
 
-    thread = threading.Thread(target=work, daemon=True)
+    thread = Thread(target=work, daemon=True)
     started = time.perf_counter()
     thread.start()
     text, first = "", 0.0
@@ -235,18 +225,15 @@ def along(model: PeftModel, tokenizer: PreTrainedTokenizerBase, row: dict, setti
 @torch.no_grad()
 def _in_batches(model, tokenizer, rows: list[dict], settings, batch: int) -> Iterator[dict[int, str]]:
     """Greedy answers by row number, a batch of like length at a time, padded on the left."""
-    order = sorted(range(len(rows)), key=lambda i: len(prompt_of(rows[i], settings.prompt_template)))
+    order = sorted(range(len(rows)), key=lambda i: len(data.prompt_of(rows[i], settings.prompt_template)))
     with tqdm(total=len(order), unit="row", desc="answering", leave=False) as bar:
-        for start in range(0, len(order), batch):
-            group = order[start : start + batch]
+        for group in data.groups(order, batch):
             encoded = encode([rows[i] for i in group], tokenizer, model, settings)
             yield dict(zip(group, _greedy(model, tokenizer, encoded, settings.max_new_tokens), strict=True))
             bar.update(len(group))
 
 
-def answer_all(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict], settings, batch: int = 48
-) -> list[str]:
+def answer_all(model: PreTrainedModel, tokenizer, rows: list[dict], settings, batch: int = 48) -> list[str]:
     """Greedy answers to many rows, in the rows' order."""
     said = {i: text for found in _in_batches(model, tokenizer, rows, settings, batch) for i, text in found.items()}
     return [said[i] for i in range(len(rows))]
@@ -259,10 +246,8 @@ def read_rows(name: str, columns: dict[str, str]) -> list[dict[str, str]]:
         raise KitError("there is no such file of prompts", value=name, remedy="check the path")
     if not name.endswith(".txt"):
         return data.questions(name, columns)
-    try:
+    with refusing("the file of prompts cannot be read or is not in UTF-8", name, "save it as UTF-8"):
         rows = [row_of(line) for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except UnicodeDecodeError:
-        raise KitError("the file of prompts is not in UTF-8", value=name, remedy="save it as UTF-8") from None
     if not rows:
         raise KitError("the file of prompts is empty", value=name, remedy="write a prompt on each line")
     return rows
@@ -318,13 +303,11 @@ def encode(rows: list[dict], tokenizer, model, settings) -> dict[str, torch.Tens
     Raises:
         KitError: with the answer it would be longer than the model's context.
     """
-    prompts = [prompt_of(row, settings.prompt_template) for row in rows]
+    prompts = [data.prompt_of(row, settings.prompt_template) for row in rows]
     encoded = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False)
     limit = getattr(model.config, "max_position_embeddings", None)
     n = encoded["input_ids"].shape[1]
     if limit and n + settings.max_new_tokens > limit:
-        raise KitError(
-            f"the prompt has {n} tokens; with max_new_tokens={settings.max_new_tokens} that is over the model's {limit}",
-            remedy="shorten the prompt or lower max_new_tokens",
-        )
+        what = f"the prompt has {n} tokens; with max_new_tokens={settings.max_new_tokens} that is over the model's {limit}"
+        raise KitError(what, remedy="shorten the prompt or lower max_new_tokens")
     return {k: v.to(model.device) for k, v in encoded.items()}

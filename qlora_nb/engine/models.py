@@ -91,12 +91,8 @@ def loading(part: str, model_id: str):
 
 def quantization_config(settings) -> BitsAndBytesConfig:
     """What transformers passes on to bitsandbytes. Its own defaults would be fp4, float32 compute, no double quantization."""
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=settings.quant_type,
-        bnb_4bit_use_double_quant=settings.double_quant,
-        bnb_4bit_compute_dtype=compute_dtype(settings.compute_dtype),
-    )
+    how = {"bnb_4bit_quant_type": settings.quant_type, "bnb_4bit_use_double_quant": settings.double_quant}
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=compute_dtype(settings.compute_dtype), **how)
 
 
 def load_base(settings, four_bit: bool = True) -> PreTrainedModel:

@@ -12,6 +12,8 @@ import json
 import os
 import shlex
 import tomllib
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -147,8 +149,7 @@ class Settings(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, coer
         return f"papermill notebooks/{notebook}.ipynb out.ipynb {parameters}"
 
     def __repr__(self) -> str:
-        rows = [("profile", self.profile, ""), *self.table()]
-        return "\n".join(f"{name:28} {value!s:28} {why}" for name, value, why in rows)
+        return "\n".join(f"{name:28} {value!s:28} {why}" for name, value, why in [("profile", self.profile, ""), *self.table()])
 
     def _repr_html_(self) -> str:
         import pandas
@@ -183,7 +184,6 @@ PROFILES = _read_profiles()
 """Profile → parameter → its value there and the reason for it."""
 
 _PLAIN = (str, int, float, bool, list, tuple, dict, type(None))
-_NOT_PARAMETERS = {"In", "Out"}  # IPython's own
 
 
 def resolve(values: dict[str, object]) -> Settings:
@@ -209,11 +209,11 @@ def validate(values: dict[str, object]) -> Settings:
     """As `resolve`, without looking at the machine: what the command line and the tests use."""
     for name in values:
         if name not in Settings.model_fields:
-            raise KitError(f"unknown parameter {name!r:.80}", remedy=_suggest(name))
+            raise KitError(f"unknown parameter {name!r:.80}", remedy=_suggest(name, Settings.model_fields))
     given = {k: v for k, v in values.items() if v is not None}
     profile = given.get("profile", "tiny")
     if not isinstance(profile, str) or profile not in PROFILES:
-        remedy = _suggest(str(profile), list(PROFILES))
+        remedy = _suggest(str(profile), PROFILES)
         raise KitError("unknown profile", value=profile, allowed=", ".join(PROFILES), remedy=remedy)
     defaults = {k: d.value for k, d in PROFILES[profile].items()}
     try:
@@ -231,7 +231,7 @@ def _parameters(values: dict[str, object]) -> dict[str, object]:
     values["_qlora_nb_resolved"] = True  # a cell run twice must not trip over the notebook's own variables
     typed = _assigned_in_parameter_cells(cells)
     own = {k: v for k, v in values.items() if k in Settings.model_fields}  # of any type: a wrong one is refused, not left out
-    plain = {k: v for k, v in values.items() if isinstance(v, _PLAIN) and k not in _NOT_PARAMETERS and not k.startswith("_")}
+    plain = {k: v for k, v in values.items() if isinstance(v, _PLAIN) and not k.startswith("_") and k not in ("In", "Out")}
     return own | {k: v for k, v in plain.items() if k in typed or first_time}
 
 
@@ -239,33 +239,27 @@ def _assigned_in_parameter_cells(cells: list[str]) -> set[str]:
     """Names assigned at top level in the parameters cell (it assigns `profile`) or in papermill's injected one."""
     names: set[str] = set()
     for source in cells:
-        try:
-            tree = ast.parse(source)
-        except (SyntaxError, ValueError):  # a magic, or not Python
-            continue
-        assignments = [n for n in tree.body if isinstance(n, (ast.Assign, ast.AnnAssign))]
-        targets = [t for n in assignments for t in getattr(n, "targets", None) or [n.target]]
-        own = {t.id for t in targets if isinstance(t, ast.Name)}
-        if "profile" in own or source.lstrip().startswith("# Parameters"):
-            names |= own
+        with suppress(SyntaxError, ValueError):  # a magic, or not Python
+            assignments = [n for n in ast.parse(source).body if isinstance(n, (ast.Assign, ast.AnnAssign))]
+            own = {t.id for n in assignments for t in ast.walk(n) if isinstance(t, ast.Name) and isinstance(t.ctx, ast.Store)}
+            if "profile" in own or source.lstrip().startswith("# Parameters"):
+                names |= own
     return names
 
 
-def _suggest(name: str, known: list[str] | None = None) -> str:
-    known = known or list(Settings.model_fields)
+def _suggest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.6)
     return f"did you mean {close[0]}?" if close else f"use one of {', '.join(known)}"
 
 
 def _explain(error: ValidationError, defaults: dict[str, Default]) -> KitError:
     """The first bad value in full, the others by name."""
-    problems = error.errors(include_url=False)
-    first = problems[0]
+    first, *more = error.errors(include_url=False)
     name = str(first["loc"][0])
     field = Settings.model_fields[name]
     choices = get_args(field.annotation) if getattr(field.annotation, "__origin__", None) is Literal else ()
     allowed = ", ".join(map(str, choices)) or _bounds(field)
-    others = sorted({str(p["loc"][0]) for p in problems} - {name})
+    others = sorted({str(p["loc"][0]) for p in more} - {name})
     also = f"; also bad: {', '.join(others)}" if others else ""
     what = f"{name} ({field.description}): {first['msg'].lower()}{also}"
     remedy = f"leave it None for this profile's value ({defaults[name].value})" if name in defaults else "choose one of these"

@@ -9,9 +9,12 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
+import threading
 import time
-from contextlib import AbstractContextManager, ExitStack, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
@@ -115,17 +118,20 @@ def new_folder(settings, name: str) -> Path:
     Raises:
         KitError: the place cannot be written to, or a file is in the way.
     """
-    remedy, stamp = "name a folder you may write to", time.strftime("%Y%m%d-%H%M%S")
-    for n in count():
-        folder = runs_root(settings) / f"{name}-{stamp}{f'-{n}' if n else ''}"
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            continue
-        except OSError as error:
-            what = f"output_dir cannot be written to ({error.strerror})"
-            raise KitError(what, value=settings.output_dir, remedy=remedy) from None
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    with refusing("output_dir cannot be written to", settings.output_dir, "name a folder you may write to"):
+        for n in count():
+            folder = runs_root(settings) / f"{name}-{stamp}{f'-{n}' if n else ''}"
+            with suppress(FileExistsError):
+                folder.mkdir(parents=True)
+                return folder
+
+
+def beginning(folder: Path, parameters: dict[str, object], packages: Iterable[str]) -> dict[str, object]:
+    """What the record of a run says before anything has run: the time, the parameters, this machine, its packages."""
+    when = {"schema_version": SCHEMA_VERSION, "status": "running", "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    here = {"hardware": asdict(machine(folder)), "versions": {package: installed(package) for package in packages}}
+    return {**when, "parameters": parameters, **here}
 
 
 class Run:
@@ -137,18 +143,8 @@ class Run:
     def __init__(self, settings, notebook: str, folder: Path | None = None):
         self.settings, self.notebook, self.resumed = settings, notebook, folder is not None
         self.folder = folder or new_folder(settings, notebook)
-        self.manifest = {
-            "schema_version": SCHEMA_VERSION,
-            "notebook": notebook,
-            "status": "running",
-            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "parameters": settings.model_dump(),
-            "versions": {p: installed(p) for p in PACKAGES},
-            "hardware": asdict(machine(self.folder)),
-            "commit": _commit(),
-            "pid": os.getpid(),
-            "metrics": {},
-        }
+        about = {"notebook": notebook, "commit": _commit(), "pid": os.getpid(), "metrics": {}}
+        self.manifest = beginning(self.folder, settings.model_dump(), PACKAGES) | about
         self._save()
 
     def log(self, record: dict[str, object]) -> None:
@@ -189,6 +185,22 @@ class Run:
         write_atomically(self.folder / "manifest.json", json.dumps(redact(self.manifest), indent=1, default=str) + "\n")
 
 
+@contextmanager
+def on_interrupt(handle: Callable[[int], None]) -> Iterator[None]:
+    """Inside, SIGINT (■, Ctrl-C) and SIGTERM (a cluster's pre-emption) are given to `handle` as their numbers.
+
+    Only the main thread receives signals: in any other one nothing changes.
+    """
+    mine = threading.current_thread() is threading.main_thread()
+    catch = lambda number, frame: handle(number)
+    before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM) if mine}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def sole_writer(folder: Path) -> AbstractContextManager:
     """Hold a run folder for this process until the returned context ends; the lock goes with the process, however it ends.
 
@@ -219,8 +231,6 @@ def latest_done(settings, notebook: str) -> Path | None:
 
 
 def _commit() -> str | None:
-    command = ["git", "rev-parse", "HEAD"]
+    command = ["git", "-C", str(project_root()), "rev-parse", "HEAD"]
     with suppress(OSError, subprocess.SubprocessError):  # no git, or no repository
-        done = subprocess.run(command, capture_output=True, text=True, timeout=5, cwd=project_root(), check=True)
-        return done.stdout.strip()
-    return None
+        return subprocess.check_output(command, text=True, timeout=5, stderr=subprocess.DEVNULL).strip()

@@ -15,12 +15,12 @@ from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-import datasets
 import psutil
 import torch
+from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.data import SequentialSampler
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from qlora_nb.engine import activations, budget, checkpoints, data, evaluation, fetch, generation, ledger, models, objective, runs
 from qlora_nb.errors import KitError
@@ -78,16 +78,14 @@ class _Watch(TrainerCallback):
         if "loss" not in logs:
             return
         seconds = time.perf_counter() - self.started
-        bad = [k for k in ("loss", "grad_norm") if not math.isfinite(logs.get(k, 0.0))]
-        if bad:
-            self.failure = f"{' and '.join(bad)} became {logs[bad[0]]} at step {state.global_step}"
         left = seconds / (state.global_step - self.first) * (state.max_steps - state.global_step)
         timing = {"tokens_per_s": sum(self.n_tokens) / seconds, "seconds": seconds, "seconds_left": left}
         timing["memory_bytes"] = torch.cuda.memory_reserved() if torch.cuda.is_available() else psutil.Process().memory_info().rss
         logged = {"loss": logs["loss"], "learning_rate": logs["learning_rate"], "grad_norm": logs.get("grad_norm")}
         self.report({"step": state.global_step, "max_steps": state.max_steps, **logged, **timing})
         self.on_step_end(args, state, control)  # asked just now: this step can still be the last
-        if bad:
+        if bad := [k for k in ("loss", "grad_norm") if not math.isfinite(logs.get(k, 0.0))]:
+            self.failure = f"{' and '.join(bad)} became {logs[bad[0]]} at step {state.global_step}"
             control.should_training_stop, control.should_save = True, False  # the checkpoint before is the last good one
 
 
@@ -188,20 +186,15 @@ def stop_on_interrupt() -> Iterator[threading.Event]:
     A SIGTERM is delivered again on the way out, when the folder is in order.
     """
     asked, received = threading.Event(), []
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
 
-    def note(number, frame):
+    def note(number: int) -> None:
         received.append(number)
         asked.set()
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield asked
+        with runs.on_interrupt(note):
+            yield asked
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
         if signal.SIGTERM in received:
             signal.raise_signal(signal.SIGTERM)
 
@@ -258,8 +251,7 @@ def _begin(model: PeftModel, run, settings, rows_hash: str, losses: list[float],
         if any(parameter.any() for name, parameter in model.named_parameters() if "lora_B" in name):
             raise KitError("this adapter was trained before", remedy="attach it once more: then a new run begins at zero")
         return None
-    checkpoint = checkpoints.newest(run.folder)
-    if checkpoint:
+    if checkpoint := checkpoints.newest(run.folder):
         checkpoints.require_same(checkpoint, settings, rows_hash)
     step = checkpoints.step_of(checkpoint) if checkpoint else 0
     logged = run.cut(step)
@@ -270,13 +262,7 @@ def _begin(model: PeftModel, run, settings, rows_hash: str, losses: list[float],
 
 
 def finetune(
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: datasets.Dataset,
-    settings,
-    run,
-    report: Callable[[dict], None],
-    held_out: datasets.Dataset | None = None,
+    model: PeftModel, tokenizer, rows: Dataset, settings, run, report: Callable[[dict], None], held_out: Dataset | None = None
 ):
     """Train the adapter on encoded rows, in the calling thread; a resumed run goes on after its newest good checkpoint.
 
@@ -301,9 +287,7 @@ def finetune(
     """
     rows = data.pack(rows, settings.max_length) if settings.packing else rows
     rows = data.in_training_order(rows, settings)
-    losses: list[float] = []
-    n_tokens: list[int] = []
-    shapes: list[tuple[int, int, int]] = []
+    losses, n_tokens, shapes = [], [], []  # of every step; of every pass the tokens, and (rows, tokens, tokens that train)
     pad = data.collator(tokenizer)
 
     def collate(batch):
@@ -348,10 +332,9 @@ def finetune(
         save_adapter(model, adapter)
         checkpoints.seal(adapter)
     seconds = time.perf_counter() - watch.started
-    speed = sum(n_tokens) / seconds
     second = max(shapes[passes : 2 * passes], key=lambda shape: shape[0] * shape[1], default=None)
     weighed = {"held": scale.held, "moved": scale.moved, "shape": second}
-    told = {"losses": losses, "held_out": sample.losses, "seconds": seconds, "tokens_per_s": speed}
+    told = {"losses": losses, "held_out": sample.losses, "seconds": seconds, "tokens_per_s": sum(n_tokens) / seconds}
     return {**told, "stopped": stop.is_set(), "adapter": adapter, **weighed}
 
 

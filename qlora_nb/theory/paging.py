@@ -17,6 +17,7 @@ seconds as an estimate.
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from qlora_nb.errors import KitError
@@ -94,8 +95,6 @@ class UnifiedMemory:
         Raises:
             MemoryError: ordinary memory alone is larger than the card.
         """
-        if pages > self.budget_pages:
-            raise MemoryError(f"{pages} pages of ordinary memory on a card of {self.budget_pages}")
         self.reserved = pages
         self._make_room(0)
 
@@ -120,15 +119,17 @@ class UnifiedMemory:
     def _make_room(self, pages: int) -> None:
         while len(self.resident) + self.reserved + pages > self.budget_pages:
             if not self.resident:
-                raise MemoryError("no room for one page")
+                raise MemoryError(f"{self.reserved} pages of ordinary memory leave no room on a card of {self.budget_pages}")
             self.resident.popitem(last=False)
             self.pages_out += 1
 
 
 def replay_spec(events: Sequence[tuple[str, int]], budget_pages: int) -> tuple[int, int, int, list[int]]:
-    """(faults, pages_in, pages_out, resident) of a list of ("reserve" | "touch" | "prefetch", n), in plain loops over a list."""
-    resident: list[int] = []
-    known: list[int] = []
+    """(faults, pages_in, pages_out, resident) of a list of ("reserve" | "touch" | "prefetch", n), in plain loops over a list.
+
+    The card must have room: more pages of ordinary memory than it holds are an IndexError here.
+    """
+    resident, known = [], []
     reserved = faults = pages_in = pages_out = 0
     for kind, n in events:
         if kind == "reserve":
@@ -140,8 +141,6 @@ def replay_spec(events: Sequence[tuple[str, int]], budget_pages: int) -> tuple[i
             pages_in += n in known
             known.append(n)
         while len(resident) + reserved + (kind != "reserve") > budget_pages:
-            if not resident:
-                raise MemoryError("no room")
             resident.pop(0)
             pages_out += 1
         if kind != "reserve":
@@ -249,17 +248,16 @@ def simulate(
     for sizes in steps:
         ordinary = [m.total - sizes.paged for m in step_timeline(sizes)]
         memory.faults = memory.pages_in = memory.pages_out = 0
-        survived = paging or max(ordinary) + sizes.paged <= budget_bytes
+        survived = not paging and max(ordinary) + sizes.paged <= budget_bytes
         if paging:
-            try:
+            with suppress(MemoryError):  # ordinary memory alone is too much
                 for reserved in ordinary:
                     memory.reserve(math.ceil(reserved / page_bytes))
                 for page in range(math.ceil(sizes.paged / page_bytes)):
                     if prefetch:
                         memory.prefetch(page)
                     memory.touch(page)
-            except MemoryError:
-                survived = False
+                survived = True
         moved = memory.pages_in * page_bytes, memory.pages_out * page_bytes
         records.append(StepRecord(max(ordinary), survived, memory.faults, *moved))
         if not survived:
