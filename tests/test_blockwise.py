@@ -74,23 +74,6 @@ def same_with_library(x: torch.Tensor, blocksize: int = 64) -> bool:
     return torch.equal(ours, theirs) and torch.equal(absmax, state.absmax)
 
 
-def quantize_spec(x: torch.Tensor, code: torch.Tensor, blocksize: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
-    """`blockwise.quantize` as plain loops over plain numbers: for every number try every code value and keep the nearest.
-
-    Slow and in double precision, so it may differ from `quantize` for numbers within a rounding error of a border.
-    """
-    numbers, values = x.flatten().tolist(), code.tolist()
-    indices, scales = [], []
-    for start in range(0, len(numbers), blocksize):
-        block = numbers[start : start + blocksize]
-        absmax = max(abs(number) for number in block)
-        scales.append(absmax)
-        for number in block:
-            scaled = number / absmax if absmax > 0 else 0.0
-            indices.append(min(range(len(values)), key=lambda i: (abs(values[i] - scaled), values[i], i)))
-    return torch.tensor(indices, dtype=torch.uint8), torch.tensor(scales, dtype=torch.float32)
-
-
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 150), st.integers(1, 70), st.sampled_from(["NF4", "FP4", "INT4", "AF4"]), st.data())
 def test_loops_on_every_dtype_and_awkward_data(seed, n, blocksize, name, data):
@@ -100,13 +83,23 @@ def test_loops_on_every_dtype_and_awkward_data(seed, n, blocksize, name, data):
     special = {"zeros": torch.zeros(n), "constant": torch.full((n,), -0.3), "denormal": torch.full((n,), 1e-40)}
     x, code = (special[kind] if kind in special else draw(kind, n, seed)).to(dtype), codebooks.code_by_name(name)
     fast, absmax = blockwise.quantize(x, code, blocksize)
-    slow, absmax_slow = quantize_spec(x, code, blocksize)
+    slow, absmax_slow = blockwise.quantize_spec(x, code, blocksize)
     tiny = absmax_slow < blockwise.SMALLEST_SCALE  # these count as the smallest scale in the fast version
     assert torch.equal(absmax[~tiny], absmax_slow[~tiny])
     assert (absmax[tiny] <= blockwise.SMALLEST_SCALE).all()
     scale = absmax_slow.repeat_interleave(blocksize)[:n].double()
     near = lambda index: (code[index.int()].double() * scale - x.double()).abs()
     assert (near(fast) - near(slow))[scale >= blockwise.SMALLEST_SCALE].abs().le(1e-6 * scale.max()).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_loops_refuse_what_is_not_finite_too(bad, dtype):
+    x = torch.ones(70, dtype=dtype)
+    x[69] = bad
+    for quantize in (blockwise.quantize, blockwise.quantize_spec):
+        with pytest.raises(KitError, match="position 69"):
+            quantize(x, codebooks.nf4_code())
 
 
 def test_zeros_constants_and_denormals():
@@ -121,16 +114,9 @@ def test_zeros_constants_and_denormals():
     assert torch.equal(blockwise.round_trip(torch.full((64,), -0.3), nf4), torch.full((64,), -0.3))
 
 
-def test_the_loops_by_hand():
-    """In [2, -4, 1] absmax is 4 and the scaled numbers are 0.5, -1, 0.25."""
-    found = quantize_spec(torch.tensor([2.0, -4, 1]), torch.tensor([-1.0, 0, 1]), blocksize=4)
-    assert [t.tolist() for t in found] == [[1, 0, 1], [4.0]]
-
-
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_refuses_what_is_not_finite_and_says_where(bad, dtype):
-    x = torch.ones(100, dtype=dtype)
+def test_refuses_what_is_not_finite_and_says_where(bad):
+    x = torch.ones(100)
     x[41] = bad
     with pytest.raises(KitError, match="position 41"):
         blockwise.quantize(x, codebooks.nf4_code())
@@ -157,7 +143,7 @@ def test_fast_version_equals_loops(seed, n, blocksize, name):
     """Indices may differ only where a number lies within rounding of a border; the code values then tie."""
     x, code = torch.randn(n, generator=torch.Generator().manual_seed(seed)), codebooks.code_by_name(name)
     fast, absmax = blockwise.quantize(x, code, blocksize)
-    slow, absmax_slow = quantize_spec(x, code, blocksize)
+    slow, absmax_slow = blockwise.quantize_spec(x, code, blocksize)
     assert torch.equal(absmax, absmax_slow)
     scaled = x / absmax.repeat_interleave(blocksize)[:n]
     distance = lambda index: (code[index.int()] - scaled).abs()

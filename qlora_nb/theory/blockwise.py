@@ -81,6 +81,26 @@ def quantize(x: Tensor, code: Tensor, blocksize: int = 64) -> tuple[Tensor, Tens
     return index, absmax
 
 
+def quantize_spec(x: Tensor, code: Tensor, blocksize: int = 64) -> tuple[Tensor, Tensor]:
+    """`quantize` as plain loops over plain numbers: for every number try every code value and keep the nearest.
+
+    Slow and in double precision, so it may differ from `quantize` for numbers within a rounding error of a border.
+
+    >>> [t.tolist() for t in quantize_spec(torch.tensor([2.0, -4, 1]), torch.tensor([-1.0, 0, 1]), blocksize=4)]
+    [[1, 0, 1], [4.0]]
+    """
+    numbers, values = _checked(x, blocksize).tolist(), code.tolist()
+    indices, scales = [], []
+    for start in range(0, len(numbers), blocksize):
+        block = numbers[start : start + blocksize]
+        absmax = max(abs(number) for number in block)
+        scales.append(absmax)
+        for number in block:
+            scaled = number / absmax if absmax > 0 else 0.0
+            indices.append(min(range(len(values)), key=lambda i: (abs(values[i] - scaled), values[i], i)))
+    return torch.tensor(indices, dtype=torch.uint8), torch.tensor(scales, dtype=torch.float32)
+
+
 def dequantize(index: Tensor, absmax: Tensor, code: Tensor, blocksize: int = 64, shape=None, *, dtype=torch.float32) -> Tensor:
     """code[index] · absmax of its block.
 

@@ -32,21 +32,46 @@ LIBRARY_TAIL_QUANTILE = 0.9677083
 """The same, rounded as bitsandbytes writes it."""
 
 
+def nf4_values(tail_quantile: float = TAIL_QUANTILE) -> list[float]:
+    """The sixteen NF4 values in double precision, derived from normal quantiles.
+
+    Eight positive values and seven negative ones are quantiles at evenly spaced probabilities between `tail_quantile`
+    and one half; zero is added (padding and pruned weights must stay exactly zero); all are divided by the largest.
+
+    Args:
+        tail_quantile: probability at which the tail is cut, between 0.5 and 1.
+
+    Returns:
+        16 sorted values in [-1, 1].
+
+    Raises:
+        KitError: `tail_quantile` outside (0.5, 1).
+
+    By hand: the largest quantile is inv_cdf(0.96770833) = 1.8481, the next one inv_cdf(0.96770833 - 0.46770833/8) = 1.3361,
+    so the second largest code value is 1.3361/1.8481 = 0.723.
+
+    >>> [round(v, 3) for v in nf4_values()[-3:]]
+    [0.563, 0.723, 1.0]
+    """
+    if not 0.5 < tail_quantile < 1:
+        raise KitError("tail_quantile is a probability in the upper tail", value=tail_quantile, allowed="between 0.5 and 1")
+    quantile, span = NormalDist().inv_cdf, tail_quantile - 0.5
+    positive = [quantile(tail_quantile - span * i / 8) for i in range(8)]
+    negative = [-quantile(tail_quantile - span * i / 7) for i in range(7)]
+    return sorted(v / positive[0] for v in [*negative, 0.0, *positive])
+
+
 def nf4_code() -> Tensor:
     """NF4 as bitsandbytes tabulates it, derived in the same single-precision steps: equal to its table in every bit.
 
-    Eight positive values and seven negative ones are quantiles at evenly spaced probabilities between the tail and one
-    half; zero is added (padding and pruned weights must stay exactly zero); all are divided by the largest. In double
-    precision the values come out within 2e-7 of these: one number in ten million lies between the midpoints of the two.
+    `nf4_values` is within 2e-7 of it. The last bits matter only for proving equality: one value in ten million lies
+    between the two versions' midpoints.
 
     Returns:
         (16,) float32, sorted, from -1 to 1, with an exact 0 at index 7.
 
-    By hand: the largest quantile is inv_cdf(0.9677083) = 1.8481, the next one inv_cdf(0.9677083 - 0.4677083/8) = 1.3361,
-    so the second largest code value is 1.3361/1.8481 = 0.723.
-
-    >>> [round(v, 3) for v in nf4_code()[-3:].tolist()], nf4_code()[7].item()
-    ([0.563, 0.723, 1.0], 0.0)
+    >>> round(nf4_code()[8].item(), 6), nf4_code()[7].item()
+    (0.07958, 0.0)
     """
 
     def upper(n: int) -> list[float]:  # quantiles at n evenly spaced probabilities from the tail down, one half left out

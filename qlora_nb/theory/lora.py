@@ -67,6 +67,17 @@ def forward(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, lora_alph
     return x @ weight.T + scale(lora_alpha, lora_a.shape[0]) * ((x @ lora_a.T) @ lora_b.T)
 
 
+def forward_spec(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, lora_alpha: float) -> Tensor:
+    """`forward` for one input vector (in,), as plain loops: what the formula says, number by number."""
+    (n_out, n_in), r = weight.shape, lora_a.shape[0]
+    thin = [sum(x[i].item() * lora_a[k, i].item() for i in range(n_in)) for k in range(r)]
+    y = []
+    for o in range(n_out):
+        base = sum(x[i].item() * weight[o, i].item() for i in range(n_in))
+        y.append(base + lora_alpha / r * sum(thin[k] * lora_b[o, k].item() for k in range(r)))
+    return torch.tensor(y, dtype=x.dtype)
+
+
 class LoRALinear(nn.Module):
     """A frozen linear layer with a trained low-rank path beside it.
 

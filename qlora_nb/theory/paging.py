@@ -17,7 +17,6 @@ seconds as an estimate.
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 from qlora_nb.errors import KitError
@@ -95,6 +94,8 @@ class UnifiedMemory:
         Raises:
             MemoryError: ordinary memory alone is larger than the card.
         """
+        if pages > self.budget_pages:
+            raise MemoryError(f"{pages} pages of ordinary memory on a card of {self.budget_pages}")
         self.reserved = pages
         self._make_room(0)
 
@@ -119,7 +120,7 @@ class UnifiedMemory:
     def _make_room(self, pages: int) -> None:
         while len(self.resident) + self.reserved + pages > self.budget_pages:
             if not self.resident:
-                raise MemoryError(f"{self.reserved} pages of ordinary memory leave no room on a card of {self.budget_pages}")
+                raise MemoryError("no room for one page")
             self.resident.popitem(last=False)
             self.pages_out += 1
 
@@ -248,16 +249,17 @@ def simulate(
     for sizes in steps:
         ordinary = [m.total - sizes.paged for m in step_timeline(sizes)]
         memory.faults = memory.pages_in = memory.pages_out = 0
-        survived = not paging and max(ordinary) + sizes.paged <= budget_bytes
+        survived = paging or max(ordinary) + sizes.paged <= budget_bytes
         if paging:
-            with suppress(MemoryError):  # ordinary memory alone is too much
+            try:
                 for reserved in ordinary:
                     memory.reserve(math.ceil(reserved / page_bytes))
                 for page in range(math.ceil(sizes.paged / page_bytes)):
                     if prefetch:
                         memory.prefetch(page)
                     memory.touch(page)
-                survived = True
+            except MemoryError:
+                survived = False
         moved = memory.pages_in * page_bytes, memory.pages_out * page_bytes
         records.append(StepRecord(max(ordinary), survived, memory.faults, *moved))
         if not survived:
