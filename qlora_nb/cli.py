@@ -154,7 +154,7 @@ def copy_for_learning(source: Path, target: Path) -> list[Path]:
     from qlora_nb.engine import batch, runs
 
     notebooks, fresh = batch.choose(source), []
-    with runs.writing(target):
+    with runs.writing(target, "make room there, or remove what is in the way"):
         target.mkdir(exist_ok=True)
         for path in notebooks:
             copy = target / path.name

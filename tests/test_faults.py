@@ -629,8 +629,11 @@ def test_a_number_that_another_process_has_now_is_no_running_run(tmp_path):
 
 @pytest.mark.parametrize("text", ["", "[]", "7", '{"status": "running"}', '{"status": "running", "pid": "x"}', "\udcff"])
 def test_a_manifest_that_cannot_be_read_is_no_finished_run(tmp_path, text):
-    (tmp_path / "manifest.json").write_bytes(text.encode("utf-8", "surrogateescape"))
-    assert runs.status_of(tmp_path) == "died"
+    folder = tmp_path / "tiny" / "n-1"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    assert runs.status_of(folder) == "died"
+    assert not checkpoints.start(validate({"output_dir": str(tmp_path)}), "n").resumed, "a new run starts beside it"
 
 
 def test_a_dangling_link_among_the_runs_hides_none(tmp_path):

@@ -12,12 +12,9 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
-import psutil
-
-from qlora_nb.engine.runs import Run, runs_root, sha256, status_of, write_atomically
+from qlora_nb.engine.runs import Run, manifest_of, newest_first, sha256, status_of, write_atomically
 from qlora_nb.errors import KitError
 
 SEAL, KEEP = "seal.json", 2
@@ -34,7 +31,7 @@ def start(settings, notebook: str, say: Callable[[str], None] = print) -> Run:
     Raises:
         KitError: `resume` names a folder that is no unfinished run, or one that was started with other settings.
     """
-    mine = sorted(runs_root(settings).glob(f"{notebook}-*"), key=lambda f: f.lstat().st_mtime, reverse=True)
+    mine = newest_first(settings, notebook)
     if settings.resume == "no" and not (mine and _stopped_here(mine[0], settings)):
         return Run(settings, notebook)
     folders = [Path(settings.resume).expanduser()] if settings.resume not in ("no", "latest") else mine
@@ -52,12 +49,14 @@ def start(settings, notebook: str, say: Callable[[str], None] = print) -> Run:
 
 
 def _stopped_here(folder: Path, settings) -> bool:
-    with suppress(OSError, ValueError, KeyError):
-        manifest, now = json.loads((path := folder / "manifest.json").read_text()), json.loads(settings.model_dump_json())
-        same = all(manifest["parameters"][name] == now[name] for name in now.keys() - MAY_DIFFER)
-        later = path.stat().st_mtime > psutil.Process().create_time()  # an earlier process may have had this number
-        return same and later and (manifest["status"], manifest["pid"]) == ("interrupted", os.getpid())
-    return False
+    manifest, there = manifest_of(folder)
+    mine = there and (manifest.get("status"), manifest["pid"]) == ("interrupted", os.getpid())
+    return mine and not _differing(manifest.get("parameters", {}), json.loads(settings.model_dump_json()))
+
+
+def _differing(before: dict, now: dict) -> list[str]:
+    """What of a run's settings would train something else, with both values."""
+    return [f"{k} was {before.get(k)}, is {now[k]}" for k in now if k not in MAY_DIFFER and before.get(k) != now[k]]
 
 
 def fingerprint(rows) -> str:
@@ -119,7 +118,7 @@ def require_same(folder: Path, settings, rows_hash: str | None = None) -> None:
     record, now = json.loads((folder / SEAL).read_text()), json.loads(settings.model_dump_json())
     before = record.get("settings", {}) | {"training rows": record.get("rows")}
     now |= {"training rows": rows_hash} if rows_hash else {}
-    if differ := [f"{k} was {before.get(k)}, is {now[k]}" for k in now if k not in MAY_DIFFER and before.get(k) != now[k]]:
+    if differ := _differing(before, now):
         remedy = 'set these back, or start a new run with resume="no"'
         raise KitError(f"this run was started with something else: {', '.join(differ)}", remedy=remedy)
 

@@ -27,9 +27,8 @@ def row_losses(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, encod
     collate = data.collator(tokenizer)
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]["input_ids"]))
     found = torch.zeros(len(encoded), 2, dtype=torch.float64)
-    groups = [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
     with objective.sliced_head(model, chunk=256) as loss:  # whole logits would be the largest thing in memory
-        for group in tqdm(groups, desc="held-out loss", unit="batch", leave=False):
+        for group in tqdm(data.groups(order, BATCH), desc="held-out loss", unit="batch", leave=False):
             padded = collate([encoded[i] for i in group])
             hidden = model(**{k: padded[k].to(model.device) for k in ("input_ids", "attention_mask")}).logits
             for i, vectors, labels in zip(group, hidden, padded["labels"]):

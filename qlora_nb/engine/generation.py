@@ -269,7 +269,7 @@ def answer_file(model, tokenizer: PreTrainedTokenizerBase, rows: list[dict], tar
     if any(n not in range(len(asked)) or record | asked[n] != record for n, record in before.items()):
         remedy = "name another file, or remove it"
         raise KitError("this file holds answers to other rows or by another model", value=target.name, remedy=remedy)
-    with runs.writing(target):
+    with runs.writing(target, "name a file in a folder that you may write to"):
         target.parent.mkdir(parents=True, exist_ok=True)
     runs.write_atomically(target, "".join(json.dumps(record) + "\n" for record in before.values()))
     left = [row for row in asked if row["n"] not in before]

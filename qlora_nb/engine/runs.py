@@ -56,9 +56,11 @@ def redact(value):
     return value
 
 
-def writing(path: Path) -> AbstractContextManager:
+GO_ON = 'make room there and run it again with resume="latest": what was written before is whole'
+
+
+def writing(path: Path, remedy: str = GO_ON) -> AbstractContextManager:
     """Context in which a disk that is full or closed becomes a refusal, whatever the library that writes says."""
-    remedy = 'make room there and run it again with resume="latest": what was written before is whole'
     return refusing(f"{path.name} cannot be written", str(path.parent), remedy)
 
 
@@ -214,19 +216,31 @@ def sole_writer(folder: Path) -> AbstractContextManager:
         raise KitError(what, value=folder.name, remedy="wait for it, or stop it") from None
 
 
+def manifest_of(folder: Path) -> tuple[dict, bool]:
+    """A run's manifest, and whether the process that wrote it is still there; ({}, False) if it cannot be read."""
+    manifest, there = {}, False
+    with suppress(OSError, ValueError, KeyError, TypeError, psutil.NoSuchProcess):
+        manifest = dict(json.loads((path := folder / "manifest.json").read_text()))
+        # a process that began after the last word of this one only has its number
+        there = psutil.Process(manifest["pid"]).create_time() < path.stat().st_mtime + 1
+    return manifest, there
+
+
 def status_of(folder: Path) -> str:
     """running, done, failed, interrupted, or died (it says running but its process is gone)."""
-    with suppress(OSError, ValueError, KeyError, TypeError, psutil.NoSuchProcess):
-        manifest = json.loads((path := folder / "manifest.json").read_text())
-        # a process that began after the last word of this one only has its number
-        if manifest["status"] != "running" or psutil.Process(manifest["pid"]).create_time() < path.stat().st_mtime + 1:
-            return manifest["status"]
-    return "died"
+    manifest, there = manifest_of(folder)
+    status = manifest.get("status", "died")
+    return status if there or status != "running" else "died"
+
+
+def newest_first(settings, notebook: str) -> list[Path]:
+    """The folders of a notebook's runs in this profile."""
+    return sorted(runs_root(settings).glob(f"{notebook}-*"), key=lambda f: f.lstat().st_mtime, reverse=True)
 
 
 def latest_done(settings, notebook: str) -> Path | None:
     """The newest finished run of a notebook in this profile that left an adapter, or None."""
-    folders = sorted(runs_root(settings).glob(f"{notebook}-*"), key=lambda f: f.lstat().st_mtime, reverse=True)
+    folders = newest_first(settings, notebook)
     return next((f for f in folders if status_of(f) == "done" and (f / "adapter").is_dir()), None)
 
 
