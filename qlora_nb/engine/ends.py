@@ -54,8 +54,16 @@ def quantize_head(model: nn.Module, quant_type: str, double_quant: bool, compute
 
 
 def keep_embedding_on_cpu(model: nn.Module, device: torch.device) -> None:
-    """Move the input embedding to the host's memory: token ids go there, looked-up vectors come to `device`."""
+    """Move the input embedding to the host's memory: token ids go there, looked-up vectors come to `device`.
+
+    The table becomes a plain attribute of its module. As a parameter it would be the first one of the model, and transformers
+    takes the place of the first parameter for the place of the whole model (`PreTrainedModel.device`): `generate` would then
+    send everything to the CPU.
+    """
     table = model.get_input_embeddings()
     table.to("cpu")
+    weight = table.weight.detach()
+    del table.weight
+    table.weight = weight
     table.register_forward_pre_hook(lambda module, args: tuple(ids.cpu() for ids in args))
     table.register_forward_hook(lambda module, args, vectors: vectors.to(device))

@@ -229,8 +229,6 @@ def measure(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
     at_the_ends = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if hasattr(m, "weight")}
     matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
     for name, p in model.named_parameters():
-        if torch.cuda.is_available() and p.device.type == "cpu":
-            continue  # the embedding, kept in the host's memory
         state = getattr(p, "quant_state", None)
         if state is not None:
             add(CODES, p)

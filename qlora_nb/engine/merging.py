@@ -88,7 +88,8 @@ def release(model: torch.nn.Module | PeftModel) -> int:
         Bytes that were held and now are not, from the live tensors.
     """
     before = ledger.measure(model).total_bytes
-    for tensor in (*model.parameters(), *model.buffers()):
+    table = model.get_input_embeddings().weight  # no parameter where it was kept in the host's memory
+    for tensor in (*model.parameters(), *model.buffers(), table):
         state = getattr(tensor, "quant_state", None)
         for level in filter(None, (state, state and state.state2)):
             level.absmax = level.code = level.offset = None

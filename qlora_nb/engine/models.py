@@ -135,7 +135,7 @@ def load_base(settings, four_bit: bool = True) -> PreTrainedModel:
     elif levers:
         if settings.head_4bit:
             ends.quantize_head(model, settings.quant_type, settings.double_quant, dtype)
-        if settings.embedding_on_cpu:
+        if settings.embedding_on_cpu and torch.cuda.is_available():  # without a card it lies there anyway
             ends.keep_embedding_on_cpu(model, device())
     return model.eval()
 
