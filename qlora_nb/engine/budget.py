@@ -8,13 +8,14 @@ and setting; none is fitted to a published figure.
 memory that the allocator's whole blocks waste. Both are assumptions until they are measured on a GPU.
 """
 
+import gc
 import tomllib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch.utils import benchmark
 from transformers import AutoConfig
 
@@ -214,26 +215,34 @@ def require_fit(settings, here: Machine, train: bool = True) -> None:
     raise KitError(f"{what} {sizes}", remedy="; ".join(map(str, fit[1])) if fit else smaller)
 
 
-@contextmanager
-def out_of_memory_doctor(settings, model, optimizer: Callable) -> Iterator[None]:
-    """Turn CUDA's out-of-memory error into the ledger of that moment and the next lever to pull.
+def is_out_of_memory(error: BaseException) -> bool:
+    """torch's own class, or one of the plain errors by which other allocators (cuBLAS, the host's) say the same."""
+    allocator = "ALLOC_FAILED" in str(error) or "CUDA error: out of memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or allocator or should_reduce_batch_size(error)
 
-    Args:
-        optimizer: returns the optimizer, or None while there is none.
 
-    Raises:
-        KitError: in place of `torch.OutOfMemoryError`, which stays its cause.
+def let_go(error: BaseException) -> None:
+    """Free what an error keeps alive: its traceback holds the activations of the step that failed, in frames and in closures.
+
+    A notebook keeps its last error, so the memory would stay taken until the next one. The error loses its traceback.
     """
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        held = ledger.measure(model, optimizer())
-        parts = ", ".join(f"{line.name} {line.bytes / GIB:.2f}" for line in sorted(held.lines, key=lambda x: -x.bytes)[:4])
-        more = levers(settings, model.config)
-        asked = str(error).split("GPU ")[0].strip().rstrip(".")[:120]
-        what = f"the GPU's memory ran out ({asked}); held at that moment {held.total_gib:.2f} GiB: {parts}"
-        remedy = str(more[0]) if more else "choose a smaller model, or close other programs on this GPU"
-        raise KitError(what, remedy=remedy) from error
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def out_of_memory(error: BaseException, settings, model, optimizer) -> KitError:
+    """What an out-of-memory error becomes: the ledger of that moment and the next lever to pull. Gradients are freed."""
+    held = ledger.measure(model, optimizer)
+    model.zero_grad(set_to_none=True)
+    parts = ", ".join(f"{line.name} {line.bytes / GIB:.2f}" for line in sorted(held.lines, key=lambda x: -x.bytes)[:4])
+    more = levers(settings, model.config)
+    asked = str(error).split("GPU ")[0].splitlines()[0].strip().rstrip(".")[:120]
+    what = f"memory ran out ({asked}); held at that moment {held.total_gib:.2f} GiB: {parts}"
+    return KitError(what, remedy=str(more[0]) if more else "choose a smaller model, or close other programs")
 
 
 def step_flops(plan: Plan) -> float:

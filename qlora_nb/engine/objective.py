@@ -66,9 +66,14 @@ def sliced_head(model: nn.Module, chunk: int) -> Iterator[Callable]:
     """
     head = model.get_output_embeddings()
     forward = head.forward  # the head stays where it is; only its call is suspended
+    weight = getattr(head, "weight", None)  # a head in 4 bit has none, and casts by itself
+
+    def logits(hidden):
+        # accelerate's autocast ends with the model's forward and hands out float32: the head may be float16
+        return forward(hidden if weight is None else hidden.to(weight.dtype))
 
     def loss(outputs, labels, num_items_in_batch=None):
-        return sliced_loss(outputs.logits, labels, forward, chunk, num_items_in_batch)
+        return sliced_loss(outputs.logits, labels, logits, chunk, num_items_in_batch)
 
     head.forward = lambda hidden: hidden
     try:

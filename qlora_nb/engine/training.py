@@ -23,6 +23,7 @@ from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from qlora_nb.engine import activations, budget, checkpoints, data, evaluation, fetch, generation, ledger, models, objective, runs
+from qlora_nb.engine import optimizers as optimizer_states
 from qlora_nb.errors import KitError
 
 _STEPS = {"max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "seed"}
@@ -59,22 +60,38 @@ def trainable_parameters(model: torch.nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
+SMALLEST_SCALE = 1.0
+"""A gradient scaler that has come down to this has halved its scale sixteen times: the gradients themselves are not finite."""
+
+
 class _Watch(TrainerCallback):
-    """Passes on every step's numbers, stops on NaN, stops when asked to."""
+    """Passes on every step's numbers, stops on NaN, stops when asked to.
+
+    `updating` is true from the beginning of the optimizer's step to its end: what breaks off then leaves some weights updated
+    and others not.
+    """
 
     def __init__(self, report: Callable[[dict], None], stop: threading.Event, n_tokens: list[int]):
         self.report, self.stop, self.n_tokens = report, stop, n_tokens
         self.failure: str | None = None
+        self.updating = False
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.started, self.first = time.perf_counter(), state.global_step
         self.n_tokens.clear()
+        self.updating = False
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.updating = True
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.updating = False
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.stop.is_set():
             control.should_training_stop = control.should_save = True
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(self, args, state, control, logs=None, optimizer=None, **kwargs):
         if "loss" not in logs:
             return
         seconds = time.perf_counter() - self.started
@@ -82,27 +99,50 @@ class _Watch(TrainerCallback):
         timing = {"tokens_per_s": sum(self.n_tokens) / seconds, "seconds": seconds, "seconds_left": left}
         timing["memory_bytes"] = torch.cuda.memory_reserved() if torch.cuda.is_available() else psutil.Process().memory_info().rss
         logged = {"loss": logs["loss"], "learning_rate": logs["learning_rate"], "grad_norm": logs.get("grad_norm")}
+        bad = [k for k in ("loss", "grad_norm") if not math.isfinite(logs.get(k, 0.0))]
+        if bad == ["grad_norm"] and _was_skipped(optimizer):
+            bad, logged["grad_norm"] = [], None
+            print(
+                f"step {state.global_step}: float16 gradients overflowed; the update is skipped, the scaler's next scale is half"
+            )
         self.report({"step": state.global_step, "max_steps": state.max_steps, **logged, **timing})
         self.on_step_end(args, state, control)  # asked just now: this step can still be the last
-        if bad := [k for k in ("loss", "grad_norm") if not math.isfinite(logs.get(k, 0.0))]:
+        if bad:
             self.failure = f"{' and '.join(bad)} became {logs[bad[0]]} at step {state.global_step}"
             control.should_training_stop, control.should_save = True, False  # the checkpoint before is the last good one
 
 
+def _was_skipped(optimizer) -> bool:
+    """Whether accelerate's gradient scaler left out the last update because of an overflow, and can still go lower."""
+    scaler = getattr(optimizer, "scaler", None)
+    return scaler is not None and optimizer.step_was_skipped and scaler.get_scale() > SMALLEST_SCALE
+
+
 class _Scale(TrainerCallback):
-    """Weighs the second step: `held` is the ledger of weights, gradients and states, `moved` the most that lived besides."""
+    """Measures one step, the first one after an update: `held` is the ledger of weights, gradients and states, `moved` the most
+    that lived besides, `shape` its largest pass. `shapes` is filled while batches are made: (rows, tokens, tokens that train)."""
 
-    def __init__(self):
-        self.weighing, self.held, self.moved = ExitStack(), None, None
+    def __init__(self, shapes: list[tuple[int, int, int]]):
+        self.weighing, self.shapes = ExitStack(), shapes
+        self.held, self.moved, self.shape = None, None, None
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == 1:
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.weighing.close()  # still open where memory ran out
+        self.shapes.clear()
+        self.first, self.at = state.global_step, None
+
+    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+        if self.held is None and state.global_step > self.first and optimizer.state:
+            self.at = state.global_step
             self.moved = self.weighing.enter_context(activations.weigh())
 
     def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
-        if state.global_step == 1:
+        if self.held is None and self.at == state.global_step:
             self.weighing.close()
             self.held = ledger.measure(model, optimizer)
+            passes = args.gradient_accumulation_steps
+            start = (self.at - self.first) * passes
+            self.shape = max(self.shapes[start : start + passes], key=lambda shape: shape[0] * shape[1])
 
 
 class _Sample(TrainerCallback):
@@ -132,6 +172,11 @@ class _Trainer(Trainer):
         super().__init__(**options)
         self.seal = seal
         self.remove_callback(PrinterCallback)  # it would print every step's numbers a second time
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        made = super().create_optimizer(model)
+        optimizer_states.keep_paged(made)
+        return made
 
     def _get_train_sampler(self, train_dataset=None):
         return SequentialSampler(train_dataset or self.train_dataset)  # data.in_training_order has seen to it
@@ -216,29 +261,89 @@ def arguments(settings, folder: Path) -> TrainingArguments:
     saves = {"save_strategy": "steps" if settings.save_steps else "no", "save_steps": settings.save_steps or 1}
     device = {"fp16": on_gpu and dtype is torch.float16, "use_cpu": not on_gpu, "dataloader_pin_memory": on_gpu}
     own = {**settings.model_dump(include=TRAINERS_OWN), "disable_tqdm": True, "remove_unused_columns": False}
-    return TrainingArguments(output_dir=str(folder / "checkpoints"), **own, **device, **logs, **saves)
+    made = TrainingArguments(output_dir=str(folder / "checkpoints"), **own, **device, **logs, **saves)
+    made._n_gpu = min(made.n_gpu, 1)  # of several cards one is used: the Trainer would count rows and loss once for each
+    return made
 
 
-def _train(new_trainer: Callable[..., _Trainer], settings, checkpoint: Path | None):
-    """Train to the end, in passes of fewer rows each time a GPU's memory runs out; returns the settings it ended with.
+def _train(new_trainer: Callable[..., _Trainer], settings, watch: _Watch, checkpoint: Path | None, go_back: Callable) -> None:
+    """Train to the end, in passes of fewer rows each time memory runs out.
+
+    A step that broke off before its update is done again from the weights as they are. One that broke off inside the update has
+    changed some of them already: then training is resumed after the newest checkpoint, or begins anew.
+
+    Args:
+        new_trainer: makes a trainer from settings and the optimizer to go on with (None: a new one).
+        checkpoint: where to begin.
+        go_back: puts the weights back to their first values and returns the newest checkpoint, None if there is none.
 
     Raises:
-        KitError: it ran out with one row in a pass.
+        KitError: memory ran out with one row in a pass.
     """
-    trainer, smaller = new_trainer(settings), settings
+    trainer, smaller = new_trainer(settings, None), settings
     while True:
-        with budget.out_of_memory_doctor(smaller, trainer.model, lambda now=trainer: now.optimizer):
-            try:
-                trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-                return smaller
-            except torch.OutOfMemoryError:
-                if smaller.per_device_train_batch_size == 1:
-                    raise
-        smaller = with_fewer_rows(smaller)  # the error is gone, and with it what the step held
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+            return
+        except RuntimeError as error:
+            if not budget.is_out_of_memory(error):
+                raise
+            budget.let_go(error)
+            if smaller.per_device_train_batch_size == 1:
+                raise budget.out_of_memory(error, smaller, trainer.model, trainer.optimizer) from error
+        finally:
+            _end_autocast(trainer.model)
+        smaller = with_fewer_rows(smaller)
         rows, passes = smaller.per_device_train_batch_size, smaller.gradient_accumulation_steps
         print(f"out of memory in step {trainer.state.global_step + 1}: it is done again in {passes} passes of {rows}")
-        checkpoint = trainer.save_now()
-        trainer = new_trainer(smaller)
+        optimizer = _bare(trainer.optimizer)
+        if watch.updating:
+            checkpoint = go_back()
+            optimizer_states.begin_anew(optimizer)
+        else:
+            checkpoint = trainer.save_now()
+        trainer = new_trainer(smaller, optimizer)
+
+
+def _end_autocast(model: torch.nn.Module) -> None:
+    """Take off what accelerate put around the model's forward for float16: what is asked next is asked as a loaded model is."""
+    for name in ("forward", "_original_forward"):
+        vars(model).pop(name, None)
+
+
+def _bare(optimizer) -> torch.optim.Optimizer:
+    """The optimizer inside accelerate's wrapper, without what a step that broke off left on it."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    vars(inner).pop("step", None)
+    return inner
+
+
+def _go_back(model: PeftModel, first: list, run, losses: list[float], held_out: dict[int, float]) -> Path | None:
+    """Give the adapter its first weights and forget what was logged after the newest checkpoint, which is returned."""
+    checkpoint = checkpoints.newest(run.folder)
+    step = checkpoints.step_of(checkpoint) if checkpoint else 0
+    print(f"the update had begun: training is resumed after step {step}")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter, value in zip(trained, first, strict=True):
+        parameter.data.copy_(value)
+    run.cut(step)
+    del losses[step:]
+    for late in [at for at in held_out if at > step]:
+        del held_out[late]
+    return checkpoint
+
+
+def _counting_collator(tokenizer, n_tokens: list[int], shapes: list[tuple[int, int, int]]) -> Callable:
+    """`data.collator` that notes of every batch its tokens without padding, and (rows, tokens, tokens that train)."""
+    pad = data.collator(tokenizer)
+
+    def collate(batch):
+        padded = pad(batch)
+        n_tokens.append(sum(len(row["input_ids"]) for row in batch))
+        shapes.append((*padded["input_ids"].shape, int((padded["labels"] != data.IGNORED).sum())))
+        return padded
+
+    return collate
 
 
 def _begin(model: PeftModel, run, settings, rows_hash: str, losses: list[float], held_out: dict[int, float]) -> Path | None:
@@ -277,9 +382,9 @@ def finetune(
 
     Returns:
         A dictionary: `losses` (one a step, those before a resume included), `held_out` ({step: loss}), `seconds`,
-        `tokens_per_s` (no padding counted), `stopped` (by ■), `adapter` (folder); of the second step `held` (`ledger.Ledger`),
-        `moved` (`activations.Moved`) and `shape` (rows, tokens, tokens that train) of its largest pass, None where no
-        second step was seen.
+        `tokens_per_s` (no padding counted), `stopped` (by ■), `adapter` (folder); of the first step after an update `held`
+        (`ledger.Ledger`), `moved` (`activations.Moved`) and `shape` (rows, tokens, tokens that train) of its largest pass,
+        None where there was no such step.
 
     Raises:
         KitError: loss or gradient became NaN or infinite, the GPU's memory ran out, the run was started with other settings or
@@ -287,14 +392,8 @@ def finetune(
     """
     rows = data.pack(rows, settings.max_length) if settings.packing else rows
     rows = data.in_training_order(rows, settings)
-    losses, n_tokens, shapes = [], [], []  # of every step; of every pass the tokens, and (rows, tokens, tokens that train)
-    pad = data.collator(tokenizer)
-
-    def collate(batch):
-        padded = pad(batch)
-        n_tokens.append(sum(len(row["input_ids"]) for row in batch))
-        shapes.append((*padded["input_ids"].shape, int((padded["labels"] != data.IGNORED).sum())))
-        return padded
+    losses, n_tokens, shapes = [], [], []  # of every step; of every pass the tokens, and its shape
+    collate = _counting_collator(tokenizer, n_tokens, shapes)
 
     def note(step: dict) -> None:
         losses.append(step["loss"])
@@ -302,7 +401,12 @@ def finetune(
         report(step)
 
     model.config.use_cache = False
-    scale, sample = _Scale(), _Sample(tokenizer, settings, held_out, run)
+    scale, sample = _Scale(shapes), _Sample(tokenizer, settings, held_out, run)
+    first = [p.detach().to("cpu", copy=True) for p in model.parameters() if p.requires_grad]
+
+    def go_back() -> Path | None:
+        return _go_back(model, first, run, losses, sample.losses)
+
     try:
         with stop_on_interrupt() as stop, ExitStack() as stack:
             watch = _Watch(note, stop, n_tokens)
@@ -316,8 +420,12 @@ def finetune(
             checkpoint = _begin(model, run, settings, rows_hash, losses, sample.losses)
             seal = lambda folder: checkpoints.seal(folder, settings=settings.model_dump(), rows=rows_hash)
             own = {"model": model, "train_dataset": rows, "data_collator": collate, "compute_loss_func": loss}
-            new = lambda how: _Trainer(seal, args=arguments(how, run.folder), callbacks=[watch, scale, sample], **own)
-            passes = _train(new, settings, checkpoint).gradient_accumulation_steps
+
+            def new_trainer(how, optimizer):
+                own["optimizers"] = (optimizer, None)
+                return _Trainer(seal, args=arguments(how, run.folder), callbacks=[watch, scale, sample], **own)
+
+            _train(new_trainer, settings, watch, checkpoint, go_back)
     except BaseException as error:  # the folder must say what became of the run
         run.finish("failed", error=f"{type(error).__name__}: {error}"[:500])
         raise
@@ -332,8 +440,7 @@ def finetune(
         save_adapter(model, adapter)
         checkpoints.seal(adapter)
     seconds = time.perf_counter() - watch.started
-    second = max(shapes[passes : 2 * passes], key=lambda shape: shape[0] * shape[1], default=None)
-    weighed = {"held": scale.held, "moved": scale.moved, "shape": second}
+    weighed = {"held": scale.held, "moved": scale.moved, "shape": scale.shape}
     told = {"losses": losses, "held_out": sample.losses, "seconds": seconds, "tokens_per_s": sum(n_tokens) / seconds}
     return {**told, "stopped": stop.is_set(), "adapter": adapter, **weighed}
 
