@@ -13,6 +13,7 @@ import argparse
 import os
 import statistics
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -43,13 +44,9 @@ def decode(world, tuned: bool, fast: bool, n: int) -> tuple[torch.Tensor, float]
     settings, tokenizer, model = world
     encoded = generation.encode([generation.row_of(settings.prompts[0])], tokenizer, model, settings)
     started = time.perf_counter()
-    with generation.base_or_tuned(model, tuned), torch.no_grad():
-        if fast:
-            with decoding.fast(model) as how:
-                config = generation._config(tokenizer, n, min_new_tokens=n, **how)
-                out = model.generate(**encoded, generation_config=config)
-        else:
-            out = model.generate(**encoded, generation_config=generation._config(tokenizer, n, min_new_tokens=n))
+    config = generation._config(tokenizer, n, min_new_tokens=n)
+    with generation.base_or_tuned(model, tuned), torch.no_grad(), decoding.fast(model) if fast else nullcontext():
+        out = model.generate(**encoded, generation_config=config)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return out, time.perf_counter() - started

@@ -1,13 +1,20 @@
 """Will it fit: the peak's lines, levers, cards, refusals before a download, the doctor, and the published figures."""
 
+import itertools
 import time
 
+import nbformat
+import pandas
 import pytest
 import torch
+from conftest import NOTEBOOKS, ROOT
+from peft import LoraConfig, get_peft_model
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, GPTNeoXConfig
 from typer.testing import CliRunner
 
 from qlora_nb.cli import app
-from qlora_nb.engine import activations, budget, ledger, models, runs, shapes, training
+from qlora_nb.engine import activations, budget, ledger, models, profiles, runs, shapes, training
 from qlora_nb.engine.environment import GIB, Gpu, Machine
 from qlora_nb.engine.profiles import validate
 from qlora_nb.errors import KitError
@@ -174,6 +181,64 @@ def test_plan_prints_the_ledger_the_levers_and_the_line():
     fits = CliRunner().invoke(app, ["plan", "--profile", "full", "--gpu-gib", "12", "-p", "r", "16"])
     assert fits.exit_code == 0
     assert "-p r 16" in fits.output
+
+
+def test_8_gb_are_enough_with_the_settings_that_the_readme_names():
+    """A card sold with 8 GB offers about 7.6 GiB: no two of the settings are enough."""
+    gib = lambda *some: budget.peak(budget.plan_of(validate({"profile": "full"} | dict(some)), on_gpu=True)).total_gib
+    settings = [("optim", "paged_adamw_8bit"), ("embedding_on_cpu", True), ("head_4bit", True), ("r", 16)]
+    assert min(gib(*two) for two in itertools.combinations(settings, 2)) > 7.6
+    fits, pulled = budget.make_fit(FULL, 7.6 * GIB)
+    assert len(pulled) == 3
+    assert (fits.optim, fits.embedding_on_cpu, fits.r) == ("paged_adamw_8bit", True, 16)
+    [row] = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `full` |")]
+    assert "three settings changed: 8-bit states, the embedding on the CPU, r = 16" in row
+    assert f"({gib(*settings[:2], settings[3]):.1f} GiB)" in row
+    assert f"({gib():.1f} GiB)" in row
+
+
+def test_the_recipe_of_06_says_what_each_setting_saves_alone():
+    cells = nbformat.read(NOTEBOOKS / "06_finetune_pythia_12b.ipynb", 4).cells
+    i = next(i for i, cell in enumerate(cells) if cell.source.startswith("recipe = {"))
+    names = {"budget": budget, "profiles": profiles, "pandas": pandas}
+    exec(cells[i].source, names)
+    numbers = {2: "Two", 3: "Three", 4: "Four", 5: "Five", 6: "Six"}
+    assert f"{numbers[len(names['recipe'])]} settings take memory off" in cells[i - 1].source
+    first, *others = names["rows"]
+    alone = {row["with"]: row["saves alone (GiB)"] for row in others}
+    n_rank_64, n_rank_16, embedding = 188_743_680, 47_185_920, 50_688 * 5120
+    by_hand = {
+        "8-bit states": n_rank_64 * (8 - 2 - 2 * 4 / 256),
+        "embedding on the CPU": 2 * embedding,
+        "head in 4 bit": embedding * (2 - 4.127 / 8),
+        "r = 16": (n_rank_64 - n_rank_16) * (16 + 4 * budget.SLACK),
+    }
+    assert alone == pytest.approx({name: size / GIB for name, size in by_hand.items()}, abs=0.02)
+    assert first["saves alone (GiB)"] == 0
+    steps = [before["512 tokens (GiB)"] - row["512 tokens (GiB)"] for before, row in itertools.pairwise(names["rows"])]
+    assert sum(alone.values()) > sum(steps) + 0.5, "they do not add up, as the text says"
+
+
+def test_checkpointing_costs_half_as_many_operations_again():
+    """Counted by torch while transformers and PEFT work: a frozen weight has no gradient, so a pass more is a half, no third."""
+    config = GPTNeoXConfig(vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=256)
+    counts = []
+    for checkpointing in (False, True):
+        model = get_peft_model(AutoModelForCausalLM.from_config(config), LoraConfig(r=1, target_modules="all-linear"))
+        model.enable_input_require_grads()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        ids = torch.arange(32)[None]
+        with FlopCounterMode(display=False) as counter:
+            model.train()(input_ids=ids, labels=ids).loss.backward()
+        counts.append(counter.get_total_flops())
+    assert 1.4 < counts[1] / counts[0] <= 1.5
+    plain = validate({"profile": "full", "gradient_checkpointing": False})
+    lever = next(lever for lever in budget.levers(plain, on_gpu=True) if "gradient_checkpointing" in lever.changes)
+    assert lever.costs == "up to half as many operations again"
+    said = profiles.PROFILES["full"]["gradient_checkpointing"].reason
+    without, with_it = (budget.peak(budget.plan_of(chosen, on_gpu=True)).total_gib for chosen in (plain, FULL))
+    assert f"{without:.0f} GiB instead of {with_it:.0f}" in said
 
 
 def test_flops_by_hand():

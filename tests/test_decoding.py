@@ -1,10 +1,20 @@
 """Fast decoding says what plain `generate` says, holds little more, and leaves the model as it was."""
 
+import json
 import threading
 
 import bitsandbytes as bnb
 import pytest
 import torch
+from conftest import NOTEBOOKS
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    CompileConfig,
+    GenerationConfig,
+    GPTNeoXConfig,
+    StaticCache,
+)
 
 from qlora_nb.engine import data, decoding, generation, ledger, models, training
 from qlora_nb.engine.profiles import validate
@@ -65,8 +75,8 @@ def test_another_thread_goes_the_plain_way_meanwhile(world):
         off = lambda logits: ((logits - wanted).norm() / wanted.norm()).item()
 
         def work():
-            with torch.no_grad(), decoding.fast(model) as how:
-                found.append((how, model(input_ids=ids).logits))
+            with torch.no_grad(), decoding.fast(model):
+                found.append(model(input_ids=ids).logits)
 
         with decoding.fast(model):
             layer = next(m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit))
@@ -76,7 +86,7 @@ def test_another_thread_goes_the_plain_way_meanwhile(world):
             thread.join()
             assert "forward" in vars(layer) or torch.cuda.is_available(), "the other one's end is not ours"
             assert off(model(input_ids=ids).logits) < 1e-4
-    assert off(found[0][1]) < 1e-4
+    assert off(found[0]) < 1e-4
     assert torch.get_num_threads() == threads
 
 
@@ -89,19 +99,48 @@ def test_other_datatypes_give_the_same_logits(values):
             assert torch.allclose(model(input_ids=ids).logits, wanted, atol=1e-4 if wanted.dtype is torch.float32 else 0.2)
 
 
-def test_a_static_cache_as_on_a_gpu_gives_the_same_tokens(world, monkeypatch):
-    """There transformers compiles the step by itself; here the same setting runs uncompiled."""
+def tiny_model(folder, **how):
+    """A random GPT-NeoX from disk, as transformers loads it; `how` may quantize it."""
+    config = GPTNeoXConfig(vocab_size=96, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, **how).eval()
+
+
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_transformers_compiles_no_step_of_a_model_that_bitsandbytes_quantized(four_bit, tmp_path):
+    """Transformers' own criterion, with a static cache and the CPU allowed for once, as a GPU is."""
+    how = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")} if four_bit else {}
+    model, compiling = tiny_model(tmp_path, **how), CompileConfig()
+    compiling._compile_all_devices = True
+    cache = {"past_key_values": StaticCache(config=model.config, max_cache_len=16)}
+    found = model._valid_auto_compile_criteria(cache, GenerationConfig(compile_config=compiling))
+    assert found is not four_bit
+
+
+def test_on_a_gpu_nothing_is_changed_and_no_other_cache_is_asked_for(world, monkeypatch):
     settings, tokenizer, model = world
-    row = data.pocket.read("test")[0]
+    asked, generate = [], model.generate
+    monkeypatch.setattr(model, "generate", lambda **given: asked.append(given["generation_config"]) or generate(**given))
     monkeypatch.setattr(decoding.torch.cuda, "is_available", lambda: True)
-    with decoding.fast(model) as how:
-        assert how == {"cache_implementation": "static"}
+    with decoding.fast(model) as given:
+        assert given is None
+        assert not [module for module in model.modules() if "forward" in vars(module)]
+    row = data.pocket.read("test")[0]
+    said = generation.answer(model, tokenizer, row, settings, True).text
+    assert asked[0].cache_implementation is None
     monkeypatch.undo()
-    encoded = generation.encode([row], tokenizer, model, settings)
-    with torch.no_grad():
-        out = model.generate(**encoded, generation_config=generation._config(tokenizer, settings.max_new_tokens, **how))
-    said = tokenizer.decode(out[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True).strip()
     assert said == plain(world, row, True)
+
+
+def test_the_docstring_has_the_recorded_shares_of_time():
+    record = json.loads((NOTEBOOKS / "recorded" / "decoding.json").read_text())["models"]
+    parts = ("unpacking codes", "unpacking scales", "products")
+    found = {name: sum(model["shares_of_plain"][part] for part in parts) for name, model in record.items()}
+    assert found["pocket"] == pytest.approx(1 / 2, abs=0.05)
+    assert found["smollm2"] == pytest.approx(3 / 4, abs=0.05)
+    said = " ".join(decoding.__doc__.split())
+    assert "half of the time of plain `generate` goes there for the pocket model, three quarters for SmolLM2" in said
 
 
 def test_along_an_answer_the_first_position_is_the_next_token(world):

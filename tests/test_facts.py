@@ -1,12 +1,21 @@
-"""The published table of exact shapes: every Pythia and gpt-neox-20b, parameters and bytes to the last digit printed."""
+"""The published table of exact shapes, to the last digit printed, and what notebooks and README say in words and numbers."""
 
 from __future__ import annotations
 
+import ast
+import itertools
+import json
+
+import nbformat
 import pytest
 import torch
-from transformers import GPTNeoXConfig
+from conftest import NOTEBOOKS, ROOT
+from transformers import GPTNeoXConfig, RepetitionPenaltyLogitsProcessor
 
-from qlora_nb.engine import ledger, shapes
+from qlora_nb.engine import ledger, models, shapes
+from qlora_nb.engine.profiles import Settings, validate
+
+NAMES = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
 
 GIB = 2**30
 FROZEN = (*ledger.QUANTIZED, ledger.LINEARS, ledger.EMBEDDINGS, ledger.SMALL)
@@ -63,3 +72,128 @@ def test_the_kits_shapes_are_those_of_the_table(size):
 
 def test_every_pythia_of_the_kit_is_in_the_table():
     assert set(shapes.PYTHIA) == set(TABLE) - {"neox-20b"}
+
+
+# ---- sentences with a number or a direction ---------------------------------------------------------------------------
+
+EMBEDDED = {size: 2 * row[3] * row[1] / row[4] for size, row in TABLE.items() if size in shapes.PYTHIA}
+"""Share of a Pythia's numbers that is embedding or head, from the table's own columns."""
+
+
+def text_of(name: str) -> str:
+    """All markdown of a notebook in one line."""
+    cells = nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4).cells
+    return " ".join(" ".join(cell.source for cell in cells if cell.cell_type == "markdown").split())
+
+
+def test_which_pythias_grow_with_the_rest_in_float32():
+    growing = []
+    for size in shapes.PYTHIA:
+        layers, hidden, heads, vocab = TABLE[size][:4]
+        made = config(layers, hidden, heads, vocab)
+        upcast = ledger.predict(config=made, rest_dtype=torch.float32).sum(FROZEN)
+        if upcast > 2 * TABLE[size][4]:
+            growing.append(size)
+    assert growing == ["14m", "70m", "160m"]
+    assert 0.45 < EMBEDDED["160m"] < 0.5 < EMBEDDED["70m"] < EMBEDDED["14m"]
+    said = "pythia-14m, 70m and 160m grow: nearly half of 160m, and more of the other two, is embedding"
+    assert said in text_of("01_setup")
+
+
+def test_how_much_of_small_pythias_is_embedding():
+    assert EMBEDDED["14m"] == pytest.approx(0.9, abs=0.03)
+    assert EMBEDDED["410m"] == pytest.approx(0.25, abs=0.03)
+    assert "nine tenths of pythia-14m and still a quarter of 410m are embeddings" in text_of("01_setup")
+    assert [size for size, share in EMBEDDED.items() if share > 0.5] == ["14m", "70m"]
+    assert "embeddings, which get no adapter and are most of 14m and 70m" in text_of("02_lora")
+
+
+def test_from_which_pythia_on_the_trained_share_falls():
+    shares = {}
+    for size in shapes.PYTHIA:
+        layers, hidden, _, _, total, *_ = TABLE[size]
+        shares[size] = layers * 16 * hidden * 8 / total  # sides of a block: 1 + 3, 1 + 1, 1 + 4, 4 + 1 times hidden; rank 8
+        assert shares[size] == pytest.approx(shapes.PYTHIA[size].lora_parameters(8) / total)
+    sizes = list(shares)
+    falls = [later for earlier, later in itertools.pairwise(sizes) if shares[later] < shares[earlier]]
+    assert sizes[sizes.index("1.4b") + 1 :] == [size for size in falls if sizes.index(size) > sizes.index("1.4b")]
+    assert shares["1.4b"] > shares["1b"], "not from the first large one on"
+    assert "From 1.4b on the share falls" in text_of("02_lora")
+
+
+def test_the_title_of_02_names_the_rank_of_its_number():
+    assert 47e6 < shapes.PYTHIA["12b"].lora_parameters(16) < 48e6
+    assert "# 2 · LoRA: at rank 16, 47 million trained numbers" in text_of("02_lora")
+
+
+def test_a_count_over_packed_tensors_is_smaller_than_the_models():
+    loaded = models.load_base(validate({}))
+    counted = sum(p.numel() for p in loaded.parameters())
+    assert counted < sum(p.numel() for p in ledger.meta_model(loaded.config).parameters())
+    assert "A count over the loaded tensors looks smaller only because two codes share a byte; step 5 counts" in text_of(
+        "06_finetune_pythia_12b"
+    )
+
+
+def test_what_06_says_of_the_recorded_intervals():
+    found = {}
+    for name in ("pocket", "smollm2"):
+        record = json.loads((NOTEBOOKS / "recorded" / f"sixteen_bit_{name}.json").read_text())
+        found[name] = record["difference"]
+    assert all(interval["low"] < 0 < interval["high"] for interval in found["pocket"].values())
+    assert found["smollm2"]["loss"]["low"] > 0
+    quality = json.loads((NOTEBOOKS / "recorded" / "quality_smollm2.json").read_text())["models"]["smollm2, real answers"]
+    means = {q["name"]: sum(q["losses"]) / len(q["losses"]) for q in quality["qualities"]}
+    assert found["smollm2"]["loss"]["mean"] < means["NF4+DQ"] - means["unquantized"]  # smaller than at first
+
+
+def test_a_repetition_penalty_lowers_and_does_not_always_divide():
+    processor = RepetitionPenaltyLogitsProcessor(2.0)
+    lowered = processor(torch.tensor([[0, 1]]), torch.tensor([[-3.0, 3.0, 5.0]]))
+    assert lowered.tolist() == [[-6.0, 1.5, 5.0]]
+    said = Settings.model_fields["repetition_penalty"].description
+    assert "lowers" in said
+    assert "divides" not in said
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_not_measured_is_said_under_a_condition_only(name):
+    """Once a record lies beside the notebooks, no cell and no text may go on saying that there is none."""
+    for cell in nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4).cells:
+        if cell.cell_type == "markdown":
+            assert "not measured" not in cell.source
+            assert "not been measured" not in cell.source
+            continue
+        tree = ast.parse(cell.source)
+        inside = {id(part) for choice in ast.walk(tree) if isinstance(choice, (ast.IfExp, ast.If)) for part in ast.walk(choice)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and "not measured" in node.value:
+                assert id(node) in inside, cell.source
+
+
+RETIRED = (
+    "hence the gap",
+    "layer by layer, under the dashed line",
+    "Five settings",
+    "most of them is embedding",
+    "only on CUDA",
+    "two settings changed",
+    "compiles the step by itself",
+    "no answer is ever matched",
+    "one value in sixteen",
+    "Everything in this kit",
+    "removes the needle",
+    "a third more time",
+    "count of step 5 looks smaller",
+    "4-bit path is tried here on CPUs and written for NVIDIA cards",
+    "neither PEFT nor bitsandbytes",
+)
+"""Sentences that were false; what is true now is computed above and in the tests of each subject."""
+
+
+def test_retired_sentences_stay_away():
+    texts = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "qlora_nb").rglob("*.py")}
+    texts |= {name: text_of(name) for name in NAMES} | {"README": (ROOT / "README.md").read_text(encoding="utf-8")}
+    for where, text in texts.items():
+        found = [words for words in RETIRED if words in " ".join(text.split())]
+        assert not found, (where, found)

@@ -1,11 +1,16 @@
 """LoRA by hand against plain loops and against PEFT."""
 
+import ast
+
+import nbformat
 import pytest
 import torch
+from conftest import NOTEBOOKS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from qlora_nb.engine.models import dense_weight, linear_layers, load_base
 from qlora_nb.engine.profiles import validate
@@ -110,6 +115,21 @@ def test_start_and_dropout():
     assert not torch.equal(layer(x), layer(x))
     assert torch.equal(layer.eval()(x), layer(x))
     assert [n for n, p in layer.named_parameters() if p.requires_grad] == ["lora_A", "lora_B"]
+
+
+def test_what_lora_saves_in_operations_as_02_counts_it():
+    """By hand: a full layer makes three products; with a frozen W two stay, and A and B make three thin ones each."""
+    n_in, n_out, r, rows = 48, 96, 4, 8
+    cells = nbformat.read(NOTEBOOKS / "02_lora.ipynb", 4).cells
+    source = next(cell.source for cell in cells if "def operations(" in cell.source)
+    function = next(node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == "operations")
+    names = {"FlopCounterMode": FlopCounterMode, "x": torch.randn(rows, n_in)}
+    exec(compile(ast.Module([function], []), "02", "exec"), names)
+    plain = nn.Linear(n_in, n_out, bias=False)
+    config = LoraConfig(r=r, target_modules=["0"])
+    adapted = get_peft_model(nn.Sequential(nn.Linear(n_in, n_out, bias=False)), config)
+    assert names["operations"](plain) == 3 * 2 * rows * n_in * n_out
+    assert names["operations"](adapted) == 2 * 2 * rows * n_in * n_out + 3 * 2 * rows * r * (n_in + n_out)
 
 
 def test_both_at_zero_never_move():

@@ -4,16 +4,18 @@ import ast
 import io
 from functools import partial
 
+import bitsandbytes as bnb
 import nbformat
 import pytest
 import torch
 from conftest import NOTEBOOKS
 from matplotlib.figure import Figure
+from transformers import AutoModelForCausalLM
 
-from qlora_nb.engine import ledger
-from qlora_nb.engine.profiles import resolve
-from qlora_nb.theory import lora
-from qlora_nb.ui import lora_checks, lora_plots, paging_checks, paging_plots, widgets
+from qlora_nb.engine import activations, ledger
+from qlora_nb.engine.profiles import PROFILES, resolve, validate
+from qlora_nb.theory import blockwise, codebooks, lora, paging
+from qlora_nb.ui import lora_checks, lora_plots, paging_checks, paging_plots, panels, quant_plots, setup_plots, widgets
 
 EXERCISES = [  # checker, solution, [(wrong answer, part of the message)]
     (lora_checks.check_count, 30720, [(8 * 768 * 3072, "too large"), (8 * 768, "too small"), ("30720", "not one")]),
@@ -124,8 +126,9 @@ def test_every_figure_is_drawn_and_closed():
         lora_plots.plot_captured({"x": lora.captured_energy(update)}, 64),
         lora_plots.plot_update(update, factors, 64),
         paging_plots.plot_paged_share((4, 8), "14m", 16),
-        paging_plots.plot_thrashing(1, 1e-4, 12.0),
-        paging_plots.plot_thrashing(90, 0.2, 12.0),
+        paging_plots.plot_thrashing(0, 12.0),
+        paging_plots.plot_thrashing(100_000, 12.0),
+        paging_plots.plot_thrashing(200 * 2**20, 12.0),
         paging_plots.plot_state_bytes({"a": {"states": 100}, "b": {"states": 25, "scales of 8-bit states": 1}}),
     ]
     assert all(isinstance(f, Figure) for f in figures)
@@ -147,3 +150,90 @@ def test_titles_state_what_is_drawn():
     assert paging_plots.sweep_moved(10, 10) == 0
     assert paging_plots.paged_shares((16,))[-1, 0] == 0.6875
     assert "does not fit 6 GiB" in paging_plots.plot_step("12b", 64, 512, 6.0).axes[0].get_title(loc="left")
+
+
+def cell_with(name: str, words: str) -> tuple[str, str]:
+    """The first code cell of a notebook that holds these words, and the text of the cell after it."""
+    cells = nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4).cells
+    i = next(i for i, c in enumerate(cells) if c.cell_type == "code" and words in c.source)
+    return cells[i].source, cells[i + 1].source
+
+
+def states_that_leave_the_card(pythia: str, r: int) -> int:
+    """Bytes of both float32 states of every adapter matrix with 100,000 elements or more, from transformers' own modules."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(ledger.pythia_config(pythia))
+    sides = [side for m in model.base_model.modules() if isinstance(m, torch.nn.Linear) for side in m.weight.shape]
+    return sum(2 * 4 * r * side for side in sides if r * side >= 100_000)
+
+
+@pytest.mark.parametrize(("pythia", "r"), [("12b", 8), ("12b", 4), ("12b", 64), ("410m", 16), ("410m", 32), ("14m", 8)])
+def test_thrashing_moves_the_states_that_are_paged_and_no_others(pythia, r):
+    """The figure as notebook 05 draws it; 12b at rank 8 holds 180 MiB of states, of which 123.75 can leave the card."""
+    source, _ = cell_with("05_paged_optimizers", "plot_thrashing(")
+    names = {"own": ledger.step_sizes(pythia, r, 2048), "paging": paging, "paging_plots": paging_plots, "ledger": ledger}
+    *before, last = ast.parse(source).body
+    exec(compile(ast.Module(before, []), "05", "exec"), names)
+    ax = eval(compile(ast.Expression(last.value), "05", "eval"), names).axes[0]
+    moved, least = (line.get_ydata() for line in ax.lines)
+    paged = states_that_leave_the_card(pythia, r)
+    assert max(moved) == pytest.approx(2 * paged / 2**30)
+    assert max(least) <= 2 * paged / 2**30
+    assert moved[-1] == least[-1] == 0
+    title = ax.get_title(loc="left")
+    assert f"{2 * paged / 2**30:.3g} GiB" in title if paged else "None of these states is paged" in title
+
+
+def captioned() -> dict[str, Figure]:
+    """Figures of notebooks 01, 02, 03 and 05 as these draw them in profile tiny: (notebook, call) → figure."""
+    full, nf4 = validate({"profile": "full"}), codebooks.nf4_code()
+    update, _ = update_and_factors()
+    usual = [ledger.step_sizes("12b", 8, tokens) for tokens in (17_714, 18_712)]
+    share = blockwise.code_usage(blockwise.quantize(update, nf4)[0])
+    return {
+        ("01_setup", "panels.plan_figure("): panels.plan_figure(full, gpu_gib=12.0),
+        ("01_setup", "setup_plots.every_pythia("): setup_plots.every_pythia(full, gpu_gib=24.0),
+        ("02_lora", "lora_plots.plot_losses("): lora_plots.plot_losses(
+            {"a": [1.0, 0.5], "b": [2.0, 2.0], "c": [3.0, 1.0]}, "title"
+        ),
+        ("02_lora", "lora_plots.plot_captured("): lora_plots.plot_captured(dict.fromkeys("ab", lora.captured_energy(update)), 8),
+        ("03_nf4_explained", "quant_plots.plot_number_line("): quant_plots.plot_number_line(weight=0.31, name="NF4"),
+        ("03_nf4_explained", "quant_plots.plot_usage("): quant_plots.plot_usage(share, nf4),
+        ("05_paged_optimizers", "paging_plots.plot_step("): paging_plots.plot_step("12b", 8, 2048, 24.0),
+        ("05_paged_optimizers", "paging_plots.plot_run("): paging_plots.plot_run(usual, 24.0),
+    }
+
+
+def test_a_caption_that_names_a_dashed_or_dotted_line_has_one_in_its_figure():
+    named = 0
+    for (name, call), figure in captioned().items():
+        caption = cell_with(name, call)[1].lower()
+        drawn = {line.get_linestyle() for ax in figure.axes for line in ax.lines}
+        for word, style in {"dashed": "--", "dotted line": ":"}.items():
+            assert style in drawn or word not in caption, (name, call, word)
+            named += word in caption
+    assert named >= 7
+
+
+def test_8_bit_states_have_two_scales_a_block_as_the_caption_says():
+    p = torch.nn.Parameter(torch.randn(8192))
+    p.grad = torch.randn(8192)
+    optimizer = bnb.optim.AdamW8bit([p])
+    optimizer.step()
+    scales = sum(optimizer.state[p][name].numel() for name in ("absmax1", "absmax2"))
+    assert scales == 2 * 8192 // 256
+    _, caption = cell_with("05_paged_optimizers", "plot_state_bytes(")
+    assert "two float32 for each block of 256" in " ".join(caption.split())
+
+
+def test_what_05_says_of_the_table_and_of_the_loss():
+    shares = paging_plots.paged_shares((8, 128))
+    small = list(ledger.shapes.PYTHIA).index("70m")
+    assert shares[small, 0] == 0
+    assert shares[small, 1] > 0.5, "not every small model pages nothing: the rank counts too"
+    _, text = cell_with("05_paged_optimizers", 'compare_guess("paged share"')
+    assert "In a small model at a small rank" in text
+    config = ledger.pythia_config("410m")
+    whole, sliced = (activations.dry_run(config, activations.Step(1, 2048, 8, loss_chunk=n)).loss for n in (0, 128))
+    assert 0 < sliced < whole, "a chunked loss cuts the needle down and does not remove it"
+    assert all(profile["loss_chunk"].value for profile in PROFILES.values())  # it is a road that the kit takes

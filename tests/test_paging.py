@@ -2,6 +2,7 @@
 
 import inspect
 import warnings
+from types import SimpleNamespace
 
 import bitsandbytes as bnb
 import pytest
@@ -114,7 +115,23 @@ def test_the_rule_is_bitsandbytes_own():
     assert not getattr(optimizer.state[p]["state1"], "is_paged", False)
     assert paging.is_paged(100_000)
     assert not paging.is_paged(99_999)
-    assert not paging.is_paged(200_000, on_cuda=False)
+    assert not paging.is_paged(200_000, on_gpu=False)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "xpu"])
+@pytest.mark.parametrize("numel", [99_999, 100_000])
+def test_every_gpu_pages_not_nvidias_alone(device, numel, monkeypatch):
+    """bitsandbytes' own decision for a tensor that says where it lies; AMD's cards call themselves cuda in torch."""
+    paged, ordinary = torch.zeros(1), torch.zeros(1)
+    monkeypatch.setattr(bnb.functional, "get_paged", lambda *shape, dtype, device: paged)
+    monkeypatch.setattr(bnb.functional, "fill", lambda *given: None)
+    monkeypatch.setattr(torch, "zeros_like", lambda *given, **more: ordinary)
+    optimizer = bnb.optim.PagedAdamW32bit([torch.nn.Parameter(torch.ones(1))])
+    asked = SimpleNamespace(device=torch.device(device), shape=(numel,), numel=lambda: numel)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        state = optimizer.get_state_buffer(asked)
+    assert (state is paged) == paging.is_paged(numel, on_gpu=device != "cpu")
 
 
 def test_which_pythia_pages_what():

@@ -6,10 +6,12 @@ import json
 import re
 from functools import partial
 from pathlib import Path
+from statistics import NormalDist
 
 import ipywidgets as W
 import pytest
 import torch
+from bitsandbytes.functional import get_4bit_type
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
@@ -223,3 +225,74 @@ def test_notebook_habits(name):
     for guess in re.findall(r"^(guess_\w+) = None", everything, re.M):
         assert len(re.findall(rf"\b{guess}\b", everything)) >= 2, f"{guess} is never compared"
     assert len(re.findall(r"^answer = None", everything, re.M)) >= 2
+
+
+def test_the_bell_is_read_as_it_is_drawn():
+    """Shares of the slices from the library's table and the error function; the title has the least and the largest."""
+    code = get_4bit_type("nf4", device="cpu").double()
+    points = code * NormalDist().inv_cdf(codebooks.TAIL_QUANTILE)
+    borders = (points[:-1] + points[1:]) / 2
+    below = torch.cat([torch.zeros(1), (1 + torch.erf(borders / 2**0.5)) / 2, torch.ones(1)])
+    shares = 100 * below.diff()
+    left, right = shares[code < 0], shares[code > 0]
+    assert left[1:].min() > right[:-1].max(), "the slices below zero are the larger ones"
+    assert left[1:].max() - left[1:].min() < 0.5  # nearly alike
+    assert right[:-1].max() - right[:-1].min() < 0.5
+    assert left.argmin() == 0, "the end is the least of its half"
+    assert right.argmin() == len(right) - 1
+    title = quant_plots.plot_bell(codebooks.nf4_code(), codebooks.TAIL_QUANTILE).axes[0].get_title(loc="left")
+    assert title == f"7 values below zero, 8 above: slices of {shares.min():.1f} to {shares.max():.1f} % of the weights"
+    text = notebook_text("03_nf4_explained")
+    assert "Seven values share the half below zero, eight the half above, so the slices below are the larger ones" in text
+    assert "areas are alike" not in text
+
+
+def test_where_fp4_has_its_hole_there_are_not_most_weights():
+    scaled = (X.reshape(-1, 64) / X.reshape(-1, 64).abs().amax(dim=1, keepdim=True)).abs()
+    share = lambda low, high: ((scaled > low) & (scaled < high)).double().mean().item()
+    assert share(0.02, 0.1) < 0.25
+    assert share(0.02, 0.1) > share(0.12, 0.2), "but they lie most densely there"
+    assert "where most weights are" not in notebook_text("03_nf4_explained")
+    fp4 = get_4bit_type("fp4", device="cpu").abs()
+    assert not ((fp4 > 0.006) & (fp4 < 0.166)).any()
+    assert "a hole beside zero" in codebooks.__doc__
+
+
+def test_af4_is_behind_nf4_on_its_own_measure_as_03_and_the_docstring_say():
+    scaled = (X.reshape(-1, 64) / X.reshape(-1, 64).abs().amax(dim=1, keepdim=True)).reshape(-1, 1)
+    mean_error = {name: (scaled - get_4bit_type(name, device="cpu")).abs().amin(dim=1).mean() for name in ("nf4", "af4")}
+    assert mean_error["nf4"] < mean_error["af4"]
+    assert "NF4's is less all the same" in codebooks.__doc__
+
+
+def test_times_smaller_names_what_it_is_compared_with():
+    rows = {
+        "32-bit": {"codes": 32_000, "scales": 0, "scales of scales": 0, "mean": 0, "rest": 800},
+        "4-bit": {"codes": 4_000, "scales": 500, "scales of scales": 0, "mean": 0, "rest": 800},
+    }
+    left, _ = quant_plots.plot_model_bytes(rows, 8000).axes
+    assert left.get_title(loc="left") == "Layers: 7.1 times smaller than 32-bit"
+    in_16_bit = {"16-bit": rows["32-bit"] | {"codes": 16_000}, "4-bit": rows["4-bit"]}
+    assert quant_plots.plot_model_bytes(in_16_bit, 8000).axes[0].get_title(loc="left") == "Layers: 3.6 times smaller than 16-bit"
+
+
+def test_what_03_says_of_the_recorded_losses():
+    models_of = json.loads((NOTEBOOKS / "recorded" / "quality_smollm2.json").read_text())["models"]
+    gaps = {}
+    for what, part in models_of.items():
+        losses = {q["name"]: torch.tensor(q["losses"]) for q in part["qualities"]}
+        added = {name: (loss - losses["unquantized"]).mean().item() for name, loss in losses.items() if name != "unquantized"}
+        assert min(added, key=added.get) in ("NF4", "NF4+DQ"), "NF4 is best in all of them"
+        assert added["NF4+DQ"] == pytest.approx(added["NF4"], rel=0.05), "double quantization costs next to nothing"
+        gap = losses["INT4"] - losses["FP4"]
+        gaps[what] = (gap.mean() / gap.std() * len(gap) ** 0.5).item()
+    facts, stories, answers = (gaps[what] for what in ("pocket", "smollm2", "smollm2, real answers"))
+    assert -2 < facts < 0  # INT4 before FP4, by less than two standard errors
+    assert 0.5 < abs(stories) < 1.5  # about as large as its standard error
+    assert answers > 3  # by several
+
+
+def notebook_text(name: str) -> str:
+    """All markdown of a notebook in one line."""
+    cells = json.loads((NOTEBOOKS / f"{name}.ipynb").read_text())["cells"]
+    return " ".join(" ".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown").split())

@@ -137,7 +137,7 @@ def levers(settings, config=None, on_gpu: bool | None = None) -> list[Lever]:
     now = peak(plan_of(settings, True, config, on_gpu)).total_bytes
     rows = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
     candidates = [
-        ({"gradient_checkpointing": True}, "a third more time", False),
+        ({"gradient_checkpointing": True}, "up to half as many operations again", False),
         ({"loss_chunk": 128}, "same loss, same gradient", False),
         ({"per_device_train_batch_size": 1, "gradient_accumulation_steps": rows}, "same rows in a step, shorter products", False),
         ({"double_quant": True}, "RMSE grows by less than 0.001", False),

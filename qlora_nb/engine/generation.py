@@ -148,8 +148,8 @@ def stream(model: PeftModel, tokenizer, row: dict, settings, tuned: bool, stop: 
     def work():
         try:
             torch.manual_seed(settings.seed)
-            with base_or_tuned(model, tuned), torch.no_grad(), decoding.fast(model) as how:
-                config = _config(tokenizer, settings.max_new_tokens, **sampling, **shown, **how)
+            with base_or_tuned(model, tuned), torch.no_grad(), decoding.fast(model):
+                config = _config(tokenizer, settings.max_new_tokens, **sampling, **shown)
                 criteria = StoppingCriteriaList([stopped])
                 made.append(model.generate(**encoded, generation_config=config, streamer=streamer, stopping_criteria=criteria))
         except BaseException as error:  # handed to the caller below; a silent thread would leave it waiting

@@ -278,7 +278,7 @@ def step_sizes(pythia: str, r: int, tokens: int, bits: int = 32) -> paging.StepS
 
 
 def state_split(pythia: str, r: int, bits: int = 32) -> tuple[int, int]:
-    """(paged, not paged) bytes of Adam's states on CUDA for a Pythia with LoRA of rank r on every linear layer."""
+    """(paged, not paged) bytes of Adam's states on a GPU for a Pythia with LoRA of rank r on every linear layer."""
     return paging.paged_bytes([r * side for side in _pythia_parts(pythia)[1]], bits)
 
 

@@ -5,9 +5,10 @@ weight is stored as the index of its nearest code value. Everything that tells N
 sixteen values lie*:
 
 * INT4 lies evenly: -7/7 … 7/7. Best for uniform data.
-* FP4 is a tiny floating-point format: two exponent bits, one bit of fraction. Dense near zero, coarse at the ends.
+* FP4 is a tiny floating-point format: two exponent bits, one bit of fraction. Coarse at the ends, and with a hole beside zero:
+  bitsandbytes' has nothing between 0.005 and 0.167.
 * NF4 lies where a bell curve lies: its values are quantiles of N(0, 1). A weight matrix looks like a bell curve.
-* AF4 lies where the mean *absolute* error of a Gaussian in blocks is least.
+* AF4 is fitted for the least mean *absolute* error of a Gaussian in blocks, each half by itself: NF4's is less all the same.
 * Lloyd-Max is fitted: the code with the least squared error on the samples it is given.
 
 The tail of a bell curve never ends, so NF4 has to stop somewhere: at the quantile t = 1 - (1/32 + 1/30)/2 = 0.96770833.
@@ -113,7 +114,7 @@ def int4_code() -> Tensor:
 
 
 def af4_code(blocksize: int = 64) -> Tensor:
-    """AF4, "abnormal float": least mean absolute error of the scaled numbers of a Gaussian in blocks of this size.
+    """AF4, "abnormal float": fitted for the least mean absolute error of a Gaussian's scaled numbers in blocks of this size.
 
     A block's largest number becomes ±1. The others follow the bell curve cut at that number; averaged over how large the
     largest is, this gives the share `cdf` of scaled numbers below x. Least absolute error asks each value to be the *median*

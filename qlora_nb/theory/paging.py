@@ -7,7 +7,8 @@ activations, and a card that is full at that moment raises an out-of-memory erro
 QLoRA (arXiv 2305.14314, section 3, "Paged Optimizers") puts those states into CUDA *unified memory*: pages that may live
 on the card or in the computer's RAM. The driver evicts pages that were not used for longest when ordinary memory is
 needed, and brings them back when they are touched (a *page fault*) or asked for ahead (a *prefetch*). bitsandbytes does
-this for every state with at least 100,000 elements, only on CUDA (`bitsandbytes/optim/optimizer.py`, `get_state_buffer`).
+this for every state with at least 100,000 elements on a GPU, NVIDIA's, AMD's or Intel's; where the trained tensors lie on a CPU
+it warns and pages nothing (`bitsandbytes/optim/optimizer.py`, `get_state_buffer`).
 
 `UnifiedMemory` is that driver in forty lines: whole pages, strict least-recently-used eviction, every evicted page written back.
 The real driver groups pages, overlaps transfers with work and is not strictly least-recently-used: read bytes as a model and
@@ -26,13 +27,13 @@ PAGE_BYTES = 2 * 2**20
 MIN_PAGED, MIN_8BIT, BLOCK_8BIT = 100_000, 4096, 256
 
 
-def is_paged(numel: int, on_cuda: bool = True) -> bool:
-    """Whether bitsandbytes' paged optimizers put a state of this many elements into pages: at least 1e5, and only on CUDA.
+def is_paged(numel: int, on_gpu: bool = True) -> bool:
+    """Whether bitsandbytes' paged optimizers put a state of this many elements into pages: at least 1e5, and not on a CPU.
 
-    >>> is_paged(16 * 5120), is_paged(64 * 5120), is_paged(64 * 5120, on_cuda=False)  # lora_A of pythia-12b at r 16, 64
+    >>> is_paged(16 * 5120), is_paged(64 * 5120), is_paged(64 * 5120, on_gpu=False)  # lora_A of pythia-12b at r 16, 64
     (False, True, False)
     """
-    return on_cuda and numel >= MIN_PAGED
+    return on_gpu and numel >= MIN_PAGED
 
 
 def state_bytes(numel: int, bits: int = 32) -> int:
@@ -57,7 +58,7 @@ def state_bytes(numel: int, bits: int = 32) -> int:
 
 
 def paged_bytes(numels: Sequence[int], bits: int = 32) -> tuple[int, int]:
-    """(paged, not paged) bytes of Adam's states over tensors of these sizes on CUDA; 8-bit scales (absmax) are never paged.
+    """(paged, not paged) bytes of Adam's states over tensors of these sizes on a GPU; 8-bit scales (absmax) are never paged.
 
     >>> paged_bytes([81_920, 327_680])
     (2621440, 655360)

@@ -1,5 +1,6 @@
 """Figures of notebook 05: data in, closed Figure out."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -56,7 +57,7 @@ def plot_step(ax, pythia: str, r: int, tokens: int, gpu_gib: float, bits: int = 
 
 
 def paged_shares(ranks: Sequence[int]) -> np.ndarray:
-    """(sizes, ranks) share of the 32-bit optimizer states' bytes that bitsandbytes would page on CUDA."""
+    """(sizes, ranks) share of the 32-bit optimizer states' bytes that bitsandbytes would page on a GPU."""
     splits = np.array([[ledger.state_split(size, r) for r in ranks] for size in PYTHIA])
     return splits[..., 0] / splits.sum(axis=-1)
 
@@ -120,15 +121,17 @@ def sweep_moved(n_pages: int, room: int, sweeps: int = 3) -> int:
     return memory.pages_in + memory.pages_out - before
 
 
-@draws(legend="lower left", xlabel="room for the states (% of their size)", ylabel="moved in a step (GiB)")
-def plot_thrashing(ax, n_pages: int, state_gib: float, gb_per_s: float) -> str:
-    """Bytes moved a step over the room left for the states: least-recently-used against the least that is possible.
+@draws(legend="lower left", xlabel="room for the paged states (% of their size)", ylabel="moved in a step (GiB)")
+def plot_thrashing(ax, paged_bytes: int, gb_per_s: float) -> str:
+    """Bytes moved a step over the room left for the paged states: least-recently-used against the least that is possible.
 
     Args:
-        n_pages: pages that the optimizer touches, one after another, in every step.
-        state_gib: what they hold (GiB).
+        paged_bytes: the optimizer states that may leave the card (`StepSizes.paged`); it touches their pages one after
+            another in every step.
         gb_per_s: bandwidth (10^9 bytes a second).
     """
+    n_pages = max(1, math.ceil(paged_bytes / paging.PAGE_BYTES))
+    state_gib = paged_bytes / ledger.GIB
     rooms = sorted({max(1, round(f * n_pages / 20)) for f in range(1, 23)} | {max(1, n_pages - 1)})
     moved = [sweep_moved(n_pages, room) / n_pages * state_gib for room in rooms]
     least = [2 * max(0, n_pages - room) / n_pages * state_gib for room in rooms]
@@ -136,9 +139,12 @@ def plot_thrashing(ax, n_pages: int, state_gib: float, gb_per_s: float) -> str:
     ax.plot(x, moved, MARKERS["optimizer"] + "-", color=COLOURS["optimizer"], label="least recently used")
     ax.plot(x, least, "o--", color=COLOURS["16-bit"], markersize=3, label="only what does not fit")
     ax.set_ylim(0, 1.15 * max(*moved, 1e-9))
+    if not paged_bytes:
+        return "None of these states is paged: nothing to move"
     if not any(moved):
-        return "One page holds all states: nothing to move"
-    return f"One page short moves everything: {max(moved):.3g} GiB, {max(moved) * ledger.GIB / gb_per_s / 1e9:.2g} s a step"
+        return "One page holds all paged states: nothing to move"
+    seconds = max(moved) * ledger.GIB / (gb_per_s * 1e9)
+    return f"One page short moves every paged state: {max(moved):.3g} GiB, {seconds:.2g} s a step"
 
 
 @draws((8.0, 3.2), "lower right", xlabel="states of one block (MiB)", ylabel="optimizer (name)")

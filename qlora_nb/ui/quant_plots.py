@@ -32,14 +32,18 @@ def plot_bell(ax, code: torch.Tensor, tail_quantile: float = codebooks.TAIL_QUAN
     bell = NormalDist()
     points = code.double().numpy() * bell.inv_cdf(tail_quantile)
     heights = [bell.pdf(v) for v in points]
-    for i, (low, high) in enumerate(pairwise([-3.2, *((points[:-1] + points[1:]) / 2), 3.2])):
+    borders = (points[:-1] + points[1:]) / 2
+    shares = np.diff([0.0, *(bell.cdf(border) for border in borders), 1.0])  # whole tails, of which the figure cuts the ends off
+    for i, (low, high) in enumerate(pairwise([-3.2, *borders, 3.2])):
         x = np.linspace(low, high, 60)
         ax.fill_between(x, [bell.pdf(v) for v in x], color=COLOURS["NF4" if i % 2 else "NF4+DQ"], alpha=0.55, linewidth=0)
     ax.vlines(points, 0, heights, color=COLOURS["16-bit"], linewidth=1)
     ax.plot(points, [0] * len(points), MARKERS["NF4"], color=COLOURS["NF4"], markersize=6, clip_on=False, zorder=5)
     for i, side in {0: "right", 3: "right", 7: "center", 11: "left", 15: "left"}.items():
         ax.annotate(f"{code[i]:.3f}", (points[i], heights[i]), textcoords="offset points", xytext=(0, 4), ha=side, fontsize=9)
-    return "NF4: sixteen values, close together where weights are many"
+    below, above = int((code < 0).sum()), int((code > 0).sum())
+    least, most = 100 * shares.min(), 100 * shares.max()
+    return f"{below} values below zero, {above} above: slices of {least:.1f} to {most:.1f} % of the weights"
 
 
 @draws((8.4, 2.9), grid=margins(0.07, 0.99, 0.17, 0.91), xlabel="weight / absmax (1)", xlim=(-1.06, 1.22), ylim=(-0.4, 2.5))
@@ -258,7 +262,8 @@ def plot_model_bytes(axes, rows: dict[str, dict[str, int]], n_weights: int) -> N
     drawn.pop("rest")
     bits = lambda end: f"{size(end)}, {8 * end * unit / n_weights:.4g} bits a weight"
     layers = stacked_bars(left, rows, drawn, unit, bits, fontsize=9)
-    left.set(title=f"Quantized layers: {layers[0] / layers[-1]:.1f} times smaller", xlim=(0, 2 * max(layers)))
+    first = next(iter(rows))
+    left.set(title=f"Layers: {layers[0] / layers[-1]:.1f} times smaller than {first}", xlim=(0, 2 * max(layers)))
     right.set(title=f"Whole model: {whole[0] / whole[-1]:.1f} times (rest dotted)", xlim=(0, 1.35 * max(whole)))
     for ax in (left, right):
         ax.set(xlabel=f"size ({name})", ylim=(len(rows) - 0.4, -0.6))
