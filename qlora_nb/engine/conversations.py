@@ -103,6 +103,23 @@ def exchanges(rows: datasets.Dataset, asking: bool = False) -> datasets.Dataset 
     return rows.map(convert, with_indices=True, remove_columns=rows.column_names, features=_FEATURES)
 
 
+def say_what_is_taken(talks: datasets.Dataset, asking: bool) -> None:
+    """Print how many conversations are longer than what is taken of them, and how many have a system prompt.
+
+    Args:
+        talks: what `exchanges` returned, without the rows that are left out.
+    """
+    n_unused = [n for n in talks["n_unused"] if n]
+    if n_unused:
+        what = "not shown to the model" if asking else "not trained"
+        there = f"{len(n_unused)} of {len(talks)} conversations are longer than their first exchange"
+        print(f"{there}: {sum(n_unused)} turns are {what}")
+    if n_system := sum(talks["system"]):
+        print(f"{n_system} of {len(talks)} conversations have a system prompt: it stands at the beginning of the instruction")
+    if n_earlier := sum(talks["earlier"]):
+        print(f"{n_earlier} of {len(talks)} conversations are asked their last question: what was said before is its input")
+
+
 def _listed(turns: object) -> list:
     if turns is None:
         return []

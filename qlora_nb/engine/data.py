@@ -145,6 +145,17 @@ def _look_at(path: Path, suffix: str) -> dict[str, object]:
     return {}
 
 
+def _named(rows: datasets.Dataset, columns: dict[str, str]) -> datasets.Dataset:
+    """Call the data's own columns what the kit calls them."""
+    if unknown := sorted(set(columns.values()) - set(rows.column_names)):
+        allowed = ", ".join(rows.column_names)
+        raise KitError("columns names what the data does not have", value=", ".join(unknown), allowed=allowed)
+    if len(set(columns.values())) < len(columns):
+        raise KitError("columns names one column of the data twice", value=columns, allowed="another one for each")
+    taken = rows.remove_columns([c for c in columns if c in rows.column_names and c not in columns.values()])
+    return taken.rename_columns({own: column for column, own in columns.items() if own != column})
+
+
 def _clean(rows: datasets.Dataset, name: str, columns: dict[str, str], asking: bool = False) -> datasets.Dataset:
     """Keep the three columns, always as text; leave out rows without an instruction or an answer and say which and why.
 
@@ -154,29 +165,23 @@ def _clean(rows: datasets.Dataset, name: str, columns: dict[str, str], asking: b
         columns: the kit's column → the data's own name for it.
         asking: the rows are to be asked, so they need no answer; `output` is empty.
     """
-    if unknown := sorted(set(columns.values()) - set(rows.column_names)):
-        allowed = ", ".join(rows.column_names)
-        raise KitError("columns names what the data does not have", value=", ".join(unknown), allowed=allowed)
-    if len(set(columns.values())) < len(columns):
-        raise KitError("columns names one column of the data twice", value=columns, allowed="another one for each")
-    taken = rows.remove_columns([c for c in columns if c in rows.column_names and c not in columns.values()])
-    rows = taken.rename_columns({own: column for column, own in columns.items() if own != column})
+    rows = _named(rows, columns)
     unused = sorted(set(rows.column_names) - set(_COLUMNS))
     talks = None
     if "instruction" not in rows.column_names:
         with _reading(name):  # turns of any type
             talks = conversations.exchanges(rows, asking)
             rows = talks or rows
-    needed = _COLUMNS[:1] if asking else ("instruction", "output")
+    used = ("instruction", "input") if asking else _COLUMNS
+    needed = [column for column in used if column != "input"]
     if missing := [column for column in needed if column not in rows.column_names]:
         what, there = f"the data has no column {' and '.join(missing)}", ", ".join(rows.column_names)
         allowed = "instruction, output, input if there is one; or a conversation (messages, OASST, Guanaco)"
         raise KitError(what, value=there, allowed=allowed, remedy="name them, as columns=instruction=question,output=answer")
-    used = [column for column in _COLUMNS if column in rows.column_names and not (asking and column == "output")]
-    for column in used:
-        _require_text(rows, column, name)
+    taken = rows.select_columns([column for column in used if column in rows.column_names])
+    how = {"batched": True, "with_indices": True, "fn_kwargs": {"name": name}, "features": _TEXTS}
     with _reading(name):
-        texts = rows.select_columns(used).map(_as_text, batched=True, features=_TEXTS, desc="reading")
+        texts = taken.map(_as_text, **how)
     reasons = talks["left_out"][:] if talks else [""] * len(texts)
     numbers = talks["row"][:] if talks else range(len(texts))
     left_out: dict[str, list[int]] = {}
@@ -187,34 +192,31 @@ def _clean(rows: datasets.Dataset, name: str, columns: dict[str, str], asking: b
         else:
             kept.append(i)
     _say_left_out(left_out, len(texts), " or no ".join(needed).replace("output", "answer"))
+    if talks and not kept and not asking:
+        what = f"the conversations cannot be read as questions and answers: {next(iter(left_out))}"
+        allowed = f"turns with a role ({', '.join(map('/'.join, conversations.ROLES.values()))}) and a text"
+        raise KitError(what, value=Path(name).name, allowed=allowed, remedy="look at its first row")
     if talks:
-        _say_unused_turns(talks.select(kept), asking)
+        conversations.say_what_is_taken(talks.select(kept), asking)
     elif unused:
         print(f"columns that are not used: {', '.join(map(repr, unused[:5]))}{' …' if len(unused) > 5 else ''}")
     return texts.select(kept) if left_out else texts
 
 
-def _require_text(rows: datasets.Dataset, column: str, name: str) -> None:
-    """Refuse a column that holds anything but text; nothing at all (null, or the NaN that pandas writes for it) is no fault."""
-    if getattr(rows.features[column], "dtype", None) in ("string", "large_string", "string_view", "null"):
-        return
-    for i, value in enumerate(rows[column]):
-        if not isinstance(value, str) and not _is_nothing(value):
-            what, remedy = f"column {column} is not text in row {i}", f"look at {Path(name).name}"
-            raise KitError(what, value=value, allowed="text", remedy=remedy)
+def _as_text(columns: dict[str, list], numbers: list[int], name: str) -> dict[str, list[str]]:
+    """The three columns of some rows; what is not there (a column, a null, the NaN that pandas writes for it) is empty text.
 
-
-def _is_nothing(value: object) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))
-
-
-def _as_text(columns: dict[str, list]) -> dict[str, list[str]]:
-    """The three columns of some rows; what is not there (a column, a value) is the empty text."""
-    n_rows = len(columns["instruction"])
-    texts = {}
-    for column in _COLUMNS:
-        values = columns.get(column, [""] * n_rows)
-        texts[column] = ["" if _is_nothing(value) else value for value in values]
+    Raises:
+        KitError: a value is anything else.
+    """
+    texts = {column: [""] * len(numbers) for column in _COLUMNS}
+    for column, values in columns.items():
+        for i, value in enumerate(values):
+            if isinstance(value, str):
+                texts[column][i] = value
+            elif value is not None and not (isinstance(value, float) and math.isnan(value)):
+                what, remedy = f"column {column} is not text in row {numbers[i]}", f"look at {Path(name).name}"
+                raise KitError(what, value=value, allowed="text", remedy=remedy)
     return texts
 
 
@@ -228,19 +230,6 @@ def _say_left_out(left_out: dict[str, list[int]], n_rows: int, lacking: str) -> 
         named = ", ".join(map(str, numbers[:5])) + (" …" if len(numbers) > 5 else "")
         reason = f" ({why})" if why else ""
         print(f"{len(numbers)} of {n_rows} rows have no {lacking}{reason} and are left out: rows {named}")
-
-
-def _say_unused_turns(talks: datasets.Dataset, asking: bool) -> None:
-    """How many conversations are longer than what is taken of them, and how many have a system prompt."""
-    n_unused = [n for n in talks["n_unused"] if n]
-    if n_unused:
-        what = "not shown to the model" if asking else "not trained"
-        there = f"{len(n_unused)} of {len(talks)} conversations are longer than their first exchange"
-        print(f"{there}: {sum(n_unused)} turns are {what}")
-    if n_system := sum(talks["system"]):
-        print(f"{n_system} of {len(talks)} conversations have a system prompt: it stands at the beginning of the instruction")
-    if n_earlier := sum(talks["earlier"]):
-        print(f"{n_earlier} of {len(talks)} conversations are asked their last question: what was said before is its input")
 
 
 def questions(name: str, columns: dict[str, str]) -> list[dict[str, str]]:
