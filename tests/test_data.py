@@ -357,7 +357,7 @@ def test_turns_that_do_not_train_and_system_prompts_are_counted(tmp_path, capsys
     train, held_out = data.load(settings_for(write(tmp_path / "a.json", rows)))
     assert "Rhyme.\n\nQ?" in {row["instruction"] for row in [*train, *held_out]}
     said = capsys.readouterr().out
-    assert "2 of 5 conversations are longer than their first exchange: 3 turns are not trained" in said
+    assert "2 of 5 conversations are longer than their first exchange; turns not trained: 3" in said
     assert "1 of 5 conversations have a system prompt" in said
 
 
@@ -454,6 +454,13 @@ def test_a_tree_begins_with_a_question_that_is_there(tmp_path, capsys, root):
 def test_a_row_without_an_answer_is_asked(tmp_path, row, asked):
     rows = generation.read_rows(str(write(tmp_path / "a.json", [row])), {})
     assert rows == [{"instruction": asked[0], "input": asked[1]}]
+
+
+def test_turns_that_are_not_shown_are_counted(tmp_path, capsys):
+    rows = [talk("user: Far?", "assistant: Yes."), talk("user: Near?", "assistant: No.", "user: Sure?", "assistant: Yes.")]
+    assert len(generation.read_rows(str(write(tmp_path / "a.json", rows)), {})) == 2
+    said = capsys.readouterr().out
+    assert said == "1 of 2 conversations are longer than their first exchange; turns not shown to the model: 2\n"
 
 
 def test_rows_that_cannot_be_asked_are_named_and_the_others_are_asked(tmp_path, capsys):

@@ -64,8 +64,8 @@ def exchanges(rows: datasets.Dataset, asking: bool = False) -> datasets.Dataset 
 
     Returns:
         instruction, input and output (text, perhaps empty); `left_out`, why there is no exchange, or nothing; `system`, whether
-        there is a system prompt; `earlier`, whether the input is what was said before; `n_unused`, how many turns are in none of
-        the three; `row`, its number in `rows`.
+        there is a system prompt; `earlier`, whether the input is what was said before; `n_unused`, how many turns are neither in
+        them nor the answer; `row`, its number in `rows`.
 
     >>> row = _exchange(_turns_of_text("### Human: Hi.### Assistant: Hello!### Human: Bye."))
     >>> row["instruction"], row["output"], row["n_unused"]
@@ -113,7 +113,7 @@ def say_what_is_taken(talks: datasets.Dataset, asking: bool) -> None:
     if n_unused:
         what = "not shown to the model" if asking else "not trained"
         there = f"{len(n_unused)} of {len(talks)} conversations are longer than their first exchange"
-        print(f"{there}: {sum(n_unused)} turns are {what}")
+        print(f"{there}; turns {what}: {sum(n_unused)}")
     if n_system := sum(talks["system"]):
         print(f"{n_system} of {len(talks)} conversations have a system prompt: it stands at the beginning of the instruction")
     if n_earlier := sum(talks["earlier"]):
@@ -152,7 +152,7 @@ def _exchange(turns: list, asking: bool = False) -> dict[str, object]:
         problems.append("the assistant's turn is empty")
     elif answer and not answer.trains:
         problems.append("the assistant's turn has weight 0: it is not to be trained")
-    n_used = len(prompt) + len(earlier) + (not asking)
+    n_used = len(prompt) + len(earlier) + 1  # and the answer, if there is one
     return {
         "instruction": "\n\n".join(turn.text for turn in prompt),
         "input": "\n\n".join(f"{turn.who.capitalize()}: {turn.text.strip()}" for turn in earlier),
@@ -160,7 +160,7 @@ def _exchange(turns: list, asking: bool = False) -> dict[str, object]:
         "left_out": problems[0] if problems else "",
         "system": any(turn.who == "system" for turn in prompt),
         "earlier": bool(earlier),
-        "n_unused": sum(not turn.is_blank() for turn in said) - n_used,
+        "n_unused": max(0, sum(not turn.is_blank() for turn in said) - n_used),
     }
 
 
