@@ -5,9 +5,10 @@ import json
 
 import micro_world
 import pytest
+from typer.testing import CliRunner
 
-from qlora_nb import pocket
-from qlora_nb.engine import data, models
+from qlora_nb import cli, pocket
+from qlora_nb.engine import data, evaluation, generation, models
 from qlora_nb.engine.profiles import validate
 from qlora_nb.errors import KitError
 
@@ -239,7 +240,8 @@ OASST = [
 @pytest.mark.parametrize("rows", [MESSAGES, SHAREGPT, GUANACO, OASST], ids=["messages", "sharegpt", "guanaco", "oasst"])
 def test_conversations_give_their_first_exchange(tmp_path, rows):
     got = first_rows(write(tmp_path / "a.json", rows))
-    assert got == [{"instruction": f"Q{i}?", "input": "", "output": f"A{i}."} for i in range(4)]
+    system = "Be short.\n\n" if rows is MESSAGES else ""
+    assert got == [{"instruction": f"{system}Q{i}?", "input": "", "output": f"A{i}."} for i in range(4)]
 
 
 def test_a_question_nobody_answered_is_named_and_left_out(tmp_path, capsys):
@@ -252,6 +254,300 @@ def test_any_other_text_is_not_a_conversation(tmp_path):
     path = write(tmp_path / "a.json", [{"text": "Once upon a time."}] * 4)
     with pytest.raises(data.KitError, match=r"no column instruction and output.*text"):
         data.load(settings_for(path))
+
+
+# --- who spoke, and how often ---
+
+
+def talk(*turns):
+    """A conversation whose turns are written "role: text"."""
+    messages = []
+    for turn in turns:
+        role, _, text = turn.partition(": ")
+        messages.append({"role": role, "content": text})
+    return {"messages": messages}
+
+
+WHOLE = [talk(f"user: Q{i}?", f"assistant: A{i}.") for i in range(3)]
+
+
+def loaded_with(path, row, capsys):
+    """The row that a conversation became (None if it was left out) and what was printed."""
+    train, held_out = data.load(settings_for(write(path, [*WHOLE, row])))
+    others = {f"Q{i}?" for i in range(3)}
+    found = [row for row in [*train, *held_out] if row["instruction"] not in others]
+    assert len(train) + len(held_out) == 3 + len(found)
+    return found[0] if found else None, capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("turns", "instruction", "output"),
+    [
+        (["human: Hello.", "human: How far?", "gpt: 3 km."], "Hello.\n\nHow far?", "3 km."),
+        (["User: Far?", "Assistant: Yes."], "Far?", "Yes."),
+        (["prompter: Far?", "bot: Yes."], "Far?", "Yes."),
+        (["user: Far?", "model: Yes."], "Far?", "Yes."),
+        (["developer: Be short.", "user: Far?", "assistant: Yes."], "Be short.\n\nFar?", "Yes."),
+        (["user: Far?", "system: Be short.", "assistant: Yes."], "Far?\n\nBe short.", "Yes."),
+        (["assistant: Welcome!", "user: Far?", "assistant: Yes."], "Far?", "Yes."),
+        (["user: Far?", "assistant: Yes.", "narrator: They left."], "Far?", "Yes."),
+    ],
+)
+def test_only_an_assistants_turn_is_an_answer(tmp_path, capsys, turns, instruction, output):
+    row, _ = loaded_with(tmp_path / "a.json", talk(*turns), capsys)
+    assert row == {"instruction": instruction, "input": "", "output": output}
+
+
+def test_parts_of_text_are_joined_as_a_chat_template_joins_them(tmp_path, capsys, tokenizer):
+    parts = [{"type": "text", "text": "How "}, {"type": "text", "text": "far?"}]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "3 km."}]
+    template = "{% for turn in messages[:1] %}{% for part in turn.content %}{{ part.text }}{% endfor %}{% endfor %}"
+    shown = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+    row, _ = loaded_with(tmp_path / "a.json", {"messages": messages}, capsys)
+    assert row == {"instruction": shown, "input": "", "output": "3 km."}
+
+
+CALL = [{"id": "1", "type": "function", "function": {"name": "look", "arguments": "{}"}}]
+
+
+@pytest.mark.parametrize(
+    ("turns", "reason"),
+    [
+        ([{"role": "user", "content": "Q"}, {"role": "user", "content": "Q"}], "no turn by an assistant"),
+        ([{"role": "assistant", "content": "A"}], "no turn by a user"),
+        ([{"role": "user", "content": "Q"}, {"role": "narrator", "content": "A"}], "the role 'narrator'"),
+        ([{"role": "user", "content": "Q"}, {"role": "tool", "content": "3"}, {"role": "assistant", "content": "A"}], "'tool'"),
+        ([{"role": "user", "content": "Q"}, {"role": "assistant", "content": "", "tool_calls": CALL}], "calls a tool"),
+        ([{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A", "weight": 0}], "weight 0"),
+        ([{"role": "user", "content": "Q"}, {"content": "A"}], "a turn has no role"),
+        ([{"role": "user", "content": None}, {"role": "assistant", "content": "A"}], "no turn by a user"),
+        ([{"role": "user", "content": "Q"}, {"role": "assistant", "content": None}], "the assistant's turn is empty"),
+        (
+            [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "A"}],
+            "other than text",
+        ),
+        ([{"role": "user", "content": 3}, {"role": "assistant", "content": "A"}], "other than text"),
+        (["Q", "A"], "no record of role and content"),
+        ("Q", "no record of role and content"),
+        ([], "no turn by a user"),
+        (None, "no turn by a user"),
+    ],
+)
+def test_a_conversation_without_an_answer_is_left_out_and_the_reason_said(tmp_path, capsys, turns, reason):
+    row, said = loaded_with(tmp_path / "a.json", {"messages": turns}, capsys)
+    assert row is None
+    assert "1 of 4 rows have no instruction or no answer (" in said
+    assert reason in said
+    assert said.rstrip().endswith("are left out: rows 3")
+
+
+def test_reasons_are_counted_each_and_are_no_more_than_a_screen(tmp_path, capsys):
+    rows = [*WHOLE, *[talk("user: Q", f"n{i}: A") for i in range(20)], talk("user: Q"), talk("user: Q", "n0: A")]
+    data.load(settings_for(write(tmp_path / "a.json", rows)))
+    said = capsys.readouterr().out
+    assert "2 of 25 rows have no instruction or no answer (the role 'n0'" in said
+    assert "rows 3, 24" in said
+    assert "13 more rows are left out for 13 other reasons" in said
+    assert len(said.splitlines()) <= 10
+
+
+def test_turns_that_do_not_train_and_system_prompts_are_counted(tmp_path, capsys):
+    longer = talk("system: Rhyme.", "user: Q?", "assistant: A.", "user: And?", "assistant: No.")
+    rows = [longer, talk("user: Q1?", "assistant: A1.", "user: Bye."), *WHOLE]
+    train, held_out = data.load(settings_for(write(tmp_path / "a.json", rows)))
+    assert "Rhyme.\n\nQ?" in {row["instruction"] for row in [*train, *held_out]}
+    said = capsys.readouterr().out
+    assert "2 of 5 conversations are longer than their first exchange; turns not trained: 3" in said
+    assert "1 of 5 conversations have a system prompt" in said
+
+
+def test_a_system_prompt_in_a_column_of_its_own_is_kept(tmp_path):
+    rows = [{"system": "Rhyme.", "conversations": row["messages"]} for row in WHOLE] + [{"conversations": WHOLE[0]["messages"]}]
+    found = [row["instruction"] for row in first_rows(write(tmp_path / "a.json", rows))]
+    assert found == ["Q0?", *[f"Rhyme.\n\nQ{i}?" for i in range(3)]]
+
+
+def test_columns_that_are_not_used_are_named(tmp_path, capsys):
+    rows = [row | {"history": [["Q", "A"]], "system": "Rhyme."} for row in ROWS]
+    data.load(settings_for(write(tmp_path / "a.json", rows)))
+    assert "columns that are not used: 'history', 'system'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "instruction", "output"),
+    [
+        ("### System: Be short.### Human: Far?### Assistant: Yes.", "Be short.\n\nFar?", "Yes."),
+        ("### Human: Hello.### Human: Far?### Assistant: Yes.", "Hello.\n\nFar?", "Yes."),
+        ("### User:\nFar?\n\n### Assistant:\nYes.", "Far?", "Yes."),
+        ("### Human: Far?### Assistant:", None, None),
+        ("### Human: Far?", None, None),
+        ("### Assistant: Hello!### Human: Far?", None, None),
+        (None, None, None),
+    ],
+)
+def test_guanaco_texts_keep_who_spoke(tmp_path, capsys, text, instruction, output):
+    rows = [{"text": text}, *[{"text": f"### Human: Q{i}?### Assistant: A{i}."} for i in range(3)]]
+    train, held_out = data.load(settings_for(write(tmp_path / "a.json", rows)))
+    found = [row for row in [*train, *held_out] if not row["output"].startswith("A")]
+    assert found == ([{"instruction": instruction, "input": "", "output": output}] if instruction else [])
+    assert ("left out: rows 0" in capsys.readouterr().out) == (instruction is None)
+
+
+def message(name, parent, role, text, rank=None, deleted=False):
+    return {"message_id": name, "parent_id": parent, "role": role, "text": text, "rank": rank, "deleted": deleted}
+
+
+@pytest.mark.parametrize(
+    ("tree", "output"),
+    [
+        ([message("b", "a", "prompter", "I mean it.", 0.0), message("c", "a", "assistant", "Yes.", 1.0)], "Yes."),
+        ([message("b", "a", "assistant", "unranked"), message("c", "a", "assistant", "Yes.", 1.0)], "Yes."),
+        ([message("b", "a", "assistant", "x", 0.0, True), message("c", "a", "assistant", "Yes.", 1.0)], "Yes."),
+        ([message("b", "a", "prompter", "I mean it.", 0.0)], None),
+        ([message("b", "a", "assistant", "x", 0.0, True)], None),
+        ([], None),
+    ],
+)
+def test_the_best_reply_in_a_tree_is_an_assistants(tmp_path, capsys, tree, output):
+    rows = [*OASST[:12], message("a", None, "prompter", "Far?"), *tree]
+    train, held_out = data.load(settings_for(write(tmp_path / "a.json", rows)))
+    assert [row["output"] for row in [*train, *held_out] if row["instruction"] == "Far?"] == ([output] if output else [])
+    assert ("left out: rows 12" in capsys.readouterr().out) == (output is None)
+
+
+@pytest.mark.parametrize(
+    "root",
+    [
+        message("a", None, "assistant", "Hello."),
+        message("a", None, "prompter", "Q", None, True),
+        message("a", "elsewhere", "prompter", "And?"),
+    ],
+)
+def test_a_tree_begins_with_a_question_that_is_there(tmp_path, capsys, root):
+    rows = [*OASST[:12], root, message("b", "a", "assistant", "Yes.", 0.0)]
+    train, held_out = data.load(settings_for(write(tmp_path / "a.json", rows)))
+    assert len(train) + len(held_out) == 3
+    assert "1 of 4 rows" in capsys.readouterr().out
+
+
+# --- rows to be asked ---
+
+
+@pytest.mark.parametrize(
+    ("row", "asked"),
+    [
+        (talk("user: Far?"), ("Far?", "")),
+        (talk("system: Be short.", "user: Far?"), ("Be short.\n\nFar?", "")),
+        (talk("user: Far?", "assistant: Yes.", "user: How far?"), ("How far?", "User: Far?\n\nAssistant: Yes.")),
+        (talk("user: Far?", "assistant: Yes."), ("Far?", "")),
+        ({"messages": [{"role": "user", "content": "Far?"}, {"role": "assistant", "content": None}]}, ("Far?", "")),
+        ({"prompt": "Far?"}, ("Far?", "")),
+        ({"prompt": talk("user: Far?")["messages"]}, ("Far?", "")),
+        ({"prompt": "Far?", "input": "It is near.", "system": "Be short."}, ("Be short.\n\nFar?", "It is near.")),
+        ({"text": "### Human: Far?### Assistant:"}, ("Far?", "")),
+        ({"text": "### Human: Far?"}, ("Far?", "")),
+        (message("a", None, "prompter", "Far?"), ("Far?", "")),
+        ({"instruction": "Far?", "input": None, "output": None}, ("Far?", "")),
+        ({"instruction": "Far?", "output": 3}, ("Far?", "")),
+    ],
+)
+def test_a_row_without_an_answer_is_asked(tmp_path, row, asked):
+    rows = generation.read_rows(str(write(tmp_path / "a.json", [row])), {})
+    assert rows == [{"instruction": asked[0], "input": asked[1]}]
+
+
+def test_turns_that_are_not_shown_are_counted(tmp_path, capsys):
+    rows = [talk("user: Far?", "assistant: Yes."), talk("user: Near?", "assistant: No.", "user: Sure?", "assistant: Yes.")]
+    assert len(generation.read_rows(str(write(tmp_path / "a.json", rows)), {})) == 2
+    said = capsys.readouterr().out
+    assert said == "1 of 2 conversations are longer than their first exchange; turns not shown to the model: 2\n"
+
+
+def test_rows_that_cannot_be_asked_are_named_and_the_others_are_asked(tmp_path, capsys):
+    path = write(tmp_path / "a.json", [{"prompt": " "}, {"prompt": "Far?"}, {"prompt": None}])
+    assert generation.read_rows(str(path), {}) == [{"instruction": "Far?", "input": ""}]
+    assert "2 of 3 rows have no instruction (no turn by a user) and are left out: rows 0, 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("row", [{"prompt": None}, {"instruction": "", "output": "A"}, talk("assistant: A"), talk("x: A")])
+def test_a_file_without_a_single_question_is_refused(tmp_path, row):
+    path = write(tmp_path / "a.json", [row] * 2)
+    with pytest.raises(KitError, match="no row of this file can be asked"):
+        generation.read_rows(str(path), {})
+    done = CliRunner().invoke(cli.app, ["generate", "--prompts", str(path), "-p", "adapter", "pocket"])
+    assert done.exit_code == 2
+
+
+# --- values that are not there ---
+
+
+def nothing_in_json(path, nothing):
+    lines = [json.dumps({"instruction": f"Say {i}.", "output": f"It is {i}."}) for i in range(8)]
+    if nothing != "missing":
+        lines[:4] = [line[:-1] + f', "input": {nothing}}}' for line in lines[:4]]
+    path.write_text("\n".join([*lines, json.dumps(ROWS[0] | {"input": "So."})]))
+
+
+def nothing_in_parquet(path, value):
+    import pandas
+
+    pandas.DataFrame([row | {"input": value} for row in ROWS]).to_parquet(path)
+
+
+@pytest.mark.parametrize("nothing", ["missing", "null", "NaN", "all null", "all NaN"])
+def test_nothing_in_an_optional_column_is_the_empty_text(tmp_path, tokenizer, nothing):
+    path = tmp_path / ("a.parquet" if nothing.startswith("all") else "a.jsonl")
+    if nothing.startswith("all"):
+        nothing_in_parquet(path, None if nothing == "all null" else float("nan"))
+    else:
+        nothing_in_json(path, nothing)
+    settings = settings_for(path)
+    train, held_out = data.load(settings)
+    for row in [*train, *held_out]:
+        assert row["input"] in ("", "So.")
+    evaluation.exact_match(evaluation.copy_baseline(list(train), list(held_out)), list(held_out))
+    assert len(data.encode(train, tokenizer, settings)) == len(train)
+    assert {row["input"] for row in generation.read_rows(str(path), {})} <= {"", "So."}
+
+
+def test_an_answer_that_is_nothing_is_left_out_of_any_type(tmp_path, capsys):
+    import pandas
+
+    path = tmp_path / "a.parquet"
+    pandas.DataFrame([row | {"output": float("nan")} for row in ROWS]).to_parquet(path)
+    with pytest.raises(KitError, match="too few"):
+        data.load(settings_for(path))
+    assert "8 of 8 rows have no instruction or no answer" in capsys.readouterr().out
+
+
+# --- what is counted and said ---
+
+
+def test_the_same_row_in_both_halves_is_counted(tmp_path, capsys):
+    data.load(settings_for(write(tmp_path / "same.json", [ROWS[0]] * 12)))
+    assert "2 of 2 held-out rows are training rows too" in capsys.readouterr().out
+    data.load(settings_for(write(tmp_path / "other.json", ROWS)))
+    assert "training rows too" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("column", ["instruction", "input", "output"])
+@pytest.mark.parametrize("begins", [False, True])
+def test_a_special_token_in_the_text_is_counted(tokenizer, capsys, column, begins):
+    """Also with a tokenizer that begins every prompt with a special token of its own."""
+    from copy import deepcopy
+
+    from tokenizers.processors import TemplateProcessing
+
+    if begins:
+        tokenizer, end = deepcopy(tokenizer), tokenizer.eos_token
+        beginning = TemplateProcessing(single=f"{end} $A", special_tokens=[(end, tokenizer.eos_token_id)])
+        tokenizer.backend_tokenizer.post_processor = beginning
+        assert tokenizer("a")["input_ids"][0] == tokenizer.eos_token_id
+    rows = [*ROWS, ROWS[0] | {column: f"It is{tokenizer.pad_token}so."}]
+    data.encode(data.datasets.Dataset.from_list(rows), tokenizer, validate({}))
+    assert f"1 of 9 rows write a special token in their text, as '{tokenizer.pad_token}'" in capsys.readouterr().out
+    data.encode(data.datasets.Dataset.from_list(ROWS), tokenizer, validate({}))
+    assert "special token" not in capsys.readouterr().out
 
 
 # --- the order in which rows are trained ---

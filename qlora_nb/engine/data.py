@@ -9,7 +9,8 @@ import glob
 import gzip
 import json
 import lzma
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
 from random import Random
@@ -40,6 +41,10 @@ OPEN_PACKS = 32
 """A row is tried in so many of the newest packs before a new one is begun."""
 SPLIT_SEED = 2305
 """The held-out rows are the same for every training seed."""
+MOST_REASONS = 8
+"""For no more reasons than this are the rows that are left out named."""
+_COLUMNS = ("instruction", "input", "output")
+_TEXTS = datasets.Features(dict.fromkeys(_COLUMNS, datasets.Value("string")))
 _READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -76,7 +81,16 @@ def load(settings) -> tuple[datasets.Dataset, datasets.Dataset]:
         rows = rows.shuffle(seed=SPLIT_SEED)
         train, held_out = rows.skip(settings.eval_rows), rows.take(settings.eval_rows)
     train = train.shuffle(seed=settings.seed)
-    return train.take(min(len(train), n_train)), held_out.take(min(len(held_out), settings.eval_rows))
+    train, held_out = train.take(min(len(train), n_train)), held_out.take(min(len(held_out), settings.eval_rows))
+    trained = set(_whole_rows(train))
+    if n_same := sum(row in trained for row in _whole_rows(held_out)):
+        print(f"{n_same} of {len(held_out)} held-out rows are training rows too, word for word: they measure memory")
+    return train, held_out
+
+
+def _whole_rows(rows: datasets.Dataset) -> Iterator[tuple[str, ...]]:
+    for part in rows.iter(batch_size=1000):
+        yield from zip(*(part[column] for column in _COLUMNS), strict=True)
 
 
 def _read(name: str) -> datasets.Dataset:
@@ -131,71 +145,147 @@ def _look_at(path: Path, suffix: str) -> dict[str, object]:
     return {}
 
 
-def _clean(rows: datasets.Dataset, name: str, columns: dict[str, str]) -> datasets.Dataset:
-    """Keep the three columns as text; leave out rows without an instruction or an answer and say which."""
+def _named(rows: datasets.Dataset, columns: dict[str, str]) -> datasets.Dataset:
+    """Call the data's own columns what the kit calls them."""
     if unknown := sorted(set(columns.values()) - set(rows.column_names)):
         allowed = ", ".join(rows.column_names)
         raise KitError("columns names what the data does not have", value=", ".join(unknown), allowed=allowed)
     if len(set(columns.values())) < len(columns):
         raise KitError("columns names one column of the data twice", value=columns, allowed="another one for each")
     taken = rows.remove_columns([c for c in columns if c in rows.column_names and c not in columns.values()])
-    rows = taken.rename_columns({own: column for column, own in columns.items() if own != column})
+    return taken.rename_columns({own: column for column, own in columns.items() if own != column})
+
+
+def _clean(rows: datasets.Dataset, name: str, columns: dict[str, str], asking: bool = False) -> datasets.Dataset:
+    """Keep the three columns, always as text; leave out rows without an instruction or an answer and say which and why.
+
+    Args:
+        rows: as read, with columns of any name and type.
+        name: the file or data set, for messages.
+        columns: the kit's column → the data's own name for it.
+        asking: the rows are to be asked, so they need no answer; `output` is empty.
+    """
+    rows = _named(rows, columns)
+    unused = sorted(set(rows.column_names) - set(_COLUMNS))
+    talks = None
     if "instruction" not in rows.column_names:
         with _reading(name):  # turns of any type
-            rows = conversations.first_exchanges(rows) or rows
-    if missing := [c for c in ("instruction", "output") if c not in rows.column_names]:
+            talks = conversations.exchanges(rows, asking)
+            rows = talks or rows
+    used = ("instruction", "input") if asking else _COLUMNS
+    needed = [column for column in used if column != "input"]
+    if missing := [column for column in needed if column not in rows.column_names]:
         what, there = f"the data has no column {' and '.join(missing)}", ", ".join(rows.column_names)
         allowed = "instruction, output, input if there is one; or a conversation (messages, OASST, Guanaco)"
         raise KitError(what, value=there, allowed=allowed, remedy="name them, as columns=instruction=question,output=answer")
-    if "input" not in rows.column_names:
-        rows = rows.add_column("input", [""] * len(rows))
-    rows = rows.select_columns(["instruction", "input", "output"])
-    for column, feature in rows.features.items():
-        if getattr(feature, "dtype", None) not in ("string", "large_string", "string_view", "null"):
-            row = next((i for i, value in enumerate(rows[column]) if not isinstance(value, str | None)), 0)
-            remedy = f"look at {Path(name).name}"
-            raise KitError(f"column {column} is not text in row {row}", value=rows[row][column], allowed="text", remedy=remedy)
-    whole = lambda row: all((row[c] or "").strip() for c in ("instruction", "output"))
-    if bad := {i for i, row in enumerate(tqdm(rows, desc="checking", unit="row")) if not whole(row)}:
-        named = ", ".join(map(str, sorted(bad)[:5])) + (" …" if len(bad) > 5 else "")
-        print(f"{len(bad)} of {len(rows)} rows have no instruction or no answer and are left out: rows {named}")
-        rows = rows.select([i for i in range(len(rows)) if i not in bad])
-    return rows
+    taken = rows.select_columns([column for column in used if column in rows.column_names])
+    how = {"batched": True, "with_indices": True, "fn_kwargs": {"name": name}, "features": _TEXTS}
+    with _reading(name):
+        texts = taken.map(_as_text, **how)
+    reasons = talks["left_out"][:] if talks else [""] * len(texts)
+    numbers = talks["row"][:] if talks else range(len(texts))
+    left_out: dict[str, list[int]] = {}
+    kept = []
+    for i, row in enumerate(tqdm(texts, desc="checking", unit="row")):
+        if reasons[i] or not all(row[column].strip() for column in needed):
+            left_out.setdefault(reasons[i], []).append(numbers[i])
+        else:
+            kept.append(i)
+    _say_left_out(left_out, len(texts), " or no ".join(needed).replace("output", "answer"))
+    if talks and not kept and not asking:
+        what = f"the conversations cannot be read as questions and answers: {next(iter(left_out))}"
+        allowed = f"turns with a role ({', '.join(map('/'.join, conversations.ROLES.values()))}) and a text"
+        raise KitError(what, value=Path(name).name, allowed=allowed, remedy="look at its first row")
+    if talks:
+        conversations.say_what_is_taken(talks.select(kept), asking)
+    elif unused:
+        print(f"columns that are not used: {', '.join(map(repr, unused[:5]))}{' …' if len(unused) > 5 else ''}")
+    return texts.select(kept) if left_out else texts
+
+
+def _as_text(columns: dict[str, list], numbers: list[int], name: str) -> dict[str, list[str]]:
+    """The three columns of some rows; what is not there (a column, a null, the NaN that pandas writes for it) is empty text.
+
+    Raises:
+        KitError: a value is anything else.
+    """
+    texts = {column: [""] * len(numbers) for column in _COLUMNS}
+    for column, values in columns.items():
+        for i, value in enumerate(values):
+            if isinstance(value, str):
+                texts[column][i] = value
+            elif value is not None and not (isinstance(value, float) and math.isnan(value)):
+                what, remedy = f"column {column} is not text in row {numbers[i]}", f"look at {Path(name).name}"
+                raise KitError(what, value=value, allowed="text", remedy=remedy)
+    return texts
+
+
+def _say_left_out(left_out: dict[str, list[int]], n_rows: int, lacking: str) -> None:
+    """One line for each reason: how many rows, which ones."""
+    for n, (why, numbers) in enumerate(left_out.items()):
+        if n == MOST_REASONS:
+            n_others = sum(map(len, list(left_out.values())[n:]))
+            print(f"{n_others} more rows are left out for {len(left_out) - n} other reasons")
+            break
+        named = ", ".join(map(str, numbers[:5])) + (" …" if len(numbers) > 5 else "")
+        reason = f" ({why})" if why else ""
+        print(f"{len(numbers)} of {n_rows} rows have no {lacking}{reason} and are left out: rows {named}")
 
 
 def questions(name: str, columns: dict[str, str]) -> list[dict[str, str]]:
-    """Instructions and inputs of a file whose rows need no answer."""
-    rows, asked = _read(name), {column: own for column, own in columns.items() if column != "output"}
-    rows = rows.remove_columns([c for c in rows.column_names if c == "output"]).add_column("output", ["-"] * len(rows))
-    return [{"instruction": row["instruction"], "input": row["input"] or ""} for row in _clean(rows, name, asked)]
+    """Instructions and inputs of a file whose rows need no answer.
+
+    Raises:
+        KitError: the file cannot be read, or no row of it can be asked.
+    """
+    asked = {column: own for column, own in columns.items() if column != "output"}
+    rows = _clean(_read(name), name, asked, asking=True)
+    if not len(rows):
+        allowed = "an instruction or a prompt in a row, or a conversation in which a user speaks"
+        raise KitError("no row of this file can be asked", value=Path(name).name, allowed=allowed, remedy="look at its rows")
+    return [{"instruction": row["instruction"], "input": row["input"]} for row in rows]
 
 
 def encode(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, settings) -> datasets.Dataset:
     """Rows → `input_ids` and `labels` of equal length: prompt labels are -100, the end token is labelled.
 
     A row longer than `max_length` tokens loses the end of its answer but keeps its end token, so that the model still
-    learns to stop; how many rows that hits is printed. A row whose prompt alone is too long is left out.
+    learns to stop; how many rows that hits is printed. A row whose prompt alone is too long is left out. Rows whose text holds
+    one of the tokenizer's special tokens (`<|endoftext|>` in an answer becomes the end token) are counted too.
     """
     max_length = settings.max_length
-    arguments = {"tokenizer": tokenizer, "max_length": max_length, "template": settings.prompt_template}
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | set(tokenizer.all_special_ids)
+    special.discard(tokenizer.unk_token_id)  # any unknown character becomes this one
+    arguments = {"tokenizer": tokenizer, "max_length": max_length, "template": settings.prompt_template, "special": special}
     encoded = rows.map(_encode_row, fn_kwargs=arguments, remove_columns=rows.column_names, desc="tokenizing")
     whole = encoded.filter(lambda row: not row["too_long"])
     n_cut, n_out = sum(whole["cut"]), len(encoded) - len(whole)
     if n_cut or n_out:
         print(f"{n_cut} of {len(encoded)} answers cut to max_length={max_length} tokens, {n_out} rows left out (prompt too long)")
+    found = [token for token in whole["special"] if token]
+    if found:
+        print(f"{len(found)} of {len(whole)} rows write a special token in their text, as {found[0]!r}: it is read as that token")
     if not len(whole):
         raise KitError("no row is left: every prompt is longer than max_length", value=max_length, remedy="raise max_length")
     return whole.select_columns(["input_ids", "labels"])
 
 
-def _encode_row(row: dict[str, str], tokenizer, max_length: int, template: str) -> dict[str, object]:
+def _encode_row(row: dict[str, str], tokenizer, max_length: int, template: str, special: set[int]) -> dict[str, object]:
     prompt = tokenizer(prompt_of(row, template))["input_ids"]
-    answer = [*tokenizer(row["output"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    written = tokenizer(row["output"], add_special_tokens=False)["input_ids"]
+    n_added = tokenizer.num_special_tokens_to_add()  # at the beginning of a prompt, by some tokenizers
+    in_text = [i for i in prompt + written if i in special][n_added:]
+    answer = [*written, tokenizer.eos_token_id]
     room = max_length - len(prompt)
     if cut := len(answer) > room:
         answer = [*answer[: max(room - 1, 0)], tokenizer.eos_token_id]
-    labels = [IGNORED] * len(prompt) + answer
-    return {"input_ids": prompt + answer, "labels": labels, "cut": cut, "too_long": room < 2}
+    return {
+        "input_ids": prompt + answer,
+        "labels": [IGNORED] * len(prompt) + answer,
+        "cut": cut,
+        "too_long": room < 2,
+        "special": tokenizer.convert_ids_to_tokens(in_text[0]) if in_text else "",
+    }
 
 
 def in_training_order(rows: datasets.Dataset, settings) -> datasets.Dataset:
