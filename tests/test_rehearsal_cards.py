@@ -19,7 +19,7 @@ import torch
 from typer.testing import CliRunner
 
 from qlora_nb import cli
-from qlora_nb.engine import budget, cards, environment, models, runs, training
+from qlora_nb.engine import budget, cards, compiled, environment, models, runs, training
 from qlora_nb.engine.environment import GIB, Gpu
 from qlora_nb.engine.profiles import validate
 from qlora_nb.errors import KitError
@@ -361,6 +361,37 @@ def test_rehearsal_without_nvml_torch_is_asked(monkeypatch, tmp_path):
     assert names() == "Orin"
 
 
+@pytest.mark.parametrize(
+    "silent", ["nvmlInit", "nvmlDeviceGetCount", "nvmlDeviceGetHandleByUUID", "nvmlDeviceGetMemoryInfo", "the package"]
+)
+def test_rehearsal_nvml_fails_where_cuda_works(monkeypatch, silent):
+    card = Card("Orin", "GPU-1", total=32, free=20)
+    Nvml(monkeypatch, card)
+    cuda_of(monkeypatch, card)
+    if silent == "the package":
+        monkeypatch.setitem(sys.modules, "pynvml", None)
+    elif silent != "nvmlDeviceGetCount":
+        monkeypatch.setattr(pynvml, silent, refuse)
+    else:
+        monkeypatch.setattr(pynvml, silent, lambda: 0)
+    assert environment.card().usable_bytes == 20 * GIB
+    assert models.compute_dtype() is torch.bfloat16
+
+
+def test_rehearsal_a_card_that_torch_itself_cannot_ask(monkeypatch):
+    """Its memory: a full card has no room for the context that the question takes. Its properties: it is no card."""
+
+    def broken(*_):
+        raise RuntimeError("CUDA error")
+
+    cuda_of(monkeypatch, Card("a"))
+    monkeypatch.setattr(pynvml, "nvmlInit", refuse)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", broken)
+    assert names() == "a"
+    monkeypatch.setattr(torch.cuda, "get_device_properties", broken)
+    assert environment.gpus() == ()
+
+
 @pytest.mark.parametrize("silent", ["memory", "handle"])
 def test_rehearsal_a_card_that_does_not_answer(monkeypatch, tmp_path, silent):
     """One of several is left out; if it is the only one, torch is asked."""
@@ -474,10 +505,10 @@ def test_rehearsal_the_library_is_the_one_that_bitsandbytes_takes(monkeypatch):
 
     for cuda in ("11.8", "12.0", "12.2", "12.6", "12.9", "13.0", "13.1", "13.5"):
         version = tuple(map(int, cuda.split(".")))
-        assert cards._library(cuda) == get_cuda_bnb_library_path(CUDASpecs((8, 0), cuda.replace(".", ""), version))
-    assert cards._library("14.0") is None
+        assert compiled._library(cuda) == get_cuda_bnb_library_path(CUDASpecs((8, 0), cuda.replace(".", ""), version))
+    assert compiled._library("14.0") is None
     monkeypatch.setenv("BNB_CUDA_VERSION", "126")
-    assert cards._library("13.0") == get_cuda_bnb_library_path(CUDASpecs((8, 0), "130", (13, 0)))
+    assert compiled._library("13.0") == get_cuda_bnb_library_path(CUDASpecs((8, 0), "130", (13, 0)))
 
 
 def test_rehearsal_code_is_read_from_a_fat_binary(tmp_path):
@@ -496,9 +527,9 @@ def test_rehearsal_code_is_read_from_a_fat_binary(tmp_path):
         + bytes(99)
         + fat(entry(2, 86, 5), entry(2, 120, 900))[:-950]
     )
-    assert cards.code_in(library) == ({75, 86}, {90})
+    assert compiled.code_in(library) == ({75, 86}, {90})
     (tmp_path / "other.so").write_bytes(bytes(1000))
-    assert cards.code_in(tmp_path / "other.so") == (set(), set())
+    assert compiled.code_in(tmp_path / "other.so") == (set(), set())
 
 
 # ---- doctor ----------------------------------------------------------------------------------------------------------
@@ -562,8 +593,8 @@ def test_rehearsal_the_benchmark_watches_the_card_that_is_used(monkeypatch, benc
         while used.asked + idle.asked < 2:
             watch.ended.wait(0.005)
         used.free = 20.0
-        already = used.asked
-        while used.asked == already and watch.thread.is_alive():
+        already = used.asked + idle.asked
+        while used.asked + idle.asked == already:
             watch.ended.wait(0.005)
     assert watch.peak == 4 * GIB
     assert idle.asked == 0

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from qlora_nb.engine import cards, ends, environment, prequantized
+from qlora_nb.engine import compiled, ends, environment, prequantized
 from qlora_nb.errors import KitError, refusing
 from qlora_nb.pocket import MODEL_DIR
 
@@ -43,7 +43,7 @@ def device() -> torch.device:
     if getattr(torch.cuda, "_is_in_bad_fork", bool)():
         what = "this process was forked from one that uses the GPU, and cannot use it"
         raise KitError(what, remedy="start processes with torchrun, or with the method spawn")
-    if torch.cuda.is_available() and not cards.why_unusable(torch):
+    if torch.cuda.is_available() and not compiled.why_unusable(torch):
         return torch.device("cuda", 0)
     return torch.device("cpu")
 
