@@ -26,7 +26,7 @@ import peers
 import provenance
 import torch
 
-from qlora_nb.engine import budget, ends, ledger, models
+from qlora_nb.engine import budget, cards, ends, ledger, models
 from qlora_nb.engine.profiles import validate
 
 TARGET = provenance.ROOT / "notebooks" / "recorded" / "gpu.json"
@@ -47,10 +47,11 @@ SPEED = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "ma
 
 
 class _Watch:
-    """The most bytes this process held on the card, by NVML; 0 without one."""
+    """The most bytes this process held on the card that torch computes on, by NVML; 0 without one."""
 
     def __enter__(self):
         self.peak, self.ended = 0, threading.Event()
+        self.uuid = torch.cuda.get_device_properties(0).uuid if torch.cuda.is_available() else None
         self.thread = threading.Thread(target=self._sample, daemon=True)
         self.thread.start()
         return self
@@ -60,15 +61,15 @@ class _Watch:
         self.thread.join()
 
     def _sample(self):
-        if not torch.cuda.is_available():
+        if self.uuid is None:
             return
-        import pynvml
-
-        pynvml.nvmlInit()
-        card = pynvml.nvmlDeviceGetHandleByIndex(0)
-        before = pynvml.nvmlDeviceGetMemoryInfo(card).used  # in a container the driver does not know our process number
-        while not self.ended.wait(0.02):
-            self.peak = max(self.peak, pynvml.nvmlDeviceGetMemoryInfo(card).used - before)
+        with cards.driver() as nvml:
+            card = cards.handle_of(nvml, self.uuid) if nvml else None
+            if card is None:
+                return
+            before = nvml.nvmlDeviceGetMemoryInfo(card).used  # in a container the driver does not know our process number
+            while not self.ended.wait(0.02):
+                self.peak = max(self.peak, nvml.nvmlDeviceGetMemoryInfo(card).used - before)
 
 
 def measured(watch: _Watch) -> dict[str, int]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import time
+from contextlib import suppress
 from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import torch
@@ -16,15 +18,20 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def provenance(seeds: tuple[int, ...] = ()) -> dict:
-    """Date, commit (and whether the working copy was clean), hardware, versions, threads and seeds."""
-    changed = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    """Date, commit (and whether the working copy was clean), hardware, versions, threads and seeds; None: not known."""
+    clean, versions = None, None
+    with suppress(OSError):  # no git
+        status = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=False)
+        clean = not status.stdout.strip() if status.returncode == 0 else None
+    with suppress(PackageNotFoundError):  # the kit is not installed, only on the path
+        versions = {version.package: version.installed for version in environment.versions() if version.installed}
     machine = asdict(environment.machine(ROOT))
     return {
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "commit": runs._commit(),
-        "clean": not changed.strip(),  # False: the commit does not say all
+        "clean": clean,  # False: the commit does not say all
         "hardware": {k: machine[k] for k in ("cpu", "n_cores", "ram_bytes", "gpus", "python", "system")},
-        "versions": {v.package: v.installed for v in environment.versions() if v.installed},
+        "versions": versions,
         "threads": torch.get_num_threads(),
         "seeds": list(seeds),
     }

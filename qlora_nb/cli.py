@@ -4,6 +4,7 @@ Every heavy import stands inside the command that needs it, so that `--help` and
 (`KitError`) is printed as one paragraph on stderr and exits with 2; a failed notebook exits with 1.
 """
 
+import importlib
 import re
 import subprocess
 import sys
@@ -43,11 +44,17 @@ Profile = Annotated[str, typer.Option(help="tiny, smollm2, t4 or full")]
 @app.command()
 def doctor() -> None:
     """This machine, its packages, the profile that fits. Exits with 1 if a package is missing or outside its range."""
-    from qlora_nb.engine import environment, runs
+    from qlora_nb.engine import cards, environment, runs
 
+    with suppress(ImportError, OSError):
+        importlib.import_module("torch")  # once loaded it says itself which cards it can use
     here = environment.machine()
     for what, how_much in environment.describe(here).items():
         print(f"{what:10} {how_much}")
+    if here.gpu_remedy:
+        print(f"{'remedy':10} {here.gpu_remedy}")
+    for line in cards.remarks(here.gpus, here.system):
+        print(line)
     constraints = runs.project_root() / "constraints.txt"
     pins = constraints.read_text() if constraints.is_file() else ""
     versions = environment.versions()

@@ -14,7 +14,6 @@ import shutil
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
 import pytest
@@ -56,7 +55,9 @@ MATRIX: dict[int, tuple[str, list[str]]] = {
             "test_schema::test_the_12b_is_refused_without_a_gpu_before_any_download",
             "test_schema::test_a_card_too_small_names_what_would_fit",
             "test_cli::test_full_profile_is_refused_fast_without_a_gpu",
-            "test_faults::test_only_cards_that_torch_can_use_count",
+            "test_rehearsal_cards::test_rehearsal_cuda_visible_devices",
+            "test_rehearsal_cards::test_rehearsal_a_card_that_this_torch_cannot_use_is_refused",
+            "test_rehearsal_cards::test_rehearsal_a_card_without_code_for_it",
         ],
     ),
     12: (
@@ -700,36 +701,6 @@ def test_a_slider_dragged_fast_ends_with_the_last_value():
     assert panel.children[-1].value == "<pre>&lt;b&gt;x&lt;/b&gt; is too large (got 0.9).</pre>"
     panel.children[0].value = 0.1
     assert panel.children[-1].value.startswith("<img ")
-
-
-@pytest.mark.parametrize(
-    ("visible", "build", "found"),
-    [(None, "2.9.1+cu128", "abc"), ("", "2.9.1", ""), ("-1", "2.9.1", ""), ("2,0", "2.9.1", "ca"), (None, "2.9.1+cpu", ""),
-     ("GPU-3f", "2.9.1", "abc"), ("7", "2.9.1", "")],
-)  # fmt: skip
-def test_only_cards_that_torch_can_use_count(monkeypatch, visible, build, found):
-    """NVML sees every card; a build of torch without CUDA and CUDA_VISIBLE_DEVICES do not. A fourth card tells no memory."""
-    import pynvml
-
-    def memory(handle):
-        if handle == "d":
-            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
-        return types.SimpleNamespace(total=2**34, free=2**34)
-
-    def handle(i):
-        if i > 3:
-            raise pynvml.NVMLError(pynvml.NVML_ERROR_INVALID_ARGUMENT)
-        return "abcd"[i]
-
-    own = {"Init": lambda: None, "Shutdown": lambda: None, "DeviceGetCount": lambda: 4, "DeviceGetMemoryInfo": memory}
-    own |= {"DeviceGetHandleByIndex": handle, "DeviceGetName": str, "DeviceGetCudaComputeCapability": lambda handle: [8, 6]}
-    for name, function in own.items():
-        monkeypatch.setattr(pynvml, f"nvml{name}", function)
-    monkeypatch.setattr(environment, "installed", lambda package: build)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if visible is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert "".join(card.name for card in environment.gpus()) == found
 
 
 def test_bfloat16_on_a_card_without_it_becomes_float16_with_a_notice(monkeypatch, capsys):

@@ -4,8 +4,8 @@
 `theory.paging`), the key-value cache of a generation, and what CUDA itself takes. The same constants serve every model
 and setting; none is fitted to a published figure.
 
-`CONTEXT_BYTES` is what CUDA's driver and libraries take before the first tensor (about 0.45 GiB). `SLACK` is the part of moving
-memory that the allocator's whole blocks waste. Both are assumptions until they are measured on a GPU.
+`SLACK` is the part of moving memory that the allocator's whole blocks waste. Like `CONTEXT_BYTES` it is an assumption until it
+is measured on a GPU.
 """
 
 import gc
@@ -20,12 +20,13 @@ from torch.utils import benchmark
 from transformers import AutoConfig
 
 from qlora_nb.engine import activations, ledger, models
-from qlora_nb.engine.environment import GIB, Machine, machine
+from qlora_nb.engine.cards import CONTEXT_BYTES, GIB
+from qlora_nb.engine.environment import Machine, card, machine
 from qlora_nb.engine.ledger import GRADIENTS, STATES, Ledger, Line
 from qlora_nb.errors import KitError
 from qlora_nb.theory import paging
 
-CONTEXT_BYTES, SLACK = int(0.45 * GIB), 0.05
+SLACK = 0.05
 T4_OPERATIONS_PER_S = 0.25 * 65e12
 """A quarter (assumed) of what NVIDIA publishes for a T4 in float16: the basis of a time estimate for a card that is not here."""
 CACHE, KEPT, WORK, CUDA = "key-value cache", "kept for the backward pass", "working memory", "CUDA context, slack (assumed)"
@@ -195,24 +196,35 @@ def largest_pythia(settings, card_bytes: float, train: bool, pull: bool = False)
 
 
 def require_fit(settings, here: Machine, train: bool = True) -> None:
-    """Refuse, before anything is downloaded, what cannot fit the largest GPU of a machine; names the levers that make it fit.
+    """Refuse, before anything is downloaded, what cannot fit the GPU that is used; names the levers that make it fit.
+
+    The prediction is compared with what can be had of the card: all but the driver's part and what other programs hold.
+    What this process holds counts as free, so that a cell can be run again.
 
     Raises:
-        KitError: the predicted peak of fine-tuning (`train`) or of answering is larger than the card.
+        KitError: the predicted peak of fine-tuning (`train`) or of answering is larger than that.
     """
-    if not here.gpus:
+    gpu = card(here)
+    if gpu is None:
         return
-    card = max(here.gpus, key=lambda gpu: gpu.total_bytes)
-    config, limit = ledger.config_of(settings.model_id), card.total_bytes
+    config, limit = ledger.config_of(settings.model_id), gpu.usable_bytes
     needed = peak(plan_of(settings, train, config, on_gpu=True)).total_bytes
     if needed <= limit:
         return
     fit = make_fit(settings, limit, config) if train else None
     largest = largest_pythia(settings, limit, train, pull=train)
     smaller = f'model_id="EleutherAI/pythia-{largest[0]}" fits' if largest else 'profile="tiny" runs anywhere'
+    remedy = "; ".join(map(str, fit[1])) if fit else smaller
     what = f"{settings.model_id} does not fit this GPU: {'fine-tuning' if train else 'answering'} is predicted to need"
-    sizes = f"{needed / GIB:.1f} GiB at its peak, the {card.name} has {limit / GIB:.1f} GiB"
-    raise KitError(f"{what} {sizes}", remedy="; ".join(map(str, fit[1])) if fit else smaller)
+    digits = 1 if needed - limit > 0.1 * GIB else 2
+    sizes = f"{needed / GIB:.{digits}f} GiB at its peak, the {gpu.name} has {gpu.total_bytes / GIB:.1f} GiB"
+    if limit < gpu.total_bytes:
+        sizes = f"{sizes}, {limit / GIB:.{digits}f} GiB of them to be had"
+    if gpu.others_bytes > SLACK * gpu.total_bytes:
+        sizes = f"{sizes}, {gpu.others_bytes / GIB:.1f} GiB of them are held by other programs"
+        if needed <= limit + gpu.others_bytes:
+            remedy = f"close the other programs on this GPU (nvidia-smi lists them); or {remedy}"
+    raise KitError(f"{what} {sizes}", remedy=remedy)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

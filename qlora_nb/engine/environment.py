@@ -22,10 +22,10 @@ from urllib.request import getproxies, proxy_bypass
 import psutil
 from packaging.requirements import Requirement
 
-from qlora_nb.engine import shapes
+from qlora_nb.engine import cards, shapes
+from qlora_nb.engine.cards import GIB, Gpu
 from qlora_nb.errors import KitError
 
-GIB = 2**30
 CPU_LIMIT_PARAMETERS = 1_500_000_000
 """Above this a step on a CPU takes minutes (about 6 flop × parameters × tokens at some 100 Gflop/s)."""
 MIN_FREE_BYTES = GIB // 2
@@ -33,23 +33,12 @@ MIN_FREE_BYTES = GIB // 2
 
 
 @dataclass(frozen=True)
-class Gpu:
-    """One NVIDIA card as NVML describes it."""
-
-    name: str
-    total_bytes: int
-    free_bytes: int
-    compute_capability: tuple[int, int]
-
-    @property
-    def has_bf16(self) -> bool:
-        """bfloat16 arithmetic exists from compute capability 8.0 (Ampere) on; a T4 (7.5) lacks it."""
-        return self.compute_capability >= (8, 0)
-
-
-@dataclass(frozen=True)
 class Machine:
-    """CPU, memory, disk and GPUs of this machine; sizes in bytes."""
+    """CPU, memory, disk and GPUs of this machine; sizes in bytes.
+
+    `gpus` are those that torch can use, the one that is used first. If there is none of them although the driver shows a
+    card, `gpu_problem` says why and `gpu_remedy` what to do.
+    """
 
     cpu: str
     n_cores: int
@@ -59,55 +48,57 @@ class Machine:
     gpus: tuple[Gpu, ...]
     python: str = platform.python_version()
     system: str = f"{platform.system()} {platform.machine()}"
+    gpu_problem: str = ""
+    gpu_remedy: str = ""
 
 
 def machine(folder: str | Path = ".") -> Machine:
     """Look at this machine; `folder` is where the disk is measured."""
-    memory = psutil.virtual_memory()
+    memory, found = psutil.virtual_memory(), gpus()
+    problem, remedy = ("", "") if found else cards.why_none()
     return Machine(
         cpu=_cpu_name(),
         n_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1),
         ram_bytes=memory.total,
         ram_free_bytes=memory.available,
         disk_free_bytes=shutil.disk_usage(folder).free,
-        gpus=gpus(),
+        gpus=found,
+        gpu_problem=problem,
+        gpu_remedy=remedy,
     )
 
 
 def describe(here: Machine) -> dict[str, str]:
-    """The machine as a table: what it is → how much of it (sizes in GiB)."""
-    sizes = [f"{g.name}, {g.total_bytes / GIB:.1f} GiB, {g.free_bytes / GIB:.1f} GiB free" for g in here.gpus]
-    cards = [f"{size}, {'with' if g.has_bf16 else 'without'} bfloat16" for size, g in zip(sizes, here.gpus)]
-    return {
+    """The machine as a table: what it is → how much of it (sizes in GiB). The first GPU is the one that is used."""
+    used, others = card(here), ", ".join(gpu.name for gpu in here.gpus[1:])
+    gpu = f"none that can be used: {here.gpu_problem}" if here.gpu_problem else "none found"
+    gpu = f"{gpu}: profiles tiny and smollm2 run on the CPU"
+    if used:
+        sizes = f"{used.total_bytes / GIB:.1f} GiB, {used.free_bytes / GIB:.1f} GiB free"
+        gpu = f"{used.name}, {sizes}, {'with' if used.has_bf16 else 'without'} bfloat16"
+    table = {
         "processor": f"{here.cpu}, {here.n_cores} cores",
         "memory": f"{here.ram_bytes / GIB:.1f} GiB, {here.ram_free_bytes / GIB:.1f} GiB free",
         "disk": f"{here.disk_free_bytes / GIB:.0f} GiB free",
-        "GPU": ", ".join(cards) or "none found: profiles tiny and smollm2 run on the CPU",
-        "Python": f"{here.python} on {here.system}",
+        "GPU": gpu,
     }
+    if others:
+        table["other GPUs"] = f"{others}: not used; CUDA_VISIBLE_DEVICES chooses the card"
+    return table | {"Python": f"{here.python} on {here.system}"}
 
 
 def gpus() -> tuple[Gpu, ...]:
-    """The NVIDIA cards that torch can use; empty where there is no driver, torch has no CUDA, or CUDA_VISIBLE_DEVICES hides them.
-
-    If CUDA_VISIBLE_DEVICES counts cards up, these are given, in its order; a card that keeps its memory secret is left out.
-    """
-    import pynvml
-
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
-    if visible.strip() in ("", "-1") or (installed("torch") or "").endswith("+cpu"):
+    """The cards that can be computed on, cuda:0 first; empty where torch sees none, or where cuda:0 is one that cannot be."""
+    seen = cards.visible()
+    if seen and seen[0].problem:
         return ()
-    found = []
-    with suppress(pynvml.NVMLError):  # no driver
-        pynvml.nvmlInit()
-        for i in map(int, re.findall(r"\b\d+\b", visible)) if visible[0].isdigit() else range(pynvml.nvmlDeviceGetCount()):
-            with suppress(pynvml.NVMLError):
-                handle = pynvml.nvmlDeviceGetHandleByIndex(i)
-                memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-                capability = tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle))
-                found.append(Gpu(pynvml.nvmlDeviceGetName(handle), memory.total, memory.free, capability))
-        pynvml.nvmlShutdown()
-    return tuple(found)
+    return tuple(gpu for gpu in seen if not gpu.problem)
+
+
+def card(here: Machine | None = None) -> Gpu | None:
+    """The one card that everything is computed on, torch's cuda:0; None without one. CUDA_VISIBLE_DEVICES chooses another."""
+    found = here.gpus if here else gpus()
+    return found[0] if found else None
 
 
 def _cpu_name() -> str:
@@ -202,6 +193,9 @@ def refuse_what_cannot_run(settings) -> None:
     if here.gpus and size:
         from qlora_nb.engine import budget
 
+        here = machine()  # torch is loaded now and says itself what it can use
+        if not here.gpus:
+            refuse_on_cpu(settings.model_id, size, here)
         budget.require_fit(settings, here, train=False)
 
 
@@ -210,8 +204,10 @@ def refuse_on_cpu(model_id: str, bytes_16_bit: int, here: Machine) -> None:
     need = bytes_16_bit // 4
     size = f"{bytes_16_bit / 2e9:.1f} billion parameters, {need / GIB:.1f} GiB in 4 bit for the weights alone"
     if bytes_16_bit > 2 * CPU_LIMIT_PARAMETERS:
-        has = f"no NVIDIA GPU, {here.n_cores} CPU cores and {here.ram_bytes / GIB:.1f} GiB of memory"
+        gpu = f"no GPU that can be used ({here.gpu_problem})" if here.gpu_problem else "no NVIDIA GPU"
+        has = f"{gpu}, {here.n_cores} CPU cores and {here.ram_bytes / GIB:.1f} GiB of memory"
         remedy = 'profile="tiny" (in the kit) or profile="smollm2" runs here; every cell is the same'
+        remedy = f"{here.gpu_remedy}; {remedy}" if here.gpu_remedy else remedy
         raise KitError(f"{model_id} needs a GPU: {size}; this machine has {has}", remedy=remedy)
     if max(need, MIN_FREE_BYTES) > here.ram_free_bytes:
         what = f"{model_id} does not fit this machine's memory: {here.ram_free_bytes / GIB:.1f} GiB are free"

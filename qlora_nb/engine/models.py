@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from qlora_nb.engine import ends, environment, prequantized
+from qlora_nb.engine import compiled, ends, environment, prequantized
 from qlora_nb.errors import KitError, refusing
 from qlora_nb.pocket import MODEL_DIR
 
@@ -39,11 +39,13 @@ def model_path(model_id: str) -> str:
 
 
 def device() -> torch.device:
-    """The first CUDA device, else the CPU."""
+    """torch's first CUDA device if it and bitsandbytes have code for that card, else the CPU."""
     if getattr(torch.cuda, "_is_in_bad_fork", bool)():
         what = "this process was forked from one that uses the GPU, and cannot use it"
         raise KitError(what, remedy="start processes with torchrun, or with the method spawn")
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    if torch.cuda.is_available() and not compiled.why_unusable(torch):
+        return torch.device("cuda", 0)
+    return torch.device("cpu")
 
 
 def compute_dtype(choice: str = "auto") -> torch.dtype:
@@ -52,12 +54,13 @@ def compute_dtype(choice: str = "auto") -> torch.dtype:
     float32 on a CPU is no waste: without AVX512-BF16 units bfloat16 was measured 12 times slower there. bfloat16 asked
     for on a GPU that lacks it becomes float16, with a notice.
     """
-    cards = environment.gpus() if torch.cuda.is_available() else ()
-    has_bf16 = bool(cards) and cards[0].has_bf16
+    card = environment.card() if torch.cuda.is_available() else None
+    if choice == "auto" and card is None:
+        return torch.float32
     if choice == "auto":
-        return (torch.bfloat16 if has_bf16 else torch.float16) if cards else torch.float32
-    if choice == "bfloat16" and cards and not has_bf16:
-        print(f"{cards[0].name} has no bfloat16: computing in float16 instead")
+        return torch.bfloat16 if card.has_bf16 else torch.float16
+    if choice == "bfloat16" and card is not None and not card.has_bf16:
+        print(f"{card.name} has no bfloat16: computing in float16 instead")
         return torch.float16
     return getattr(torch, choice)
 

@@ -103,10 +103,10 @@ def recorded(name: str) -> tuple[dict, str] | None:
     if not path.is_file():
         return None
     record = json.loads(path.read_text(encoding="utf-8"))
-    hardware, versions = record["hardware"], record["versions"]
+    hardware, versions = record["hardware"], record["versions"] or {}
     on = ", ".join(gpu["name"] for gpu in hardware["gpus"]) or f"{hardware['n_cores']} cores of {hardware['cpu']}"
-    with_ = ", ".join(f"{p} {versions[p]}" for p in ("torch", "transformers", "bitsandbytes"))
-    return record, f"recorded {record['date'][:10]} on {on}, {with_}, commit {record['commit'][:7]}"
+    with_ = ", ".join(f"{p} {versions.get(p, '(unknown)')}" for p in ("torch", "transformers", "bitsandbytes"))
+    return record, f"recorded {record['date'][:10]} on {on}, {with_}, commit {(record['commit'] or 'unknown')[:7]}"
 
 
 def runs_root(settings) -> Path:

@@ -1,0 +1,618 @@
+"""Which card is used: machines with cards, rehearsed on a CPU by stand-ins for NVML, for torch's build and for torch.cuda."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import struct
+import subprocess
+import sys
+import types
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pynvml
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from qlora_nb import cli
+from qlora_nb.engine import budget, cards, compiled, environment, models, runs, training
+from qlora_nb.engine.environment import GIB, Gpu
+from qlora_nb.engine.profiles import validate
+from qlora_nb.errors import KitError
+
+NEW = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120")
+OLD = ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90")
+"""What torch says it has code for, of two builds."""
+
+# ---- the stand-ins ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Card:
+    """One card of the rehearsed machine, or an instance of one; sizes in GiB. `asked` counts what NVML was asked about it."""
+
+    name: str
+    uuid: str = ""
+    total: float = 24.0
+    free: float | None = None
+    reserved: float = 0.0
+    capability: tuple[int, int] = (8, 6)
+    silent: str = ""  # "memory": NVML does not tell it, "handle": the card has fallen off the bus
+    instances: list[Card] = field(default_factory=list)
+    asked: int = 0
+
+
+def refuse(*_, **__):
+    raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+
+
+class Nvml:
+    """NVML's functions over a list of cards."""
+
+    def __init__(self, monkeypatch, *machine: Card):
+        self.machine = machine
+        for name in dir(pynvml):
+            if name.startswith("nvmlDeviceGet"):
+                monkeypatch.setattr(pynvml, name, refuse)
+        for name in ("Init", "Shutdown", *(name for name in dir(self) if name.startswith("Device"))):
+            monkeypatch.setattr(pynvml, f"nvml{name}", getattr(self, name, lambda: None))
+
+    def DeviceGetCount(self):
+        return len(self.machine)
+
+    def DeviceGetHandleByIndex(self, index):
+        if index >= len(self.machine) or self.machine[index].silent == "handle":
+            refuse()
+        return self.machine[index]
+
+    def DeviceGetHandleByUUID(self, uuid):
+        for card in self.machine:
+            for one in (card, *card.instances):
+                if one.uuid == uuid:
+                    return one
+        return refuse()
+
+    def DeviceGetUUID(self, card):
+        return card.uuid
+
+    def DeviceGetName(self, card):
+        return card.name
+
+    def DeviceGetCudaComputeCapability(self, card):
+        return list(card.capability)
+
+    def DeviceGetMemoryInfo(self, card, version=None):
+        if card.silent:
+            refuse()
+        card.asked += 1
+        total, reserved = int(card.total * GIB), int(card.reserved * GIB)
+        free = total - reserved if card.free is None else int(card.free * GIB)
+        told = types.SimpleNamespace(total=total, free=free, used=total - free)
+        if version == pynvml.nvmlMemory_v2:
+            told.reserved, told.used = reserved, total - free - reserved
+        return told
+
+    def DeviceGetMigMode(self, card):
+        return [int(bool(card.instances)), 0]
+
+    def DeviceGetMaxMigDeviceCount(self, card):
+        return 7
+
+    def DeviceGetMigDeviceHandleByIndex(self, card, index):
+        return card.instances[index] if index < len(card.instances) else refuse()
+
+    def DeviceIsMigDeviceHandle(self, card):
+        return card not in self.machine
+
+
+def build_of(monkeypatch, folder: Path, text: str | None) -> None:
+    """A torch that is installed and not loaded, with this version.py (None: without one); to load it fails the test."""
+    (folder / "torch").mkdir()
+    init = folder / "torch" / "__init__.py"
+    init.write_text("")
+    if text is not None:
+        init.with_name("version.py").write_text(text)
+    spec, found = importlib.util.spec_from_file_location("torch", init), importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: spec if name == "torch" else found(name, *more))
+    monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.setattr(importlib, "import_module", lambda name: pytest.fail(f"{name} was imported"))
+    monkeypatch.setattr(cards, "_card_files", lambda: False)
+
+
+CUDA_13 = "from typing import Optional\n__version__ = '2.13.0'\ncuda: Optional[str] = '13.0'\nhip: Optional[str] = None\n"
+CPU = "__version__ = '2.13.0'\ndebug = False\ncuda: Optional[str] = None\nhip = None\nxpu: Optional[str] = None\n"
+
+
+def cuda_of(monkeypatch, *machine: Card, held=0.0, cuda="13.0", codes=NEW) -> None:
+    """A torch that is loaded and sees these cards in this order; `held` GiB are reserved by its allocator on the first."""
+
+    def properties(index):
+        if index >= len(machine):
+            raise AssertionError("Invalid device id")
+        card, (major, minor) = machine[index], machine[index].capability
+        total = int((card.total - card.reserved) * GIB)
+        uuid = card.uuid.removeprefix("GPU-").removeprefix("MIG-")
+        shared = card.silent == "memory"
+        names = {"name": card.name, "total_memory": total, "major": major, "minor": minor, "uuid": uuid, "is_integrated": shared}
+        return types.SimpleNamespace(**names)
+
+    def free_and_total(index=0):
+        card = machine[index]
+        return int((card.total if card.free is None else card.free) * GIB), int(card.total * GIB)
+
+    own = {"is_available": lambda: bool(machine), "device_count": lambda: len(machine), "get_device_properties": properties}
+    own |= {"mem_get_info": free_and_total, "memory_reserved": lambda index=0: 0 if index else int(held * GIB)}
+    own |= {"get_arch_list": lambda: list(codes)}
+    for name, function in own.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+
+
+@pytest.fixture(autouse=True)
+def no_choice(monkeypatch):
+    for name in ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "BNB_CUDA_VERSION"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(environment, "hub_is_reachable", lambda: True)
+    monkeypatch.setattr(budget, "make_fit", lambda *how: None)  # it weighs every lever: half a minute for a 12b
+
+
+def names() -> str:
+    return "".join(card.name for card in environment.gpus())
+
+
+# ---- what torch is built for -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("version", "said"),
+    [(CPU, "a CPU build"), (CPU.replace("hip = None", "hip = '6.4'"), "AMD"),
+     (CPU.replace("xpu: Optional[str] = None", "xpu = '2025'"), "Intel")],
+)  # fmt: skip
+def test_rehearsal_a_card_that_this_torch_cannot_use_is_refused(monkeypatch, tmp_path, version, said):
+    """PyPI's wheel for Windows is a CPU build whose metadata says 2.13.0; so would the version of a ROCm or XPU build."""
+    Nvml(monkeypatch, Card("NVIDIA GeForce RTX 3090"))
+    build_of(monkeypatch, tmp_path, version)
+    monkeypatch.setattr(environment, "installed", lambda package: "2.13.0")
+    assert environment.gpus() == ()
+    with pytest.raises(KitError, match=r"GeForce RTX 3090.*torch 2\.13\.0 is") as refused:
+        environment.refuse_what_cannot_run(validate({"profile": "full"}))
+    assert said in str(refused.value)
+    assert "install a CUDA build of torch" in refused.value.remedy
+    environment.refuse_what_cannot_run(validate({}))  # profile tiny runs on the CPU
+
+
+def test_rehearsal_an_old_driver_is_found_out_by_torch(monkeypatch):
+    """NVML shows the card, torch is loaded and cannot use it."""
+    Nvml(monkeypatch, Card("Tesla T4"))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert environment.gpus() == ()
+    with pytest.raises(KitError, match=r"Tesla T4, but torch .* cannot use it") as refused:
+        environment.refuse_what_cannot_run(validate({"profile": "t4"}))
+    assert "update the driver" in refused.value.remedy
+
+
+@pytest.mark.parametrize("version", [None, "def broken(", "", "__version__ = version()\ncuda = None\n"])
+def test_rehearsal_a_build_that_says_nothing_is_asked_itself(monkeypatch, tmp_path, version):
+    build_of(monkeypatch, tmp_path, version)
+    assert environment.gpus() == ()
+    cuda_of(monkeypatch, Card("a", "GPU-a"))
+    monkeypatch.setattr(importlib, "import_module", lambda name: torch)
+    with monkeypatch.context() as files:
+        files.setattr(cards, "_card_files", lambda: True)
+        assert names() == "a"
+    Nvml(monkeypatch, Card("a", "GPU-a"))
+    assert names() == "a"
+
+
+def test_rehearsal_a_card_without_any_torch(monkeypatch):
+    """The card is named, and not called what torch's build keeps from use."""
+
+    def missing(name):
+        raise ImportError(name)
+
+    Nvml(monkeypatch, Card("Tesla T4"))
+    monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib, "import_module", missing)
+    here = environment.machine()
+    assert here.gpus == ()
+    assert here.gpu_problem == "the driver shows Tesla T4, but torch cannot be loaded"
+
+
+def test_rehearsal_a_machine_without_cards_does_not_load_torch():
+    program = "import sys\nfrom qlora_nb.engine import profiles\nprofiles.resolve({})\nprint('torch' in sys.modules)"
+    env = os.environ | {"PATH": "/nowhere"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=env)
+    assert done.stdout.strip() == "False"
+
+
+# ---- which card ------------------------------------------------------------------------------------------------------
+
+SIX = (Card("a", "GPU-a1"), Card("b", "GPU-b1"), Card("c", "GPU-b2"))
+
+
+@pytest.mark.parametrize(
+    ("visible", "found"),
+    [(None, "abc"), ("", ""), ("-1", ""), ("NoDevFiles", ""), ("2,0", "ca"), ("1, 0", "ba"), (" 2 ", "c"), ("0,-1,1", "a"),
+     ("7", ""), ("0,7,1", "a"), ("1,1", ""), ("0,x,1", "a"), ("1x,2", "bc"), ("all", ""), ("+1", "b"), ("0,", "a"), (",0", ""),
+     ("GPU-a", "a"), ("GPU-b", ""), ("GPU-b2,GPU-a1", "ca"), ("GPU-a1,GPU-a1", ""), ("GPU-3f", ""), ("GPU-a1,GPU-3f,GPU-b1", "a"),
+     ("GPU-a1,1", "a"), ("1,GPU-a1", "b"), ("MIG-a1", "")],
+)  # fmt: skip
+def test_rehearsal_cuda_visible_devices(monkeypatch, tmp_path, visible, found):
+    """As CUDA reads it; where torch is a CPU build there is no card, whatever the variable says."""
+    Nvml(monkeypatch, *SIX)
+    build_of(monkeypatch, tmp_path, CUDA_13)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert names() == found
+    assert environment.machine().gpu_problem == ("" if found else f"CUDA_VISIBLE_DEVICES={visible!r} hides a")
+    (tmp_path / "torch" / "version.py").write_text(CPU)
+    assert names() == ""
+
+
+@pytest.mark.parametrize(
+    ("order", "visible", "found"),
+    [(None, None, "big old new"), ("PCI_BUS_ID", None, "old big new"), (None, "0", "big"), ("PCI_BUS_ID", "0", "old"),
+     ("FASTEST_FIRST", "1", "old")],
+)  # fmt: skip
+def test_rehearsal_the_fastest_card_is_cudas_first(monkeypatch, tmp_path, order, visible, found):
+    """A guess, by compute capability and memory; torch is asked once it is loaded."""
+    Nvml(monkeypatch, Card("old", total=48, capability=(7, 5)), Card("big", total=24), Card("new", total=12))
+    build_of(monkeypatch, tmp_path, CUDA_13)
+    for name, value in {"CUDA_DEVICE_ORDER": order, "CUDA_VISIBLE_DEVICES": visible}.items():
+        if value:
+            monkeypatch.setenv(name, value)
+    assert [card.name for card in environment.gpus()] == found.split()
+    assert environment.card().name == found.split()[0]
+
+
+def test_rehearsal_two_cards_that_tell_no_uuid_are_two(monkeypatch, tmp_path):
+    Nvml(monkeypatch, Card("t"), Card("t"))
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetUUID", refuse)
+    build_of(monkeypatch, tmp_path, CUDA_13)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
+    assert names() == "tt"
+
+
+def test_rehearsal_one_card_for_dtype_device_and_refusal(monkeypatch, capsys):
+    """torch sees the smaller, older card first: nothing may be decided by the larger one."""
+    old, big = Card("old", "GPU-1", 8, capability=(7, 5)), Card("big", "GPU-2", 80, capability=(9, 0))
+    Nvml(monkeypatch, big, old)
+    cuda_of(monkeypatch, old, big)
+    here = environment.machine()
+    assert environment.card(here).name == "old"
+    assert models.compute_dtype() is torch.float16
+    assert models.device() == torch.device("cuda", 0)
+    with pytest.raises(KitError, match=r"the old has 8\.0 GiB"):
+        budget.require_fit(validate({"profile": "full"}), here)
+    assert environment.describe(here)["GPU"].startswith("old, 8.0 GiB")
+    assert environment.describe(here)["other GPUs"].startswith("big: not used")
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [((7, 5), "float16"), ((8, 6), "bfloat16"), ((9, 0), "bfloat16"), ((12, 0), "bfloat16")]
+)
+def test_rehearsal_dtype_by_capability(monkeypatch, capability, dtype):
+    Nvml(monkeypatch)
+    cuda_of(monkeypatch, Card("card", capability=capability))
+    assert models.compute_dtype() is getattr(torch, dtype)
+    profile = "t4" if dtype == "float16" else "full"
+    environment.refuse_what_cannot_run(validate({"profile": profile, "dataset": "pocket"}))
+
+
+def test_rehearsal_mig_instances(monkeypatch, tmp_path):
+    """CUDA gives the first instance; another is named by its UUID. Its own memory counts, not the whole card's."""
+    slices = [Card("1g.10gb", "MIG-1", 9.5), Card("2g.20gb", "MIG-2", 19.5)]
+    whole = Card("H100", "GPU-1", 80, capability=(9, 0), instances=slices)
+    Nvml(monkeypatch, whole)
+    with monkeypatch.context() as unloaded:
+        build_of(unloaded, tmp_path, CUDA_13)
+        for visible, found in (
+            (None, "1g.10gb"),
+            ("0", "1g.10gb"),
+            ("GPU-1", "1g.10gb"),
+            ("MIG-2", "2g.20gb"),
+            ("MIG-2,MIG-1", "2g.20gb1g.10gb"),
+            ("1", ""),
+        ):
+            if visible:
+                unloaded.setenv("CUDA_VISIBLE_DEVICES", visible)
+            assert names() == found
+    slices[1].capability = whole.capability
+    cuda_of(monkeypatch, slices[1])
+    assert environment.card() == Gpu("2g.20gb", int(19.5 * GIB), int(19.5 * GIB), (9, 0), is_mig=True)
+    assert "MIG" in cards.remarks(environment.gpus(), "Linux x86_64")[0]
+
+
+def test_rehearsal_an_instance_whose_uuid_is_the_whole_cards(monkeypatch):
+    """Then NVML's figures are another thing's, and CUDA's count."""
+    Nvml(monkeypatch, Card("H100", "GPU-1", 80, free=70))
+    cuda_of(monkeypatch, Card("H100 MIG 1g.10gb", "GPU-1", 9.5, free=9.0))
+    assert environment.card().usable_bytes == 9 * GIB
+
+
+# ---- NVML is silent, or lies -----------------------------------------------------------------------------------------
+
+
+def test_rehearsal_without_nvml_torch_is_asked(monkeypatch, tmp_path):
+    """Containers, Jetson, WSL: torch is imported only if it is a CUDA build and something speaks of a card."""
+    monkeypatch.setattr(pynvml, "nvmlInit", refuse)
+    cuda_of(monkeypatch, Card("Orin", total=32, free=20))
+    asked = []
+    with monkeypatch.context() as unloaded:
+        build_of(unloaded, tmp_path, CUDA_13)
+        unloaded.setattr(importlib, "import_module", lambda name: asked.append(name) or torch)
+        assert environment.gpus() == ()
+        unloaded.setattr(cards, "_card_files", lambda: True)
+        for hidden in ("", "-1", "NoDevFiles"):
+            unloaded.setenv("CUDA_VISIBLE_DEVICES", hidden)
+            assert environment.gpus() == ()
+        assert asked == []
+        unloaded.delenv("CUDA_VISIBLE_DEVICES")
+        assert environment.card().usable_bytes == 20 * GIB
+        assert asked == ["torch"]
+        (tmp_path / "torch" / "version.py").write_text(CPU)
+        assert environment.gpus() == ()
+        assert asked == ["torch"]
+    assert names() == "Orin"
+
+
+@pytest.mark.parametrize(
+    "silent", ["nvmlInit", "nvmlDeviceGetCount", "nvmlDeviceGetHandleByUUID", "nvmlDeviceGetMemoryInfo", "the package"]
+)
+def test_rehearsal_nvml_fails_where_cuda_works(monkeypatch, silent):
+    card = Card("Orin", "GPU-1", total=32, free=20)
+    Nvml(monkeypatch, card)
+    cuda_of(monkeypatch, card)
+    if silent == "the package":
+        monkeypatch.setitem(sys.modules, "pynvml", None)
+    elif silent != "nvmlDeviceGetCount":
+        monkeypatch.setattr(pynvml, silent, refuse)
+    else:
+        monkeypatch.setattr(pynvml, silent, lambda: 0)
+    assert environment.card().usable_bytes == 20 * GIB
+    assert models.compute_dtype() is torch.bfloat16
+
+
+def test_rehearsal_a_card_that_torch_itself_cannot_ask(monkeypatch):
+    """Its memory: a full card has no room for the context that the question takes. Its properties: it is no card."""
+
+    def broken(*_):
+        raise RuntimeError("CUDA error")
+
+    cuda_of(monkeypatch, Card("a"))
+    monkeypatch.setattr(pynvml, "nvmlInit", refuse)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", broken)
+    assert names() == "a"
+    monkeypatch.setattr(torch.cuda, "get_device_properties", broken)
+    assert environment.gpus() == ()
+
+
+@pytest.mark.parametrize("silent", ["memory", "handle"])
+def test_rehearsal_a_card_that_does_not_answer(monkeypatch, tmp_path, silent):
+    """One of several is left out; if it is the only one, torch is asked."""
+    mute = Card("d", "GPU-d", 128, free=3, silent=silent)
+    cuda_of(monkeypatch, mute)
+    build_of(monkeypatch, tmp_path, CUDA_13)
+    monkeypatch.setattr(importlib, "import_module", lambda name: torch)
+    monkeypatch.setattr(cards, "_card_files", lambda: True)
+    Nvml(monkeypatch, *SIX, mute)
+    assert names() == "abc"
+    Nvml(monkeypatch, mute)
+    assert names() == "d"
+
+
+def test_rehearsal_more_cards_than_torch_sees(monkeypatch):
+    Nvml(monkeypatch, Card("a", "GPU-a"), Card("b", "GPU-b"))
+    cuda_of(monkeypatch, Card("a", "GPU-a"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert names() == "a"
+
+
+def test_rehearsal_memory_shared_with_the_processor(monkeypatch):
+    """Jetson, GB10: NVML tells no memory, and CUDA's "free" leaves out what the system's cache would give back."""
+    shared = Card("GB10", "GPU-1", 128, free=3, capability=(12, 1), silent="memory")
+    Nvml(monkeypatch, shared)
+    cuda_of(monkeypatch, shared)
+    monkeypatch.setattr(cards.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=100 * GIB, total=128 * GIB))
+    assert environment.card().usable_bytes == 100 * GIB
+    assert "no memory of its own" in cards.remarks(environment.gpus(), "Linux aarch64")[0]
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_rehearsal_what_the_driver_keeps_is_not_to_be_had(monkeypatch, tmp_path, loaded):
+    """An 8 GB card gives 7.7 GiB: a prediction between the two must not pass."""
+    card = Card("RTX 3070", "GPU-1", 8.0, reserved=0.3)
+    Nvml(monkeypatch, card)
+    if loaded:
+        cuda_of(monkeypatch, card)
+    else:
+        build_of(monkeypatch, tmp_path, CUDA_13)
+    assert environment.card().usable_bytes == pytest.approx(7.7 * GIB, rel=1e-6)
+    here = environment.machine()
+    monkeypatch.undo()
+    peaks = types.SimpleNamespace(total_bytes=int(7.74 * GIB), total_gib=7.74)
+    monkeypatch.setattr(budget, "peak", lambda plan: peaks)
+    monkeypatch.setattr(budget, "make_fit", lambda *how: None)
+    with pytest.raises(KitError, match=r"need 7\.74 GiB at its peak, the RTX 3070 has 8\.0 GiB, 7\.70 GiB of them to be had\."):
+        budget.require_fit(validate({"profile": "full"}), here)
+    peaks.total_bytes = int(7.69 * GIB)
+    budget.require_fit(validate({"profile": "full"}), here)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_rehearsal_memory_held_by_others_is_told(monkeypatch, train):
+    card = Card("RTX 3090", "GPU-1", 24, free=5)
+    Nvml(monkeypatch, card)
+    cuda_of(monkeypatch, card)
+    with pytest.raises(
+        KitError, match=r"24\.0 GiB, 5\.0 GiB of them to be had, 19\.0 GiB of them are held by other programs"
+    ) as refused:
+        budget.require_fit(validate({"profile": "full"}), environment.machine(), train)
+    assert refused.value.remedy.startswith("close the other programs")
+
+
+def test_rehearsal_what_this_process_holds_counts_as_free(monkeypatch):
+    """Notebook 06's cell is run again after the model was loaded: 18 GiB are this kernel's own, 1 GiB another's."""
+    card = Card("RTX 3090", "GPU-1", 24, free=24 - 1 - 18 - 0.45)
+    Nvml(monkeypatch, card)
+    cuda_of(monkeypatch, card, held=18)
+    here = environment.machine()
+    assert environment.card(here).others_bytes == pytest.approx(GIB, abs=8)
+    budget.require_fit(validate({"profile": "full"}), here)
+
+
+# ---- what the libraries have code for --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "cuda", "codes", "who"),
+    [("Tesla V100", (7, 0), "13.0", NEW, "torch"), ("Tesla P100", (6, 0), "13.0", OLD, "bitsandbytes"),
+     ("GTX 1080", (6, 1), "12.8", OLD, "bitsandbytes"), ("GTX 980", (5, 2), "12.6", OLD, "bitsandbytes"),
+     ("Tesla V100", (7, 0), "12.8", OLD, ""), ("GTX 1080", (6, 1), "12.6", OLD, ""), ("Tesla T4", (7, 5), "13.0", NEW, ""),
+     ("RTX 4090", (8, 9), "13.0", NEW, ""), ("later", (13, 0), "13.0", NEW, ""), ("any", (8, 0), "14.0", NEW, "bitsandbytes")],
+)  # fmt: skip
+def test_rehearsal_a_card_without_code_for_it(monkeypatch, name, capability, cuda, codes, who):
+    """Judged by torch's own list and by the library that bitsandbytes would load, read from its file."""
+    card = Card(name, "GPU-1", 32, capability=capability)
+    Nvml(monkeypatch, card)
+    cuda_of(monkeypatch, card, cuda=cuda, codes=codes)
+    here = environment.machine()
+    assert bool(here.gpus) == (who == "")
+    assert models.device().type == ("cpu" if who else "cuda")
+    if who:
+        assert models.compute_dtype() is torch.float32
+        with pytest.raises(KitError, match=rf"needs a GPU.*{name}") as refused:
+            environment.refuse_what_cannot_run(validate({"profile": "full"}))
+        assert who in str(refused.value)
+        assert "CUDA_VISIBLE_DEVICES" in refused.value.remedy
+        environment.refuse_what_cannot_run(validate({}))
+        output = CliRunner().invoke(cli.app, ["doctor"]).output
+        assert sum(name in line for line in output.splitlines()) == 1
+        assert "take this profile: tiny" in output
+
+
+def test_rehearsal_the_library_is_the_one_that_bitsandbytes_takes(monkeypatch):
+    from bitsandbytes.cextension import get_cuda_bnb_library_path
+    from bitsandbytes.cuda_specs import CUDASpecs
+
+    for cuda in ("11.8", "12.0", "12.2", "12.6", "12.9", "13.0", "13.1", "13.5"):
+        version = tuple(map(int, cuda.split(".")))
+        assert compiled._library(cuda) == get_cuda_bnb_library_path(CUDASpecs((8, 0), cuda.replace(".", ""), version))
+    assert compiled._library("14.0") is None
+    monkeypatch.setenv("BNB_CUDA_VERSION", "126")
+    assert compiled._library("13.0") == get_cuda_bnb_library_path(CUDASpecs((8, 0), "130", (13, 0)))
+
+
+def test_rehearsal_code_is_read_from_a_fat_binary(tmp_path):
+    """Two fat binaries among other bytes, one cut off at the end of the file; and a file without any."""
+
+    def entry(kind, architecture, body):
+        return struct.pack("<HHIQ", kind, 0x101, 64, body) + bytes(12) + struct.pack("<I", architecture) + bytes(32 + body)
+
+    def fat(*entries):
+        return struct.pack("<IHHQ", 0xBA55ED50, 1, 16, sum(map(len, entries))) + b"".join(entries)
+
+    library = tmp_path / "lib.so"
+    library.write_bytes(
+        b"\x7fELF\x50\xed\x55\xba"
+        + fat(entry(2, 75, 100), entry(1, 90, 8))
+        + bytes(99)
+        + fat(entry(2, 86, 5), entry(2, 120, 900))[:-950]
+    )
+    assert compiled.code_in(library) == ({75, 86}, {90})
+    (tmp_path / "other.so").write_bytes(bytes(1000))
+    assert compiled.code_in(tmp_path / "other.so") == (set(), set())
+
+
+# ---- doctor ----------------------------------------------------------------------------------------------------------
+
+
+def doctor() -> list[str]:
+    return CliRunner().invoke(cli.app, ["doctor"]).output.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("what", "condition"),
+    [("XPU", {"version.xpu": "20250201"}), ("XPU", {"xpu.is_available": lambda: True}), ("ROCm 6.4", {"version.hip": "6.4"}),
+     ("MPS", {"backends.mps.is_available": lambda: True})],
+)  # fmt: skip
+def test_rehearsal_doctor_says_what_is_not_used(monkeypatch, what, condition):
+    monkeypatch.setattr(pynvml, "nvmlInit", refuse)
+    assert not any(line.startswith(("XPU", "ROCm", "MPS", "MIG")) for line in doctor())
+    for name, value in condition.items():
+        owner, _, attribute = name.rpartition(".")
+        target = torch
+        for part in owner.split("."):
+            target = getattr(target, part)
+        monkeypatch.setattr(target, attribute, value)
+    assert [line.split(":")[0].startswith(what) for line in doctor() if line.startswith(("XPU", "ROCm", "MPS"))] == [True]
+
+
+def test_rehearsal_doctor_names_the_card_and_the_others(monkeypatch):
+    machine = Card("A100", "GPU-1", 40, capability=(8, 0)), Card("T4", "GPU-2", 15, capability=(7, 5))
+    Nvml(monkeypatch, *machine)
+    cuda_of(monkeypatch, *machine)
+    lines = doctor()
+    assert "GPU        A100, 40.0 GiB, 40.0 GiB free, with bfloat16" in lines
+    assert "other GPUs T4: not used; CUDA_VISIBLE_DEVICES chooses the card" in lines
+    assert any(line.startswith("take this profile: full") for line in lines)
+
+
+def test_rehearsal_training_stays_on_the_cpu_beside_apples_gpu(monkeypatch, tmp_path):
+    """transformers would take MPS by itself; the kit's own model lies on the CPU."""
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert training.arguments(validate({}), tmp_path).device == models.device() == torch.device("cpu")
+
+
+# ---- the benchmarks --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def benchmarks(root, monkeypatch):
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    import gpu
+    import provenance
+
+    return types.SimpleNamespace(gpu=gpu, provenance=provenance)
+
+
+def test_rehearsal_the_benchmark_watches_the_card_that_is_used(monkeypatch, benchmarks):
+    """CUDA_VISIBLE_DEVICES=1: torch's only card is NVML's second."""
+    idle, used = Card("idle", "GPU-1"), Card("used", "GPU-2")
+    Nvml(monkeypatch, idle, used)
+    cuda_of(monkeypatch, used)
+    with benchmarks.gpu._Watch() as watch:
+        while used.asked + idle.asked < 2:
+            watch.ended.wait(0.005)
+        used.free = 20.0
+        already = used.asked + idle.asked
+        while used.asked + idle.asked == already:
+            watch.ended.wait(0.005)
+    assert watch.peak == 4 * GIB
+    assert idle.asked == 0
+
+
+def test_rehearsal_a_measurement_without_git_and_without_the_kits_metadata(monkeypatch, benchmarks, tmp_path):
+    def nothing(*_, **__):
+        raise FileNotFoundError("git")
+
+    def unknown(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(subprocess, "run", nothing)
+    monkeypatch.setattr(subprocess, "check_output", nothing)
+    monkeypatch.setattr(importlib.metadata, "requires", unknown)
+    record = benchmarks.provenance.provenance()
+    assert record["commit"] is record["clean"] is record["versions"] is None
+    (tmp_path / "notebooks" / "recorded").mkdir(parents=True)
+    (tmp_path / "notebooks" / "recorded" / "gpu.json").write_text(json.dumps(record))
+    monkeypatch.setattr(runs, "project_root", lambda: tmp_path)
+    assert "commit unknown" in runs.recorded("gpu")[1]
