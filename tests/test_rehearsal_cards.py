@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -13,13 +14,14 @@ import types
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import bitsandbytes
 import pynvml
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from qlora_nb import cli
-from qlora_nb.engine import budget, cards, compiled, environment, models, runs, training
+from qlora_nb.engine import budget, cards, environment, models, runs, training
 from qlora_nb.engine.environment import GIB, Gpu
 from qlora_nb.engine.profiles import validate
 from qlora_nb.errors import KitError
@@ -477,10 +479,10 @@ def test_rehearsal_what_this_process_holds_counts_as_free(monkeypatch):
     [("Tesla V100", (7, 0), "13.0", NEW, "torch"), ("Tesla P100", (6, 0), "13.0", OLD, "bitsandbytes"),
      ("GTX 1080", (6, 1), "12.8", OLD, "bitsandbytes"), ("GTX 980", (5, 2), "12.6", OLD, "bitsandbytes"),
      ("Tesla V100", (7, 0), "12.8", OLD, ""), ("GTX 1080", (6, 1), "12.6", OLD, ""), ("Tesla T4", (7, 5), "13.0", NEW, ""),
-     ("RTX 4090", (8, 9), "13.0", NEW, ""), ("later", (13, 0), "13.0", NEW, ""), ("any", (8, 0), "14.0", NEW, "bitsandbytes")],
+     ("RTX 4090", (8, 9), "13.0", NEW, ""), ("later", (13, 0), "13.0", NEW, "")],
 )  # fmt: skip
 def test_rehearsal_a_card_without_code_for_it(monkeypatch, name, capability, cuda, codes, who):
-    """Judged by torch's own list and by the library that bitsandbytes would load, read from its file."""
+    """Judged by torch's own list and by what bitsandbytes' libraries are compiled for."""
     card = Card(name, "GPU-1", 32, capability=capability)
     Nvml(monkeypatch, card)
     cuda_of(monkeypatch, card, cuda=cuda, codes=codes)
@@ -499,37 +501,28 @@ def test_rehearsal_a_card_without_code_for_it(monkeypatch, name, capability, cud
         assert "take this profile: tiny" in output
 
 
-def test_rehearsal_the_library_is_the_one_that_bitsandbytes_takes(monkeypatch):
-    from bitsandbytes.cextension import get_cuda_bnb_library_path
-    from bitsandbytes.cuda_specs import CUDASpecs
+def test_rehearsal_what_bitsandbytes_is_compiled_for():
+    """`OLDEST` beside the libraries of this wheel: the architectures of machine code in the headers of their fat binaries.
 
-    for cuda in ("11.8", "12.0", "12.2", "12.6", "12.9", "13.0", "13.1", "13.5"):
-        version = tuple(map(int, cuda.split(".")))
-        assert compiled._library(cuda) == get_cuda_bnb_library_path(CUDASpecs((8, 0), cuda.replace(".", ""), version))
-    assert compiled._library("14.0") is None
-    monkeypatch.setenv("BNB_CUDA_VERSION", "126")
-    assert compiled._library("13.0") == get_cuda_bnb_library_path(CUDASpecs((8, 0), "130", (13, 0)))
-
-
-def test_rehearsal_code_is_read_from_a_fat_binary(tmp_path):
-    """Two fat binaries among other bytes, one cut off at the end of the file; and a file without any."""
-
-    def entry(kind, architecture, body):
-        return struct.pack("<HHIQ", kind, 0x101, 64, body) + bytes(12) + struct.pack("<I", architecture) + bytes(32 + body)
-
-    def fat(*entries):
-        return struct.pack("<IHHQ", 0xBA55ED50, 1, 16, sum(map(len, entries))) + b"".join(entries)
-
-    library = tmp_path / "lib.so"
-    library.write_bytes(
-        b"\x7fELF\x50\xed\x55\xba"
-        + fat(entry(2, 75, 100), entry(1, 90, 8))
-        + bytes(99)
-        + fat(entry(2, 86, 5), entry(2, 120, 900))[:-950]
-    )
-    assert compiled.code_in(library) == ({75, 86}, {90})
-    (tmp_path / "other.so").write_bytes(bytes(1000))
-    assert compiled.code_in(tmp_path / "other.so") == (set(), set())
+    A fat binary begins with its magic number, version 1, the length of this header (16) and of all that follows: entries of
+    kind (1 PTX, 2 machine code), length of header and body, and at byte 28 the architecture.
+    """
+    libraries = sorted(Path(bitsandbytes.__file__).parent.glob("libbitsandbytes_cuda*.so"))
+    if not libraries:
+        pytest.skip("this wheel of bitsandbytes has no CUDA libraries")
+    for path in libraries:
+        data, found = path.read_bytes(), set()
+        for start in re.finditer(re.escape(struct.pack("<IHH", 0xBA55ED50, 1, 16)), data):
+            at = start.end() + 8
+            end = min(at + int.from_bytes(data[start.end() : at], "little"), len(data))
+            while at + 32 <= end:
+                kind, _, header, body = struct.unpack_from("<HHIQ", data, at)
+                if kind == 2:
+                    found.add(*struct.unpack_from("<I", data, at + 28))
+                at += max(header + body, 32)
+        major, minor = map(int, re.search(r"cuda(\d\d)(\d+)", path.name).groups())
+        since = max(version for version in cards.OLDEST if version <= (major, minor))
+        assert divmod(min(found), 10) == cards.OLDEST[since], path.name
 
 
 # ---- doctor ----------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import threading
+import types
 
 import pytest
 import torch
@@ -401,13 +402,18 @@ def test_levers_at_both_ends_train_and_answer(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_arithmetic_by_hardware(tmp_path, monkeypatch, dtype):
-    """A scaler for float16 on a GPU alone, and no second copy of the adapter with it."""
+    """A scaler for float16 on a GPU alone, and no second copy of the adapter with it; of two cards one is used."""
     settings, seen = validate({"compute_dtype": dtype}), {}
-    monkeypatch.setattr(training, "TrainingArguments", lambda **given: seen.update(given))
+
+    def on_two_cards(**given):
+        seen.update(given)
+        return types.SimpleNamespace(n_gpu=2)
+
+    monkeypatch.setattr(training, "TrainingArguments", on_two_cards)
     monkeypatch.setattr(training.models, "compute_dtype", lambda choice: getattr(torch, dtype))
     for cuda in (True, False):
         monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
-        training.arguments(settings, tmp_path)
+        assert training.arguments(settings, tmp_path)._n_gpu == 1
         assert seen["fp16"] == (cuda and dtype == "float16")
         assert seen["use_cpu"] == (not cuda)
         assert "bf16" not in seen

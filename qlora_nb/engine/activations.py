@@ -85,7 +85,7 @@ class Moved:
 def weigh() -> Iterator[Moved]:
     """Measure what moves while a model works: torch's allocator tells, on a GPU directly, on a CPU through torch's profiler."""
     moved = Moved()
-    if torch.cuda.is_available():
+    if models.on_gpu():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         yield moved

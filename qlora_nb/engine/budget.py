@@ -59,7 +59,7 @@ def plan_of(settings, train: bool = True, config=None, on_gpu: bool | None = Non
         on_gpu: count what CUDA takes; default: whether this machine has a GPU.
     """
     on_gpu = bool(machine().gpus) if on_gpu is None else on_gpu
-    elsewhere = on_gpu and not torch.cuda.is_available()  # planned for a card that is not here
+    elsewhere = on_gpu and not models.on_gpu()  # planned for a card that is not here
     dtype = models.compute_dtype("bfloat16" if elsewhere and settings.compute_dtype == "auto" else settings.compute_dtype)
     step = settings.model_dump(include={"r", "lora_dropout", "loss_chunk", "head_4bit"})
     step |= {"target_modules": tuple(settings.target_modules), "checkpointing": settings.gradient_checkpointing, "dtype": dtype}

@@ -19,11 +19,11 @@ from pathlib import Path
 
 import psutil
 
-from qlora_nb.engine import compiled
-
 GIB = 2**30
 CONTEXT_BYTES = int(0.45 * GIB)
 """What CUDA's driver and libraries take before the first tensor: assumed until it is measured on a GPU."""
+OLDEST = {(13, 0): (7, 5), (12, 8): (7, 0), (11, 8): (6, 0)}
+"""From this CUDA version of torch on → the oldest compute capability in the library that bitsandbytes 0.50.2 takes for it."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def why_none() -> tuple[str, str]:
     """
     seen = visible()
     if seen:
-        return seen[0].problem, compiled.remedy_for(seen[0].compute_capability)
+        return seen[0].problem, _remedy_for(seen[0].compute_capability)
     cards = driver_cards()
     if not cards:
         return "", ""
@@ -124,6 +124,37 @@ def why_none() -> tuple[str, str]:
         return f"CUDA_VISIBLE_DEVICES={value!r:.80} hides {name}", "unset it, or name a card that is there"
     remedy = f"update the driver, or install a build of torch for an older CUDA than {build['cuda']}"
     return f"the driver shows {name}, but torch {version} cannot use it", remedy
+
+
+def why_unusable(torch, index: int = 0) -> str:
+    """What a card that torch sees is refused for: torch or bitsandbytes was compiled for later ones only."""
+    try:
+        about = torch.cuda.get_device_properties(index)
+    except (RuntimeError, AssertionError):  # it does not answer: torch will say so itself
+        return ""
+    capability = about.major, about.minor
+    card = f"{about.name} (compute capability {about.major}.{about.minor})"
+    compiled_for = [int(number) for number in re.findall(r"(?:sm|compute)_(\d+)", " ".join(torch.cuda.get_arch_list()))]
+    if compiled_for and 10 * about.major + about.minor < min(compiled_for):
+        return f"torch {torch.__version__} has no code for {card}, but from {min(compiled_for) / 10} on"
+    cuda = tuple(int(part) for part in (torch.version.cuda or "0.0").split(".")[:2])
+    for since, oldest in OLDEST.items():
+        if cuda >= since:
+            if capability < oldest:
+                return f"bitsandbytes for CUDA {torch.version.cuda} has no code for {card}, but from {oldest[0]}.{oldest[1]} on"
+            break
+    return ""
+
+
+def _remedy_for(capability: tuple[int, int]) -> str:
+    """What would reach a card of this capability, and how to do without it."""
+    without = "set CUDA_VISIBLE_DEVICES to nothing to compute on the CPU"
+    for since, oldest in OLDEST.items():
+        if capability >= oldest:
+            later = [version for version in OLDEST if version > since]
+            before = f", before {min(later)[0]}.{min(later)[1]}" if later else ""
+            return f"install a build of torch for CUDA {since[0]}.{since[1]} or later{before}; or {without}"
+    return without
 
 
 def remarks(seen: list[Gpu] | tuple[Gpu, ...], system: str) -> list[str]:
@@ -310,4 +341,4 @@ def _as_torch_sees(torch, index: int, nvml) -> Gpu:
     own = torch.cuda.memory_reserved(index)
     own = own + CONTEXT_BYTES if own else 0
     capability, reserved = (about.major, about.minor), max(0, total - about.total_memory)
-    return Gpu(about.name, total, free, capability, reserved, own, is_mig, is_integrated, compiled.why_unusable(torch, index))
+    return Gpu(about.name, total, free, capability, reserved, own, is_mig, is_integrated, why_unusable(torch, index))

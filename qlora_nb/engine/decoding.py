@@ -28,6 +28,8 @@ from packaging.version import Version
 from peft.tuners.lora.bnb import Linear4bit as Adapted
 from torch.nn.functional import linear
 
+from qlora_nb.engine import models
+
 SLICE_BYTES, SLICE_SHARE = 2**19, 0.06
 """The buffer: what fits a core's own cache beside other things, and no more than this share of the model."""
 _KERNELS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -42,7 +44,7 @@ def fast(model: torch.nn.Module) -> Iterator[None]:
     Other threads, and a second model meanwhile, go the plain way. What is needed on top of the model's bytes (scales and
     buffer) is given back at the end. On a GPU nothing is changed.
     """
-    if torch.cuda.is_available() or not _FREE.acquire(blocking=False):
+    if models.on_gpu() or not _FREE.acquire(blocking=False):
         yield
         return
     changed, threads = [], torch.get_num_threads()

@@ -183,7 +183,7 @@ def predict(settings=None, *, config=None, four_bit: bool = True, rest_dtype: to
         if parts.head_4bit:
             weights += [rows * head.shape[1] for rows in ends.slice_rows(head.shape[0])]
             del outside["head"]
-        if parts.embedding_on_cpu and ("embedding_on_cpu" in changes or torch.cuda.is_available()):
+        if parts.embedding_on_cpu and ("embedding_on_cpu" in changes or models.on_gpu()):
             del outside["embedding"]
     packed, plain = (weights, []) if four_bit else ([], weights)
     blocks = [-(-n // BLOCK) for n in packed]

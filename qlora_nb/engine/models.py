@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from qlora_nb.engine import compiled, ends, environment, prequantized
+from qlora_nb.engine import cards, ends, environment, prequantized
 from qlora_nb.errors import KitError, refusing
 from qlora_nb.pocket import MODEL_DIR
 
@@ -39,13 +39,16 @@ def model_path(model_id: str) -> str:
 
 
 def device() -> torch.device:
-    """torch's first CUDA device if it and bitsandbytes have code for that card, else the CPU."""
+    """torch's first CUDA device if the kit computes on it, else the CPU."""
     if getattr(torch.cuda, "_is_in_bad_fork", bool)():
         what = "this process was forked from one that uses the GPU, and cannot use it"
         raise KitError(what, remedy="start processes with torchrun, or with the method spawn")
-    if torch.cuda.is_available() and not compiled.why_unusable(torch):
-        return torch.device("cuda", 0)
-    return torch.device("cpu")
+    return torch.device("cuda", 0) if on_gpu() else torch.device("cpu")
+
+
+def on_gpu() -> bool:
+    """Whether the kit computes on a card: torch sees one, and it and bitsandbytes have code for it."""
+    return torch.cuda.is_available() and not cards.why_unusable(torch)
 
 
 def compute_dtype(choice: str = "auto") -> torch.dtype:
@@ -54,7 +57,7 @@ def compute_dtype(choice: str = "auto") -> torch.dtype:
     float32 on a CPU is no waste: without AVX512-BF16 units bfloat16 was measured 12 times slower there. bfloat16 asked
     for on a GPU that lacks it becomes float16, with a notice.
     """
-    card = environment.card() if torch.cuda.is_available() else None
+    card = environment.card() if on_gpu() else None
     if choice == "auto" and card is None:
         return torch.float32
     if choice == "auto":
@@ -138,7 +141,7 @@ def load_base(settings, four_bit: bool = True) -> PreTrainedModel:
     elif levers:
         if settings.head_4bit:
             ends.quantize_head(model, settings.quant_type, settings.double_quant, dtype)
-        if settings.embedding_on_cpu and torch.cuda.is_available():  # without a card it lies there anyway
+        if settings.embedding_on_cpu and on_gpu():  # without a card it lies there anyway
             ends.keep_embedding_on_cpu(model, device())
     return model.eval()
 

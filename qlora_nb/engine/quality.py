@@ -116,7 +116,7 @@ def comparison_settings(settings):
 
     Comparing needs the unquantized weights and one changed copy of the linear layers at the same time.
     """
-    on_gpu = torch.cuda.is_available()
+    on_gpu = models.on_gpu()
     free = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available
     # A size that only the hub knows is not judged.
     needed = (2 if on_gpu else 4) * (shapes.download_bytes(settings.model_id) or 0)

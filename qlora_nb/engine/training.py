@@ -97,7 +97,7 @@ class _Watch(TrainerCallback):
         seconds = time.perf_counter() - self.started
         left = seconds / (state.global_step - self.first) * (state.max_steps - state.global_step)
         timing = {"tokens_per_s": sum(self.n_tokens) / seconds, "seconds": seconds, "seconds_left": left}
-        timing["memory_bytes"] = torch.cuda.memory_reserved() if torch.cuda.is_available() else psutil.Process().memory_info().rss
+        timing["memory_bytes"] = torch.cuda.memory_reserved() if models.on_gpu() else psutil.Process().memory_info().rss
         logged = {"loss": logs["loss"], "learning_rate": logs["learning_rate"], "grad_norm": logs.get("grad_norm")}
         bad = [k for k in ("loss", "grad_norm") if not math.isfinite(logs.get(k, 0.0))]
         if bad == ["grad_norm"] and _was_skipped(optimizer):
@@ -194,7 +194,7 @@ class _Trainer(Trainer):
     def get_batch_samples(self, *args):
         """Called before each step: what draws the dropout masks is remembered, for `save_now`."""
         self.random = {torch.random: torch.random.get_rng_state()}
-        if torch.cuda.is_available():
+        if models.on_gpu():
             self.random[torch.cuda] = torch.cuda.get_rng_state()
         return super().get_batch_samples(*args)
 
@@ -251,7 +251,7 @@ def arguments(settings, folder: Path) -> TrainingArguments:
     exponents for small gradients, so there the Trainer's scaler and autocast come in, without autocast's second copy of the
     adapter.
     """
-    on_gpu, dtype = torch.cuda.is_available(), models.compute_dtype(settings.compute_dtype)
+    on_gpu, dtype = models.on_gpu(), models.compute_dtype(settings.compute_dtype)
     torch.set_autocast_cache_enabled(False)
     if settings.tensorboard:
         if not find_spec("tensorboard"):
