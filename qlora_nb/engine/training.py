@@ -54,6 +54,14 @@ def attach_adapter(model: PreTrainedModel, settings) -> PeftModel:
     return get_peft_model(model, config)
 
 
+def require_adapter(model: PeftModel) -> None:
+    """Refuse a model whose cell with `attach_adapter` has not been run yet, or that was loaded to answer, not to train."""
+    if not isinstance(model, PeftModel) or not trainable_parameters(model):
+        what = "this model has no adapter that can be trained"
+        remedy = "run the cell with training.attach_adapter first, then this one"
+        raise KitError(what, value=type(model).__name__, remedy=remedy)
+
+
 def trainable_parameters(model: torch.nn.Module) -> int:
     """How many numbers are trained."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -179,6 +187,24 @@ def save_adapter(model: PeftModel, folder: str | Path) -> None:
     model.save_pretrained(folder, save_embedding_layers=False)
 
 
+def _save_sealed(model: PeftModel, folder: Path) -> Path:
+    with runs.writing(folder):
+        save_adapter(model, folder)
+        checkpoints.seal(folder)
+    return folder
+
+
+@contextmanager
+def _without_cache(model: PeftModel) -> Iterator[None]:
+    """Inside, a model that trains keeps no keys and values; afterwards, also after an error, it is one that answers."""
+    model.config.use_cache = False
+    try:
+        yield
+    finally:
+        model.config.use_cache = True
+        model.eval()
+
+
 @contextmanager
 def stop_on_interrupt() -> Iterator[threading.Event]:
     """Inside, ■ (or Ctrl-C) and SIGTERM set the event instead of ending things: the running step is finished, everything saved.
@@ -247,12 +273,15 @@ def _begin(model: PeftModel, run, settings, rows_hash: str, losses: list[float],
     Raises:
         KitError: a new run would begin in the middle of an earlier one.
     """
-    if not run.resumed:
-        if any(parameter.any() for name, parameter in model.named_parameters() if "lora_B" in name):
-            raise KitError("this adapter was trained before", remedy="attach it once more: then a new run begins at zero")
-        return None
-    if checkpoint := checkpoints.newest(run.folder):
+    if run.manifest["status"] != "running":
+        raise KitError("this run is over", value=run.folder.name, remedy="start another one")
+    checkpoint = checkpoints.newest(run.folder) if run.resumed else None
+    if checkpoint:
         checkpoints.require_same(checkpoint, settings, rows_hash)
+    elif any(parameter.any() for name, parameter in model.named_parameters() if "lora_B" in name):
+        raise KitError("this adapter was trained before", remedy="attach it once more: then a new run begins at zero")
+    if not run.resumed:
+        return None
     step = checkpoints.step_of(checkpoint) if checkpoint else 0
     logged = run.cut(step)
     losses += [record["loss"] for record in logged if "loss" in record]
@@ -277,20 +306,22 @@ def finetune(
 
     Returns:
         A dictionary: `losses` (one a step, those before a resume included), `held_out` ({step: loss}), `seconds`,
-        `tokens_per_s` (no padding counted), `stopped` (by ■), `adapter` (folder); of the second step `held` (`ledger.Ledger`),
+        `tokens_per_s` (no padding counted), `stopped` (by ■), `adapter` (folder), `run` (whose record is closed: done, or
+        interrupted by ■); of the second step `held` (`ledger.Ledger`),
         `moved` (`activations.Moved`) and `shape` (rows, tokens, tokens that train) of its largest pass, None where no
         second step was seen.
 
     Raises:
         KitError: loss or gradient became NaN or infinite, the GPU's memory ran out, the run was started with other settings or
-            rows, the adapter of a new run is trained already, or another process writes into the folder.
+            rows, no adapter is attached, that of a new run is trained already, or another process writes into the folder.
+            What is refused before the first pass leaves no folder and changes no record.
     """
-    rows = data.pack(rows, settings.max_length) if settings.packing else rows
-    rows = data.in_training_order(rows, settings)
     losses, n_tokens, shapes = [], [], []  # of every step; of every pass the tokens, and (rows, tokens, tokens that train)
     pad = data.collator(tokenizer)
 
     def collate(batch):
+        if not shapes:
+            run.begin()
         padded = pad(batch)
         n_tokens.append(sum(len(row["input_ids"]) for row in batch))
         shapes.append((*padded["input_ids"].shape, int((padded["labels"] != data.IGNORED).sum())))
@@ -301,13 +332,16 @@ def finetune(
         run.log(step)
         report(step)
 
-    model.config.use_cache = False
     scale, sample = _Scale(), _Sample(tokenizer, settings, held_out, run)
     try:
+        require_adapter(model)
+        rows = data.pack(rows, settings.max_length) if settings.packing else rows
+        rows = data.in_training_order(rows, settings)
         with stop_on_interrupt() as stop, ExitStack() as stack:
             watch = _Watch(note, stop, n_tokens)
             loss = stack.enter_context(objective.sliced_head(model, settings.loss_chunk)) if settings.loss_chunk else None
             stack.push(scale.weighing)
+            stack.enter_context(_without_cache(model))
             stack.enter_context(runs.sole_writer(run.folder))
             stack.callback(lambda: stop.is_set() and run.finish("interrupted"))
             copies = 1 + (1 + checkpoints.KEEP) * bool(settings.save_steps)
@@ -318,24 +352,22 @@ def finetune(
             own = {"model": model, "train_dataset": rows, "data_collator": collate, "compute_loss_func": loss}
             new = lambda how: _Trainer(seal, args=arguments(how, run.folder), callbacks=[watch, scale, sample], **own)
             passes = _train(new, settings, checkpoint).gradient_accumulation_steps
+            if watch.failure:
+                remedy = "lower learning_rate; on a GPU without bfloat16 choose a model trained in float16 (not pythia-1b)"
+                raise KitError(watch.failure, remedy=remedy)
+            adapter = _save_sealed(model, run.folder / "adapter")
     except BaseException as error:  # the folder must say what became of the run
-        run.finish("failed", error=f"{type(error).__name__}: {error}"[:500])
+        if shapes:
+            run.finish("failed", error=f"{type(error).__name__}: {error}"[:500])
+        else:
+            run.withdraw()
         raise
-    model.config.use_cache = True
-    model.eval()
-    if watch.failure:
-        run.finish("failed", error=watch.failure)
-        remedy = "lower learning_rate; on a GPU without bfloat16 choose a model trained in float16 (not pythia-1b)"
-        raise KitError(watch.failure, remedy=remedy)
-    adapter = run.folder / "adapter"
-    with runs.writing(adapter):
-        save_adapter(model, adapter)
-        checkpoints.seal(adapter)
     seconds = time.perf_counter() - watch.started
     second = max(shapes[passes : 2 * passes], key=lambda shape: shape[0] * shape[1], default=None)
     weighed = {"held": scale.held, "moved": scale.moved, "shape": second}
     told = {"losses": losses, "held_out": sample.losses, "seconds": seconds, "tokens_per_s": sum(n_tokens) / seconds}
-    return {**told, "stopped": stop.is_set(), "adapter": adapter, **weighed}
+    run.finish("interrupted" if stop.is_set() else "done", tokens_per_s=told["tokens_per_s"], train_seconds=seconds)
+    return {**told, "stopped": stop.is_set(), "adapter": adapter, "run": run, **weighed}
 
 
 @torch.no_grad()
@@ -344,7 +376,11 @@ def saved_adapter_difference(model: PeftModel, folder: Path, input_ids: torch.Te
 
     The saved adapter is loaded beside the trained one onto the same 4-bit base, so that no second model is held.
     Adapters of 443 bytes have been saved before; zero is the answer that counts.
+
+    Raises:
+        KitError: there is no trained adapter on this model.
     """
+    require_adapter(model)
     active = model.active_adapter
     trained = model(input_ids=input_ids).logits
     model.load_adapter(str(folder), adapter_name="read_back")
