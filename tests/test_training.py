@@ -8,6 +8,7 @@ import threading
 
 import pytest
 import torch
+from accelerate import PartialState
 from peft import PeftModel
 
 from qlora_nb.engine import checkpoints, data, evaluation, generation, models, runs, training
@@ -292,6 +293,23 @@ def test_a_run_without_checkpoints_is_not_gone_on_with_by_a_trained_adapter(tmp_
     with pytest.raises(KitError, match="trained before"):
         training.finetune(model, tokenizer, rows, settings, checkpoints.start(settings, "06_x"), lambda step: None)
     assert runs.status_of(folder) == "failed"
+
+
+def test_a_launcher_of_one_process_changes_nothing(tmp_path, monkeypatch):
+    """As torchrun starts a process alone, with an address that nobody answers at: no process group is set up."""
+    plain, *_ = finetuned(tmp_path, **QUICK)
+    launched = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "192.0.2.1", "MASTER_PORT": "29511"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    PartialState._reset_state()
+    assert finetuned(tmp_path, **QUICK)[0] == plain
+    assert not torch.distributed.is_initialized()
+    assert os.environ["LOCAL_RANK"] == "0"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    folders = sorted((tmp_path / "tiny").iterdir())
+    with pytest.raises(KitError, match="one of several processes"):
+        finetuned(tmp_path, **QUICK)
+    assert sorted((tmp_path / "tiny").iterdir()) == folders
 
 
 def test_before_is_the_base_whether_or_not_an_adapter_is_on_it(trained):

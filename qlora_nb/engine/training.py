@@ -23,6 +23,7 @@ from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from qlora_nb.engine import activations, budget, checkpoints, data, evaluation, fetch, generation, ledger, models, objective, runs
+from qlora_nb.engine.environment import refuse_many_processes
 from qlora_nb.errors import KitError
 
 _STEPS = {"max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "seed"}
@@ -195,6 +196,22 @@ def _save_sealed(model: PeftModel, folder: Path) -> Path:
 
 
 @contextmanager
+def _alone() -> Iterator[None]:
+    """Inside, the Trainer sets up no process group, also where a launcher started this one process alone.
+
+    Raises:
+        KitError: this is one of several processes.
+    """
+    refuse_many_processes()
+    rank = os.environ.pop("LOCAL_RANK", None)  # what accelerate goes by; without an address it fails, with one it may wait
+    try:
+        yield
+    finally:
+        if rank is not None:
+            os.environ["LOCAL_RANK"] = rank
+
+
+@contextmanager
 def _without_cache(model: PeftModel) -> Iterator[None]:
     """Inside, a model that trains keeps no keys and values; afterwards, also after an error, it is one that answers."""
     model.config.use_cache = False
@@ -341,6 +358,7 @@ def finetune(
             watch = _Watch(note, stop, n_tokens)
             loss = stack.enter_context(objective.sliced_head(model, settings.loss_chunk)) if settings.loss_chunk else None
             stack.push(scale.weighing)
+            stack.enter_context(_alone())
             stack.enter_context(_without_cache(model))
             stack.enter_context(runs.sole_writer(run.folder))
             stack.callback(lambda: stop.is_set() and run.finish("interrupted"))
