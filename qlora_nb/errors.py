@@ -43,6 +43,26 @@ def refusing(what: str, value: object, remedy: str) -> Iterator[None]:
         raise KitError(f"{what}: {reason}", value=value, remedy=remedy) from error
 
 
+def explain_missing_names(shell) -> None:
+    """From now on a notebook's cell that uses a name no cell has set yet says so in one sentence, without a traceback.
+
+    A name that is missing inside a function keeps its traceback: there the line matters.
+    """
+
+    def explain(shell, kind, error, trace, tb_offset=None):
+        innermost = trace
+        while innermost.tb_next:
+            innermost = innermost.tb_next
+        frame = innermost.tb_frame
+        if frame.f_globals is shell.user_ns and frame.f_code.co_name.startswith("<"):  # <module>, <listcomp>, …
+            first = f"run the cell above that sets it first ({error.name} = …), or all cells above this one"
+            said = f"NameError: {error.name} is not there yet. Do this: {first}."
+            error._render_traceback_ = lambda: [said]
+        shell.showtraceback((kind, error, trace), tb_offset=tb_offset)
+
+    shell.set_custom_exc((NameError,), explain)
+
+
 def _short(value: object, limit: int = 80) -> str:
     try:
         text = repr(value)

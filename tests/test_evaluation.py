@@ -31,3 +31,27 @@ def test_the_change_is_drawn_on_the_same_rows():
     assert evaluation.loss_interval(after, before) == pytest.approx((-0.5, -0.5)), "each row lost half a nat a token"
     low, high = evaluation.loss_interval(after)
     assert high - low > 0.5
+
+
+def test_a_kind_that_training_has_no_row_of_is_left_out():
+    train = [{"kind": "who", "input": "Anna ran. Ben sat.", "output": "Anna."}, {"kind": "who", "input": "x.", "output": "Anna."}]
+    who = {"kind": "who", "input": "Cora ran.", "output": "Cora."}
+    where = {"kind": "where", "input": "Anna is there.", "output": "There."}
+    assert evaluation.majority_baseline(train, [who, where]) == ["Anna.", None]
+    assert evaluation.copy_baseline(train, [where, who]) == [None, "Cora."]
+    assert evaluation.exact_match(["Cora.", None], [who, where]) == {"who": 1.0}
+    assert evaluation.exact_match(["Cora.", "x"], [who, where]) == {"all": 0.5, "who": 1.0, "where": 0.0}
+    assert evaluation.exact_match([None], [where]) == {}
+    assert evaluation.exact_match([], []) == {}
+    assert evaluation.majority_baseline([], [who]) == evaluation.copy_baseline([], [who]) == [None]
+
+
+def test_the_figure_of_scores_shows_what_there_is():
+    from qlora_nb.ui import training_plots
+
+    found = {"majority": {"who": 0.25}, "copy": {}, "base": {"all": 0.5, "who": 0.0, "where": 1.0}}
+    [axes] = training_plots.scores(found).axes
+    names = [text.get_text() for text in axes.get_xticklabels()]
+    bars = {bars.get_label(): [(round(bar.get_center()[0]), bar.get_height()) for bar in bars] for bars in axes.containers}
+    assert names == ["all", "who", "where"]
+    assert bars == {"majority": [(1, 25.0)], "base": [(0, 50.0), (1, 0.0), (2, 100.0)]}

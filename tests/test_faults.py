@@ -1,4 +1,4 @@
-"""The fault matrix: 42 kinds of fault and bad input, each with the tests that inject it for real, and what else people do.
+"""The fault matrix: 48 kinds of fault and bad input, each with the tests that inject it for real, and what else people do.
 
 `MATRIX` says for every row which tests hold it; most stand beside what they test. Those that belong to no module in particular
 stand here: files and folders of a strange kind, processes, places that cannot be written to.
@@ -19,9 +19,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
-from qlora_nb.engine import checkpoints, data, environment, generation, models, runs
-from qlora_nb.engine.profiles import validate
+from qlora_nb import cli
+from qlora_nb.engine import batch, checkpoints, data, environment, generation, models, runs
+from qlora_nb.engine.profiles import resolve, validate
 from qlora_nb.errors import KitError
 from qlora_nb.pocket import ADAPTER_DIR, MODEL_DIR
 
@@ -217,6 +219,48 @@ MATRIX: dict[int, tuple[str, list[str]]] = {
     40: ("slider dragged fast", ["test_faults::test_a_slider_dragged_fast_ends_with_the_last_value"]),
     41: ("fork after CUDA init", ["test_faults::test_a_forked_process_is_told_to_use_torchrun"]),
     42: ("HOME read-only", ["test_faults::test_home_read_only"]),
+    43: (
+        "the training cell run twice",
+        [
+            "test_faults::test_cells_run_twice_late_or_too_early_make_no_record_lie",
+            "test_training::test_a_refusal_changes_no_record_and_the_run_that_trained_is_done",
+            "test_training::test_a_refused_resume_leaves_the_stopped_run_as_it_is",
+            "test_training::test_a_run_without_checkpoints_is_not_gone_on_with_by_a_trained_adapter",
+        ],
+    ),
+    44: (
+        '"before" measured again after training',
+        [
+            "test_faults::test_cells_run_twice_late_or_too_early_make_no_record_lie",
+            "test_training::test_before_is_the_base_whether_or_not_an_adapter_is_on_it",
+        ],
+    ),
+    45: (
+        "a quick trial of a few rows",
+        [
+            "test_faults::test_cells_run_twice_late_or_too_early_make_no_record_lie",
+            "test_evaluation::test_a_kind_that_training_has_no_row_of_is_left_out",
+            "test_evaluation::test_the_figure_of_scores_shows_what_there_is",
+        ],
+    ),
+    46: ("cells out of order", ["test_faults::test_cells_run_twice_late_or_too_early_make_no_record_lie"]),
+    47: (
+        "two answers into one file",
+        [
+            "test_merging::test_a_second_writer_is_refused_under_any_name_of_the_file",
+            "test_merging::test_a_file_that_somebody_touches_meanwhile_is_said_and_answered_again",
+            "test_merging::test_answers_into_a_folder_that_is_closed",
+        ],
+    ),
+    56: (
+        "several processes started together",
+        [
+            "test_faults::test_one_of_several_processes_is_refused_before_anything_is_written",
+            "test_faults::test_a_process_that_was_started_alone_runs",
+            "test_faults::test_torchrun_is_refused_in_a_sentence",
+            "test_training::test_a_launcher_of_one_process_changes_nothing",
+        ],
+    ),
 }
 LEAST_CASES = 150
 """Besides those of single bad values, of which there are as many as one likes."""
@@ -229,7 +273,7 @@ def test_every_row_has_tests_that_exist(root):
     there = {f"{file}::{test}": 0 for file, test in cases}
     for file, test in cases:
         there[f"{file}::{test}"] += 1
-    assert list(MATRIX) == list(range(1, 43))
+    assert list(MATRIX) == [*range(1, 48), 56]
     missing = {row: [t for t in tests if t not in there] for row, (_, tests) in MATRIX.items()}
     assert not {row: tests for row, tests in missing.items() if tests}
     assert all(tests for _, tests in MATRIX.values())
@@ -667,6 +711,135 @@ print("models", sum(isinstance(o, transformers.GPTNeoXForCausalLM) for o in gc.g
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200, check=False)
     assert done.stdout.strip().endswith("models 1"), done.stdout[-500:] + done.stderr[-1000:]
+
+
+def test_cells_run_twice_late_or_too_early_make_no_record_lie(tmp_path):
+    """The cells of notebook 06 as somebody clicks them, in a trial of four steps: too early, twice, "before" after training."""
+    program = r"""
+import json, sys, nbformat
+from pathlib import Path
+from IPython.core.interactiveshell import InteractiveShell
+cells = [c for c in nbformat.read("notebooks/06_finetune_pythia_12b.ipynb", 4).cells if c.cell_type == "code"]
+number = lambda text: next(i for i, c in enumerate(cells) if text in c.source)
+start, load, measure, attach = map(number, ("from typing", "load_base(", "before = evaluation", "attach_adapter(model"))
+train, finish, last = map(number, ("training.finetune(", "run.folder.parent", "training_checks."))
+shell, runs = InteractiveShell.instance(), Path(sys.argv[1]) / "tiny"
+cells[start].source += f"\nmax_steps, per_device_train_batch_size, eval_rows, output_dir = 4, 2, 20, {sys.argv[1]!r}"
+def run(*wanted):
+    for i in wanted:
+        done = shell.run_cell(cells[i].source, store_history=True)
+        if not done.success:
+            return "".join(getattr(done.error_in_exec, "_render_traceback_", lambda: [repr(done.error_in_exec)])())
+    return ""
+def folders():
+    return len(list(runs.iterdir())) if runs.is_dir() else 0
+told = {}
+run(start, start + 1)
+told["train first"] = run(train), folders()
+told["measure first"] = run(measure), folders()
+run(*range(start + 2, measure + 1))
+told["not attached"] = run(train), folders()
+loss = shell.user_ns["before"]["loss"]
+told["trained"] = run(*range(measure + 1, train + 1)), folders()
+told["again"] = run(train), folders()
+told["before"] = run(measure), shell.user_ns["before"]["loss"] == loss
+told["rest"] = run(*range(train + 1, last)), shell.user_ns["after"]["loss"] == loss
+told["after done"] = run(train), run(finish), folders()
+told["loaded again"] = run(load, train + 1), folders()
+told["record"] = [json.loads((folder / "manifest.json").read_text()) for folder in runs.iterdir()]
+print(json.dumps(told))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout[-500:] + done.stderr[-1500:]
+    told = json.loads(done.stdout.splitlines()[-1])
+    [record] = told.pop("record")
+    assert record["status"] == "done"
+    assert record["metrics"]["loss_before"] > record["metrics"]["loss_after"] > 0
+    remedy = "run the cell above that sets it first ({0} = …), or all cells above this one."
+    early = "NameError: {0} is not there yet. Do this: " + remedy
+    assert told["train first"] == [early.format("held_out"), 0]
+    assert told["measure first"] == [early.format("model"), 0]
+    assert "run the cell with training.attach_adapter first" in told["not attached"][0]
+    assert told["not attached"][1] == 0
+    assert told["trained"] == ["", 1]
+    assert "trained before" in told["again"][0]
+    assert told["again"][1] == 1
+    assert told["before"] == ["", True]
+    assert told["rest"] == ["", False]
+    assert "trained before" in told["after done"][0]
+    assert told["after done"][1:] == ["", 1]
+    assert "no adapter" in told["loaded again"][0]
+
+
+TOGETHER = [
+    {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"},
+    {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"},
+    {"PMI_SIZE": "4", "PMI_RANK": "0"},
+    {"MV2_COMM_WORLD_SIZE": "2"},
+    {"PMIX_RANK": "1"},
+    {"LOCAL_RANK": "1"},
+    {"SLURM_NTASKS": "2", "SLURM_PROCID": "1"},
+    {"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_STEP_ID": "0"},
+    {"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"},
+]
+ALONE = [
+    {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"},
+    {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"},
+    {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"},
+    {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"},
+    {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"},
+    {"WORLD_SIZE": "", "RANK": "x", "LOCAL_RANK": "-1"},
+]
+
+
+@pytest.fixture
+def no_launcher(monkeypatch):
+    for name in {name for given in [*TOGETHER, *ALONE] for name in given}:
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("given", TOGETHER, ids=str)
+def test_one_of_several_processes_is_refused_before_anything_is_written(no_launcher, tmp_path, given):
+    for name, value in given.items():
+        no_launcher.setenv(name, value)
+    values, said = {"output_dir": str(tmp_path / "runs")}, "one of several processes .*start it once"
+    with pytest.raises(KitError, match=said):
+        resolve(values)
+    with pytest.raises(KitError, match=said):
+        batch.run_sequence(values, say=lambda line: None)
+    assert CliRunner().invoke(cli.app, ["generate", "--out", str(tmp_path / "answers.jsonl")]).exit_code == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("given", ALONE, ids=str)
+def test_a_process_that_was_started_alone_runs(no_launcher, given):
+    for name, value in given.items():
+        no_launcher.setenv(name, value)
+    assert resolve({"seed": 3}).seed == 3
+
+
+def test_a_process_in_a_group_of_others_is_refused(no_launcher):
+    no_launcher.setattr(torch.distributed, "is_initialized", lambda: True)
+    no_launcher.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(KitError, match="a process group of 2"):
+        resolve({})
+    no_launcher.setattr(torch.distributed, "get_world_size", lambda: 1)
+    assert resolve({}).profile == "tiny"
+
+
+@pytest.mark.slow
+def test_torchrun_is_refused_in_a_sentence(no_launcher, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--no-python", sys.executable]
+    command += ["-m", "qlora_nb.cli", "run", "--only", "06", "--out", str(tmp_path / "runs")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    said = [line for line in done.stderr.splitlines() if line.startswith("qlora-nb: ")]
+    assert said
+    assert all("one of several processes started together" in line for line in said)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_slider_dragged_fast_ends_with_the_last_value():

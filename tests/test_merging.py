@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -181,6 +182,66 @@ def test_answers_of_another_model_are_not_mixed_in(tuned, tmp_path):
         with pytest.raises(KitError, match="by another model"):
             generation.answer_file(model, tokenizer, rows_of(2), target, settings)
     assert target.read_text() == before
+
+
+def in_the_middle(monkeypatch, what):
+    """Do something once, after the first batch was answered and before it is written."""
+    whole, done = generation._in_batches, []
+
+    def batches(*given):
+        for found in whole(*given):
+            if not done:
+                done.append(1)
+                what()
+            yield found
+
+    monkeypatch.setattr(generation, "_in_batches", batches)
+
+
+@pytest.mark.parametrize("name", ["answers.jsonl", "./folder/../answers.jsonl", "link.jsonl", "linked/answers.jsonl"])
+def test_a_second_writer_is_refused_under_any_name_of_the_file(tuned, tmp_path, monkeypatch, name):
+    tokenizer, model = tuned
+    rows, target = rows_of(12), tmp_path / "answers.jsonl"
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link.jsonl").symlink_to(target)
+    (tmp_path / "linked").symlink_to(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    refused = []
+
+    def second():
+        with pytest.raises(KitError, match="another process writes into this file") as error:
+            generation.answer_file(model, tokenizer, rows, Path(name), SETTINGS)
+        refused.append(error.value)
+
+    in_the_middle(monkeypatch, second)
+    assert generation.answer_file(model, tokenizer, rows, target, SETTINGS, batch=5) == 12
+    assert len(refused) == 1
+    assert {json.loads(line)["n"] for line in target.read_text().splitlines()} == set(range(12))
+    assert generation.answer_file(model, tokenizer, rows, Path(name), SETTINGS) == 0
+    assert (tmp_path / "link.jsonl").is_symlink()
+
+
+@pytest.mark.parametrize("how", ["removed", "replaced", "written to", "emptied"])
+def test_a_file_that_somebody_touches_meanwhile_is_said_and_answered_again(tuned, tmp_path, monkeypatch, how):
+    tokenizer, model = tuned
+    rows, target, other = rows_of(12), tmp_path / "answers.jsonl", tmp_path / "other"
+    other.write_text("")
+    touch = {"removed": target.unlink, "replaced": lambda: other.replace(target), "emptied": lambda: target.write_text("")}
+    touch["written to"] = lambda: target.write_text(target.read_text()[:-1] + " \n")
+    if how in ("emptied", "written to"):
+        generation.answer_file(model, tokenizer, rows[:1], target, SETTINGS)
+    in_the_middle(monkeypatch, touch[how])
+    with pytest.raises(KitError, match=r"removed or changed .*call it again"):
+        generation.answer_file(model, tokenizer, rows, target, SETTINGS, batch=5)
+    generation.answer_file(model, tokenizer, rows, target, SETTINGS)
+    assert {json.loads(line)["n"] for line in target.read_text().splitlines()} == set(range(12))
+
+
+def test_answers_into_a_folder_that_is_closed(tuned, closed_folder):
+    tokenizer, model = tuned
+    with pytest.raises(KitError, match=r"answers\.jsonl cannot be written") as refused:
+        generation.answer_file(model, tokenizer, rows_of(1), closed_folder / "answers.jsonl", SETTINGS)
+    assert "that you may write to" in refused.value.remedy
 
 
 def test_prompts_come_from_text_and_data_files(tmp_path):

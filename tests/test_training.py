@@ -9,6 +9,7 @@ import types
 
 import pytest
 import torch
+from accelerate import PartialState
 from peft import PeftModel
 
 from qlora_nb.engine import checkpoints, data, evaluation, generation, models, runs, training
@@ -201,6 +202,136 @@ def test_baselines_know_nothing():
     assert evaluation.exact_match([r["output"] for r in test], test)["all"] == 1.0
     for baseline in (evaluation.majority_baseline, evaluation.copy_baseline):
         assert evaluation.exact_match(baseline(train, test), test)["all"] <= 0.20
+
+
+# --- what is refused leaves everything as it was ---
+
+QUICK = {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
+
+
+def everything_in(folder):
+    """Every file's bytes by name; a lock holds nothing."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+def test_a_refusal_changes_no_record_and_the_run_that_trained_is_done(tmp_path, monkeypatch):
+    settings, tokenizer, model, rows = fresh(tmp_path, **QUICK)
+    begin = lambda: checkpoints.start(settings, "06_finetune_pythia_12b")
+    train = lambda model, run: training.finetune(model, tokenizer, rows, settings, run, lambda step: None)
+    result = train(model, begin())
+    [folder] = (tmp_path / "tiny").iterdir()
+    assert runs.status_of(folder) == "done"
+    assert result["run"].folder == folder
+    before = everything_in(tmp_path)
+
+    refused = {"was trained before": lambda: train(model, begin()), "this run is over": lambda: train(model, result["run"])}
+    refused["has no adapter"] = lambda: training.saved_adapter_difference(models.load_base(settings), folder / "adapter", None)
+    for said, cell in refused.items():
+        with pytest.raises(KitError, match=said):
+            cell()
+        assert everything_in(tmp_path) == before
+        assert list((tmp_path / "tiny").iterdir()) == [folder]
+    loaded = generation.load_adapter(models.load_base(settings), folder / "adapter")
+    for wrong in (models.load_base(settings), loaded, None):
+        with pytest.raises(KitError, match=r"no adapter that can be trained.*training.attach_adapter first"):
+            train(wrong, begin())
+        with pytest.raises(KitError, match="no adapter that can be trained"), begin() as run:
+            train(wrong, run)
+        assert list((tmp_path / "tiny").iterdir()) == [folder]
+
+    model = training.attach_adapter(model, settings)
+
+    def no_room(*given):
+        raise KitError("no room")
+
+    for module, name in ((training.fetch, "require_room"), (training, "arguments")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, no_room)
+            with pytest.raises(KitError, match="no room"):
+                train(model, begin())
+    assert everything_in(tmp_path) == before
+    assert runs.latest_done(settings, "06_finetune_pythia_12b") == folder
+    result["run"].add(loss_after=1.5)
+    again = json.loads((folder / "manifest.json").read_text())
+    assert (again["status"], again["metrics"]["loss_after"]) == ("done", 1.5)
+    assert again["ended"] == json.loads(before[folder / "manifest.json"])["ended"]
+
+
+def test_a_refused_resume_leaves_the_stopped_run_as_it_is(tmp_path):
+    settings, tokenizer, model, rows = fresh(tmp_path, **QUICK | {"max_steps": 4})
+    stop = lambda step: os.kill(os.getpid(), signal.SIGINT) if step["step"] == 2 else None
+    run = checkpoints.start(settings, "06_stopped")
+    assert training.finetune(model, tokenizer, rows, settings, run, stop)["stopped"]
+    before = everything_in(tmp_path)
+    with pytest.raises(KitError, match="training rows was"):
+        training.finetune(
+            model, tokenizer, rows.select(range(4)), settings, checkpoints.start(settings, "06_stopped"), lambda step: None
+        )
+    assert everything_in(tmp_path) == before
+    assert runs.status_of(run.folder) == "interrupted"
+    latest = settings.model_copy(update={"resume": "latest"})
+    with runs.sole_writer(run.folder), pytest.raises(KitError, match="another process writes"):
+        training.finetune(model, tokenizer, rows, latest, checkpoints.start(latest, "06_stopped"), lambda step: None)
+    assert everything_in(tmp_path) == before
+    result = training.finetune(model, tokenizer, rows, settings, checkpoints.start(settings, "06_stopped"), lambda step: None)
+    assert len(result["losses"]) == 4
+    assert runs.status_of(run.folder) == "done"
+    run.add(late=1)  # by what was left of the stopped run's cell
+    assert runs.status_of(run.folder) == "done"
+
+
+def test_a_run_without_checkpoints_is_not_gone_on_with_by_a_trained_adapter(tmp_path):
+    settings, tokenizer, model, rows = fresh(tmp_path, **QUICK, resume="latest", warmup_steps=0)
+
+    def fail(step):
+        raise RuntimeError("in the midst of it")
+
+    with pytest.raises(RuntimeError):
+        training.finetune(model, tokenizer, rows, settings, checkpoints.start(settings, "06_x"), fail)
+    assert not model.training
+    [folder] = (tmp_path / "tiny").iterdir()
+    (folder / "checkpoints").mkdir(exist_ok=True)
+    with pytest.raises(KitError, match="trained before"):
+        training.finetune(model, tokenizer, rows, settings, checkpoints.start(settings, "06_x"), lambda step: None)
+    assert runs.status_of(folder) == "failed"
+
+
+def test_a_launcher_of_one_process_changes_nothing(tmp_path, monkeypatch):
+    """As torchrun starts a process alone, with an address that nobody answers at: no process group is set up."""
+    plain, *_ = finetuned(tmp_path, **QUICK)
+    launched = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "192.0.2.1", "MASTER_PORT": "29511"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    PartialState._reset_state()
+    assert finetuned(tmp_path, **QUICK)[0] == plain
+    assert not torch.distributed.is_initialized()
+    assert os.environ["LOCAL_RANK"] == "0"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    folders = sorted((tmp_path / "tiny").iterdir())
+    with pytest.raises(KitError, match="one of several processes"):
+        finetuned(tmp_path, **QUICK)
+    assert sorted((tmp_path / "tiny").iterdir()) == folders
+
+
+def test_before_is_the_base_whether_or_not_an_adapter_is_on_it(trained):
+    """Against transformers' own loss on the base as it was loaded."""
+    settings, tokenizer, model, rows, *_ = trained
+    some, plain = rows.select(range(8)), models.load_base(settings)
+    total = n = 0.0
+    with torch.no_grad():
+        for row in some:
+            labels = torch.tensor([row["labels"]])
+            found = (labels[:, 1:] != data.IGNORED).sum().item()
+            total += plain(input_ids=torch.tensor([row["input_ids"]]), labels=labels).loss.item() * found
+            n += found
+    tuned = evaluation.response_loss(model, tokenizer, some)
+    for measured in (plain, model, training.attach_adapter(models.load_base(settings), settings)):
+        with generation.base_or_tuned(measured, tuned=False):
+            assert evaluation.response_loss(measured, tokenizer, some) == pytest.approx(total / n, rel=1e-5)
+    assert tuned < 0.99 * total / n
+    assert evaluation.response_loss(model, tokenizer, some) == tuned, "the adapter is on again"
+    with pytest.raises(KitError, match=r"no adapter .*attaches or loads the adapter first"):
+        generation.base_or_tuned(plain, tuned=True)
 
 
 # --- answering ---------------------------------------------------------------

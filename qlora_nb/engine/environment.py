@@ -185,6 +185,7 @@ def refuse_what_cannot_run(settings) -> None:
 
     The judgement is about the *resolved* model and hardware: profile "full" with a small local model is fine anywhere.
     """
+    refuse_many_processes()
     here, size = machine(), shapes.download_bytes(settings.model_id)
     if not here.gpus:
         refuse_on_cpu(settings.model_id, size or 0, here)
@@ -197,6 +198,37 @@ def refuse_what_cannot_run(settings) -> None:
         if not here.gpus:
             refuse_on_cpu(settings.model_id, size, here)
         budget.require_fit(settings, here, train=False)
+
+
+SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+"""Where torchrun and accelerate, Open MPI, MPICH, MVAPICH, srun say how many processes they started."""
+RANKS = ("RANK", "LOCAL_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK", "SLURM_PROCID")
+"""Where they say which of them this one is, from 0."""
+
+
+def refuse_many_processes() -> None:
+    """Raise `KitError` if a launcher started this program several times at once: each would train a run of its own.
+
+    A job of Slurm may hold many tasks (SLURM_NTASKS) and run one process in its shell or batch script: what counts is the step
+    that `srun` starts.
+    """
+    sizes = [*SIZES]
+    if "SLURM_STEP_ID" in os.environ and "SLURM_STEP_NUM_TASKS" not in os.environ:
+        sizes.append("SLURM_NTASKS")
+    alone = dict.fromkeys(sizes, 1) | dict.fromkeys(RANKS, 0)
+    for name, value in alone.items():
+        given = os.environ.get(name, "").strip()
+        if given.isdecimal() and int(given) > value:
+            _refuse_process(f"{name}={given}")
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        _refuse_process(f"a process group of {distributed.get_world_size()}")
+
+
+def _refuse_process(sign: str) -> None:
+    what = "this is one of several processes started together, and the kit runs in one alone"
+    remedy = "start it once, without torchrun, accelerate launch, mpirun or srun -n"
+    raise KitError(what, value=sign, remedy=remedy)
 
 
 def refuse_on_cpu(model_id: str, bytes_16_bit: int, here: Machine) -> None:

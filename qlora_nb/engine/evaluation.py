@@ -65,15 +65,21 @@ def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
 
 
-def exact_match(said: list[str], rows: list[dict]) -> dict[str, float]:
-    """Share of answers equal to the row's output, for all rows and by `kind`.
+def exact_match(said: list[str | None], rows: list[dict]) -> dict[str, float]:
+    """Share of answers equal to the row's output, for all rows and by `kind`; without rows an empty dictionary.
+
+    A kind with a row that nothing could be said to (None) is left out, and then so is the share of all rows.
 
     >>> exact_match(["Red.", "Two."], [{"output": "Red.", "kind": "a"}, {"output": "Six.", "kind": "b"}])
     {'all': 0.5, 'a': 1.0, 'b': 0.0}
     """
-    right = pandas.Series([text.strip() == row["output"].strip() for text, row in zip(said, rows, strict=True)], dtype=float)
-    by_kind = right.groupby([row.get("kind", "all rows") for row in rows], sort=False)
-    return {"all": float(right.mean()), **by_kind.mean().to_dict()}
+    right = [text is not None and text.strip() == row["output"].strip() for text, row in zip(said, rows, strict=True)]
+    kinds = [row.get("kind", "all rows") for row in rows]
+    shares = pandas.Series(right, dtype=float).groupby(kinds, sort=False).mean().to_dict()
+    unanswered = {kind for kind, text in zip(kinds, said) if text is None}
+    if rows and not unanswered:
+        return {"all": sum(right) / len(right), **shares}
+    return {kind: share for kind, share in shares.items() if kind not in unanswered}
 
 
 def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: datasets.Dataset, settings) -> dict:
@@ -88,23 +94,30 @@ def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: da
     return {"loss": mean_loss(losses).item(), "rows": losses, "exact_match": match, "said": said}
 
 
-def majority_baseline(train: list[dict], rows: list[dict]) -> list[str]:
-    """For every row the commonest answer among the training rows of its kind."""
+def majority_baseline(train: list[dict], rows: list[dict]) -> list[str | None]:
+    """For every row the commonest answer among the training rows of its kind; None if training has no row of that kind."""
     by_kind = defaultdict(Counter)
     for row in train:
         by_kind[row.get("kind")][row["output"]] += 1
-    return [by_kind[row.get("kind")].most_common(1)[0][0] for row in rows]
+    return [_commonest(by_kind[row.get("kind")]) for row in rows]
 
 
-def copy_baseline(train: list[dict], rows: list[dict]) -> list[str]:
+def copy_baseline(train: list[dict], rows: list[dict]) -> list[str | None]:
     """For every kind, copy from the input the window of words (which sentence, first or last words, how many) that was
-    right most often in training: what can be had by copying without reading the question."""
+    right most often in training: what can be had by copying without reading the question. None as above."""
     rules = [(s, end, n) for s in (0, 1, 2, -1, -2, -3) for end in ("first", "last") for n in (1, 2, 3)]
     scores = defaultdict(Counter)
     for row in train:
         for rule in rules:
             scores[row.get("kind")][rule] += _copy(row["input"], *rule) == row["output"]
-    return [_copy(row["input"], *scores[row.get("kind")].most_common(1)[0][0]) for row in rows]
+    best = [_commonest(scores[row.get("kind")]) for row in rows]
+    return [_copy(row["input"], *rule) if rule else None for row, rule in zip(rows, best)]
+
+
+def _commonest(counted: Counter):
+    for found, _ in counted.most_common(1):
+        return found
+    return None
 
 
 def _copy(text: str, index: int, end: str, n: int) -> str:

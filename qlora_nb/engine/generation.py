@@ -13,6 +13,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
+from typing import TextIO
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
@@ -94,9 +95,19 @@ def _base_name(path: str) -> str:
     return "pocket" if Path(path).parts[-2:] == MODEL_DIR.parts[-2:] else Path(path).name
 
 
-def base_or_tuned(model: PeftModel, tuned: bool):
-    """Context in which the model answers with its adapter (`tuned`) or without."""
-    return nullcontext() if tuned else model.disable_adapter()
+def base_or_tuned(model: PreTrainedModel | PeftModel, tuned: bool):
+    """Context in which the model answers with its adapter (`tuned`) or without; a base that has none yet is the base.
+
+    Raises:
+        KitError: the tuned model is asked for, and no adapter is on it.
+    """
+    adapted = isinstance(model, PeftModel)
+    if tuned and not adapted:
+        remedy = "run the cell that attaches or loads the adapter first, then this one"
+        raise KitError("this model has no adapter", value=type(model).__name__, remedy=remedy)
+    if tuned or not adapted:
+        return nullcontext()
+    return model.disable_adapter()
 
 
 def _config(tokenizer, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0, **more) -> GenerationConfig:
@@ -262,22 +273,37 @@ def answer_file(model, tokenizer: PreTrainedTokenizerBase, rows: list[dict], tar
         How many rows were answered now.
 
     Raises:
-        KitError: the file holds answers to other rows or by another model, or is no file of answers at all.
+        KitError: the file holds answers to other rows or by another model, or is no file of answers at all; another process
+            writes into it, or it was removed or changed in the meantime.
     """
-    before, by = _answers_in(target), _author(model, settings)
-    asked = [{"n": n, "by": by, "instruction": row["instruction"], "input": row["input"]} for n, row in enumerate(rows)]
-    if any(n not in range(len(asked)) or record | asked[n] != record for n, record in before.items()):
-        remedy = "name another file, or remove it"
-        raise KitError("this file holds answers to other rows or by another model", value=target.name, remedy=remedy)
     with runs.writing(target, "name a file in a folder that you may write to"):
+        target = target.resolve()  # a link stays a link
         target.parent.mkdir(parents=True, exist_ok=True)
-    runs.write_atomically(target, "".join(json.dumps(record) + "\n" for record in before.values()))
-    left = [row for row in asked if row["n"] not in before]
-    with target.open("a", encoding="utf-8") as file:
-        for found in _in_batches(model, tokenizer, left, settings, batch):
-            file.writelines(json.dumps(left[i] | {"answer": text}) + "\n" for i, text in found.items())
-            file.flush()
+        lock = runs.sole_writer(target)
+    with lock:
+        before, by = _answers_in(target), _author(model, settings)
+        asked = [{"n": n, "by": by, "instruction": row["instruction"], "input": row["input"]} for n, row in enumerate(rows)]
+        if any(n not in range(len(asked)) or record | asked[n] != record for n, record in before.items()):
+            remedy = "name another file, or remove it"
+            raise KitError("this file holds answers to other rows or by another model", value=target.name, remedy=remedy)
+        runs.write_atomically(target, "".join(json.dumps(record) + "\n" for record in before.values()))
+        left = [row for row in asked if row["n"] not in before]
+        with target.open("a", encoding="utf-8") as file:
+            for found in _in_batches(model, tokenizer, left, settings, batch):
+                _require_unchanged(target, file)
+                file.writelines(json.dumps(left[i] | {"answer": text}) + "\n" for i, text in found.items())
+                file.flush()
+            _require_unchanged(target, file)
     return len(left)
+
+
+def _require_unchanged(target: Path, file: TextIO) -> None:
+    """Refuse to go on with a file that somebody removed, replaced or wrote to: its answers would be lost or mixed."""
+    opened = os.fstat(file.fileno())
+    there = target.stat() if target.exists() else None
+    if there is None or not os.path.samestat(there, opened) or opened.st_size != file.tell():
+        what = "the file of answers was removed or changed by somebody else while it was being written"
+        raise KitError(what, value=target.name, remedy="call it again: what is missing is answered then")
 
 
 def _answers_in(target: Path) -> dict[int, dict]:

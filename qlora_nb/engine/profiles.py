@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError
 
 from qlora_nb.engine.shapes import PYTHIA
-from qlora_nb.errors import KitError
+from qlora_nb.errors import KitError, explain_missing_names
 
 
 def _not_bool(value: Any) -> Any:
@@ -227,6 +227,8 @@ def _parameters(values: dict[str, object]) -> dict[str, object]:
     cells = values.get("In")
     if not isinstance(cells, list):
         return dict(values)
+    if "get_ipython" in values:
+        explain_missing_names(values["get_ipython"]())
     first_time = not values.get("_qlora_nb_resolved")
     values["_qlora_nb_resolved"] = True  # a cell run twice must not trip over the notebook's own variables
     typed = _assigned_in_parameter_cells(cells)

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import threading
@@ -139,7 +140,7 @@ def beginning(folder: Path, parameters: dict[str, object], packages: Iterable[st
 class Run:
     """One run and its folder. Use as a context manager; the status is `done` only if the body ended without an error.
 
-    `folder` continues in the folder of an earlier run (`resumed` is True then).
+    `folder` continues in the folder of an earlier run (`resumed` is True then); its record stays as it is until `begin`.
     """
 
     def __init__(self, settings, notebook: str, folder: Path | None = None):
@@ -147,7 +148,21 @@ class Run:
         self.folder = folder or new_folder(settings, notebook)
         about = {"notebook": notebook, "commit": _commit(), "pid": os.getpid(), "metrics": {}}
         self.manifest = beginning(self.folder, settings.model_dump(), PACKAGES) | about
+        if not self.resumed:
+            self.begin()
+
+    def begin(self) -> None:
+        """Write down that this run is at work."""
         self._save()
+
+    def withdraw(self) -> None:
+        """Undo a run that was refused before its first step: a new one's folder goes, an earlier run's record is left alone."""
+        if self.manifest["status"] != "running":
+            return
+        self.manifest["status"] = "refused"
+        files = {path.name for path in self.folder.rglob("*") if path.is_file()}
+        if not self.resumed and files <= {"manifest.json", ".lock"}:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def log(self, record: dict[str, object]) -> None:
         """Append one line to metrics.jsonl."""
@@ -174,10 +189,18 @@ class Run:
         self.manifest |= {"status": status, "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         self._save()
 
+    def add(self, **metrics: object) -> None:
+        """Add measurements to the record as it stands now; what became of the run is not changed."""
+        self.manifest = manifest_of(self.folder)[0] or self.manifest
+        self.manifest["metrics"] |= metrics
+        self._save()
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
+        if self.manifest["status"] == "refused":
+            return
         if kind is not None:
             self.finish("interrupted" if kind is KeyboardInterrupt else "failed", error=f"{kind.__name__}: {error}"[:500])
         elif self.manifest["status"] == "running":
@@ -203,17 +226,22 @@ def on_interrupt(handle: Callable[[int], None]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def sole_writer(folder: Path) -> AbstractContextManager:
-    """Hold a run folder for this process until the returned context ends; the lock goes with the process, however it ends.
+def sole_writer(path: Path) -> AbstractContextManager:
+    """Hold a run folder, or a single file, for this process until the returned context ends.
+
+    The lock goes with the process, however it ends. It lies in the folder, or beside the file that all its names lead to.
 
     Raises:
         KitError: another process holds it.
     """
+    lock, what = path / ".lock", "run folder"
+    if not path.is_dir():
+        lock, what = path.resolve().with_name(f".{path.resolve().name}.lock"), "file"
     try:
-        return FileLock(folder / ".lock").acquire(blocking=False)
+        return FileLock(lock).acquire(blocking=False)
     except Timeout:
-        what = "another process writes into this run folder"
-        raise KitError(what, value=folder.name, remedy="wait for it, or stop it") from None
+        what = f"another process writes into this {what}"
+        raise KitError(what, value=path.name, remedy="wait for it, or stop it") from None
 
 
 def manifest_of(folder: Path) -> tuple[dict, bool]:

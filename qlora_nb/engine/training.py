@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 
 from qlora_nb.engine import activations, budget, checkpoints, data, evaluation, fetch, generation, ledger, models, objective, runs
 from qlora_nb.engine import optimizers as optimizer_states
+from qlora_nb.engine.environment import refuse_many_processes
 from qlora_nb.errors import KitError
 
 _STEPS = {"max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "seed"}
@@ -55,6 +56,14 @@ def attach_adapter(model: PreTrainedModel, settings) -> PeftModel:
     return get_peft_model(model, config)
 
 
+def require_adapter(model: PeftModel) -> None:
+    """Refuse a model whose cell with `attach_adapter` has not been run yet, or that was loaded to answer, not to train."""
+    if not isinstance(model, PeftModel) or not trainable_parameters(model):
+        what = "this model has no adapter that can be trained"
+        remedy = "run the cell with training.attach_adapter first, then this one"
+        raise KitError(what, value=type(model).__name__, remedy=remedy)
+
+
 def trainable_parameters(model: torch.nn.Module) -> int:
     """How many numbers are trained."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -67,19 +76,22 @@ SMALLEST_SCALE = 1.0
 class _Watch(TrainerCallback):
     """Passes on every step's numbers, stops on NaN, stops when asked to.
 
-    `updating` is true from the beginning of the optimizer's step to its end: what breaks off then leaves some weights updated
-    and others not.
+    `begin` is called before the first pass, `stop` is the event that asks for an end. `updating` is true from the beginning of
+    the optimizer's step to its end: what breaks off then leaves some weights updated and others not.
     """
 
-    def __init__(self, report: Callable[[dict], None], stop: threading.Event, n_tokens: list[int]):
-        self.report, self.stop, self.n_tokens = report, stop, n_tokens
+    def __init__(self, begin: Callable[[], None], report: Callable[[dict], None], n_tokens: list[int]):
+        self.begin, self.report, self.n_tokens = begin, report, n_tokens
+        self.stop = threading.Event()
         self.failure: str | None = None
-        self.updating = False
+        self.begun = self.updating = False
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.started, self.first = time.perf_counter(), state.global_step
         self.n_tokens.clear()
         self.updating = False
+        self.begin()
+        self.begun = True
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.updating = True
@@ -224,6 +236,40 @@ def save_adapter(model: PeftModel, folder: str | Path) -> None:
     model.save_pretrained(folder, save_embedding_layers=False)
 
 
+def _save_sealed(model: PeftModel, folder: Path) -> Path:
+    with runs.writing(folder):
+        save_adapter(model, folder)
+        checkpoints.seal(folder)
+    return folder
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Inside, the Trainer sets up no process group, also where a launcher started this one process alone.
+
+    Raises:
+        KitError: this is one of several processes.
+    """
+    refuse_many_processes()
+    rank = os.environ.pop("LOCAL_RANK", None)  # what accelerate goes by; without an address it fails, with one it may wait
+    try:
+        yield
+    finally:
+        if rank is not None:
+            os.environ["LOCAL_RANK"] = rank
+
+
+@contextmanager
+def _without_cache(model: PeftModel) -> Iterator[None]:
+    """Inside, a model that trains keeps no keys and values; afterwards, also after an error, it is one that answers."""
+    model.config.use_cache = False
+    try:
+        yield
+    finally:
+        model.config.use_cache = True
+        model.eval()
+
+
 @contextmanager
 def stop_on_interrupt() -> Iterator[threading.Event]:
     """Inside, ■ (or Ctrl-C) and SIGTERM set the event instead of ending things: the running step is finished, everything saved.
@@ -352,12 +398,15 @@ def _begin(model: PeftModel, run, settings, rows_hash: str, losses: list[float],
     Raises:
         KitError: a new run would begin in the middle of an earlier one.
     """
-    if not run.resumed:
-        if any(parameter.any() for name, parameter in model.named_parameters() if "lora_B" in name):
-            raise KitError("this adapter was trained before", remedy="attach it once more: then a new run begins at zero")
-        return None
-    if checkpoint := checkpoints.newest(run.folder):
+    if run.manifest["status"] != "running":
+        raise KitError("this run is over", value=run.folder.name, remedy="start another one")
+    checkpoint = checkpoints.newest(run.folder) if run.resumed else None
+    if checkpoint:
         checkpoints.require_same(checkpoint, settings, rows_hash)
+    elif any(parameter.any() for name, parameter in model.named_parameters() if "lora_B" in name):
+        raise KitError("this adapter was trained before", remedy="attach it once more: then a new run begins at zero")
+    if not run.resumed:
+        return None
     step = checkpoints.step_of(checkpoint) if checkpoint else 0
     logged = run.cut(step)
     losses += [record["loss"] for record in logged if "loss" in record]
@@ -382,16 +431,15 @@ def finetune(
 
     Returns:
         A dictionary: `losses` (one a step, those before a resume included), `held_out` ({step: loss}), `seconds`,
-        `tokens_per_s` (no padding counted), `stopped` (by ■), `adapter` (folder); of the first step after an update `held`
-        (`ledger.Ledger`), `moved` (`activations.Moved`) and `shape` (rows, tokens, tokens that train) of its largest pass,
-        None where there was no such step.
+        `tokens_per_s` (no padding counted), `stopped` (by ■), `adapter` (folder), `run` (whose record is closed: done, or
+        interrupted by ■); of the first step after an update `held` (`ledger.Ledger`), `moved` (`activations.Moved`) and
+        `shape` (rows, tokens, tokens that train) of its largest pass, None where there was no such step.
 
     Raises:
         KitError: loss or gradient became NaN or infinite, the GPU's memory ran out, the run was started with other settings or
-            rows, the adapter of a new run is trained already, or another process writes into the folder.
+            rows, no adapter is attached, that of a new run is trained already, or another process writes into the folder.
+            What is refused before the first pass leaves no folder and changes no record.
     """
-    rows = data.pack(rows, settings.max_length) if settings.packing else rows
-    rows = data.in_training_order(rows, settings)
     losses, n_tokens, shapes = [], [], []  # of every step; of every pass the tokens, and its shape
     collate = _counting_collator(tokenizer, n_tokens, shapes)
 
@@ -400,18 +448,23 @@ def finetune(
         run.log(step)
         report(step)
 
-    model.config.use_cache = False
     scale, sample = _Scale(shapes), _Sample(tokenizer, settings, held_out, run)
-    first = [p.detach().to("cpu", copy=True) for p in model.parameters() if p.requires_grad]
+    watch = _Watch(run.begin, note, n_tokens)
 
     def go_back() -> Path | None:
         return _go_back(model, first, run, losses, sample.losses)
 
     try:
+        require_adapter(model)
+        first = [p.detach().to("cpu", copy=True) for p in model.parameters() if p.requires_grad]
+        rows = data.pack(rows, settings.max_length) if settings.packing else rows
+        rows = data.in_training_order(rows, settings)
         with stop_on_interrupt() as stop, ExitStack() as stack:
-            watch = _Watch(note, stop, n_tokens)
+            watch.stop = stop
             loss = stack.enter_context(objective.sliced_head(model, settings.loss_chunk)) if settings.loss_chunk else None
             stack.push(scale.weighing)
+            stack.enter_context(_alone())
+            stack.enter_context(_without_cache(model))
             stack.enter_context(runs.sole_writer(run.folder))
             stack.callback(lambda: stop.is_set() and run.finish("interrupted"))
             copies = 1 + (1 + checkpoints.KEEP) * bool(settings.save_steps)
@@ -426,23 +479,21 @@ def finetune(
                 return _Trainer(seal, args=arguments(how, run.folder), callbacks=[watch, scale, sample], **own)
 
             _train(new_trainer, settings, watch, checkpoint, go_back)
+            if watch.failure:
+                remedy = "lower learning_rate; on a GPU without bfloat16 choose a model trained in float16 (not pythia-1b)"
+                raise KitError(watch.failure, remedy=remedy)
+            adapter = _save_sealed(model, run.folder / "adapter")
     except BaseException as error:  # the folder must say what became of the run
-        run.finish("failed", error=f"{type(error).__name__}: {error}"[:500])
+        if watch.begun:
+            run.finish("failed", error=f"{type(error).__name__}: {error}"[:500])
+        else:
+            run.withdraw()
         raise
-    model.config.use_cache = True
-    model.eval()
-    if watch.failure:
-        run.finish("failed", error=watch.failure)
-        remedy = "lower learning_rate; on a GPU without bfloat16 choose a model trained in float16 (not pythia-1b)"
-        raise KitError(watch.failure, remedy=remedy)
-    adapter = run.folder / "adapter"
-    with runs.writing(adapter):
-        save_adapter(model, adapter)
-        checkpoints.seal(adapter)
     seconds = time.perf_counter() - watch.started
     weighed = {"held": scale.held, "moved": scale.moved, "shape": scale.shape}
     told = {"losses": losses, "held_out": sample.losses, "seconds": seconds, "tokens_per_s": sum(n_tokens) / seconds}
-    return {**told, "stopped": stop.is_set(), "adapter": adapter, **weighed}
+    run.finish("interrupted" if stop.is_set() else "done", tokens_per_s=told["tokens_per_s"], train_seconds=seconds)
+    return {**told, "stopped": stop.is_set(), "adapter": adapter, "run": run, **weighed}
 
 
 @torch.no_grad()
@@ -451,7 +502,11 @@ def saved_adapter_difference(model: PeftModel, folder: Path, input_ids: torch.Te
 
     The saved adapter is loaded beside the trained one onto the same 4-bit base, so that no second model is held.
     Adapters of 443 bytes have been saved before; zero is the answer that counts.
+
+    Raises:
+        KitError: there is no trained adapter on this model.
     """
+    require_adapter(model)
     active = model.active_adapter
     trained = model(input_ids=input_ids).logits
     model.load_adapter(str(folder), adapter_name="read_back")

@@ -86,15 +86,23 @@ def loss_curve(ax, losses: list[float], before=None, after=None, held_out: dict[
 
 @draws((8, 3.6), ylabel="exact match (%)", ylim=(0, 105))
 def scores(ax, results: dict[str, dict[str, float]]) -> str:
-    """Exact match by kind of question for several answerers (label → {kind: share}), "all" first."""
-    kinds = list(next(iter(results.values())))
+    """Exact match by kind of question for several answerers (label → {kind: share}), "all" first.
+
+    A kind that an answerer has no share for has no bar; an answerer without any is left out.
+    """
+    results = {label: result for label, result in results.items() if result}
+    kinds = ["all"] if any("all" in result for result in results.values()) else []
+    for result in results.values():
+        kinds += [kind for kind in result if kind not in kinds]
     looks = [look("other", ""), look("INT4"), look("16-bit", ".."), look("LoRA", "")]
     width = 0.8 / len(results)
     for i, (label, result) in enumerate(results.items()):
-        x = [k + (i - (len(results) - 1) / 2) * width for k in range(len(kinds))]
-        ax.bar(x, [100 * result[k] for k in kinds], width, **looks[i % len(looks)], label=label)
+        x = [kinds.index(kind) + (i - (len(results) - 1) / 2) * width for kind in result]
+        ax.bar(x, [100 * share for share in result.values()], width, **looks[i % len(looks)], label=label)
     ax.set_xticks(range(len(kinds)), kinds)
     ax.figure.legend(loc="outside lower center", ncols=len(results))
+    if "all" not in result:
+        return f"{label}: not every kind of question was seen in training"
     return f"{label}: {100 * result['all']:.0f} % of held-out answers exactly right"
 
 
