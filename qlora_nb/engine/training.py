@@ -22,7 +22,20 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from qlora_nb.engine import activations, budget, checkpoints, data, evaluation, fetch, generation, ledger, models, objective, runs
+from qlora_nb.engine import (
+    activations,
+    budget,
+    checkpoints,
+    data,
+    evaluation,
+    fetch,
+    generation,
+    ledger,
+    models,
+    objective,
+    probes,
+    runs,
+)
 from qlora_nb.errors import KitError
 
 _STEPS = {"max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "seed"}
@@ -283,7 +296,8 @@ def finetune(
 
     Raises:
         KitError: loss or gradient became NaN or infinite, the GPU's memory ran out, the run was started with other settings or
-            rows, the adapter of a new run is trained already, or another process writes into the folder.
+            rows, the adapter of a new run is trained already, another process writes into the folder, or the model does not do
+            what these settings rely on (`probes.before_training`).
     """
     rows = data.pack(rows, settings.max_length) if settings.packing else rows
     rows = data.in_training_order(rows, settings)
@@ -306,7 +320,9 @@ def finetune(
     try:
         with stop_on_interrupt() as stop, ExitStack() as stack:
             watch = _Watch(note, stop, n_tokens)
-            loss = stack.enter_context(objective.sliced_head(model, settings.loss_chunk)) if settings.loss_chunk else None
+            loss = None
+            if chunk := probes.before_training(model, settings):
+                loss = stack.enter_context(objective.sliced_head(model, chunk))
             stack.push(scale.weighing)
             stack.enter_context(runs.sole_writer(run.folder))
             stack.callback(lambda: stop.is_set() and run.finish("interrupted"))
