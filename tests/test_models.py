@@ -1,13 +1,32 @@
 """Other people's models: what the kit takes for granted of a model, on tiny random models of families that do not grant it."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora_nb.engine import activations, data, evaluation, models, objective, probes, runs, training
+from qlora_nb.engine import (
+    activations,
+    brought,
+    data,
+    decoding,
+    evaluation,
+    generation,
+    ledger,
+    merging,
+    models,
+    objective,
+    prequantized,
+    probes,
+    runs,
+    training,
+)
 from qlora_nb.engine.profiles import validate
 from qlora_nb.errors import KitError
 from qlora_nb.pocket import MODEL_DIR
@@ -27,6 +46,7 @@ FAMILIES = {
     "Llama": SHAPE,
     "Mistral": {**SHAPE, "num_key_value_heads": 2, "sliding_window": 8},
     "Mixtral": {**SHAPE, "num_key_value_heads": 2, "num_local_experts": 4},
+    "Qwen3Moe": {**SHAPE, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
     "Gemma2": {**SHAPE, "num_key_value_heads": 2, "head_dim": 16},
     "NanoChat": {**SHAPE, "num_key_value_heads": 2},
     "Cohere": {**SHAPE, "num_key_value_heads": 2},
@@ -44,13 +64,15 @@ def random_model(family, **changes):
 def saved(tmp_path):
     """Write a random model of a family, with the pocket tokenizer; returns its folder."""
 
-    def write(family, change=None, **changes):
+    def write(family, change=None, generation=None, **changes):
         model = random_model(family, **changes)
         if change:
             change(model)
         folder = tmp_path / family
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(MODEL_DIR).save_pretrained(folder)
+        defaults = json.loads((folder / "generation_config.json").read_text()) | (generation or {})
+        (folder / "generation_config.json").write_text(json.dumps(defaults))
         return str(folder)
 
     return write
@@ -210,3 +232,241 @@ def test_more_tokens_than_positions(family, capsys):
     else:
         probes.require_positions(model, 140)
         assert "128 positions" in capsys.readouterr().out
+
+
+# --- layers that stay unquantized ---
+
+
+def whole_and_packed(model):
+    """Weights in 4 bit, counted from the quantization states alone."""
+    return sum(p.quant_state.shape.numel() for p in model.parameters() if hasattr(p, "quant_state"))
+
+
+@pytest.mark.parametrize("family", ["GPT2", "GPTNeoX", "Llama"])
+def test_blocks_in_4_bit_throughout_say_nothing(saved, family, capsys):
+    model = models.load_base(validate({"model_id": saved(family)}))
+    assert "in 4 bit" not in capsys.readouterr().out
+    named = random_model(family).named_parameters()
+    blocks = [p for n, p in named if p.dim() == 2 and (".h." in n or ".layers." in n)]
+    assert whole_and_packed(model) == sum(p.numel() for p in blocks)
+
+
+@pytest.mark.parametrize(("family", "whose"), [("Mixtral", "MixtralExperts"), ("Qwen3Moe", "Qwen3MoeExperts")])
+def test_what_stays_unquantized_is_said(saved, family, whose, capsys):
+    folder = saved(family)
+    model = models.load_base(validate({"model_id": folder}))
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("in 4 bit: ")]
+    assert len(said) == 1
+    assert whose in said[0]
+    assert f"{whole_and_packed(model):,} weights" in said[0]
+
+
+def test_layers_the_model_itself_leaves_out_are_said(saved, capsys, tmp_path):
+    """A model saved in 4 bit whose feed-forward layers were left out."""
+    skipped = ["lm_head", "gate_proj", "up_proj"]
+    folder = in_4_bit(saved("Llama"), tmp_path, llm_int8_skip_modules=skipped)
+    models.load_base(validate({"model_id": folder}))
+    out = capsys.readouterr().out
+    assert "gate_proj (left out by the model's own settings)" in out
+    assert f"{2 * 2 * 64 * 128:,} are not" in out
+
+
+def test_a_model_without_one_4bit_weight_is_refused(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(prequantized, "CACHE", tmp_path / "cache")
+    folder = saved("Falcon")
+    with pytest.raises(KitError, match=r"no weight of this model can be stored in 4 bit.*FalconLinear"):
+        models.load_base(validate({"model_id": folder, "prequantized": True}))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_kept_copy_says_the_same(saved, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(prequantized, "CACHE", tmp_path / "cache")
+    settings = validate({"model_id": saved("Mixtral", generation={"temperature": 0.5}), "prequantized": True})
+    said = []
+    for _ in range(2):
+        models.load_base(settings)
+        said.append([line for line in capsys.readouterr().out.splitlines() if "in 4 bit: " in line or "not used" in line])
+    assert said[0] == said[1]
+    assert len(said[0]) == 2
+
+
+# --- generation defaults ---
+
+
+DEFAULTS = {
+    "sampling": {"do_sample": True, "temperature": 5.0},
+    "penalty": {"repetition_penalty": 8.0},
+    "no repeats": {"no_repeat_ngram_size": 1},
+    "beams": {"num_beams": 3},
+    "suppressed": {"suppress_tokens": list(range(5, 1000, 2))},
+    "suppressed at first": {"begin_suppress_tokens": list(range(5, 1000, 2))},
+    "forced": {"forced_eos_token_id": 9, "forced_bos_token_id": 9},
+    "shortest": {"min_new_tokens": 8},
+    "bad words": {"bad_words_ids": [[n] for n in range(5, 500)]},
+}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_greedy_is_greedy_whatever_the_model_brings(saved, name, capsys):
+    settings = validate({"model_id": saved("Llama", generation=DEFAULTS[name]), "max_new_tokens": 12})
+    model, tokenizer = models.load_base(settings), models.load_tokenizer(settings)
+    assert f"{next(iter(DEFAULTS[name]))}=" in capsys.readouterr().out
+    row = {"instruction": "Where is Anna?", "input": ""}
+    ids = generation.encode([row], tokenizer, model, settings)["input_ids"]
+    start = ids.shape[1]
+    with torch.no_grad():
+        for _ in range(12):
+            following = model(input_ids=ids).logits[0, -1].argmax()
+            ids = torch.cat([ids, following[None, None]], dim=1)
+            if following == tokenizer.eos_token_id:
+                break
+        directly = model.generate(ids[:, :start], attention_mask=torch.ones(1, start), max_new_tokens=12, do_sample=False)
+    wanted = tokenizer.decode(ids[0, start:], skip_special_tokens=True).strip()
+    assert generation.answer_all(model, tokenizer, [row], settings) == [wanted]
+    assert generation.answer(model, tokenizer, row, settings, tuned=True).text == wanted
+    assert tokenizer.decode(directly[0, start:], skip_special_tokens=True).strip() == wanted
+
+
+def test_the_models_own_end_tokens_end_an_answer():
+    tokenizer, model = AutoTokenizer.from_pretrained(MODEL_DIR), random_model("Llama")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|eot|>"]})
+    own = tokenizer.convert_tokens_to_ids("<|eot|>")
+    model.generation_config.eos_token_id = [own, 700]  # 700 is a word here
+    assert brought.end_tokens(model, tokenizer) == [tokenizer.eos_token_id, own]
+
+
+# --- a base that is saved in 4 bit ---
+
+
+def in_4_bit(folder, tmp_path, **how):
+    """The model in `folder`, quantized and saved by plain transformers."""
+    config = transformers.BitsAndBytesConfig(load_in_4bit=True, **how)
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "packed")
+    AutoTokenizer.from_pretrained(MODEL_DIR).save_pretrained(tmp_path / "packed")
+    return str(tmp_path / "packed")
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("kind", ["fp4", "nf4"])
+def test_its_own_quantization_is_honoured_and_shown(saved, tmp_path, capsys, monkeypatch, kind, double):
+    monkeypatch.setattr(prequantized, "CACHE", tmp_path / "cache")
+    how = {"bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": double, "bnb_4bit_compute_dtype": torch.float16}
+    folder = in_4_bit(saved("Llama"), tmp_path, **how)
+    settings = validate({"model_id": folder, "prequantized": True})
+    model = models.load_base(settings)
+    out = capsys.readouterr().out
+    assert f"{kind} {'with' if double else 'without'} double quantization" in out
+    assert ("was asked for" in out) == ((kind, double) != ("nf4", True))
+    layer = model.model.layers[0].mlp.up_proj
+    assert (layer.weight.quant_state.quant_type, layer.weight.quant_state.nested) == (kind, double)
+    assert layer.compute_dtype == models.compute_dtype()
+    assert not (tmp_path / "cache").exists()
+    assert ledger.predict(settings, r=0).total_bytes == ledger.measure(model).total_bytes
+
+
+def test_an_adapter_is_merged_onto_what_its_4bit_base_stands_for(saved, tmp_path):
+    settings = validate({"model_id": in_4_bit(saved("Llama"), tmp_path, bnb_4bit_quant_type="fp4")})
+    model = training.attach_adapter(models.load_base(settings), settings).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    training.save_adapter(model, tmp_path / "adapter")
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        wanted = model(input_ids=ids).logits
+        plain = merging.merged(settings, tmp_path / "adapter")
+        assert torch.allclose(plain(input_ids=ids).logits, wanted, atol=1e-4)
+        card = merging.card_facts(tmp_path / "adapter", settings, "dequantized")
+        merging.export(plain, models.load_tokenizer(settings), tmp_path / "out", card)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+        assert torch.allclose(again(input_ids=ids).logits, wanted, atol=1e-4)
+    with pytest.raises(KitError, match="original weights are not there"):
+        merging.merged(settings, tmp_path / "adapter", "original")
+    assert "original" not in merging.ways_for(settings)
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"quant_method": "gptq", "bits": 4},
+        {"quant_method": "awq", "bits": 4},
+        {"quant_method": "fp8"},
+        {"quant_method": "bitsandbytes", "load_in_8bit": True},
+        {"quant_method": "compressed-tensors"},
+        {"quant_method": "hqq"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("four_bit", [True, False])
+def test_other_quantizations_are_refused_before_loading(saved, own, four_bit):
+    folder = saved("Llama")
+    config = json.loads((Path(folder) / "config.json").read_text())
+    (Path(folder) / "config.json").write_text(json.dumps(config | {"quantization_config": own}))
+    (Path(folder) / "model.safetensors").unlink()
+    with pytest.raises(KitError, match="quantized already"):
+        models.load_base(validate({"model_id": folder}), four_bit)
+
+
+# --- adapters by other tools ---
+
+
+def an_adapter(settings, folder, **how):
+    """A random adapter of a kind that the kit does not train, made and saved by plain PEFT."""
+    base = models.load_base(settings)
+    config = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM", **how)
+    model = get_peft_model(base, config).eval()
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder)
+    return model
+
+
+KINDS = {
+    "plain": {},
+    "lora_bias": {"lora_bias": True},
+    "rank and alpha patterns": {"rank_pattern": {"q_proj": 8}, "alpha_pattern": {"up_proj": 64}},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_computes_what_peft_computes(saved, tmp_path, kind):
+    settings = validate({"model_id": saved("Llama", mlp_bias=True, attention_bias=True)})
+    theirs = an_adapter(settings, tmp_path / "adapter", **KINDS[kind])
+    model = generation.load_adapter(models.load_base(settings), tmp_path / "adapter")
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        wanted = theirs(input_ids=ids).logits
+        with decoding.fast(model):
+            assert torch.allclose(model(input_ids=ids).logits, wanted, atol=1e-5)
+        with decoding.fast(model), model.disable_adapter():
+            base = model(input_ids=ids).logits
+        with model.disable_adapter():
+            assert torch.allclose(model(input_ids=ids).logits, base, atol=1e-5)
+        assert not torch.allclose(wanted, base, atol=1e-2)
+        assert torch.allclose(merging.merged(settings, tmp_path / "adapter")(input_ids=ids).logits, wanted, atol=1e-4)
+
+
+def test_an_adapter_that_cannot_be_merged_is_refused_in_a_sentence(saved, tmp_path):
+    settings = validate({"model_id": saved("Llama")})
+    an_adapter(settings, tmp_path / "adapter", lora_bias=True)
+    for way in merging.WAYS:
+        with pytest.raises(KitError, match=r"cannot be merged.*no bias"):
+            merging.merged(settings, tmp_path / "adapter", way)
+
+
+def test_two_active_adapters_add_up(saved, tmp_path):
+    settings = validate({"model_id": saved("Llama")})
+    an_adapter(settings, tmp_path / "adapter")
+    model = generation.load_adapter(models.load_base(settings), tmp_path / "adapter")
+    model.load_adapter(str(tmp_path / "adapter"), adapter_name="second")
+    model.base_model.set_adapter(["default", "second"])
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        wanted = model(input_ids=ids).logits
+        with decoding.fast(model):
+            assert torch.allclose(model(input_ids=ids).logits, wanted, atol=1e-5)
