@@ -139,6 +139,17 @@ def test_a_probe_leaves_modes_and_random_state_as_they_were():
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_memory_that_runs_out_in_a_probe_is_explained(saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def runs_out(model):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 …")
+
+    monkeypatch.setattr(probes, "head_is_last", runs_out)
+    with pytest.raises(KitError, match=r"memory ran out.*held at that moment"):
+        finetuned(saved("Llama"), rows_of(20, 30))
+
+
 def larger_head(model):
     """Random heads give logits near 0, which no cap touches."""
     for parameter in model.get_output_embeddings().parameters():

@@ -320,9 +320,9 @@ def finetune(
     try:
         with stop_on_interrupt() as stop, ExitStack() as stack:
             watch = _Watch(note, stop, n_tokens)
-            loss = None
-            if chunk := probes.before_training(model, settings):
-                loss = stack.enter_context(objective.sliced_head(model, chunk))
+            with budget.out_of_memory_doctor(settings, model, lambda: None):
+                chunk = probes.before_training(model, settings)
+            loss = stack.enter_context(objective.sliced_head(model, chunk)) if chunk else None
             stack.push(scale.weighing)
             stack.enter_context(runs.sole_writer(run.folder))
             stack.callback(lambda: stop.is_set() and run.finish("interrupted"))
