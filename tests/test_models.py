@@ -481,3 +481,13 @@ def test_two_active_adapters_add_up(saved, tmp_path):
         wanted = model(input_ids=ids).logits
         with decoding.fast(model):
             assert torch.allclose(model(input_ids=ids).logits, wanted, atol=1e-5)
+
+
+def test_gpt2s_turned_weights_are_rounded_before_merging(saved, tmp_path):
+    settings = validate({"model_id": saved("GPT2")})
+    model = training.attach_adapter(models.load_base(settings), settings).eval()
+    training.save_adapter(model, tmp_path / "adapter")
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        merged = merging.merged(settings, tmp_path / "adapter")(input_ids=ids).logits
+        assert torch.allclose(merged, model(input_ids=ids).logits, atol=1e-4)

@@ -16,6 +16,7 @@ from peft import PeftModel
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.bitsandbytes import Bnb4bitDeserialize
+from transformers.pytorch_utils import Conv1D
 
 from qlora_nb.engine import brought, generation, ledger, models, runs
 from qlora_nb.errors import KitError, refusing
@@ -65,6 +66,10 @@ def dequantized(settings) -> PreTrainedModel:
     base = models.load_base(settings, four_bit=False)
     for layer in tqdm(models.linear_layers(base).values(), desc="rounding", unit="layer"):
         layer.weight.data = rounded(layer.weight.data, settings.quant_type, settings.double_quant)
+    for layer in base.modules():
+        if isinstance(layer, Conv1D):  # GPT-2 keeps weights as (in, out); in 4 bit they are stored as (out, in)
+            turned = layer.weight.data.T.contiguous()
+            layer.weight.data = rounded(turned, settings.quant_type, settings.double_quant).T.contiguous()
     return base
 
 
