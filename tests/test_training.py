@@ -444,8 +444,9 @@ def out_of_memory_in_pass(numbers):
         forward, calls = model.get_base_model().forward, []
 
         def hurt_inside(*args, **kwargs):
-            calls.append(1)
-            if len(calls) in numbers:
+            training_now = torch.is_grad_enabled()  # not a probe before the first step
+            calls.extend([1] * training_now)
+            if training_now and len(calls) in numbers:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB. GPU 0 …")
             return forward(*args, **kwargs)
 

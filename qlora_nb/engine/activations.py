@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from qlora_nb.engine import ends, models, objective
 
@@ -202,6 +203,8 @@ _CONFIGS: dict[str, object] = {}
 
 @functools.lru_cache(maxsize=4096)
 def _dry_run(key: str, step: Step) -> Activations:
+    if step.loss_chunk and not _head_is_last(key):
+        step = replace(step, loss_chunk=0)  # as `probes.before_training` does with the model itself
     one = _count(1, key, step)
     if step.checkpointing or not step.train:  # a layer's input, or nothing at all
         kept = step.batch * step.length * _CONFIGS[key].hidden_size * (step.rest_dtype or step.dtype).itemsize * step.train
@@ -223,16 +226,15 @@ def _count(n_layers: int, key: str, step: Step) -> dict[str, int]:
         found = {"kept": count.live, "forward": count.peak - count.live, "backward": 0}
         kept = count.peak = count.live
         if not torch.is_grad_enabled():
-            logits = head(hidden[:, -1:]).float()
+            head(hidden[:, -1:]).float()
             return found | {"loss": count.peak - kept}
         leaf = hidden.detach().requires_grad_()
         if step.loss_chunk:
             # at worst every token trains
             loss = objective.sum_in_slices(leaf.flatten(0, 1).clone(), ids.flatten(), head, step.loss_chunk)
         else:
-            logits = head(leaf)
-            loss = base.loss_function(logits=logits, labels=ids, vocab_size=logits.shape[-1])
-            del logits  # the graph keeps what the backward pass needs
+            with _given(base, leaf):  # what the model computes after its head counts too
+                loss = base(input_ids=ids, labels=ids).loss
         loss.backward()
         found["loss"] = count.peak - kept
         del loss
@@ -240,6 +242,36 @@ def _count(n_layers: int, key: str, step: Step) -> dict[str, int]:
         hidden.backward(leaf.grad)
     trained = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
     return found | {"backward": count.peak - kept - trained}
+
+
+@contextmanager
+def _given(model: nn.Module, hidden: torch.Tensor) -> Iterator[None]:
+    """Inside, the model's blocks are left out: `hidden` (rows, tokens, width) is what they give."""
+
+    def forward(*args, **kwargs):
+        return BaseModelOutputWithPast(last_hidden_state=hidden)
+
+    with objective.replaced_forward(model.base_model, forward):
+        yield
+
+
+@functools.lru_cache(maxsize=256)
+def _head_is_last(key: str) -> bool:
+    """Whether the logits are what the head gives, up to a constant factor: then the loss can be taken in slices.
+
+    Blocks and head are left out and large logits are given, which is all that a model without weights can be asked.
+    `probes.head_is_last` asks the loaded one.
+    """
+    model = _shell(1, key, Step(1, 1, checkpointing=False))
+    head = model.get_output_embeddings()
+    logits = torch.linspace(1, 200, len(head.weight)).expand(1, 2, -1)
+
+    def forward(hidden):
+        return logits
+
+    with torch.no_grad(), _given(model, torch.zeros(1, 2, head.weight.shape[1])), objective.replaced_forward(head, forward):
+        factors = model(input_ids=torch.zeros(1, 2, dtype=torch.long)).logits.float() / logits
+    return bool(factors.isclose(factors.mean(), rtol=1e-3).all())
 
 
 @functools.lru_cache(maxsize=16)

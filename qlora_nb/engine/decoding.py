@@ -29,6 +29,7 @@ from peft.tuners.lora.bnb import Linear4bit as Adapted
 from torch.nn.functional import linear
 
 from qlora_nb.engine import models
+from qlora_nb.engine.objective import replaced_forward
 
 SLICE_BYTES, SLICE_SHARE = 2**19, 0.06
 """The buffer: what fits a core's own cache beside other things, and no more than this share of the model."""
@@ -58,6 +59,8 @@ def fast(model: torch.nn.Module) -> Iterator[None]:
                 forward = _in_slices(module, buffer)
             elif isinstance(module, Adapted) and not (module.merged or module.lora_variant or module.training):
                 forward = _adapted(module)
+                if not _gives_the_same(forward, module):
+                    forward = None
             if forward and "forward" not in vars(module):
                 module.forward = _for_this_thread(forward, module.forward)
                 changed.append(module)
@@ -71,7 +74,13 @@ def fast(model: torch.nn.Module) -> Iterator[None]:
 
 def _for_this_thread(quick: Callable, plain: Callable) -> Callable:
     owner = threading.get_ident()  # the buffer serves one product at a time
-    return lambda x, *args, **more: quick(x) if threading.get_ident() == owner else plain(x, *args, **more)
+
+    def forward(x, *args, **more):
+        if threading.get_ident() == owner and not args and not more:
+            return quick(x)
+        return plain(x, *args, **more)
+
+    return forward
 
 
 def _in_slices(layer: bnb.nn.Linear4bit, buffer: torch.Tensor) -> Callable | None:
@@ -101,6 +110,23 @@ def _in_slices(layer: bnb.nn.Linear4bit, buffer: torch.Tensor) -> Callable | Non
         return (torch.cat(done, dim=-1) if len(done) > 1 else done[0]).to(x.dtype)
 
     return forward
+
+
+def _gives_the_same(quick: Callable, layer: Adapted) -> bool:
+    """Whether `quick` is what this layer's adapter really computes (PEFT knows kinds that it does not), on one random vector.
+
+    The base's product, which both call, is left out: what is compared costs as much as one token's adapter.
+    """
+    base = layer.base_layer
+    x = torch.randn(1, 1, base.in_features, generator=torch.Generator().manual_seed(0)).to(base.compute_dtype)
+
+    def nothing(x, *args, **more):
+        return x.new_zeros(*x.shape[:-1], base.out_features)
+
+    with torch.no_grad(), replaced_forward(base, nothing):
+        found = quick(x)
+        wanted = layer(x)
+    return torch.allclose(found, wanted, rtol=1e-3, atol=1e-5 * wanted.abs().max().item())
 
 
 def _adapted(layer: Adapted) -> Callable:

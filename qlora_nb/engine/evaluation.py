@@ -7,6 +7,7 @@ fixed place of the input.
 import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import datasets
@@ -15,7 +16,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qlora_nb.engine import data, generation, objective
+from qlora_nb.engine import data, generation, objective, probes
 
 BATCH = 8
 """Rows in one forward pass."""
@@ -23,15 +24,22 @@ BATCH = 8
 
 @torch.no_grad()
 def row_losses(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, encoded: Sequence[dict]) -> torch.Tensor:
-    """(rows, 2): summed cross-entropy (nats) and number of the labelled tokens of each row: answer and end token, no prompt."""
+    """(rows, 2): summed cross-entropy (nats) and number of the labelled tokens of each row: answer and end token, no prompt.
+
+    The head is applied in slices, as whole logits would be the largest thing in memory; where a model computes something after
+    its head (`probes.head_is_last`), its own logits count, and rows go one at a time.
+    """
     collate = data.collator(tokenizer)
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]["input_ids"]))
     found = torch.zeros(len(encoded), 2, dtype=torch.float64)
-    with objective.sliced_head(model, chunk=256) as loss:  # whole logits would be the largest thing in memory
-        for group in tqdm(data.groups(order, BATCH), desc="held-out loss", unit="batch", leave=False):
+    in_slices = probes.head_is_last(model)
+    rows_at_once = BATCH if in_slices else 1
+    head = objective.sliced_head(model, chunk=256) if in_slices else nullcontext(objective.logits_loss)
+    with head as loss:
+        for group in tqdm(data.groups(order, rows_at_once), desc="held-out loss", unit="batch", leave=False):
             padded = collate([encoded[i] for i in group])
-            hidden = model(**{k: padded[k].to(model.device) for k in ("input_ids", "attention_mask")}).logits
-            for i, vectors, labels in zip(group, hidden, padded["labels"]):
+            outputs = model(**{k: padded[k].to(model.device) for k in ("input_ids", "attention_mask")}).logits
+            for i, vectors, labels in zip(group, outputs, padded["labels"]):
                 found[i, 0] = loss(SimpleNamespace(logits=vectors[None]), labels[None], num_items_in_batch=1)
                 found[i, 1] = (labels[1:] != data.IGNORED).sum()
     return found

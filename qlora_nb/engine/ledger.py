@@ -20,13 +20,13 @@ import bisect
 import functools
 import html
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig
 
-from qlora_nb.engine import activations, ends, models, shapes
+from qlora_nb.engine import activations, brought, ends, models, shapes
 from qlora_nb.engine.environment import GIB
 from qlora_nb.errors import KitError
 from qlora_nb.theory import paging
@@ -174,7 +174,10 @@ def predict(settings=None, *, config=None, four_bit: bool = True, rest_dtype: to
     """
     parts = Parts(**(settings.model_dump(include=set(Parts.__annotations__)) if settings else {}) | changes)
     rest_dtype = rest_dtype or (models.compute_dtype(settings.compute_dtype) if settings else torch.float16)
-    model = meta_model(config or config_of(settings.model_id))
+    config = config or config_of(settings.model_id)
+    if own := brought.own_quantization(config):
+        parts = replace(parts, double_quant=own.bnb_4bit_use_double_quant)
+    model = meta_model(config)
     weights = [m.weight.numel() for m in models.linear_layers(model).values()]
     table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     outside = {"embedding": table.numel()} if head is table else {"embedding": table.numel(), "head": head.numel()}

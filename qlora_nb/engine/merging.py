@@ -15,9 +15,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from peft import PeftModel
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.bitsandbytes import Bnb4bitDeserialize
+from transformers.pytorch_utils import Conv1D
 
-from qlora_nb.engine import generation, ledger, models, runs
-from qlora_nb.errors import KitError
+from qlora_nb.engine import brought, generation, ledger, models, runs
+from qlora_nb.errors import KitError, refusing
 
 WAYS = ("dequantized", "packed", "original")
 
@@ -36,11 +38,43 @@ def merged(settings, adapter: Path, way: str = "dequantized") -> PreTrainedModel
     """
     if way not in WAYS:
         raise KitError("unknown way of merging", value=way, allowed=", ".join(WAYS))
-    base = models.load_base(settings, four_bit=way == "packed")
-    if way == "dequantized":
-        for layer in tqdm(models.linear_layers(base).values(), desc="rounding", unit="layer"):
-            layer.weight.data = rounded(layer.weight.data, settings.quant_type, settings.double_quant)
-    return generation.load_adapter(base, adapter).merge_and_unload(progressbar=True)
+    base = dequantized(settings) if way == "dequantized" else models.load_base(settings, four_bit=way == "packed")
+    tuned = generation.load_adapter(base, adapter)
+    with refusing("the adapter cannot be merged", adapter.name, "keep it beside its base, or merge it another way"):
+        for name, layer in tuned.named_modules():
+            has_bias = any(getattr(second, "bias", None) is not None for second in getattr(layer, "lora_B", {}).values())
+            if has_bias and layer.get_base_layer().bias is None:
+                raise ValueError(f"it has a bias for {name.rsplit('.', 1)[-1]}, a layer that has no bias to add it to")
+        return tuned.merge_and_unload(progressbar=True)
+
+
+def ways_for(settings) -> tuple[str, ...]:
+    """The ways of merging that a base allows: one that is saved in 4 bit has no original weights."""
+    if brought.own_quantization(ledger.config_of(settings.model_id)):
+        return tuple(way for way in WAYS if way != "original")
+    return WAYS
+
+
+def dequantized(settings) -> PreTrainedModel:
+    """The plain model that the 4-bit one stands for, in the compute dtype."""
+    if "original" not in ways_for(settings):
+        plain = settings.model_copy(update={"head_4bit": False, "embedding_on_cpu": False})
+        base = models.load_base(plain).dequantize()
+        base.is_loaded_in_4bit = False  # transformers leaves it, and how to unpack files, which cannot be turned round to save
+        base._weight_conversions = [c for c in base._weight_conversions if not _unpacks(c)]
+        return base
+    base = models.load_base(settings, four_bit=False)
+    for layer in tqdm(models.linear_layers(base).values(), desc="rounding", unit="layer"):
+        layer.weight.data = rounded(layer.weight.data, settings.quant_type, settings.double_quant)
+    for layer in base.modules():
+        if isinstance(layer, Conv1D):  # GPT-2 keeps weights as (in, out); in 4 bit they are stored as (out, in)
+            turned = layer.weight.data.T.contiguous()
+            layer.weight.data = rounded(turned, settings.quant_type, settings.double_quant).T.contiguous()
+    return base
+
+
+def _unpacks(conversion) -> bool:
+    return any(isinstance(step, Bnb4bitDeserialize) for step in getattr(conversion, "operations", ()))
 
 
 def rounded(weight: torch.Tensor, quant_type: str, double_quant: bool) -> torch.Tensor:

@@ -9,9 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from qlora_nb.engine import cards, ends, environment, prequantized
+from qlora_nb.engine import brought, cards, ends, environment, prequantized
 from qlora_nb.errors import KitError, refusing
 from qlora_nb.pocket import MODEL_DIR
 
@@ -112,13 +119,17 @@ def load_base(settings, four_bit: bool = True) -> PreTrainedModel:
         The model in eval mode on the first GPU or on the CPU.
 
     Raises:
-        KitError: the weights are missing, damaged, or not safetensors.
+        KitError: the weights are missing, damaged, or not safetensors; none of them can be stored in 4 bit; or the model is saved
+            quantized: in 4 bit by bitsandbytes it is taken as it is, but has no other weights, and other ways are not known here.
     """
     path, dtype = model_path(settings.model_id), compute_dtype(settings.compute_dtype)
-    keep_copy = four_bit and settings.prequantized
+    config = own_config(settings, dtype, four_bit)
+    keep_copy = four_bit and settings.prequantized and not brought.own_quantization(config)
     copy = prequantized.find(path, settings, dtype) if keep_copy else None
     how = {"dtype": dtype, "device_map": {"": device()}, "use_safetensors": True, "trust_remote_code": False}
-    if four_bit and not copy:
+    if brought.own_quantization(config):
+        how["config"] = config
+    elif four_bit and not copy:
         how["quantization_config"] = quantization_config(settings)
     with loading("model", settings.model_id):
         model, told = AutoModelForCausalLM.from_pretrained(copy or path, output_loading_info=True, **how)
@@ -133,6 +144,9 @@ def load_base(settings, four_bit: bool = True) -> PreTrainedModel:
         remedy = "its weights are damaged, or too large for float16: fetch it again, or set another compute_dtype"
         raise KitError("the model computes NaN or infinity", value=settings.model_id, remedy=remedy)
     model.name_or_path = model.config.name_or_path = path
+    if four_bit:
+        brought.require_four_bit(model)
+    brought.plain_generation(model, path)
     if keep_copy and not copy:
         prequantized.keep(model, path, settings, dtype)
     levers = four_bit and (settings.head_4bit or settings.embedding_on_cpu)
@@ -144,6 +158,29 @@ def load_base(settings, four_bit: bool = True) -> PreTrainedModel:
         if settings.embedding_on_cpu and on_gpu():  # without a card it lies there anyway
             ends.keep_embedding_on_cpu(model, device())
     return model.eval()
+
+
+def own_config(settings, dtype: torch.dtype, four_bit: bool = True):
+    """The model's configuration; one of a model saved in 4 bit says so, and that it is to be computed in `dtype`.
+
+    Raises:
+        KitError: it is quantized in a way that is not trained here, or in 4 bit where unquantized weights are asked for.
+    """
+    with loading("configuration", settings.model_id):
+        config = AutoConfig.from_pretrained(model_path(settings.model_id), trust_remote_code=False)
+    own = brought.own_quantization(config)
+    if not own:
+        return config
+    if not four_bit:
+        remedy = 'load it in 4 bit; an adapter can be merged with way="dequantized"'
+        raise KitError("the model is saved in 4 bit, its original weights are not there", value=settings.model_id, remedy=remedy)
+    found = brought.described(own.bnb_4bit_quant_type, own.bnb_4bit_use_double_quant)
+    asked = brought.described(settings.quant_type, settings.double_quant)
+    instead = "" if found == asked else f" ({asked} was asked for)"
+    print(f"the model is saved in 4 bit and stays as it is: {found}{instead}")
+    own.bnb_4bit_compute_dtype = dtype
+    config.quantization_config = own.to_dict()
+    return config
 
 
 @torch.no_grad()

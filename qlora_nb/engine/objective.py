@@ -58,11 +58,34 @@ def sliced_loss(hidden: torch.Tensor, labels: torch.Tensor, head: Callable, chun
     return sum_in_slices(hidden[:, :-1][counts], wanted[counts], head, chunk) / (counts.sum() if n_items is None else n_items)
 
 
+def logits_loss(outputs, labels: torch.Tensor, num_items_in_batch: int) -> torch.Tensor:
+    """The same loss from a model's whole logits (rows, tokens, vocabulary): what `sliced_loss` does without a head to apply."""
+
+    def as_they_are(logits):
+        return logits
+
+    return sliced_loss(outputs.logits, labels, as_they_are, labels.numel(), num_items_in_batch)
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
+    """Inside, the module computes `forward`; after it what it did before, also where that was replaced already."""
+    before = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if before:
+            module.forward = before
+
+
 @contextmanager
 def sliced_head(model: nn.Module, chunk: int) -> Iterator[Callable]:
     """Inside, the model returns its last hidden state as `logits`; yields the loss function that applies the head in slices.
 
-    The function has the signature of `Trainer(compute_loss_func=…)`: (outputs, labels, num_items_in_batch).
+    The function has the signature of `Trainer(compute_loss_func=…)`: (outputs, labels, num_items_in_batch). It is the model's own
+    loss only where nothing is computed after the head, which `probes.head_is_last` finds out.
     """
     head = model.get_output_embeddings()
     forward = head.forward  # the head stays where it is; only its call is suspended
@@ -75,20 +98,20 @@ def sliced_head(model: nn.Module, chunk: int) -> Iterator[Callable]:
     def loss(outputs, labels, num_items_in_batch=None):
         return sliced_loss(outputs.logits, labels, logits, chunk, num_items_in_batch)
 
-    head.forward = lambda hidden: hidden
-    try:
+    def suspended(hidden):
+        return hidden
+
+    suspended.instead_of = forward
+    with replaced_forward(head, suspended):
         yield loss
-    finally:
-        del head.forward
 
 
 @contextmanager
 def whole_head(model: nn.Module) -> Iterator[None]:
     """Inside, a model in `sliced_head` gives logits again, for example to answer a prompt between two steps."""
     head = model.get_output_embeddings()
-    suspended = head.__dict__.pop("forward", None)
-    try:
+    if hasattr(head, "forward") and hasattr(head.forward, "instead_of"):
+        with replaced_forward(head, head.forward.instead_of):
+            yield
+    else:
         yield
-    finally:
-        if suspended:
-            head.forward = suspended

@@ -22,7 +22,20 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from qlora_nb.engine import activations, budget, checkpoints, data, evaluation, fetch, generation, ledger, models, objective, runs
+from qlora_nb.engine import (
+    activations,
+    budget,
+    checkpoints,
+    data,
+    evaluation,
+    fetch,
+    generation,
+    ledger,
+    models,
+    objective,
+    probes,
+    runs,
+)
 from qlora_nb.engine import optimizers as optimizer_states
 from qlora_nb.engine.environment import refuse_many_processes
 from qlora_nb.errors import KitError
@@ -364,6 +377,17 @@ def _bare(optimizer) -> torch.optim.Optimizer:
     return inner
 
 
+def _probed(model: PeftModel, settings) -> int:
+    """`probes.before_training`; memory that runs out there is explained like memory that runs out in a step."""
+    try:
+        return probes.before_training(model, settings)
+    except RuntimeError as error:
+        if not budget.is_out_of_memory(error):
+            raise
+        budget.let_go(error)
+        raise budget.out_of_memory(error, settings, model, None) from error
+
+
 def _go_back(model: PeftModel, first: list, run, losses: list[float], held_out: dict[int, float]) -> Path | None:
     """Give the adapter its first weights and forget what was logged after the newest checkpoint, which is returned."""
     checkpoint = checkpoints.newest(run.folder)
@@ -437,8 +461,9 @@ def finetune(
 
     Raises:
         KitError: loss or gradient became NaN or infinite, the GPU's memory ran out, the run was started with other settings or
-            rows, no adapter is attached, that of a new run is trained already, or another process writes into the folder.
-            What is refused before the first pass leaves no folder and changes no record.
+            rows, no adapter is attached, that of a new run is trained already, another process writes into the folder, or the
+            model does not do what these settings rely on (`probes.before_training`). What is refused before the first pass
+            leaves no folder and changes no record.
     """
     losses, n_tokens, shapes = [], [], []  # of every step; of every pass the tokens, and its shape
     collate = _counting_collator(tokenizer, n_tokens, shapes)
@@ -461,7 +486,8 @@ def finetune(
         rows = data.in_training_order(rows, settings)
         with stop_on_interrupt() as stop, ExitStack() as stack:
             watch.stop = stop
-            loss = stack.enter_context(objective.sliced_head(model, settings.loss_chunk)) if settings.loss_chunk else None
+            chunk = _probed(model, settings)
+            loss = stack.enter_context(objective.sliced_head(model, chunk)) if chunk else None
             stack.push(scale.weighing)
             stack.enter_context(_alone())
             stack.enter_context(_without_cache(model))

@@ -1,0 +1,493 @@
+"""Other people's models: what the kit takes for granted of a model, on tiny random models of families that do not grant it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qlora_nb.engine import (
+    activations,
+    brought,
+    data,
+    decoding,
+    evaluation,
+    generation,
+    ledger,
+    merging,
+    models,
+    objective,
+    prequantized,
+    probes,
+    runs,
+    training,
+)
+from qlora_nb.engine.profiles import validate
+from qlora_nb.errors import KitError
+from qlora_nb.pocket import MODEL_DIR
+
+SHAPE = {"vocab_size": 1088, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+SHAPE |= {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1, "max_position_embeddings": 128}
+GPT = {"vocab_size": 1088, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "bos_token_id": 0, "eos_token_id": 0}
+FAMILIES = {
+    "OPT": {**SHAPE, "ffn_dim": 128, "word_embed_proj_dim": 64},
+    "Bloom": {"vocab_size": 1088, "hidden_size": 64, "n_layer": 2, "n_head": 4},
+    "Mpt": {"vocab_size": 1088, "d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 128},
+    "Falcon": {**SHAPE},
+    "Mamba": {"vocab_size": 1088, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8},
+    "GPT2": GPT,
+    "GPTJ": {**GPT, "rotary_dim": 16},
+    "GPTNeoX": SHAPE,
+    "Llama": SHAPE,
+    "Mistral": {**SHAPE, "num_key_value_heads": 2, "sliding_window": 8},
+    "Mixtral": {**SHAPE, "num_key_value_heads": 2, "num_local_experts": 4},
+    "Qwen3Moe": {**SHAPE, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "Gemma2": {**SHAPE, "num_key_value_heads": 2, "head_dim": 16},
+    "NanoChat": {**SHAPE, "num_key_value_heads": 2},
+    "Cohere": {**SHAPE, "num_key_value_heads": 2},
+    "Granite": {**SHAPE, "num_key_value_heads": 2, "logits_scaling": 4.0},
+}
+
+
+def random_model(family, **changes):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**(FAMILIES[family] | changes))
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Write a random model of a family, with the pocket tokenizer; returns its folder."""
+
+    def write(family, change=None, generation=None, **changes):
+        model = random_model(family, **changes)
+        if change:
+            change(model)
+        folder = tmp_path / family
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(MODEL_DIR).save_pretrained(folder)
+        defaults = json.loads((folder / "generation_config.json").read_text()) | (generation or {})
+        (folder / "generation_config.json").write_text(json.dumps(defaults))
+        return str(folder)
+
+    return write
+
+
+def rows_of(*lengths):
+    generator = torch.Generator().manual_seed(1)
+    ids = [torch.randint(5, 1000, (n,), generator=generator).tolist() for n in lengths]
+    return Dataset.from_list([{"input_ids": row, "labels": [-100] * 4 + row[4:]} for row in ids])
+
+
+def finetuned(folder, rows, **values):
+    settings = validate({"model_id": folder, "max_steps": 1, "lora_dropout": 0.0, **values})
+    model = training.attach_adapter(models.load_base(settings), settings)
+    run = runs.Run(settings, "06_test")
+    return training.finetune(model, models.load_tokenizer(settings), rows, settings, run, lambda step: None)
+
+
+@torch.no_grad()
+def isolated(model, rows):
+    """Whether every row of a pack made by `data.pack` has the logits it has alone."""
+    pack = data.pack(rows, 128)[0]
+    packed = model(
+        input_ids=torch.tensor([pack["input_ids"]]), position_ids=torch.tensor([pack["position_ids"]]), use_cache=False
+    )
+    alone = [model(input_ids=torch.tensor([ids]), use_cache=False).logits[0] for ids in rows["input_ids"]]
+    return (packed.logits[0] - torch.cat(alone)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("family", ["Falcon", "GPT2", "GPTJ", "GPTNeoX", "Gemma2", "Llama", "Mamba", "Mistral", "Mixtral", "OPT"])
+def test_packing_is_kept_to_models_that_keep_rows_apart(family):
+    model = random_model(family)
+    assert probes.keeps_rows_apart(model) == isolated(model, rows_of(12, 20))
+
+
+@pytest.mark.parametrize("family", ["Bloom", "Mpt"])
+def test_models_that_take_no_positions_do_not_pack(family):
+    assert not probes.keeps_rows_apart(random_model(family))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("family", "apart"), [("GPT2", True), ("Llama", True), ("OPT", False), ("Falcon", False)])
+def test_packing_in_16_bit(family, apart, dtype):
+    assert probes.keeps_rows_apart(random_model(family).to(dtype)) == apart
+
+
+def test_packed_rows_that_would_see_each_other_are_refused_before_training(saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder, rows = saved("OPT"), rows_of(20, 30, 25)
+    with pytest.raises(KitError, match=r"packing.*set packing=False"):
+        finetuned(folder, rows, packing=True, max_length=100)
+    assert finetuned(folder, rows, max_length=100)["losses"]
+
+
+def test_a_probe_leaves_modes_and_random_state_as_they_were():
+    model = random_model("Llama").train()
+    model.lm_head.eval()
+    before, modes = torch.random.get_rng_state(), [m.training for m in model.modules()]
+    probes.keeps_rows_apart(model)
+    probes.head_is_last(model)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert [m.training for m in model.modules()] == modes
+    assert model.config.use_cache is True
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_memory_that_runs_out_in_a_probe_is_explained(saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def runs_out(model):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 …")
+
+    monkeypatch.setattr(probes, "head_is_last", runs_out)
+    with pytest.raises(KitError, match=r"memory ran out.*held at that moment"):
+        finetuned(saved("Llama"), rows_of(20, 30))
+
+
+def larger_head(model):
+    """Random heads give logits near 0, which no cap touches."""
+    for parameter in model.get_output_embeddings().parameters():
+        parameter.data *= 300
+
+
+def own_loss(model, ids, labels):
+    return model(input_ids=ids, labels=labels).loss.item()
+
+
+def hooked(model):
+    model.get_output_embeddings().register_forward_hook(lambda module, args, logits: logits.clamp(min=-1))
+    return model
+
+
+def with_bias(model):
+    """A head whose bias comes before the scale that follows it."""
+    model.lm_head = torch.nn.Linear(64, 1088)
+    return model
+
+
+ENDS = {
+    "Gemma2": lambda: random_model("Gemma2"),
+    "NanoChat": lambda: random_model("NanoChat"),
+    "Llama": lambda: random_model("Llama"),
+    "Cohere": lambda: random_model("Cohere"),
+    "Granite": lambda: random_model("Granite"),
+    "a hook": lambda: hooked(random_model("GPTNeoX")),
+    "bias and scale": lambda: with_bias(random_model("Granite")),
+    "16 bit": lambda: random_model("Llama").bfloat16(),
+    "Gemma2 in 16 bit": lambda: random_model("Gemma2").bfloat16(),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_slices_are_used_only_where_they_give_the_models_own_loss(name):
+    model = ENDS[name]()
+    larger_head(model)
+    labels = torch.tensor(rows_of(40)["labels"])
+    ids = torch.tensor(rows_of(40)["input_ids"])
+    with torch.no_grad():
+        own = own_loss(model, ids, labels)
+        with objective.sliced_head(model, 8) as loss:
+            sliced = loss(model(input_ids=ids), labels).item()
+    assert probes.head_is_last(model) == (abs(own - sliced) < 1e-3 * own)
+
+
+@pytest.mark.parametrize("family", ["Gemma2", "NanoChat", "Cohere", "Llama"])
+def test_held_out_loss_is_that_of_the_models_own_logits(family):
+    model, tokenizer = random_model(family), AutoTokenizer.from_pretrained(MODEL_DIR)
+    larger_head(model)
+    rows = rows_of(40, 30, 25, 33)
+    wanted = []
+    for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids])).logits[0, :-1]
+        wanted.append(cross_entropy(logits, torch.tensor(labels[1:]), ignore_index=-100, reduction="sum"))
+    found = evaluation.row_losses(model, tokenizer, list(rows))
+    assert torch.allclose(found[:, 0].float(), torch.stack(wanted), rtol=1e-4)
+
+
+def test_a_model_with_a_cap_trains_on_its_own_loss(saved, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder, rows = saved("Gemma2", larger_head, tie_word_embeddings=False), rows_of(30, 30)
+    result = finetuned(folder, rows, per_device_train_batch_size=2, gradient_accumulation_steps=1, loss_chunk=8, sample_steps=1)
+    assert capsys.readouterr().out.count("as with loss_chunk=0") == 1
+    ids, labels = torch.tensor(rows["input_ids"]), torch.tensor(rows["labels"])
+    with torch.no_grad():
+        own = own_loss(models.load_base(validate({"model_id": folder})), ids, labels)
+    assert result["losses"] == [pytest.approx(own, rel=1e-4)]
+
+
+@pytest.mark.parametrize(("family", "plain"), [("Gemma2", True), ("NanoChat", True), ("Llama", False), ("Cohere", False)])
+def test_the_prediction_follows_the_loss_that_is_used(family, plain):
+    config = random_model(family).config
+    steps = [activations.Step(2, 64, r=8, dtype=torch.float32, loss_chunk=chunk) for chunk in (0, 16)]
+    whole, sliced = (activations.dry_run(config, step).loss for step in steps)
+    assert (whole == sliced) == plain
+
+
+@pytest.mark.parametrize("family", ["GPT2", "GPTJ", "GPTNeoX", "Llama", "OPT"])
+def test_more_tokens_than_positions(family, capsys):
+    model = random_model(family)
+    probes.require_positions(model, 128)
+    assert not capsys.readouterr().out
+    try:
+        model(input_ids=torch.full((1, 140), 7))
+    except (IndexError, RuntimeError):
+        with pytest.raises(KitError, match=r"max_length.*128"):
+            probes.require_positions(model, 140)
+    else:
+        probes.require_positions(model, 140)
+        assert "128 positions" in capsys.readouterr().out
+
+
+# --- layers that stay unquantized ---
+
+
+def whole_and_packed(model):
+    """Weights in 4 bit, counted from the quantization states alone."""
+    return sum(p.quant_state.shape.numel() for p in model.parameters() if hasattr(p, "quant_state"))
+
+
+@pytest.mark.parametrize("family", ["GPT2", "GPTNeoX", "Llama"])
+def test_blocks_in_4_bit_throughout_say_nothing(saved, family, capsys):
+    model = models.load_base(validate({"model_id": saved(family)}))
+    assert "in 4 bit" not in capsys.readouterr().out
+    named = random_model(family).named_parameters()
+    blocks = [p for n, p in named if p.dim() == 2 and (".h." in n or ".layers." in n)]
+    assert whole_and_packed(model) == sum(p.numel() for p in blocks)
+
+
+@pytest.mark.parametrize(("family", "whose"), [("Mixtral", "MixtralExperts"), ("Qwen3Moe", "Qwen3MoeExperts")])
+def test_what_stays_unquantized_is_said(saved, family, whose, capsys):
+    folder = saved(family)
+    model = models.load_base(validate({"model_id": folder}))
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("in 4 bit: ")]
+    assert len(said) == 1
+    assert whose in said[0]
+    assert f"{whole_and_packed(model):,} weights" in said[0]
+
+
+def test_layers_the_model_itself_leaves_out_are_said(saved, capsys, tmp_path):
+    """A model saved in 4 bit whose feed-forward layers were left out."""
+    skipped = ["lm_head", "gate_proj", "up_proj"]
+    folder = in_4_bit(saved("Llama"), tmp_path, llm_int8_skip_modules=skipped)
+    models.load_base(validate({"model_id": folder}))
+    out = capsys.readouterr().out
+    assert "gate_proj (left out by the model's own settings)" in out
+    assert f"{2 * 2 * 64 * 128:,} are not" in out
+
+
+def test_a_model_without_one_4bit_weight_is_refused(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(prequantized, "CACHE", tmp_path / "cache")
+    folder = saved("Falcon")
+    with pytest.raises(KitError, match=r"no weight of this model can be stored in 4 bit.*FalconLinear"):
+        models.load_base(validate({"model_id": folder, "prequantized": True}))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_kept_copy_says_the_same(saved, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(prequantized, "CACHE", tmp_path / "cache")
+    settings = validate({"model_id": saved("Mixtral", generation={"temperature": 0.5}), "prequantized": True})
+    said = []
+    for _ in range(2):
+        models.load_base(settings)
+        said.append([line for line in capsys.readouterr().out.splitlines() if "in 4 bit: " in line or "not used" in line])
+    assert said[0] == said[1]
+    assert len(said[0]) == 2
+
+
+# --- generation defaults ---
+
+
+DEFAULTS = {
+    "sampling": {"do_sample": True, "temperature": 5.0},
+    "penalty": {"repetition_penalty": 8.0},
+    "no repeats": {"no_repeat_ngram_size": 1},
+    "beams": {"num_beams": 3},
+    "suppressed": {"suppress_tokens": list(range(5, 1000, 2))},
+    "suppressed at first": {"begin_suppress_tokens": list(range(5, 1000, 2))},
+    "forced": {"forced_eos_token_id": 9, "forced_bos_token_id": 9},
+    "shortest": {"min_new_tokens": 8},
+    "bad words": {"bad_words_ids": [[n] for n in range(5, 500)]},
+}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_greedy_is_greedy_whatever_the_model_brings(saved, name, capsys):
+    settings = validate({"model_id": saved("Llama", generation=DEFAULTS[name]), "max_new_tokens": 12})
+    model, tokenizer = models.load_base(settings), models.load_tokenizer(settings)
+    assert f"{next(iter(DEFAULTS[name]))}=" in capsys.readouterr().out
+    row = {"instruction": "Where is Anna?", "input": ""}
+    ids = generation.encode([row], tokenizer, model, settings)["input_ids"]
+    start = ids.shape[1]
+    with torch.no_grad():
+        for _ in range(12):
+            following = model(input_ids=ids).logits[0, -1].argmax()
+            ids = torch.cat([ids, following[None, None]], dim=1)
+            if following == tokenizer.eos_token_id:
+                break
+        directly = model.generate(ids[:, :start], attention_mask=torch.ones(1, start), max_new_tokens=12, do_sample=False)
+    wanted = tokenizer.decode(ids[0, start:], skip_special_tokens=True).strip()
+    assert generation.answer_all(model, tokenizer, [row], settings) == [wanted]
+    assert generation.answer(model, tokenizer, row, settings, tuned=True).text == wanted
+    assert tokenizer.decode(directly[0, start:], skip_special_tokens=True).strip() == wanted
+
+
+def test_the_models_own_end_tokens_end_an_answer():
+    tokenizer, model = AutoTokenizer.from_pretrained(MODEL_DIR), random_model("Llama")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|eot|>"]})
+    own = tokenizer.convert_tokens_to_ids("<|eot|>")
+    model.generation_config.eos_token_id = [own, 700]  # 700 is a word here
+    assert brought.end_tokens(model, tokenizer) == [tokenizer.eos_token_id, own]
+
+
+# --- a base that is saved in 4 bit ---
+
+
+def in_4_bit(folder, tmp_path, **how):
+    """The model in `folder`, quantized and saved by plain transformers."""
+    config = transformers.BitsAndBytesConfig(load_in_4bit=True, **how)
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "packed")
+    AutoTokenizer.from_pretrained(MODEL_DIR).save_pretrained(tmp_path / "packed")
+    return str(tmp_path / "packed")
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("kind", ["fp4", "nf4"])
+def test_its_own_quantization_is_honoured_and_shown(saved, tmp_path, capsys, monkeypatch, kind, double):
+    monkeypatch.setattr(prequantized, "CACHE", tmp_path / "cache")
+    how = {"bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": double, "bnb_4bit_compute_dtype": torch.float16}
+    folder = in_4_bit(saved("Llama"), tmp_path, **how)
+    settings = validate({"model_id": folder, "prequantized": True})
+    model = models.load_base(settings)
+    out = capsys.readouterr().out
+    assert f"{kind} {'with' if double else 'without'} double quantization" in out
+    assert ("was asked for" in out) == ((kind, double) != ("nf4", True))
+    layer = model.model.layers[0].mlp.up_proj
+    assert (layer.weight.quant_state.quant_type, layer.weight.quant_state.nested) == (kind, double)
+    assert layer.compute_dtype == models.compute_dtype()
+    assert not (tmp_path / "cache").exists()
+    assert ledger.predict(settings, r=0).total_bytes == ledger.measure(model).total_bytes
+
+
+def test_an_adapter_is_merged_onto_what_its_4bit_base_stands_for(saved, tmp_path):
+    settings = validate({"model_id": in_4_bit(saved("Llama"), tmp_path, bnb_4bit_quant_type="fp4")})
+    model = training.attach_adapter(models.load_base(settings), settings).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    training.save_adapter(model, tmp_path / "adapter")
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        wanted = model(input_ids=ids).logits
+        plain = merging.merged(settings, tmp_path / "adapter")
+        assert torch.allclose(plain(input_ids=ids).logits, wanted, atol=1e-4)
+        card = merging.card_facts(tmp_path / "adapter", settings, "dequantized")
+        merging.export(plain, models.load_tokenizer(settings), tmp_path / "out", card)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+        assert torch.allclose(again(input_ids=ids).logits, wanted, atol=1e-4)
+    with pytest.raises(KitError, match="original weights are not there"):
+        merging.merged(settings, tmp_path / "adapter", "original")
+    assert "original" not in merging.ways_for(settings)
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"quant_method": "gptq", "bits": 4},
+        {"quant_method": "awq", "bits": 4},
+        {"quant_method": "fp8"},
+        {"quant_method": "bitsandbytes", "load_in_8bit": True},
+        {"quant_method": "compressed-tensors"},
+        {"quant_method": "hqq"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("four_bit", [True, False])
+def test_other_quantizations_are_refused_before_loading(saved, own, four_bit):
+    folder = saved("Llama")
+    config = json.loads((Path(folder) / "config.json").read_text())
+    (Path(folder) / "config.json").write_text(json.dumps(config | {"quantization_config": own}))
+    (Path(folder) / "model.safetensors").unlink()
+    with pytest.raises(KitError, match="quantized already"):
+        models.load_base(validate({"model_id": folder}), four_bit)
+
+
+# --- adapters by other tools ---
+
+
+def an_adapter(settings, folder, **how):
+    """A random adapter of a kind that the kit does not train, made and saved by plain PEFT."""
+    base = models.load_base(settings)
+    config = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM", **how)
+    model = get_peft_model(base, config).eval()
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder)
+    return model
+
+
+KINDS = {
+    "plain": {},
+    "lora_bias": {"lora_bias": True},
+    "rank and alpha patterns": {"rank_pattern": {"q_proj": 8}, "alpha_pattern": {"up_proj": 64}},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_computes_what_peft_computes(saved, tmp_path, kind):
+    settings = validate({"model_id": saved("Llama", mlp_bias=True, attention_bias=True)})
+    theirs = an_adapter(settings, tmp_path / "adapter", **KINDS[kind])
+    model = generation.load_adapter(models.load_base(settings), tmp_path / "adapter")
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        wanted = theirs(input_ids=ids).logits
+        with decoding.fast(model):
+            assert torch.allclose(model(input_ids=ids).logits, wanted, atol=1e-5)
+        with decoding.fast(model), model.disable_adapter():
+            base = model(input_ids=ids).logits
+        with model.disable_adapter():
+            assert torch.allclose(model(input_ids=ids).logits, base, atol=1e-5)
+        assert not torch.allclose(wanted, base, atol=1e-2)
+        assert torch.allclose(merging.merged(settings, tmp_path / "adapter")(input_ids=ids).logits, wanted, atol=1e-4)
+
+
+def test_an_adapter_that_cannot_be_merged_is_refused_in_a_sentence(saved, tmp_path):
+    settings = validate({"model_id": saved("Llama")})
+    an_adapter(settings, tmp_path / "adapter", lora_bias=True)
+    for way in merging.WAYS:
+        with pytest.raises(KitError, match=r"cannot be merged.*no bias"):
+            merging.merged(settings, tmp_path / "adapter", way)
+
+
+def test_two_active_adapters_add_up(saved, tmp_path):
+    settings = validate({"model_id": saved("Llama")})
+    an_adapter(settings, tmp_path / "adapter")
+    model = generation.load_adapter(models.load_base(settings), tmp_path / "adapter")
+    model.load_adapter(str(tmp_path / "adapter"), adapter_name="second")
+    model.base_model.set_adapter(["default", "second"])
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        wanted = model(input_ids=ids).logits
+        with decoding.fast(model):
+            assert torch.allclose(model(input_ids=ids).logits, wanted, atol=1e-5)
+
+
+def test_gpt2s_turned_weights_are_rounded_before_merging(saved, tmp_path):
+    settings = validate({"model_id": saved("GPT2")})
+    model = training.attach_adapter(models.load_base(settings), settings).eval()
+    training.save_adapter(model, tmp_path / "adapter")
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        merged = merging.merged(settings, tmp_path / "adapter")(input_ids=ids).logits
+        assert torch.allclose(merged, model(input_ids=ids).logits, atol=1e-4)
