@@ -200,6 +200,8 @@ def _raise_in_pass(model, passes: set[int], error: BaseException) -> list[weakre
     last = list(models.linear_layers(model.get_base_model()).values())[-1]
 
     def hurt(module, args, output):
+        if not torch.is_grad_enabled():
+            return  # the model is tried before the first step
         calls.append(1)
         alive.append(weakref.ref(output))
         if len(calls) in passes:
@@ -219,9 +221,13 @@ def _raise_in_backward(model, passes: set[int], error: BaseException) -> list[we
             raise error
 
     weight.register_hook(hurt)
-    list(models.linear_layers(model.get_base_model()).values())[-1].register_forward_hook(
-        lambda module, args, output: alive.append(weakref.ref(output))
-    )
+    last = list(models.linear_layers(model.get_base_model()).values())[-1]
+
+    def look(module, args, output):
+        if torch.is_grad_enabled():
+            alive.append(weakref.ref(output))
+
+    last.register_forward_hook(look)
     return alive
 
 

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -89,11 +90,66 @@ def fuzz() -> dict:
     return {"passed": done.returncode == 0 and n >= 10_000, "inputs": n, "became": found, "failed": failed}
 
 
+def t4() -> dict:
+    """Profile t4 on a random pythia-410m in float16, as on a T4 but rehearsed on the CPU: 20 steps, stopped, resumed."""
+    import pytest
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from qlora_nb.engine import checkpoints, data, generation, ledger, models, training
+    from qlora_nb.engine.profiles import validate
+
+    sys.path.insert(0, str(ROOT / "tests"))
+    import rehearsal
+
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patches:
+        patches.setenv("QLORA_NB_CACHE", f"{folder}/cache")
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(ledger.pythia_config("410m"), dtype=torch.float16).save_pretrained(f"{folder}/model")
+        models.load_tokenizer(validate({})).save_pretrained(f"{folder}/model")
+        few = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "save_steps": 10, "max_steps": 20}
+        few |= {"eval_rows": 4, "train_rows": 200, "max_length": 64, "max_new_tokens": 4, "prompt_template": "alpaca_short"}
+        few |= {"model_id": f"{folder}/model", "dataset": "pocket", "prequantized": False}
+        seen = rehearsal.card(patches, (7, 5))
+
+        def finetuned(out: str, stop_in: int | None = None, resume: str = "no"):
+            settings = validate({"profile": "t4", "output_dir": f"{folder}/{out}", "resume": resume, **few})
+            tokenizer, base = models.load_tokenizer(settings), models.load_base(settings)
+            model = training.attach_adapter(base, settings)
+            rows = data.encode(data.load(settings)[0], tokenizer, settings)
+
+            def report(step: dict) -> None:
+                if step["step"] == stop_in:
+                    raise KeyboardInterrupt
+
+            run = checkpoints.start(settings, "06_rehearsed")
+            return settings, tokenizer, model, training.finetune(model, tokenizer, rows, settings, run, report)
+
+        settings, tokenizer, model, whole = finetuned("whole")
+        answer = generation.answer(model, tokenizer, generation.row_of("Where is Anna?"), settings, tuned=True)
+        with suppress(KeyboardInterrupt):
+            finetuned("cut", stop_in=14)
+        *_, resumed = finetuned("cut", resume="latest")
+        digest = [runs.sha256(result["adapter"] / "adapter_model.safetensors") for result in (whole, resumed)]
+    first, last = (statistics.mean(part) for part in (whole["losses"][:5], whole["losses"][-5:]))
+    return {
+        "passed": last < first and digest[0] == digest[1] and whole["losses"] == resumed["losses"] and answer.n_tokens > 0,
+        "dtype": str(model.dtype),
+        "scalers": seen.scalers,
+        "losses": [round(loss, 4) for loss in whole["losses"]],
+        "mean of the first and last five": [round(first, 4), round(last, 4)],
+        "the resumed adapter has the same bits": digest[0] == digest[1],
+        "answer": answer.text,
+        "seconds": round(whole["seconds"], 1),
+    }
+
+
 CHECKS: dict[str, Callable[[], dict]] = {
     "seeds": seeds,
     "one_thread": one_thread,
     "smollm2": smollm2,
     "fuzz": fuzz,
+    "t4": t4,
     "one_core": hosts.one_core,
     "colab": hosts.colab,
     "binder": hosts.binder,
