@@ -461,6 +461,32 @@ def test_an_adapter_computes_what_peft_computes(saved, tmp_path, kind):
         assert torch.allclose(merging.merged(settings, tmp_path / "adapter")(input_ids=ids).logits, wanted, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_answer_is_made_by_the_librarys_own_layers(saved, tmp_path, monkeypatch, kind):
+    """While `generate` runs, no layer is replaced and torch has its threads; the text is that of plain PEFT."""
+    settings = validate({"model_id": saved("Llama"), "max_new_tokens": 8})
+    theirs = an_adapter(settings, tmp_path / "adapter", **KINDS[kind])
+    model, tokenizer = generation.load_adapter(models.load_base(settings), tmp_path / "adapter"), models.load_tokenizer(settings)
+    row, threads, seen = {"instruction": "Where is Anna?", "input": ""}, torch.get_num_threads(), []
+    ids = generation.encode([row], tokenizer, model, settings)["input_ids"]
+    with torch.no_grad():
+        wanted = {True: theirs.generate(input_ids=ids, max_new_tokens=8, do_sample=False)}
+        with theirs.disable_adapter():
+            wanted[False] = theirs.generate(input_ids=ids, max_new_tokens=8, do_sample=False)
+    generate = model.generate
+
+    def watched(**given):
+        seen.append(torch.get_num_threads())
+        seen.extend(name for name, module in model.named_modules() if "forward" in vars(module))
+        return generate(**given)
+
+    monkeypatch.setattr(model, "generate", watched)
+    for tuned, out in wanted.items():
+        text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
+        assert generation.answer(model, tokenizer, row, settings, tuned=tuned).text == text
+    assert seen == [threads, threads]
+
+
 class Reads(TorchDispatchMode):
     """Which storages operations take while it is on: data pointer → bytes. A table that is looked up is not gone through."""
 
