@@ -21,12 +21,11 @@ import threading
 import time
 from pathlib import Path
 
-import decoding as decoding_benchmark
 import peers
 import provenance
 import torch
 
-from qlora_nb.engine import budget, cards, ends, ledger, models
+from qlora_nb.engine import budget, cards, ledger, models
 from qlora_nb.engine.profiles import validate
 
 TARGET = provenance.ROOT / "notebooks" / "recorded" / "gpu.json"
@@ -123,7 +122,10 @@ def load(folder: str, keep: bool) -> dict:
 
 
 def answer(folder: str, values: dict) -> dict:
-    """960 tokens read, 64 written, one row: peak, time to the first token, tokens a second."""
+    """960 tokens read, 64 written, one row: peak, time to the first token, tokens a second.
+
+    And the share of what the card's memory bandwidth allows: each token reads the weights and, on average, a cache of 992 tokens.
+    """
     settings = settings_for(folder, **{"max_length": 960, "max_new_tokens": 64, "r": 1, **values})
     with _Watch() as watch:
         model = models.load_base(settings)
@@ -138,22 +140,17 @@ def answer(folder: str, values: dict) -> dict:
         found = measured(watch)
     plan = budget.plan_of(settings, train=False)
     without_adapter = budget.replace(plan, step=budget.replace(plan.step, r=0))
-    speeds = {"first_token_s": round(seconds[1], 4), "tokens_per_s": round(63 / (seconds[64] - seconds[1]), 2)}
-    return {"predicted": budget.peak(without_adapter).total_bytes, **speeds, **found}
-
-
-def decode(folder: str, values: dict, n: int = 64, rounds: int = 5) -> dict:
-    """Plain against fast decoding, alternating, one row; and the share of what the card's memory bandwidth allows."""
-    settings = settings_for(folder, **values)
-    world = settings, tokenizer_for(), models.load_base(settings)
-    found = decoding_benchmark.compare(world, True, n, rounds)
-    plan = ledger.measure(world[2])
-    read = plan.total_bytes - (0 if ends.are_tied(world[2]) else plan[ledger.EMBEDDINGS] // 2)  # the input table is looked up
+    tokens_per_s = 63 / (seconds[64] - seconds[1])
+    read = ledger.read_for_a_token(model).total_bytes + 992 * ledger.kv_cache_bytes(model.config, model.dtype)
     limit = bandwidth() / read
-    return found | {
+    return {
+        "predicted": budget.peak(without_adapter).total_bytes,
+        "first_token_s": round(seconds[1], 4),
+        "tokens_per_s": round(tokens_per_s, 2),
         "bytes_read_per_token": read,
         "limit_tokens_per_s": round(limit, 1),
-        "share_of_limit": round(found["fast_tokens_per_s"] / limit, 3),
+        "share_of_limit": round(tokens_per_s / limit, 3),
+        **found,
     }
 
 
@@ -189,7 +186,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.one:
         kind, *arguments = json.loads(given.one)
-        print(json.dumps({"peak": peak, "speed": speed, "load": load, "answer": answer, "decode": decode}[kind](*arguments)))
+        print(json.dumps({"peak": peak, "speed": speed, "load": load, "answer": answer}[kind](*arguments)))
         return
     if not torch.cuda.is_available() and given.shape == parser.get_default("shape"):
         raise SystemExit("no CUDA device here: try --shape 14m --out FILE")
@@ -209,7 +206,6 @@ def main() -> None:
         note("peaks", name, apart("peak", folder, values))
     for name, values in ANSWERS.items():
         note("answers", name, apart("answer", folder, values))
-    note("decoding", "64 tokens, one row", apart("decode", folder, {}))
     rounds = [{who: apart("speed", folder, who) for who in ("kit", "common", "pasted")} for _ in range(given.rounds)]
     note("speed", "rounds", rounds)
     whole = [found for found in rounds if all("error" not in one for one in found.values())]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import itertools
 import json
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -154,6 +155,21 @@ def test_a_repetition_penalty_lowers_and_does_not_always_divide():
     said = Settings.model_fields["repetition_penalty"].description
     assert "lowers" in said
     assert "divides" not in said
+
+
+def test_what_07_says_of_the_bytes_pythia_12b_reads_for_a_token(capsys):
+    """The cell's own output against the table's columns: twelve times hidden² weights a layer, and a head."""
+    (source,) = [cell.source for cell in nbformat.read(NOTEBOOKS / "07_inference.ipynb", 4).cells if "936e9" in cell.source]
+    exec(source, {"ledger": ledger, "torch": torch, "runs": SimpleNamespace(recorded=lambda name: None)})
+    layers, hidden, _, vocab, total, *_ = TABLE["12b"]
+    packed = 12 * layers * hidden**2
+    weights = packed // 2 + packed // 64 + 4 * packed // (64 * 256) + 2 * (total - packed - vocab * hidden)
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert "GPU" in last
+    for n, line in zip((0, 1024, 2048), lines, strict=True):
+        read = weights + n * 4 * layers * hidden
+        assert f"{n:,} tokens in the cache: {read / 1e9:.2f} GB" in line
+        assert f"at most {936e9 / read:.0f} tokens/s" in line
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -9,13 +9,15 @@ import transformers
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_nb.engine import (
     activations,
     brought,
     data,
-    decoding,
+    ends,
     evaluation,
     generation,
     ledger,
@@ -452,14 +454,88 @@ def test_an_adapter_computes_what_peft_computes(saved, tmp_path, kind):
     ids = torch.arange(5, 25)[None]
     with torch.no_grad():
         wanted = theirs(input_ids=ids).logits
-        with decoding.fast(model):
-            assert torch.allclose(model(input_ids=ids).logits, wanted, atol=1e-5)
-        with decoding.fast(model), model.disable_adapter():
-            base = model(input_ids=ids).logits
+        assert torch.allclose(model(input_ids=ids).logits, wanted, atol=1e-5)
         with model.disable_adapter():
-            assert torch.allclose(model(input_ids=ids).logits, base, atol=1e-5)
+            base = model(input_ids=ids).logits
         assert not torch.allclose(wanted, base, atol=1e-2)
         assert torch.allclose(merging.merged(settings, tmp_path / "adapter")(input_ids=ids).logits, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_answer_is_made_by_the_librarys_own_layers(saved, tmp_path, monkeypatch, kind):
+    """While `generate` runs, no layer is replaced and torch has its threads; the text is that of plain PEFT."""
+    settings = validate({"model_id": saved("Llama"), "max_new_tokens": 8})
+    theirs = an_adapter(settings, tmp_path / "adapter", **KINDS[kind])
+    model, tokenizer = generation.load_adapter(models.load_base(settings), tmp_path / "adapter"), models.load_tokenizer(settings)
+    row, threads, seen = {"instruction": "Where is Anna?", "input": ""}, torch.get_num_threads(), []
+    ids = generation.encode([row], tokenizer, model, settings)["input_ids"]
+    with torch.no_grad():
+        wanted = {True: theirs.generate(input_ids=ids, max_new_tokens=8, do_sample=False)}
+        with theirs.disable_adapter():
+            wanted[False] = theirs.generate(input_ids=ids, max_new_tokens=8, do_sample=False)
+    generate = model.generate
+
+    def watched(**given):
+        seen.append(torch.get_num_threads())
+        seen.extend(name for name, module in model.named_modules() if "forward" in vars(module))
+        return generate(**given)
+
+    monkeypatch.setattr(model, "generate", watched)
+    for tuned, out in wanted.items():
+        text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
+        assert generation.answer(model, tokenizer, row, settings, tuned=tuned).text == text
+    assert seen == [threads, threads]
+
+
+class Reads(TorchDispatchMode):
+    """Which storages operations take while it is on: data pointer → bytes. A table that is looked up is not gone through."""
+
+    def __enter__(self):
+        self.found = {}
+        return super().__enter__()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if operation is not torch.ops.aten.embedding.default:
+            for tensor in tree_leaves((args, kwargs)):
+                if torch.is_tensor(tensor):
+                    storage = tensor.untyped_storage()
+                    self.found[storage.data_ptr()] = storage.nbytes()
+        return operation(*args, **(kwargs or {}))
+
+
+READ = {  # positions in a table or not, head and embedding one tensor or two, in 4 bit, in the host's memory
+    "OPT": {},
+    "GPT2": {},
+    "Bloom": {},
+    "Llama": {},
+    "GPTNeoX": {},
+    "GPTNeoX, tied": {"tie_word_embeddings": True},
+    "GPTNeoX, head in 4 bit": {},
+    "GPTNeoX, embedding on the CPU": {},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", READ)
+def test_what_a_token_reads_is_what_the_operations_take(saved, name):
+    """One token after a prompt, watched by torch's dispatcher; base, and with an adapter on it."""
+    family, _, how = name.partition(", ")
+    settings = validate({"model_id": saved(family, **READ[name]), "head_4bit": how == "head in 4 bit"})
+    model = models.load_base(settings)
+    if how == "embedding on the CPU":
+        ends.keep_embedding_on_cpu(model, model.device)
+    for step in ("base", "tuned"):
+        if step == "tuned":
+            model = training.attach_adapter(model, settings).eval()
+        cache = model(input_ids=torch.arange(5, 25)[None], use_cache=True).past_key_values
+        with Reads() as reads:
+            model(input_ids=torch.tensor([[25]]), past_key_values=cache)
+        weights = list(model.parameters())
+        for state in [weight.quant_state for weight in weights if hasattr(weight, "quant_state")]:
+            weights += [state.absmax, state.state2.absmax]
+        own = {weight.untyped_storage().data_ptr() for weight in weights}
+        found = ledger.read_for_a_token(model)
+        assert found.total_bytes - found[ledger.TABLES] == sum(size for place, size in reads.found.items() if place in own)
 
 
 def test_an_adapter_that_cannot_be_merged_is_refused_in_a_sentence(saved, tmp_path):
@@ -468,19 +544,6 @@ def test_an_adapter_that_cannot_be_merged_is_refused_in_a_sentence(saved, tmp_pa
     for way in merging.WAYS:
         with pytest.raises(KitError, match=r"cannot be merged.*no bias"):
             merging.merged(settings, tmp_path / "adapter", way)
-
-
-def test_two_active_adapters_add_up(saved, tmp_path):
-    settings = validate({"model_id": saved("Llama")})
-    an_adapter(settings, tmp_path / "adapter")
-    model = generation.load_adapter(models.load_base(settings), tmp_path / "adapter")
-    model.load_adapter(str(tmp_path / "adapter"), adapter_name="second")
-    model.base_model.set_adapter(["default", "second"])
-    ids = torch.arange(5, 25)[None]
-    with torch.no_grad():
-        wanted = model(input_ids=ids).logits
-        with decoding.fast(model):
-            assert torch.allclose(model(input_ids=ids).logits, wanted, atol=1e-5)
 
 
 def test_gpt2s_turned_weights_are_rounded_before_merging(saved, tmp_path):

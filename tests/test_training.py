@@ -354,6 +354,19 @@ def test_base_is_the_model_without_adapter(trained):
     assert base_top != tuned_top
 
 
+def test_along_an_answer_the_first_position_is_the_next_token(trained):
+    settings, tokenizer, model, *_ = trained
+    row = dict(data.load(settings)[1][0])
+    found = generation.along(model, tokenizer, row, settings, "By the river.")
+    base, tuned, bits = generation.next_tokens(model, tokenizer, row, settings, k=3)
+    assert found[0][3] == pytest.approx(bits, abs=1e-3)
+    assert [t for t, _ in found[0][1]] == [t for t, _ in base]
+    assert [p for _, p in found[0][2]] == pytest.approx([p for _, p in tuned], abs=1e-4)
+    assert found[-1][0] == "(end)"
+    assert len(found) >= 2
+    assert all(step[3] >= -1e-4 for step in found)
+
+
 def test_stop_ends_an_answer(trained):
     settings, tokenizer, model, *_ = trained
     stop = threading.Event()

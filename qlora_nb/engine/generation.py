@@ -21,7 +21,7 @@ from safetensors import safe_open
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList, TextIteratorStreamer
 
-from qlora_nb.engine import brought, checkpoints, data, decoding, models, runs
+from qlora_nb.engine import brought, checkpoints, data, models, runs
 from qlora_nb.errors import KitError, refusing
 from qlora_nb.pocket import ADAPTER_DIR, MODEL_DIR
 
@@ -164,7 +164,7 @@ def stream(model: PeftModel, tokenizer, row: dict, settings, tuned: bool, stop: 
     def work():
         try:
             torch.manual_seed(settings.seed)
-            with base_or_tuned(model, tuned), torch.no_grad(), decoding.fast(model):
+            with base_or_tuned(model, tuned), torch.no_grad():
                 config = _config(tokenizer, settings.max_new_tokens, model=model, **sampling, **shown)
                 criteria = StoppingCriteriaList([stopped])
                 made.append(model.generate(**encoded, generation_config=config, streamer=streamer, stopping_criteria=criteria))

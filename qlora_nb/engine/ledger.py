@@ -35,6 +35,7 @@ BLOCK, NESTED_BLOCK = 64, 256
 CODES, SCALES, NESTED, TABLES = "4-bit codes", "scales (absmax)", "scales of the scales", "code tables and offsets"
 LINEARS, EMBEDDINGS, SMALL, BUFFERS = "linear weights", "embedding and head", "biases and norms", "buffers"
 LORA, GRADIENTS, STATES = "LoRA weights", "gradients", "optimizer states"
+LOOKED_UP = "less: only looked up"
 ORDER = (CODES, SCALES, NESTED, TABLES, LINEARS, EMBEDDINGS, SMALL, BUFFERS, LORA, GRADIENTS, STATES)
 QUANTIZED = (CODES, SCALES, NESTED)
 
@@ -246,6 +247,25 @@ def measure(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
         add(STATES, *(t for t in state.values() if torch.is_tensor(t)))
     found = {name: sum(size for line, size in held.values() if line == name) for name in ORDER}
     return Ledger("measured", tuple(Line(name, n, "storages of live tensors") for name, n in found.items() if n))
+
+
+def read_for_a_token(model: nn.Module) -> Ledger:
+    """What one new token of one answer reads of a live model: every weight once, packed, and of embeddings only single rows.
+
+    Returns:
+        Bytes by line: those of `measure` without gradients and buffers, less (a negative line) the embedding tables that are not
+        the head as well. The cache comes on top, `kv_cache_bytes` for every token before. A mixture of experts can do with less:
+        with the experts chosen for the token.
+    """
+    head_weight = getattr(model.get_output_embeddings(), "weight", None)
+    looked_up = 0
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module.weight is not head_weight:
+            looked_up += sum(table.nbytes for table in module.parameters(recurse=False))
+    lines = [line for line in measure(model).lines if line.name not in (GRADIENTS, BUFFERS)]
+    if looked_up:
+        lines.append(Line(LOOKED_UP, -looked_up, "a row a token"))
+    return Ledger("read for one token", tuple(lines))
 
 
 def kv_cache_bytes(config, dtype: torch.dtype = torch.float16) -> int:
