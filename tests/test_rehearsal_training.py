@@ -272,15 +272,41 @@ def test_rehearsal_of_memory_that_runs_out_with_many_rows(tmp_path, monkeypatch,
     rehearsal.card(monkeypatch, AMPERE)
     way = {"max_steps": 4, "compute_dtype": "float32", "save_steps": save_steps}
     *_, whole, _, expected = finetuned(tmp_path / "whole", **way)
-    alive = []
+    alive, still = [], []
+    fewer = training.with_fewer_rows
+
+    def look(settings):
+        """Called when a step is to be done again: what it held must be gone by then."""
+        still.extend(reference for references in alive for reference in references if reference() is not None)
+        return fewer(settings)
+
+    monkeypatch.setattr(training, "with_fewer_rows", look)
     hurt = _hurt(monkeypatch, place, at, torch.OutOfMemoryError(OUT_OF_MEMORY), alive)
     _, _, model, run, result = finetuned(tmp_path / "hurt", hurt, **way)
+    assert not still
     assert result["losses"] == pytest.approx(expected["losses"], rel=1e-4)
     expected_adapter, found = adapter_of(whole), adapter_of(model)
     far = sum((found[k] - v).square().sum() for k, v in expected_adapter.items()).sqrt()
     assert far < 1e-3 * sum(v.square().sum() for v in expected_adapter.values()).sqrt()
     logged = [json.loads(line)["step"] for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     assert logged == [1, 2, 3, 4]
+
+
+def test_rehearsal_of_memory_that_runs_out_in_an_update_with_one_row(tmp_path, monkeypatch):
+    """Nothing of the half update is kept: the run is resumed from the step before and ends as if nothing had happened."""
+    rehearsal.card(monkeypatch, AMPERE)
+    way = {"max_steps": 4, "per_device_train_batch_size": 1, "compute_dtype": "float32", "save_steps": 1}
+    *_, whole, _, expected = finetuned(tmp_path / "whole", **way)
+    with monkeypatch.context() as hurt:
+        _raise_in_update(hurt, {3}, torch.OutOfMemoryError(OUT_OF_MEMORY))
+        with pytest.raises(KitError, match="memory ran out"):
+            finetuned(tmp_path / "cut", **way)
+    [run] = (tmp_path / "cut" / "tiny").iterdir()
+    assert checkpoints.newest(run).name == "checkpoint-2"
+    settings = validate({**SHORT, "output_dir": str(tmp_path / "cut"), **way, "resume": "latest"})
+    *_, model, _, result = finetuned(tmp_path, settings=settings)
+    assert result["losses"] == expected["losses"]
+    assert all(torch.equal(adapter_of(model)[key], value) for key, value in adapter_of(whole).items())
 
 
 @pytest.mark.parametrize(
