@@ -37,10 +37,18 @@ def refusing(what: str, value: object, remedy: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, KitError) or type(error).__name__ == "OutOfMemoryError":
+        if isinstance(error, KitError) or is_out_of_memory(error):
             raise
         reason = [*str(error.__cause__ or error).strip().splitlines(), f"nothing is there ({type(error).__name__})"][0][:200]
         raise KitError(f"{what}: {reason}", value=value, remedy=remedy) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: torch's own class, Python's, or the words of another allocator (cuBLAS, the driver, the host)."""
+    if type(error).__name__ in ("OutOfMemoryError", "MemoryError"):
+        return True
+    words = ("ALLOC_FAILED", "out of memory", "can't allocate memory")
+    return isinstance(error, RuntimeError) and any(part in str(error) for part in words)
 
 
 def explain_missing_names(shell) -> None:

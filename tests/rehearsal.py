@@ -35,7 +35,7 @@ def card(
         `emptied`: how often the allocator's cache was given back; `scalers`: how many gradient scalers were made.
     """
     seen = SimpleNamespace(emptied=0, scalers=0)
-    gpu = environment.Gpu("rehearsed card", total_bytes, free_bytes or total_bytes, capability)
+    gpu = environment.Gpu("rehearsed card", total_bytes, total_bytes if free_bytes is None else free_bytes, capability)
 
     def empty_cache() -> None:
         seen.emptied += 1

@@ -2,9 +2,11 @@
 
 import gzip
 import json
+import types
 
 import micro_world
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from qlora_nb import cli, pocket
@@ -645,3 +647,30 @@ def test_rows_are_tokenized_once(tmp_path, tokenizer):
     files = [file["filename"] for file in first.cache_files]
     assert files
     assert files == [file["filename"] for file in second.cache_files]
+
+
+# --- what a stranger's review found ---
+
+
+def test_an_end_token_behind_every_text_does_not_stand_before_the_answer():
+    """As with add_eos_token=true: the end token is the answer's, a prompt that is to go on has none."""
+    from tokenizers.processors import TemplateProcessing
+
+    settings = settings_for("pocket")
+    plain, ending = models.load_tokenizer(settings), models.load_tokenizer(settings)
+    ending.backend_tokenizer.post_processor = TemplateProcessing(single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", 0)])
+    assert ending("Anna")["input_ids"][-1] == ending.eos_token_id, "otherwise this tests nothing"
+    rows = data.load(settings)[1].take(4)
+    assert data.encode(rows, ending, settings)[:] == data.encode(rows, plain, settings)[:]
+    prompts = list(rows)
+    model = types.SimpleNamespace(config=types.SimpleNamespace(max_position_embeddings=512), device="cpu")
+    with_end, without = (generation.encode(prompts, tokenizer, model, settings) for tokenizer in (ending, plain))
+    assert all(torch.equal(with_end[name], without[name]) for name in ("input_ids", "attention_mask"))
+
+
+def test_a_tree_with_numbers_for_names(tmp_path):
+    rows = []
+    for n in range(4):
+        rows += [message(2 * n + 1, None, "prompter", f"Q{n}?"), message(2 * n + 2, 2 * n + 1, "assistant", f"A{n}.", 0.0)]
+    train, held_out = data.load(settings_for(write(tmp_path / "a.json", rows)))
+    assert {(row["instruction"], row["output"]) for row in [*train, *held_out]} == {(f"Q{n}?", f"A{n}.") for n in range(4)}

@@ -267,3 +267,15 @@ def test_the_command_line_answers(tmp_path):
     assert "Where is Anna?\n    '" in run().stdout
     assert "adapter" not in run("--base").stdout
     assert run("--prompts", "none.txt").returncode == 2
+
+
+def test_answers_go_into_a_file_and_into_nothing_else(tuned, tmp_path):
+    """A device such as /dev/null, a pipe, a socket is left as it is."""
+    tokenizer, model = tuned
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    before = pipe.stat()
+    with pytest.raises(KitError, match="this is no file"):
+        generation.answer_file(model, tokenizer, rows_of(2), pipe, SETTINGS)
+    assert pipe.stat() == before
+    assert os.listdir(tmp_path) == ["pipe"]

@@ -554,3 +554,66 @@ def test_gpt2s_turned_weights_are_rounded_before_merging(saved, tmp_path):
     with torch.no_grad():
         merged = merging.merged(settings, tmp_path / "adapter")(input_ids=ids).logits
         assert torch.allclose(merged, model(input_ids=ids).logits, atol=1e-4)
+
+
+# --- what a stranger's review found ---
+
+
+@pytest.mark.parametrize("family", ["Bert", "Electra"])
+def test_a_model_that_sees_the_future_is_refused(saved, tmp_path, monkeypatch, family):
+    """These families write from left to right only with is_decoder=True; without it transformers says so in a log at most."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(FAMILIES, family, {**SHAPE, "embedding_size": 64})
+    with pytest.raises(KitError, match="a token sees those behind it"):
+        finetuned(saved(family, is_decoder=False), rows_of(20, 20), max_length=64)
+    assert probes.sees_no_future(random_model(family, is_decoder=True))
+
+
+@pytest.mark.parametrize("loss_chunk", [8, 128])
+def test_the_next_token_is_learnt_also_where_a_familys_own_loss_is_of_the_same_token(saved, tmp_path, monkeypatch, loss_chunk):
+    """BART's own loss does not shift the labels: as a causal model it would learn to copy its input."""
+    monkeypatch.chdir(tmp_path)
+    bart = {"vocab_size": 1088, "d_model": 64, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 128}
+    monkeypatch.setitem(FAMILIES, "Bart", {**bart, "dropout": 0.0, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1})
+    folder, rows = saved("Bart"), rows_of(30, 30)
+    settings = validate({"model_id": folder})
+    base = models.load_base(settings)
+    with torch.no_grad():
+        logits = base(input_ids=torch.tensor(rows["input_ids"])).logits[:, :-1]
+    wanted = cross_entropy(logits.flatten(0, 1), torch.tensor(rows["labels"])[:, 1:].flatten(), ignore_index=-100).item()
+    result = finetuned(folder, rows, per_device_train_batch_size=2, gradient_accumulation_steps=1, loss_chunk=loss_chunk)
+    assert result["losses"] == [pytest.approx(wanted, rel=1e-4)]
+
+
+def test_memory_that_runs_out_while_the_head_is_tried_is_no_sign_of_a_cap(monkeypatch):
+    model = random_model("Llama")
+    monkeypatch.setattr(objective, "sliced_head", lambda *_: (_ for _ in ()).throw(RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")))
+    with pytest.raises(RuntimeError, match="ALLOC_FAILED"):
+        probes.head_is_last(model)
+
+
+def test_an_adapter_that_repeats_layers_is_refused(saved, tmp_path):
+    """Switched off, it would leave a model of four layers in place of the base's two."""
+    settings = validate({"model_id": saved("Llama")})
+    an_adapter(settings, tmp_path / "adapter", layer_replication=[[0, 2], [0, 2]])
+    with pytest.raises(KitError, match="layer_replication"):
+        generation.load_adapter(models.load_base(settings), tmp_path / "adapter")
+
+
+def test_an_out_of_memory_error_is_explained_for_any_family():
+    """The levers of a family whose activations cannot be counted are left out; the refusal still says what was held."""
+    from qlora_nb.engine import budget
+
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+    refusal = budget.out_of_memory(error, validate({}), random_model("Mamba"), None)
+    assert "held at that moment" in str(refusal)
+    assert "choose a smaller model" in refusal.remedy
+
+
+def test_a_tokenizer_without_an_end_token_is_refused(saved):
+    folder = saved("Llama")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(KitError, match="no end token"):
+        models.load_tokenizer(validate({"model_id": folder}))

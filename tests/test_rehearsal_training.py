@@ -398,3 +398,70 @@ def test_rehearsal_states_are_paged_again_after_a_resume_and_a_retry(tmp_path, m
     assert len(pages.asked) == should
     assert result["losses"] == expected["losses"]
     assert all(torch.equal(adapter_of(resumed)[key], value) for key, value in adapter_of(whole).items())
+
+
+@pytest.mark.parametrize("place", ["answer_all", "response_loss"])
+def test_rehearsal_of_memory_that_runs_out_in_a_look_at_the_model(tmp_path, monkeypatch, capsys, place):
+    """The look is left out; no step is done again, lost from the record or counted twice, and the next look comes."""
+    rehearsal.card(monkeypatch, AMPERE)
+    way = {"max_steps": 4, "compute_dtype": "float32", "lora_dropout": 0.1}
+    *_, whole, _, expected = finetuned(tmp_path / "whole", **way)
+    module = generation if place == "answer_all" else evaluation
+    look, calls = getattr(module, place), []
+
+    def hurt(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError(OUT_OF_MEMORY)
+        return look(*args, **kwargs)
+
+    monkeypatch.setattr(module, place, hurt)
+    _, _, model, _, result = finetuned(tmp_path / "hurt", sample_steps=1, **way)
+    assert result["losses"] == expected["losses"]
+    assert all(torch.equal(adapter_of(model)[key], value) for key, value in adapter_of(whole).items())
+    assert list(result["held_out"]) == [1, 3, 4]
+    said = capsys.readouterr().out
+    assert said.count("the look is left out") == 1
+    assert "done again" not in said
+
+
+def test_rehearsal_of_memory_that_runs_out_after_the_update(tmp_path, monkeypatch):
+    """All weights are updated but the step is not counted yet: it is not done twice."""
+    rehearsal.card(monkeypatch, AMPERE)
+    way = {"max_steps": 4, "compute_dtype": "float32", "save_steps": 1}
+    *_, expected = finetuned(tmp_path / "whole", **way)
+    measure, calls = training.ledger.measure, []
+
+    def hurt(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError(OUT_OF_MEMORY)
+        return measure(*args, **kwargs)
+
+    monkeypatch.setattr(training.ledger, "measure", hurt)
+    *_, result = finetuned(tmp_path / "hurt", **way)
+    assert result["losses"] == pytest.approx(expected["losses"], rel=1e-4)
+
+
+def test_rehearsal_of_memory_that_runs_out_keeps_the_finished_steps(tmp_path, monkeypatch):
+    """With one row there is no smaller pass; what was finished is saved, and the optimizer is not kept alive by the refusal."""
+    rehearsal.card(monkeypatch, AMPERE)
+    made = []
+    begin = training._Trainer.__init__
+
+    def begin_noting(self, seal, **options):
+        begin(self, seal, **options)
+        made.append(weakref.ref(self))
+
+    monkeypatch.setattr(training._Trainer, "__init__", begin_noting)
+
+    def hurt(model):
+        _raise_in_pass(model, {4}, torch.OutOfMemoryError(OUT_OF_MEMORY))
+
+    with pytest.raises(KitError, match="memory ran out") as kept:
+        finetuned(tmp_path, hurt, per_device_train_batch_size=1, max_steps=5, save_steps=50, compute_dtype="float32")
+    gc.collect()
+    assert kept.value.__traceback__
+    assert made[0]() is None
+    [run] = (tmp_path / "tiny").iterdir()
+    assert checkpoints.newest(run).name == "checkpoint-3"

@@ -11,11 +11,11 @@ is measured on a GPU.
 import gc
 import tomllib
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from torch.utils import benchmark
 from transformers import AutoConfig
 
@@ -227,12 +227,6 @@ def require_fit(settings, here: Machine, train: bool = True) -> None:
     raise KitError(f"{what} {sizes}", remedy=remedy)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """torch's own class, or one of the plain errors by which other allocators (cuBLAS, the host's) say the same."""
-    allocator = "ALLOC_FAILED" in str(error) or "CUDA error: out of memory" in str(error)
-    return isinstance(error, torch.OutOfMemoryError) or allocator or should_reduce_batch_size(error)
-
-
 def let_go(error: BaseException) -> None:
     """Free what an error keeps alive: its traceback holds the activations of the step that failed, in frames and in closures.
 
@@ -251,7 +245,9 @@ def out_of_memory(error: BaseException, settings, model, optimizer) -> KitError:
     held = ledger.measure(model, optimizer)
     model.zero_grad(set_to_none=True)
     parts = ", ".join(f"{line.name} {line.bytes / GIB:.2f}" for line in sorted(held.lines, key=lambda x: -x.bytes)[:4])
-    more = levers(settings, model.config)
+    more = []
+    with suppress(Exception):  # a family whose activations cannot be counted: no lever is named
+        more = levers(settings, model.config)
     asked = str(error).split("GPU ")[0].splitlines()[0].strip().rstrip(".")[:120]
     what = f"memory ran out ({asked}); held at that moment {held.total_gib:.2f} GiB: {parts}"
     return KitError(what, remedy=str(more[0]) if more else "choose a smaller model, or close other programs")

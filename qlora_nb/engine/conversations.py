@@ -244,7 +244,7 @@ def _turns_of_trees(rows: datasets.Dataset, there: set[str | None]) -> list[tupl
     """
     roots, replies = [], defaultdict(list)
     for number, row in enumerate(rows):
-        if not isinstance(row["parent_id"], str):
+        if row["parent_id"] != row["parent_id"]:
             row["parent_id"] = None  # pandas writes NaN
         if row["parent_id"] and row["parent_id"] in there:
             replies[row["parent_id"]].append(row)

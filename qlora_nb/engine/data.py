@@ -58,6 +58,16 @@ def prompt_of(row: dict[str, str], template: str = "alpaca") -> str:
     return (with_input if row.get("input") else without).format(instruction=row["instruction"], input=row.get("input", ""))
 
 
+def prompt_ids(row: dict[str, str], tokenizer: PreTrainedTokenizerBase, template: str) -> list[int]:
+    """Token ids of a row's prompt. Some tokenizers put the end token behind every text: not behind a text that is to go on."""
+    text = prompt_of(row, template)
+    ids = tokenizer(text)["input_ids"]
+    own = tokenizer(text, add_special_tokens=False)["input_ids"]
+    while len(ids) > len(own) and ids[-1] == tokenizer.eos_token_id != own[-1]:
+        ids = ids[:-1]
+    return ids
+
+
 def load(settings) -> tuple[datasets.Dataset, datasets.Dataset]:
     """Training and held-out rows for the resolved `dataset`, `train_rows` and `eval_rows`.
 
@@ -271,10 +281,12 @@ def encode(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, settings)
 
 
 def _encode_row(row: dict[str, str], tokenizer, max_length: int, template: str, special: set[int]) -> dict[str, object]:
-    prompt = tokenizer(prompt_of(row, template))["input_ids"]
+    prompt = prompt_ids(row, tokenizer, template)
     written = tokenizer(row["output"], add_special_tokens=False)["input_ids"]
-    n_added = tokenizer.num_special_tokens_to_add()  # at the beginning of a prompt, by some tokenizers
-    in_text = [i for i in prompt + written if i in special][n_added:]
+    start = 0
+    while start < len(prompt) and prompt[start] in special:
+        start += 1  # what some tokenizers put before every text
+    in_text = [i for i in prompt[start:] + written if i in special]
     answer = [*written, tokenizer.eos_token_id]
     room = max_length - len(prompt)
     if cut := len(answer) > room:

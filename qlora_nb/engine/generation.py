@@ -82,8 +82,11 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
                 raise ValueError("its configuration and its weights name other layers")
             if whole := [name for name in file.keys() if not file.get_slice(name).get_dtype().startswith(("F", "BF"))]:  # noqa: SIM118
                 raise ValueError(f"{whole[0]} holds whole numbers")
-        if any(config.bias != "none" for config in tuned.peft_config.values()):
-            raise ValueError("it trained biases too, which cannot be switched off to ask the base")
+        for config in tuned.peft_config.values():
+            if getattr(config, "bias", "none") != "none":
+                raise ValueError("it trained biases too, which cannot be switched off to ask the base")
+            if getattr(config, "layer_replication", None):
+                raise ValueError("it repeats layers (layer_replication), which cannot be undone to ask the base")
         if not models.computes(tuned):
             raise ValueError("with it the model computes NaN or infinity")
     if made_for != own:
@@ -283,6 +286,8 @@ def answer_file(model, tokenizer: PreTrainedTokenizerBase, rows: list[dict], tar
     """
     with runs.writing(target, "name a file in a folder that you may write to"):
         target = target.resolve()  # a link stays a link
+        if target.exists() and not target.is_file():
+            raise KitError("this is no file, and is left alone", value=str(target), remedy="name a file for the answers")
         target.parent.mkdir(parents=True, exist_ok=True)
         lock = runs.sole_writer(target)
     with lock:
@@ -334,8 +339,8 @@ def encode(rows: list[dict], tokenizer, model, settings) -> dict[str, torch.Tens
     Raises:
         KitError: with the answer it would be longer than the model's context.
     """
-    prompts = [data.prompt_of(row, settings.prompt_template) for row in rows]
-    encoded = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False)
+    prompts = [{"input_ids": data.prompt_ids(row, tokenizer, settings.prompt_template)} for row in rows]
+    encoded = tokenizer.pad(prompts, return_tensors="pt", padding_side="left", return_attention_mask=True)
     limit = getattr(model.config, "max_position_embeddings", None)
     n = encoded["input_ids"].shape[1]
     if limit and n + settings.max_new_tokens > limit:

@@ -86,6 +86,9 @@ def load_tokenizer(settings) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes an empty one where there is none
             raise ValueError("it is not there")
+    if tokenizer.eos_token_id is None:
+        what = "the tokenizer has no end token: a model trained with it would never learn to stop"
+        raise KitError(what, value=settings.model_id, remedy="name one in its tokenizer_config.json, or choose another model")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         known = tokenizer.get_vocab()
         spare = [t for t in ("<|padding|>", "<|endoftext|>", tokenizer.unk_token) if t in known and t != tokenizer.eos_token]

@@ -58,7 +58,7 @@ def sliced_loss(hidden: torch.Tensor, labels: torch.Tensor, head: Callable, chun
     return sum_in_slices(hidden[:, :-1][counts], wanted[counts], head, chunk) / (counts.sum() if n_items is None else n_items)
 
 
-def logits_loss(outputs, labels: torch.Tensor, num_items_in_batch: int) -> torch.Tensor:
+def logits_loss(outputs, labels: torch.Tensor, num_items_in_batch: int | None = None) -> torch.Tensor:
     """The same loss from a model's whole logits (rows, tokens, vocabulary): what `sliced_loss` does without a head to apply."""
 
     def as_they_are(logits):

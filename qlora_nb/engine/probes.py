@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from qlora_nb.engine import objective
-from qlora_nb.errors import KitError
+from qlora_nb.errors import KitError, is_out_of_memory
 
 TOKENS = 32
 """Tokens in the row that is tried."""
@@ -28,9 +28,13 @@ def before_training(model: nn.Module, settings) -> int:
         Tokens in a slice of the loss, 0 where the plain loss must be used.
 
     Raises:
-        KitError: packed rows would see each other, or `max_length` is more than the model has positions.
+        KitError: a token sees those behind it, packed rows would see each other, or `max_length` is more than the model has
+            positions.
     """
     require_positions(model, settings.max_length)
+    if not sees_no_future(model):
+        what = "in this model a token sees those behind it: it is not made to write from left to right"
+        raise KitError(what, value=model.config.model_type, remedy="choose a causal language model")
     if settings.packing and not keeps_rows_apart(model):
         what = "packing: in this model a row sees the rows packed before it, as its attention does not follow position_ids"
         raise KitError(what, value=model.config.model_type, allowed="packing=False", remedy="set packing=False")
@@ -100,11 +104,27 @@ def keeps_rows_apart(model: nn.Module) -> bool:
     return not apart > allowed  # NaN, which the training names, is no sign of the other row
 
 
-def head_is_last(model: nn.Module) -> bool:
-    """Whether the model's own loss is the cross-entropy of what its head makes of the last hidden state.
+def sees_no_future(model: nn.Module) -> bool:
+    """Whether the logits of the first tokens stay as they are when the last token is another one.
 
-    False where logits are capped or scaled after the head, a hook changes them, or the head is no module that is called. The two
-    losses may differ by 1e-4 of their size in float32, by 1e-2 in 16 bit; those of a cap or a scale differ by its size.
+    They come from the same kernels on the same shape: nothing changes but, with experts, the last digits. Ten units in the last
+    place of the largest logit are allowed.
+    """
+    ids = _random_ids(model)
+    other = ids.clone()
+    other[:, -1] = (other[:, -1] + 1) % len(model.get_input_embeddings().weight)
+    with _undisturbed(model):
+        logits = model(input_ids=ids).logits[:, :-1]
+        change = (model(input_ids=other).logits[:, :-1] - logits).abs().max()
+    return not change > 10 * torch.finfo(logits.dtype).eps * logits.abs().max()
+
+
+def head_is_last(model: nn.Module) -> bool:
+    """Whether the model's logits are what its head makes of the last hidden state: then the loss can be taken in slices.
+
+    False where logits are capped or scaled after the head, a hook changes them, or the head is no module that is called. The
+    cross-entropy of next tokens, from the logits and in slices, may differ by 1e-4 of its size in float32, by 1e-2 in 16 bit;
+    those of a cap or a scale differ by its size.
     """
     head = model.get_output_embeddings()
     if head is None:
@@ -120,13 +140,13 @@ def head_is_last(model: nn.Module) -> bool:
         factor = 2.0 ** round(math.log2(LARGE_LOGIT / largest))
         try:
             with _scaled(head, factor):
-                own = model(input_ids=ids, labels=labels).loss
+                own = objective.logits_loss(model(input_ids=ids), labels)
                 with objective.sliced_head(model, TOKENS // 2) as loss:
                     sliced = loss(model(input_ids=ids), labels)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:  # the shapes do not fit: the head is not what is called
-            return False
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            return False  # the shapes do not fit: the head is not what is called
     allowed = 1e-4 if logits.dtype == torch.float32 else 1e-2
     return not (own - sliced).abs() > allowed * own.abs()
 

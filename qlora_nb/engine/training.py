@@ -38,7 +38,7 @@ from qlora_nb.engine import (
 )
 from qlora_nb.engine import optimizers as optimizer_states
 from qlora_nb.engine.environment import refuse_many_processes
-from qlora_nb.errors import KitError
+from qlora_nb.errors import KitError, is_out_of_memory
 
 _STEPS = {"max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "seed"}
 TRAINERS_OWN = {"optim", "learning_rate", "lr_scheduler_type", "warmup_steps", "max_grad_norm", *_STEPS}
@@ -90,7 +90,7 @@ class _Watch(TrainerCallback):
     """Passes on every step's numbers, stops on NaN, stops when asked to.
 
     `begin` is called before the first pass, `stop` is the event that asks for an end. `updating` is true from the beginning of
-    the optimizer's step to its end: what breaks off then leaves some weights updated and others not.
+    the optimizer's step until the step is counted: what breaks off then leaves weights updated, some or all.
     """
 
     def __init__(self, begin: Callable[[], None], report: Callable[[dict], None], n_tokens: list[int]):
@@ -100,19 +100,17 @@ class _Watch(TrainerCallback):
         self.begun = self.updating = False
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.started, self.first = time.perf_counter(), state.global_step
-        self.n_tokens.clear()
         self.updating = False
-        self.begin()
-        self.begun = True
+        if not self.begun:  # a step that is done again belongs to the same run
+            self.started, self.first = time.perf_counter(), state.global_step
+            self.begin()
+            self.begun = True
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.updating = True
 
-    def on_optimizer_step(self, args, state, control, **kwargs):
-        self.updating = False
-
     def on_step_end(self, args, state, control, **kwargs):
+        self.updating = False
         if self.stop.is_set():
             control.should_training_stop = control.should_save = True
 
@@ -171,23 +169,38 @@ class _Scale(TrainerCallback):
 
 
 class _Sample(TrainerCallback):
-    """Every so many steps an answer to the first prompt and the held-out loss; greedy, so the random state stays as it is."""
+    """Every so many steps an answer to the first prompt and the held-out loss; greedy, so the random state stays as it is.
+
+    A look for which memory does not suffice is left out: the step before it is finished, and smaller passes would not help.
+    """
 
     def __init__(self, tokenizer, settings, held_out, run):
         self.tokenizer, self.settings, self.held_out, self.run = tokenizer, settings, held_out, run
         self.row, self.losses = generation.row_of(settings.prompts[0]), {}
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        if self.settings.sample_steps and state.global_step % self.settings.sample_steps == 0:
-            model.eval()
-            with objective.whole_head(model):
-                [said] = generation.answer_all(model, self.tokenizer, [self.row], self.settings)
-                print(f"step {state.global_step}, asked {self.row['instruction']!r}: {said!r}")
-                if self.held_out:
-                    loss = self.losses[state.global_step] = evaluation.response_loss(model, self.tokenizer, self.held_out)
-                    self.run.log({"step": state.global_step, "held_out_loss": loss})
-                    print(f"step {state.global_step}, held-out loss {loss:.3f} nats over {len(self.held_out)} rows")
+        if not self.settings.sample_steps or state.global_step % self.settings.sample_steps:
+            return
+        model.eval()
+        try:
+            self.look(model, state.global_step)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            budget.let_go(error)
+            print(f"step {state.global_step}: memory does not suffice for a look at the model; the look is left out")
+        finally:
             model.train()
+
+    def look(self, model: PeftModel, step: int) -> None:
+        """Print and log what the model says after this step."""
+        with objective.whole_head(model):
+            [said] = generation.answer_all(model, self.tokenizer, [self.row], self.settings)
+            print(f"step {step}, asked {self.row['instruction']!r}: {said!r}")
+            if self.held_out:
+                loss = self.losses[step] = evaluation.response_loss(model, self.tokenizer, self.held_out)
+                self.run.log({"step": step, "held_out_loss": loss})
+                print(f"step {step}, held-out loss {loss:.3f} nats over {len(self.held_out)} rows")
 
 
 class _Trainer(Trainer):
@@ -340,18 +353,23 @@ def _train(new_trainer: Callable[..., _Trainer], settings, watch: _Watch, checkp
         KitError: memory ran out with one row in a pass.
     """
     trainer, smaller = new_trainer(settings, None), settings
+    model = trainer.model
     while True:
         try:
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
             return
-        except RuntimeError as error:
-            if not budget.is_out_of_memory(error):
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
                 raise
             budget.let_go(error)
             if smaller.per_device_train_batch_size == 1:
-                raise budget.out_of_memory(error, smaller, trainer.model, trainer.optimizer) from error
+                refusal = budget.out_of_memory(error, smaller, model, trainer.optimizer)
+                if not watch.updating:
+                    trainer.save_now()
+                del trainer  # a notebook keeps the refusal, and with it this frame
+                raise refusal from error
         finally:
-            _end_autocast(trainer.model)
+            _end_autocast(model)
         smaller = with_fewer_rows(smaller)
         rows, passes = smaller.per_device_train_batch_size, smaller.gradient_accumulation_steps
         print(f"out of memory in step {trainer.state.global_step + 1}: it is done again in {passes} passes of {rows}")
@@ -381,11 +399,19 @@ def _probed(model: PeftModel, settings) -> int:
     """`probes.before_training`; memory that runs out there is explained like memory that runs out in a step."""
     try:
         return probes.before_training(model, settings)
-    except RuntimeError as error:
-        if not budget.is_out_of_memory(error):
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
             raise
         budget.let_go(error)
         raise budget.out_of_memory(error, settings, model, None) from error
+
+
+def _loss_for(model: PeftModel, settings, stack: ExitStack) -> Callable | None:
+    """The loss in slices while `stack` is open; of all logits where the model does not bear slices; None: the model's own."""
+    chunk = _probed(model, settings)
+    if chunk:
+        return stack.enter_context(objective.sliced_head(model, chunk))
+    return objective.logits_loss if settings.loss_chunk else None
 
 
 def _go_back(model: PeftModel, first: list, run, losses: list[float], held_out: dict[int, float]) -> Path | None:
@@ -486,8 +512,7 @@ def finetune(
         rows = data.in_training_order(rows, settings)
         with stop_on_interrupt() as stop, ExitStack() as stack:
             watch.stop = stop
-            chunk = _probed(model, settings)
-            loss = stack.enter_context(objective.sliced_head(model, chunk)) if chunk else None
+            loss = _loss_for(model, settings, stack)
             stack.push(scale.weighing)
             stack.enter_context(_alone())
             stack.enter_context(_without_cache(model))
@@ -501,8 +526,8 @@ def finetune(
             own = {"model": model, "train_dataset": rows, "data_collator": collate, "compute_loss_func": loss}
 
             def new_trainer(how, optimizer):
-                own["optimizers"] = (optimizer, None)
-                return _Trainer(seal, args=arguments(how, run.folder), callbacks=[watch, scale, sample], **own)
+                how = {"args": arguments(how, run.folder), "optimizers": (optimizer, None)}
+                return _Trainer(seal, callbacks=[watch, scale, sample], **how, **own)
 
             _train(new_trainer, settings, watch, checkpoint, go_back)
             if watch.failure:
