@@ -66,6 +66,8 @@ MATRIX: dict[int, tuple[str, list[str]]] = {
         "out of memory in a step",
         [
             "test_training::test_out_of_memory_halves_a_pass_and_keeps_the_step",
+            "test_rehearsal_training::test_rehearsal_of_memory_that_runs_out_with_many_rows",
+            "test_rehearsal_training::test_rehearsal_of_memory_that_runs_out_with_one_row",
             "test_training::test_out_of_memory_with_one_row_stops_with_a_lever",
             "test_resume::test_a_hurt_run_ends_as_if_nothing_had_happened",
         ],
