@@ -118,7 +118,7 @@ class _Watch(TrainerCallback):
         if "loss" not in logs:
             return
         seconds = time.perf_counter() - self.started
-        left = seconds / (state.global_step - self.first) * (state.max_steps - state.global_step)
+        left = seconds / max(1, state.global_step - self.first) * (state.max_steps - state.global_step)
         timing = {"tokens_per_s": sum(self.n_tokens) / seconds, "seconds": seconds, "seconds_left": left}
         timing["memory_bytes"] = torch.cuda.memory_reserved() if models.on_gpu() else psutil.Process().memory_info().rss
         logged = {"loss": logs["loss"], "learning_rate": logs["learning_rate"], "grad_norm": logs.get("grad_norm")}
