@@ -231,10 +231,17 @@ class _Trainer(Trainer):
 
     def get_batch_samples(self, *args):
         """Called before each step: what draws the dropout masks is remembered, for `save_now`."""
+        self._remember_random()
+        return super().get_batch_samples(*args)
+
+    def _load_rng_state(self, checkpoint):
+        super()._load_rng_state(checkpoint)  # in the first step after a resume, when its batches are there already
+        self._remember_random()
+
+    def _remember_random(self) -> None:
         self.random = {torch.random: torch.random.get_rng_state()}
         if models.on_gpu():
             self.random[torch.cuda] = torch.cuda.get_rng_state()
-        return super().get_batch_samples(*args)
 
     def save_now(self) -> Path | None:
         """A checkpoint of the last finished step, in the midst of the next one; None before the first."""
