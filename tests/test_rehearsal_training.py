@@ -156,8 +156,7 @@ def _spoil_gradients(at: set[int], value: float):
     return hurt
 
 
-@pytest.mark.parametrize("value", [math.inf, math.nan])
-@pytest.mark.parametrize("at", [{1}, {2}, {1, 2}], ids=str)
+@pytest.mark.parametrize(("at", "value"), [({1}, math.inf), ({2}, math.nan), ({1, 2}, math.inf)], ids=str)
 def test_rehearsal_of_an_overflow_that_skips_a_step(tmp_path, monkeypatch, capsys, at, value):
     """The scaler halves its scale and leaves the update out: no end of the run, and what is measured waits for an update."""
     rehearsal.card(monkeypatch, T4)
@@ -264,14 +263,29 @@ def _hurt(monkeypatch, place: str, at: set[int], error: BaseException, alive: li
     return hurt
 
 
-@pytest.mark.parametrize("save_steps", [0, 1])
-@pytest.mark.parametrize("at", [{1}, {3}, {2, 3}], ids=str)
-@pytest.mark.parametrize("place", PLACES)
-def test_rehearsal_of_memory_that_runs_out_with_many_rows(tmp_path, monkeypatch, place, at, save_steps):
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Losses and adapter of four steps in float32 that nothing befell."""
+    *_, model, _, result = finetuned(tmp_path_factory.mktemp("undisturbed"), max_steps=4, compute_dtype="float32")
+    return result["losses"], adapter_of(model)
+
+
+@pytest.mark.parametrize(
+    ("place", "at", "save_steps"),
+    [
+        ("forward", {1}, 0),
+        ("forward", {2, 3}, 1),
+        ("backward", {3}, 0),
+        ("update", {1}, 0),
+        ("update", {2, 3}, 0),
+        ("update", {3}, 1),
+    ],
+    ids=str,
+)
+def test_rehearsal_of_memory_that_runs_out_with_many_rows(tmp_path, monkeypatch, undisturbed, place, at, save_steps):
     """The same rows are trained, no update counts half, no step is recorded twice; sums in another order differ a little."""
     rehearsal.card(monkeypatch, AMPERE)
     way = {"max_steps": 4, "compute_dtype": "float32", "save_steps": save_steps}
-    *_, whole, _, expected = finetuned(tmp_path / "whole", **way)
     alive, still = [], []
     fewer = training.with_fewer_rows
 
@@ -284,8 +298,9 @@ def test_rehearsal_of_memory_that_runs_out_with_many_rows(tmp_path, monkeypatch,
     hurt = _hurt(monkeypatch, place, at, torch.OutOfMemoryError(OUT_OF_MEMORY), alive)
     _, _, model, run, result = finetuned(tmp_path / "hurt", hurt, **way)
     assert not still
-    assert result["losses"] == pytest.approx(expected["losses"], rel=1e-4)
-    expected_adapter, found = adapter_of(whole), adapter_of(model)
+    losses, expected_adapter = undisturbed
+    assert result["losses"] == pytest.approx(losses, rel=1e-4)
+    found = adapter_of(model)
     far = sum((found[k] - v).square().sum() for k, v in expected_adapter.items()).sqrt()
     assert far < 1e-3 * sum(v.square().sum() for v in expected_adapter.values()).sqrt()
     logged = [json.loads(line)["step"] for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
@@ -309,21 +324,22 @@ def test_rehearsal_of_memory_that_runs_out_in_an_update_with_one_row(tmp_path, m
     assert all(torch.equal(adapter_of(model)[key], value) for key, value in adapter_of(whole).items())
 
 
+ALLOCATORS = {
+    "torch": torch.OutOfMemoryError(OUT_OF_MEMORY),
+    "cuBLAS": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    "driver": RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+    "host": RuntimeError("[enforce fail at alloc_cpu.cpp:117] data. DefaultCPUAllocator: can't allocate memory."),
+}
+
+
 @pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError(OUT_OF_MEMORY),
-        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:117] data. DefaultCPUAllocator: can't allocate memory."),
-    ],
-    ids=["torch", "cuBLAS", "driver", "host"],
+    ("place", "who"),
+    [("forward", "torch"), ("backward", "torch"), ("forward", "cuBLAS"), ("backward", "driver"), ("forward", "host")],
 )
-@pytest.mark.parametrize("place", ["forward", "backward"])
-def test_rehearsal_of_memory_that_runs_out_with_one_row(tmp_path, monkeypatch, place, error):
+def test_rehearsal_of_memory_that_runs_out_with_one_row(tmp_path, monkeypatch, place, who):
     """The refusal names an option; although a notebook keeps the error, the step's activations and gradients are free."""
     seen = rehearsal.card(monkeypatch, AMPERE)
-    alive, kept = [], []
+    alive, kept, error = [], [], ALLOCATORS[who]
 
     def hurt(model):
         kept.append(model)
