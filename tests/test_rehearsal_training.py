@@ -40,8 +40,8 @@ OPTIONS = {
     "every option, all logits": {**EVERYTHING, "loss_chunk": 0},
 }
 T4, AMPERE = (7, 5), (8, 6)
-OFF = {T4: 0.01, AMPERE: 0.2}
-"""Nats by which a step's loss may differ from float32's: twice the largest difference over these cases and three seeds."""
+OFF = {T4: 0.007, AMPERE: 0.21}
+"""Nats by which a step's loss may differ from float32's: twice the largest seen with seeds 0 to 2 (0.0035, 0.106)."""
 
 
 def finetuned(tmp_path, hurt=lambda model: None, settings=None, **values):
@@ -246,9 +246,6 @@ def _raise_in_update(monkeypatch, updates: set[int], error: BaseException, after
         return update(self, group, p, gindex, pindex)
 
     monkeypatch.setattr(Optimizer2State, "update_step", hurt)
-
-
-PLACES = ["forward", "backward", "update"]
 
 
 def _hurt(monkeypatch, place: str, at: set[int], error: BaseException, alive: list):
