@@ -105,12 +105,14 @@ def plain_generation(model: PreTrainedModel, path: str) -> None:
     model.generation_config = GenerationConfig(**tokens)
 
 
-def end_tokens(model: PreTrainedModel, tokenizer) -> list[int]:
+def end_tokens(model: PreTrainedModel, tokenizer) -> list[int] | None:
     """Ids that end an answer: the tokenizer's end token, which the kit trains, and the model's own ones.
 
     A chat model often has several (`<|eot_id|>` beside `<|end_of_text|>`). One counts if the tokenizer knows it as a special
     token: a configuration's default can be any word of another vocabulary.
     """
+    if tokenizer.eos_token_id is None:
+        return None  # somebody took it away: what the model's own configuration says counts
     own = model.generation_config.eos_token_id
     own = [own] if isinstance(own, int) else own or []
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
