@@ -37,7 +37,7 @@ def refusing(what: str, value: object, remedy: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, KitError) or is_out_of_memory(error):
+        if isinstance(error, KitError) or type(error).__name__ == "OutOfMemoryError":
             raise
         reason = [*str(error.__cause__ or error).strip().splitlines(), f"nothing is there ({type(error).__name__})"][0][:200]
         raise KitError(f"{what}: {reason}", value=value, remedy=remedy) from error
