@@ -113,21 +113,19 @@ def base_or_tuned(model: PreTrainedModel | PeftModel, tuned: bool):
     return model.disable_adapter()
 
 
-def _config(tokenizer, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0, model=None, **more) -> GenerationConfig:
+def _config(model, tokenizer, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0, **more) -> GenerationConfig:
     """Only what is said here, greedy unless a temperature is given; ends with the tokenizer's end token or the model's own.
 
     A model's own sampling defaults are not mixed in: `models.load_base` has set them aside.
     """
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
-    ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    if model is not None:
-        ends["eos_token_id"] = brought.end_tokens(model, tokenizer)
+    ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": brought.end_tokens(model, tokenizer)}
     return GenerationConfig(max_new_tokens=max_new_tokens, **sampling, **ends, **more)
 
 
 def _greedy(model, tokenizer, encoded: dict[str, torch.Tensor], max_new_tokens: int) -> list[str]:
     """What a model writes after each encoded prompt when it always takes the most probable token."""
-    out = model.generate(**encoded, generation_config=_config(tokenizer, max_new_tokens, model=model))
+    out = model.generate(**encoded, generation_config=_config(model, tokenizer, max_new_tokens))
     return [t.strip() for t in tokenizer.batch_decode(out[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True)]
 
 
@@ -168,7 +166,7 @@ def stream(model: PeftModel, tokenizer, row: dict, settings, tuned: bool, stop: 
         try:
             torch.manual_seed(settings.seed)
             with base_or_tuned(model, tuned), torch.no_grad():
-                config = _config(tokenizer, settings.max_new_tokens, model=model, **sampling, **shown)
+                config = _config(model, tokenizer, settings.max_new_tokens, **sampling, **shown)
                 criteria = StoppingCriteriaList([stopped])
                 made.append(model.generate(**encoded, generation_config=config, streamer=streamer, stopping_criteria=criteria))
         except BaseException as error:  # handed to the caller below; a silent thread would leave it waiting
