@@ -1,6 +1,6 @@
 """An out-of-memory error that paged states avoid, on a CUDA card, with the very cells of notebook 05.
 
-    python benchmarks/avoided_oom.py        into notebooks/recorded/avoided_oom.json, which the notebook shows without a GPU
+    python benchmarks/avoided_oom.py        into qlora_nb/recorded/avoided_oom.json, which the notebook shows without a GPU
 
 A reader's run of the notebook writes nothing.
 """
@@ -12,10 +12,10 @@ import nbformat
 import provenance
 import torch
 
-from qlora_nb.engine.runs import recorded
+from qlora_nb import recorded
 
 NOTEBOOK = provenance.ROOT / "notebooks" / "05_paged_optimizers.ipynb"
-TARGET = provenance.ROOT / "notebooks" / "recorded" / "avoided_oom.json"
+TARGET = provenance.ROOT / "qlora_nb" / "recorded" / "avoided_oom.json"
 
 
 def run_cells(device: str, **names: object) -> dict[str, object]:
@@ -25,7 +25,7 @@ def run_cells(device: str, **names: object) -> dict[str, object]:
         device: where the tensors are made.
         **names: stand-ins for `torch`, `bnb` or `recorded`.
     """
-    space = {"torch": torch, "bnb": bnb, "recorded": recorded, "device": device} | names
+    space = {"torch": torch, "bnb": bnb, "recorded": recorded.read, "device": device} | names
     for cell in nbformat.read(NOTEBOOK, 4).cells:
         if "avoided-oom" in cell.metadata.get("tags", []):
             exec(cell.source, space)

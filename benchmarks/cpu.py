@@ -1,6 +1,6 @@
 """What fine-tuning costs on this CPU: against two recipes, lever by lever, and loading with and without the 4-bit copy.
 
-    python benchmarks/cpu.py [peers levers loading]     into benchmarks/results/ and notebooks/recorded/peers.json
+    python benchmarks/cpu.py [peers levers loading]     into benchmarks/results/ and qlora_nb/recorded/peers.json
 
 Everything that is compared runs in one process, one after the other in every round; medians over the rounds are reported.
 """
@@ -26,11 +26,14 @@ import peers
 import provenance
 import psutil
 
-from qlora_nb.engine import budget, data, evaluation, ledger, models, prequantized
-from qlora_nb.engine.profiles import validate
+from qlora_nb import sources
+from qlora_nb.answer import evaluate
+from qlora_nb.memory import estimates, ledger
+from qlora_nb.model import configs, data, load
+from qlora_nb.settings import validate
 
 TARGET = provenance.ROOT / "benchmarks" / "results" / "cpu.json"
-PEERS = provenance.ROOT / "notebooks" / "recorded" / "peers.json"
+PEERS = provenance.ROOT / "qlora_nb" / "recorded" / "peers.json"
 ROUNDS, STEPS = 5, 20
 
 
@@ -47,8 +50,8 @@ def median(values: list[float]) -> dict[str, object]:
 def peers_on_the_pocket_model() -> dict:
     """Tokens a second in short alternating runs, then one whole training each of the kit and the common recipe."""
     settings = validate({"max_steps": STEPS})
-    tokenizer = models.load_tokenizer(settings)
-    rows = data.encode(data.load(validate({}))[0], tokenizer, settings)
+    tokenizer = load.load_tokenizer(settings)
+    rows = data.tokenize_rows(data.load(validate({}))[0], tokenizer, settings)
     speeds = {"kit": [], "common": [], "pasted": []}
     for _ in range(ROUNDS):
         for name, found in speeds.items():
@@ -62,7 +65,7 @@ def peers_on_the_pocket_model() -> dict:
         started = time.perf_counter()
         _, model = quietly(getattr(peers, name), whole, rows, tokenizer)
         seconds = time.perf_counter() - started
-        found = quietly(evaluation.measure, model.eval(), tokenizer, data.load(whole)[1], whole)
+        found = quietly(evaluate.exact_match_by_kind, model.eval(), tokenizer, data.load(whole)[1], whole)
         ends[name] = {"seconds": seconds, "held_out_loss": found["loss"], "exact_match": found["exact_match"]["all"]}
         print(name, ends[name], flush=True)
     return {"tokens_per_s": {n: median(v) for n, v in speeds.items()}, "kit_times_as_fast_as": ratios, "whole_training": ends}
@@ -81,7 +84,7 @@ LEVERS = {
 def cost_of_levers(model_id: str, values: dict, n_rows: int, steps: int) -> dict:
     """Tokens a second with one setting changed, against the same without, alternating."""
     plain = validate({"model_id": model_id, "max_steps": steps, **values})
-    tokenizer = models.load_tokenizer(plain.model_copy(update={"model_id": "pocket"}))
+    tokenizer = load.load_tokenizer(plain.model_copy(update={"model_id": "pocket"}))
     rows = peers.random_rows(n_rows, len(tokenizer), plain.max_length, middle=60)
     speeds: dict[str, list[float]] = {"plain": [], **{name: [] for name in LEVERS}}
     for _ in range(3):
@@ -101,12 +104,12 @@ def loading(model_id: str) -> dict:
     """Seconds to load from 16-bit safetensors and from the 4-bit copy."""
     seconds = {"plain": [], "copy": []}
     with tempfile.TemporaryDirectory() as cache:
-        prequantized.CACHE = Path(cache)
-        quietly(models.load_base, validate({"model_id": model_id, "prequantized": True}))
+        sources.CACHE = Path(cache)
+        quietly(load.load_base, validate({"model_id": model_id, "prequantized": True}))
         for _ in range(ROUNDS):
             for name, keep in (("plain", False), ("copy", True)):
                 started = time.perf_counter()
-                quietly(models.load_base, validate({"model_id": model_id, "prequantized": keep}))
+                quietly(load.load_base, validate({"model_id": model_id, "prequantized": keep}))
                 seconds[name].append(time.perf_counter() - started)
     return {n: median(v) for n, v in seconds.items()} | {
         "copy_over_plain": round(statistics.median(c / p for c, p in zip(seconds["copy"], seconds["plain"])), 4)
@@ -118,7 +121,7 @@ def memory_of_loading(model_id: str) -> dict[str, int]:
     system's to give back), sampled every 5 ms, above what was there before and what the 4-bit model holds."""
     process, ended = psutil.Process(), threading.Event()
     anonymous = lambda: (info := process.memory_info()).rss - info.shared
-    quietly(models.load_base, validate({}))  # libraries and their own buffers
+    quietly(load.load_base, validate({}))  # libraries and their own buffers
     before, peak = anonymous(), [0]
 
     def sample():
@@ -127,16 +130,16 @@ def memory_of_loading(model_id: str) -> dict[str, int]:
 
     watcher = threading.Thread(target=sample, daemon=True)
     watcher.start()
-    held = ledger.measure(quietly(models.load_base, validate({"model_id": model_id}))).total_bytes
+    held = ledger.measure(quietly(load.load_base, validate({"model_id": model_id}))).total_bytes
     ended.set()
     watcher.join()
-    config = ledger.config_of(model_id)
-    largest = max(p.numel() for p in ledger.meta_model(config).parameters())
+    config = configs.config_of(model_id)
+    largest = max(p.numel() for p in configs.meta_model(config).parameters())
     return {
         "held": held,
         "besides": peak[0] - before - held,
         "largest_tensor_16_bit": 2 * largest,
-        "assumed": budget.host_bytes(config),
+        "assumed": estimates.host_bytes(config),
     }
 
 

@@ -1,6 +1,6 @@
 """pythia-12b's true shape with random weights on a CUDA card: peaks by lever, speed against two recipes, loading, answering.
 
-    python benchmarks/gpu.py                       into notebooks/recorded/gpu.json, which notebooks 06 and 07 show
+    python benchmarks/gpu.py                       into qlora_nb/recorded/gpu.json, which notebooks 06 and 07 show
     python benchmarks/gpu.py --shape 14m --out f   anywhere, also without a GPU: the same code, small
 
 Every measurement has a process of its own, so that the next one starts with an empty card. A peak is given three ways: allocated
@@ -25,10 +25,12 @@ import peers
 import provenance
 import torch
 
-from qlora_nb.engine import budget, cards, ledger, models
-from qlora_nb.engine.profiles import validate
+from qlora_nb import cards
+from qlora_nb.memory import budget, ledger
+from qlora_nb.model import device, load
+from qlora_nb.settings import validate
 
-TARGET = provenance.ROOT / "notebooks" / "recorded" / "gpu.json"
+TARGET = provenance.ROOT / "qlora_nb" / "recorded" / "gpu.json"
 LOW = {"head_4bit": True, "embedding_on_cpu": True, "optim": "paged_adamw_8bit"}
 PEAKS = {  # what is trained, three steps of full-length rows
     "r 64, 512 tokens, as profile full": {},
@@ -87,7 +89,7 @@ def settings_for(folder: str, **values):
 
 
 def tokenizer_for():
-    return models.load_tokenizer(validate({}))
+    return load.load_tokenizer(validate({}))
 
 
 def peak(folder: str, values: dict) -> dict:
@@ -111,11 +113,11 @@ def speed(folder: str, who: str) -> dict:
         return {"tokens_per_s": round(tokens_per_s, 1), **measured(watch)}
 
 
-def load(folder: str, keep: bool) -> dict:
+def load_seconds(folder: str, keep: bool) -> dict:
     """Seconds to load, from 16-bit safetensors or from the 4-bit copy."""
     started = time.perf_counter()
     with _Watch() as watch:
-        model = models.load_base(settings_for(folder, prequantized=keep))
+        model = load.load_base(settings_for(folder, prequantized=keep))
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return {"seconds": round(time.perf_counter() - started, 2), "held": ledger.measure(model).total_bytes, **measured(watch)}
@@ -128,8 +130,8 @@ def answer(folder: str, values: dict) -> dict:
     """
     settings = settings_for(folder, **{"max_length": 960, "max_new_tokens": 64, "r": 1, **values})
     with _Watch() as watch:
-        model = models.load_base(settings)
-        ids = torch.arange(3, 963, device=models.device())[None] % 900 + 3
+        model = load.load_base(settings)
+        ids = torch.arange(3, 963, device=device.compute_device())[None] % 900 + 3
         how = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 1}
         seconds = {}
         with torch.no_grad():
@@ -156,7 +158,7 @@ def answer(folder: str, values: dict) -> dict:
 
 def bandwidth(n: int = 2**28) -> float:
     """Bytes a second that this device really copies: read and write counted."""
-    source = torch.empty(n if torch.cuda.is_available() else n // 8, dtype=torch.uint8, device=models.device())
+    source = torch.empty(n if torch.cuda.is_available() else n // 8, dtype=torch.uint8, device=device.compute_device())
     target, seconds = torch.empty_like(source), []
     for _ in range(5):
         started = time.perf_counter()
@@ -186,7 +188,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.one:
         kind, *arguments = json.loads(given.one)
-        print(json.dumps({"peak": peak, "speed": speed, "load": load, "answer": answer}[kind](*arguments)))
+        print(json.dumps({"peak": peak, "speed": speed, "load": load_seconds, "answer": answer}[kind](*arguments)))
         return
     if not torch.cuda.is_available() and given.shape == parser.get_default("shape"):
         raise SystemExit("no CUDA device here: try --shape 14m --out FILE")

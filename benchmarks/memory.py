@@ -25,8 +25,10 @@ import provenance
 import torch
 from transformers import AutoModelForCausalLM
 
-from qlora_nb.engine import activations, budget, ledger, models, objective, training
-from qlora_nb.engine.profiles import validate
+from qlora_nb.memory import budget, ledger, profiler
+from qlora_nb.model import configs, load, sliced_loss
+from qlora_nb.settings import validate
+from qlora_nb.train import attach
 
 TARGET = provenance.ROOT / "benchmarks" / "results" / "memory.json"
 SHAPES = [(1, 64), (4, 128), (1, 512)]
@@ -40,7 +42,7 @@ def weigh_a_step(model, rows: int, tokens: int, loss_chunk: int) -> int:
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
     if rows > 1:
         inputs["attention_mask"][0, -3:] = 0
-    with activations.weigh() as moved, objective.sliced_head(model, loss_chunk) if loss_chunk else nullcontext() as loss:
+    with profiler.measure_peak() as moved, sliced_loss.sliced_head(model, loss_chunk) if loss_chunk else nullcontext() as loss:
         (loss(model(**inputs), ids) if loss_chunk else model(**inputs, labels=ids).loss).backward()
     model.zero_grad(set_to_none=True)
     return moved.peak_bytes
@@ -54,7 +56,7 @@ def peaks(model_id: str) -> list[dict]:
         settings = validate({"model_id": model_id, "per_device_train_batch_size": rows, **values})
         lines = budget.peak(budget.plan_of(settings, on_gpu=False))
         predicted = lines.sum((ledger.GRADIENTS, budget.KEPT, budget.WORK))
-        model = training.attach_adapter(models.load_base(settings), settings).train()
+        model = attach.attach_adapter(load.load_base(settings), settings).train()
         measured = weigh_a_step(model, rows, tokens, loss_chunk)
         found.append({"rows": rows, "tokens": tokens, **values, "predicted": predicted, "measured": measured})
         found[-1]["off_percent"] = round(100 * (predicted / measured - 1), 2)
@@ -67,7 +69,7 @@ def static(model_id: str) -> list[dict]:
     found = []
     for double_quant, (optim, kind) in itertools.product((True, False), OPTIMIZERS.items()):
         settings = validate({"model_id": model_id, "double_quant": double_quant, "optim": optim})
-        model = training.attach_adapter(models.load_base(settings), settings).train()
+        model = attach.attach_adapter(load.load_base(settings), settings).train()
         optimizer = kind([p for p in model.parameters() if p.requires_grad])
         ids = torch.arange(5, 17).reshape(1, 12)
         model(input_ids=ids, labels=ids).loss.backward()
@@ -90,7 +92,7 @@ def main() -> None:
             if name not in ("pocket", "smollm2"):
                 model_id = str(Path(folder) / f"pythia-{name}")
                 torch.manual_seed(0)
-                config = ledger.pythia_config(name)
+                config = configs.pythia_config(name)
                 AutoModelForCausalLM.from_config(config, dtype=torch.float16).save_pretrained(model_id)
             results[name] = {"static": static(model_id), "peaks": peaks(model_id)}
     worst = max(abs(row["off_percent"]) for model in results.values() for row in model["peaks"])

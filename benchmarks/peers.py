@@ -17,8 +17,11 @@ import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 
-from qlora_nb.engine import data, ledger, models, runs, training
-from qlora_nb.engine.profiles import Settings
+from qlora_nb import sources
+from qlora_nb.model import configs, device, load, sliced_loss
+from qlora_nb.record import runs
+from qlora_nb.settings import Settings
+from qlora_nb.train import attach, trainer
 
 OPTIONS = {"optim", "learning_rate", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "max_steps", "seed"}
 
@@ -38,25 +41,25 @@ class _Clock(TrainerCallback):
 
 def kit(settings: Settings, rows: datasets.Dataset, tokenizer) -> tuple[float, torch.nn.Module]:
     """Tokens a second of `training.finetune` (with its record keeping), and the trained model."""
-    model = training.attach_adapter(models.load_base(settings), settings)
+    model = attach.attach_adapter(load.load_base(settings), settings)
     with tempfile.TemporaryDirectory() as folder:
         run = runs.Run(settings.model_copy(update={"output_dir": folder}), "peers")
-        result = training.finetune(model, tokenizer, rows, settings, run, lambda step: None)
+        result = trainer.finetune(model, tokenizer, rows, settings, run, lambda step: None)
     return result["tokens_per_s"], model
 
 
 def recipe(settings: Settings, rows: datasets.Dataset, tokenizer, pasted: bool = False) -> tuple[float, torch.nn.Module]:
     """Tokens a second of the common recipe, or of the one often pasted, and the trained model."""
     settings = settings.model_copy(update={"compute_dtype": "bfloat16"}) if pasted else settings
-    dtype, on_gpu = models.compute_dtype(settings.compute_dtype), torch.cuda.is_available()
-    how = {"dtype": dtype, "quantization_config": models.quantization_config(settings), "device_map": {"": models.device()}}
-    base = AutoModelForCausalLM.from_pretrained(models.model_path(settings.model_id), **how)
+    dtype, on_gpu = device.compute_dtype(settings.compute_dtype), torch.cuda.is_available()
+    how = {"dtype": dtype, "quantization_config": load.quantization_config(settings), "device_map": {"": device.compute_device()}}
+    base = AutoModelForCausalLM.from_pretrained(sources.model_path(settings.model_id), **how)
     model = prepare_model_for_kbit_training(base, gradient_checkpointing_kwargs={"use_reentrant": False})
     lora = settings.model_dump(include={"r", "lora_alpha", "lora_dropout"})
     torch.manual_seed(settings.seed)
     model = get_peft_model(model, LoraConfig(**lora, target_modules="all-linear", task_type="CAUSAL_LM"))
     how = {"padding": "max_length", "max_length": settings.max_length} if pasted else {}
-    pad, seen, clock = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=data.IGNORED, **how), [], _Clock()
+    pad, seen, clock = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=sliced_loss.IGNORED, **how), [], _Clock()
 
     def collate(batch):
         seen.append(sum(len(row["input_ids"]) for row in batch))
@@ -96,8 +99,8 @@ def random_pythia(size: str, folder: Path) -> str:
     target = folder / f"random-pythia-{size}"
     if not (target / "config.json").is_file():
         torch.manual_seed(0)
-        with torch.device(models.device()):
-            model = AutoModelForCausalLM.from_config(ledger.pythia_config(size), dtype=torch.float16)
+        with torch.device(device.compute_device()):
+            model = AutoModelForCausalLM.from_config(configs.pythia_config(size), dtype=torch.float16)
         model.save_pretrained(target, max_shard_size="4GB")
     return str(target)
 
@@ -108,5 +111,5 @@ def random_rows(n: int, vocabulary: int, longest: int, middle: int = 85, seed: i
     for _ in range(n):
         length = min(longest, max(24, int(middle * random.lognormvariate(0, 0.6))))
         ids = [random.randrange(3, vocabulary - 1) for _ in range(length)]
-        rows.append({"input_ids": ids, "labels": [data.IGNORED] * (length // 2) + ids[length // 2 :]})
+        rows.append({"input_ids": ids, "labels": [sliced_loss.IGNORED] * (length // 2) + ids[length // 2 :]})
     return datasets.Dataset.from_list(rows)

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from qlora_nb.engine import environment, runs
+from qlora_nb import machine
+from qlora_nb.record import files, runs
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -24,13 +25,13 @@ def provenance(seeds: tuple[int, ...] = ()) -> dict:
         status = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=False)
         clean = not status.stdout.strip() if status.returncode == 0 else None
     with suppress(PackageNotFoundError):  # the kit is not installed, only on the path
-        versions = {version.package: version.installed for version in environment.versions() if version.installed}
-    machine = asdict(environment.machine(ROOT))
+        versions = {version.package: version.installed for version in machine.versions() if version.installed}
+    hardware = asdict(machine.this_machine(ROOT))
     return {
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "commit": runs._commit(),
         "clean": clean,  # False: the commit does not say all
-        "hardware": {k: machine[k] for k in ("cpu", "n_cores", "ram_bytes", "gpus", "python", "system")},
+        "hardware": {k: hardware[k] for k in ("cpu", "n_cores", "ram_bytes", "gpus", "python", "system")},
         "versions": versions,
         "threads": torch.get_num_threads(),
         "seeds": list(seeds),
@@ -40,5 +41,5 @@ def provenance(seeds: tuple[int, ...] = ()) -> dict:
 def write(path: Path, record: dict) -> None:
     """One JSON file, written whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    runs.write_atomically(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    files.write_atomically(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     print(f"written: {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}")

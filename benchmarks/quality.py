@@ -1,6 +1,6 @@
 """What a datatype does to a model: loss unquantized and in five 4-bit datatypes, over the same texts.
 
-    python benchmarks/quality.py            pocket and smollm2, into notebooks/recorded/quality_smollm2.json
+    python benchmarks/quality.py            pocket and smollm2, into qlora_nb/recorded/quality_smollm2.json
     python benchmarks/quality.py --rows alpaca_data.json.xz     also on real answers; losses alone are written
 
 Every linear weight inside the blocks is replaced by what is left of it after quantizing (blocks of 64), so any difference
@@ -20,10 +20,12 @@ from pathlib import Path
 import provenance
 import torch
 
-from qlora_nb.engine import data, models, profiles, quality
+from qlora_nb.answer import quality
+from qlora_nb.model import data, load
+from qlora_nb.settings import resolve
 from qlora_nb.theory import blockwise, codebooks, double_quant
 
-TARGET = provenance.ROOT / "notebooks" / "recorded" / "quality_smollm2.json"
+TARGET = provenance.ROOT / "qlora_nb" / "recorded" / "quality_smollm2.json"
 SEEDS = (0, 1, 2)
 E2M1 = torch.tensor([-6.0, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 6]) / 6
 WAYS = {
@@ -36,7 +38,7 @@ WAYS = {
 
 def over_seeds(name: str, model, tokenizer, pocket: bool, seeds: tuple[int, ...]) -> quality.Quality:
     """`quality.measure` with every seed; all samples in one record."""
-    found = [quality.measure(name, model, tokenizer, pocket, seed) for seed in seeds]
+    found = [quality.assess(name, model, tokenizer, pocket, seed) for seed in seeds]
     return quality.Quality(name, sum((q.losses for q in found), ()), sum((q.recall for q in found), ()))
 
 
@@ -66,8 +68,8 @@ def main() -> int:
     record, started = provenance.provenance(SEEDS) | {"blocksize": 64, "models": {}}, time.time()
     for model_id in options.only or ["pocket", "smollm2"]:
         print(model_id, flush=True)
-        settings = profiles.resolve({"profile": "tiny" if model_id == "pocket" else model_id})
-        model, tokenizer = models.load_base(settings, four_bit=False), models.load_tokenizer(settings)
+        settings = resolve({"profile": "tiny" if model_id == "pocket" else model_id})
+        model, tokenizer = load.load_base(settings, four_bit=False), load.load_tokenizer(settings)
         pocket = model_id == "pocket"
         seeds = SEEDS[:1] if pocket else SEEDS  # the facts are the same for every seed
         records = compare(model, lambda name: over_seeds(name, model, tokenizer, pocket, seeds))  # noqa: B023

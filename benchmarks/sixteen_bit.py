@@ -1,6 +1,6 @@
 """The paper's claim tested: is an adapter on a 4-bit base as good as one on the unrounded base? Same rows, seeds and steps.
 
-    python benchmarks/sixteen_bit.py pocket 0 1 2 3 4             into notebooks/recorded/sixteen_bit_pocket.json
+    python benchmarks/sixteen_bit.py pocket 0 1 2 3 4             into qlora_nb/recorded/sixteen_bit_pocket.json
     QLORA_NB_DATASET=alpaca.json python benchmarks/sixteen_bit.py smollm2 0 1 2
 
 The unrounded base is float32 here, the upper bound of any 16-bit one. What is reported is the paired difference (4-bit minus
@@ -22,8 +22,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import provenance
 
-from qlora_nb.engine import data, evaluation, models, runs, training
-from qlora_nb.engine.profiles import validate
+from qlora_nb.answer import evaluate
+from qlora_nb.model import data, load
+from qlora_nb.record import runs
+from qlora_nb.settings import validate
+from qlora_nb.train import attach, trainer
 
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 """Student's t for a two-sided 95 % interval, by degrees of freedom."""
@@ -31,13 +34,13 @@ T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8
 
 def trained(settings, four_bit: bool) -> dict[str, float]:
     """Held-out loss and exact match (where there is one) after a whole training."""
-    tokenizer, base = models.load_tokenizer(settings), models.load_base(settings, four_bit=four_bit)
+    tokenizer, base = load.load_tokenizer(settings), load.load_base(settings, four_bit=four_bit)
     rows, held_out = data.load(settings)
-    model = training.attach_adapter(base, settings)
+    model = attach.attach_adapter(base, settings)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         run = runs.Run(settings.model_copy(update={"output_dir": folder}), "sixteen_bit")
-        training.finetune(model, tokenizer, data.encode(rows, tokenizer, settings), settings, run, lambda step: None)
-        found = evaluation.measure(model, tokenizer, held_out, settings)
+        trainer.finetune(model, tokenizer, data.tokenize_rows(rows, tokenizer, settings), settings, run, lambda step: None)
+        found = evaluate.exact_match_by_kind(model, tokenizer, held_out, settings)
     return {"loss": found["loss"], **({"exact_match": found["exact_match"]["all"]} if found["exact_match"] else {})}
 
 
@@ -50,7 +53,7 @@ def interval(differences: list[float]) -> dict[str, object]:
 
 def main() -> None:
     profile = {"pocket": "tiny"}.get(sys.argv[1], sys.argv[1])
-    target = provenance.ROOT / "notebooks" / "recorded" / f"sixteen_bit_{sys.argv[1]}.json"
+    target = provenance.ROOT / "qlora_nb" / "recorded" / f"sixteen_bit_{sys.argv[1]}.json"
     known = json.loads(target.read_text())["by_seed"] if target.is_file() else {}
     given = {"profile": profile, "save_steps": 0}
     if profile != "tiny" and os.environ.get("QLORA_NB_DATASET"):

@@ -26,9 +26,14 @@ import provenance
 import torch
 from bitsandbytes import functional as bnb
 
-from qlora_nb.engine import ledger, models, profiles
+from qlora_nb import cards
+from qlora_nb.lessons import n02, n03, n05
+from qlora_nb.memory import ledger, step_sizes
+from qlora_nb.model import load
+from qlora_nb.model.linear_layers import dense_weight, linear_layers
+from qlora_nb.settings import resolve
 from qlora_nb.theory import blockwise, codebooks, lora
-from qlora_nb.ui import lora_plots, paging_plots, quant_plots, widgets
+from qlora_nb.ui import widgets
 
 TARGET = provenance.ROOT / "benchmarks" / "results" / "theory.json"
 N_WEIGHTS, ROUNDS, REDRAWS, SEED = 2**22, 15, 24, 0
@@ -95,20 +100,20 @@ def widgets_of(notebook: str, names: dict[str, object]) -> list:
 
 def panels() -> dict[str, object]:
     """Every widget of notebooks 02 to 05 with the arguments it has there in profile tiny."""
-    settings = profiles.resolve({})
-    layers = models.linear_layers(models.load_base(settings, four_bit=False))
-    weight = models.dense_weight(next(iter(layers.values())))
+    settings = resolve({})
+    layers = linear_layers(load.load_base(settings, four_bit=False))
+    weight = dense_weight(next(iter(layers.values())))
     update = torch.randn(weight.shape, generator=torch.Generator().manual_seed(SEED))
     a_best, b_best = lora.best_rank(update, min(update.shape))
-    budget = int(settings.gpu_gib * ledger.GIB)
-    plain, paged = (ledger.longest_pass(settings.pythia, settings.r, budget, paged=p) for p in (False, True))
-    paging_plots.paged_shares((settings.r,))  # notebook 05 counts every Pythia in a figure, before a reader moves anything
+    budget = int(settings.gpu_gib * cards.GIB)
+    plain, paged = (step_sizes.longest_pass(settings.pythia, settings.r, budget, paged=p) for p in (False, True))
+    n05.paged_shares((settings.r,))  # notebook 05 counts every Pythia in a figure, before a reader moves anything
     names = {"settings": settings, "shown": update, "A_best": a_best, "B_best": b_best, "SIZES": SIZES}
     names |= {"corner": weight[:256] / weight.std(), "CODES": ["NF4", "AF4", "FP4", "INT4"], "tokens": 2048}
     usual, spike = int(0.95 * plain), plain + max(1, (paged - plain) // 2)
-    steps = [ledger.step_sizes(settings.pythia, settings.r, n) for n in (usual, usual, usual, spike, usual, usual)]
-    names |= {"own": ledger.step_sizes(settings.pythia, settings.r, 2048), "steps": steps}
-    names |= {"lora_plots": lora_plots, "paging_plots": paging_plots, "quant_plots": quant_plots}
+    steps = [step_sizes.step_sizes(settings.pythia, settings.r, n) for n in (usual, usual, usual, spike, usual, usual)]
+    names |= {"own": step_sizes.step_sizes(settings.pythia, settings.r, 2048), "steps": steps}
+    names |= {"n02": n02, "n03": n03, "n05": n05}
     titles = {
         "02": ("what is left of an update", "trained numbers"),
         "03": ("number line", "error map"),

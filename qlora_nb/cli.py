@@ -44,25 +44,25 @@ Profile = Annotated[str, typer.Option(help="tiny, smollm2, t4 or full")]
 @app.command()
 def doctor() -> None:
     """This machine, its packages, the profile that fits. Exits with 1 if a package is missing or outside its range."""
-    from qlora_nb.engine import cards, environment, runs
+    from qlora_nb import cards, machine, sources
 
     with suppress(ImportError, OSError):
         importlib.import_module("torch")  # once loaded it says itself which cards it can use
-    here = environment.machine()
-    for what, how_much in environment.describe(here).items():
+    here = machine.this_machine()
+    for what, how_much in machine.describe(here).items():
         print(f"{what:10} {how_much}")
     if here.gpu_remedy:
         print(f"{'remedy':10} {here.gpu_remedy}")
     for line in cards.remarks(here.gpus, here.system):
         print(line)
-    constraints = runs.project_root() / "constraints.txt"
+    constraints = sources.project_root() / "constraints.txt"
     pins = constraints.read_text() if constraints.is_file() else ""
-    versions = environment.versions()
+    versions = machine.versions()
     for version in versions:
         pin = re.search(rf"^{version.package}==([^\s;]+)", pins, re.MULTILINE)
         tested = f"tested with {pin[1]}" if pin and pin[1] != str(version.installed).split("+")[0] else ""
         print(f"  {version.package:18} {version.installed or '-':12} {version.problem or tested or 'ok'}")
-    print(f"hub: {environment.hub_endpoint()} {'can' if environment.hub_is_reachable() else 'cannot'} be reached")
+    print(f"hub: {sources.hub_endpoint()} {'can' if sources.hub_is_reachable() else 'cannot'} be reached")
     print(f"take this profile: {_fitting_profile(here)}")
     raise typer.Exit(1 if any(version.problem for version in versions) else 0)
 
@@ -71,36 +71,38 @@ def doctor() -> None:
 def fetch(what: Annotated[str, typer.Argument(help="smollm2, or a hub model such as EleutherAI/pythia-410m")],
           dataset: Annotated[bool, typer.Option("--dataset", help="the name is a data set's")] = False) -> None:  # fmt: skip
     """Download a model or a data set ahead. Run it again after a cut: whole files are kept."""
-    from qlora_nb.engine import fetch as door
+    from qlora_nb.model import fetch
 
     if what == "smollm2":
-        door.fetch_smollm2()
+        fetch.fetch_smollm2()
     else:
-        door.fetch_repo(what, "dataset" if dataset else "model")
+        fetch.fetch_repo(what, "dataset" if dataset else "model")
 
 
 @app.command(context_settings=_PARAMETERS)
 def plan(ctx: typer.Context, profile: Profile = "tiny",
          gpu_gib: Annotated[float | None, typer.Option(help="memory of the card you mean (GiB)")] = None) -> None:  # fmt: skip
     """Every byte of a run's fullest moment before anything is loaded, and what would lower it. Parameters: -p NAME VALUE."""
-    from qlora_nb.engine import profiles
+    from qlora_nb.settings import validate
 
-    settings = profiles.validate({"profile": profile, **_parameters(ctx.args), "gpu_gib": gpu_gib})
-    from qlora_nb.engine import budget, shapes
+    settings = validate({"profile": profile, **_parameters(ctx.args), "gpu_gib": gpu_gib})
+    from qlora_nb import sources
+    from qlora_nb.memory import budget, estimates
+    from qlora_nb.model import configs
 
-    config, on_gpu = budget.ledger.config_of(settings.model_id), gpu_gib is not None or None
+    config, on_gpu = configs.config_of(settings.model_id), gpu_gib is not None or None
     train = budget.peak(budget.plan_of(settings, True, config, on_gpu))
     print(train, budget.peak(budget.plan_of(settings, False, config, on_gpu)), sep="\n\n", end="\n\n")
-    size = shapes.download_bytes(settings.model_id)
+    size = sources.download_bytes(settings.model_id)
     print(f"download and disk: {f'{size / 1e9:.1f} GB' if size else 'nothing, or known only to the hub'}")
-    print(f"host memory while loading onto a GPU: {budget.host_bytes(config) / 2**30:.1f} GiB (assumed)")
-    rate, where = budget.operations_per_s(), "here: operations over this device's measured float32 rate"
+    print(f"host memory while loading onto a GPU: {estimates.host_bytes(config) / 2**30:.1f} GiB (assumed)")
+    rate, where = estimates.operations_per_s(), "here: operations over this device's measured float32 rate"
     if gpu_gib is not None:
-        rate, where = budget.T4_OPERATIONS_PER_S, "on a T4: operations over a quarter (assumed) of its published rate"
-    least_s = settings.max_steps * budget.step_flops(budget.plan_of(settings, True, config)) / rate
+        rate, where = estimates.T4_OPERATIONS_PER_S, "on a T4: operations over a quarter (assumed) of its published rate"
+    least_s = settings.max_steps * estimates.step_flops(budget.plan_of(settings, True, config)) / rate
     print(f"time: {settings.max_steps} steps take at least {least_s / 3600:.2g} h {where}")
     print(budget.advice(settings, gpu_gib))
-    for lever in budget.levers(settings, config, on_gpu):
+    for lever in budget.options(settings, config, on_gpu):
         print(f"  lever: {lever}")
     print(settings.papermill_line())
     raise typer.Exit(1 if gpu_gib is not None and train.total_gib > gpu_gib else 0)
@@ -112,21 +114,22 @@ def generate(ctx: typer.Context, profile: Profile = "tiny",
              out: Annotated[str, typer.Option(help="a .jsonl for the answers; called again it goes on [printed]")] = "",
              base: Annotated[bool, typer.Option("--base", help="without the adapter")] = False) -> None:  # fmt: skip
     """Answer prompts greedily with the tuned model, in batches. Parameters: -p NAME VALUE, as -p adapter runs/…/adapter."""
-    from qlora_nb.engine import profiles
+    from qlora_nb.settings import resolve
 
-    settings = profiles.resolve({"profile": profile, **_parameters(ctx.args)})
-    from qlora_nb.engine import generation, models
+    settings = resolve({"profile": profile, **_parameters(ctx.args)})
+    from qlora_nb.answer import adapters, generate
+    from qlora_nb.model import load
 
-    rows = generation.read_rows(prompts, settings.columns) if prompts else [generation.row_of(p) for p in settings.prompts]
-    tokenizer, model = models.load_tokenizer(settings), models.load_base(settings)
+    rows = generate.read_rows(prompts, settings.columns) if prompts else [generate.row_of(p) for p in settings.prompts]
+    tokenizer, model = load.load_tokenizer(settings), load.load_base(settings)
     if not base:
-        folder, where_from = generation.find_adapter(settings)
-        model = generation.load_adapter(model, folder)
+        folder, where_from = adapters.find_adapter(settings)
+        model = adapters.load_adapter(model, folder)
         print(where_from)
     if out:
-        print(f"{generation.answer_file(model, tokenizer, rows, Path(out), settings)} of {len(rows)} answered into {out}")
+        print(f"{generate.answer_file(model, tokenizer, rows, Path(out), settings)} of {len(rows)} answered into {out}")
         return
-    for row, text in zip(rows, generation.answer_all(model, tokenizer, rows, settings), strict=True):
+    for row, text in zip(rows, generate.answer_all(model, tokenizer, rows, settings), strict=True):
         print(f"{row['instruction']}\n    {text!r}")
 
 
@@ -136,19 +139,19 @@ def run(ctx: typer.Context, profile: Profile = "tiny",
         out: Annotated[str | None, typer.Option(help="folder for everything written [runs]")] = None,
         resume: Annotated[str, typer.Option(help="latest, or a sequence folder to go on with")] = "no") -> None:  # fmt: skip
     """Execute the notebooks in order and write a report. Parameters as papermill takes them: -p NAME VALUE."""
-    from qlora_nb.engine import batch
+    from qlora_nb.batch import sequence
 
     given = {"profile": profile, **({"output_dir": str(Path(out).absolute())} if out else {}), **_parameters(ctx.args)}
-    summary = batch.run_sequence(given, [part.strip() for part in only.split(",")] if only else None, resume=resume)
+    summary = sequence.run_sequence(given, [part.strip() for part in only.split(",")] if only else None, resume=resume)
     raise typer.Exit(0 if summary["status"] == "done" else 1)
 
 
 @app.command()
 def lab(no_browser: Annotated[bool, typer.Option("--no-browser", help="only copy the notebooks")] = False) -> None:
     """JupyterLab on your own copies in my_notebooks/, without outputs, so that your guess comes before the answer."""
-    from qlora_nb.engine import runs
+    from qlora_nb import sources
 
-    root = runs.project_root()
+    root = sources.project_root()
     copy_for_learning(root / "notebooks", root / "my_notebooks")
     if not no_browser:
         raise typer.Exit(subprocess.call([sys.executable, "-m", "jupyter", "lab", "my_notebooks"], cwd=root))
@@ -158,17 +161,18 @@ def copy_for_learning(source: Path, target: Path) -> list[Path]:
     """Copy notebooks without outputs; a copy that is already there is the learner's own and is never touched."""
     import nbformat
 
-    from qlora_nb.engine import batch, runs
+    from qlora_nb.batch import sequence
+    from qlora_nb.record import files
 
-    notebooks, fresh = batch.choose(source), []
-    with runs.writing(target, "make room there, or remove what is in the way"):
+    notebooks, fresh = sequence.choose(source), []
+    with files.writing(target, "make room there, or remove what is in the way"):
         target.mkdir(exist_ok=True)
         for path in notebooks:
             copy = target / path.name
             if copy.exists():
                 print(f"kept your {copy.name} (remove it to get a fresh copy)")
                 continue
-            notebook = batch.read_notebook(path)
+            notebook = sequence.read_notebook(path)
             for cell in notebook.cells:
                 if cell.cell_type == "code":
                     cell.outputs, cell.execution_count = [], None
@@ -191,12 +195,13 @@ def _parameters(args: list[str]) -> dict[str, object]:
 
 
 def _fitting_profile(here) -> str:
-    from qlora_nb.engine import budget, profiles
+    from qlora_nb.memory import preflight
+    from qlora_nb.settings import validate
 
     for name in ("full", "t4") if here.gpus else ():
-        settings = profiles.validate({"profile": name})
+        settings = validate({"profile": name})
         with suppress(KitError):
-            budget.require_fit(settings, here)
+            preflight.require_fit(settings, here)
             return f"{name} ({settings.model_id}), or any smaller one"
     return "tiny (ships with the kit); smollm2 after `qlora-nb fetch smollm2`"
 

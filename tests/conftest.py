@@ -37,7 +37,7 @@ def toy(tmp_path):
         parameters = nbformat.v4.new_code_cell('profile: str = "tiny"  # world', metadata={"tags": ["parameters"]})
         cells = [nbformat.v4.new_markdown_cell(f"# Toy {name}"), parameters, *map(nbformat.v4.new_code_cell, code)]
         if results:
-            source = "from qlora_nb.engine.runs import key_results\nkey_results({'answer': 42})"
+            source = "from qlora_nb.record.runs import key_results\nkey_results({'answer': 42})"
             cells.append(nbformat.v4.new_code_cell(source, metadata={"tags": ["key-results"]}))
         notebook = nbformat.v4.new_notebook(cells=cells)
         notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
@@ -88,13 +88,13 @@ def listener():
 @pytest.fixture(scope="session")
 def papermill_pass(tmp_path_factory):
     """All notebooks once, in order, in profile tiny, with every way to a network leading to a listener: what all checks share."""
-    from qlora_nb.engine import batch
+    from qlora_nb.batch import sequence
 
     listener = Listener()
     out = tmp_path_factory.mktemp("pass")
     home = out / "hub"  # an empty cache: nothing that was fetched earlier can help
     try:
-        summary = batch.run_sequence(
+        summary = sequence.run_sequence(
             {"profile": "tiny", "output_dir": str(out)}, extra_env=listener.environment() | {"HF_HOME": str(home)}
         )
     finally:

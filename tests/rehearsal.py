@@ -19,15 +19,21 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qlora_nb.engine import environment, models, training
+from qlora_nb import cards, machine
+from qlora_nb.model import device
+from qlora_nb.train import trainer
 
 GIB = 2**30
 
 
 def card(
-    monkeypatch, capability: tuple[int, int] = (7, 5), cards: int = 1, total_bytes: int = 15 * GIB, free_bytes: int | None = None
+    monkeypatch,
+    capability: tuple[int, int] = (7, 5),
+    n_cards: int = 1,
+    total_bytes: int = 15 * GIB,
+    free_bytes: int | None = None,
 ) -> SimpleNamespace:
-    """Let the kit, and the kit alone, see `cards` NVIDIA cards; everything is computed on the CPU.
+    """Let the kit, and the kit alone, see `n_cards` NVIDIA cards; everything is computed on the CPU.
 
     The libraries see none: of torch.cuda only what the kit itself calls is stood in for.
 
@@ -35,7 +41,7 @@ def card(
         `emptied`: how often the allocator's cache was given back; `scalers`: how many gradient scalers were made.
     """
     seen = SimpleNamespace(emptied=0, scalers=0)
-    gpu = environment.Gpu("rehearsed card", total_bytes, total_bytes if free_bytes is None else free_bytes, capability)
+    gpu = cards.Gpu("rehearsed card", total_bytes, total_bytes if free_bytes is None else free_bytes, capability)
 
     def empty_cache() -> None:
         seen.emptied += 1
@@ -52,18 +58,18 @@ def card(
     }
     for name, function in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, function)
-    monkeypatch.setattr(environment, "gpus", lambda: (gpu,) * cards)
-    monkeypatch.setattr(models, "on_gpu", lambda: True)
-    monkeypatch.setattr(models, "device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(machine, "gpus", lambda: (gpu,) * n_cards)
+    monkeypatch.setattr(device, "on_gpu", lambda: True)
+    monkeypatch.setattr(device, "compute_device", lambda: torch.device("cpu"))
 
-    arguments_class = training.TrainingArguments
+    arguments_class = trainer.TrainingArguments
 
     def arguments(**options):
         made = arguments_class(**options)
-        made._n_gpu = 0 if options["use_cpu"] else cards  # what transformers finds on such a machine
+        made._n_gpu = 0 if options["use_cpu"] else n_cards  # what transformers finds on such a machine
         return made
 
-    monkeypatch.setattr(training, "TrainingArguments", arguments)
+    monkeypatch.setattr(trainer, "TrainingArguments", arguments)
 
     begin = accelerate.Accelerator.__init__
 

@@ -18,8 +18,9 @@ from contextlib import suppress
 
 import torch
 
-from qlora_nb.engine import checkpoints, data, models, training
-from qlora_nb.engine.profiles import validate
+from qlora_nb.model import data, load
+from qlora_nb.settings import validate
+from qlora_nb.train import attach, checkpoints, trainer
 
 SMALL = {"max_steps": 12, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "train_rows": 48, "max_length": 96}
 
@@ -28,9 +29,9 @@ def main(folder: str, resume: str, hurt: str) -> None:
     how, _, at = hurt.partition("@")
     at = int(at or 0)
     settings = validate({**SMALL, "lora_dropout": 0.1, "output_dir": folder, "save_steps": 4, "resume": resume, "eval_rows": 1})
-    tokenizer, model = models.load_tokenizer(settings), models.load_base(settings)
-    model = training.attach_adapter(model, settings)
-    rows = data.encode(data.load(settings)[0], tokenizer, settings)
+    tokenizer, model = load.load_tokenizer(settings), load.load_base(settings)
+    model = attach.attach_adapter(model, settings)
+    rows = data.tokenize_rows(data.load(settings)[0], tokenizer, settings)
     run = checkpoints.start(settings, "06_resume")
 
     def report(step: dict) -> None:
@@ -58,15 +59,15 @@ def main(folder: str, resume: str, hurt: str) -> None:
         return forward(*args, **kwargs)
 
     model.get_base_model().forward = hurt_inside
-    save = training._Trainer._save_rng_state
+    save = trainer.QLoRATrainer._save_rng_state
 
     def save_and_hurt(self, output_dir):
         if self.state.global_step == at and how == "kill-save":
             os.kill(os.getpid(), signal.SIGKILL)
         return save(self, output_dir)
 
-    training._Trainer._save_rng_state = save_and_hurt
-    result = training.finetune(model, tokenizer, rows, settings, run, report)
+    trainer.QLoRATrainer._save_rng_state = save_and_hurt
+    result = trainer.finetune(model, tokenizer, rows, settings, run, report)
     weights = b"".join(p.detach().numpy().tobytes() for n, p in sorted(model.named_parameters()) if p.requires_grad)
     run.finish("interrupted" if result["stopped"] else "done")
     print(json.dumps({"losses": result["losses"], "adapter": hashlib.sha256(weights).hexdigest(), "folder": str(run.folder)}))

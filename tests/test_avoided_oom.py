@@ -13,6 +13,8 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import avoided_oom
 
+from qlora_nb import recorded
+
 FREE, TOTAL, HELD = 64 * 2**20, 256 * 2**20, 2**20
 
 
@@ -119,13 +121,12 @@ def test_the_script_writes_a_record_that_the_notebook_can_tell(card, monkeypatch
     monkeypatch.setattr(avoided_oom, "bnb", SimpleNamespace(optim=SimpleNamespace(**made)))
     cells = avoided_oom.run_cells
     monkeypatch.setattr(avoided_oom, "run_cells", lambda device: cells("cpu"))
-    monkeypatch.setattr(avoided_oom, "TARGET", tmp_path / "notebooks" / "recorded" / "avoided_oom.json")
+    monkeypatch.setattr(recorded, "FOLDER", tmp_path)
+    monkeypatch.setattr(avoided_oom, "TARGET", tmp_path / "avoided_oom.json")
     assert avoided_oom.main() == 0
     record = json.loads(avoided_oom.TARGET.read_text())
     assert record["avoided"]["PagedAdamW32bit"]["finishes"]
     assert {"date", "commit", "hardware", "versions", "seeds", "numel", "total_bytes"} <= record.keys()
-    (tmp_path / "pyproject.toml").write_text("")
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     capsys.readouterr()
     avoided_oom.run_cells("cpu")

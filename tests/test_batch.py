@@ -14,12 +14,13 @@ import nbformat
 import psutil
 import pytest
 
-from qlora_nb.engine import batch, report, runs
+from qlora_nb.batch import report, sequence
 from qlora_nb.errors import KitError
+from qlora_nb.record import runs
 
 DIES = (
-    "import os, signal\nfrom qlora_nb.engine import profiles, runs\n"
-    "run = runs.Run(profiles.validate({'output_dir': output_dir}), '02_dies')\nos.kill(os.getpid(), signal.SIGKILL)"
+    "import os, signal\nfrom qlora_nb.record import runs\nfrom qlora_nb.settings import validate\n"
+    "run = runs.Run(validate({'output_dir': output_dir}), '02_dies')\nos.kill(os.getpid(), signal.SIGKILL)"
 )
 WIDGET_FAILS = "import ipywidgets as W\nout = W.Output()\nwith out:\n    1 / 0\nout"
 PICTURE = "import matplotlib.pyplot as plt\n_ = plt.plot([0, 1])"
@@ -27,7 +28,7 @@ PICTURE = "import matplotlib.pyplot as plt\n_ = plt.plot([0, 1])"
 
 def run(folder, tmp_path, **more):
     lines = []
-    summary = batch.run_sequence({"output_dir": str(tmp_path / "out")}, notebooks=folder, say=lines.append, **more)
+    summary = sequence.run_sequence({"output_dir": str(tmp_path / "out")}, notebooks=folder, say=lines.append, **more)
     return summary, lines
 
 
@@ -130,17 +131,17 @@ def test_report_escapes_everything(tmp_path):
 )
 def test_stored_errors(output, expected):
     plain = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("x", outputs=[output])])
-    assert [e in f for e, f in zip(expected, batch.stored_errors(plain), strict=True)] == [True] * len(expected)
+    assert [e in f for e, f in zip(expected, sequence.stored_errors(plain), strict=True)] == [True] * len(expected)
     state = {"application/vnd.jupyter.widget-state+json": {"state": {"id": {"state": {"outputs": [output]}}}}}
     hidden = nbformat.v4.new_notebook(metadata={"widgets": state})
-    assert len(batch.stored_errors(hidden)) == len(expected)
+    assert len(sequence.stored_errors(hidden)) == len(expected)
     allowed = nbformat.v4.new_code_cell("x", outputs=[output], metadata={"tags": ["raises-exception"]})
-    assert batch.stored_errors(nbformat.v4.new_notebook(cells=[allowed])) == []
+    assert sequence.stored_errors(nbformat.v4.new_notebook(cells=[allowed])) == []
 
 
 def test_refusals_come_before_any_process(toy, tmp_path, monkeypatch):
     folder = toy("01_good", "1")
-    monkeypatch.setattr(batch.subprocess, "Popen", lambda *a, **k: pytest.fail("a process was started"))
+    monkeypatch.setattr(sequence.subprocess, "Popen", lambda *a, **k: pytest.fail("a process was started"))
     (tmp_path / "a file").write_text("")
     for parameters, only, expected in (
         ({"max_stepz": 3}, None, "did you mean max_steps"),
@@ -151,9 +152,9 @@ def test_refusals_come_before_any_process(toy, tmp_path, monkeypatch):
         ({"output_dir": str(tmp_path / "a file")}, None, "cannot be written to"),
     ):
         with pytest.raises(KitError, match=expected):
-            batch.run_sequence(parameters, only=only, notebooks=folder)
+            sequence.run_sequence(parameters, only=only, notebooks=folder)
     with pytest.raises(KitError, match="no notebooks found"):
-        batch.run_sequence({"output_dir": str(tmp_path)}, notebooks=tmp_path)
+        sequence.run_sequence({"output_dir": str(tmp_path)}, notebooks=tmp_path)
 
 
 @pytest.mark.parametrize("record", ["[]", "null", '{"status": "running"}', '{"parameters": 7}', "{", ""])
@@ -163,9 +164,9 @@ def test_a_summary_that_is_none_is_no_unfinished_sequence(toy, tmp_path, record)
     (folder / "summary.json").write_text(record)
     for resume in ("latest", str(folder)):
         with pytest.raises(KitError, match="no unfinished sequence"):
-            batch.run_sequence({"output_dir": str(tmp_path / "out")}, notebooks=toy("01_good", "1"), resume=resume)
+            sequence.run_sequence({"output_dir": str(tmp_path / "out")}, notebooks=toy("01_good", "1"), resume=resume)
     with pytest.raises(KitError, match="goes on with the notebooks it began with"):
-        batch.run_sequence({"output_dir": str(tmp_path / "out")}, ["01"], notebooks=toy("01_good", "1"), resume="latest")
+        sequence.run_sequence({"output_dir": str(tmp_path / "out")}, ["01"], notebooks=toy("01_good", "1"), resume="latest")
 
 
 def test_a_notebook_that_cannot_be_read_stops_nothing_but_is_told(toy, tmp_path):
@@ -173,32 +174,32 @@ def test_a_notebook_that_cannot_be_read_stops_nothing_but_is_told(toy, tmp_path)
     folder = toy("01_good", "1")
     (folder / "02_broken.ipynb").write_text('{"cells": [')
     with pytest.raises(KitError, match="this is no notebook"):
-        batch.run_sequence({"output_dir": str(tmp_path)}, notebooks=folder)
-    outcome = batch.Outcome("01_good", exit_code=-15)
+        sequence.run_sequence({"output_dir": str(tmp_path)}, notebooks=folder)
+    outcome = sequence.Outcome("01_good", exit_code=-15)
     cut = tmp_path / "cut.ipynb"
     cut.write_text('{"cells": [')
-    batch._take_out_secrets(cut, tmp_path / "none")
-    assert "cut.ipynb is cut off: papermill was ended while it wrote" in batch._judge(outcome, cut, tmp_path / "none", "")
+    sequence._take_out_secrets(cut, tmp_path / "none")
+    assert "cut.ipynb is cut off: papermill was ended while it wrote" in sequence._judge(outcome, cut, tmp_path / "none", "")
 
 
 def test_a_path_means_the_folder_the_user_is_in(toy, tmp_path, monkeypatch):
     (tmp_path / "rows.json").write_text(json.dumps([{"instruction": "a", "output": "b"}] * 9))
     monkeypatch.chdir(tmp_path)
     given = {"output_dir": str(tmp_path / "out"), "dataset": "rows.json", "model_id": "pocket"}
-    summary = batch.run_sequence(given, notebooks=toy("01_good", "1"), say=lambda line: None)
+    summary = sequence.run_sequence(given, notebooks=toy("01_good", "1"), say=lambda line: None)
     assert summary["parameters"]["dataset"] == str(tmp_path / "rows.json")
     assert summary["parameters"]["model_id"] == "pocket"
 
 
 def test_a_foreign_kernel_is_refused(tmp_path, monkeypatch):
-    batch.require_own_kernel()
+    sequence.require_own_kernel()
     spec = tmp_path / "kernels" / "python3"
     spec.mkdir(parents=True)
     (spec / "kernel.json").write_text(json.dumps({"argv": ["/elsewhere/python", "-f", "{connection_file}"], "display_name": "x"}))
     monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "0")
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
     with pytest.raises(KitError, match="another Python"):
-        batch.require_own_kernel()
+        sequence.require_own_kernel()
 
 
 def wait_for(condition, seconds=90):
@@ -223,8 +224,8 @@ def long(toy, tmp_path):
     sleep = f"import os, pathlib, time\npathlib.Path({str(pid)!r}).write_text(str(os.getpid()))\nprint('before the sleep')"
     folder = toy("02_long", sleep, f"while not pathlib.Path({str(tmp_path / 'go')!r}).exists():\n    time.sleep(0.1)")
     program = (
-        "from pathlib import Path; from qlora_nb.engine import batch\n"
-        f"batch.run_sequence({{'output_dir': {str(tmp_path / 'out')!r}}}, notebooks=Path({str(folder)!r}))"
+        "from pathlib import Path; from qlora_nb.batch import sequence\n"
+        f"sequence.run_sequence({{'output_dir': {str(tmp_path / 'out')!r}}}, notebooks=Path({str(folder)!r}))"
     )
 
     def start():
@@ -264,29 +265,29 @@ def test_a_killed_sequence_leaves_no_kernel_and_is_gone_on_with(long, tmp_path):
     process, kernel, folder = long()
     given = {"output_dir": str(tmp_path / "out")}
     with pytest.raises(KitError, match="another process writes"):  # two never mix
-        batch.run_sequence(given, notebooks=folder, say=print, resume="latest")
+        sequence.run_sequence(given, notebooks=folder, say=print, resume="latest")
     process.kill()
     process.wait(60)
     assert wait_for(lambda: is_gone(kernel), 30), "papermill and its kernel outlive a batch that was killed"
-    (sequence,) = (tmp_path / "out").glob("tiny/sequence-*")
-    partial = nbformat.read(sequence / "02_long.ipynb", 4)
+    (written,) = (tmp_path / "out").glob("tiny/sequence-*")
+    partial = nbformat.read(written / "02_long.ipynb", 4)
     assert "before the sleep" in str([c.get("outputs") for c in partial.cells]), "what was done can be read"
     record = record_of(tmp_path)
     assert (record["status"], [o["status"] for o in record["notebooks"]]) == ("running", ["done"])
-    kept = (sequence / "01_short.ipynb").stat().st_mtime_ns
+    kept = (written / "01_short.ipynb").stat().st_mtime_ns
     with pytest.raises(KitError, match="seed was None, is 3"):
-        batch.run_sequence({**given, "seed": 3}, notebooks=folder, resume="latest")
+        sequence.run_sequence({**given, "seed": 3}, notebooks=folder, resume="latest")
     with pytest.raises(KitError, match="no unfinished sequence"):
-        batch.run_sequence(given, notebooks=folder, resume=str(tmp_path))
+        sequence.run_sequence(given, notebooks=folder, resume=str(tmp_path))
     (tmp_path / "go").touch()
     lines = []
-    summary = batch.run_sequence(given, notebooks=folder, say=lines.append, resume="latest")
-    assert summary["folder"] == str(sequence)
+    summary = sequence.run_sequence(given, notebooks=folder, say=lines.append, resume="latest")
+    assert summary["folder"] == str(written)
     assert (summary["status"], [o["status"] for o in summary["notebooks"]]) == ("done", ["done", "done"])
-    assert (sequence / "01_short.ipynb").stat().st_mtime_ns == kept, "what was done is not done again"
+    assert (written / "01_short.ipynb").stat().st_mtime_ns == kept, "what was done is not done again"
     assert any("01_short" in line and "is done already" in line for line in lines)
     with pytest.raises(KitError, match="no unfinished sequence"):
-        batch.run_sequence(given, notebooks=folder, resume="latest")
+        sequence.run_sequence(given, notebooks=folder, resume="latest")
 
 
 @pytest.mark.slow
@@ -319,10 +320,10 @@ def test_a_changed_notebook_is_not_kept(toy, tmp_path):
     folder = toy("01_a", "print(1)")
     toy("02_b", "1 / 0")
     given = {"output_dir": str(tmp_path / "out")}
-    first = batch.run_sequence(given, notebooks=folder, say=lambda line: None)
+    first = sequence.run_sequence(given, notebooks=folder, say=lambda line: None)
     assert [o["status"] for o in first["notebooks"]] == ["done", "failed"]
     (folder / "01_a.ipynb").write_text((folder / "01_a.ipynb").read_text().replace("print(1)", "print(2)"))
-    again = batch.run_sequence(given, notebooks=folder, say=lambda line: None, resume=first["folder"])
+    again = sequence.run_sequence(given, notebooks=folder, say=lambda line: None, resume=first["folder"])
     assert [o["status"] for o in again["notebooks"]] == ["done", "failed"]
     assert "2\\n" in (tmp_path / "out" / "tiny" / first["folder"].rsplit("/")[-1] / "01_a.ipynb").read_text()
 
@@ -330,7 +331,7 @@ def test_a_changed_notebook_is_not_kept(toy, tmp_path):
 def test_parameters_reach_the_notebook_as_numbers(toy, tmp_path):
     folder = toy("01_types", "print(repr(learning_rate), repr(double_quant), repr(prompts))")
     given = {"output_dir": str(tmp_path / "ö ut"), "learning_rate": "2e-4", "double_quant": "false", "prompts": "ünï: #x"}
-    summary = batch.run_sequence(given, notebooks=folder, say=lambda line: None)
+    summary = sequence.run_sequence(given, notebooks=folder, say=lambda line: None)
     assert summary["status"] == "done", summary["notebooks"]
     (executed,) = (tmp_path / "ö ut").glob("tiny/sequence-*/01_types.ipynb")
     assert "0.0002 False ['ünï: #x']" in executed.read_text(encoding="utf-8")

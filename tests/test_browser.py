@@ -95,9 +95,9 @@ class Lab:
         raise TimeoutError(f"nothing after {seconds} s: {last}")
 
     def close(self) -> None:
-        from qlora_nb.engine.batch import stop_tree
+        from qlora_nb.batch import sequence
 
-        stop_tree(self.process.pid)
+        sequence.stop_tree(self.process.pid)
         self.process.wait(10)
         self.log.close()
 

@@ -10,20 +10,22 @@ from nbconvert import HTMLExporter
 from test_browser import ERROR, browser, chromium, lab, open_and_run  # noqa: F401  (fixtures)
 from test_security import PAYLOADS
 
-from qlora_nb.engine import report
-from qlora_nb.engine.profiles import validate
-from qlora_nb.ui import training_plots
+from qlora_nb.batch import report
+from qlora_nb.lessons import n06
+from qlora_nb.settings import validate
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 PAYLOAD = "<script>window.hurt = 1</script><img src=x onerror='window.hurt=2'> **bold** \x1b[31mred"
 SOURCE = """import time
-from qlora_nb.engine import generation, models
-from qlora_nb.engine.profiles import validate
+from qlora_nb.answer import adapters
+from qlora_nb.model import load
+from qlora_nb.pocket import ADAPTER_DIR
+from qlora_nb.settings import validate
 from qlora_nb.ui import panels
 settings = validate({"adapter": "pocket", "max_new_tokens": 80})
-tokenizer = models.load_tokenizer(settings)
+tokenizer = load.load_tokenizer(settings)
 tokenizer.eos_token_id = None  # answers as long as max_new_tokens, so that there is something to stop
-model = generation.load_adapter(models.load_base(settings), generation.ADAPTER_DIR)
+model = adapters.load_adapter(load.load_base(settings), ADAPTER_DIR)
 slow = model.get_base_model().register_forward_pre_hook(lambda *_: time.sleep(0.15))  # as slow as a larger model
 chat = panels.SideBySide(model, tokenizer, settings)
 chat.box"""
@@ -110,7 +112,7 @@ def test_what_a_model_answers_stays_inert(lab, browser, payload):  # noqa: F811
 def test_the_report_and_an_export_stay_inert(tmp_path, browser):  # noqa: F811
     """Every payload in every place a page has for text: answers printed, tables, masks, problems, results, names."""
     settings = [validate({"prompts": [text], "model_id": "pocket"}) for text in PAYLOADS]
-    pages = [part for s, text in zip(settings, PAYLOADS) for part in (s._repr_html_(), training_plots.label_mask([text], [True]))]
+    pages = [part for s, text in zip(settings, PAYLOADS) for part in (s._repr_html_(), n06.label_mask([text], [True]))]
     outputs = [nbformat.v4.new_output("stream", text="\n".join(PAYLOADS))]
     outputs += [nbformat.v4.new_output("display_data", data={"text/html": page, "text/plain": "x"}) for page in pages]
     outputs += [nbformat.v4.new_output("error", ename="KitError", evalue=text, traceback=[text]) for text in PAYLOADS]

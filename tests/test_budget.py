@@ -13,22 +13,35 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, GPTNeoXConfig
 from typer.testing import CliRunner
 
+from qlora_nb import cards, machine, settings
 from qlora_nb.cli import app
-from qlora_nb.engine import activations, budget, ledger, models, profiles, runs, shapes, training
-from qlora_nb.engine.environment import GIB, Gpu, Machine
-from qlora_nb.engine.profiles import validate
 from qlora_nb.errors import KitError
+from qlora_nb.memory import budget, dry_run, estimates, ledger, preflight, published
+from qlora_nb.model import configs, load
+from qlora_nb.pythia import PYTHIA
+from qlora_nb.record import runs
+from qlora_nb.settings import PROFILES, validate
+from qlora_nb.train import attach, trainer
 
 FULL = validate({"profile": "full"})
 
 
 def machine_with(gib):
-    return Machine("cpu", 2, 32 * GIB, 16 * GIB, 100 * GIB, (Gpu(f"card {gib}", gib * GIB, gib * GIB, (8, 6)),), "3.12", "Linux")
+    return machine.Machine(
+        "cpu",
+        2,
+        32 * cards.GIB,
+        16 * cards.GIB,
+        100 * cards.GIB,
+        (cards.Gpu(f"card {gib}", gib * cards.GIB, gib * cards.GIB, (8, 6)),),
+        "3.12",
+        "Linux",
+    )
 
 
 @pytest.fixture(scope="module")
 def config():
-    return ledger.pythia_config("12b")
+    return configs.pythia_config("12b")
 
 
 def test_12b_line_by_line_by_hand(config):
@@ -38,7 +51,7 @@ def test_12b_line_by_line_by_hand(config):
     assert found[ledger.STATES] == 8 * 188_743_680
     assert found[budget.KEPT] == 36 * 512 * 5120 * 2
     moving = found.sum((ledger.GRADIENTS, budget.KEPT, budget.WORK))
-    assert found[budget.CUDA] == budget.CONTEXT_BYTES + int(0.05 * moving)
+    assert found[budget.CUDA] == cards.CONTEXT_BYTES + int(0.05 * moving)
     assert 10.0 < found.total_gib < 10.7  # facts: 10.7 to 11.3 at r 16 and 1,280 tokens with whole logits
     assert all(line.source for line in found.lines)
     answering = budget.peak(budget.plan_of(FULL.model_copy(update={"max_length": 960}), False, config, on_gpu=True))
@@ -53,7 +66,7 @@ def test_the_ranges_of_the_reference_for_12b(config):
         return budget.peak(budget.plan_of(validate({"profile": "full", **changes}), True, config, on_gpu=True)).total_gib
 
     upcast = budget.plan_of(validate({"profile": "full", "max_length": 1280, "loss_chunk": 0}), True, config, on_gpu=True)
-    step = activations.Step(1, 1280, 64, rest_dtype=torch.float32, dtype=torch.bfloat16)
+    step = dry_run.Step(1, 1280, 64, rest_dtype=torch.float32, dtype=torch.bfloat16)
     whole = budget.peak(budget.Plan(config, step, accumulation=16)).total_gib
     assert 12.8 - 0.5 < whole < 13.4
     assert budget.peak(upcast).total_gib < whole - 0.9
@@ -61,15 +74,15 @@ def test_the_ranges_of_the_reference_for_12b(config):
 
 
 def test_every_size_is_predicted_in_two_seconds():
-    for size in (*shapes.PYTHIA,):
+    for size in (*PYTHIA,):
         start = time.perf_counter()
-        found = budget.peak(budget.plan_of(FULL, True, ledger.pythia_config(size), on_gpu=True))
+        found = budget.peak(budget.plan_of(FULL, True, configs.pythia_config(size), on_gpu=True))
         assert time.perf_counter() - start < 2
-        assert found.total_bytes > budget.CONTEXT_BYTES
+        assert found.total_bytes > cards.CONTEXT_BYTES
 
 
 def test_a_lever_saves_what_it_says(config):
-    found = budget.levers(FULL, config, on_gpu=True)
+    found = budget.options(FULL, config, on_gpu=True)
     now = budget.peak(budget.plan_of(FULL, True, config, on_gpu=True)).total_bytes
     assert found
     for lever in found:
@@ -78,40 +91,40 @@ def test_a_lever_saves_what_it_says(config):
     assert found[0].changes == {"optim": "paged_adamw_8bit"}  # free levers first, then those that change the result
     assert {"r": 16} in [lever.changes for lever in found[1:]]
     greedy = validate({"profile": "full", "loss_chunk": 0, "gradient_checkpointing": False, "per_device_train_batch_size": 4})
-    first = budget.levers(greedy, config, on_gpu=True)[0]
+    first = budget.options(greedy, config, on_gpu=True)[0]
     assert "gradient_checkpointing" in first.changes or "per_device_train_batch_size" in first.changes
 
 
 def test_the_largest_pythia_for_a_card_and_its_levers():
-    assert budget.largest_pythia(FULL, 8 * GIB, train=True)[0] == "6.9b"
-    size, found, pulled = budget.largest_pythia(FULL, 8 * GIB, train=True, pull=True)
+    assert budget.largest_pythia(FULL, 8 * cards.GIB, train=True)[0] == "6.9b"
+    size, found, pulled = budget.largest_pythia(FULL, 8 * cards.GIB, train=True, pull=True)
     assert size == "12b"
     assert {"r": 16} in [lever.changes for lever in pulled]
     assert found.total_gib <= 8
-    assert budget.largest_pythia(FULL, 0.1 * GIB, train=False) is None
-    assert budget.largest_pythia(FULL, 12 * GIB, train=True)[0] == "12b"
+    assert budget.largest_pythia(FULL, 0.1 * cards.GIB, train=False) is None
+    assert budget.largest_pythia(FULL, 12 * cards.GIB, train=True)[0] == "12b"
 
 
 def test_a_run_that_cannot_fit_is_refused_with_the_levers_that_help():
-    budget.require_fit(FULL, machine_with(24))
+    preflight.require_fit(FULL, machine_with(24))
     with pytest.raises(
         KitError, match=r"pythia-12b does not fit this GPU: fine-tuning is predicted to need 10\.\d GiB"
     ) as refused:
-        budget.require_fit(FULL, machine_with(8))
+        preflight.require_fit(FULL, machine_with(8))
     assert "r=16" in refused.value.remedy
     assert "GiB" in refused.value.remedy
     with pytest.raises(KitError, match=r"does not fit this GPU: answering") as refused:
-        budget.require_fit(FULL, machine_with(6), train=False)
+        preflight.require_fit(FULL, machine_with(6), train=False)
     assert 'model_id="EleutherAI/pythia-' in refused.value.remedy
 
 
 def test_an_out_of_memory_error_becomes_a_ledger_and_a_lever(tmp_path, monkeypatch):
     settings = validate({"max_steps": 3, "output_dir": str(tmp_path), "per_device_train_batch_size": 4})
-    tokenizer = models.load_tokenizer(settings)
-    model = training.attach_adapter(models.load_base(settings), settings)
-    from qlora_nb.engine import data
+    tokenizer = load.load_tokenizer(settings)
+    model = attach.attach_adapter(load.load_base(settings), settings)
+    from qlora_nb.model import data
 
-    rows, calls = data.encode(data.load(settings)[0], tokenizer, settings), []
+    rows, calls = data.tokenize_rows(data.load(settings)[0], tokenizer, settings), []
     base = model.get_base_model()
     forward = base.forward
 
@@ -125,7 +138,7 @@ def test_an_out_of_memory_error_becomes_a_ledger_and_a_lever(tmp_path, monkeypat
     monkeypatch.setattr(base, "forward", runs_out)
     run = runs.Run(settings, "06_finetune_pythia_12b")
     with pytest.raises(KitError, match=r"memory ran out.*Tried to allocate 2.00 GiB.*held at that moment") as refused:
-        training.finetune(model, tokenizer, rows, settings, run, lambda step: None)
+        trainer.finetune(model, tokenizer, rows, settings, run, lambda step: None)
     assert "per_device_train_batch_size" not in refused.value.remedy  # that was done already
     assert "saves" in refused.value.remedy
     assert isinstance(refused.value.__cause__, torch.OutOfMemoryError)
@@ -136,13 +149,13 @@ def test_an_out_of_memory_error_becomes_a_ledger_and_a_lever(tmp_path, monkeypat
 
 
 def test_predicted_is_measured_after_two_steps(tmp_path):
-    from qlora_nb.engine import data
+    from qlora_nb.model import data
 
     settings = validate({"max_steps": 2, "output_dir": str(tmp_path), "per_device_train_batch_size": 4, "optim": "adamw_8bit"})
-    tokenizer = models.load_tokenizer(settings)
-    model = training.attach_adapter(models.load_base(settings), settings)
-    rows = data.encode(data.load(settings)[0], tokenizer, settings)
-    result = training.finetune(model, tokenizer, rows, settings, runs.Run(settings, "06_test"), lambda step: None)
+    tokenizer = load.load_tokenizer(settings)
+    model = attach.attach_adapter(load.load_base(settings), settings)
+    rows = data.tokenize_rows(data.load(settings)[0], tokenizer, settings)
+    result = trainer.finetune(model, tokenizer, rows, settings, runs.Run(settings, "06_test"), lambda step: None)
     n_rows, tokens, answers = result["shape"]
     changes = {"per_device_train_batch_size": n_rows, "max_length": tokens, "loss_chunk": answers}
     predicted = budget.peak(budget.plan_of(settings.model_copy(update=changes), on_gpu=False))
@@ -154,7 +167,7 @@ def test_predicted_is_measured_after_two_steps(tmp_path):
 
 
 def test_published_figures_follow_from_their_configurations():
-    found = {row["figure"].split(" (")[0]: row for row in budget.published_figures()}
+    found = {row["figure"].split(" (")[0]: row for row in published.published_figures()}
     off = {name: row["predicted"] / row["published"] - 1 for name, row in found.items()}
     assert len(found) == 10
     for name in ("pythia-12b, plain", "LLaMA-65B, full fine-tuning"):
@@ -189,7 +202,7 @@ def test_8_gb_are_enough_with_the_settings_that_the_readme_names():
     gib = lambda *some: budget.peak(budget.plan_of(validate({"profile": "full"} | dict(some)), on_gpu=True)).total_gib
     settings = [("optim", "paged_adamw_8bit"), ("embedding_on_cpu", True), ("head_4bit", True), ("r", 16)]
     assert min(gib(*two) for two in itertools.combinations(settings, 2)) > 7.6
-    fits, pulled = budget.make_fit(FULL, 7.6 * GIB)
+    fits, pulled = budget.make_fit(FULL, 7.6 * cards.GIB)
     assert len(pulled) == 3
     assert (fits.optim, fits.embedding_on_cpu, fits.r) == ("paged_adamw_8bit", True, 16)
     [row] = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `full` |")]
@@ -201,7 +214,7 @@ def test_8_gb_are_enough_with_the_settings_that_the_readme_names():
 def test_the_recipe_of_06_says_what_each_setting_saves_alone():
     cells = nbformat.read(NOTEBOOKS / "06_finetune_pythia_12b.ipynb", 4).cells
     i = next(i for i, cell in enumerate(cells) if cell.source.startswith("recipe = {"))
-    names = {"budget": budget, "profiles": profiles, "pandas": pandas}
+    names = {"budget": budget, "profiles": settings, "pandas": pandas}
     exec(cells[i].source, names)
     numbers = {2: "Two", 3: "Three", 4: "Four", 5: "Five", 6: "Six"}
     assert f"{numbers[len(names['recipe'])]} settings take memory off" in cells[i - 1].source
@@ -214,7 +227,7 @@ def test_the_recipe_of_06_says_what_each_setting_saves_alone():
         "head in 4 bit": embedding * (2 - 4.127 / 8),
         "r = 16": (n_rank_64 - n_rank_16) * (16 + 4 * budget.SLACK),
     }
-    assert alone == pytest.approx({name: size / GIB for name, size in by_hand.items()}, abs=0.02)
+    assert alone == pytest.approx({name: size / cards.GIB for name, size in by_hand.items()}, abs=0.02)
     assert first["saves alone (GiB)"] == 0
     steps = [before["512 tokens (GiB)"] - row["512 tokens (GiB)"] for before, row in itertools.pairwise(names["rows"])]
     assert sum(alone.values()) > sum(steps) + 0.5, "they do not add up, as the text says"
@@ -235,14 +248,14 @@ def test_checkpointing_costs_half_as_many_operations_again():
         counts.append(counter.get_total_flops())
     assert 1.4 < counts[1] / counts[0] <= 1.5
     plain = validate({"profile": "full", "gradient_checkpointing": False})
-    lever = next(lever for lever in budget.levers(plain, on_gpu=True) if "gradient_checkpointing" in lever.changes)
+    lever = next(lever for lever in budget.options(plain, on_gpu=True) if "gradient_checkpointing" in lever.changes)
     assert lever.costs == "up to half as many operations again"
-    said = profiles.PROFILES["full"]["gradient_checkpointing"].reason
+    said = PROFILES["full"]["gradient_checkpointing"].reason
     without, with_it = (budget.peak(budget.plan_of(chosen, on_gpu=True)).total_gib for chosen in (plain, FULL))
     assert f"{without:.0f} GiB instead of {with_it:.0f}" in said
 
 
 def test_flops_by_hand():
-    config = ledger.pythia_config("12b")
-    plan = budget.Plan(config, activations.Step(1, 512, 16))
-    assert budget.step_flops(plan) == 2 * 512 * (3 * 11_324_620_800 + 2 * 50_688 * 5120)
+    config = configs.pythia_config("12b")
+    plan = budget.Plan(config, dry_run.Step(1, 512, 16))
+    assert estimates.step_flops(plan) == 2 * 512 * (3 * 11_324_620_800 + 2 * 50_688 * 5120)

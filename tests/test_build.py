@@ -167,14 +167,14 @@ def test_notebook_01_says_restart_when_an_install_changed_what_is_loaded(root, m
     """After an install into a running session the old module is still loaded: the very cell of notebook 01 names it."""
     import numpy
 
-    from qlora_nb.engine import environment
+    from qlora_nb import machine
 
     notebook = nbformat.read(root / "notebooks" / "01_setup.ipynb", 4)
     (source,) = [c.source for c in notebook.cells if c.cell_type == "code" and "if v.problem]" in c.source]
-    exec(source, {"environment": environment})
+    exec(source, {"environment": machine})
     assert "packages are in their ranges" in capsys.readouterr().out
     monkeypatch.setattr(numpy, "__version__", "1.99.0")
-    exec(source, {"environment": environment})
+    exec(source, {"environment": machine})
     said = capsys.readouterr().out
     assert "numpy: 1.99.0 is loaded but" in said
     assert "Colab: restart the runtime" in said

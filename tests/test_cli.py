@@ -92,9 +92,9 @@ def test_lab_says_why_it_cannot_copy(toy, tmp_path):
 
 
 def test_full_profile_is_refused_fast_without_a_gpu(root):
-    from qlora_nb.engine import environment
+    from qlora_nb import machine
 
-    if environment.gpus():
+    if machine.gpus():
         pytest.skip("this machine has a GPU")
     started = time.time()
     done = qlora_nb("run", "--profile", "full", cwd=root)
@@ -111,10 +111,10 @@ def test_doctor_lists_every_dependency():
 
 
 def test_doctor_exits_with_1_on_a_wrong_version(monkeypatch):
-    from qlora_nb.engine import environment
+    from qlora_nb import machine
 
-    wrong = environment.Version("peft", "0.1", ">=0.19", None)
-    monkeypatch.setattr(environment, "versions", lambda: [wrong])
+    wrong = machine.Version("peft", "0.1", ">=0.19", None)
+    monkeypatch.setattr(machine, "versions", lambda: [wrong])
     result = CliRunner().invoke(cli.app, ["doctor"])
     assert result.exit_code == 1
     assert "pip install 'peft>=0.19'" in result.output
@@ -134,18 +134,18 @@ def test_plan_adds_up():
 
 
 def test_run_exits_with_1_if_a_notebook_failed(monkeypatch):
-    from qlora_nb.engine import batch
+    from qlora_nb.batch import sequence
 
     for status, code in (("done", 0), ("failed", 1)):
-        monkeypatch.setattr(batch, "run_sequence", lambda *_, status=status, **__: {"status": status})
+        monkeypatch.setattr(sequence, "run_sequence", lambda *_, status=status, **__: {"status": status})
         assert CliRunner().invoke(cli.app, ["run", "-p", "r", "8"]).exit_code == code
 
 
 def test_parameters_are_collected(monkeypatch, tmp_path):
-    from qlora_nb.engine import batch
+    from qlora_nb.batch import sequence
 
     seen = []
-    monkeypatch.setattr(batch, "run_sequence", lambda *a, **more: seen.append((*a, more)) or {"status": "done"})
+    monkeypatch.setattr(sequence, "run_sequence", lambda *a, **more: seen.append((*a, more)) or {"status": "done"})
     arguments = [
         "run",
         "--only",
@@ -184,19 +184,19 @@ def test_a_learners_copy_is_kept(toy, tmp_path, capsys):
 
 
 def test_interrupt_exits_130(monkeypatch):
-    from qlora_nb.engine import batch
+    from qlora_nb.batch import sequence
 
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(batch, "run_sequence", stop)
+    monkeypatch.setattr(sequence, "run_sequence", stop)
     assert CliRunner().invoke(cli.app, ["run"]).exit_code == 130
 
 
 def test_only_the_kits_own_error_is_softened(monkeypatch):
-    from qlora_nb.engine import batch
+    from qlora_nb.batch import sequence
 
-    monkeypatch.setattr(batch, "run_sequence", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(sequence, "run_sequence", lambda *_, **__: 1 / 0)
     assert isinstance(CliRunner().invoke(cli.app, ["run"]).exception, ZeroDivisionError)
     with pytest.raises(KitError):
         cli._parameters(["x"])

@@ -10,14 +10,15 @@ import torch
 from typer.testing import CliRunner
 
 from qlora_nb import cli, pocket
-from qlora_nb.engine import data, evaluation, generation, models
-from qlora_nb.engine.profiles import validate
+from qlora_nb.answer import evaluate, generate
 from qlora_nb.errors import KitError
+from qlora_nb.model import data, load, sliced_loss
+from qlora_nb.settings import validate
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return models.load_tokenizer(validate({}))
+    return load.load_tokenizer(validate({}))
 
 
 def settings_for(path, **values):
@@ -35,27 +36,27 @@ ROWS = [{"instruction": f"Say {i}.", "input": "", "output": f"It is {i}."} for i
 def test_only_answer_and_end_token_train(tokenizer):
     settings = validate({"train_rows": 5})
     rows = data.load(settings)[0]
-    for row, encoded in zip(rows, data.encode(rows, tokenizer, settings), strict=True):
-        trained = [i for i, label in zip(encoded["input_ids"], encoded["labels"], strict=True) if label != data.IGNORED]
+    for row, encoded in zip(rows, data.tokenize_rows(rows, tokenizer, settings), strict=True):
+        trained = [i for i, label in zip(encoded["input_ids"], encoded["labels"], strict=True) if label != sliced_loss.IGNORED]
         assert trained[-1] == tokenizer.eos_token_id
         assert tokenizer.decode(trained[:-1]) == row["output"]
-        assert all(label in (data.IGNORED, i) for i, label in zip(encoded["input_ids"], encoded["labels"], strict=True))
+        assert all(label in (sliced_loss.IGNORED, i) for i, label in zip(encoded["input_ids"], encoded["labels"], strict=True))
         assert tokenizer.decode(encoded["input_ids"][: -len(trained)]) == data.prompt_of(row, settings.prompt_template)
 
 
 def test_padding_never_trains_and_is_not_the_end_token(tokenizer):
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
-    encoded = data.encode(data.load(validate({"train_rows": 20}))[0], tokenizer, validate({}))
+    encoded = data.tokenize_rows(data.load(validate({"train_rows": 20}))[0], tokenizer, validate({}))
     batch = data.collator(tokenizer)([encoded[i] for i in range(20)])
     padding = batch["attention_mask"] == 0
     assert padding.any()
-    assert (batch["labels"][padding] == data.IGNORED).all()
+    assert (batch["labels"][padding] == sliced_loss.IGNORED).all()
     assert (batch["input_ids"][padding] == tokenizer.pad_token_id).all()
 
 
 def test_a_long_answer_keeps_its_end_token(tokenizer, capsys):
     rows = data.datasets.Dataset.from_list([{"instruction": "Tell.", "input": "", "output": "Anna went home. " * 40}])
-    encoded = data.encode(rows, tokenizer, validate({"max_length": 80}))[0]
+    encoded = data.tokenize_rows(rows, tokenizer, validate({"max_length": 80}))[0]
     assert len(encoded["input_ids"]) == 80
     assert encoded["labels"][-1] == tokenizer.eos_token_id
     assert "1 of 1 answers cut to max_length=80" in capsys.readouterr().out
@@ -64,7 +65,7 @@ def test_a_long_answer_keeps_its_end_token(tokenizer, capsys):
 def test_no_row_left_is_refused(tokenizer):
     rows = data.datasets.Dataset.from_list(ROWS)
     with pytest.raises(KitError, match="raise max_length"):
-        data.encode(rows, tokenizer, validate({"max_length": 10}))
+        data.tokenize_rows(rows, tokenizer, validate({"max_length": 10}))
 
 
 def test_local_file_splits_the_same_way_for_every_seed(tmp_path):
@@ -454,20 +455,20 @@ def test_a_tree_begins_with_a_question_that_is_there(tmp_path, capsys, root):
     ],
 )
 def test_a_row_without_an_answer_is_asked(tmp_path, row, asked):
-    rows = generation.read_rows(str(write(tmp_path / "a.json", [row])), {})
+    rows = generate.read_rows(str(write(tmp_path / "a.json", [row])), {})
     assert rows == [{"instruction": asked[0], "input": asked[1]}]
 
 
 def test_turns_that_are_not_shown_are_counted(tmp_path, capsys):
     rows = [talk("user: Far?", "assistant: Yes."), talk("user: Near?", "assistant: No.", "user: Sure?", "assistant: Yes.")]
-    assert len(generation.read_rows(str(write(tmp_path / "a.json", rows)), {})) == 2
+    assert len(generate.read_rows(str(write(tmp_path / "a.json", rows)), {})) == 2
     said = capsys.readouterr().out
     assert said == "1 of 2 conversations are longer than their first exchange; turns not shown to the model: 2\n"
 
 
 def test_rows_that_cannot_be_asked_are_named_and_the_others_are_asked(tmp_path, capsys):
     path = write(tmp_path / "a.json", [{"prompt": " "}, {"prompt": "Far?"}, {"prompt": None}])
-    assert generation.read_rows(str(path), {}) == [{"instruction": "Far?", "input": ""}]
+    assert generate.read_rows(str(path), {}) == [{"instruction": "Far?", "input": ""}]
     assert "2 of 3 rows have no instruction (no turn by a user) and are left out: rows 0, 2" in capsys.readouterr().out
 
 
@@ -475,7 +476,7 @@ def test_rows_that_cannot_be_asked_are_named_and_the_others_are_asked(tmp_path, 
 def test_a_file_without_a_single_question_is_refused(tmp_path, row):
     path = write(tmp_path / "a.json", [row] * 2)
     with pytest.raises(KitError, match="no row of this file can be asked"):
-        generation.read_rows(str(path), {})
+        generate.read_rows(str(path), {})
     done = CliRunner().invoke(cli.app, ["generate", "--prompts", str(path), "-p", "adapter", "pocket"])
     assert done.exit_code == 2
 
@@ -507,9 +508,9 @@ def test_nothing_in_an_optional_column_is_the_empty_text(tmp_path, tokenizer, no
     train, held_out = data.load(settings)
     for row in [*train, *held_out]:
         assert row["input"] in ("", "So.")
-    evaluation.exact_match(evaluation.copy_baseline(list(train), list(held_out)), list(held_out))
-    assert len(data.encode(train, tokenizer, settings)) == len(train)
-    assert {row["input"] for row in generation.read_rows(str(path), {})} <= {"", "So."}
+    evaluate.exact_match(evaluate.copy_baseline(list(train), list(held_out)), list(held_out))
+    assert len(data.tokenize_rows(train, tokenizer, settings)) == len(train)
+    assert {row["input"] for row in generate.read_rows(str(path), {})} <= {"", "So."}
 
 
 def test_an_answer_that_is_nothing_is_left_out_of_any_type(tmp_path, capsys):
@@ -546,9 +547,9 @@ def test_a_special_token_in_the_text_is_counted(tokenizer, capsys, column, begin
         tokenizer.backend_tokenizer.post_processor = beginning
         assert tokenizer("a")["input_ids"][0] == tokenizer.eos_token_id
     rows = [*ROWS, ROWS[0] | {column: f"It is{tokenizer.pad_token}so."}]
-    data.encode(data.datasets.Dataset.from_list(rows), tokenizer, validate({}))
+    data.tokenize_rows(data.datasets.Dataset.from_list(rows), tokenizer, validate({}))
     assert f"1 of 9 rows write a special token in their text, as '{tokenizer.pad_token}'" in capsys.readouterr().out
-    data.encode(data.datasets.Dataset.from_list(ROWS), tokenizer, validate({}))
+    data.tokenize_rows(data.datasets.Dataset.from_list(ROWS), tokenizer, validate({}))
     assert "special token" not in capsys.readouterr().out
 
 
@@ -557,7 +558,8 @@ def test_a_special_token_in_the_text_is_counted(tokenizer, capsys, column, begin
 
 def encoded_rows(lengths, prompt=2):
     rows = [
-        {"input_ids": [10 + i] * n, "labels": [data.IGNORED] * prompt + [10 + i] * (n - prompt)} for i, n in enumerate(lengths)
+        {"input_ids": [10 + i] * n, "labels": [sliced_loss.IGNORED] * prompt + [10 + i] * (n - prompt)}
+        for i, n in enumerate(lengths)
     ]
     return data.datasets.Dataset.from_list(rows)
 
@@ -587,7 +589,7 @@ def test_order_follows_from_the_seed_and_the_rows_in_a_step_alone():
 
 def test_hardly_any_padding_is_left_on_the_kits_own_rows(tokenizer):
     settings = validate({})
-    encoded = data.encode(data.load(settings)[0], tokenizer, settings)
+    encoded = data.tokenize_rows(data.load(settings)[0], tokenizer, settings)
 
     def padding(rows):
         lengths = [len(ids) for ids in rows["input_ids"]]
@@ -611,7 +613,7 @@ def test_packs_hold_every_row_whole_and_once():
         for start, end in zip(starts, [*starts[1:], len(pack["input_ids"])], strict=True):
             ids, labels = pack["input_ids"][start:end], pack["labels"][start:end]
             assert pack["position_ids"][start:end] == list(range(end - start))
-            assert labels == [data.IGNORED] * 2 + ids[2:]
+            assert labels == [sliced_loss.IGNORED] * 2 + ids[2:]
             found.append((ids[0] - 10, len(ids)))
     assert sorted(found) == list(enumerate(LENGTHS))
 
@@ -621,15 +623,15 @@ def test_a_packed_row_is_computed_as_if_it_were_alone(tokenizer, packs_in_a_batc
     """Hidden states and loss of every row against the same row in a batch of its own."""
     import torch
 
-    from qlora_nb.engine import models, objective
+    from qlora_nb.model import load, sliced_loss
 
     settings = validate({"train_rows": 24})
-    model = models.load_base(settings)
-    rows = data.encode(data.load(settings)[0], tokenizer, settings)
+    model = load.load_base(settings)
+    rows = data.tokenize_rows(data.load(settings)[0], tokenizer, settings)
     packs, collate = data.pack(rows, 192), data.collator(tokenizer)
     assert len(packs) < len(rows) / 2
     totals = {}
-    with torch.no_grad(), objective.sliced_head(model, 64) as loss:
+    with torch.no_grad(), sliced_loss.sliced_head(model, 64) as loss:
         for name, them, n in (("alone", rows, 1), ("packed", packs, packs_in_a_batch)):
             totals[name] = 0.0
             for start in range(0, len(them), n):
@@ -643,7 +645,7 @@ def test_a_packed_row_is_computed_as_if_it_were_alone(tokenizer, packs_in_a_batc
 def test_rows_are_tokenized_once(tmp_path, tokenizer):
     """A later call, as in a kernel started anew, takes what lies in the cache of `datasets`."""
     settings = settings_for(write(tmp_path / "a.json", ROWS))
-    first, second = (data.encode(data.load(settings)[0], tokenizer, settings) for _ in range(2))
+    first, second = (data.tokenize_rows(data.load(settings)[0], tokenizer, settings) for _ in range(2))
     files = [file["filename"] for file in first.cache_files]
     assert files
     assert files == [file["filename"] for file in second.cache_files]
@@ -657,14 +659,14 @@ def test_an_end_token_behind_every_text_does_not_stand_before_the_answer():
     from tokenizers.processors import TemplateProcessing
 
     settings = settings_for("pocket")
-    plain, ending = models.load_tokenizer(settings), models.load_tokenizer(settings)
+    plain, ending = load.load_tokenizer(settings), load.load_tokenizer(settings)
     ending.backend_tokenizer.post_processor = TemplateProcessing(single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", 0)])
     assert ending("Anna")["input_ids"][-1] == ending.eos_token_id, "otherwise this tests nothing"
     rows = data.load(settings)[1].take(4)
-    assert data.encode(rows, ending, settings)[:] == data.encode(rows, plain, settings)[:]
+    assert data.tokenize_rows(rows, ending, settings)[:] == data.tokenize_rows(rows, plain, settings)[:]
     prompts = list(rows)
     model = types.SimpleNamespace(config=types.SimpleNamespace(max_position_embeddings=512), device="cpu")
-    with_end, without = (generation.encode(prompts, tokenizer, model, settings) for tokenizer in (ending, plain))
+    with_end, without = (generate.tokenize_prompts(prompts, tokenizer, model, settings) for tokenizer in (ending, plain))
     assert all(torch.equal(with_end[name], without[name]) for name in ("input_ids", "attention_mask"))
 
 

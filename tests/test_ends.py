@@ -6,8 +6,10 @@ import torch
 from test_activations import predicted_peak, weigh_a_step
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from qlora_nb.engine import budget, ends, ledger, models, objective, training
-from qlora_nb.engine.profiles import validate
+from qlora_nb.memory import budget, ledger
+from qlora_nb.model import configs, device, embeddings, load, sliced_loss
+from qlora_nb.settings import validate
+from qlora_nb.train import attach
 
 IDS = torch.arange(5, 45).reshape(2, 20)
 
@@ -16,7 +18,7 @@ IDS = torch.arange(5, 45).reshape(2, 20)
 def wide(tmp_path_factory):
     """Two layers of GPT-NeoX under pythia-70m's vocabulary: seven slices."""
     folder = tmp_path_factory.mktemp("wide")
-    config = ledger.pythia_config("70m")
+    config = configs.pythia_config("70m")
     config.num_hidden_layers = 2
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.float16).save_pretrained(folder)
@@ -25,11 +27,11 @@ def wide(tmp_path_factory):
 
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_every_slice_is_bitsandbytes_own_rounding(wide, double_quant):
-    plain = models.load_base(validate({"model_id": wide}))
-    sliced = models.load_base(validate({"model_id": wide, "head_4bit": True, "double_quant": double_quant}))
+    plain = load.load_base(validate({"model_id": wide}))
+    sliced = load.load_base(validate({"model_id": wide, "head_4bit": True, "double_quant": double_quant}))
     hidden = torch.randn(3, 512, generator=torch.Generator().manual_seed(0))
     rounded = []
-    for rows in plain.get_output_embeddings().weight.data.split(ends.SLICE):
+    for rows in plain.get_output_embeddings().weight.data.split(embeddings.SLICE):
         codes, state = bnb.quantize_4bit(rows, blocksize=64, quant_type="nf4", compress_statistics=double_quant)
         rounded.append(bnb.dequantize_4bit(codes, state))
     assert len(rounded) == 7
@@ -41,7 +43,7 @@ def test_every_slice_is_bitsandbytes_own_rounding(wide, double_quant):
 @pytest.mark.parametrize("values", [{}, {"double_quant": False}, {"quant_type": "fp4", "optim": "adamw_torch"}], ids=str)
 def test_predicted_bytes_are_the_measured_ones(wide, values):
     settings = validate({"model_id": wide, "head_4bit": True, **values})
-    model = training.attach_adapter(models.load_base(settings), settings)
+    model = attach.attach_adapter(load.load_base(settings), settings)
     measured, predicted = ledger.measure(model), ledger.predict(settings)
     still = [name for name in ledger.ORDER if name not in (ledger.GRADIENTS, ledger.STATES)]
     assert {name: measured[name] for name in still} == {name: predicted[name] for name in still}
@@ -53,7 +55,7 @@ def test_predicted_bytes_are_the_measured_ones(wide, values):
 @pytest.mark.parametrize("loss_chunk", [0, 64])
 def test_predicted_peak_with_a_4bit_head(wide, loss_chunk):
     settings = validate({"model_id": wide, "head_4bit": True, "loss_chunk": loss_chunk})
-    model = training.attach_adapter(models.load_base(settings), settings).train()
+    model = attach.attach_adapter(load.load_base(settings), settings).train()
     assert abs(predicted_peak(settings, 2, 128) / weigh_a_step(model, 2, 128, loss_chunk) - 1) < 0.08  # as test_activations
 
 
@@ -61,10 +63,10 @@ def test_no_slice_is_adapted_and_the_loss_hardly_moves():
     plain, sliced = (validate({"head_4bit": on}) for on in (False, True))
     losses = []
     for settings in (plain, sliced):
-        model = training.attach_adapter(models.load_base(settings), settings)
+        model = attach.attach_adapter(load.load_base(settings), settings)
         adapted = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name, _ in model.named_parameters() if "lora_" in name}
         assert adapted == {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
-        with torch.no_grad(), objective.sliced_head(model, 8) as loss:
+        with torch.no_grad(), sliced_loss.sliced_head(model, 8) as loss:
             losses.append(loss(model(input_ids=IDS), IDS).item())
     assert losses[0] != losses[1]
     assert abs(losses[0] - losses[1]) < 0.05 * losses[0]
@@ -72,9 +74,9 @@ def test_no_slice_is_adapted_and_the_loss_hardly_moves():
 
 def test_embedding_on_the_cpu_sends_ids_there_and_vectors_back():
     settings = validate({})
-    model, other = models.load_base(settings), models.load_base(settings.model_copy(update={"embedding_on_cpu": True}))
+    model, other = load.load_base(settings), load.load_base(settings.model_copy(update={"embedding_on_cpu": True}))
     assert torch.equal(model(IDS).logits, other(IDS).logits)  # one device: nothing changes
-    ends.keep_embedding_on_cpu(model, torch.device("meta"))  # a device that is not the host's
+    embeddings.keep_embedding_on_cpu(model, torch.device("meta"))  # a device that is not the host's
     assert model.get_input_embeddings().weight.device.type == "cpu"
     assert model.get_input_embeddings()(IDS).device.type == "meta"
 
@@ -89,7 +91,7 @@ def test_embedding_on_the_cpu_leaves_the_cards_ledger():
         )
         assert plain[ledger.EMBEDDINGS] - moved[ledger.EMBEDDINGS] == table == plain.total_bytes - moved.total_bytes
     here = budget.peak(budget.plan_of(settings.model_copy(update={"embedding_on_cpu": True}), on_gpu=False))
-    assert here[ledger.EMBEDDINGS] == 2 * table * (2 if models.compute_dtype() is torch.float32 else 1)
+    assert here[ledger.EMBEDDINGS] == 2 * table * (2 if device.compute_dtype() is torch.float32 else 1)
 
 
 def test_tied_ends_stay_as_they_are(tmp_path, capsys):
@@ -97,7 +99,7 @@ def test_tied_ends_stay_as_they_are(tmp_path, capsys):
     config = LlamaConfig(**sizes, tie_word_embeddings=True, pad_token_id=0)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     settings = validate({"model_id": str(tmp_path), "head_4bit": True, "embedding_on_cpu": True})
-    model = models.load_base(settings)
+    model = load.load_base(settings)
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert "one tensor" in capsys.readouterr().out
     assert ledger.predict(settings, r=0).total_bytes == ledger.measure(model).total_bytes

@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from qlora_nb.engine import evaluation
+from qlora_nb.answer import evaluate
 
 
 def test_wilson_by_hand_and_at_the_ends():
-    low, high = evaluation.wilson(0.5, 10)
+    low, high = evaluate.wilson(0.5, 10)
     assert (low, high) == (pytest.approx(0.2366, abs=1e-3), pytest.approx(0.7634, abs=1e-3))
-    assert evaluation.wilson(0.0, 240)[0] == 0.0
-    assert 0.01 < evaluation.wilson(0.0, 240)[1] < 0.02
-    assert evaluation.wilson(1.0, 240)[1] == 1.0
+    assert evaluate.wilson(0.0, 240)[0] == 0.0
+    assert 0.01 < evaluate.wilson(0.0, 240)[1] < 0.02
+    assert evaluate.wilson(1.0, 240)[1] == 1.0
 
 
 def test_the_interval_of_the_loss_covers_the_truth_about_95_times_in_100():
@@ -19,7 +19,7 @@ def test_the_interval_of_the_loss_covers_the_truth_about_95_times_in_100():
     for _ in range(100):
         tokens = torch.randint(1, 10, (80,), generator=generator).double()
         sums = tokens * (2 + torch.randn(80, generator=generator).double())
-        low, high = evaluation.loss_interval(torch.stack([sums, tokens], dim=1), n=400)
+        low, high = evaluate.loss_interval(torch.stack([sums, tokens], dim=1), n=400)
         held += low < 2 < high
     assert 85 <= held <= 100
 
@@ -28,8 +28,8 @@ def test_the_change_is_drawn_on_the_same_rows():
     tokens = torch.full((50,), 4.0).double()
     before = torch.stack([torch.arange(50).double(), tokens], dim=1)
     after = torch.stack([torch.arange(50).double() - 2, tokens], dim=1)
-    assert evaluation.loss_interval(after, before) == pytest.approx((-0.5, -0.5)), "each row lost half a nat a token"
-    low, high = evaluation.loss_interval(after)
+    assert evaluate.loss_interval(after, before) == pytest.approx((-0.5, -0.5)), "each row lost half a nat a token"
+    low, high = evaluate.loss_interval(after)
     assert high - low > 0.5
 
 
@@ -37,20 +37,20 @@ def test_a_kind_that_training_has_no_row_of_is_left_out():
     train = [{"kind": "who", "input": "Anna ran. Ben sat.", "output": "Anna."}, {"kind": "who", "input": "x.", "output": "Anna."}]
     who = {"kind": "who", "input": "Cora ran.", "output": "Cora."}
     where = {"kind": "where", "input": "Anna is there.", "output": "There."}
-    assert evaluation.majority_baseline(train, [who, where]) == ["Anna.", None]
-    assert evaluation.copy_baseline(train, [where, who]) == [None, "Cora."]
-    assert evaluation.exact_match(["Cora.", None], [who, where]) == {"who": 1.0}
-    assert evaluation.exact_match(["Cora.", "x"], [who, where]) == {"all": 0.5, "who": 1.0, "where": 0.0}
-    assert evaluation.exact_match([None], [where]) == {}
-    assert evaluation.exact_match([], []) == {}
-    assert evaluation.majority_baseline([], [who]) == evaluation.copy_baseline([], [who]) == [None]
+    assert evaluate.majority_baseline(train, [who, where]) == ["Anna.", None]
+    assert evaluate.copy_baseline(train, [where, who]) == [None, "Cora."]
+    assert evaluate.exact_match(["Cora.", None], [who, where]) == {"who": 1.0}
+    assert evaluate.exact_match(["Cora.", "x"], [who, where]) == {"all": 0.5, "who": 1.0, "where": 0.0}
+    assert evaluate.exact_match([None], [where]) == {}
+    assert evaluate.exact_match([], []) == {}
+    assert evaluate.majority_baseline([], [who]) == evaluate.copy_baseline([], [who]) == [None]
 
 
 def test_the_figure_of_scores_shows_what_there_is():
-    from qlora_nb.ui import training_plots
+    from qlora_nb.lessons import n06
 
     found = {"majority": {"who": 0.25}, "copy": {}, "base": {"all": 0.5, "who": 0.0, "where": 1.0}}
-    [axes] = training_plots.scores(found).axes
+    [axes] = n06.scores(found).axes
     names = [text.get_text() for text in axes.get_xticklabels()]
     bars = {bars.get_label(): [(round(bar.get_center()[0]), bar.get_height()) for bar in bars] for bars in axes.containers}
     assert names == ["all", "who", "where"]

@@ -13,8 +13,11 @@ import torch
 from conftest import NOTEBOOKS, ROOT
 from transformers import GPTNeoXConfig, RepetitionPenaltyLogitsProcessor
 
-from qlora_nb.engine import ledger, models, shapes
-from qlora_nb.engine.profiles import Settings, validate
+from qlora_nb import recorded
+from qlora_nb.memory import ledger
+from qlora_nb.model import configs, load
+from qlora_nb.pythia import PYTHIA
+from qlora_nb.settings import Settings, validate
 
 NAMES = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
 
@@ -51,7 +54,7 @@ def config(layers: int, hidden: int, heads: int, vocab: int) -> GPTNeoXConfig:
 def test_parameters_and_bytes(size):
     *shape, total, share, gib = TABLE[size]
     made = config(*shape)
-    model = ledger.meta_model(made)
+    model = configs.meta_model(made)
     assert sum(p.numel() for p in model.parameters()) == total
     plain = ledger.predict(config=made, four_bit=False)
     assert plain.sum(FROZEN) == 2 * total
@@ -61,23 +64,23 @@ def test_parameters_and_bytes(size):
         assert tuple(round(found.sum(FROZEN) / GIB, 3) for found in (plain, small, upcast)) == gib
 
 
-@pytest.mark.parametrize("size", [s for s in TABLE if s in shapes.PYTHIA])
+@pytest.mark.parametrize("size", [s for s in TABLE if s in PYTHIA])
 def test_the_kits_shapes_are_those_of_the_table(size):
     layers, hidden, heads, vocab, total, share, _ = TABLE[size]
-    found, made = shapes.PYTHIA[size], ledger.pythia_config(size)
+    found, made = PYTHIA[size], configs.pythia_config(size)
     assert (found.n_layers, found.hidden, found.vocab, found.n_parameters) == (layers, hidden, vocab, total)
     assert made.num_attention_heads == heads
     assert round(100 * found.n_linear / found.n_parameters, 1) == share
-    assert sum(ledger.lora_numels(ledger.meta_model(made), 16)) == found.lora_parameters(16)
+    assert sum(ledger.lora_numels(configs.meta_model(made), 16)) == found.lora_parameters(16)
 
 
 def test_every_pythia_of_the_kit_is_in_the_table():
-    assert set(shapes.PYTHIA) == set(TABLE) - {"neox-20b"}
+    assert set(PYTHIA) == set(TABLE) - {"neox-20b"}
 
 
 # ---- sentences with a number or a direction ---------------------------------------------------------------------------
 
-EMBEDDED = {size: 2 * row[3] * row[1] / row[4] for size, row in TABLE.items() if size in shapes.PYTHIA}
+EMBEDDED = {size: 2 * row[3] * row[1] / row[4] for size, row in TABLE.items() if size in PYTHIA}
 """Share of a Pythia's numbers that is embedding or head, from the table's own columns."""
 
 
@@ -89,7 +92,7 @@ def text_of(name: str) -> str:
 
 def test_which_pythias_grow_with_the_rest_in_float32():
     growing = []
-    for size in shapes.PYTHIA:
+    for size in PYTHIA:
         layers, hidden, heads, vocab = TABLE[size][:4]
         made = config(layers, hidden, heads, vocab)
         upcast = ledger.predict(config=made, rest_dtype=torch.float32).sum(FROZEN)
@@ -111,10 +114,10 @@ def test_how_much_of_small_pythias_is_embedding():
 
 def test_from_which_pythia_on_the_trained_share_falls():
     shares = {}
-    for size in shapes.PYTHIA:
+    for size in PYTHIA:
         layers, hidden, _, _, total, *_ = TABLE[size]
         shares[size] = layers * 16 * hidden * 8 / total  # sides of a block: 1 + 3, 1 + 1, 1 + 4, 4 + 1 times hidden; rank 8
-        assert shares[size] == pytest.approx(shapes.PYTHIA[size].lora_parameters(8) / total)
+        assert shares[size] == pytest.approx(PYTHIA[size].lora_parameters(8) / total)
     sizes = list(shares)
     falls = [later for earlier, later in itertools.pairwise(sizes) if shares[later] < shares[earlier]]
     assert sizes[sizes.index("1.4b") + 1 :] == [size for size in falls if sizes.index(size) > sizes.index("1.4b")]
@@ -123,14 +126,14 @@ def test_from_which_pythia_on_the_trained_share_falls():
 
 
 def test_the_title_of_02_names_the_rank_of_its_number():
-    assert 47e6 < shapes.PYTHIA["12b"].lora_parameters(16) < 48e6
+    assert 47e6 < PYTHIA["12b"].lora_parameters(16) < 48e6
     assert "# 2 · LoRA: at rank 16, 47 million trained numbers" in text_of("02_lora")
 
 
 def test_a_count_over_packed_tensors_is_smaller_than_the_models():
-    loaded = models.load_base(validate({}))
+    loaded = load.load_base(validate({}))
     counted = sum(p.numel() for p in loaded.parameters())
-    assert counted < sum(p.numel() for p in ledger.meta_model(loaded.config).parameters())
+    assert counted < sum(p.numel() for p in configs.meta_model(loaded.config).parameters())
     assert "A count over the loaded tensors looks smaller only because two codes share a byte; step 5 counts" in text_of(
         "06_finetune_pythia_12b"
     )
@@ -139,11 +142,11 @@ def test_a_count_over_packed_tensors_is_smaller_than_the_models():
 def test_what_06_says_of_the_recorded_intervals():
     found = {}
     for name in ("pocket", "smollm2"):
-        record = json.loads((NOTEBOOKS / "recorded" / f"sixteen_bit_{name}.json").read_text())
+        record = json.loads((recorded.FOLDER / f"sixteen_bit_{name}.json").read_text())
         found[name] = record["difference"]
     assert all(interval["low"] < 0 < interval["high"] for interval in found["pocket"].values())
     assert found["smollm2"]["loss"]["low"] > 0
-    quality = json.loads((NOTEBOOKS / "recorded" / "quality_smollm2.json").read_text())["models"]["smollm2, real answers"]
+    quality = json.loads((recorded.FOLDER / "quality_smollm2.json").read_text())["models"]["smollm2, real answers"]
     means = {q["name"]: sum(q["losses"]) / len(q["losses"]) for q in quality["qualities"]}
     assert found["smollm2"]["loss"]["mean"] < means["NF4+DQ"] - means["unquantized"]  # smaller than at first
 

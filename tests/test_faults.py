@@ -21,11 +21,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from qlora_nb import cli
-from qlora_nb.engine import batch, checkpoints, data, environment, generation, models, runs
-from qlora_nb.engine.profiles import resolve, validate
+from qlora_nb import cards, cli, machine
+from qlora_nb.answer import adapters, generate
+from qlora_nb.batch import sequence
 from qlora_nb.errors import KitError
+from qlora_nb.memory import preflight
+from qlora_nb.model import data, device, load
 from qlora_nb.pocket import ADAPTER_DIR, MODEL_DIR
+from qlora_nb.record import runs, seal
+from qlora_nb.settings import resolve, validate
+from qlora_nb.train import checkpoints
 
 MATRIX: dict[int, tuple[str, list[str]]] = {
     1: (
@@ -383,7 +388,7 @@ def test_parquet_of_other_kinds(tmp_path, kind, words):
 def test_a_path_that_leads_nowhere(tmp_path, name):
     (tmp_path / "loop.json").symlink_to(tmp_path / "loop.json")
     with pytest.raises(KitError, match="dataset"):
-        environment.refuse_what_cannot_run(validate({"dataset": str(tmp_path / name) if "nobody" not in name else name}))
+        preflight.refuse_what_cannot_run(validate({"dataset": str(tmp_path / name) if "nobody" not in name else name}))
 
 
 def test_a_folder_as_data(tmp_path):
@@ -399,8 +404,8 @@ def test_a_folder_as_data(tmp_path):
 def test_fewer_rows_than_a_batch_work(tmp_path):
     train, _ = loaded(put(tmp_path / "rows.json", json.dumps(ROWS[:3])))
     settings = validate({"max_steps": 2, "per_device_train_batch_size": 8})
-    tokenizer = models.load_tokenizer(settings)
-    rows = data.in_training_order(data.encode(train, tokenizer, settings), settings)
+    tokenizer = load.load_tokenizer(settings)
+    rows = data.in_training_order(data.tokenize_rows(train, tokenizer, settings), settings)
     assert (len(train), len(rows)) == (1, 2 * 8 * settings.gradient_accumulation_steps)
 
 
@@ -468,7 +473,7 @@ def test_a_broken_model_folder_is_refused_in_a_sentence(tmp_path, hurt, words):
     folder = shutil.copytree(MODEL_DIR, tmp_path / "a model")
     hurt(folder)
     settings = validate({"model_id": str(folder)})
-    both = lambda: (models.load_tokenizer(settings), models.load_base(settings))
+    both = lambda: (load.load_tokenizer(settings), load.load_base(settings))
     with pytest.raises(KitError, match=words) as refused:
         both()
     assert refused.value.remedy
@@ -494,7 +499,7 @@ def weights(change):
 @pytest.fixture(scope="module")
 def pocket():
     settings = validate({})
-    return settings, models.load_tokenizer(settings)
+    return settings, load.load_tokenizer(settings)
 
 
 @pytest.mark.parametrize(
@@ -547,34 +552,34 @@ def test_a_broken_adapter_is_refused_in_a_sentence(pocket, tmp_path, hurt, words
     hurt(folder)
     settings = validate({"adapter": str(folder)})
     with pytest.raises(KitError, match=words) as refused:
-        generation.load_adapter(models.load_base(settings), generation.find_adapter(settings)[0])
+        adapters.load_adapter(load.load_base(settings), adapters.find_adapter(settings)[0])
     assert refused.value.remedy
 
 
 def test_an_adapter_for_another_base_names_both(pocket, tmp_path, capsys):
     """Of the same shape it could be the same base under another name, so it is used and this is said; else it is refused."""
     folder = shutil.copytree(ADAPTER_DIR, tmp_path / "adapter")
-    generation.load_adapter(models.load_base(pocket[0]), folder)
+    adapters.load_adapter(load.load_base(pocket[0]), folder)
     assert "made for" not in capsys.readouterr().out
     adapter_config(base_model_name_or_path="EleutherAI/pythia-70m")(folder)
-    generation.load_adapter(models.load_base(pocket[0]), folder)
+    adapters.load_adapter(load.load_base(pocket[0]), folder)
     assert "made for pythia-70m, the model here is pocket" in capsys.readouterr().out
     adapter_config(base_model_name_or_path="EleutherAI/pythia-70m", r=4)(folder)
     with pytest.raises(KitError, match="made for pythia-70m, the model here is pocket"):
-        generation.load_adapter(models.load_base(pocket[0]), folder)
+        adapters.load_adapter(load.load_base(pocket[0]), folder)
 
 
 def test_a_sealed_adapter_with_one_other_bit_is_refused_and_a_new_card_is_not(pocket, tmp_path):
     folder = shutil.copytree(ADAPTER_DIR, tmp_path / "adapter")
-    checkpoints.seal(folder)
-    base = models.load_base(pocket[0])
+    seal.write_seal(folder)
+    base = load.load_base(pocket[0])
     (folder / "README.md").write_text("my own card")
-    generation.load_adapter(base, folder)
-    for name in ("adapter_model.safetensors", "adapter_config.json", checkpoints.SEAL):
+    adapters.load_adapter(base, folder)
+    for name in ("adapter_model.safetensors", "adapter_config.json", seal.SEAL):
         whole = (folder / name).read_bytes()
         (folder / name).write_bytes(whole[:-40] + bytes([whole[-40] ^ 1]) + whole[-39:])
         with pytest.raises(KitError, match="the adapter is damaged: ") as refused:
-            generation.load_adapter(base, folder)
+            adapters.load_adapter(base, folder)
         assert "another copy" in refused.value.remedy
         (folder / name).write_bytes(whole)
 
@@ -584,17 +589,17 @@ def test_an_adapter_that_is_a_file_or_a_loop(tmp_path):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     for name in ("file", "loop"):
         with pytest.raises(KitError, match="not an adapter folder"):
-            generation.find_adapter(validate({"adapter": str(tmp_path / name)}))
+            adapters.find_adapter(validate({"adapter": str(tmp_path / name)}))
 
 
 def test_prompts_that_are_no_text(tmp_path):
     for name, content, words in (("latin.txt", "Grüß".encode("latin-1"), "not in UTF-8"), ("none.csv", b"", "cannot be read")):
         with pytest.raises(KitError, match=words):
-            generation.read_rows(str(put(tmp_path / name, content)), {})
+            generate.read_rows(str(put(tmp_path / name, content)), {})
     for name in (str(tmp_path), "~nobody-of-that-name/a.txt", "a" * 5000, "a\0b"):
         with pytest.raises(KitError, match="no such file of prompts"):
-            generation.read_rows(name, {})
-    assert generation.row_of("half a \ud83d and a whole \ud83d\ude00") == {
+            generate.read_rows(name, {})
+    assert generate.row_of("half a \ud83d and a whole \ud83d\ude00") == {
         "instruction": "half a \ufffd and a whole 😀",
         "input": "",
     }
@@ -657,8 +662,8 @@ def test_offline_is_told_by_the_command_line(tmp_path, root):
 
 def test_runs_of_the_same_second_have_own_folders(tmp_path):
     program = (
-        "import sys; from qlora_nb.engine import profiles, runs\n"
-        "for _ in range(20): print(runs.new_folder(profiles.validate({'output_dir': sys.argv[1]}), 'n').name)"
+        "import sys; from qlora_nb.record import runs; from qlora_nb.settings import validate\n"
+        "for _ in range(20): print(runs.new_folder(validate({'output_dir': sys.argv[1]}), 'n').name)"
     )
     start = lambda: subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     names = [name for process in [start(), start()] for name in process.communicate(timeout=60)[0].split()]
@@ -723,8 +728,8 @@ from pathlib import Path
 from IPython.core.interactiveshell import InteractiveShell
 cells = [c for c in nbformat.read("notebooks/06_finetune_pythia_12b.ipynb", 4).cells if c.cell_type == "code"]
 number = lambda text: next(i for i, c in enumerate(cells) if text in c.source)
-start, load, measure, attach = map(number, ("from typing", "load_base(", "before = evaluation", "attach_adapter(model"))
-train, finish, last = map(number, ("training.finetune(", "run.folder.parent", "training_checks."))
+start, load, measure, attach = map(number, ("from typing", "load_base(", "before = evaluate", "attach_adapter(model"))
+train, finish, last = map(number, ("trainer.finetune(", "run.folder.parent", "n06.check_"))
 shell, runs = InteractiveShell.instance(), Path(sys.argv[1]) / "tiny"
 cells[start].source += f"\nmax_steps, per_device_train_batch_size, eval_rows, output_dir = 4, 2, 20, {sys.argv[1]!r}"
 def run(*wanted):
@@ -809,9 +814,9 @@ def test_one_of_several_processes_is_refused_before_anything_is_written(no_launc
         no_launcher.setenv(name, value)
     values, said = {"output_dir": str(tmp_path / "runs")}, "one of several processes .*start it once"
     with pytest.raises(KitError, match=said):
-        resolve(values)
+        preflight.refuse_what_cannot_run(resolve(values))
     with pytest.raises(KitError, match=said):
-        batch.run_sequence(values, say=lambda line: None)
+        sequence.run_sequence(values, say=lambda line: None)
     assert CliRunner().invoke(cli.app, ["generate", "--out", str(tmp_path / "answers.jsonl")]).exit_code == 2
     assert list(tmp_path.iterdir()) == []
 
@@ -820,16 +825,16 @@ def test_one_of_several_processes_is_refused_before_anything_is_written(no_launc
 def test_a_process_that_was_started_alone_runs(no_launcher, given):
     for name, value in given.items():
         no_launcher.setenv(name, value)
-    assert resolve({"seed": 3}).seed == 3
+    preflight.refuse_what_cannot_run(resolve({"seed": 3}))
 
 
 def test_a_process_in_a_group_of_others_is_refused(no_launcher):
     no_launcher.setattr(torch.distributed, "is_initialized", lambda: True)
     no_launcher.setattr(torch.distributed, "get_world_size", lambda: 2)
     with pytest.raises(KitError, match="a process group of 2"):
-        resolve({})
+        preflight.refuse_what_cannot_run(resolve({}))
     no_launcher.setattr(torch.distributed, "get_world_size", lambda: 1)
-    assert resolve({}).profile == "tiny"
+    preflight.refuse_what_cannot_run(resolve({}))
 
 
 @pytest.mark.slow
@@ -879,10 +884,10 @@ def test_a_slider_dragged_fast_ends_with_the_last_value():
 
 
 def test_bfloat16_on_a_card_without_it_becomes_float16_with_a_notice(monkeypatch, capsys):
-    t4 = environment.Gpu("Tesla T4", 15 * 2**30, 15 * 2**30, (7, 5))
-    monkeypatch.setattr(environment, "gpus", lambda: (t4,))
+    t4 = cards.Gpu("Tesla T4", 15 * 2**30, 15 * 2**30, (7, 5))
+    monkeypatch.setattr(machine, "gpus", lambda: (t4,))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert models.compute_dtype("bfloat16") is torch.float16
+    assert device.compute_dtype("bfloat16") is torch.float16
     assert "Tesla T4 has no bfloat16: computing in float16 instead" in capsys.readouterr().out
 
 
@@ -890,6 +895,6 @@ def test_a_forked_process_is_told_to_use_torchrun(monkeypatch):
     """What torch says of itself in a process that was forked after CUDA was used."""
     monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
     with pytest.raises(KitError, match="forked") as refused:
-        models.load_base(validate({}))
+        load.load_base(validate({}))
     assert "torchrun" in refused.value.remedy
     gc.collect()

@@ -17,8 +17,9 @@ from collections import namedtuple
 import pytest
 from loopback_hub import Hub
 
-from qlora_nb.engine import environment, fetch
+from qlora_nb import sources
 from qlora_nb.errors import KitError
+from qlora_nb.model import fetch
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -128,7 +129,7 @@ def test_offline_hub_is_told_in_two_seconds(monkeypatch):
     import time
 
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    environment._reachable.cache_clear()
+    sources._reachable.cache_clear()
     started = time.time()
     with pytest.raises(KitError, match="cannot be reached"):
         fetch.fetch_repo("EleutherAI/pythia-70m")
@@ -147,7 +148,7 @@ def hub(monkeypatch, tmp_path):
         "asked": None,
     }
     Info = namedtuple("Info", "siblings sha")
-    monkeypatch.setattr(environment, "hub_is_reachable", lambda: True)
+    monkeypatch.setattr(sources, "hub_is_reachable", lambda: True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda *a, **k: Info(state["files"], "abc"))
 
@@ -198,26 +199,26 @@ def test_a_proxy_is_the_way_out(monkeypatch):
         port = proxy.getsockname()[1]
         for name in ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"):
             monkeypatch.delenv(name, raising=False)
-        assert not environment._reachable("http://hub.invalid")
+        assert not sources._reachable("http://hub.invalid")
         for form in (f"http://127.0.0.1:{port}", f"127.0.0.1:{port}"):
-            environment._reachable.cache_clear()
+            sources._reachable.cache_clear()
             monkeypatch.setenv("http_proxy", form)
-            assert environment._reachable("http://hub.invalid")
-        assert not environment._reachable("https://hub.invalid"), "another scheme has another proxy"
+            assert sources._reachable("http://hub.invalid")
+        assert not sources._reachable("https://hub.invalid"), "another scheme has another proxy"
         monkeypatch.setenv("no_proxy", "hub.invalid")
-        environment._reachable.cache_clear()
-        assert not environment._reachable("http://hub.invalid")
+        sources._reachable.cache_clear()
+        assert not sources._reachable("http://hub.invalid")
     for bad in ("http://[::1", "http://host:port", "", "http://127.0.0.1:99999"):
-        assert not environment._reachable(bad)
+        assert not sources._reachable(bad)
 
 
 def test_fetch_ahead_leaves_local_things_alone(tmp_path, monkeypatch):
-    from qlora_nb.engine import profiles
+    from qlora_nb.settings import validate
 
     monkeypatch.setattr(fetch, "fetch_repo", lambda name, kind, say: f"{kind}:{name}")
     quiet = lambda line: None
-    assert fetch.fetch_ahead(profiles.validate({}), quiet) == []
-    full = profiles.validate({"profile": "full", "model_id": str(tmp_path)})
+    assert fetch.fetch_ahead(validate({}), quiet) == []
+    full = validate({"profile": "full", "model_id": str(tmp_path)})
     assert fetch.fetch_ahead(full, quiet) == ["dataset:tatsu-lab/alpaca"]
 
 
@@ -304,19 +305,19 @@ def test_a_disk_too_small_for_a_download_is_told_before_it(loopback, small_disk)
 @pytest.mark.slow
 def test_the_real_smollm2_if_it_was_fetched():
     """Checked where `qlora-nb fetch smollm2` has run: right tokenizer, a padding token of its own, the right answer."""
-    from qlora_nb.engine import models
+    from qlora_nb import sources
 
-    if not (models.SMOLLM2_DIR / "config.json").is_file():
+    if not (sources.SMOLLM2_DIR / "config.json").is_file():
         pytest.skip("qlora-nb fetch smollm2 was not run on this machine")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(models.SMOLLM2_DIR)
+    tokenizer = AutoTokenizer.from_pretrained(sources.SMOLLM2_DIR)
     text = "Hello, wörld! 123  two\n\ttab 😀 <|im_end|>"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert tokenizer.eos_token == "<|im_end|>"
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
-    assert json.loads((models.SMOLLM2_DIR / "config.json").read_text())["dtype"] == "float32"
-    model = AutoModelForCausalLM.from_pretrained(models.SMOLLM2_DIR).eval()
+    assert json.loads((sources.SMOLLM2_DIR / "config.json").read_text())["dtype"] == "float32"
+    model = AutoModelForCausalLM.from_pretrained(sources.SMOLLM2_DIR).eval()
     prompt = tokenizer("The capital of France is", return_tensors="pt")
     assert "Paris" in tokenizer.decode(model.generate(**prompt, max_new_tokens=4, do_sample=False)[0])
-    assert os.path.getsize(models.SMOLLM2_DIR / "model.safetensors") == 538_090_408
+    assert os.path.getsize(sources.SMOLLM2_DIR / "model.safetensors") == 538_090_408

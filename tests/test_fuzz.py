@@ -19,9 +19,14 @@ import torch
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
-from qlora_nb.engine import checkpoints, data, environment, generation, models, profiles, runs
+from qlora_nb.answer import adapters, generate
 from qlora_nb.errors import KitError
+from qlora_nb.memory import preflight
+from qlora_nb.model import data, load
 from qlora_nb.pocket import ADAPTER_DIR
+from qlora_nb.record import runs, seal
+from qlora_nb.settings import PROFILES, Settings, validate
+from qlora_nb.train import checkpoints
 
 N = int(os.environ.get("QLORA_NB_FUZZ", "500"))
 SHARES = {"parameters": 0.4, "data": 0.2, "adapters": 0.12, "checkpoints": 0.18, "prompts": 0.1}
@@ -128,11 +133,11 @@ VALUES = st.recursive(
 
 def own_values(name: str) -> st.SearchStrategy:
     """Values that some profile has for this parameter, as they are and as text."""
-    found = [table[name].value for table in profiles.PROFILES.values() if name in table] or list(profiles.PROFILES)
+    found = [table[name].value for table in PROFILES.values() if name in table] or list(PROFILES)
     return st.sampled_from([*found, *(str(value) for value in found)])
 
 
-NAMES = st.sampled_from(list(profiles.Settings.model_fields))
+NAMES = st.sampled_from(list(Settings.model_fields))
 PAIRS = st.one_of(
     st.tuples(st.one_of(NAMES, TEXTS), VALUES), *[NAMES.flatmap(lambda name: st.tuples(st.just(name), own_values(name)))] * 3
 )
@@ -143,8 +148,8 @@ PAIRS = st.one_of(
 @settings(max_examples=share("parameters"), deadline=None, database=None, suppress_health_check=list(HealthCheck))
 def test_parameters(values):
     def work():
-        found = profiles.validate(values)
-        environment.refuse_what_cannot_run(found)  # what it says about a path or a hub name
+        found = validate(values)
+        preflight.refuse_what_cannot_run(found)  # what it says about a path or a hub name
         assert found._repr_html_()
         assert found.papermill_line()
         return found
@@ -152,7 +157,7 @@ def test_parameters(values):
     os.environ["HF_HUB_OFFLINE"] = "1"
     found = tried("parameters", work)
     if found:
-        assert profiles.validate(json.loads(found.model_dump_json())) == found, "what is written down can be read again"
+        assert validate(json.loads(found.model_dump_json())) == found, "what is written down can be read again"
 
 
 # ---- data files ------------------------------------------------------------------------------------------------------
@@ -180,7 +185,7 @@ def test_data_files(files, tmp_path, monkeypatch, capsys):
         suffix, whole = random.choice(files)
         path = tmp_path / f"n{n}{suffix}"
         path.write_bytes(damaged(whole, random))
-        chosen = profiles.validate({"dataset": str(path), "eval_rows": 1, "train_rows": 5})
+        chosen = validate({"dataset": str(path), "eval_rows": 1, "train_rows": 5})
         rows = tried("data", lambda chosen=chosen: data.load(chosen))
         if rows:
             assert all(isinstance(row["instruction"], str) and row["output"].strip() for row in rows[0])
@@ -208,8 +213,8 @@ def wounded(folder: Path, spare: Path, random: Random) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def bases():
-    chosen = profiles.validate({})
-    return chosen, models.load_tokenizer(chosen), generation.load_adapter(models.load_base(chosen), ADAPTER_DIR)
+    chosen = validate({})
+    return chosen, load.load_tokenizer(chosen), adapters.load_adapter(load.load_base(chosen), ADAPTER_DIR)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -218,35 +223,35 @@ def test_adapters(bases, tmp_path, sealed):
     """A sealed adapter that was hurt is never used; one without a seal is used only if every tensor fits."""
     folder, random = shutil.copytree(ADAPTER_DIR, tmp_path / "adapter"), Random(2)
     if sealed:
-        checkpoints.seal(folder)
+        seal.write_seal(folder)
     spare = shutil.copytree(folder, tmp_path / "spare")
-    base, wounds = models.load_base(bases[0]), wounded(folder, spare, random)
-    files = json.loads((folder / checkpoints.SEAL).read_text())["files"] if sealed else None
+    base, wounds = load.load_base(bases[0]), wounded(folder, spare, random)
+    files = json.loads((folder / seal.SEAL).read_text())["files"] if sealed else None
     for _ in range(share("adapters") // 2):
         hurt = next(wounds)
-        model = tried("adapters", lambda base=base: generation.load_adapter(base, folder))
+        model = tried("adapters", lambda base=base: adapters.load_adapter(base, folder))
         if model is not None:
             # a seal may be hurt where it says the same as before
-            assert not sealed or (hurt.name == checkpoints.SEAL and json.loads(hurt.read_text())["files"] == files), hurt.name
+            assert not sealed or (hurt.name == seal.SEAL and json.loads(hurt.read_text())["files"] == files), hurt.name
             model.unload()
         elif any("lora" in name for name, _ in base.named_modules()):
-            base = models.load_base(bases[0])  # PEFT had begun before it met the wound
+            base = load.load_base(bases[0])  # PEFT had begun before it met the wound
 
 
 def test_checkpoints(tmp_path, capsys):
     """A newest checkpoint that was hurt is left out and the one before taken; the run's own files may say anything."""
-    chosen, random = profiles.validate({"output_dir": str(tmp_path), "resume": "latest"}), Random(3)
+    chosen, random = validate({"output_dir": str(tmp_path), "resume": "latest"}), Random(3)
     run = runs.Run(chosen, "06_finetune_pythia_12b")
     for step in (4, 8):
         folder = shutil.copytree(ADAPTER_DIR, run.folder / "checkpoints" / f"checkpoint-{step}")
         torch.save({"state": torch.arange(50)}, folder / "optimizer.pt")
         (folder / "trainer_state.json").write_text(json.dumps({"global_step": step, "log_history": []}))
-        checkpoints.seal(folder, settings=chosen.model_dump(), rows="0" * 16)
+        seal.write_seal(folder, settings=chosen.model_dump(), rows="0" * 16)
         run.log({"step": step, "loss": 1.0})
     run.finish("interrupted")
     spare = shutil.copytree(folder, tmp_path / "spare")
     wounds = wounded(folder, spare, random)
-    sealed = json.loads((folder / checkpoints.SEAL).read_text())
+    sealed = json.loads((folder / seal.SEAL).read_text())
     for n in range(share("checkpoints")):
         if n % 3 == 2:  # the run's own files
             path = run.folder / random.choice(("manifest.json", "metrics.jsonl"))
@@ -258,8 +263,8 @@ def test_checkpoints(tmp_path, capsys):
                 shutil.rmtree(extra)
             continue
         hurt = next(wounds)
-        found = checkpoints.newest(run.folder, say=lambda text: None)
-        if hurt.name != checkpoints.SEAL:
+        found = seal.newest_checkpoint(run.folder, say=lambda text: None)
+        if hurt.name != seal.SEAL:
             assert found.name == "checkpoint-4", hurt.name
         elif found == folder:  # a wound of the seal that leaves the list of files whole
             assert json.loads(hurt.read_text())["files"] == sealed["files"]
@@ -289,9 +294,9 @@ def test_prompts(bases, tmp_path):
         if n % 3 == 0:  # a file of prompts
             path = tmp_path / "prompts.txt"
             path.write_bytes(damaged(prompt.encode("utf-8", "surrogatepass"), random))
-            tried("prompts", lambda path=path: generation.read_rows(str(path), {}))
+            tried("prompts", lambda path=path: generate.read_rows(str(path), {}))
             continue
-        asked = lambda prompt=prompt: generation.answer_all(model, tokenizer, [generation.row_of(prompt)], chosen)[0]
+        asked = lambda prompt=prompt: generate.answer_all(model, tokenizer, [generate.row_of(prompt)], chosen)[0]
         said = tried("prompts", asked)
         assert said is None or isinstance(said, str)
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from qlora_nb.engine.profiles import validate
+from qlora_nb.settings import validate
 
 
 @pytest.fixture(scope="module")
@@ -67,5 +67,5 @@ def test_without_a_card_nothing_is_written(root):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "no CUDA device here" in done.stderr
-    kept = root / "notebooks" / "recorded" / "gpu.json"
+    kept = root / "qlora_nb" / "recorded" / "gpu.json"
     assert not kept.is_file() or json.loads(kept.read_text())["hardware"]["gpus"]

@@ -8,10 +8,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from qlora_nb.engine import ledger, shapes
-from qlora_nb.engine.models import load_base
-from qlora_nb.engine.profiles import validate
 from qlora_nb.errors import KitError
+from qlora_nb.memory import ledger, step_sizes
+from qlora_nb.model import configs, load
+from qlora_nb.pythia import PYTHIA
+from qlora_nb.settings import validate
 
 FROZEN = (*ledger.QUANTIZED, ledger.LINEARS, ledger.EMBEDDINGS, ledger.SMALL)
 """The lines that the published table adds up."""
@@ -38,12 +39,12 @@ OPTIMIZERS = {
 def test_every_pythia_equals_the_table(size):
     total, share, all_16, nf4_dq, upcast = FACTS[size]
     start = time.perf_counter()
-    config = ledger.pythia_config(size)
+    config = configs.pythia_config(size)
     plain = ledger.predict(config=config, four_bit=False)
     small = ledger.predict(config=config)
     large_rest = ledger.predict(config=config, rest_dtype=torch.float32)
     assert (time.perf_counter() - start) / 3 < 2
-    assert plain.sum(FROZEN) == 2 * total == 2 * shapes.PYTHIA[size].n_parameters
+    assert plain.sum(FROZEN) == 2 * total == 2 * PYTHIA[size].n_parameters
     assert plain["linear weights"] == 4 * small["4-bit codes"]
     assert round(100 * plain["linear weights"] / plain.sum(FROZEN), 1) == share
     if all_16:
@@ -52,13 +53,13 @@ def test_every_pythia_equals_the_table(size):
 
 
 def test_pythia_12b_to_the_byte():
-    config = ledger.pythia_config("12b")
+    config = configs.pythia_config("12b")
     assert ledger.predict(config=config, double_quant=False).sum(ledger.QUANTIZED) == 6_370_099_200
     assert ledger.predict(config=config).sum(ledger.QUANTIZED) == 5_842_022_400
-    model = ledger.meta_model(config)
+    model = configs.meta_model(config)
     assert 2 * ledger.predict(config=config)["4-bit codes"] == 11_324_620_800
     assert sum(ledger.lora_numels(model, 16)) == 47_185_920
-    assert sum(ledger.lora_numels(model, 64)) == 188_743_680 == shapes.PYTHIA["12b"].lora_parameters(64)
+    assert sum(ledger.lora_numels(model, 64)) == 188_743_680 == PYTHIA["12b"].lora_parameters(64)
     assert {ledger.lora_numels(model, 16)[0], ledger.lora_numels(model, 16)[2]} == {81_920}
 
 
@@ -81,7 +82,7 @@ def test_neox_20b_and_a_tied_llama():
         tie_word_embeddings=True,
     )
     assert ledger.predict(config=tied, four_bit=False)["embedding and head"] == 2 * 6400
-    meta = ledger.meta_model(tied)  # the meta model measured is the float32 prediction
+    meta = configs.meta_model(tied)  # the meta model measured is the float32 prediction
     assert ledger.measure(meta).total_bytes == ledger.predict(config=tied, four_bit=False, rest_dtype=torch.float32).total_bytes
 
 
@@ -107,7 +108,7 @@ CASES = [
 @pytest.mark.parametrize(("double_quant", "optim", "targets"), CASES)
 def test_predicted_is_measured_on_the_pocket_model(double_quant, optim, targets):
     settings = validate({"double_quant": double_quant, "optim": optim, "target_modules": targets, "r": 8})
-    base = load_base(settings)
+    base = load.load_base(settings)
     bare = ledger.measure(base)
     predicted_bare = ledger.predict(settings, r=0)
     assert {line.name: line.bytes for line in bare.lines} == {line.name: line.bytes for line in predicted_bare.lines}
@@ -123,19 +124,19 @@ def test_predicted_is_measured_on_the_pocket_model(double_quant, optim, targets)
 def test_unquantized_pocket_model():
     settings = validate({})
     predicted = ledger.predict(settings, four_bit=False, r=0)
-    assert predicted.total_bytes == ledger.measure(load_base(settings, four_bit=False)).total_bytes
+    assert predicted.total_bytes == ledger.measure(load.load_base(settings, four_bit=False)).total_bytes
 
 
 def test_targets_names_and_refusals():
-    model = ledger.meta_model(ledger.pythia_config("70m"))
+    model = configs.meta_model(configs.pythia_config("70m"))
     assert len(ledger.lora_numels(model, 1)) == 2 * 24
     assert ledger.lora_numels(model, 1, ["query_key_value"]) == 6 * [512, 1536]
     for wrong in ("q_proj", "embed_out"):  # the head is not adapted
         with pytest.raises(KitError, match=rf"target_modules.*{wrong}.*query_key_value"):
             ledger.lora_numels(model, 1, [wrong])
     with pytest.raises(KitError, match="13b"):
-        ledger.pythia_config("13b")
-    assert ledger.config_of("EleutherAI/pythia-1b-deduped").hidden_size == 2048
+        configs.pythia_config("13b")
+    assert configs.config_of("EleutherAI/pythia-1b-deduped").hidden_size == 2048
 
 
 @pytest.mark.parametrize("optim", OPTIMIZERS)
@@ -167,14 +168,14 @@ def test_what_the_reader_sees():
 
 
 def test_step_sizes_and_the_longest_pass():
-    sizes = ledger.step_sizes("12b", 16, 512)
-    predicted = ledger.predict(config=ledger.pythia_config("12b"), r=16)
+    sizes = step_sizes.step_sizes("12b", 16, 512)
+    predicted = ledger.predict(config=configs.pythia_config("12b"), r=16)
     assert sizes.adapter == sizes.gradients == predicted["LoRA weights"] == 4 * 47_185_920
     assert sizes.paged + sizes.fixed == predicted["optimizer states"]
     assert sizes.weights + 2 * sizes.adapter + sizes.paged + sizes.fixed == predicted.total_bytes
     assert sizes.kept * sizes.n_layers == 180 * 2**20
-    plain, paged = (ledger.longest_pass("12b", 64, 24 * 2**30, paged=p) for p in (False, True))
+    plain, paged = (step_sizes.longest_pass("12b", 64, 24 * 2**30, paged=p) for p in (False, True))
     assert 0 < plain < paged
-    assert ledger.longest_pass("12b", 64, 5 * 2**30, paged=True) == 0
-    same = {ledger.longest_pass("410m", 16, 8 * 2**30, paged=p) for p in (False, True)}
+    assert step_sizes.longest_pass("12b", 64, 5 * 2**30, paged=True) == 0
+    same = {step_sizes.longest_pass("410m", 16, 8 * 2**30, paged=p) for p in (False, True)}
     assert len(same) == 1  # nothing is paged

@@ -12,9 +12,10 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from qlora_nb.engine.models import dense_weight, linear_layers, load_base
-from qlora_nb.engine.profiles import validate
 from qlora_nb.errors import KitError
+from qlora_nb.model import load
+from qlora_nb.model.linear_layers import dense_weight, linear_layers
+from qlora_nb.settings import validate
 from qlora_nb.theory import lora
 
 
@@ -74,7 +75,7 @@ def copy_of(layer):
 
 
 def pocket_layer():
-    return linear_layers(load_base(validate({}), four_bit=False))["gpt_neox.layers.2.mlp.dense_h_to_4h"]
+    return linear_layers(load.load_base(validate({}), four_bit=False))["gpt_neox.layers.2.mlp.dense_h_to_4h"]
 
 
 @pytest.mark.parametrize("make", [lambda: nn.Linear(40, 56), lambda: nn.Linear(33, 17, bias=False), pocket_layer])

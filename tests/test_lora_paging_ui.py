@@ -12,24 +12,27 @@ from conftest import NOTEBOOKS
 from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM
 
-from qlora_nb.engine import activations, ledger
-from qlora_nb.engine.profiles import PROFILES, resolve, validate
+from qlora_nb.lessons import n01, n02, n03, n05
+from qlora_nb.memory import dry_run, ledger, step_sizes
+from qlora_nb.model import configs
+from qlora_nb.pythia import PYTHIA
+from qlora_nb.settings import PROFILES, resolve, validate
 from qlora_nb.theory import blockwise, codebooks, lora, paging
-from qlora_nb.ui import lora_checks, lora_plots, paging_checks, paging_plots, panels, quant_plots, setup_plots, widgets
+from qlora_nb.ui import panels, widgets
 
 EXERCISES = [  # checker, solution, [(wrong answer, part of the message)]
-    (lora_checks.check_count, 30720, [(8 * 768 * 3072, "too large"), (8 * 768, "too small"), ("30720", "not one")]),
+    (n02.check_count, 30720, [(8 * 768 * 3072, "too large"), (8 * 768, "too small"), ("30720", "not one")]),
     (
-        lora_checks.check_output,
+        n02.check_output,
         [7, -10],
         [([4, -4], "position 0"), ([6, -12], "too small"), (7, "shape wrong"), ([7, 14], "position 1")],
     ),
-    (lora_checks.check_alpha, 4, [(16, "too large"), (64, "too large"), (0.25, "too small")]),
-    (lora_checks.check_break_even, 3840, [(5120, "too large"), (7680, "too large"), (1280, "too small")]),
-    (paging_checks.check_paged, [0, 1], [([1, 1], "position 0"), ([0, 0], "position 1"), (1, "shape wrong")]),
-    (paging_checks.check_bytes_8bit, 166_400, [(163_840, "too small"), (655_360, "too large"), (165_120, "too small")]),
-    (paging_checks.check_faults, 5, [(4, "too small"), (6, "too large")]),
-    (paging_checks.check_overflow, 0.2, [(0.1, "too small"), (1.2, "too large")]),
+    (n02.check_alpha, 4, [(16, "too large"), (64, "too large"), (0.25, "too small")]),
+    (n02.check_break_even, 3840, [(5120, "too large"), (7680, "too large"), (1280, "too small")]),
+    (n05.check_paged, [0, 1], [([1, 1], "position 0"), ([0, 0], "position 1"), (1, "shape wrong")]),
+    (n05.check_bytes_8bit, 166_400, [(163_840, "too small"), (655_360, "too large"), (165_120, "too small")]),
+    (n05.check_faults, 5, [(4, "too small"), (6, "too large")]),
+    (n05.check_overflow, 0.2, [(0.1, "too small"), (1.2, "too large")]),
 ]
 
 
@@ -47,8 +50,8 @@ def test_exercises(check, solution, wrong, capsys):
 
 
 def test_paged_accepts_booleans_and_tensors_count():
-    assert paging_checks.check_paged([False, True])
-    assert lora_checks.check_output(torch.tensor([7.0, -10.0]))
+    assert n05.check_paged([False, True])
+    assert n02.check_output(torch.tensor([7.0, -10.0]))
 
 
 def ends(control):
@@ -85,7 +88,7 @@ def update_and_factors():
 def widget_cells(name: str, **names) -> list:
     """The widgets of a notebook, made by its own cells from these names."""
     cells = [c.source for c in nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4).cells if "widgets.explore(" in c.source]
-    names |= {"widgets": widgets, "partial": partial, "ledger": ledger, "lora_plots": lora_plots, "paging_plots": paging_plots}
+    names |= {"widgets": widgets, "partial": partial, "ledger": ledger, "n02": n02, "n05": n05}
     made = []
     for cell in cells:
         *before, last = ast.parse(cell).body
@@ -104,10 +107,10 @@ def test_lora_widgets():
 
 @pytest.mark.parametrize(("pythia", "r", "gib"), [("12b", 16, 24.0), ("12b", 64, 5.0), ("410m", 16, 8.0)])
 def test_paging_widgets(pythia, r, gib):
-    plain, paged = (ledger.longest_pass(pythia, r, int(gib * 2**30), paged=p) for p in (False, True))
+    plain, paged = (step_sizes.longest_pass(pythia, r, int(gib * 2**30), paged=p) for p in (False, True))
     usual, spike = int(0.95 * plain), plain + max(1, (paged - plain) // 2)
-    steps = [ledger.step_sizes(pythia, r, tokens) for tokens in (usual, usual, usual, spike, usual, usual)]
-    settings, own = resolve({"pythia": pythia, "r": r, "gpu_gib": gib}), ledger.step_sizes(pythia, r, 2048)
+    steps = [step_sizes.step_sizes(pythia, r, tokens) for tokens in (usual, usual, usual, spike, usual, usual)]
+    settings, own = resolve({"pythia": pythia, "r": r, "gpu_gib": gib}), step_sizes.step_sizes(pythia, r, 2048)
     made = widget_cells("05_paged_optimizers", settings=settings, own=own, tokens=2048, steps=steps)
     assert len(made) == 2
     for panel in made:
@@ -119,17 +122,17 @@ def test_every_figure_is_drawn_and_closed():
 
     update, factors = update_and_factors()
     figures = [
-        lora_plots.plot_parts(5120, 15360, 1),
-        lora_plots.plot_parts(192, 192, 256),
-        lora_plots.plot_losses({"a": [1.0, 0.5], "b": [2.0, 2.0]}, "title"),
-        lora_plots.plot_scales((1, 16), 16, 32),
-        lora_plots.plot_captured({"x": lora.captured_energy(update)}, 64),
-        lora_plots.plot_update(update, factors, 64),
-        paging_plots.plot_paged_share((4, 8), "14m", 16),
-        paging_plots.plot_thrashing(0, 12.0),
-        paging_plots.plot_thrashing(100_000, 12.0),
-        paging_plots.plot_thrashing(200 * 2**20, 12.0),
-        paging_plots.plot_state_bytes({"a": {"states": 100}, "b": {"states": 25, "scales of 8-bit states": 1}}),
+        n02.plot_parts(5120, 15360, 1),
+        n02.plot_parts(192, 192, 256),
+        n02.plot_losses({"a": [1.0, 0.5], "b": [2.0, 2.0]}, "title"),
+        n02.plot_scales((1, 16), 16, 32),
+        n02.plot_captured({"x": lora.captured_energy(update)}, 64),
+        n02.plot_update(update, factors, 64),
+        n05.plot_paged_share((4, 8), "14m", 16),
+        n05.plot_thrashing(0, 12.0),
+        n05.plot_thrashing(100_000, 12.0),
+        n05.plot_thrashing(200 * 2**20, 12.0),
+        n05.plot_state_bytes({"a": {"states": 100}, "b": {"states": 25, "scales of 8-bit states": 1}}),
     ]
     assert all(isinstance(f, Figure) for f in figures)
     assert not plt.get_fignums()
@@ -138,18 +141,18 @@ def test_every_figure_is_drawn_and_closed():
 
 
 def test_titles_state_what_is_drawn():
-    assert "47,185,920" in lora_plots.plot_counts(16).axes[0].get_title(loc="left")
-    assert lora_plots.count("12b", 16, "query_key_value") == 11_796_480
-    steps = [ledger.step_sizes("12b", 64, tokens) for tokens in (16_000, 16_000, 16_000, 17_500, 16_000)]
-    run = paging_plots.plot_run(steps, gpu_gib=24.0)
+    assert "47,185,920" in n02.plot_counts(16).axes[0].get_title(loc="left")
+    assert n02.count("12b", 16, "query_key_value") == 11_796_480
+    steps = [step_sizes.step_sizes("12b", 64, tokens) for tokens in (16_000, 16_000, 16_000, 17_500, 16_000)]
+    run = n05.plot_run(steps, gpu_gib=24.0)
     assert [ax.get_title(loc="left").split(",")[0] for ax in run.axes] == [
         "Not paged: out of memory in step 4",
         "Paged: survives",
     ]
-    assert paging_plots.sweep_moved(10, 9) == 20
-    assert paging_plots.sweep_moved(10, 10) == 0
-    assert paging_plots.paged_shares((16,))[-1, 0] == 0.6875
-    assert "does not fit 6 GiB" in paging_plots.plot_step("12b", 64, 512, 6.0).axes[0].get_title(loc="left")
+    assert n05.sweep_moved(10, 9) == 20
+    assert n05.sweep_moved(10, 10) == 0
+    assert n05.paged_shares((16,))[-1, 0] == 0.6875
+    assert "does not fit 6 GiB" in n05.plot_step("12b", 64, 512, 6.0).axes[0].get_title(loc="left")
 
 
 def cell_with(name: str, words: str) -> tuple[str, str]:
@@ -162,7 +165,7 @@ def cell_with(name: str, words: str) -> tuple[str, str]:
 def states_that_leave_the_card(pythia: str, r: int) -> int:
     """Bytes of both float32 states of every adapter matrix with 100,000 elements or more, from transformers' own modules."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(ledger.pythia_config(pythia))
+        model = AutoModelForCausalLM.from_config(configs.pythia_config(pythia))
     sides = [side for m in model.base_model.modules() if isinstance(m, torch.nn.Linear) for side in m.weight.shape]
     return sum(2 * 4 * r * side for side in sides if r * side >= 100_000)
 
@@ -171,7 +174,7 @@ def states_that_leave_the_card(pythia: str, r: int) -> int:
 def test_thrashing_moves_the_states_that_are_paged_and_no_others(pythia, r):
     """The figure as notebook 05 draws it; 12b at rank 8 holds 180 MiB of states, of which 123.75 can leave the card."""
     source, _ = cell_with("05_paged_optimizers", "plot_thrashing(")
-    names = {"own": ledger.step_sizes(pythia, r, 2048), "paging": paging, "paging_plots": paging_plots, "ledger": ledger}
+    names = {"own": step_sizes.step_sizes(pythia, r, 2048), "paging": paging, "n05": n05, "ledger": ledger}
     *before, last = ast.parse(source).body
     exec(compile(ast.Module(before, []), "05", "exec"), names)
     ax = eval(compile(ast.Expression(last.value), "05", "eval"), names).axes[0]
@@ -188,19 +191,17 @@ def captioned() -> dict[str, Figure]:
     """Figures of notebooks 01, 02, 03 and 05 as these draw them in profile tiny: (notebook, call) → figure."""
     full, nf4 = validate({"profile": "full"}), codebooks.nf4_code()
     update, _ = update_and_factors()
-    usual = [ledger.step_sizes("12b", 8, tokens) for tokens in (17_714, 18_712)]
+    usual = [step_sizes.step_sizes("12b", 8, tokens) for tokens in (17_714, 18_712)]
     share = blockwise.code_usage(blockwise.quantize(update, nf4)[0])
     return {
         ("01_setup", "panels.plan_figure("): panels.plan_figure(full, gpu_gib=12.0),
-        ("01_setup", "setup_plots.every_pythia("): setup_plots.every_pythia(full, gpu_gib=24.0),
-        ("02_lora", "lora_plots.plot_losses("): lora_plots.plot_losses(
-            {"a": [1.0, 0.5], "b": [2.0, 2.0], "c": [3.0, 1.0]}, "title"
-        ),
-        ("02_lora", "lora_plots.plot_captured("): lora_plots.plot_captured(dict.fromkeys("ab", lora.captured_energy(update)), 8),
-        ("03_nf4_explained", "quant_plots.plot_number_line("): quant_plots.plot_number_line(weight=0.31, name="NF4"),
-        ("03_nf4_explained", "quant_plots.plot_usage("): quant_plots.plot_usage(share, nf4),
-        ("05_paged_optimizers", "paging_plots.plot_step("): paging_plots.plot_step("12b", 8, 2048, 24.0),
-        ("05_paged_optimizers", "paging_plots.plot_run("): paging_plots.plot_run(usual, 24.0),
+        ("01_setup", "n01.every_pythia("): n01.every_pythia(full, gpu_gib=24.0),
+        ("02_lora", "n02.plot_losses("): n02.plot_losses({"a": [1.0, 0.5], "b": [2.0, 2.0], "c": [3.0, 1.0]}, "title"),
+        ("02_lora", "n02.plot_captured("): n02.plot_captured(dict.fromkeys("ab", lora.captured_energy(update)), 8),
+        ("03_nf4_explained", "n03.plot_number_line("): n03.plot_number_line(weight=0.31, name="NF4"),
+        ("03_nf4_explained", "n03.plot_usage("): n03.plot_usage(share, nf4),
+        ("05_paged_optimizers", "n05.plot_step("): n05.plot_step("12b", 8, 2048, 24.0),
+        ("05_paged_optimizers", "n05.plot_run("): n05.plot_run(usual, 24.0),
     }
 
 
@@ -227,13 +228,13 @@ def test_8_bit_states_have_two_scales_a_block_as_the_caption_says():
 
 
 def test_what_05_says_of_the_table_and_of_the_loss():
-    shares = paging_plots.paged_shares((8, 128))
-    small = list(ledger.shapes.PYTHIA).index("70m")
+    shares = n05.paged_shares((8, 128))
+    small = list(PYTHIA).index("70m")
     assert shares[small, 0] == 0
     assert shares[small, 1] > 0.5, "not every small model pages nothing: the rank counts too"
     _, text = cell_with("05_paged_optimizers", 'compare_guess("paged share"')
     assert "In a small model at a small rank" in text
-    config = ledger.pythia_config("410m")
-    whole, sliced = (activations.dry_run(config, activations.Step(1, 2048, 8, loss_chunk=n)).loss for n in (0, 128))
+    config = configs.pythia_config("410m")
+    whole, sliced = (dry_run.dry_run(config, dry_run.Step(1, 2048, 8, loss_chunk=n)).loss for n in (0, 128))
     assert 0 < sliced < whole, "a chunked loss cuts the needle down and does not remove it"
     assert all(profile["loss_chunk"].value for profile in PROFILES.values())  # it is a road that the kit takes

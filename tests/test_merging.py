@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlora_nb.engine import activations, data, generation, ledger, merging, models
-from qlora_nb.engine.profiles import validate
+from qlora_nb.answer import adapters, generate, merge
 from qlora_nb.errors import KitError
+from qlora_nb.memory import ledger, live_bytes
+from qlora_nb.model import data, load
+from qlora_nb.model.linear_layers import dense_weight, linear_layers
 from qlora_nb.pocket import ADAPTER_DIR
+from qlora_nb.settings import validate
 
 SETTINGS = validate({"eval_rows": 60})
 INPUTS = [torch.randint(5, 1000, (1, n), generator=torch.Generator().manual_seed(n)) for n in (3, 20, 90)]
@@ -20,8 +23,8 @@ INPUTS = [torch.randint(5, 1000, (1, n), generator=torch.Generator().manual_seed
 
 @pytest.fixture(scope="module")
 def tuned():
-    tokenizer = models.load_tokenizer(SETTINGS)
-    return tokenizer, generation.load_adapter(models.load_base(SETTINGS), ADAPTER_DIR)
+    tokenizer = load.load_tokenizer(SETTINGS)
+    return tokenizer, adapters.load_adapter(load.load_base(SETTINGS), ADAPTER_DIR)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +35,7 @@ def wanted(tuned):
 
 def test_only_the_dequantized_weights_give_the_model_that_was_trained(tuned, wanted):
     """Float32 sums in another order: 3.5e-5 of logits up to 26 was the most seen, a tenth of what is allowed."""
-    apart = {way: merging.logit_difference(merging.merged(SETTINGS, ADAPTER_DIR, way), wanted, INPUTS) for way in merging.WAYS}
+    apart = {way: merge.logit_difference(merge.merged(SETTINGS, ADAPTER_DIR, way), wanted, INPUTS) for way in merge.WAYS}
     assert apart["dequantized"] < 3.5e-4
     assert apart["packed"] > 0.1
     assert apart["original"] > 0.1
@@ -42,14 +45,14 @@ def test_only_the_dequantized_weights_give_the_model_that_was_trained(tuned, wan
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_rounded_is_what_a_4bit_layer_holds(quant_type, double_quant):
     settings = validate({"quant_type": quant_type, "double_quant": double_quant})
-    whole, packed = (models.linear_layers(models.load_base(settings, four_bit)) for four_bit in (False, True))
+    whole, packed = (linear_layers(load.load_base(settings, four_bit)) for four_bit in (False, True))
     for name, layer in packed.items():
-        assert torch.equal(merging.rounded(whole[name].weight.data, quant_type, double_quant), models.dense_weight(layer))
+        assert torch.equal(merge.rounded(whole[name].weight.data, quant_type, double_quant), dense_weight(layer))
 
 
 def test_an_export_is_loaded_by_plain_transformers_in_a_fresh_process(tuned, wanted, tmp_path):
-    model = merging.merged(SETTINGS, ADAPTER_DIR)
-    folder = merging.export(model, tuned[0], tmp_path / "out", merging.card_facts(ADAPTER_DIR, SETTINGS, "dequantized"))
+    model = merge.merged(SETTINGS, ADAPTER_DIR)
+    folder = merge.export(model, tuned[0], tmp_path / "out", merge.card_facts(ADAPTER_DIR, SETTINGS, "dequantized"))
     torch.save([INPUTS, wanted], tmp_path / "wanted.pt")
     script = (
         "import sys, torch; from transformers import AutoModelForCausalLM, AutoTokenizer\n"
@@ -73,9 +76,9 @@ def test_the_card_says_what_the_run_was(tuned, tmp_path):
     run = {"started": "2026-01-02T03:04:05", "versions": {"torch": "2.9"}, "metrics": {"loss_after": 0.123456, "said": "x"}}
     manifest = run | {"parameters": SETTINGS.model_dump() | {"dataset": "someone/data", "max_steps": 77}}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    model = merging.merged(SETTINGS, ADAPTER_DIR)
-    facts = merging.card_facts(tmp_path / "adapter", SETTINGS, "dequantized")
-    card = (merging.export(model, tuned[0], tmp_path / "out", facts) / "README.md").read_text()
+    model = merge.merged(SETTINGS, ADAPTER_DIR)
+    facts = merge.card_facts(tmp_path / "adapter", SETTINGS, "dequantized")
+    card = (merge.export(model, tuned[0], tmp_path / "out", facts) / "README.md").read_text()
     for said in (
         "rank 8, alpha 16",
         "| max_steps | 77 |",
@@ -89,23 +92,23 @@ def test_the_card_says_what_the_run_was(tuned, tmp_path):
 
 def test_what_cannot_be_merged_or_exported_is_refused(tuned, tmp_path):
     with pytest.raises(KitError, match=r"way of merging.*dequantized, packed, original"):
-        merging.merged(SETTINGS, ADAPTER_DIR, "sideways")
-    packed = merging.merged(SETTINGS, ADAPTER_DIR, "packed")
+        merge.merged(SETTINGS, ADAPTER_DIR, "sideways")
+    packed = merge.merged(SETTINGS, ADAPTER_DIR, "packed")
     with pytest.raises(KitError, match="packed model is not exported"):
-        merging.export(packed, tuned[0], tmp_path / "no", {})
+        merge.export(packed, tuned[0], tmp_path / "no", {})
     assert not (tmp_path / "no").exists()
 
 
 @pytest.mark.parametrize("four_bit", [True, False])
 def test_release_gives_back_every_byte_although_the_name_is_still_held(four_bit):
-    with activations.LiveBytes() as live:
-        model = models.load_base(SETTINGS, four_bit)
+    with live_bytes.LiveBytes() as live:
+        model = load.load_base(SETTINGS, four_bit)
         model = model if four_bit else model.double()  # made under the counter's eyes
         held, before = ledger.measure(model).total_bytes, live.live
-        assert merging.release(model) == held
+        assert merge.release(model) == held
         assert before - live.live >= 0.98 * held  # what was made outside torch's dispatcher is not seen
     assert ledger.measure(model).total_bytes == 0
-    assert isinstance(models.load_base(SETTINGS, four_bit)(INPUTS[0]).logits, torch.Tensor)  # the next one is whole
+    assert isinstance(load.load_base(SETTINGS, four_bit)(INPUTS[0]).logits, torch.Tensor)  # the next one is whole
 
 
 # --- a file of prompts ---
@@ -119,8 +122,8 @@ def rows_of(n):
 def test_batched_answers_are_the_single_ones_for_two_hundred_prompts(tuned):
     tokenizer, model = tuned
     rows = rows_of(200) + [{"instruction": "Where is Anna?", "input": "Anna walked to the river. " * n} for n in range(1, 11)]
-    together = generation.answer_all(model, tokenizer, rows, SETTINGS, batch=16)
-    alone = [generation.answer_all(model, tokenizer, [row], SETTINGS)[0] for row in rows]
+    together = generate.answer_all(model, tokenizer, rows, SETTINGS, batch=16)
+    alone = [generate.answer_all(model, tokenizer, [row], SETTINGS)[0] for row in rows]
     assert together == alone
     assert len(set(together)) > 20
 
@@ -128,25 +131,25 @@ def test_batched_answers_are_the_single_ones_for_two_hundred_prompts(tuned):
 def test_a_file_is_answered_and_gone_on_with(tuned, tmp_path):
     tokenizer, model = tuned
     rows, target = rows_of(20), tmp_path / "answers.jsonl"
-    assert generation.answer_file(model, tokenizer, rows, target, SETTINGS, batch=8) == 20
+    assert generate.answer_file(model, tokenizer, rows, target, SETTINGS, batch=8) == 20
     whole = sorted(map(json.loads, target.read_text().splitlines()), key=lambda r: r["n"])
-    assert [r["answer"] for r in whole] == generation.answer_all(model, tokenizer, rows, SETTINGS)
+    assert [r["answer"] for r in whole] == generate.answer_all(model, tokenizer, rows, SETTINGS)
     assert [{k: r[k] for k in ("instruction", "input")} for r in whole] == rows
     lines = target.read_text().splitlines(keepends=True)
     target.write_text("".join(lines[:9]) + lines[9][:20])  # as a kill leaves it
-    assert generation.answer_file(model, tokenizer, rows, target, SETTINGS, batch=8) == 11
+    assert generate.answer_file(model, tokenizer, rows, target, SETTINGS, batch=8) == 11
     assert sorted(map(json.loads, target.read_text().splitlines()), key=lambda r: r["n"]) == whole
-    assert generation.answer_file(model, tokenizer, rows, target, SETTINGS) == 0
+    assert generate.answer_file(model, tokenizer, rows, target, SETTINGS) == 0
 
 
 def test_a_file_with_answers_to_other_rows_is_left_alone(tuned, tmp_path):
     tokenizer, model = tuned
     target = tmp_path / "answers.jsonl"
-    generation.answer_file(model, tokenizer, rows_of(3), target, SETTINGS)
+    generate.answer_file(model, tokenizer, rows_of(3), target, SETTINGS)
     before = target.read_text()
     for other in (rows_of(2), [*rows_of(2), {"instruction": "Other?", "input": ""}]):
         with pytest.raises(KitError, match="answers to other rows"):
-            generation.answer_file(model, tokenizer, other, target, SETTINGS)
+            generate.answer_file(model, tokenizer, other, target, SETTINGS)
     assert target.read_text() == before
 
 
@@ -167,7 +170,7 @@ def test_a_file_of_something_else_is_left_alone(tuned, tmp_path, content):
     target = tmp_path / "notes.txt"
     target.write_bytes(content)
     with pytest.raises(KitError, match=r"is no file of answers|holds answers to other rows") as refused:
-        generation.answer_file(model, tokenizer, rows_of(2), target, SETTINGS)
+        generate.answer_file(model, tokenizer, rows_of(2), target, SETTINGS)
     assert "name another file" in refused.value.remedy
     assert target.read_bytes() == content
 
@@ -176,17 +179,17 @@ def test_answers_of_another_model_are_not_mixed_in(tuned, tmp_path):
     tokenizer, model = tuned
     target = tmp_path / "not" / "there yet" / "answers.jsonl"
     with model.disable_adapter():
-        generation.answer_file(model.get_base_model(), tokenizer, rows_of(2), target, SETTINGS)
+        generate.answer_file(model.get_base_model(), tokenizer, rows_of(2), target, SETTINGS)
     before = target.read_text()
     for settings in (SETTINGS, SETTINGS.model_copy(update={"max_new_tokens": 3})):
         with pytest.raises(KitError, match="by another model"):
-            generation.answer_file(model, tokenizer, rows_of(2), target, settings)
+            generate.answer_file(model, tokenizer, rows_of(2), target, settings)
     assert target.read_text() == before
 
 
 def in_the_middle(monkeypatch, what):
     """Do something once, after the first batch was answered and before it is written."""
-    whole, done = generation._in_batches, []
+    whole, done = generate._in_batches, []
 
     def batches(*given):
         for found in whole(*given):
@@ -195,7 +198,7 @@ def in_the_middle(monkeypatch, what):
                 what()
             yield found
 
-    monkeypatch.setattr(generation, "_in_batches", batches)
+    monkeypatch.setattr(generate, "_in_batches", batches)
 
 
 @pytest.mark.parametrize("name", ["answers.jsonl", "./folder/../answers.jsonl", "link.jsonl", "linked/answers.jsonl"])
@@ -210,14 +213,14 @@ def test_a_second_writer_is_refused_under_any_name_of_the_file(tuned, tmp_path, 
 
     def second():
         with pytest.raises(KitError, match="another process writes into this file") as error:
-            generation.answer_file(model, tokenizer, rows, Path(name), SETTINGS)
+            generate.answer_file(model, tokenizer, rows, Path(name), SETTINGS)
         refused.append(error.value)
 
     in_the_middle(monkeypatch, second)
-    assert generation.answer_file(model, tokenizer, rows, target, SETTINGS, batch=5) == 12
+    assert generate.answer_file(model, tokenizer, rows, target, SETTINGS, batch=5) == 12
     assert len(refused) == 1
     assert {json.loads(line)["n"] for line in target.read_text().splitlines()} == set(range(12))
-    assert generation.answer_file(model, tokenizer, rows, Path(name), SETTINGS) == 0
+    assert generate.answer_file(model, tokenizer, rows, Path(name), SETTINGS) == 0
     assert (tmp_path / "link.jsonl").is_symlink()
 
 
@@ -229,29 +232,29 @@ def test_a_file_that_somebody_touches_meanwhile_is_said_and_answered_again(tuned
     touch = {"removed": target.unlink, "replaced": lambda: other.replace(target), "emptied": lambda: target.write_text("")}
     touch["written to"] = lambda: target.write_text(target.read_text()[:-1] + " \n")
     if how in ("emptied", "written to"):
-        generation.answer_file(model, tokenizer, rows[:1], target, SETTINGS)
+        generate.answer_file(model, tokenizer, rows[:1], target, SETTINGS)
     in_the_middle(monkeypatch, touch[how])
     with pytest.raises(KitError, match=r"removed or changed .*call it again"):
-        generation.answer_file(model, tokenizer, rows, target, SETTINGS, batch=5)
-    generation.answer_file(model, tokenizer, rows, target, SETTINGS)
+        generate.answer_file(model, tokenizer, rows, target, SETTINGS, batch=5)
+    generate.answer_file(model, tokenizer, rows, target, SETTINGS)
     assert {json.loads(line)["n"] for line in target.read_text().splitlines()} == set(range(12))
 
 
 def test_answers_into_a_folder_that_is_closed(tuned, closed_folder):
     tokenizer, model = tuned
     with pytest.raises(KitError, match=r"answers\.jsonl cannot be written") as refused:
-        generation.answer_file(model, tokenizer, rows_of(1), closed_folder / "answers.jsonl", SETTINGS)
+        generate.answer_file(model, tokenizer, rows_of(1), closed_folder / "answers.jsonl", SETTINGS)
     assert "that you may write to" in refused.value.remedy
 
 
 def test_prompts_come_from_text_and_data_files(tmp_path):
     (tmp_path / "a.txt").write_text("\ufeffSay hi.\n\nSay bye.\n", encoding="utf-8")
-    assert generation.read_rows(str(tmp_path / "a.txt"), {}) == [
+    assert generate.read_rows(str(tmp_path / "a.txt"), {}) == [
         {"instruction": "Say hi.", "input": ""},
         {"instruction": "Say bye.", "input": ""},
     ]
     (tmp_path / "b.jsonl").write_text('{"q": "Say hi.", "output": ""}\n{"q": "Say bye.", "output": ""}\n')
-    rows = generation.read_rows(str(tmp_path / "b.jsonl"), {"instruction": "q", "output": "none"})
+    rows = generate.read_rows(str(tmp_path / "b.jsonl"), {"instruction": "q", "output": "none"})
     assert [row["instruction"] for row in rows] == ["Say hi.", "Say bye."]
 
 
@@ -276,6 +279,6 @@ def test_answers_go_into_a_file_and_into_nothing_else(tuned, tmp_path):
     os.mkfifo(pipe)
     before = pipe.stat()
     with pytest.raises(KitError, match="this is no file"):
-        generation.answer_file(model, tokenizer, rows_of(2), pipe, SETTINGS)
+        generate.answer_file(model, tokenizer, rows_of(2), pipe, SETTINGS)
     assert pipe.stat() == before
     assert os.listdir(tmp_path) == ["pipe"]

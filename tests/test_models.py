@@ -13,25 +13,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora_nb.engine import (
-    activations,
-    brought,
-    data,
-    ends,
-    evaluation,
-    generation,
-    ledger,
-    merging,
-    models,
-    objective,
-    prequantized,
-    probes,
-    runs,
-    training,
-)
-from qlora_nb.engine.profiles import validate
+from qlora_nb import sources
+from qlora_nb.answer import adapters, evaluate, generate, merge
 from qlora_nb.errors import KitError
+from qlora_nb.memory import dry_run, ledger
+from qlora_nb.model import data, device, embeddings, generation_defaults, load, probes, sliced_loss
 from qlora_nb.pocket import MODEL_DIR
+from qlora_nb.record import runs
+from qlora_nb.settings import validate
+from qlora_nb.train import attach, trainer
 
 SHAPE = {"vocab_size": 1088, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 SHAPE |= {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1, "max_position_embeddings": 128}
@@ -88,9 +78,9 @@ def rows_of(*lengths):
 
 def finetuned(folder, rows, **values):
     settings = validate({"model_id": folder, "max_steps": 1, "lora_dropout": 0.0, **values})
-    model = training.attach_adapter(models.load_base(settings), settings)
+    model = attach.attach_adapter(load.load_base(settings), settings)
     run = runs.Run(settings, "06_test")
-    return training.finetune(model, models.load_tokenizer(settings), rows, settings, run, lambda step: None)
+    return trainer.finetune(model, load.load_tokenizer(settings), rows, settings, run, lambda step: None)
 
 
 @torch.no_grad()
@@ -194,7 +184,7 @@ def test_slices_are_used_only_where_they_give_the_models_own_loss(name):
     ids = torch.tensor(rows_of(40)["input_ids"])
     with torch.no_grad():
         own = own_loss(model, ids, labels)
-        with objective.sliced_head(model, 8) as loss:
+        with sliced_loss.sliced_head(model, 8) as loss:
             sliced = loss(model(input_ids=ids), labels).item()
     assert probes.head_is_last(model) == (abs(own - sliced) < 1e-3 * own)
 
@@ -209,7 +199,7 @@ def test_held_out_loss_is_that_of_the_models_own_logits(family):
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([ids])).logits[0, :-1]
         wanted.append(cross_entropy(logits, torch.tensor(labels[1:]), ignore_index=-100, reduction="sum"))
-    found = evaluation.row_losses(model, tokenizer, list(rows))
+    found = evaluate.row_losses(model, tokenizer, list(rows))
     assert torch.allclose(found[:, 0].float(), torch.stack(wanted), rtol=1e-4)
 
 
@@ -220,15 +210,15 @@ def test_a_model_with_a_cap_trains_on_its_own_loss(saved, tmp_path, monkeypatch,
     assert capsys.readouterr().out.count("as with loss_chunk=0") == 1
     ids, labels = torch.tensor(rows["input_ids"]), torch.tensor(rows["labels"])
     with torch.no_grad():
-        own = own_loss(models.load_base(validate({"model_id": folder})), ids, labels)
+        own = own_loss(load.load_base(validate({"model_id": folder})), ids, labels)
     assert result["losses"] == [pytest.approx(own, rel=1e-4)]
 
 
 @pytest.mark.parametrize(("family", "plain"), [("Gemma2", True), ("NanoChat", True), ("Llama", False), ("Cohere", False)])
 def test_the_prediction_follows_the_loss_that_is_used(family, plain):
     config = random_model(family).config
-    steps = [activations.Step(2, 64, r=8, dtype=torch.float32, loss_chunk=chunk) for chunk in (0, 16)]
-    whole, sliced = (activations.dry_run(config, step).loss for step in steps)
+    steps = [dry_run.Step(2, 64, r=8, dtype=torch.float32, loss_chunk=chunk) for chunk in (0, 16)]
+    whole, sliced = (dry_run.dry_run(config, step).loss for step in steps)
     assert (whole == sliced) == plain
 
 
@@ -257,7 +247,7 @@ def whole_and_packed(model):
 
 @pytest.mark.parametrize("family", ["GPT2", "GPTNeoX", "Llama"])
 def test_blocks_in_4_bit_throughout_say_nothing(saved, family, capsys):
-    model = models.load_base(validate({"model_id": saved(family)}))
+    model = load.load_base(validate({"model_id": saved(family)}))
     assert "in 4 bit" not in capsys.readouterr().out
     named = random_model(family).named_parameters()
     blocks = [p for n, p in named if p.dim() == 2 and (".h." in n or ".layers." in n)]
@@ -267,7 +257,7 @@ def test_blocks_in_4_bit_throughout_say_nothing(saved, family, capsys):
 @pytest.mark.parametrize(("family", "whose"), [("Mixtral", "MixtralExperts"), ("Qwen3Moe", "Qwen3MoeExperts")])
 def test_what_stays_unquantized_is_said(saved, family, whose, capsys):
     folder = saved(family)
-    model = models.load_base(validate({"model_id": folder}))
+    model = load.load_base(validate({"model_id": folder}))
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("in 4 bit: ")]
     assert len(said) == 1
     assert whose in said[0]
@@ -278,26 +268,26 @@ def test_layers_the_model_itself_leaves_out_are_said(saved, capsys, tmp_path):
     """A model saved in 4 bit whose feed-forward layers were left out."""
     skipped = ["lm_head", "gate_proj", "up_proj"]
     folder = in_4_bit(saved("Llama"), tmp_path, llm_int8_skip_modules=skipped)
-    models.load_base(validate({"model_id": folder}))
+    load.load_base(validate({"model_id": folder}))
     out = capsys.readouterr().out
     assert "gate_proj (left out by the model's own settings)" in out
     assert f"{2 * 2 * 64 * 128:,} are not" in out
 
 
 def test_a_model_without_one_4bit_weight_is_refused(saved, tmp_path, monkeypatch):
-    monkeypatch.setattr(prequantized, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(sources, "CACHE", tmp_path / "cache")
     folder = saved("Falcon")
     with pytest.raises(KitError, match=r"no weight of this model can be stored in 4 bit.*FalconLinear"):
-        models.load_base(validate({"model_id": folder, "prequantized": True}))
+        load.load_base(validate({"model_id": folder, "prequantized": True}))
     assert not (tmp_path / "cache").exists()
 
 
 def test_a_kept_copy_says_the_same(saved, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(prequantized, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(sources, "CACHE", tmp_path / "cache")
     settings = validate({"model_id": saved("Mixtral", generation={"temperature": 0.5}), "prequantized": True})
     said = []
     for _ in range(2):
-        models.load_base(settings)
+        load.load_base(settings)
         said.append([line for line in capsys.readouterr().out.splitlines() if "in 4 bit: " in line or "not used" in line])
     assert said[0] == said[1]
     assert len(said[0]) == 2
@@ -322,10 +312,10 @@ DEFAULTS = {
 @pytest.mark.parametrize("name", DEFAULTS)
 def test_greedy_is_greedy_whatever_the_model_brings(saved, name, capsys):
     settings = validate({"model_id": saved("Llama", generation=DEFAULTS[name]), "max_new_tokens": 12})
-    model, tokenizer = models.load_base(settings), models.load_tokenizer(settings)
+    model, tokenizer = load.load_base(settings), load.load_tokenizer(settings)
     assert f"{next(iter(DEFAULTS[name]))}=" in capsys.readouterr().out
     row = {"instruction": "Where is Anna?", "input": ""}
-    ids = generation.encode([row], tokenizer, model, settings)["input_ids"]
+    ids = generate.tokenize_prompts([row], tokenizer, model, settings)["input_ids"]
     start = ids.shape[1]
     with torch.no_grad():
         for _ in range(12):
@@ -335,8 +325,8 @@ def test_greedy_is_greedy_whatever_the_model_brings(saved, name, capsys):
                 break
         directly = model.generate(ids[:, :start], attention_mask=torch.ones(1, start), max_new_tokens=12, do_sample=False)
     wanted = tokenizer.decode(ids[0, start:], skip_special_tokens=True).strip()
-    assert generation.answer_all(model, tokenizer, [row], settings) == [wanted]
-    assert generation.answer(model, tokenizer, row, settings, tuned=False).text == wanted
+    assert generate.answer_all(model, tokenizer, [row], settings) == [wanted]
+    assert generate.answer(model, tokenizer, row, settings, tuned=False).text == wanted
     assert tokenizer.decode(directly[0, start:], skip_special_tokens=True).strip() == wanted
 
 
@@ -345,7 +335,7 @@ def test_the_models_own_end_tokens_end_an_answer():
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|eot|>"]})
     own = tokenizer.convert_tokens_to_ids("<|eot|>")
     model.generation_config.eos_token_id = [own, 700]  # 700 is a word here
-    assert brought.end_tokens(model, tokenizer) == [tokenizer.eos_token_id, own]
+    assert generation_defaults.end_tokens(model, tokenizer) == [tokenizer.eos_token_id, own]
 
 
 # --- a base that is saved in 4 bit ---
@@ -363,40 +353,40 @@ def in_4_bit(folder, tmp_path, **how):
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("kind", ["fp4", "nf4"])
 def test_its_own_quantization_is_honoured_and_shown(saved, tmp_path, capsys, monkeypatch, kind, double):
-    monkeypatch.setattr(prequantized, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(sources, "CACHE", tmp_path / "cache")
     how = {"bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": double, "bnb_4bit_compute_dtype": torch.float16}
     folder = in_4_bit(saved("Llama"), tmp_path, **how)
     settings = validate({"model_id": folder, "prequantized": True})
-    model = models.load_base(settings)
+    model = load.load_base(settings)
     out = capsys.readouterr().out
     assert f"{kind} {'with' if double else 'without'} double quantization" in out
     assert ("was asked for" in out) == ((kind, double) != ("nf4", True))
     layer = model.model.layers[0].mlp.up_proj
     assert (layer.weight.quant_state.quant_type, layer.weight.quant_state.nested) == (kind, double)
-    assert layer.compute_dtype == models.compute_dtype()
+    assert layer.compute_dtype == device.compute_dtype()
     assert not (tmp_path / "cache").exists()
     assert ledger.predict(settings, r=0).total_bytes == ledger.measure(model).total_bytes
 
 
 def test_an_adapter_is_merged_onto_what_its_4bit_base_stands_for(saved, tmp_path):
     settings = validate({"model_id": in_4_bit(saved("Llama"), tmp_path, bnb_4bit_quant_type="fp4")})
-    model = training.attach_adapter(models.load_base(settings), settings).eval()
+    model = attach.attach_adapter(load.load_base(settings), settings).eval()
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    training.save_adapter(model, tmp_path / "adapter")
+    attach.save_adapter(model, tmp_path / "adapter")
     ids = torch.arange(5, 25)[None]
     with torch.no_grad():
         wanted = model(input_ids=ids).logits
-        plain = merging.merged(settings, tmp_path / "adapter")
+        plain = merge.merged(settings, tmp_path / "adapter")
         assert torch.allclose(plain(input_ids=ids).logits, wanted, atol=1e-4)
-        card = merging.card_facts(tmp_path / "adapter", settings, "dequantized")
-        merging.export(plain, models.load_tokenizer(settings), tmp_path / "out", card)
+        card = merge.card_facts(tmp_path / "adapter", settings, "dequantized")
+        merge.export(plain, load.load_tokenizer(settings), tmp_path / "out", card)
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
         assert torch.allclose(again(input_ids=ids).logits, wanted, atol=1e-4)
     with pytest.raises(KitError, match="original weights are not there"):
-        merging.merged(settings, tmp_path / "adapter", "original")
-    assert "original" not in merging.ways_for(settings)
+        merge.merged(settings, tmp_path / "adapter", "original")
+    assert "original" not in merge.ways_for(settings)
 
 
 @pytest.mark.parametrize(
@@ -418,7 +408,7 @@ def test_other_quantizations_are_refused_before_loading(saved, own, four_bit):
     (Path(folder) / "config.json").write_text(json.dumps(config | {"quantization_config": own}))
     (Path(folder) / "model.safetensors").unlink()
     with pytest.raises(KitError, match="quantized already"):
-        models.load_base(validate({"model_id": folder}), four_bit)
+        load.load_base(validate({"model_id": folder}), four_bit)
 
 
 # --- adapters by other tools ---
@@ -426,7 +416,7 @@ def test_other_quantizations_are_refused_before_loading(saved, own, four_bit):
 
 def an_adapter(settings, folder, **how):
     """A random adapter of a kind that the kit does not train, made and saved by plain PEFT."""
-    base = models.load_base(settings)
+    base = load.load_base(settings)
     config = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM", **how)
     model = get_peft_model(base, config).eval()
     torch.manual_seed(1)
@@ -450,7 +440,7 @@ KINDS = {
 def test_an_adapter_computes_what_peft_computes(saved, tmp_path, kind):
     settings = validate({"model_id": saved("Llama", mlp_bias=True, attention_bias=True)})
     theirs = an_adapter(settings, tmp_path / "adapter", **KINDS[kind])
-    model = generation.load_adapter(models.load_base(settings), tmp_path / "adapter")
+    model = adapters.load_adapter(load.load_base(settings), tmp_path / "adapter")
     ids = torch.arange(5, 25)[None]
     with torch.no_grad():
         wanted = theirs(input_ids=ids).logits
@@ -458,7 +448,7 @@ def test_an_adapter_computes_what_peft_computes(saved, tmp_path, kind):
         with model.disable_adapter():
             base = model(input_ids=ids).logits
         assert not torch.allclose(wanted, base, atol=1e-2)
-        assert torch.allclose(merging.merged(settings, tmp_path / "adapter")(input_ids=ids).logits, wanted, atol=1e-4)
+        assert torch.allclose(merge.merged(settings, tmp_path / "adapter")(input_ids=ids).logits, wanted, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -466,24 +456,24 @@ def test_an_answer_is_made_by_the_librarys_own_layers(saved, tmp_path, monkeypat
     """While `generate` runs, no layer is replaced and torch has its threads; the text is that of plain PEFT."""
     settings = validate({"model_id": saved("Llama"), "max_new_tokens": 8})
     theirs = an_adapter(settings, tmp_path / "adapter", **KINDS[kind])
-    model, tokenizer = generation.load_adapter(models.load_base(settings), tmp_path / "adapter"), models.load_tokenizer(settings)
+    model, tokenizer = adapters.load_adapter(load.load_base(settings), tmp_path / "adapter"), load.load_tokenizer(settings)
     row, threads, seen = {"instruction": "Where is Anna?", "input": ""}, torch.get_num_threads(), []
-    ids = generation.encode([row], tokenizer, model, settings)["input_ids"]
+    ids = generate.tokenize_prompts([row], tokenizer, model, settings)["input_ids"]
     with torch.no_grad():
         wanted = {True: theirs.generate(input_ids=ids, max_new_tokens=8, do_sample=False)}
         with theirs.disable_adapter():
             wanted[False] = theirs.generate(input_ids=ids, max_new_tokens=8, do_sample=False)
-    generate = model.generate
+    its_own = model.generate
 
     def watched(**given):
         seen.append(torch.get_num_threads())
         seen.extend(name for name, module in model.named_modules() if "forward" in vars(module))
-        return generate(**given)
+        return its_own(**given)
 
     monkeypatch.setattr(model, "generate", watched)
     for tuned, out in wanted.items():
         text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
-        assert generation.answer(model, tokenizer, row, settings, tuned=tuned).text == text
+        assert generate.answer(model, tokenizer, row, settings, tuned=tuned).text == text
     assert seen == [threads, threads]
 
 
@@ -521,12 +511,12 @@ def test_what_a_token_reads_is_what_the_operations_take(saved, name):
     """One token after a prompt, watched by torch's dispatcher; base, and with an adapter on it."""
     family, _, how = name.partition(", ")
     settings = validate({"model_id": saved(family, **READ[name]), "head_4bit": how == "head in 4 bit"})
-    model = models.load_base(settings)
+    model = load.load_base(settings)
     if how == "embedding on the CPU":
-        ends.keep_embedding_on_cpu(model, model.device)
+        embeddings.keep_embedding_on_cpu(model, model.device)
     for step in ("base", "tuned"):
         if step == "tuned":
-            model = training.attach_adapter(model, settings).eval()
+            model = attach.attach_adapter(model, settings).eval()
         cache = model(input_ids=torch.arange(5, 25)[None], use_cache=True).past_key_values
         with Reads() as reads:
             model(input_ids=torch.tensor([[25]]), past_key_values=cache)
@@ -541,18 +531,18 @@ def test_what_a_token_reads_is_what_the_operations_take(saved, name):
 def test_an_adapter_that_cannot_be_merged_is_refused_in_a_sentence(saved, tmp_path):
     settings = validate({"model_id": saved("Llama")})
     an_adapter(settings, tmp_path / "adapter", lora_bias=True)
-    for way in merging.WAYS:
+    for way in merge.WAYS:
         with pytest.raises(KitError, match=r"cannot be merged.*no bias"):
-            merging.merged(settings, tmp_path / "adapter", way)
+            merge.merged(settings, tmp_path / "adapter", way)
 
 
 def test_gpt2s_turned_weights_are_rounded_before_merging(saved, tmp_path):
     settings = validate({"model_id": saved("GPT2")})
-    model = training.attach_adapter(models.load_base(settings), settings).eval()
-    training.save_adapter(model, tmp_path / "adapter")
+    model = attach.attach_adapter(load.load_base(settings), settings).eval()
+    attach.save_adapter(model, tmp_path / "adapter")
     ids = torch.arange(5, 25)[None]
     with torch.no_grad():
-        merged = merging.merged(settings, tmp_path / "adapter")(input_ids=ids).logits
+        merged = merge.merged(settings, tmp_path / "adapter")(input_ids=ids).logits
         assert torch.allclose(merged, model(input_ids=ids).logits, atol=1e-4)
 
 
@@ -577,7 +567,7 @@ def test_the_next_token_is_learnt_also_where_a_familys_own_loss_is_of_the_same_t
     monkeypatch.setitem(FAMILIES, "Bart", {**bart, "dropout": 0.0, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1})
     folder, rows = saved("Bart"), rows_of(30, 30)
     settings = validate({"model_id": folder})
-    base = models.load_base(settings)
+    base = load.load_base(settings)
     with torch.no_grad():
         logits = base(input_ids=torch.tensor(rows["input_ids"])).logits[:, :-1]
     wanted = cross_entropy(logits.flatten(0, 1), torch.tensor(rows["labels"])[:, 1:].flatten(), ignore_index=-100).item()
@@ -587,7 +577,7 @@ def test_the_next_token_is_learnt_also_where_a_familys_own_loss_is_of_the_same_t
 
 def test_memory_that_runs_out_while_the_head_is_tried_is_no_sign_of_a_cap(monkeypatch):
     model = random_model("Llama")
-    monkeypatch.setattr(objective, "sliced_head", lambda *_: (_ for _ in ()).throw(RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")))
+    monkeypatch.setattr(sliced_loss, "sliced_head", lambda *_: (_ for _ in ()).throw(RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")))
     with pytest.raises(RuntimeError, match="ALLOC_FAILED"):
         probes.head_is_last(model)
 
@@ -597,15 +587,15 @@ def test_an_adapter_that_repeats_layers_is_refused(saved, tmp_path):
     settings = validate({"model_id": saved("Llama")})
     an_adapter(settings, tmp_path / "adapter", layer_replication=[[0, 2], [0, 2]])
     with pytest.raises(KitError, match="layer_replication"):
-        generation.load_adapter(models.load_base(settings), tmp_path / "adapter")
+        adapters.load_adapter(load.load_base(settings), tmp_path / "adapter")
 
 
 def test_an_out_of_memory_error_is_explained_for_any_family():
     """The levers of a family whose activations cannot be counted are left out; the refusal still says what was held."""
-    from qlora_nb.engine import budget
+    from qlora_nb.memory import out_of_memory
 
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
-    refusal = budget.out_of_memory(error, validate({}), random_model("Mamba"), None)
+    refusal = out_of_memory.explain(error, validate({}), random_model("Mamba"), None)
     assert "held at that moment" in str(refusal)
     assert "choose a smaller model" in refusal.remedy
 
@@ -616,4 +606,4 @@ def test_a_tokenizer_without_an_end_token_is_refused(saved):
     tokenizer.eos_token = None
     tokenizer.save_pretrained(folder)
     with pytest.raises(KitError, match="no end token"):
-        models.load_tokenizer(validate({"model_id": folder}))
+        load.load_tokenizer(validate({"model_id": folder}))

@@ -15,7 +15,9 @@ import nbformat
 import pytest
 from conftest import NOTEBOOKS, ROOT, Listener
 
-from qlora_nb.engine import batch, environment, profiles, report
+from qlora_nb import machine
+from qlora_nb.batch import report, sequence
+from qlora_nb.settings import Settings
 
 NAMES = [p.stem for p in sorted(NOTEBOOKS.glob("0*.ipynb"))]
 each = pytest.mark.parametrize("name", NAMES)
@@ -43,7 +45,7 @@ def test_no_cell_takes_a_parameters_name_for_something_else(name):
     cells = [c for c in nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4).cells if c.cell_type == "code"]
     others = [c.source for c in cells if "parameters" not in c.metadata.get("tags", [])]
     stored = [n for source in others for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Name)]
-    assert {n.id for n in stored if isinstance(n.ctx, ast.Store)} & profiles.Settings.model_fields.keys() == set()
+    assert {n.id for n in stored if isinstance(n.ctx, ast.Store)} & Settings.model_fields.keys() == set()
 
 
 @each
@@ -84,7 +86,7 @@ def test_runs_to_the_end(name, outcomes):
 
 @each
 def test_no_stored_error(name, executed):
-    assert batch.stored_errors(nbformat.read(executed[name], 4)) == []
+    assert sequence.stored_errors(nbformat.read(executed[name], 4)) == []
 
 
 @each
@@ -193,7 +195,7 @@ def test_a_misspelt_parameter_is_refused_by_plain_papermill(name, tmp_path):
     assert "did you mean max_steps" in done.stderr
 
 
-@pytest.mark.skipif(bool(environment.gpus()), reason="this machine has a GPU")
+@pytest.mark.skipif(bool(machine.gpus()), reason="this machine has a GPU")
 @pytest.mark.parametrize("name", NAMES)
 def test_profile_full_is_refused_naming_the_need(name, tmp_path):
     """Where the notebook takes a model: the resolve cell refuses, before any download."""

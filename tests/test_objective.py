@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from qlora_nb.engine import activations, data, models, objective, runs, training
-from qlora_nb.engine.profiles import validate
+from qlora_nb.memory import profiler
+from qlora_nb.model import data, load, sliced_loss
+from qlora_nb.record import runs
+from qlora_nb.settings import validate
+from qlora_nb.train import attach, trainer
 
 
 def plain(hidden, labels, head, n_items=None):
@@ -21,7 +24,7 @@ def test_value_and_gradient_are_those_of_the_plain_loss(chunk, seed):
     head = torch.nn.Linear(24, 301).requires_grad_(False)
     labels = torch.where(torch.rand(3, 40) < 0.6, torch.randint(301, (3, 40)), -100)
     found = []
-    for loss in (plain, lambda h, y, head: objective.sliced_loss(h, y, head, chunk)):
+    for loss in (plain, lambda h, y, head: sliced_loss.sliced_loss(h, y, head, chunk)):
         hidden = torch.randn(3, 40, 24, generator=torch.Generator().manual_seed(seed)).requires_grad_()
         value = loss(hidden, labels, head)
         value.backward()
@@ -36,13 +39,13 @@ def test_sums_over_several_passes_divide_by_all_their_tokens():
     labels = torch.randint(50, (2, 9))
     labels[0, :6] = -100  # rows of unlike length: the mean of means would be wrong
     n = int((labels[:, 1:] != -100).sum())
-    parts = [objective.sliced_loss(hidden[i : i + 1], labels[i : i + 1], head, 4, n_items=n) for i in range(2)]
+    parts = [sliced_loss.sliced_loss(hidden[i : i + 1], labels[i : i + 1], head, 4, n_items=n) for i in range(2)]
     assert sum(parts).item() == pytest.approx(plain(hidden, labels, head).item(), abs=1e-5)
 
 
 def test_whole_model_and_the_head_comes_back():
     settings = validate({"lora_dropout": 0.0})
-    model = training.attach_adapter(models.load_base(settings), settings)
+    model = attach.attach_adapter(load.load_base(settings), settings)
     head = model.get_base_model().get_output_embeddings()
     ids = torch.randint(2, 1000, (2, 30))
     labels = ids.clone()
@@ -51,7 +54,7 @@ def test_whole_model_and_the_head_comes_back():
     want.backward()
     wanted = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    with objective.sliced_head(model, 8) as loss:
+    with sliced_loss.sliced_head(model, 8) as loss:
         outputs = model(input_ids=ids)
         assert outputs.logits.shape[-1] == model.config.hidden_size
         found = loss(outputs, labels)
@@ -60,7 +63,7 @@ def test_whole_model_and_the_head_comes_back():
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             assert torch.allclose(parameter.grad, wanted[name], atol=1e-5 * wanted[name].abs().max().item() + 1e-9), name
-    with pytest.raises(RuntimeError, match="stop"), objective.sliced_head(model, 8):
+    with pytest.raises(RuntimeError, match="stop"), sliced_loss.sliced_head(model, 8):
         raise RuntimeError("stop")
     assert "forward" not in vars(head)
     assert model(input_ids=ids).logits.shape[-1] == model.config.vocab_size
@@ -72,8 +75,8 @@ def test_memory_is_a_quarter_or_less_at_pythias_vocabulary():
     for chunk in (0, 128):
         hidden = torch.randn(1, 1024, 32, requires_grad=True)
         labels = torch.randint(50_688, (1, 1024))
-        with activations.weigh() as moved:
-            loss = objective.sliced_loss(hidden, labels, head, chunk) if chunk else plain(hidden, labels, head)
+        with profiler.measure_peak() as moved:
+            loss = sliced_loss.sliced_loss(hidden, labels, head, chunk) if chunk else plain(hidden, labels, head)
             loss.backward()
         peaks.append(moved.peak_bytes)
     assert peaks[0] > 2 * 4 * 1024 * 50_688  # the plain loss holds at least two copies of all logits
@@ -85,9 +88,9 @@ def test_training_with_slices_ends_where_plain_training_ends(tmp_path):
     losses = []
     for chunk in (0, 16):
         settings = validate({**base, "loss_chunk": chunk})
-        tokenizer = models.load_tokenizer(settings)
-        model = training.attach_adapter(models.load_base(settings), settings)
-        rows = data.encode(data.load(settings)[0], tokenizer, settings)
-        result = training.finetune(model, tokenizer, rows, settings, runs.Run(settings, "06_test"), lambda step: None)
+        tokenizer = load.load_tokenizer(settings)
+        model = attach.attach_adapter(load.load_base(settings), settings)
+        rows = data.tokenize_rows(data.load(settings)[0], tokenizer, settings)
+        result = trainer.finetune(model, tokenizer, rows, settings, runs.Run(settings, "06_test"), lambda step: None)
         losses.append(result["losses"])
     assert losses[1] == pytest.approx(losses[0], abs=2e-4)

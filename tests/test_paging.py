@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_nb.engine import ledger
 from qlora_nb.errors import KitError
+from qlora_nb.memory import ledger
+from qlora_nb.model import configs
 from qlora_nb.theory import paging
 
 EVENT = st.one_of(
@@ -137,7 +138,7 @@ def test_every_gpu_pages_not_nvidias_alone(device, numel, monkeypatch):
 def test_which_pythia_pages_what():
     share = {}
     for size in ("14m", "410m", "12b"):
-        model = ledger.meta_model(ledger.pythia_config(size))
+        model = configs.meta_model(configs.pythia_config(size))
         for r in (8, 16, 64):
             paged, fixed = paging.paged_bytes(ledger.lora_numels(model, r))
             share[size, r] = paged / (paged + fixed)

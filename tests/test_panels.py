@@ -3,10 +3,14 @@
 import pytest
 from matplotlib.figure import Figure
 
-from qlora_nb.engine import data, environment, generation, ledger, models, shapes
-from qlora_nb.engine.generation import Answer, find_adapter, load_adapter
-from qlora_nb.engine.profiles import validate
-from qlora_nb.ui import panels, setup_plots, training_checks, training_plots, widgets
+from qlora_nb import cards, machine, sources
+from qlora_nb.answer import adapters, generate
+from qlora_nb.lessons import n01, n06, n07
+from qlora_nb.memory import ledger
+from qlora_nb.model import configs, data, load
+from qlora_nb.pythia import PYTHIA
+from qlora_nb.settings import validate
+from qlora_nb.ui import charts, panels, widgets
 
 
 def both_ends(widget):
@@ -47,20 +51,20 @@ def test_planner_answers_the_question_of_notebook_01():
 
 
 def test_what_fits_names_a_size_for_every_card():
-    rows = setup_plots.what_fits(validate({"profile": "full"}), (8.0, 48.0))
+    rows = n01.what_fits(validate({"profile": "full"}), (8.0, 48.0))
     assert [row["card"] for row in rows] == ["8 GiB", "48 GiB"]
     assert rows[0]["fine-tuning"].startswith("6.9b")
     assert rows[1]["fine-tuning"].startswith("12b")
     assert rows[1]["levers"] == "none needed"
-    figure = setup_plots.every_pythia(validate({"profile": "full"}), 8.0)
+    figure = n01.every_pythia(validate({"profile": "full"}), 8.0)
     assert figure.axes[0].get_title(loc="left") == "Over 8 GiB: 12b"
 
 
 @pytest.fixture(scope="module")
 def chat():
     settings = validate({"adapter": "pocket", "max_new_tokens": 8})
-    model = load_adapter(models.load_base(settings), find_adapter(settings)[0])
-    return panels.SideBySide(model, models.load_tokenizer(settings), settings)
+    model = adapters.load_adapter(load.load_base(settings), adapters.find_adapter(settings)[0])
+    return panels.SideBySide(model, load.load_tokenizer(settings), settings)
 
 
 def ask(chat, prompt):
@@ -119,8 +123,8 @@ def test_each_control_does_what_it_says(chat):
 
 
 def test_counted_tokens_are_those_that_were_made(chat):
-    row = generation.row_of("Where is Anna?\nAnna went to the park.")
-    last = generation.answer(chat.model, chat.tokenizer, row, chat.settings, tuned=True)
+    row = generate.row_of("Where is Anna?\nAnna went to the park.")
+    last = generate.answer(chat.model, chat.tokenizer, row, chat.settings, tuned=True)
     encoded = chat.tokenizer(data.prompt_of(row, chat.settings.prompt_template), return_tensors="pt", return_token_type_ids=False)
     made = chat.model.generate(**encoded, max_new_tokens=chat.settings.max_new_tokens, do_sample=False)
     assert last.n_tokens == made.shape[1] - encoded["input_ids"].shape[1]
@@ -143,7 +147,7 @@ def test_model_text_is_never_html(chat):
 
 
 def test_label_mask_is_escaped_and_marked_twice():
-    shown = training_plots.label_mask(["<script>alert(1)</script>", "yes"], [False, True])
+    shown = n06.label_mask(["<script>alert(1)</script>", "yes"], [False, True])
     assert "<script>" not in shown
     assert "border-bottom" in shown
     assert "background" in shown
@@ -167,58 +171,58 @@ def test_live_view_counts_and_draws(capsys):
 
 
 def test_figures_for_small_and_large_models():
-    small, large = ledger.predict(validate({})), ledger.predict(validate({}), config=ledger.pythia_config("12b"))
+    small, large = ledger.predict(validate({})), ledger.predict(validate({}), config=configs.pythia_config("12b"))
     for one in (small, large):
-        assert isinstance(training_plots.budget({"model": one}, limit_gib=24.0), Figure)
-    assert isinstance(training_plots.loss_curve([3.0], None, None), Figure)
-    assert isinstance(training_plots.lengths([5, 5, 5], 64), Figure)
-    answers = [Answer("a", 3, 0.1, 0.2)]
-    assert isinstance(training_plots.speeds({"base": answers, "tuned": answers}), Figure)
-    assert isinstance(training_plots.next_tokens([("<b>$x$", 0.5)], [("\n", 0.5)], 1.0), Figure)
+        assert isinstance(charts.memory_bars({"model": one}, limit_gib=24.0), Figure)
+    assert isinstance(charts.loss_curve([3.0], None, None), Figure)
+    assert isinstance(n06.lengths([5, 5, 5], 64), Figure)
+    answers = [generate.Answer("a", 3, 0.1, 0.2)]
+    assert isinstance(n07.speeds({"base": answers, "tuned": answers}), Figure)
+    assert isinstance(n07.next_tokens([("<b>$x$", 0.5)], [("\n", 0.5)], 1.0), Figure)
     steps = [("<b>$x$", [("a", 0.5)], [("b", 0.5)], 3.0), ("(end)", [], [], 0.0)]
-    assert training_plots.along(steps).axes[0].get_title(loc="left") == "The models differ by 3.0 bits at most, 1.5 on average"
-    assert "adds 8 bytes" in training_plots.cache_growth({0: 0, 4: 32}, {4: 32}).axes[0].get_title(loc="left")
+    assert n07.along(steps).axes[0].get_title(loc="left") == "The models differ by 3.0 bits at most, 1.5 on average"
+    assert "adds 8 bytes" in n07.cache_growth({0: 0, 4: 32}, {4: 32}).axes[0].get_title(loc="left")
     scores = {"majority": {"all": 0.1, "who": 0.2}, "QLoRA": {"all": 0.9, "who": 0.8}}
-    assert isinstance(training_plots.scores(scores), Figure)
+    assert isinstance(n06.scores(scores), Figure)
 
 
 def test_profiles_are_judged_on_the_machine_given():
-    big = environment.Gpu("H100", 80 * 2**30, 79 * 2**30, (9, 0))
-    here = environment.machine()
+    big = cards.Gpu("H100", 80 * 2**30, 79 * 2**30, (9, 0))
+    here = machine.this_machine()
     from dataclasses import replace
 
-    runs_here = {row["profile"]: row["runs here"] for row in setup_plots.profiles_here(replace(here, gpus=(big,)))}
-    fetched = (models.SMOLLM2_DIR / "config.json").is_file()
+    runs_here = {row["profile"]: row["runs here"] for row in n01.profiles_here(replace(here, gpus=(big,)))}
+    fetched = (sources.SMOLLM2_DIR / "config.json").is_file()
     assert runs_here.pop("smollm2") == ("yes" if fetched else "no: SmolLM2 is not on this machine yet")
     assert set(runs_here.values()) == {"yes"}
-    without = {row["profile"]: row["runs here"] for row in setup_plots.profiles_here(replace(here, gpus=()))}
+    without = {row["profile"]: row["runs here"] for row in n01.profiles_here(replace(here, gpus=()))}
     assert without["tiny"] == "yes"
     assert without["full"].startswith("no")
 
 
 def test_shapes_agree_with_the_real_modules():
     for size in ("70m", "1b", "12b"):
-        model = ledger.meta_model(ledger.pythia_config(size))
-        assert sum(p.numel() for p in model.parameters()) == shapes.PYTHIA[size].n_parameters
-    assert ledger.kv_cache_bytes(ledger.pythia_config("12b")) == 737_280
+        model = configs.meta_model(configs.pythia_config(size))
+        assert sum(p.numel() for p in model.parameters()) == PYTHIA[size].n_parameters
+    assert ledger.kv_cache_bytes(configs.pythia_config("12b")) == 737_280
 
 
 @pytest.mark.parametrize(
     ("check", "right", "wrong"),
     [
         (
-            lambda a: training_checks.check_rows_in_a_step(a, validate({})),
+            lambda a: n06.check_rows_in_a_step(a, validate({})),
             16,
             {1: "too small", [16, 1].__len__() * 16: "too large"},
         ),
-        (training_checks.check_bytes_per_trained_number, 16, {12: "two states", 4: "four bytes each"}),
-        (lambda a: training_checks.check_weight_gib(a, 11_800_000_000, 4), 5.495, {5.9: "10\\^9", 43.96: "half a byte"}),
+        (n06.check_bytes_per_trained_number, 16, {12: "two states", 4: "four bytes each"}),
+        (lambda a: n01.check_weight_gib(a, 11_800_000_000, 4), 5.495, {5.9: "10\\^9", 43.96: "half a byte"}),
         (
-            lambda a: training_checks.check_cache_bytes(a, 36, 5120, 2),
+            lambda a: n07.check_cache_bytes(a, 36, 5120, 2),
             737_280,
             {368_640: "key and a value", 20_480: "2 × layers"},
         ),
-        (lambda a: training_checks.check_kept_by_top_p(a, [0.1, 0.5, 0.05, 0.35], 0.8), 2, {1: "too small", 3: "too large"}),
+        (lambda a: n07.check_kept_by_top_p(a, [0.1, 0.5, 0.05, 0.35], 0.8), 2, {1: "too small", 3: "too large"}),
     ],
 )
 def test_exercises_accept_the_solution_and_teach_on_wrong_answers(check, right, wrong, capsys):
@@ -236,7 +240,7 @@ def test_exercises_accept_the_solution_and_teach_on_wrong_answers(check, right, 
 
 def test_label_exercise(capsys):
     ids = [11, 12, 13, 14, 15, 21, 22, 0]
-    check = lambda a: training_checks.check_labels(a, ids, 5)
+    check = lambda a: n06.check_labels(a, ids, 5)
     assert check([-100] * 5 + [21, 22, 0])
     assert not check([-100] * 5 + [21, 22, -100])
     assert "never stops" in capsys.readouterr().out

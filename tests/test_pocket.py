@@ -8,9 +8,10 @@ import micro_world
 import pytest
 from safetensors import safe_open
 
-from qlora_nb.engine import data, evaluation, generation, ledger, models
-from qlora_nb.engine.profiles import validate
+from qlora_nb.answer import adapters, evaluate, generate
+from qlora_nb.model import configs, data, load, sliced_loss
 from qlora_nb.pocket import ADAPTER_DIR, MODEL_DIR
+from qlora_nb.settings import validate
 
 
 @pytest.fixture(scope="module")
@@ -20,12 +21,12 @@ def settings():
 
 @pytest.fixture(scope="module")
 def tokenizer(settings):
-    return models.load_tokenizer(settings)
+    return load.load_tokenizer(settings)
 
 
 @pytest.fixture(scope="module")
 def tuned(settings):
-    return generation.load_adapter(models.load_base(settings), ADAPTER_DIR)
+    return adapters.load_adapter(load.load_base(settings), ADAPTER_DIR)
 
 
 def test_files_are_small_safe_and_name_no_machine():
@@ -41,11 +42,11 @@ def test_files_are_small_safe_and_name_no_machine():
 
 
 def test_it_is_a_pythia_in_small():
-    config = ledger.config_of("pocket")
-    twin = ledger.pythia_config("70m")
+    config = configs.config_of("pocket")
+    twin = configs.pythia_config("70m")
     for name in ("model_type", "use_parallel_residual", "hidden_act", "tie_word_embeddings", "eos_token_id", "bos_token_id"):
         assert getattr(config, name) == getattr(twin, name), name
-    assert 2_000_000 <= sum(p.numel() for p in ledger.meta_model(config).parameters()) <= 5_000_000
+    assert 2_000_000 <= sum(p.numel() for p in configs.meta_model(config).parameters()) <= 5_000_000
 
 
 def test_every_word_is_a_token_and_any_text_survives(tokenizer):
@@ -57,11 +58,11 @@ def test_every_word_is_a_token_and_any_text_survives(tokenizer):
 
 
 def test_it_continues_stories_in_the_words_of_its_world(settings, tokenizer):
-    model = models.load_base(settings)
+    model = load.load_base(settings)
     known = {w for d in micro_world.documents(6, 3000) for w in re.findall(r"[A-Za-z]+", d)}
     for seed in range(6):
         story = micro_world.documents(seed + 900, 1, almanac_share=0)[0].split(". ")[0] + "."
-        said = generation.continue_text(model, tokenizer, story, 40)
+        said = generate.continue_text(model, tokenizer, story, 40)
         assert set(re.findall(r"[A-Za-z]+", said)) <= known, said
         assert said.count(".") >= 2
 
@@ -69,9 +70,9 @@ def test_it_continues_stories_in_the_words_of_its_world(settings, tokenizer):
 def test_base_does_not_follow_instructions_and_the_adapter_does(settings, tokenizer, tuned):
     rows = list(data.load(settings)[1])
     assert len(rows) >= 200
-    with generation.base_or_tuned(tuned, tuned=False):
-        before = evaluation.exact_match(generation.answer_all(tuned, tokenizer, rows, settings), rows)
-    after = evaluation.exact_match(generation.answer_all(tuned, tokenizer, rows, settings), rows)
+    with adapters.base_or_tuned(tuned, tuned=False):
+        before = evaluate.exact_match(generate.answer_all(tuned, tokenizer, rows, settings), rows)
+    after = evaluate.exact_match(generate.answer_all(tuned, tokenizer, rows, settings), rows)
     print(before, after)
     assert before["all"] <= 0.05
     assert after["all"] >= 0.80
@@ -82,12 +83,12 @@ def test_four_bits_cost_something_where_the_answer_is_known(settings, tokenizer)
     """On facts learnt by heart the 4-bit model's loss is higher than the float32 model's."""
     rows = data.datasets.Dataset.from_list(
         [
-            {"input_ids": ids, "labels": [data.IGNORED] * (len(ids) - 1) + ids[-1:]}
+            {"input_ids": ids, "labels": [sliced_loss.IGNORED] * (len(ids) - 1) + ids[-1:]}
             for ids in (tokenizer(f"{prompt} {answer}")["input_ids"] for prompt, answer in micro_world.almanac_prompts())
         ]
     )
-    exact = evaluation.response_loss(models.load_base(settings, four_bit=False), tokenizer, rows)
-    four_bit = evaluation.response_loss(models.load_base(settings), tokenizer, rows)
+    exact = evaluate.response_loss(load.load_base(settings, four_bit=False), tokenizer, rows)
+    four_bit = evaluate.response_loss(load.load_base(settings), tokenizer, rows)
     assert four_bit > 1.01 * exact
 
 

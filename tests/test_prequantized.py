@@ -6,9 +6,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from qlora_nb.engine import ledger, models, prequantized, training
-from qlora_nb.engine.fetch import KitError
-from qlora_nb.engine.profiles import validate
+from qlora_nb import sources
+from qlora_nb.memory import ledger
+from qlora_nb.model import configs, fetch, load, quantized_copy
+from qlora_nb.settings import validate
+from qlora_nb.train import attach
 
 IDS = torch.arange(5, 45).reshape(2, 20)
 
@@ -16,13 +18,13 @@ IDS = torch.arange(5, 45).reshape(2, 20)
 @pytest.fixture
 def source(tmp_path, monkeypatch):
     """A small Pythia-like folder, and a cache of its own."""
-    monkeypatch.setattr(prequantized, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(sources, "CACHE", tmp_path / "cache")
     save_random(tmp_path / "small", seed=0)
     return tmp_path / "small"
 
 
 def save_random(folder, seed):
-    config = ledger.pythia_config("14m")
+    config = configs.pythia_config("14m")
     config.num_hidden_layers = 2
     torch.manual_seed(seed)
     AutoModelForCausalLM.from_config(config, dtype=torch.float16).save_pretrained(folder)
@@ -39,10 +41,10 @@ def copies(tmp_path):
 @pytest.mark.parametrize("values", [{}, {"double_quant": False, "quant_type": "fp4"}, {"head_4bit": True}], ids=str)
 def test_the_copy_holds_the_same_bits_and_is_smaller(source, tmp_path, capsys, values):
     settings = settings_for(source, **values)
-    first = models.load_base(settings)
+    first = load.load_base(settings)
     assert "loading the 4-bit copy" not in capsys.readouterr().out
     [copy] = copies(tmp_path)
-    second = models.load_base(settings)
+    second = load.load_base(settings)
     assert "loading the 4-bit copy" in capsys.readouterr().out
     before, after = first.state_dict(), second.state_dict()
     assert before.keys() == after.keys()
@@ -55,42 +57,42 @@ def test_the_copy_holds_the_same_bits_and_is_smaller(source, tmp_path, capsys, v
 def test_an_adapter_trained_on_the_copy_names_the_original(source):
     settings = settings_for(source)
     for _ in range(2):
-        model = training.attach_adapter(models.load_base(settings), settings)
+        model = attach.attach_adapter(load.load_base(settings), settings)
         assert model.peft_config["default"].base_model_name_or_path == str(source)
 
 
 def test_other_datatypes_have_their_own_copy(source, tmp_path):
     for values in ({}, {"double_quant": False}, {"quant_type": "fp4"}, {"compute_dtype": "bfloat16"}):
-        models.load_base(settings_for(source, **values))
+        load.load_base(settings_for(source, **values))
     assert len(copies(tmp_path)) == 4
 
 
 @pytest.mark.parametrize("hurt", ["cut", "note", "another model"])
 def test_a_copy_that_does_not_hold_is_made_anew(source, tmp_path, capsys, hurt):
     settings = settings_for(source)
-    first = models.load_base(settings)(IDS).logits
+    first = load.load_base(settings)(IDS).logits
     [copy] = copies(tmp_path)
     weights = copy / "model.safetensors"
     if hurt == "cut":
         weights.write_bytes(weights.read_bytes()[:-100])
     elif hurt == "note":
-        (copy / prequantized.NOTE).write_text("{")
+        (copy / quantized_copy.NOTE).write_text("{")
     else:
         save_random(source, seed=1)
     capsys.readouterr()
-    again = models.load_base(settings)
+    again = load.load_base(settings)
     assert "loading the 4-bit copy" not in capsys.readouterr().out
     assert torch.equal(again(IDS).logits, first) == (hurt != "another model")
-    models.load_base(settings)
+    load.load_base(settings)
     assert "loading the 4-bit copy" in capsys.readouterr().out
 
 
 def test_no_room_costs_the_copy_and_not_the_run(source, tmp_path, capsys, monkeypatch):
     def full(*args):
-        raise KitError("the 4-bit copy needs 1.0 GB of disk, 0.0 GB are free")
+        raise fetch.KitError("the 4-bit copy needs 1.0 GB of disk, 0.0 GB are free")
 
-    monkeypatch.setattr(prequantized.fetch, "require_room", full)
-    model = models.load_base(settings_for(source))
+    monkeypatch.setattr(fetch, "require_room", full)
+    model = load.load_base(settings_for(source))
     assert model(IDS).logits.isfinite().all()
     assert "no 4-bit copy was kept: the 4-bit copy needs" in capsys.readouterr().out
     assert not copies(tmp_path)
@@ -104,13 +106,13 @@ def test_a_write_that_fails_leaves_nothing_behind(source, tmp_path, capsys, monk
 
     settings = settings_for(source)
     monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", lambda self, folder, **kw: broken(folder, **kw))
-    models.load_base(settings)
+    load.load_base(settings)
     assert "No space left" in capsys.readouterr().out
     assert not copies(tmp_path)
 
 
 def test_the_note_is_the_last_thing_written(source, tmp_path):
-    models.load_base(settings_for(source))
+    load.load_base(settings_for(source))
     [copy] = copies(tmp_path)
-    note = json.loads((copy / prequantized.NOTE).read_text())
-    assert note["files"] == {f.name: f.stat().st_size for f in copy.iterdir() if f.name != prequantized.NOTE}
+    note = json.loads((copy / quantized_copy.NOTE).read_text())
+    assert note["files"] == {f.name: f.stat().st_size for f in copy.iterdir() if f.name != quantized_copy.NOTE}

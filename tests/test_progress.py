@@ -17,7 +17,10 @@ WORK = ("tokenizing", "Loading weights", "02_toy")
 PROGRAM = """
 import sys, time
 from pathlib import Path
-from qlora_nb.engine import batch, data, models, profiles
+from qlora_nb.settings import resolve
+settings = resolve({})
+from qlora_nb.batch import sequence
+from qlora_nb.model import data, load
 import bitsandbytes.functional, datasets
 
 def slowed(function, seconds):
@@ -26,17 +29,16 @@ def slowed(function, seconds):
         return function(*args, **options)
     return slow
 
-settings = profiles.validate({})
-tokenizer = models.load_tokenizer(settings)
+tokenizer = load.load_tokenizer(settings)
 rows = datasets.Dataset.from_list([{"instruction": "a", "input": "", "output": "b"}] * 60)
-data.encode(rows, tokenizer, settings)  # at once: shows nothing
+data.tokenize_rows(rows, tokenizer, settings)  # at once: shows nothing
 print("so far nothing")
 data._encode_row = slowed(data._encode_row, 0.08)
-data.encode(rows, tokenizer, settings)
+data.tokenize_rows(rows, tokenizer, settings)
 bitsandbytes.functional.quantize_4bit = slowed(bitsandbytes.functional.quantize_4bit, 0.3)
-models.load_base(settings)
+load.load_base(settings)
 if TOYS:
-    batch.run_sequence({"output_dir": OUT}, notebooks=Path(TOYS))
+    sequence.run_sequence({"output_dir": OUT}, notebooks=Path(TOYS))
 """
 
 
@@ -119,8 +121,9 @@ def test_every_librarys_bar_is_this_one():
     """transformers, datasets, the hub's library and PEFT, whichever way they ask tqdm; and nothing before two seconds."""
     check = """
         import io
-        import qlora_nb.engine
-        from qlora_nb.engine.progress import Bar
+        from qlora_nb.progress import Bar
+        from qlora_nb.settings import resolve
+        resolve({})
         import datasets.utils, huggingface_hub.utils, peft.tuners.tuners_utils, transformers.utils.logging as transformers
         assert issubclass(datasets.utils.tqdm, Bar)
         assert issubclass(huggingface_hub.utils.tqdm, Bar)

@@ -15,9 +15,15 @@ from bitsandbytes.functional import get_4bit_type
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from qlora_nb.engine import ledger, models, profiles, quality
+from qlora_nb import recorded
+from qlora_nb.answer import quality
+from qlora_nb.lessons import n03, n04
+from qlora_nb.memory import ledger
+from qlora_nb.model import load
+from qlora_nb.model.linear_layers import linear_layers
+from qlora_nb.settings import resolve
 from qlora_nb.theory import blockwise, codebooks, double_quant
-from qlora_nb.ui import quant_checks, quant_plots, widgets
+from qlora_nb.ui import widgets
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 SIZES = [32, 64, 4096]
@@ -51,7 +57,7 @@ def drive(panel: W.VBox) -> None:
 def test_widgets_of_03_at_both_ends():
     drive(
         widgets.explore(
-            quant_plots.plot_number_line,
+            n03.plot_number_line,
             weight=widgets.float_slider("weight / absmax", 0.31, -1.0, 1.0, 0.01),
             name=widgets.choice("datatype", ["NF4", "FP4", "INT4"], "NF4"),
         )
@@ -59,7 +65,7 @@ def test_widgets_of_03_at_both_ends():
     for shape in ((40, 192), (8, 30)):  # the second is smaller than the corner that is shown
         drive(
             widgets.explore(
-                partial(quant_plots.plot_error_map, torch.randn(shape)),
+                partial(n03.plot_error_map, torch.randn(shape)),
                 blocksize=widgets.choice_slider("block size (weights)", SIZES, 64),
                 name=widgets.choice("datatype", list(ERRORS), "NF4"),
             )
@@ -68,7 +74,7 @@ def test_widgets_of_03_at_both_ends():
 
 def test_error_map_shows_the_error_and_the_blocks():
     weight = torch.randn(40, 192)
-    figure = quant_plots.plot_error_map(weight, 128, "FP4")
+    figure = n03.plot_error_map(weight, 128, "FP4")
     restored = blockwise.round_trip(weight, codebooks.fp4_code(), 128)
     shown, left, error = (torch.as_tensor(ax.images[0].get_array().data) for ax in figure.axes[:3])
     assert torch.equal(shown, weight[:16, :128])
@@ -82,7 +88,7 @@ def test_error_map_shows_the_error_and_the_blocks():
 def test_widget_of_04_at_both_ends():
     drive(
         widgets.explore(
-            quant_plots.plot_bits,
+            n04.plot_bits,
             blocksize=widgets.choice_slider("block size (weights)", [8, 64, 4096], 64),
             second_blocksize=widgets.choice_slider("second block size (scales)", [16, 256, 1024], 256),
         )
@@ -98,19 +104,17 @@ def test_every_figure_is_closed_and_titled():
     }
     same = [quality.Quality(n, (2.0, 2.1, 2.2)) for n in ("16-bit", "NF4", "NF4+DQ")]
     figures = [
-        quant_plots.plot_bell(nf4),
-        quant_plots.plot_errors(ERRORS, 64, "AF4"),
-        quant_plots.plot_distributions({"Gaussian": {n: ERRORS[n][64] for n in ("NF4", "FP4", "INT4")}}),
-        quant_plots.plot_usage(share, nf4),
-        quant_plots.plot_outlier(X[:64], 12.0, nf4),
-        quant_plots.plot_quality(
-            {"a": same, "b": [quality.Quality("unquantized", (1.0, 2.0)), quality.Quality("E2M1", (1.5, 1.9))]}
-        ),
-        quant_plots.plot_quality({"a": same}),
-        quant_plots.plot_ledger({"a": double_quant.ledger(64, None), "b": double_quant.ledger(64)}),
-        quant_plots.plot_scales(torch.linspace(-1, 1, 100), codebooks.dynamic_code()),
-        quant_plots.plot_model_bytes(rows, 1000),
-        quant_plots.plot_added_error({"a": (0.09, 0.0901), "b": (0.09, 0.09)}),
+        n03.plot_bell(nf4),
+        n03.plot_errors(ERRORS, 64, "AF4"),
+        n03.plot_distributions({"Gaussian": {n: ERRORS[n][64] for n in ("NF4", "FP4", "INT4")}}),
+        n03.plot_usage(share, nf4),
+        n03.plot_outlier(X[:64], 12.0, nf4),
+        n03.plot_quality({"a": same, "b": [quality.Quality("unquantized", (1.0, 2.0)), quality.Quality("E2M1", (1.5, 1.9))]}),
+        n03.plot_quality({"a": same}),
+        n04.plot_ledger({"a": double_quant.ledger(64, None), "b": double_quant.ledger(64)}),
+        n04.plot_scales(torch.linspace(-1, 1, 100), codebooks.dynamic_code()),
+        n04.plot_model_bytes(rows, 1000),
+        n04.plot_added_error({"a": (0.09, 0.0901), "b": (0.09, 0.09)}),
     ]
     assert not plt.get_fignums()
     for figure in figures:
@@ -136,34 +140,34 @@ EXERCISES = {
 
 @pytest.mark.parametrize(("name", "answer", "said"), [(n, a, s) for n, cases in EXERCISES.items() for a, s in cases])
 def test_exercises_know_right_from_plausibly_wrong(name, answer, said, capsys):
-    assert bool(getattr(quant_checks, name)(answer)) is (said == "right")
+    assert bool(getattr(n03, name)(answer)) is (said == "right")
     assert said in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", EXERCISES)
 def test_exercises_not_attempted(name, capsys):
-    assert not getattr(quant_checks, name)(None)
+    assert not getattr(n03, name)(None)
     assert "not attempted yet" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
 def pocket():
-    settings = profiles.resolve({})
-    return settings, models.load_base(settings, four_bit=False), models.load_tokenizer(settings)
+    settings = resolve({})
+    return settings, load.load_base(settings, four_bit=False), load.load_tokenizer(settings)
 
 
 def test_weights_come_back_after_a_replacement_and_after_an_error(pocket):
     _, model, _ = pocket
-    before = {n: m.weight.clone() for n, m in models.linear_layers(model).items()}
+    before = {n: m.weight.clone() for n, m in linear_layers(model).items()}
 
     def ruined():
         with quality.replaced_weights(model, torch.zeros_like):
-            assert all(not m.weight.any() for m in models.linear_layers(model).values())
+            assert all(not m.weight.any() for m in linear_layers(model).values())
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         ruined()
-    assert all(torch.equal(before[n], m.weight) for n, m in models.linear_layers(model).items())
+    assert all(torch.equal(before[n], m.weight) for n, m in linear_layers(model).items())
 
 
 def test_recall_does_not_depend_on_batching_or_padding(pocket):
@@ -186,7 +190,7 @@ def test_text_losses_equal_the_models_own_loss(pocket):
 
 def test_a_simulated_nf4_model_computes_what_the_loaded_one_does(pocket):
     settings, model, tokenizer = pocket
-    loaded = models.load_base(settings)
+    loaded = load.load_base(settings)
     ids = tokenizer("Anna went to the garden", return_tensors="pt", add_special_tokens=False)["input_ids"]
     with quality.replaced_weights(model, double_quant.round_trip):
         simulated = model(input_ids=ids).logits
@@ -196,9 +200,9 @@ def test_a_simulated_nf4_model_computes_what_the_loaded_one_does(pocket):
 @pytest.mark.parametrize("double", [False, True])
 def test_stored_bytes_equal_the_formula(pocket, double):
     settings, model, _ = pocket
-    loaded = models.load_base(settings.model_copy(update={"double_quant": double}))
+    loaded = load.load_base(settings.model_copy(update={"double_quant": double}))
     want = {}
-    for module in models.linear_layers(model).values():
+    for module in linear_layers(model).values():
         for part, size in double_quant.storage_bytes(module.weight.numel(), 64, 256 if double else None).items():
             want[part] = want.get(part, 0) + size
     found = quality.stored_bytes(loaded)
@@ -240,7 +244,7 @@ def test_the_bell_is_read_as_it_is_drawn():
     assert right[:-1].max() - right[:-1].min() < 0.5
     assert left.argmin() == 0, "the end is the least of its half"
     assert right.argmin() == len(right) - 1
-    title = quant_plots.plot_bell(codebooks.nf4_code(), codebooks.TAIL_QUANTILE).axes[0].get_title(loc="left")
+    title = n03.plot_bell(codebooks.nf4_code(), codebooks.TAIL_QUANTILE).axes[0].get_title(loc="left")
     assert title == f"7 values below zero, 8 above: slices of {shares.min():.1f} to {shares.max():.1f} % of the weights"
     text = notebook_text("03_nf4_explained")
     assert "Seven values share the half below zero, eight the half above, so the slices below are the larger ones" in text
@@ -270,14 +274,14 @@ def test_times_smaller_names_what_it_is_compared_with():
         "32-bit": {"codes": 32_000, "scales": 0, "scales of scales": 0, "mean": 0, "rest": 800},
         "4-bit": {"codes": 4_000, "scales": 500, "scales of scales": 0, "mean": 0, "rest": 800},
     }
-    left, _ = quant_plots.plot_model_bytes(rows, 8000).axes
+    left, _ = n04.plot_model_bytes(rows, 8000).axes
     assert left.get_title(loc="left") == "Layers: 7.1 times smaller than 32-bit"
     in_16_bit = {"16-bit": rows["32-bit"] | {"codes": 16_000}, "4-bit": rows["4-bit"]}
-    assert quant_plots.plot_model_bytes(in_16_bit, 8000).axes[0].get_title(loc="left") == "Layers: 3.6 times smaller than 16-bit"
+    assert n04.plot_model_bytes(in_16_bit, 8000).axes[0].get_title(loc="left") == "Layers: 3.6 times smaller than 16-bit"
 
 
 def test_what_03_says_of_the_recorded_losses():
-    models_of = json.loads((NOTEBOOKS / "recorded" / "quality_smollm2.json").read_text())["models"]
+    models_of = json.loads((recorded.FOLDER / "quality_smollm2.json").read_text())["models"]
     gaps = {}
     for what, part in models_of.items():
         losses = {q["name"]: torch.tensor(q["losses"]) for q in part["qualities"]}

@@ -15,8 +15,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from qlora_nb.engine import batch, data, ledger, models
-from qlora_nb.engine.profiles import validate
+from qlora_nb.batch import sequence
+from qlora_nb.model import configs, data, load, sliced_loss
+from qlora_nb.settings import validate
 
 DATA = Path(os.environ.get("QLORA_NB_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 pytestmark = pytest.mark.skipif(
@@ -29,7 +30,7 @@ def pythia_70m(tmp_path_factory):
     """A folder with pythia-70m's shape, random weights, and the tokenizer that every Pythia uses."""
     folder = tmp_path_factory.mktemp("models") / "pythia-70m-random"
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(ledger.pythia_config("70m"), dtype=torch.float16).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(configs.pythia_config("70m"), dtype=torch.float16).save_pretrained(folder)
     PreTrainedTokenizerFast(
         tokenizer_file=str(DATA / "gpt_neox_20b_tokenizer.json"), eos_token="<|endoftext|>", bos_token="<|endoftext|>"
     ).save_pretrained(folder)
@@ -54,11 +55,11 @@ def test_compressed_alpaca_is_read_whole():
 
 def test_pythia_tokenizer_pads_with_its_own_padding_token(pythia_70m, alpaca):
     settings = validate({"model_id": str(pythia_70m), "dataset": str(alpaca), "max_length": 256})
-    tokenizer = models.load_tokenizer(settings)
+    tokenizer = load.load_tokenizer(settings)
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 1)
-    encoded = data.encode(data.load(settings)[1], tokenizer, settings)
+    encoded = data.tokenize_rows(data.load(settings)[1], tokenizer, settings)
     assert all(row["labels"][-1] == 0 for row in encoded)
-    assert all(row["labels"][0] == data.IGNORED for row in encoded)
+    assert all(row["labels"][0] == sliced_loss.IGNORED for row in encoded)
 
 
 def test_other_scripts_survive(pythia_70m):
@@ -71,8 +72,8 @@ def test_other_scripts_survive(pythia_70m):
             "max_length": 4096,
         }
     )
-    tokenizer, (train, _) = models.load_tokenizer(settings), data.load(settings)
-    for row, encoded in zip(train, data.encode(train, tokenizer, settings), strict=True):
+    tokenizer, (train, _) = load.load_tokenizer(settings), data.load(settings)
+    for row, encoded in zip(train, data.tokenize_rows(train, tokenizer, settings), strict=True):
         assert row["output"] in tokenizer.decode(encoded["input_ids"])
 
 
@@ -84,7 +85,7 @@ def test_notebooks_06_and_07_run_the_pythia_path(pythia_70m, alpaca, tmp_path, r
         line = [sys.executable, "-m", "papermill", "--no-progress-bar", str(root / "notebooks" / f"{name}.ipynb"), str(out)]
         done = subprocess.run([*line, *given, *more], capture_output=True, text=True, timeout=900, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
-        assert not batch.stored_errors(nbformat.read(out, as_version=4))
+        assert not sequence.stored_errors(nbformat.read(out, as_version=4))
     run = next((tmp_path / "runs" / "full").glob("06_*"))
     manifest = json.loads((run / "manifest.json").read_text())
     assert manifest["status"] == "done"

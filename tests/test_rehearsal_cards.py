@@ -10,6 +10,7 @@ import re
 import struct
 import subprocess
 import sys
+import textwrap
 import types
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,11 +21,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from qlora_nb import cli
-from qlora_nb.engine import budget, cards, environment, models, runs, training
-from qlora_nb.engine.environment import GIB, Gpu
-from qlora_nb.engine.profiles import validate
+from qlora_nb import cards, cli, machine, recorded, sources
 from qlora_nb.errors import KitError
+from qlora_nb.memory import budget, preflight
+from qlora_nb.model import device
+from qlora_nb.settings import validate
+from qlora_nb.train import trainer
 
 NEW = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120")
 OLD = ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90")
@@ -55,8 +57,8 @@ def refuse(*_, **__):
 class Nvml:
     """NVML's functions over a list of cards."""
 
-    def __init__(self, monkeypatch, *machine: Card):
-        self.machine = machine
+    def __init__(self, monkeypatch, *there: Card):
+        self.machine = there
         for name in dir(pynvml):
             if name.startswith("nvmlDeviceGet"):
                 monkeypatch.setattr(pynvml, name, refuse)
@@ -91,8 +93,8 @@ class Nvml:
         if card.silent:
             refuse()
         card.asked += 1
-        total, reserved = int(card.total * GIB), int(card.reserved * GIB)
-        free = total - reserved if card.free is None else int(card.free * GIB)
+        total, reserved = int(card.total * cards.GIB), int(card.reserved * cards.GIB)
+        free = total - reserved if card.free is None else int(card.free * cards.GIB)
         told = types.SimpleNamespace(total=total, free=free, used=total - free)
         if version == pynvml.nvmlMemory_v2:
             told.reserved, told.used = reserved, total - free - reserved
@@ -129,25 +131,25 @@ CUDA_13 = "from typing import Optional\n__version__ = '2.13.0'\ncuda: Optional[s
 CPU = "__version__ = '2.13.0'\ndebug = False\ncuda: Optional[str] = None\nhip = None\nxpu: Optional[str] = None\n"
 
 
-def cuda_of(monkeypatch, *machine: Card, held=0.0, cuda="13.0", codes=NEW) -> None:
+def cuda_of(monkeypatch, *there: Card, held=0.0, cuda="13.0", codes=NEW) -> None:
     """A torch that is loaded and sees these cards in this order; `held` GiB are reserved by its allocator on the first."""
 
     def properties(index):
-        if index >= len(machine):
+        if index >= len(there):
             raise AssertionError("Invalid device id")
-        card, (major, minor) = machine[index], machine[index].capability
-        total = int((card.total - card.reserved) * GIB)
+        card, (major, minor) = there[index], there[index].capability
+        total = int((card.total - card.reserved) * cards.GIB)
         uuid = card.uuid.removeprefix("GPU-").removeprefix("MIG-")
         shared = card.silent == "memory"
         names = {"name": card.name, "total_memory": total, "major": major, "minor": minor, "uuid": uuid, "is_integrated": shared}
         return types.SimpleNamespace(**names)
 
     def free_and_total(index=0):
-        card = machine[index]
-        return int((card.total if card.free is None else card.free) * GIB), int(card.total * GIB)
+        card = there[index]
+        return int((card.total if card.free is None else card.free) * cards.GIB), int(card.total * cards.GIB)
 
-    own = {"is_available": lambda: bool(machine), "device_count": lambda: len(machine), "get_device_properties": properties}
-    own |= {"mem_get_info": free_and_total, "memory_reserved": lambda index=0: 0 if index else int(held * GIB)}
+    own = {"is_available": lambda: bool(there), "device_count": lambda: len(there), "get_device_properties": properties}
+    own |= {"mem_get_info": free_and_total, "memory_reserved": lambda index=0: 0 if index else int(held * cards.GIB)}
     own |= {"get_arch_list": lambda: list(codes)}
     for name, function in own.items():
         monkeypatch.setattr(torch.cuda, name, function)
@@ -158,12 +160,12 @@ def cuda_of(monkeypatch, *machine: Card, held=0.0, cuda="13.0", codes=NEW) -> No
 def no_choice(monkeypatch):
     for name in ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "BNB_CUDA_VERSION"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(environment, "hub_is_reachable", lambda: True)
+    monkeypatch.setattr(sources, "hub_is_reachable", lambda: True)
     monkeypatch.setattr(budget, "make_fit", lambda *how: None)  # it weighs every lever: half a minute for a 12b
 
 
 def names() -> str:
-    return "".join(card.name for card in environment.gpus())
+    return "".join(card.name for card in machine.gpus())
 
 
 # ---- what torch is built for -----------------------------------------------------------------------------------------
@@ -178,29 +180,29 @@ def test_rehearsal_a_card_that_this_torch_cannot_use_is_refused(monkeypatch, tmp
     """PyPI's wheel for Windows is a CPU build whose metadata says 2.13.0; so would the version of a ROCm or XPU build."""
     Nvml(monkeypatch, Card("NVIDIA GeForce RTX 3090"))
     build_of(monkeypatch, tmp_path, version)
-    monkeypatch.setattr(environment, "installed", lambda package: "2.13.0")
-    assert environment.gpus() == ()
+    monkeypatch.setattr(machine, "installed", lambda package: "2.13.0")
+    assert machine.gpus() == ()
     with pytest.raises(KitError, match=r"GeForce RTX 3090.*torch 2\.13\.0 is") as refused:
-        environment.refuse_what_cannot_run(validate({"profile": "full"}))
+        preflight.refuse_what_cannot_run(validate({"profile": "full"}))
     assert said in str(refused.value)
     assert "install a CUDA build of torch" in refused.value.remedy
-    environment.refuse_what_cannot_run(validate({}))  # profile tiny runs on the CPU
+    preflight.refuse_what_cannot_run(validate({}))  # profile tiny runs on the CPU
 
 
 def test_rehearsal_an_old_driver_is_found_out_by_torch(monkeypatch):
     """NVML shows the card, torch is loaded and cannot use it."""
     Nvml(monkeypatch, Card("Tesla T4"))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert environment.gpus() == ()
+    assert machine.gpus() == ()
     with pytest.raises(KitError, match=r"Tesla T4, but torch .* cannot use it") as refused:
-        environment.refuse_what_cannot_run(validate({"profile": "t4"}))
+        preflight.refuse_what_cannot_run(validate({"profile": "t4"}))
     assert "update the driver" in refused.value.remedy
 
 
 @pytest.mark.parametrize("version", [None, "def broken(", "", "__version__ = version()\ncuda = None\n"])
 def test_rehearsal_a_build_that_says_nothing_is_asked_itself(monkeypatch, tmp_path, version):
     build_of(monkeypatch, tmp_path, version)
-    assert environment.gpus() == ()
+    assert machine.gpus() == ()
     cuda_of(monkeypatch, Card("a", "GPU-a"))
     monkeypatch.setattr(importlib, "import_module", lambda name: torch)
     with monkeypatch.context() as files:
@@ -220,15 +222,21 @@ def test_rehearsal_a_card_without_any_torch(monkeypatch):
     monkeypatch.delitem(sys.modules, "torch")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(importlib, "import_module", missing)
-    here = environment.machine()
+    here = machine.this_machine()
     assert here.gpus == ()
     assert here.gpu_problem == "the driver shows Tesla T4, but torch cannot be loaded"
 
 
 def test_rehearsal_a_machine_without_cards_does_not_load_torch():
-    program = "import sys\nfrom qlora_nb.engine import profiles\nprofiles.resolve({})\nprint('torch' in sys.modules)"
+    program = """
+        import sys
+        from qlora_nb.memory import preflight
+        from qlora_nb.settings import resolve
+        preflight.refuse_what_cannot_run(resolve({}))
+        print('torch' in sys.modules)
+    """
     env = os.environ | {"PATH": "/nowhere"}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=env)
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True, env=env)
     assert done.stdout.strip() == "False"
 
 
@@ -251,7 +259,7 @@ def test_rehearsal_cuda_visible_devices(monkeypatch, tmp_path, visible, found):
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert names() == found
-    assert environment.machine().gpu_problem == ("" if found else f"CUDA_VISIBLE_DEVICES={visible!r} hides a")
+    assert machine.this_machine().gpu_problem == ("" if found else f"CUDA_VISIBLE_DEVICES={visible!r} hides a")
     (tmp_path / "torch" / "version.py").write_text(CPU)
     assert names() == ""
 
@@ -268,8 +276,8 @@ def test_rehearsal_the_fastest_card_is_cudas_first(monkeypatch, tmp_path, order,
     for name, value in {"CUDA_DEVICE_ORDER": order, "CUDA_VISIBLE_DEVICES": visible}.items():
         if value:
             monkeypatch.setenv(name, value)
-    assert [card.name for card in environment.gpus()] == found.split()
-    assert environment.card().name == found.split()[0]
+    assert [card.name for card in machine.gpus()] == found.split()
+    assert machine.card().name == found.split()[0]
 
 
 def test_rehearsal_two_cards_that_tell_no_uuid_are_two(monkeypatch, tmp_path):
@@ -285,14 +293,14 @@ def test_rehearsal_one_card_for_dtype_device_and_refusal(monkeypatch, capsys):
     old, big = Card("old", "GPU-1", 8, capability=(7, 5)), Card("big", "GPU-2", 80, capability=(9, 0))
     Nvml(monkeypatch, big, old)
     cuda_of(monkeypatch, old, big)
-    here = environment.machine()
-    assert environment.card(here).name == "old"
-    assert models.compute_dtype() is torch.float16
-    assert models.device() == torch.device("cuda", 0)
+    here = machine.this_machine()
+    assert machine.card(here).name == "old"
+    assert device.compute_dtype() is torch.float16
+    assert device.compute_device() == torch.device("cuda", 0)
     with pytest.raises(KitError, match=r"the old has 8\.0 GiB"):
-        budget.require_fit(validate({"profile": "full"}), here)
-    assert environment.describe(here)["GPU"].startswith("old, 8.0 GiB")
-    assert environment.describe(here)["other GPUs"].startswith("big: not used")
+        preflight.require_fit(validate({"profile": "full"}), here)
+    assert machine.describe(here)["GPU"].startswith("old, 8.0 GiB")
+    assert machine.describe(here)["other GPUs"].startswith("big: not used")
 
 
 @pytest.mark.parametrize(
@@ -301,9 +309,9 @@ def test_rehearsal_one_card_for_dtype_device_and_refusal(monkeypatch, capsys):
 def test_rehearsal_dtype_by_capability(monkeypatch, capability, dtype):
     Nvml(monkeypatch)
     cuda_of(monkeypatch, Card("card", capability=capability))
-    assert models.compute_dtype() is getattr(torch, dtype)
+    assert device.compute_dtype() is getattr(torch, dtype)
     profile = "t4" if dtype == "float16" else "full"
-    environment.refuse_what_cannot_run(validate({"profile": profile, "dataset": "pocket"}))
+    preflight.refuse_what_cannot_run(validate({"profile": profile, "dataset": "pocket"}))
 
 
 def test_rehearsal_mig_instances(monkeypatch, tmp_path):
@@ -326,15 +334,15 @@ def test_rehearsal_mig_instances(monkeypatch, tmp_path):
             assert names() == found
     slices[1].capability = whole.capability
     cuda_of(monkeypatch, slices[1])
-    assert environment.card() == Gpu("2g.20gb", int(19.5 * GIB), int(19.5 * GIB), (9, 0), is_mig=True)
-    assert "MIG" in cards.remarks(environment.gpus(), "Linux x86_64")[0]
+    assert machine.card() == cards.Gpu("2g.20gb", int(19.5 * cards.GIB), int(19.5 * cards.GIB), (9, 0), is_mig=True)
+    assert "MIG" in cards.remarks(machine.gpus(), "Linux x86_64")[0]
 
 
 def test_rehearsal_an_instance_whose_uuid_is_the_whole_cards(monkeypatch):
     """Then NVML's figures are another thing's, and CUDA's count."""
     Nvml(monkeypatch, Card("H100", "GPU-1", 80, free=70))
     cuda_of(monkeypatch, Card("H100 MIG 1g.10gb", "GPU-1", 9.5, free=9.0))
-    assert environment.card().usable_bytes == 9 * GIB
+    assert machine.card().usable_bytes == 9 * cards.GIB
 
 
 # ---- NVML is silent, or lies -----------------------------------------------------------------------------------------
@@ -348,17 +356,17 @@ def test_rehearsal_without_nvml_torch_is_asked(monkeypatch, tmp_path):
     with monkeypatch.context() as unloaded:
         build_of(unloaded, tmp_path, CUDA_13)
         unloaded.setattr(importlib, "import_module", lambda name: asked.append(name) or torch)
-        assert environment.gpus() == ()
+        assert machine.gpus() == ()
         unloaded.setattr(cards, "_card_files", lambda: True)
         for hidden in ("", "-1", "NoDevFiles"):
             unloaded.setenv("CUDA_VISIBLE_DEVICES", hidden)
-            assert environment.gpus() == ()
+            assert machine.gpus() == ()
         assert asked == []
         unloaded.delenv("CUDA_VISIBLE_DEVICES")
-        assert environment.card().usable_bytes == 20 * GIB
+        assert machine.card().usable_bytes == 20 * cards.GIB
         assert asked == ["torch"]
         (tmp_path / "torch" / "version.py").write_text(CPU)
-        assert environment.gpus() == ()
+        assert machine.gpus() == ()
         assert asked == ["torch"]
     assert names() == "Orin"
 
@@ -376,8 +384,8 @@ def test_rehearsal_nvml_fails_where_cuda_works(monkeypatch, silent):
         monkeypatch.setattr(pynvml, silent, refuse)
     else:
         monkeypatch.setattr(pynvml, silent, lambda: 0)
-    assert environment.card().usable_bytes == 20 * GIB
-    assert models.compute_dtype() is torch.bfloat16
+    assert machine.card().usable_bytes == 20 * cards.GIB
+    assert device.compute_dtype() is torch.bfloat16
 
 
 def test_rehearsal_a_card_that_torch_itself_cannot_ask(monkeypatch):
@@ -391,7 +399,7 @@ def test_rehearsal_a_card_that_torch_itself_cannot_ask(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", broken)
     assert names() == "a"
     monkeypatch.setattr(torch.cuda, "get_device_properties", broken)
-    assert environment.gpus() == ()
+    assert machine.gpus() == ()
 
 
 @pytest.mark.parametrize("silent", ["memory", "handle"])
@@ -420,9 +428,11 @@ def test_rehearsal_memory_shared_with_the_processor(monkeypatch):
     shared = Card("GB10", "GPU-1", 128, free=3, capability=(12, 1), silent="memory")
     Nvml(monkeypatch, shared)
     cuda_of(monkeypatch, shared)
-    monkeypatch.setattr(cards.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=100 * GIB, total=128 * GIB))
-    assert environment.card().usable_bytes == 100 * GIB
-    assert "no memory of its own" in cards.remarks(environment.gpus(), "Linux aarch64")[0]
+    monkeypatch.setattr(
+        cards.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=100 * cards.GIB, total=128 * cards.GIB)
+    )
+    assert machine.card().usable_bytes == 100 * cards.GIB
+    assert "no memory of its own" in cards.remarks(machine.gpus(), "Linux aarch64")[0]
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
@@ -437,16 +447,16 @@ def test_rehearsal_what_the_driver_keeps_is_not_to_be_had(monkeypatch, tmp_path,
         cuda_of(monkeypatch, card)
     else:
         build_of(monkeypatch, tmp_path, CUDA_13)
-    assert environment.card().usable_bytes == pytest.approx(7.7 * GIB, rel=1e-6)
-    here = environment.machine()
+    assert machine.card().usable_bytes == pytest.approx(7.7 * cards.GIB, rel=1e-6)
+    here = machine.this_machine()
     monkeypatch.undo()
-    peaks = types.SimpleNamespace(total_bytes=int(7.74 * GIB), total_gib=7.74)
+    peaks = types.SimpleNamespace(total_bytes=int(7.74 * cards.GIB), total_gib=7.74)
     monkeypatch.setattr(budget, "peak", lambda plan: peaks)
     monkeypatch.setattr(budget, "make_fit", lambda *how: None)
     with pytest.raises(KitError, match=r"need 7\.74 GiB at its peak, the RTX 3070 has 8\.0 GiB, 7\.70 GiB of them to be had\."):
-        budget.require_fit(validate({"profile": "full"}), here)
-    peaks.total_bytes = int(7.69 * GIB)
-    budget.require_fit(validate({"profile": "full"}), here)
+        preflight.require_fit(validate({"profile": "full"}), here)
+    peaks.total_bytes = int(7.69 * cards.GIB)
+    preflight.require_fit(validate({"profile": "full"}), here)
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -457,7 +467,7 @@ def test_rehearsal_memory_held_by_others_is_told(monkeypatch, train):
     with pytest.raises(
         KitError, match=r"24\.0 GiB, 5\.0 GiB of them to be had, 19\.0 GiB of them are held by other programs"
     ) as refused:
-        budget.require_fit(validate({"profile": "full"}), environment.machine(), train)
+        preflight.require_fit(validate({"profile": "full"}), machine.this_machine(), train)
     assert refused.value.remedy.startswith("close the other programs")
 
 
@@ -466,9 +476,9 @@ def test_rehearsal_what_this_process_holds_counts_as_free(monkeypatch):
     card = Card("RTX 3090", "GPU-1", 24, free=24 - 1 - 18 - 0.45)
     Nvml(monkeypatch, card)
     cuda_of(monkeypatch, card, held=18)
-    here = environment.machine()
-    assert environment.card(here).others_bytes == pytest.approx(GIB, abs=8)
-    budget.require_fit(validate({"profile": "full"}), here)
+    here = machine.this_machine()
+    assert machine.card(here).others_bytes == pytest.approx(cards.GIB, abs=8)
+    preflight.require_fit(validate({"profile": "full"}), here)
 
 
 # ---- what the libraries have code for --------------------------------------------------------------------------------
@@ -486,16 +496,16 @@ def test_rehearsal_a_card_without_code_for_it(monkeypatch, name, capability, cud
     card = Card(name, "GPU-1", 32, capability=capability)
     Nvml(monkeypatch, card)
     cuda_of(monkeypatch, card, cuda=cuda, codes=codes)
-    here = environment.machine()
+    here = machine.this_machine()
     assert bool(here.gpus) == (who == "")
-    assert models.device().type == ("cpu" if who else "cuda")
+    assert device.compute_device().type == ("cpu" if who else "cuda")
     if who:
-        assert models.compute_dtype() is torch.float32
+        assert device.compute_dtype() is torch.float32
         with pytest.raises(KitError, match=rf"needs a GPU.*{name}") as refused:
-            environment.refuse_what_cannot_run(validate({"profile": "full"}))
+            preflight.refuse_what_cannot_run(validate({"profile": "full"}))
         assert who in str(refused.value)
         assert "CUDA_VISIBLE_DEVICES" in refused.value.remedy
-        environment.refuse_what_cannot_run(validate({}))
+        preflight.refuse_what_cannot_run(validate({}))
         output = CliRunner().invoke(cli.app, ["doctor"]).output
         assert sum(name in line for line in output.splitlines()) == 1
         assert "take this profile: tiny" in output
@@ -550,9 +560,9 @@ def test_rehearsal_doctor_says_what_is_not_used(monkeypatch, what, condition):
 
 
 def test_rehearsal_doctor_names_the_card_and_the_others(monkeypatch):
-    machine = Card("A100", "GPU-1", 40, capability=(8, 0)), Card("T4", "GPU-2", 15, capability=(7, 5))
-    Nvml(monkeypatch, *machine)
-    cuda_of(monkeypatch, *machine)
+    there = Card("A100", "GPU-1", 40, capability=(8, 0)), Card("T4", "GPU-2", 15, capability=(7, 5))
+    Nvml(monkeypatch, *there)
+    cuda_of(monkeypatch, *there)
     lines = doctor()
     assert "GPU        A100, 40.0 GiB, 40.0 GiB free, with bfloat16" in lines
     assert "other GPUs T4: not used; CUDA_VISIBLE_DEVICES chooses the card" in lines
@@ -562,7 +572,7 @@ def test_rehearsal_doctor_names_the_card_and_the_others(monkeypatch):
 def test_rehearsal_training_stays_on_the_cpu_beside_apples_gpu(monkeypatch, tmp_path):
     """transformers would take MPS by itself; the kit's own model lies on the CPU."""
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert training.arguments(validate({}), tmp_path).device == models.device() == torch.device("cpu")
+    assert trainer.arguments(validate({}), tmp_path).device == device.compute_device() == torch.device("cpu")
 
 
 # ---- the benchmarks --------------------------------------------------------------------------------------------------
@@ -589,7 +599,7 @@ def test_rehearsal_the_benchmark_watches_the_card_that_is_used(monkeypatch, benc
         already = used.asked + idle.asked
         while used.asked + idle.asked == already:
             watch.ended.wait(0.005)
-    assert watch.peak == 4 * GIB
+    assert watch.peak == 4 * cards.GIB
     assert idle.asked == 0
 
 
@@ -605,7 +615,6 @@ def test_rehearsal_a_measurement_without_git_and_without_the_kits_metadata(monke
     monkeypatch.setattr(importlib.metadata, "requires", unknown)
     record = benchmarks.provenance.provenance()
     assert record["commit"] is record["clean"] is record["versions"] is None
-    (tmp_path / "notebooks" / "recorded").mkdir(parents=True)
-    (tmp_path / "notebooks" / "recorded" / "gpu.json").write_text(json.dumps(record))
-    monkeypatch.setattr(runs, "project_root", lambda: tmp_path)
-    assert "commit unknown" in runs.recorded("gpu")[1]
+    (tmp_path / "gpu.json").write_text(json.dumps(record))
+    monkeypatch.setattr(recorded, "FOLDER", tmp_path)
+    assert "commit unknown" in recorded.read("gpu")[1]

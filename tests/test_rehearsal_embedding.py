@@ -12,8 +12,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, GemmaConfig, GPTNeoXConfig, LlamaConfig, OPTConfig
 from transformers.generation import GenerationMixin
 
-from qlora_nb.engine import data, ends, evaluation, generation, models
-from qlora_nb.engine.profiles import validate
+from qlora_nb.answer import evaluate, generate
+from qlora_nb.model import data, embeddings, load
+from qlora_nb.settings import validate
 
 SIZES = {
     "vocab_size": 1088,
@@ -45,7 +46,7 @@ def on_card(request):
     table = copy.deepcopy(model.get_input_embeddings())
     model.to(rehearsal.Meta.CARD)
     model.set_input_embeddings(table)
-    ends.keep_embedding_on_cpu(model, rehearsal.Meta.CARD)
+    embeddings.keep_embedding_on_cpu(model, rehearsal.Meta.CARD)
     assert not table.weight.is_meta
     return model
 
@@ -80,21 +81,21 @@ def three_tokens(monkeypatch):
 
 
 def test_rehearsal_of_answers_with_the_embedding_in_the_hosts_memory(on_card, three_tokens):
-    tokenizer, row = models.load_tokenizer(SETTINGS), generation.row_of("Where is Anna?\nAnna went home.")
+    tokenizer, row = load.load_tokenizer(SETTINGS), generate.row_of("Where is Anna?\nAnna went home.")
     with rehearsal.Meta(), torch.no_grad():
-        encoded = generation.encode([row, row], tokenizer, on_card, SETTINGS)
+        encoded = generate.tokenize_prompts([row, row], tokenizer, on_card, SETTINGS)
         assert on_card(**encoded).logits.shape[:2] == encoded["input_ids"].shape
-        assert generation.answer_all(on_card, tokenizer, [row, row], SETTINGS) == ["", ""]  # token 0, three times: the end token
-        assert generation.continue_text(on_card, tokenizer, "Anna went", 3) == ""
+        assert generate.answer_all(on_card, tokenizer, [row, row], SETTINGS) == ["", ""]  # token 0, three times: the end token
+        assert generate.continue_text(on_card, tokenizer, "Anna went", 3) == ""
     assert len(three_tokens) == 8
 
 
 def test_rehearsal_of_the_held_out_loss_with_the_embedding_in_the_hosts_memory(on_card):
-    tokenizer = models.load_tokenizer(SETTINGS)
-    held_out = data.encode(data.load(SETTINGS)[1].take(3), tokenizer, SETTINGS)
+    tokenizer = load.load_tokenizer(SETTINGS)
+    held_out = data.tokenize_rows(data.load(SETTINGS)[1].take(3), tokenizer, SETTINGS)
     every_token_counts = torch.fx.experimental._config.patch(meta_nonzero_assume_all_nonzero=True)
     with rehearsal.Meta(), every_token_counts:
-        assert evaluation.row_losses(on_card, tokenizer, held_out).shape == (3, 2)
+        assert evaluate.row_losses(on_card, tokenizer, held_out).shape == (3, 2)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -12,9 +12,14 @@ import rehearsal
 import torch
 from transformers import TrainerCallback
 
-from qlora_nb.engine import checkpoints, data, evaluation, generation, models, runs, training
-from qlora_nb.engine.profiles import validate
+from qlora_nb.answer import adapters, evaluate, generate
 from qlora_nb.errors import KitError
+from qlora_nb.memory import ledger
+from qlora_nb.model import data, load
+from qlora_nb.model.linear_layers import linear_layers
+from qlora_nb.record import runs, seal
+from qlora_nb.settings import validate
+from qlora_nb.train import attach, checkpoints, trainer
 
 SHORT = {
     "max_steps": 3,
@@ -47,12 +52,12 @@ OFF = {T4: 0.007, AMPERE: 0.21}
 def finetuned(tmp_path, hurt=lambda model: None, settings=None, **values):
     """A run: settings, tokenizer, model, run, result."""
     settings = settings or validate({**SHORT, "output_dir": str(tmp_path), **values})
-    tokenizer, base = models.load_tokenizer(settings), models.load_base(settings)
-    train, held_out = (data.encode(rows, tokenizer, settings) for rows in data.load(settings))
-    model = training.attach_adapter(base, settings)
+    tokenizer, base = load.load_tokenizer(settings), load.load_base(settings)
+    train, held_out = (data.tokenize_rows(rows, tokenizer, settings) for rows in data.load(settings))
+    model = attach.attach_adapter(base, settings)
     hurt(model)
     run = checkpoints.start(settings, "06_rehearsed")
-    result = training.finetune(model, tokenizer, train, settings, run, lambda step: None, held_out)
+    result = trainer.finetune(model, tokenizer, train, settings, run, lambda step: None, held_out)
     run.finish("interrupted" if result["stopped"] else "done")
     return settings, tokenizer, model, run, result
 
@@ -96,11 +101,11 @@ def test_rehearsal_of_a_run_in_16_bit(tmp_path, monkeypatch, in_float32, capabil
     assert off < OFF[capability]
     assert runs.status_of(run.folder) == "done"
     # what is measured and asked after training is what a freshly loaded model says
-    held_out = data.encode(data.load(settings)[1], tokenizer, settings)
-    fresh = generation.load_adapter(models.load_base(settings), result["adapter"])
-    assert evaluation.response_loss(model, tokenizer, held_out) == evaluation.response_loss(fresh, tokenizer, held_out)
-    row = generation.row_of(settings.prompts[0])
-    answers = [generation.answer(some, tokenizer, row, settings, tuned=True).text for some in (model, fresh)]
+    held_out = data.tokenize_rows(data.load(settings)[1], tokenizer, settings)
+    fresh = adapters.load_adapter(load.load_base(settings), result["adapter"])
+    assert evaluate.response_loss(model, tokenizer, held_out) == evaluate.response_loss(fresh, tokenizer, held_out)
+    row = generate.row_of(settings.prompts[0])
+    answers = [generate.answer(some, tokenizer, row, settings, tuned=True).text for some in (model, fresh)]
     assert answers[0] == answers[1] != ""
 
 
@@ -131,8 +136,8 @@ def test_rehearsal_of_two_visible_cards(tmp_path, monkeypatch):
     rehearsal.card(monkeypatch, T4)
     *_, one, _, expected = finetuned(tmp_path / "one")
     monkeypatch.undo()
-    rehearsal.card(monkeypatch, T4, cards=2)
-    assert training.arguments(validate(SHORT), tmp_path).train_batch_size == SHORT["per_device_train_batch_size"]
+    rehearsal.card(monkeypatch, T4, n_cards=2)
+    assert trainer.arguments(validate(SHORT), tmp_path).train_batch_size == SHORT["per_device_train_batch_size"]
     *_, two, _, result = finetuned(tmp_path / "two")
     assert result["losses"] == expected["losses"]
     assert all(torch.equal(adapter_of(two)[key], value) for key, value in adapter_of(one).items())
@@ -196,7 +201,7 @@ OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 1.00 GiB. GPU 0 has a tot
 def _raise_in_pass(model, passes: set[int], error: BaseException) -> list[weakref.ref]:
     """Raise in these forward passes of the base (1 is the first); returns weak references to activations alive then."""
     calls, alive = [], []
-    last = list(models.linear_layers(model.get_base_model()).values())[-1]
+    last = list(linear_layers(model.get_base_model()).values())[-1]
 
     def hurt(module, args, output):
         if not torch.is_grad_enabled():
@@ -220,7 +225,7 @@ def _raise_in_backward(model, passes: set[int], error: BaseException) -> list[we
             raise error
 
     weight.register_hook(hurt)
-    last = list(models.linear_layers(model.get_base_model()).values())[-1]
+    last = list(linear_layers(model.get_base_model()).values())[-1]
 
     def look(module, args, output):
         if torch.is_grad_enabled():
@@ -284,14 +289,14 @@ def test_rehearsal_of_memory_that_runs_out_with_many_rows(tmp_path, monkeypatch,
     rehearsal.card(monkeypatch, AMPERE)
     way = {"max_steps": 4, "compute_dtype": "float32", "save_steps": save_steps}
     alive, still = [], []
-    fewer = training.with_fewer_rows
+    fewer = trainer.with_fewer_rows
 
     def look(settings):
         """Called when a step is to be done again: what it held must be gone by then."""
         still.extend(reference for references in alive for reference in references if reference() is not None)
         return fewer(settings)
 
-    monkeypatch.setattr(training, "with_fewer_rows", look)
+    monkeypatch.setattr(trainer, "with_fewer_rows", look)
     hurt = _hurt(monkeypatch, place, at, torch.OutOfMemoryError(OUT_OF_MEMORY), alive)
     _, _, model, run, result = finetuned(tmp_path / "hurt", hurt, **way)
     assert not still
@@ -314,7 +319,7 @@ def test_rehearsal_of_memory_that_runs_out_in_an_update_with_one_row(tmp_path, m
         with pytest.raises(KitError, match="memory ran out"):
             finetuned(tmp_path / "cut", **way)
     [run] = (tmp_path / "cut" / "tiny").iterdir()
-    assert checkpoints.newest(run).name == "checkpoint-2"
+    assert seal.newest_checkpoint(run).name == "checkpoint-2"
     settings = validate({**SHORT, "output_dir": str(tmp_path / "cut"), **way, "resume": "latest"})
     *_, model, _, result = finetuned(tmp_path, settings=settings)
     assert result["losses"] == expected["losses"]
@@ -378,13 +383,13 @@ def test_rehearsal_states_are_paged_again_after_a_resume_and_a_retry(tmp_path, m
         def on_step_end(self, args, state, control, optimizer=None, **kwargs):
             counted.append(rehearsal.paged_states(optimizer))
 
-    begin = training._Trainer.__init__
+    begin = trainer.QLoRATrainer.__init__
 
     def begin_counting(self, seal, **options):
         begin(self, seal, **options)
         self.add_callback(Count())
 
-    monkeypatch.setattr(training._Trainer, "__init__", begin_counting)
+    monkeypatch.setattr(trainer.QLoRATrainer, "__init__", begin_counting)
     *_, whole, _, expected = finetuned(tmp_path / "whole", **way)
     should = counted[0][1]
     assert should
@@ -419,7 +424,7 @@ def test_rehearsal_of_memory_that_runs_out_in_a_look_at_the_model(tmp_path, monk
     rehearsal.card(monkeypatch, AMPERE)
     way = {"max_steps": 4, "compute_dtype": "float32", "lora_dropout": 0.1}
     *_, whole, _, expected = finetuned(tmp_path / "whole", **way)
-    module = generation if place == "answer_all" else evaluation
+    module = generate if place == "answer_all" else evaluate
     look, calls = getattr(module, place), []
 
     def hurt(*args, **kwargs):
@@ -443,7 +448,7 @@ def test_rehearsal_of_memory_that_runs_out_after_the_update(tmp_path, monkeypatc
     rehearsal.card(monkeypatch, AMPERE)
     way = {"max_steps": 4, "compute_dtype": "float32", "save_steps": 1}
     *_, expected = finetuned(tmp_path / "whole", **way)
-    measure, calls = training.ledger.measure, []
+    measure, calls = ledger.measure, []
 
     def hurt(*args, **kwargs):
         calls.append(1)
@@ -451,7 +456,7 @@ def test_rehearsal_of_memory_that_runs_out_after_the_update(tmp_path, monkeypatc
             raise torch.OutOfMemoryError(OUT_OF_MEMORY)
         return measure(*args, **kwargs)
 
-    monkeypatch.setattr(training.ledger, "measure", hurt)
+    monkeypatch.setattr(ledger, "measure", hurt)
     *_, result = finetuned(tmp_path / "hurt", **way)
     assert result["losses"] == pytest.approx(expected["losses"], rel=1e-4)
 
@@ -460,13 +465,13 @@ def test_rehearsal_of_memory_that_runs_out_keeps_the_finished_steps(tmp_path, mo
     """With one row there is no smaller pass; what was finished is saved, and the optimizer is not kept alive by the refusal."""
     rehearsal.card(monkeypatch, AMPERE)
     made = []
-    begin = training._Trainer.__init__
+    begin = trainer.QLoRATrainer.__init__
 
     def begin_noting(self, seal, **options):
         begin(self, seal, **options)
         made.append(weakref.ref(self))
 
-    monkeypatch.setattr(training._Trainer, "__init__", begin_noting)
+    monkeypatch.setattr(trainer.QLoRATrainer, "__init__", begin_noting)
 
     def hurt(model):
         _raise_in_pass(model, {4}, torch.OutOfMemoryError(OUT_OF_MEMORY))
@@ -477,4 +482,4 @@ def test_rehearsal_of_memory_that_runs_out_keeps_the_finished_steps(tmp_path, mo
     assert kept.value.__traceback__
     assert made[0]() is None
     [run] = (tmp_path / "tiny").iterdir()
-    assert checkpoints.newest(run).name == "checkpoint-3"
+    assert seal.newest_checkpoint(run).name == "checkpoint-3"

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from qlora_nb.engine import checkpoints, runs
-from qlora_nb.engine.profiles import validate
 from qlora_nb.errors import KitError
+from qlora_nb.record import files, runs, seal
+from qlora_nb.settings import validate
+from qlora_nb.train import checkpoints
 
 DRIVER = Path(__file__).parent / "resume_driver.py"
 SMALL = {"max_steps": 12, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "train_rows": 48, "max_length": 96}
@@ -100,7 +101,7 @@ def test_a_disk_that_fills_up_costs_nothing_that_was_written(small_disk, whole):
     assert 'make room there and run it again with resume="latest"' in said
     run = next((small_disk / "tiny").iterdir())
     assert runs.status_of(run) in ("failed", "died"), "the last word may have found no room"
-    assert checkpoints.newest(run, say=lambda text: None).name == "checkpoint-4"
+    assert seal.newest_checkpoint(run, say=lambda text: None).name == "checkpoint-4"
     (small_disk / "filler").unlink()
     assert "going on after step 4" in go_on(small_disk, whole)
 
@@ -180,14 +181,14 @@ OTHER |= {"model_id": "smollm2", "prompt_template": "alpaca", "gradient_accumula
 
 @pytest.mark.parametrize("name", OTHER)
 def test_each_setting_that_changes_what_is_trained_is_refused(stopped, name):
-    folder = checkpoints.newest(next((stopped / "tiny").iterdir()))
+    folder = seal.newest_checkpoint(next((stopped / "tiny").iterdir()))
     with pytest.raises(KitError, match=rf"something else: {name} was .*, is "):
         checkpoints.require_same(folder, settings_of(stopped, **{name: OTHER[name]}))
 
 
 def test_other_rows_are_refused(stopped):
     run = next((stopped / "tiny").iterdir())
-    folder = checkpoints.newest(run)
+    folder = seal.newest_checkpoint(run)
     settings = settings_of(stopped)
     with pytest.raises(KitError, match="training rows was"):
         checkpoints.require_same(folder, settings, "0" * 16)
@@ -205,22 +206,22 @@ def test_which_run_is_meant(stopped, tmp_path):
 
 
 def test_one_writer_at_a_time(tmp_path):
-    with runs.sole_writer(tmp_path):
+    with files.sole_writer(tmp_path):
         code = (
-            f"from qlora_nb.engine import runs; from pathlib import Path; runs.sole_writer(Path({str(tmp_path)!r})).__enter__()"
+            f"from qlora_nb.record import files; from pathlib import Path; files.sole_writer(Path({str(tmp_path)!r})).__enter__()"
         )
         other = subprocess.run(
             [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60, check=False
         )
         assert other.returncode == 1
         assert "another process writes into this run folder" in other.stderr
-    with runs.sole_writer(tmp_path):
+    with files.sole_writer(tmp_path):
         pass
 
 
 def test_only_the_newest_two_checkpoints_stay(whole):
     folders = sorted(p.name for p in (Path(whole["folder"]) / "checkpoints").iterdir())
     assert folders == ["checkpoint-12", "checkpoint-8"]
-    assert all(not checkpoints.fault(Path(whole["folder"]) / "checkpoints" / name) for name in folders)
+    assert all(not seal.damage(Path(whole["folder"]) / "checkpoints" / name) for name in folders)
     adapter = Path(whole["folder"]) / "checkpoints" / "checkpoint-12"
     assert not [p for p in adapter.iterdir() if p.suffix in (".bin", ".pkl")]

@@ -14,9 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_nb.engine import environment, profiles
-from qlora_nb.engine.environment import GIB, Gpu, Machine
+from qlora_nb import cards, machine, sources
 from qlora_nb.errors import KitError
+from qlora_nb.memory import preflight
+from qlora_nb.settings import PROFILES, Settings, validate
 
 
 @pytest.mark.parametrize(
@@ -40,11 +41,11 @@ from qlora_nb.errors import KitError
         ("learning_rate", np.float64(0.1), 0.1),
         ("learning_rate", Decimal("0.1"), 0.1),
         ("blocksize", 128, 128),
-        ("r", None, profiles.PROFILES["tiny"]["r"].value),
+        ("r", None, PROFILES["tiny"]["r"].value),
     ],
 )
 def test_values_are_coerced(name, value, expected):
-    resolved = getattr(profiles.validate({name: value}), name)
+    resolved = getattr(validate({name: value}), name)
     assert resolved == expected
     assert type(resolved) is type(expected)
 
@@ -91,7 +92,7 @@ def test_values_are_coerced(name, value, expected):
 )
 def test_bad_values_are_refused_by_name(name, value):
     with pytest.raises(KitError) as refused:
-        profiles.validate({name: value})
+        validate({name: value})
     text = str(refused.value)
     assert name in text
     assert "Do this:" in text or "Allowed:" in text
@@ -102,31 +103,31 @@ def test_bad_values_are_refused_by_name(name, value):
 )
 def test_a_misspelt_name_gets_a_suggestion(wrong, right):
     with pytest.raises(KitError, match=f"unknown parameter '{wrong}'") as refused:
-        profiles.validate({wrong: 1})
+        validate({wrong: 1})
     assert right in str(refused.value)
 
 
 def test_every_profile_is_complete_and_every_default_has_a_reason():
-    for name, defaults in profiles.PROFILES.items():
-        assert set(defaults) | {"profile"} == set(profiles.Settings.model_fields), name
+    for name, defaults in PROFILES.items():
+        assert set(defaults) | {"profile"} == set(Settings.model_fields), name
         assert all(d.reason for d in defaults.values())
-        assert profiles.validate({"profile": name}).changed() == {}
+        assert validate({"profile": name}).changed() == {}
 
 
 def test_settings_show_what_was_set_and_escape_it():
-    shown = profiles.validate({"r": "12", "model_id": "<b>x</b>"})
+    shown = validate({"r": "12", "model_id": "<b>x</b>"})
     assert shown.changed() == {"model_id": "<b>x</b>", "r": 12}
     assert "<b>x</b>" not in shown._repr_html_()
     assert "set by you" in repr(shown)
 
 
-@given(st.dictionaries(st.sampled_from([*profiles.Settings.model_fields, "oops"]), st.one_of(
+@given(st.dictionaries(st.sampled_from([*Settings.model_fields, "oops"]), st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=30), st.lists(st.text(max_size=5), max_size=3),
     st.binary(max_size=5), st.dictionaries(st.text(max_size=3), st.integers(), max_size=2)), max_size=5))  # fmt: skip
 @settings(max_examples=300, deadline=None)
 def test_anything_is_either_settings_or_the_kits_own_refusal(values):
     try:
-        resolved = profiles.validate(values)
+        resolved = validate(values)
     except KitError:
         return
     assert json.loads(resolved.model_dump_json())["profile"] == resolved.profile
@@ -136,44 +137,46 @@ def test_anything_is_either_settings_or_the_kits_own_refusal(values):
 
 
 def here(monkeypatch, gpus=(), free_gib=16.0):
-    machine = Machine("cpu", 2, 32 * GIB, int(free_gib * GIB), 100 * GIB, tuple(gpus), "3.12", "Linux")
-    monkeypatch.setattr(environment, "machine", lambda folder=".": machine)
-    monkeypatch.setattr(environment, "hub_is_reachable", lambda: True)
+    pretended = machine.Machine(
+        "cpu", 2, 32 * cards.GIB, int(free_gib * cards.GIB), 100 * cards.GIB, tuple(gpus), "3.12", "Linux"
+    )
+    monkeypatch.setattr(machine, "this_machine", lambda folder=".": pretended)
+    monkeypatch.setattr(sources, "hub_is_reachable", lambda: True)
 
 
-T4 = Gpu("Tesla T4", 15 * GIB, 15 * GIB, (7, 5))
-CARD_24 = Gpu("NVIDIA GeForce RTX 3090", 24 * GIB, 24 * GIB, (8, 6))
-CARD_6 = Gpu("small", 6 * GIB, 6 * GIB, (8, 6))
+T4 = cards.Gpu("Tesla T4", 15 * cards.GIB, 15 * cards.GIB, (7, 5))
+CARD_24 = cards.Gpu("NVIDIA GeForce RTX 3090", 24 * cards.GIB, 24 * cards.GIB, (8, 6))
+CARD_6 = cards.Gpu("small", 6 * cards.GIB, 6 * cards.GIB, (8, 6))
 
 
 def test_the_12b_is_refused_without_a_gpu_before_any_download(monkeypatch):
     here(monkeypatch)
     with pytest.raises(KitError, match=r"pythia-12b needs a GPU.*11\.8 billion.*2 CPU cores") as refused:
-        environment.refuse_what_cannot_run(profiles.validate({"profile": "full"}))
+        preflight.refuse_what_cannot_run(validate({"profile": "full"}))
     assert "tiny" in refused.value.remedy
 
 
 def test_a_card_too_small_names_what_would_fit(monkeypatch):
     here(monkeypatch, [CARD_6])
     with pytest.raises(KitError, match=r"does not fit this GPU.*6\.0 GiB") as refused:
-        environment.refuse_what_cannot_run(profiles.validate({"profile": "full"}))
+        preflight.refuse_what_cannot_run(validate({"profile": "full"}))
     assert "EleutherAI/pythia-" in refused.value.remedy
     suggested = refused.value.remedy.split('"')[1]
-    environment.refuse_what_cannot_run(profiles.validate({"profile": "full", "model_id": suggested}))
+    preflight.refuse_what_cannot_run(validate({"profile": "full", "model_id": suggested}))
 
 
 def test_the_judgement_is_about_the_model_not_the_profiles_name(monkeypatch):
     here(monkeypatch, [CARD_24])
-    environment.refuse_what_cannot_run(profiles.validate({"profile": "full"}))
+    preflight.refuse_what_cannot_run(validate({"profile": "full"}))
     here(monkeypatch)
-    environment.refuse_what_cannot_run(profiles.validate({"profile": "full", "model_id": "pocket", "dataset": "pocket"}))
+    preflight.refuse_what_cannot_run(validate({"profile": "full", "model_id": "pocket", "dataset": "pocket"}))
     with pytest.raises(KitError, match="needs a GPU"):
-        environment.refuse_what_cannot_run(profiles.validate({"profile": "tiny", "model_id": "EleutherAI/pythia-12b"}))
+        preflight.refuse_what_cannot_run(validate({"profile": "tiny", "model_id": "EleutherAI/pythia-12b"}))
 
 
 def test_t4_profile_fits_a_t4_and_has_no_bf16(monkeypatch):
     here(monkeypatch, [T4])
-    environment.refuse_what_cannot_run(profiles.validate({"profile": "t4"}))
+    preflight.refuse_what_cannot_run(validate({"profile": "t4"}))
     assert not T4.has_bf16
     assert CARD_24.has_bf16
 
@@ -181,11 +184,11 @@ def test_t4_profile_fits_a_t4_and_has_no_bf16(monkeypatch):
 def test_too_little_memory_and_unreachable_hub(monkeypatch, tmp_path):
     here(monkeypatch, free_gib=0.1)
     with pytest.raises(KitError, match="does not fit this machine's memory"):
-        environment.refuse_what_cannot_run(profiles.validate({}))
+        preflight.refuse_what_cannot_run(validate({}))
     here(monkeypatch)
-    monkeypatch.setattr(environment, "hub_is_reachable", lambda: False)
-    monkeypatch.setattr(environment, "in_hub_cache", lambda *a: False)
-    environment.refuse_what_cannot_run(profiles.validate({}))
+    monkeypatch.setattr(sources, "hub_is_reachable", lambda: False)
+    monkeypatch.setattr(sources, "in_hub_cache", lambda *a: False)
+    preflight.refuse_what_cannot_run(validate({}))
     for values, words in (
         ({"model_id": "EleutherAI/pythia-70m"}, "cannot be reached"),
         ({"dataset": "tatsu-lab/alpaca"}, "cannot be reached"),
@@ -194,11 +197,11 @@ def test_too_little_memory_and_unreachable_hub(monkeypatch, tmp_path):
         ({"model_id": str(tmp_path)}, "config.json"),
     ):
         with pytest.raises(KitError, match=words):
-            environment.refuse_what_cannot_run(profiles.validate(values))
+            preflight.refuse_what_cannot_run(validate(values))
 
 
 def test_a_loaded_or_wrong_version_is_named_with_its_remedy():
-    version = environment.Version
+    version = machine.Version
     assert "restart" in version("torch", "2.13.0", ">=2.6", "2.12.0").problem
     assert "pip install 'peft>=0.19'" in version("peft", "0.1", ">=0.19", None).problem
     assert "not installed" in version("peft", None, ">=0.19", None).problem
@@ -209,7 +212,7 @@ def test_a_refusal_in_a_notebook_is_one_line():
     """As in a kernel: IPython asks the error how it wants to be shown."""
     program = (
         "from IPython.core.interactiveshell import InteractiveShell as S\n"
-        "S.instance().run_cell(\"from qlora_nb.engine import profiles; profiles.resolve({'max_stepz': 3})\")"
+        "S.instance().run_cell(\"from qlora_nb.settings import resolve; resolve({'max_stepz': 3})\")"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     shown = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]

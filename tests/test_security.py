@@ -15,12 +15,16 @@ import nbformat
 import pytest
 
 import qlora_nb
-from qlora_nb.engine import batch, environment, models, report, runs
-from qlora_nb.engine.generation import Answer
-from qlora_nb.engine.profiles import validate
+from qlora_nb import sources
+from qlora_nb.answer import generate
+from qlora_nb.batch import report, sequence
 from qlora_nb.errors import KitError
+from qlora_nb.lessons import n06, n07
+from qlora_nb.model import load
 from qlora_nb.pocket import MODEL_DIR
-from qlora_nb.ui import panels, training_plots
+from qlora_nb.record import runs
+from qlora_nb.settings import validate
+from qlora_nb.ui import panels
 
 PAYLOADS = [
     "<script>alert(1)</script>",
@@ -82,7 +86,7 @@ def test_hostile_text_is_inert_in_tables_and_masks(evil):
     names = {"model_id": evil[:60], "dataset": evil[:60], "prompts": [evil]}
     names = {k: v for k, v in names.items() if "\x00" not in str(v) or k == "prompts"}
     shown = validate(names)
-    for page in (shown._repr_html_(), training_plots.label_mask([evil, "yes"], [False, True])):
+    for page in (shown._repr_html_(), n06.label_mask([evil, "yes"], [False, True])):
         seen = Seen(page)
         assert seen.tags <= HARMLESS, seen.tags - HARMLESS
         assert seen.risky == []
@@ -94,9 +98,9 @@ def test_hostile_text_cannot_break_a_figure(evil):
     import io
 
     for figure in (
-        training_plots.next_tokens([(evil, 0.5), ("a", 0.1)], [(evil, 0.4), ("b", 0.2)], 1.0),
-        training_plots.scores({evil: {"all": 0.1, evil: 0.2}, "QLoRA": {"all": 0.9, evil: 0.8}}),
-        training_plots.speeds({evil: [Answer("a", 3, 0.1, 0.2)], "tuned": [Answer("a", 3, 0.1, 0.2)]}),
+        n07.next_tokens([(evil, 0.5), ("a", 0.1)], [(evil, 0.4), ("b", 0.2)], 1.0),
+        n06.scores({evil: {"all": 0.1, evil: 0.2}, "QLoRA": {"all": 0.9, evil: 0.8}}),
+        n07.speeds({evil: [generate.Answer("a", 3, 0.1, 0.2)], "tuned": [generate.Answer("a", 3, 0.1, 0.2)]}),
     ):
         figure.savefig(io.BytesIO(), format="png", dpi=40)
 
@@ -147,9 +151,9 @@ def evil_model(folder: Path, model_type: str) -> Path:
 def test_code_of_a_model_is_never_run(tmp_path, model_type):
     folder = evil_model(tmp_path / "model", model_type)
     settings = validate({"model_id": str(folder)})
-    for load in (models.load_tokenizer, models.load_base):
+    for function in (load.load_tokenizer, load.load_base):
         try:
-            load(settings)
+            function(settings)
         except KitError as error:
             assert "Do this" in str(error)  # noqa: PT017
     assert not (folder / "RAN").exists()
@@ -169,7 +173,7 @@ def test_a_pickled_model_is_never_opened(tmp_path):
     for name in ("pytorch_model.bin", "training_args.bin", "model.pt", "pytorch_model-00001-of-00001.bin"):
         (folder / name).write_bytes(pickle.dumps(Trap()))
     with pytest.raises(KitError, match="safetensors"):
-        models.load_base(validate({"model_id": str(folder)}))
+        load.load_base(validate({"model_id": str(folder)}))
     assert not (folder / "OPENED").exists()
     pickle.loads((folder / "model.pt").read_bytes())
     assert (folder / "OPENED").exists(), "the trap works"
@@ -186,19 +190,20 @@ def test_no_token_is_ever_written(toy, tmp_path, monkeypatch):
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
     train = (
-        "from qlora_nb.engine import data, models, profiles, runs, training\n"
-        "s = profiles.resolve({'output_dir': output_dir, 'max_steps': 1, 'train_rows': 4, 'eval_rows': 1, 'save_steps': 1,\n"
+        "from qlora_nb.model import data, load\nfrom qlora_nb.record import runs\n"
+        "from qlora_nb.settings import resolve\nfrom qlora_nb.train import attach, trainer\n"
+        "s = resolve({'output_dir': output_dir, 'max_steps': 1, 'train_rows': 4, 'eval_rows': 1, 'save_steps': 1,\n"
         "  'per_device_train_batch_size': 1, 'gradient_accumulation_steps': 1})\n"
-        "tokenizer, model = models.load_tokenizer(s), training.attach_adapter(models.load_base(s), s)\n"
-        "rows = data.encode(data.load(s)[0], tokenizer, s)\n"
+        "tokenizer, model = load.load_tokenizer(s), attach.attach_adapter(load.load_base(s), s)\n"
+        "rows = data.tokenize_rows(data.load(s)[0], tokenizer, s)\n"
         "with runs.Run(s, '06_x') as run:\n"
-        "    _ = training.finetune(model, tokenizer, rows, s, run, print)"
+        "    _ = trainer.finetune(model, tokenizer, rows, s, run, print)"
     )
     toy("01_train", train)
     prints = "import os, sys\nfor v in (os.environ[n] for n in {}):\n    print(v)\n    print('url?token=' + v, file=sys.stderr)"
     folder = toy("02_leaks", prints.format(list(SECRETS)), "raise OSError(' '.join(os.environ.values()))")
     lines: list[str] = []
-    summary = batch.run_sequence({"output_dir": str(tmp_path / "out")}, notebooks=folder, say=lines.append)
+    summary = sequence.run_sequence({"output_dir": str(tmp_path / "out")}, notebooks=folder, say=lines.append)
     assert [o["status"] for o in summary["notebooks"]] == ["done", "failed"], summary["notebooks"]
     written = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert {"summary.json", "report.html", "manifest.json", "adapter_model.safetensors", "seal.json"} <= {p.name for p in written}
@@ -232,7 +237,7 @@ def test_a_secret_that_is_a_word_of_the_format_breaks_nothing(toy, tmp_path, mon
     monkeypatch.setenv("POSTGRES_PASSWORD", "metadata")
     monkeypatch.setenv("SERVICE_KEY", "first line\nsecond line")
     folder = toy("01_x", "import os\nprint('metadata and')\nprint(os.environ['SERVICE_KEY'])")
-    summary = batch.run_sequence({"output_dir": str(tmp_path / "out")}, notebooks=folder, say=lambda line: None)
+    summary = sequence.run_sequence({"output_dir": str(tmp_path / "out")}, notebooks=folder, say=lambda line: None)
     assert summary["status"] == "done", summary["notebooks"]
     executed = (Path(summary["folder"]) / "01_x.ipynb").read_text()
     assert "second line" not in executed
@@ -241,8 +246,8 @@ def test_a_secret_that_is_a_word_of_the_format_breaks_nothing(toy, tmp_path, mon
 
 def test_an_endpoint_is_shown_without_its_password(monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://teacher:S3cretPassw0rd@127.0.0.1:9")
-    assert environment.hub_endpoint() == "http://127.0.0.1:9"
-    assert not environment.hub_is_reachable()
+    assert sources.hub_endpoint() == "http://127.0.0.1:9"
+    assert not sources.hub_is_reachable()
 
 
 def test_no_parameter_takes_a_token_and_no_command_shows_one():

@@ -12,9 +12,14 @@ import torch
 from accelerate import PartialState
 from peft import PeftModel
 
-from qlora_nb.engine import checkpoints, data, evaluation, generation, models, runs, training
-from qlora_nb.engine.profiles import validate
+from qlora_nb.answer import adapters, evaluate, generate
 from qlora_nb.errors import KitError
+from qlora_nb.memory import ledger
+from qlora_nb.model import data, fetch, load, sliced_loss
+from qlora_nb.model.linear_layers import linear_layers
+from qlora_nb.record import files, runs, seal
+from qlora_nb.settings import validate
+from qlora_nb.train import attach, checkpoints, trainer
 
 SHORT = {"max_steps": 6, "train_rows": 96, "eval_rows": 24}
 
@@ -23,12 +28,12 @@ SHORT = {"max_steps": 6, "train_rows": 96, "eval_rows": 24}
 def trained(tmp_path_factory):
     """A short run: settings, tokenizer, model, encoded rows, run, result, and the steps that were reported."""
     settings = validate({**SHORT, "output_dir": str(tmp_path_factory.mktemp("runs"))})
-    tokenizer, model = models.load_tokenizer(settings), models.load_base(settings)
-    rows = data.encode(data.load(settings)[0], tokenizer, settings)
-    model = training.attach_adapter(model, settings)
+    tokenizer, model = load.load_tokenizer(settings), load.load_base(settings)
+    rows = data.tokenize_rows(data.load(settings)[0], tokenizer, settings)
+    model = attach.attach_adapter(model, settings)
     steps = []
     with runs.Run(settings, "06_finetune_pythia_12b") as run:
-        result = training.finetune(model, tokenizer, rows, settings, run, steps.append)
+        result = trainer.finetune(model, tokenizer, rows, settings, run, steps.append)
     return settings, tokenizer, model, rows, run, result, steps
 
 
@@ -36,7 +41,7 @@ def test_only_the_adapter_trains_and_it_covers_every_linear_layer(trained):
     _, _, model, *_ = trained
     training_names = {n for n, p in model.named_parameters() if p.requires_grad}
     assert all("lora_" in n for n in training_names)
-    assert len(training_names) == 2 * len(models.linear_layers(models.load_base(validate({}))))
+    assert len(training_names) == 2 * len(linear_layers(load.load_base(validate({}))))
     assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
 
 
@@ -60,10 +65,10 @@ def test_manifest_says_done_and_names_everything(trained):
 def test_adapter_on_disk_is_the_trained_one_and_plain_peft_loads_it(trained):
     settings, _, model, rows, _, result, _ = trained
     ids = torch.tensor([rows[0]["input_ids"]])
-    assert training.saved_adapter_difference(model, result["adapter"], ids) == 0
+    assert attach.saved_adapter_difference(model, result["adapter"], ids) == 0
     with torch.no_grad():
         ours = model(input_ids=ids).logits
-        theirs = PeftModel.from_pretrained(models.load_base(settings), str(result["adapter"])).eval()(input_ids=ids).logits
+        theirs = PeftModel.from_pretrained(load.load_base(settings), str(result["adapter"])).eval()(input_ids=ids).logits
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
@@ -76,7 +81,7 @@ def test_a_changed_file_is_noticed(trained, tmp_path):
     folder = shutil.copytree(result["adapter"], tmp_path / "adapter")
     weights = load_file(folder / "adapter_model.safetensors")
     save_file({k: v + 0.01 for k, v in weights.items()}, folder / "adapter_model.safetensors")
-    assert training.saved_adapter_difference(model, folder, torch.tensor([rows[0]["input_ids"]])) > 1e-4
+    assert attach.saved_adapter_difference(model, folder, torch.tensor([rows[0]["input_ids"]])) > 1e-4
 
 
 def test_response_loss_is_cross_entropy_over_labelled_tokens(trained):
@@ -86,9 +91,9 @@ def test_response_loss_is_cross_entropy_over_labelled_tokens(trained):
         for row in rows.select(range(12)):  # one by one, without padding, by the definition
             log = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)
             for at, label in enumerate(row["labels"]):
-                if label != data.IGNORED:
+                if label != sliced_loss.IGNORED:
                     total, n = total - log[at - 1, label].item(), n + 1
-    assert evaluation.response_loss(model, tokenizer, rows.select(range(12))) == pytest.approx(total / n, rel=1e-4)
+    assert evaluate.response_loss(model, tokenizer, rows.select(range(12))) == pytest.approx(total / n, rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -103,14 +108,14 @@ def test_response_loss_is_cross_entropy_over_labelled_tokens(trained):
 def test_wrong_targets_and_ranks_are_refused(values, message):
     settings = validate(values)
     with pytest.raises(KitError, match=message):
-        training.attach_adapter(models.load_base(settings), settings)
+        attach.attach_adapter(load.load_base(settings), settings)
 
 
 def fresh(tmp_path, **values):
     settings = validate({**SHORT, "output_dir": str(tmp_path), **values})
-    tokenizer = models.load_tokenizer(settings)
-    rows = data.encode(data.load(settings)[0], tokenizer, settings)
-    return settings, tokenizer, training.attach_adapter(models.load_base(settings), settings), rows
+    tokenizer = load.load_tokenizer(settings)
+    rows = data.tokenize_rows(data.load(settings)[0], tokenizer, settings)
+    return settings, tokenizer, attach.attach_adapter(load.load_base(settings), settings), rows
 
 
 def test_nan_stops_at_once_and_is_named(tmp_path):
@@ -119,7 +124,7 @@ def test_nan_stops_at_once_and_is_named(tmp_path):
         next(p for n, p in model.named_parameters() if "lora_A" in n).fill_(float("nan"))
     steps = []
     with pytest.raises(KitError, match="became nan at step 1"), runs.Run(settings, "nan") as run:
-        training.finetune(model, tokenizer, rows, settings, run, steps.append)
+        trainer.finetune(model, tokenizer, rows, settings, run, steps.append)
     assert len(steps) == 1
     assert runs.status_of(run.folder) == "failed"
     assert not list(run.folder.rglob("checkpoint-*"))
@@ -137,11 +142,11 @@ def test_a_gradient_that_is_no_number_leaves_the_last_good_checkpoint(tmp_path, 
 
     weight.register_hook(spoil)
     with pytest.raises(KitError, match=r"grad_norm became (nan|inf) at step 3"), runs.Run(settings, "06_bad") as run:
-        training.finetune(model, tokenizer, rows, settings, run, lambda step: None)
+        trainer.finetune(model, tokenizer, rows, settings, run, lambda step: None)
     assert runs.status_of(run.folder) == "failed"
-    assert checkpoints.newest(run.folder).name == "checkpoint-2"
+    assert seal.newest_checkpoint(run.folder).name == "checkpoint-2"
     resumed = checkpoints.start(settings.model_copy(update={"resume": "latest"}), "06_bad")
-    result = training.finetune(model, tokenizer, rows, settings, resumed, lambda step: None)
+    result = trainer.finetune(model, tokenizer, rows, settings, resumed, lambda step: None)
     assert len(result["losses"]) == settings.max_steps
     assert all(map(math.isfinite, result["losses"]))
 
@@ -153,7 +158,7 @@ def test_a_cell_that_was_stopped_goes_on_when_run_again(tmp_path, capsys):
         settings, tokenizer, model, rows = fresh(tmp_path / str(stops), lora_dropout=0.1)
         asked = lambda step: os.kill(os.getpid(), signal.SIGINT) if step["step"] == 2 and stops else None  # noqa: B023
         run = checkpoints.start(settings, "06_cell")
-        result = training.finetune(model, tokenizer, rows, settings, run, asked)
+        result = trainer.finetune(model, tokenizer, rows, settings, run, asked)
         if stops:
             os.utime(run.folder / "manifest.json", (1e9, 1e9))  # as another process of the same number has left it
             assert not checkpoints._stopped_here(run.folder, settings)
@@ -162,7 +167,7 @@ def test_a_cell_that_was_stopped_goes_on_when_run_again(tmp_path, capsys):
             again = checkpoints.start(settings, "06_cell")
             assert again.folder == run.folder
             assert "going on with" in capsys.readouterr().out
-            run, result = again, training.finetune(model, tokenizer, rows, settings, again, lambda step: None)
+            run, result = again, trainer.finetune(model, tokenizer, rows, settings, again, lambda step: None)
         run.finish("done")
         weights = [p.detach() for n, p in sorted(model.named_parameters()) if p.requires_grad]
         ended[stops] = result["losses"], weights
@@ -171,11 +176,11 @@ def test_a_cell_that_was_stopped_goes_on_when_run_again(tmp_path, capsys):
     other = checkpoints.start(settings, "06_cell")
     assert other.folder != run.folder
     with pytest.raises(KitError, match="trained before") as refused:
-        training.finetune(model, tokenizer, rows, settings, other, lambda step: None)
+        trainer.finetune(model, tokenizer, rows, settings, other, lambda step: None)
     assert "attach it once more" in refused.value.remedy
-    once_more = training.attach_adapter(model, settings)
-    assert training.trainable_parameters(once_more) == sum(w.numel() for w in weights)
-    first = training.finetune(once_more, tokenizer, rows, settings, runs.Run(settings, "06_cell"), lambda step: None)
+    once_more = attach.attach_adapter(model, settings)
+    assert attach.trainable_parameters(once_more) == sum(w.numel() for w in weights)
+    first = trainer.finetune(once_more, tokenizer, rows, settings, runs.Run(settings, "06_cell"), lambda step: None)
     assert first["losses"] == ended[False][0]
 
 
@@ -183,7 +188,7 @@ def test_interrupt_finishes_the_step_and_saves(tmp_path):
     settings, tokenizer, model, rows = fresh(tmp_path)
     run = runs.Run(settings, "stop")
     stop_at_two = lambda step: os.kill(os.getpid(), signal.SIGINT) if step["step"] == 2 else None
-    result = training.finetune(model, tokenizer, rows, settings, run, stop_at_two)
+    result = trainer.finetune(model, tokenizer, rows, settings, run, stop_at_two)
     assert result["stopped"]
     assert 2 <= len(result["losses"]) <= 3
     assert (result["adapter"] / "adapter_model.safetensors").stat().st_size > 10_000
@@ -193,15 +198,15 @@ def test_same_seed_same_losses(tmp_path):
     losses = []
     for _ in range(2):
         settings, tokenizer, model, rows = fresh(tmp_path, max_steps=3, lora_dropout=0.1)
-        losses.append(training.finetune(model, tokenizer, rows, settings, runs.Run(settings, "seed"), lambda s: None)["losses"])
+        losses.append(trainer.finetune(model, tokenizer, rows, settings, runs.Run(settings, "seed"), lambda s: None)["losses"])
     assert losses[0] == losses[1]
 
 
 def test_baselines_know_nothing():
     train, test = (list(rows) for rows in data.load(validate({})))
-    assert evaluation.exact_match([r["output"] for r in test], test)["all"] == 1.0
-    for baseline in (evaluation.majority_baseline, evaluation.copy_baseline):
-        assert evaluation.exact_match(baseline(train, test), test)["all"] <= 0.20
+    assert evaluate.exact_match([r["output"] for r in test], test)["all"] == 1.0
+    for baseline in (evaluate.majority_baseline, evaluate.copy_baseline):
+        assert evaluate.exact_match(baseline(train, test), test)["all"] <= 0.20
 
 
 # --- what is refused leaves everything as it was ---
@@ -217,7 +222,7 @@ def everything_in(folder):
 def test_a_refusal_changes_no_record_and_the_run_that_trained_is_done(tmp_path, monkeypatch):
     settings, tokenizer, model, rows = fresh(tmp_path, **QUICK)
     begin = lambda: checkpoints.start(settings, "06_finetune_pythia_12b")
-    train = lambda model, run: training.finetune(model, tokenizer, rows, settings, run, lambda step: None)
+    train = lambda model, run: trainer.finetune(model, tokenizer, rows, settings, run, lambda step: None)
     result = train(model, begin())
     [folder] = (tmp_path / "tiny").iterdir()
     assert runs.status_of(folder) == "done"
@@ -225,26 +230,26 @@ def test_a_refusal_changes_no_record_and_the_run_that_trained_is_done(tmp_path, 
     before = everything_in(tmp_path)
 
     refused = {"was trained before": lambda: train(model, begin()), "this run is over": lambda: train(model, result["run"])}
-    refused["has no adapter"] = lambda: training.saved_adapter_difference(models.load_base(settings), folder / "adapter", None)
+    refused["has no adapter"] = lambda: attach.saved_adapter_difference(load.load_base(settings), folder / "adapter", None)
     for said, cell in refused.items():
         with pytest.raises(KitError, match=said):
             cell()
         assert everything_in(tmp_path) == before
         assert list((tmp_path / "tiny").iterdir()) == [folder]
-    loaded = generation.load_adapter(models.load_base(settings), folder / "adapter")
-    for wrong in (models.load_base(settings), loaded, None):
+    loaded = adapters.load_adapter(load.load_base(settings), folder / "adapter")
+    for wrong in (load.load_base(settings), loaded, None):
         with pytest.raises(KitError, match=r"no adapter that can be trained.*training.attach_adapter first"):
             train(wrong, begin())
         with pytest.raises(KitError, match="no adapter that can be trained"), begin() as run:
             train(wrong, run)
         assert list((tmp_path / "tiny").iterdir()) == [folder]
 
-    model = training.attach_adapter(model, settings)
+    model = attach.attach_adapter(model, settings)
 
     def no_room(*given):
         raise KitError("no room")
 
-    for module, name in ((training.fetch, "require_room"), (training, "arguments")):
+    for module, name in ((fetch, "require_room"), (trainer, "arguments")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, no_room)
             with pytest.raises(KitError, match="no room"):
@@ -261,19 +266,19 @@ def test_a_refused_resume_leaves_the_stopped_run_as_it_is(tmp_path):
     settings, tokenizer, model, rows = fresh(tmp_path, **QUICK | {"max_steps": 4})
     stop = lambda step: os.kill(os.getpid(), signal.SIGINT) if step["step"] == 2 else None
     run = checkpoints.start(settings, "06_stopped")
-    assert training.finetune(model, tokenizer, rows, settings, run, stop)["stopped"]
+    assert trainer.finetune(model, tokenizer, rows, settings, run, stop)["stopped"]
     before = everything_in(tmp_path)
     with pytest.raises(KitError, match="training rows was"):
-        training.finetune(
+        trainer.finetune(
             model, tokenizer, rows.select(range(4)), settings, checkpoints.start(settings, "06_stopped"), lambda step: None
         )
     assert everything_in(tmp_path) == before
     assert runs.status_of(run.folder) == "interrupted"
     latest = settings.model_copy(update={"resume": "latest"})
-    with runs.sole_writer(run.folder), pytest.raises(KitError, match="another process writes"):
-        training.finetune(model, tokenizer, rows, latest, checkpoints.start(latest, "06_stopped"), lambda step: None)
+    with files.sole_writer(run.folder), pytest.raises(KitError, match="another process writes"):
+        trainer.finetune(model, tokenizer, rows, latest, checkpoints.start(latest, "06_stopped"), lambda step: None)
     assert everything_in(tmp_path) == before
-    result = training.finetune(model, tokenizer, rows, settings, checkpoints.start(settings, "06_stopped"), lambda step: None)
+    result = trainer.finetune(model, tokenizer, rows, settings, checkpoints.start(settings, "06_stopped"), lambda step: None)
     assert len(result["losses"]) == 4
     assert runs.status_of(run.folder) == "done"
     run.add(late=1)  # by what was left of the stopped run's cell
@@ -287,12 +292,12 @@ def test_a_run_without_checkpoints_is_not_gone_on_with_by_a_trained_adapter(tmp_
         raise RuntimeError("in the midst of it")
 
     with pytest.raises(RuntimeError):
-        training.finetune(model, tokenizer, rows, settings, checkpoints.start(settings, "06_x"), fail)
+        trainer.finetune(model, tokenizer, rows, settings, checkpoints.start(settings, "06_x"), fail)
     assert not model.training
     [folder] = (tmp_path / "tiny").iterdir()
     (folder / "checkpoints").mkdir(exist_ok=True)
     with pytest.raises(KitError, match="trained before"):
-        training.finetune(model, tokenizer, rows, settings, checkpoints.start(settings, "06_x"), lambda step: None)
+        trainer.finetune(model, tokenizer, rows, settings, checkpoints.start(settings, "06_x"), lambda step: None)
     assert runs.status_of(folder) == "failed"
 
 
@@ -316,22 +321,22 @@ def test_a_launcher_of_one_process_changes_nothing(tmp_path, monkeypatch):
 def test_before_is_the_base_whether_or_not_an_adapter_is_on_it(trained):
     """Against transformers' own loss on the base as it was loaded."""
     settings, tokenizer, model, rows, *_ = trained
-    some, plain = rows.select(range(8)), models.load_base(settings)
+    some, plain = rows.select(range(8)), load.load_base(settings)
     total = n = 0.0
     with torch.no_grad():
         for row in some:
             labels = torch.tensor([row["labels"]])
-            found = (labels[:, 1:] != data.IGNORED).sum().item()
+            found = (labels[:, 1:] != sliced_loss.IGNORED).sum().item()
             total += plain(input_ids=torch.tensor([row["input_ids"]]), labels=labels).loss.item() * found
             n += found
-    tuned = evaluation.response_loss(model, tokenizer, some)
-    for measured in (plain, model, training.attach_adapter(models.load_base(settings), settings)):
-        with generation.base_or_tuned(measured, tuned=False):
-            assert evaluation.response_loss(measured, tokenizer, some) == pytest.approx(total / n, rel=1e-5)
+    tuned = evaluate.response_loss(model, tokenizer, some)
+    for measured in (plain, model, attach.attach_adapter(load.load_base(settings), settings)):
+        with adapters.base_or_tuned(measured, tuned=False):
+            assert evaluate.response_loss(measured, tokenizer, some) == pytest.approx(total / n, rel=1e-5)
     assert tuned < 0.99 * total / n
-    assert evaluation.response_loss(model, tokenizer, some) == tuned, "the adapter is on again"
+    assert evaluate.response_loss(model, tokenizer, some) == tuned, "the adapter is on again"
     with pytest.raises(KitError, match=r"no adapter .*attaches or loads the adapter first"):
-        generation.base_or_tuned(plain, tuned=True)
+        adapters.base_or_tuned(plain, tuned=True)
 
 
 # --- answering ---------------------------------------------------------------
@@ -340,16 +345,16 @@ def test_before_is_the_base_whether_or_not_an_adapter_is_on_it(trained):
 def test_batched_answers_equal_single_ones(trained):
     settings, tokenizer, model, *_ = trained
     rows = list(data.load(settings)[1])
-    together = generation.answer_all(model, tokenizer, rows, settings, batch=7)
-    assert together == [generation.answer(model, tokenizer, row, settings, tuned=True).text for row in rows]
+    together = generate.answer_all(model, tokenizer, rows, settings, batch=7)
+    assert together == [generate.answer(model, tokenizer, row, settings, tuned=True).text for row in rows]
 
 
 def test_base_is_the_model_without_adapter(trained):
     settings, tokenizer, model, *_ = trained
     row = dict(data.load(settings)[1][0])
-    plain = generation.answer_all(models.load_base(settings), tokenizer, [row], settings)[0]
-    assert generation.answer(model, tokenizer, row, settings, tuned=False).text == plain
-    base_top, tuned_top, divergence = generation.next_tokens(model, tokenizer, row, settings)
+    plain = generate.answer_all(load.load_base(settings), tokenizer, [row], settings)[0]
+    assert generate.answer(model, tokenizer, row, settings, tuned=False).text == plain
+    base_top, tuned_top, divergence = generate.next_tokens(model, tokenizer, row, settings)
     assert divergence > 0
     assert base_top != tuned_top
 
@@ -357,8 +362,8 @@ def test_base_is_the_model_without_adapter(trained):
 def test_along_an_answer_the_first_position_is_the_next_token(trained):
     settings, tokenizer, model, *_ = trained
     row = dict(data.load(settings)[1][0])
-    found = generation.along(model, tokenizer, row, settings, "By the river.")
-    base, tuned, bits = generation.next_tokens(model, tokenizer, row, settings, k=3)
+    found = generate.along(model, tokenizer, row, settings, "By the river.")
+    base, tuned, bits = generate.next_tokens(model, tokenizer, row, settings, k=3)
     assert found[0][3] == pytest.approx(bits, abs=1e-3)
     assert [t for t, _ in found[0][1]] == [t for t, _ in base]
     assert [p for _, p in found[0][2]] == pytest.approx([p for _, p in tuned], abs=1e-4)
@@ -372,7 +377,7 @@ def test_stop_ends_an_answer(trained):
     stop = threading.Event()
     long = settings.model_copy(update={"max_new_tokens": 300})
     seen = 0
-    for _ in generation.stream(model, tokenizer, {"instruction": "Go on.", "input": ""}, long, tuned=False, stop=stop):
+    for _ in generate.stream(model, tokenizer, {"instruction": "Go on.", "input": ""}, long, tuned=False, stop=stop):
         seen += 1
         if seen == 3:
             stop.set()
@@ -383,31 +388,31 @@ def test_sampling_needs_temperature_and_repeats_with_the_seed(trained):
     settings, tokenizer, model, *_ = trained
     hot = settings.model_copy(update={"temperature": 1.5, "top_p": 1.0})
     row = {"instruction": "Where is Anna?", "input": "Anna went to the park."}
-    said = {generation.answer(model, tokenizer, row, hot.model_copy(update={"seed": s}), tuned=False).text for s in (1, 1, 2, 3)}
+    said = {generate.answer(model, tokenizer, row, hot.model_copy(update={"seed": s}), tuned=False).text for s in (1, 1, 2, 3)}
     assert 2 <= len(said) <= 3
 
 
 def test_prompts(trained):
     settings, tokenizer, model, *_ = trained
-    assert generation.row_of("Do it.") == {"instruction": "Do it.", "input": ""}
+    assert generate.row_of("Do it.") == {"instruction": "Do it.", "input": ""}
     with pytest.raises(KitError, match="prompt is empty"):
-        generation.row_of("  \n ")
+        generate.row_of("  \n ")
     with pytest.raises(KitError, match="shorten the prompt"):
-        generation.answer(model, tokenizer, {"instruction": "word " * 600, "input": ""}, settings, tuned=True)
-    odd = generation.row_of("<script>alert(1)</script> 😀 \x1b[31m\nnaïve")
-    assert isinstance(generation.answer(model, tokenizer, odd, settings, tuned=True).text, str)
+        generate.answer(model, tokenizer, {"instruction": "word " * 600, "input": ""}, settings, tuned=True)
+    odd = generate.row_of("<script>alert(1)</script> 😀 \x1b[31m\nnaïve")
+    assert isinstance(generate.answer(model, tokenizer, odd, settings, tuned=True).text, str)
 
 
 def test_finding_adapters(trained, tmp_path):
     settings, *_, run, result, _ = trained
-    assert generation.find_adapter(settings)[0] == result["adapter"]
+    assert adapters.find_adapter(settings)[0] == result["adapter"]
     empty = validate({"output_dir": str(tmp_path)})
-    folder, where_from = generation.find_adapter(empty)
+    folder, where_from = adapters.find_adapter(empty)
     assert "shipped with the pocket model" in where_from
     with pytest.raises(KitError, match="not an adapter folder"):
-        generation.find_adapter(validate({"adapter": str(tmp_path)}))
+        adapters.find_adapter(validate({"adapter": str(tmp_path)}))
     (run.folder / "manifest.json").write_text(json.dumps({"status": "failed"}))
-    assert generation.find_adapter(settings)[0] == folder
+    assert adapters.find_adapter(settings)[0] == folder
 
 
 def test_adapter_for_another_model_is_refused(trained, tmp_path):
@@ -417,7 +422,7 @@ def test_adapter_for_another_model_is_refused(trained, tmp_path):
         GPTNeoXConfig(vocab_size=1088, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=128)
     )
     with pytest.raises(KitError, match="does not fit"):
-        generation.load_adapter(other, trained[5]["adapter"])
+        adapters.load_adapter(other, trained[5]["adapter"])
 
 
 def test_damaged_model_folder_is_refused(tmp_path):
@@ -429,7 +434,7 @@ def test_damaged_model_folder_is_refused(tmp_path):
     weights = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     with pytest.raises(KitError, match="fetch the model again"):
-        models.load_base(validate({"model_id": str(folder)}))
+        load.load_base(validate({"model_id": str(folder)}))
 
 
 # --- the same run in other ways ---
@@ -439,7 +444,7 @@ def finetuned(tmp_path, before=lambda model: None, held_out=None, **values):
     """Losses and adapter of a short run, and what `finetune` gave back; `before` may hurt the model first."""
     settings, tokenizer, model, rows = fresh(tmp_path, **values)
     before(model)
-    result = training.finetune(model, tokenizer, rows, settings, runs.Run(settings, "ways"), lambda step: None, held_out)
+    result = trainer.finetune(model, tokenizer, rows, settings, runs.Run(settings, "ways"), lambda step: None, held_out)
     return result["losses"], torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad]), result
 
 
@@ -505,8 +510,8 @@ def test_samples_are_printed_and_change_nothing(tmp_path, capsys):
 def test_held_out_loss_on_the_way_is_the_models_own_and_changes_nothing(tmp_path, loss_chunk):
     way = {"max_steps": 4, "lora_dropout": 0.1, "loss_chunk": loss_chunk}
     settings = validate({**way, "eval_rows": 12})
-    tokenizer = models.load_tokenizer(settings)
-    held_out = data.encode(data.load(settings)[1], tokenizer, settings)
+    tokenizer = load.load_tokenizer(settings)
+    held_out = data.tokenize_rows(data.load(settings)[1], tokenizer, settings)
     plain, adapter, without = finetuned(tmp_path / "plain", **way)
     assert without["held_out"] == {}
     watched, same, result = finetuned(tmp_path / "watched", held_out=held_out, sample_steps=2, **way)
@@ -516,8 +521,8 @@ def test_held_out_loss_on_the_way_is_the_models_own_and_changes_nothing(tmp_path
     [run] = (tmp_path / "watched" / "tiny").iterdir()
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [(r["step"], r["held_out_loss"]) for r in logged if "held_out_loss" in r] == list(result["held_out"].items())
-    model = generation.load_adapter(models.load_base(settings), result["adapter"])
-    assert evaluation.response_loss(model, tokenizer, held_out) == pytest.approx(result["held_out"][4], rel=1e-6)
+    model = adapters.load_adapter(load.load_base(settings), result["adapter"])
+    assert evaluate.response_loss(model, tokenizer, held_out) == pytest.approx(result["held_out"][4], rel=1e-6)
 
 
 def test_what_was_logged_up_to_a_step_stays(tmp_path):
@@ -542,7 +547,7 @@ def test_levers_at_both_ends_train_and_answer(tmp_path):
     way = {"head_4bit": True, "embedding_on_cpu": True, "max_steps": 8, "sample_steps": 8, "warmup_steps": 0}
     losses, _, result = finetuned(tmp_path, **way)
     assert sum(losses[4:]) < sum(losses[:4])
-    assert training.ledger.predict(validate(way))["4-bit codes"] == result["held"]["4-bit codes"]
+    assert ledger.predict(validate(way))["4-bit codes"] == result["held"]["4-bit codes"]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
@@ -554,11 +559,11 @@ def test_arithmetic_by_hardware(tmp_path, monkeypatch, dtype):
         seen.update(given)
         return types.SimpleNamespace(n_gpu=2)
 
-    monkeypatch.setattr(training, "TrainingArguments", on_two_cards)
-    monkeypatch.setattr(training.models, "compute_dtype", lambda choice: getattr(torch, dtype))
+    monkeypatch.setattr(trainer, "TrainingArguments", on_two_cards)
+    monkeypatch.setattr(load, "compute_dtype", lambda choice: getattr(torch, dtype))
     for cuda in (True, False):
         monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
-        assert training.arguments(settings, tmp_path)._n_gpu == 1
+        assert trainer.arguments(settings, tmp_path)._n_gpu == 1
         assert seen["fp16"] == (cuda and dtype == "float16")
         assert seen["use_cpu"] == (not cuda)
         assert "bf16" not in seen
@@ -567,9 +572,9 @@ def test_arithmetic_by_hardware(tmp_path, monkeypatch, dtype):
 
 def test_tensorboard_is_asked_for_and_named_if_it_is_not_there(tmp_path, monkeypatch):
     settings = validate({"tensorboard": True})
-    monkeypatch.setattr(training, "find_spec", lambda name: None)
+    monkeypatch.setattr(trainer, "find_spec", lambda name: None)
     with pytest.raises(KitError, match="tensorboard is not installed"):
-        training.arguments(settings, tmp_path)
-    monkeypatch.setattr(training, "find_spec", lambda name: True)
-    assert training.arguments(settings, tmp_path).report_to == ["tensorboard"]
-    assert training.arguments(validate({}), tmp_path).report_to == []
+        trainer.arguments(settings, tmp_path)
+    monkeypatch.setattr(trainer, "find_spec", lambda name: True)
+    assert trainer.arguments(settings, tmp_path).report_to == ["tensorboard"]
+    assert trainer.arguments(validate({}), tmp_path).report_to == []

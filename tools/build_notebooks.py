@@ -123,7 +123,7 @@ def execute(notebook: nbformat.NotebookNode) -> list[str]:
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError
 
-    from qlora_nb.engine.batch import stored_errors
+    from qlora_nb.batch import sequence
 
     with tempfile.TemporaryDirectory() as folder:
         os.environ["QLORA_NB_RESULTS"] = f"{folder}/results.json"
@@ -133,10 +133,10 @@ def execute(notebook: nbformat.NotebookNode) -> list[str]:
         try:
             client.execute()
         except CellExecutionError:
-            return stored_errors(notebook)
+            return sequence.stored_errors(notebook)
         finally:
             del os.environ["QLORA_NB_RESULTS"]
-    return stored_errors(notebook)
+    return sequence.stored_errors(notebook)
 
 
 def normalize(notebook: nbformat.NotebookNode) -> list[str]:
@@ -235,10 +235,10 @@ def drift(committed: nbformat.NotebookNode, fresh: nbformat.NotebookNode) -> lis
 
 def format_problems(path: Path, names: list[str]) -> list[str]:
     """Everything about a committed notebook that can be judged without running it."""
-    from qlora_nb.engine.batch import stored_errors
+    from qlora_nb.batch import sequence
 
     notebook = nbformat.read(path, 4)
-    problems = stored_errors(notebook)
+    problems = sequence.stored_errors(notebook)
     expected = nbformat.from_dict(notebook)
     put_generated_cells(expected, path.stem, names)
     shape = lambda nb: [(c.cell_type, c.source, tags(c)) for c in nb.cells]

@@ -23,8 +23,12 @@ from safetensors.torch import load_file, save_file
 from tokenizers import decoders, pre_tokenizers, trainers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from qlora_nb.engine import data, evaluation, models, profiles, runs, training
+from qlora_nb.answer import evaluate
+from qlora_nb.model import data, load
 from qlora_nb.pocket import ADAPTER_DIR, DATA_DIR, MODEL_DIR
+from qlora_nb.record import runs
+from qlora_nb.settings import validate
+from qlora_nb.train import attach, trainer
 
 
 def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -163,21 +167,21 @@ def build_data(out: Path = DATA_DIR) -> None:
 
 def build_adapter(out: Path = ADAPTER_DIR) -> dict[str, float]:
     """Fine-tune the stored pocket model with profile `tiny` and store the adapter for readers who open notebook 07 first."""
-    settings = profiles.validate({})
-    tokenizer, model = models.load_tokenizer(settings), models.load_base(settings)
+    settings = validate({})
+    tokenizer, model = load.load_tokenizer(settings), load.load_base(settings)
     train, held_out = data.load(settings)
-    model = training.attach_adapter(model, settings)
+    model = attach.attach_adapter(model, settings)
     with tempfile.TemporaryDirectory() as folder:
         with runs.Run(settings.model_copy(update={"output_dir": folder}), "pocket_adapter") as run:
-            rows = data.encode(train, tokenizer, settings)
-            result = training.finetune(model, tokenizer, rows, settings, run, lambda step: None)
+            rows = data.tokenize_rows(train, tokenizer, settings)
+            result = trainer.finetune(model, tokenizer, rows, settings, run, lambda step: None)
         out.mkdir(parents=True, exist_ok=True)
         weights = load_file(result["adapter"] / "adapter_model.safetensors")
         save_file(weights, out / "adapter_model.safetensors", metadata={"format": "pt"})
         config = json.loads((result["adapter"] / "adapter_config.json").read_text())
     config |= {"base_model_name_or_path": "pocket", "target_modules": sorted(config["target_modules"])}  # no path of this machine
     (out / "adapter_config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
-    return evaluation.measure(model, tokenizer, held_out, settings)["exact_match"]
+    return evaluate.exact_match_by_kind(model, tokenizer, held_out, settings)["exact_match"]
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import yaml
 
-from qlora_nb.engine import environment
+from qlora_nb import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT_BYTES = 2_000_000_000
@@ -54,8 +54,7 @@ def colab() -> dict:
         must([*pip, "-c", folder / "keep.txt", kit])
         after = frozen(python)
         replaced = [f"{p} {version} → {after.get(p)}" for p, version in before.items() if after.get(p) != version]
-        only_notebooks = shutil.ignore_patterns("recorded")  # all that a user has there
-        shutil.copytree(kit / "notebooks", content / "notebooks", ignore=only_notebooks)
+        shutil.copytree(kit / "notebooks", content / "notebooks")  # all that a user has there
         result = sequence(python, content, folder / "runs")
         must([*pip, "pytest"])
         tests = call([python, "-m", "pytest", *(kit / "tests" / f"{test}.py" for test in WIDGET_TESTS)], cwd=kit)
@@ -129,7 +128,7 @@ def new_environment(folder: Path) -> tuple[Path, list]:
 
 def torch_here() -> str:
     """The release of torch that this environment has: one that is known to be in this machine's index."""
-    return f"torch=={(environment.installed('torch') or '').split('+')[0]}"
+    return f"torch=={(machine.installed('torch') or '').split('+')[0]}"
 
 
 def frozen(python: Path) -> dict[str, str]:

@@ -26,7 +26,9 @@ from pathlib import Path
 import hosts
 from hosts import closing_line
 
-from qlora_nb.engine import batch, environment, runs
+from qlora_nb import machine
+from qlora_nb.batch import sequence
+from qlora_nb.record import files, runs
 
 ROOT = Path(__file__).resolve().parent.parent
 SEEDS = (0, 1, 2)
@@ -37,7 +39,7 @@ def seeds() -> dict:
     results, scores = [], {"before": [], "after": []}
     for seed in SEEDS:
         with tempfile.TemporaryDirectory() as out:
-            summary = batch.run_sequence({"seed": seed, "output_dir": out}, only=["06"])
+            summary = sequence.run_sequence({"seed": seed, "output_dir": out}, only=["06"])
             results.append(summary["notebooks"][0])
             for manifest in Path(out).glob("*/06_*/manifest.json"):
                 metrics = json.loads(manifest.read_text())["metrics"]
@@ -64,15 +66,15 @@ def one_thread() -> dict:
 
 def smollm2() -> dict:
     """The real pretrained model through notebooks 03, 06 and 07, where it was fetched."""
-    from qlora_nb.engine.models import SMOLLM2_DIR
+    from qlora_nb import sources
 
-    if not (SMOLLM2_DIR / "config.json").is_file():
+    if not (sources.SMOLLM2_DIR / "config.json").is_file():
         return {"passed": None, "skipped": "qlora-nb fetch smollm2 was not run here"}
     parameters: dict[str, object] = {"profile": "smollm2"}
     if data := os.environ.get("QLORA_NB_DATASET"):  # an Alpaca file, if there is one
         parameters["dataset"] = data
     with tempfile.TemporaryDirectory() as out:
-        summary = batch.run_sequence(parameters | {"output_dir": out}, only=["03", "06", "07"])
+        summary = sequence.run_sequence(parameters | {"output_dir": out}, only=["03", "06", "07"])
     kept = ("notebook", "status", "wall_s", "peak_bytes", "results", "problems")
     return {"passed": summary["status"] == "done", "runs": [{k: o[k] for k in kept} for o in summary["notebooks"]]}
 
@@ -96,8 +98,10 @@ def t4() -> dict:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from qlora_nb.engine import checkpoints, data, generation, ledger, models, training
-    from qlora_nb.engine.profiles import validate
+    from qlora_nb.answer import generate
+    from qlora_nb.model import configs, data, load
+    from qlora_nb.settings import validate
+    from qlora_nb.train import attach, checkpoints, trainer
 
     sys.path.insert(0, str(ROOT / "tests"))
     import rehearsal
@@ -105,8 +109,8 @@ def t4() -> dict:
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patches:
         patches.setenv("QLORA_NB_CACHE", f"{folder}/cache")
         torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(ledger.pythia_config("410m"), dtype=torch.float16).save_pretrained(f"{folder}/model")
-        models.load_tokenizer(validate({})).save_pretrained(f"{folder}/model")
+        AutoModelForCausalLM.from_config(configs.pythia_config("410m"), dtype=torch.float16).save_pretrained(f"{folder}/model")
+        load.load_tokenizer(validate({})).save_pretrained(f"{folder}/model")
         few = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "save_steps": 10, "max_steps": 20}
         few |= {"eval_rows": 4, "train_rows": 200, "max_length": 64, "max_new_tokens": 4, "prompt_template": "alpaca_short"}
         few |= {"model_id": f"{folder}/model", "dataset": "pocket", "prequantized": False}
@@ -114,15 +118,15 @@ def t4() -> dict:
 
         def finetuned(resume: str):
             settings = validate({"profile": "t4", "output_dir": folder, "resume": resume, **few})
-            tokenizer, base = models.load_tokenizer(settings), models.load_base(settings)
-            model = training.attach_adapter(base, settings)
-            rows = data.encode(data.load(settings)[0], tokenizer, settings)
+            tokenizer, base = load.load_tokenizer(settings), load.load_base(settings)
+            model = attach.attach_adapter(base, settings)
+            rows = data.tokenize_rows(data.load(settings)[0], tokenizer, settings)
             run = checkpoints.start(settings, "06_rehearsed")
-            result = training.finetune(model, tokenizer, rows, settings, run, lambda step: None)
-            return settings, tokenizer, model, run, result, runs.sha256(result["adapter"] / "adapter_model.safetensors")
+            result = trainer.finetune(model, tokenizer, rows, settings, run, lambda step: None)
+            return settings, tokenizer, model, run, result, files.sha256(result["adapter"] / "adapter_model.safetensors")
 
         settings, tokenizer, model, run, whole, expected = finetuned("no")
-        answer = generation.answer(model, tokenizer, generation.row_of("Where is Anna?"), settings, tuned=True)
+        answer = generate.answer(model, tokenizer, generate.row_of("Where is Anna?"), settings, tuned=True)
         shutil.rmtree(run.folder / "checkpoints" / "checkpoint-20")
         run.finish("interrupted")  # as if it had been stopped after its tenth step
         *_, resumed, found = finetuned(str(run.folder))
@@ -173,8 +177,8 @@ def main() -> int:
     folder.mkdir(exist_ok=True)
     target = folder / f"{time.strftime('%Y-%m-%d')}.json"
     record = {
-        "versions": {v.package: v.installed for v in environment.versions()},
-        "hardware": asdict(environment.machine(ROOT)),
+        "versions": {v.package: v.installed for v in machine.versions()},
+        "hardware": asdict(machine.this_machine(ROOT)),
         "checks": earlier_today(target),
     }
     for name in chosen:
@@ -185,7 +189,7 @@ def main() -> int:
         except Exception as error:  # the others still run, and the record says what happened
             result = {"passed": False, "error": f"{type(error).__name__}: {error}"[:1000]}
         record["checks"][name] = stamp | result | {"wall_s": round(time.time() - started, 1)}
-        runs.write_atomically(target, json.dumps(record, indent=1, default=str) + "\n")
+        files.write_atomically(target, json.dumps(record, indent=1, default=str) + "\n")
         print(f"{name}: {({True: 'passed', False: 'FAILED', None: 'skipped'})[result['passed']]}", flush=True)
     print(f"written: {target.relative_to(ROOT)}")
     return 1 if any(record["checks"][name]["passed"] is False for name in chosen) else 0

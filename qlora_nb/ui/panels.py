@@ -10,9 +10,11 @@ import time
 import ipywidgets as W
 from IPython.core.pylabtools import print_figure
 
-from qlora_nb.engine import budget, generation, shapes
+from qlora_nb.answer import generate
 from qlora_nb.errors import KitError
-from qlora_nb.ui import training_plots
+from qlora_nb.memory import budget
+from qlora_nb.pythia import PYTHIA
+from qlora_nb.ui import charts
 from qlora_nb.ui.widgets import CONTROL, LABEL, choice, choice_slider, explore, float_slider, naming
 
 
@@ -42,7 +44,7 @@ class LiveTraining:
             print(line)
             self.said = time.perf_counter()
         if last or time.perf_counter() - self.drawn > self.redraw_s:
-            self.curve.value = print_figure(training_plots.loss_curve(self.losses), bbox_inches=None, dpi=80)
+            self.curve.value = print_figure(charts.loss_curve(self.losses), bbox_inches=None, dpi=80)
             self.curve.layout.display = "block"
             self.drawn = time.perf_counter()
 
@@ -51,7 +53,7 @@ def plan_figure(settings, gpu_gib: float | None = None):
     """The peaks of fine-tuning and of answering with these settings: the figure that the planner varies."""
     name = settings.model_id.split("/")[-1].replace("$", r"\$")  # two would begin a formula
     peak = lambda train: budget.peak(budget.plan_of(settings, train, on_gpu=bool(gpu_gib)))
-    return training_plots.budget({f"fine-tuning\n{name}": peak(True), f"answering\n{name}": peak(False)}, gpu_gib)
+    return charts.memory_bars({f"fine-tuning\n{name}": peak(True), f"answering\n{name}": peak(False)}, gpu_gib)
 
 
 def planner(settings, gpu_gib: float | None = None) -> W.VBox:
@@ -61,7 +63,7 @@ def planner(settings, gpu_gib: float | None = None) -> W.VBox:
     """
     own = settings.model_id
     choices = {
-        "model_id": [own, *(f"EleutherAI/pythia-{n}" for n in shapes.PYTHIA if gpu_gib and not own.endswith(f"pythia-{n}"))],
+        "model_id": [own, *(f"EleutherAI/pythia-{n}" for n in PYTHIA if gpu_gib and not own.endswith(f"pythia-{n}"))],
         "gpu_gib": sorted({6.0, 8.0, 12.0, 16.0, 24.0, 48.0, 80.0, gpu_gib}) if gpu_gib else [None],
         "r": sorted({4, 8, 16, 32, 64, settings.r}),
         "max_length": sorted({128, 256, 512, 1024, 2048, settings.max_length}),
@@ -132,17 +134,17 @@ class SideBySide:
         settings = self.settings.model_copy(update=chosen)
         self.note.value = "answering"
         try:
-            row = generation.row_of(self.prompt.value)
+            row = generate.row_of(self.prompt.value)
             for name, box in self.answers.items():
                 box.value = self.costs[name].value = ""
-                for said in generation.stream(self.model, self.tokenizer, row, settings, name == "tuned", self.stopping):
+                for said in generate.stream(self.model, self.tokenizer, row, settings, name == "tuned", self.stopping):
                     box.value = said.text
                 cost = f"{said.n_tokens} tokens · first after {1000 * said.first_token_s:.0f} ms"
                 chances = f"{said.left:.1f} tokens to choose from on average, {said.turned} choices turned by the penalty"
                 self.costs[name].value = f"{cost} · {said.tokens_per_s:.0f} tokens/s · {chances}"
                 if self.stopping.is_set():
                     break
-            steps = generation.along(self.model, self.tokenizer, row, settings, self.answers["tuned"].value)
+            steps = generate.along(self.model, self.tokenizer, row, settings, self.answers["tuned"].value)
             best = lambda top: " ".join(f"{token!r} {p:.0%}" for token, p in top)
             lines = [f"{t!r} · {bits:.1f} bits apart · base: {best(b)} · tuned: {best(a)}" for t, b, a, bits in steps]
             self.positions.value = "\n".join(lines)

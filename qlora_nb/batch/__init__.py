@@ -1,0 +1,1 @@
+"""Batch execution of all notebooks, and its report."""

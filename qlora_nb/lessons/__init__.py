@@ -1,0 +1,1 @@
+"""One module a notebook: its figures and the checkers of its exercises."""

@@ -1,0 +1,36 @@
+"""Which device computes, and in which datatype."""
+
+import torch
+
+from qlora_nb import cards, machine
+from qlora_nb.errors import KitError
+
+
+def compute_device() -> torch.device:
+    """torch's first CUDA device if the kit computes on it, else the CPU."""
+    if getattr(torch.cuda, "_is_in_bad_fork", bool)():
+        what = "this process was forked from one that uses the GPU, and cannot use it"
+        raise KitError(what, remedy="start processes with torchrun, or with the method spawn")
+    return torch.device("cuda", 0) if on_gpu() else torch.device("cpu")
+
+
+def on_gpu() -> bool:
+    """Whether the kit computes on a card: torch sees one, and it and bitsandbytes have code for it."""
+    return torch.cuda.is_available() and not cards.why_unusable(torch)
+
+
+def compute_dtype(choice: str = "auto") -> torch.dtype:
+    """The dtype of the arithmetic: bfloat16 where the GPU has it, float16 on older GPUs, float32 on a CPU.
+
+    float32 on a CPU is no waste: without AVX512-BF16 units bfloat16 was measured 12 times slower there. bfloat16 asked
+    for on a GPU that lacks it becomes float16, with a notice.
+    """
+    card = machine.card() if on_gpu() else None
+    if choice == "auto" and card is None:
+        return torch.float32
+    if choice == "auto":
+        return torch.bfloat16 if card.has_bf16 else torch.float16
+    if choice == "bfloat16" and card is not None and not card.has_bf16:
+        print(f"{card.name} has no bfloat16: computing in float16 instead")
+        return torch.float16
+    return getattr(torch, choice)

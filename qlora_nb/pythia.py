@@ -1,0 +1,61 @@
+"""How large the Pythias are, from four sizes each: arithmetic without torch, checked against the real modules in tests.
+
+`ledger` counts any model exactly, tensor by tensor; this module answers in a millisecond, before torch is loaded.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A GPT-NeoX: fused query-key-value, a feed-forward part four times as wide, biases, an untied embedding and head."""
+
+    n_layers: int
+    hidden: int
+    heads: int
+    vocab: int
+
+    @property
+    def linears(self) -> tuple[tuple[int, int], ...]:
+        """(in, out) of the four linear layers of a block, the ones that become 4-bit."""
+        h = self.hidden
+        return (h, 3 * h), (h, h), (h, 4 * h), (4 * h, h)
+
+    @property
+    def n_linear(self) -> int:
+        """Weights that become 4-bit (biases and the head are not)."""
+        return self.n_layers * sum(i * o for i, o in self.linears)
+
+    @property
+    def n_parameters(self) -> int:
+        """All parameters: with the biases of a block (9 · hidden), its two norms (4 · hidden), the last norm, both ends."""
+        return self.n_linear + self.hidden * (13 * self.n_layers + 2 + 2 * self.vocab)
+
+    def lora_parameters(self, r: int) -> int:
+        """Trained numbers with LoRA of rank `r` on every linear layer: r · (in + out) each."""
+        return self.n_layers * sum(r * (i + o) for i, o in self.linears)
+
+    def weight_bytes(self, double_quant: bool) -> int:
+        """4-bit weights with their scales and the rest in 16 bit: what inference loads."""
+        scales = self.n_linear / 64 * (1 + 4 / 256 if double_quant else 4)
+        return int(self.n_linear / 2 + scales + 2 * (self.n_parameters - self.n_linear))
+
+
+PYTHIA = {
+    "14m": Shape(n_layers=6, hidden=128, heads=4, vocab=50304),
+    "70m": Shape(n_layers=6, hidden=512, heads=8, vocab=50304),
+    "160m": Shape(n_layers=12, hidden=768, heads=12, vocab=50304),
+    "410m": Shape(n_layers=24, hidden=1024, heads=16, vocab=50304),
+    "1b": Shape(n_layers=16, hidden=2048, heads=8, vocab=50304),
+    "1.4b": Shape(n_layers=24, hidden=2048, heads=16, vocab=50304),
+    "2.8b": Shape(n_layers=32, hidden=2560, heads=32, vocab=50304),
+    "6.9b": Shape(n_layers=32, hidden=4096, heads=32, vocab=50432),
+    "12b": Shape(n_layers=36, hidden=5120, heads=40, vocab=50688),
+}
+"""The Pythia suite (arXiv 2304.01373, table 1), smallest first."""
+
+
+def pythia_size(model_id: str) -> str | None:
+    """The size in a hub name such as EleutherAI/pythia-1b-deduped; None if it is no Pythia."""
+    size = model_id.removeprefix("EleutherAI/pythia-").removesuffix("-deduped")
+    return size if model_id.startswith("EleutherAI/pythia-") and size in PYTHIA else None

@@ -1,0 +1,1 @@
+"""What a run leaves behind: its folder, sealed files, progress and no secrets."""

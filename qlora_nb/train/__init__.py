@@ -1,0 +1,1 @@
+"""Training: an adapter attached, transformers' Trainer with its callbacks, checkpoints."""
