@@ -55,7 +55,7 @@ def peers_on_the_pocket_model() -> dict:
     speeds = {"kit": [], "common": [], "pasted": []}
     for _ in range(ROUNDS):
         for name, found in speeds.items():
-            steps = settings if name != "pasted" else settings.model_copy(update={"max_steps": 3})
+            steps = settings if name != "pasted" else settings.replace(max_steps=3)
             found.append(quietly(getattr(peers, name), steps, rows, tokenizer)[0])
             print(name, round(found[-1]), "tokens/s", flush=True)
     ratios = {n: median([k / o for k, o in zip(speeds["kit"], speeds[n])]) for n in ("common", "pasted")}
@@ -84,12 +84,12 @@ LEVERS = {
 def cost_of_levers(model_id: str, values: dict, n_rows: int, steps: int) -> dict:
     """Tokens a second with one setting changed, against the same without, alternating."""
     plain = validate({"model_id": model_id, "max_steps": steps, **values})
-    tokenizer = load.load_tokenizer(plain.model_copy(update={"model_id": "pocket"}))
+    tokenizer = load.load_tokenizer(plain.replace(model_id="pocket"))
     rows = peers.random_rows(n_rows, len(tokenizer), plain.max_length, middle=60)
     speeds: dict[str, list[float]] = {"plain": [], **{name: [] for name in LEVERS}}
     for _ in range(3):
         for name, found in speeds.items():
-            settings = plain.model_copy(update=LEVERS.get(name, {}))
+            settings = plain.replace(**LEVERS.get(name, {}))
             if name == "packing":  # as many tokens in a pass, in fewer sequences
                 settings = settings.model_copy(
                     update={"per_device_train_batch_size": max(1, values["per_device_train_batch_size"] // 3)}

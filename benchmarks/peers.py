@@ -43,14 +43,14 @@ def kit(settings: Settings, rows: datasets.Dataset, tokenizer) -> tuple[float, t
     """Tokens a second of `training.finetune` (with its record keeping), and the trained model."""
     model = attach.attach_adapter(load.load_base(settings), settings)
     with tempfile.TemporaryDirectory() as folder:
-        run = runs.Run(settings.model_copy(update={"output_dir": folder}), "peers")
+        run = runs.Run(settings.replace(output_dir=folder), "peers")
         result = trainer.finetune(model, tokenizer, rows, settings, run, lambda step: None)
     return result["tokens_per_s"], model
 
 
 def recipe(settings: Settings, rows: datasets.Dataset, tokenizer, pasted: bool = False) -> tuple[float, torch.nn.Module]:
     """Tokens a second of the common recipe, or of the one often pasted, and the trained model."""
-    settings = settings.model_copy(update={"compute_dtype": "bfloat16"}) if pasted else settings
+    settings = settings.replace(compute_dtype="bfloat16") if pasted else settings
     dtype, on_gpu = device.compute_dtype(settings.compute_dtype), torch.cuda.is_available()
     how = {"dtype": dtype, "quantization_config": load.quantization_config(settings), "device_map": {"": device.compute_device()}}
     base = AutoModelForCausalLM.from_pretrained(sources.model_path(settings.model_id), **how)

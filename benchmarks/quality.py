@@ -75,7 +75,7 @@ def main() -> int:
         records = compare(model, lambda name: over_seeds(name, model, tokenizer, pocket, seeds))  # noqa: B023
         record["models"][model_id] = {"on": "facts known by heart" if pocket else "the kit's stories", "qualities": records}
         if options.rows and not pocket:
-            rows = data.load(settings.model_copy(update={"dataset": str(options.rows), "eval_rows": 270}))[1]
+            rows = data.load(settings.replace(dataset=str(options.rows), eval_rows=270))[1]
             texts = [row["output"] for row in rows if len(row["output"]) > 40]
             records = compare(model, lambda name: over_rows(name, model, tokenizer, texts))  # noqa: B023
             record["models"][f"{model_id}, real answers"] = {"on": f"{len(texts)} answers of Alpaca", "qualities": records}

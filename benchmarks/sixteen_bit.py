@@ -38,7 +38,7 @@ def trained(settings, four_bit: bool) -> dict[str, float]:
     rows, held_out = data.load(settings)
     model = attach.attach_adapter(base, settings)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        run = runs.Run(settings.model_copy(update={"output_dir": folder}), "sixteen_bit")
+        run = runs.Run(settings.replace(output_dir=folder), "sixteen_bit")
         trainer.finetune(model, tokenizer, data.tokenize_rows(rows, tokenizer, settings), settings, run, lambda step: None)
         found = evaluate.exact_match_by_kind(model, tokenizer, held_out, settings)
     return {"loss": found["loss"], **({"exact_match": found["exact_match"]["all"]} if found["exact_match"] else {})}

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError
 
-from qlora_nb import progress
+from qlora_nb import progress, sources
 from qlora_nb.errors import KitError, explain_missing_names
 from qlora_nb.pythia import PYTHIA
 
@@ -65,7 +65,7 @@ def _text(value: Any) -> Any:
 def _possible(name: str) -> str:
     """A name may be a path: one that no file system can hold, or of a person who is not here, fails now and not later."""
     try:
-        Path(name).expanduser().exists()
+        sources.local_path(name).exists()
     except (OSError, RuntimeError) as error:
         raise ValueError(f"this is no possible path: {getattr(error, 'strerror', None) or error}") from None
     return name
@@ -137,6 +137,10 @@ class Settings(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False, coer
     save_steps: Int = Field(ge=0, description="optimizer steps between checkpoints, 0: only when stopped (06)")
     resume: Name = Field(description="no, latest, or the folder of an unfinished run (06)")
     output_dir: Name = Field(description="where run folders go")
+
+    def replace(self, **changes: object) -> "Settings":
+        """The same settings but for these: what if `max_length` were 256? The changes are not validated."""
+        return self.model_copy(update=changes)
 
     def table(self) -> list[tuple[str, object, str]]:
         """(name, value, where the value comes from) for every parameter."""

@@ -20,11 +20,16 @@ SMOLLM2_DIR = CACHE / "SmolLM2-135M-Instruct"
 """Where `qlora-nb fetch smollm2` puts the converted model."""
 
 
+def local_path(name: str) -> Path:
+    """The path that somebody wrote, with `~` for a home folder; whether anything lies there is not asked."""
+    return Path(name).expanduser()
+
+
 def download_bytes(model_id: str) -> int | None:
     """Bytes of a model's weights: of a Pythia two for each parameter, of a folder what lies there; None if only the hub knows."""
     if size := pythia_size(model_id):
         return 2 * PYTHIA[size].n_parameters
-    folder = Path(model_id).expanduser()
+    folder = local_path(model_id)
     return sum(f.stat().st_size for f in folder.glob("*.safetensors")) if folder.is_dir() else None
 
 
@@ -71,7 +76,7 @@ def project_root() -> Path:
 
 def runs_root(settings) -> Path:
     """The folder that this profile's runs go into; a relative `output_dir` lies in the repository."""
-    return project_root() / Path(settings.output_dir).expanduser() / settings.profile
+    return project_root() / local_path(settings.output_dir) / settings.profile
 
 
 def model_path(model_id: str) -> str:
@@ -86,5 +91,5 @@ def model_path(model_id: str) -> str:
         if not (SMOLLM2_DIR / "config.json").is_file():
             raise KitError("SmolLM2 is not on this machine yet", remedy="run: qlora-nb fetch smollm2")
         return str(SMOLLM2_DIR)
-    folder = Path(model_id).expanduser()
+    folder = local_path(model_id)
     return str(folder) if folder.is_dir() else model_id

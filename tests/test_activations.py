@@ -53,7 +53,7 @@ def weigh_a_step(model, rows, tokens, loss_chunk):
 
 
 def predicted_peak(settings, rows, tokens):
-    settings = settings.model_copy(update={"per_device_train_batch_size": rows, "max_length": tokens})
+    settings = settings.replace(per_device_train_batch_size=rows, max_length=tokens)
     lines = budget.peak(budget.plan_of(settings, on_gpu=False))
     return lines.sum((ledger.GRADIENTS, budget.KEPT, budget.WORK))
 

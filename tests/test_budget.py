@@ -54,7 +54,7 @@ def test_12b_line_by_line_by_hand(config):
     assert found[budget.CUDA] == cards.CONTEXT_BYTES + int(0.05 * moving)
     assert 10.0 < found.total_gib < 10.7  # facts: 10.7 to 11.3 at r 16 and 1,280 tokens with whole logits
     assert all(line.source for line in found.lines)
-    answering = budget.peak(budget.plan_of(FULL.model_copy(update={"max_length": 960}), False, config, on_gpu=True))
+    answering = budget.peak(budget.plan_of(FULL.replace(max_length=960), False, config, on_gpu=True))
     assert answering[ledger.STATES] == answering[ledger.GRADIENTS] == 0
     assert answering[budget.CACHE] in (960 * 737_280, 1024 * 737_280)
 
@@ -86,7 +86,7 @@ def test_a_lever_saves_what_it_says(config):
     now = budget.peak(budget.plan_of(FULL, True, config, on_gpu=True)).total_bytes
     assert found
     for lever in found:
-        changed = FULL.model_copy(update=lever.changes)
+        changed = FULL.replace(**lever.changes)
         assert now - budget.peak(budget.plan_of(changed, True, config, on_gpu=True)).total_bytes == lever.saves > 0
     assert found[0].changes == {"optim": "paged_adamw_8bit"}  # free levers first, then those that change the result
     assert {"r": 16} in [lever.changes for lever in found[1:]]
@@ -158,7 +158,7 @@ def test_predicted_is_measured_after_two_steps(tmp_path):
     result = trainer.finetune(model, tokenizer, rows, settings, runs.Run(settings, "06_test"), lambda step: None)
     n_rows, tokens, answers = result["shape"]
     changes = {"per_device_train_batch_size": n_rows, "max_length": tokens, "loss_chunk": answers}
-    predicted = budget.peak(budget.plan_of(settings.model_copy(update=changes), on_gpu=False))
+    predicted = budget.peak(budget.plan_of(settings.replace(**changes), on_gpu=False))
     *still, moves, peak = budget.reconcile(predicted, result["held"], result["moved"])
     assert [(p, m) for _, p, m in still if p != m] == []
     assert abs(peak[1] / peak[2] - 1) < 0.15

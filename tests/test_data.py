@@ -124,7 +124,7 @@ def test_no_remedy_is_named_that_does_not_help(tmp_path, n):
 
 def test_one_column_for_two_is_refused(tmp_path):
     path = write(tmp_path / "rows.json", [{"q": "a"}] * 9)
-    settings = settings_for(path).model_copy(update={"columns": {"instruction": "q", "output": "q"}})
+    settings = settings_for(path).replace(columns={"instruction": "q", "output": "q"})
     with pytest.raises(KitError, match="one column of the data twice"):
         data.load(settings)
 

@@ -47,7 +47,7 @@ def test_predicted_bytes_are_the_measured_ones(wide, values):
     measured, predicted = ledger.measure(model), ledger.predict(settings)
     still = [name for name in ledger.ORDER if name not in (ledger.GRADIENTS, ledger.STATES)]
     assert {name: measured[name] for name in still} == {name: predicted[name] for name in still}
-    whole = ledger.predict(settings.model_copy(update={"head_4bit": False}))
+    whole = ledger.predict(settings.replace(head_4bit=False))
     assert predicted[ledger.EMBEDDINGS] == whole[ledger.EMBEDDINGS] // 2
     assert predicted.total_bytes < whole.total_bytes
 
@@ -74,7 +74,7 @@ def test_no_slice_is_adapted_and_the_loss_hardly_moves():
 
 def test_embedding_on_the_cpu_sends_ids_there_and_vectors_back():
     settings = validate({})
-    model, other = load.load_base(settings), load.load_base(settings.model_copy(update={"embedding_on_cpu": True}))
+    model, other = load.load_base(settings), load.load_base(settings.replace(embedding_on_cpu=True))
     assert torch.equal(model(IDS).logits, other(IDS).logits)  # one device: nothing changes
     embeddings.keep_embedding_on_cpu(model, torch.device("meta"))  # a device that is not the host's
     assert model.get_input_embeddings().weight.device.type == "cpu"
@@ -86,11 +86,10 @@ def test_embedding_on_the_cpu_leaves_the_cards_ledger():
     table = 50_688 * 5120 * 2
     for train in (True, False):
         plain, moved = (
-            budget.peak(budget.plan_of(settings.model_copy(update={"embedding_on_cpu": on}), train, on_gpu=True))
-            for on in (False, True)
+            budget.peak(budget.plan_of(settings.replace(embedding_on_cpu=on), train, on_gpu=True)) for on in (False, True)
         )
         assert plain[ledger.EMBEDDINGS] - moved[ledger.EMBEDDINGS] == table == plain.total_bytes - moved.total_bytes
-    here = budget.peak(budget.plan_of(settings.model_copy(update={"embedding_on_cpu": True}), on_gpu=False))
+    here = budget.peak(budget.plan_of(settings.replace(embedding_on_cpu=True), on_gpu=False))
     assert here[ledger.EMBEDDINGS] == 2 * table * (2 if device.compute_dtype() is torch.float32 else 1)
 
 

@@ -287,7 +287,7 @@ ALPHABETS = [
 
 def test_prompts(bases, tmp_path):
     chosen, tokenizer, model = bases
-    chosen, random = chosen.model_copy(update={"max_new_tokens": 1}), Random(4)
+    chosen, random = chosen.replace(max_new_tokens=1), Random(4)
     for n in range(share("prompts")):
         length = 100_000 if n % 25 == 24 else random.choice((0, 1, 5, 60, 400))
         prompt = "".join(random.choices(random.choice(ALPHABETS), k=length))

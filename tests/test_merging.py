@@ -181,7 +181,7 @@ def test_answers_of_another_model_are_not_mixed_in(tuned, tmp_path):
     with model.disable_adapter():
         generate.answer_file(model.get_base_model(), tokenizer, rows_of(2), target, SETTINGS)
     before = target.read_text()
-    for settings in (SETTINGS, SETTINGS.model_copy(update={"max_new_tokens": 3})):
+    for settings in (SETTINGS, SETTINGS.replace(max_new_tokens=3)):
         with pytest.raises(KitError, match="by another model"):
             generate.answer_file(model, tokenizer, rows_of(2), target, settings)
     assert target.read_text() == before

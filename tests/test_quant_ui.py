@@ -200,7 +200,7 @@ def test_a_simulated_nf4_model_computes_what_the_loaded_one_does(pocket):
 @pytest.mark.parametrize("double", [False, True])
 def test_stored_bytes_equal_the_formula(pocket, double):
     settings, model, _ = pocket
-    loaded = load.load_base(settings.model_copy(update={"double_quant": double}))
+    loaded = load.load_base(settings.replace(double_quant=double))
     want = {}
     for module in linear_layers(model).values():
         for part, size in double_quant.storage_bytes(module.weight.numel(), 64, 256 if double else None).items():

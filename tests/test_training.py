@@ -145,7 +145,7 @@ def test_a_gradient_that_is_no_number_leaves_the_last_good_checkpoint(tmp_path, 
         trainer.finetune(model, tokenizer, rows, settings, run, lambda step: None)
     assert runs.status_of(run.folder) == "failed"
     assert seal.newest_checkpoint(run.folder).name == "checkpoint-2"
-    resumed = checkpoints.start(settings.model_copy(update={"resume": "latest"}), "06_bad")
+    resumed = checkpoints.start(settings.replace(resume="latest"), "06_bad")
     result = trainer.finetune(model, tokenizer, rows, settings, resumed, lambda step: None)
     assert len(result["losses"]) == settings.max_steps
     assert all(map(math.isfinite, result["losses"]))
@@ -163,7 +163,7 @@ def test_a_cell_that_was_stopped_goes_on_when_run_again(tmp_path, capsys):
             os.utime(run.folder / "manifest.json", (1e9, 1e9))  # as another process of the same number has left it
             assert not checkpoints._stopped_here(run.folder, settings)
             os.utime(run.folder / "manifest.json")
-            assert not checkpoints._stopped_here(run.folder, settings.model_copy(update={"r": 4}))
+            assert not checkpoints._stopped_here(run.folder, settings.replace(r=4))
             again = checkpoints.start(settings, "06_cell")
             assert again.folder == run.folder
             assert "going on with" in capsys.readouterr().out
@@ -274,7 +274,7 @@ def test_a_refused_resume_leaves_the_stopped_run_as_it_is(tmp_path):
         )
     assert everything_in(tmp_path) == before
     assert runs.status_of(run.folder) == "interrupted"
-    latest = settings.model_copy(update={"resume": "latest"})
+    latest = settings.replace(resume="latest")
     with files.sole_writer(run.folder), pytest.raises(KitError, match="another process writes"):
         trainer.finetune(model, tokenizer, rows, latest, checkpoints.start(latest, "06_stopped"), lambda step: None)
     assert everything_in(tmp_path) == before
@@ -375,7 +375,7 @@ def test_along_an_answer_the_first_position_is_the_next_token(trained):
 def test_stop_ends_an_answer(trained):
     settings, tokenizer, model, *_ = trained
     stop = threading.Event()
-    long = settings.model_copy(update={"max_new_tokens": 300})
+    long = settings.replace(max_new_tokens=300)
     seen = 0
     for _ in generate.stream(model, tokenizer, {"instruction": "Go on.", "input": ""}, long, tuned=False, stop=stop):
         seen += 1
@@ -386,9 +386,9 @@ def test_stop_ends_an_answer(trained):
 
 def test_sampling_needs_temperature_and_repeats_with_the_seed(trained):
     settings, tokenizer, model, *_ = trained
-    hot = settings.model_copy(update={"temperature": 1.5, "top_p": 1.0})
+    hot = settings.replace(temperature=1.5, top_p=1.0)
     row = {"instruction": "Where is Anna?", "input": "Anna went to the park."}
-    said = {generate.answer(model, tokenizer, row, hot.model_copy(update={"seed": s}), tuned=False).text for s in (1, 1, 2, 3)}
+    said = {generate.answer(model, tokenizer, row, hot.replace(seed=s), tuned=False).text for s in (1, 1, 2, 3)}
     assert 2 <= len(said) <= 3
 
 

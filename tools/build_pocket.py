@@ -172,7 +172,7 @@ def build_adapter(out: Path = ADAPTER_DIR) -> dict[str, float]:
     train, held_out = data.load(settings)
     model = attach.attach_adapter(model, settings)
     with tempfile.TemporaryDirectory() as folder:
-        with runs.Run(settings.model_copy(update={"output_dir": folder}), "pocket_adapter") as run:
+        with runs.Run(settings.replace(output_dir=folder), "pocket_adapter") as run:
             rows = data.tokenize_rows(train, tokenizer, settings)
             result = trainer.finetune(model, tokenizer, rows, settings, run, lambda step: None)
         out.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
+from qlora_nb import sources
 from qlora_nb.errors import KitError, refusing
 from qlora_nb.model import load
 from qlora_nb.pocket import ADAPTER_DIR, MODEL_DIR
@@ -31,7 +32,7 @@ def find_adapter(settings) -> tuple[Path, str]:
         return ADAPTER_DIR, "no finished run of notebook 06 yet: the adapter shipped with the pocket model"
     if settings.adapter == "pocket":
         return ADAPTER_DIR, "the adapter shipped with the pocket model"
-    folder = Path(settings.adapter).expanduser()
+    folder = sources.local_path(settings.adapter)
     if not all((folder / name).is_file() for name in ("adapter_config.json", "adapter_model.safetensors")):
         allowed = "a folder with adapter_config.json and adapter_model.safetensors"
         remedy = 'use adapter="latest", "pocket", or the adapter/ folder of a run'

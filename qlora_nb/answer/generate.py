@@ -18,6 +18,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList, TextIteratorStreamer
 
+from qlora_nb import sources
 from qlora_nb.answer import adapters
 from qlora_nb.errors import KitError, refusing
 from qlora_nb.model import data, generation_defaults
@@ -183,7 +184,7 @@ def answer_all(model: PreTrainedModel, tokenizer, rows: list[dict], settings, ba
 
 def read_rows(name: str, columns: dict[str, str]) -> list[dict[str, str]]:
     """Rows with instruction and input: from a text file, a prompt a line, or from any data file (an answer is not needed)."""
-    path = os.path.expanduser(name)
+    path = sources.local_path(name)
     if not os.path.isfile(path):
         raise KitError("there is no such file of prompts", value=name, remedy="check the path")
     if not name.endswith(".txt"):

@@ -62,7 +62,7 @@ def ways_for(settings) -> tuple[str, ...]:
 def dequantized(settings) -> PreTrainedModel:
     """The plain model that the 4-bit one stands for, in the compute dtype."""
     if "original" not in ways_for(settings):
-        plain = settings.model_copy(update={"head_4bit": False, "embedding_on_cpu": False})
+        plain = settings.replace(head_4bit=False, embedding_on_cpu=False)
         base = load.load_base(plain).dequantize()
         base.is_loaded_in_4bit = False  # transformers leaves it, and how to unpack files, which cannot be turned round to save
         base._weight_conversions = [c for c in base._weight_conversions if not _unpacks(c)]

@@ -126,7 +126,7 @@ def comparison_settings(settings):
         return settings
     sizes = f"needs {needed / 2**30:.1f} GiB, free are {free / 2**30:.1f}"
     print(f"{settings.model_id} unquantized with a changed copy {sizes}: using the pocket model")
-    return settings.model_copy(update={"model_id": "pocket"})
+    return settings.replace(model_id="pocket")
 
 
 def sample_weights(model) -> torch.Tensor:

@@ -135,7 +135,7 @@ def _for_the_notebooks(settings, parameters: dict[str, object]) -> dict[str, obj
     """What was given, resolved; a path of the user's folder is made absolute, for the notebooks run in the repository's."""
     given = {k: getattr(settings, k) for k, v in parameters.items() if v is not None} | {"profile": settings.profile}
     for name in {"model_id", "dataset", "adapter"} & given.keys():
-        path = Path(given[name]).expanduser()
+        path = sources.local_path(given[name])
         if path.exists() and given[name] not in ("pocket", "smollm2", "latest"):
             given[name] = str(path.absolute())
     return given

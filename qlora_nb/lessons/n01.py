@@ -1,7 +1,5 @@
 """Notebook 01: this machine, the profiles on it, every Pythia against a card; its checker."""
 
-from pathlib import Path
-
 from matplotlib.figure import Figure
 
 from qlora_nb import cards, machine, sources
@@ -44,7 +42,7 @@ def downloads(settings) -> list[str]:
     """One sentence for model and data each: how much would come from the hub, or that nothing would."""
     lines = []
     for what, name in (("model", settings.model_id), ("dataset", settings.dataset)):
-        if name in ("pocket", "smollm2") or Path(name).expanduser().exists():
+        if name in ("pocket", "smollm2") or sources.local_path(name).exists():
             lines.append(f"{what} {name}: already here, nothing to download")
         elif sources.in_hub_cache(name, what):
             lines.append(f"{what} {name}: in the local cache")

@@ -140,7 +140,7 @@ def options(settings, config=None, on_gpu: bool | None = None) -> list[Option]:
         ({"r": min(16, settings.r)}, "a smaller adapter", True),
         ({"max_length": min(256, settings.max_length)}, "longer answers are cut", True),
     ]
-    after = lambda changes: peak(plan_of(settings.model_copy(update=changes), True, config, on_gpu)).total_bytes
+    after = lambda changes: peak(plan_of(settings.replace(**changes), True, config, on_gpu)).total_bytes
     found = [(changes_result, Option(changes, now - after(changes), costs)) for changes, costs, changes_result in candidates]
     found.sort(key=lambda item: (item[0], -item[1].saves))
     return [lever for _, lever in found if lever.saves > 0.002 * now]
@@ -157,7 +157,7 @@ def make_fit(settings, card_bytes: float, config=None) -> tuple[object, list[Opt
         if not (more := options(settings, config, on_gpu=True)):
             return None
         pulled.append(more[0])
-        settings = settings.model_copy(update=more[0].changes)
+        settings = settings.replace(**more[0].changes)
     return settings, pulled
 
 

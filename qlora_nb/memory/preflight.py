@@ -2,7 +2,6 @@
 
 import os
 import sys
-from pathlib import Path
 
 from qlora_nb import cards, machine, sources
 from qlora_nb.errors import KitError
@@ -81,7 +80,7 @@ def refuse_on_cpu(model_id: str, bytes_16_bit: int, here: machine.Machine) -> No
 
 def _refuse_unreachable(what: str, name: str, allowed: str) -> None:
     """A local path must exist; a hub name must be cached or the hub reachable."""
-    path = Path(name).expanduser()
+    path = sources.local_path(name)
     if path.is_dir() and what == "model" and not (path / "config.json").is_file():
         raise KitError("the model folder has no config.json", value=name, remedy="give a folder made by save_pretrained")
     if name in ("pocket", "smollm2") or path.exists():

@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from qlora_nb import pocket
+from qlora_nb import pocket, sources
 from qlora_nb.errors import KitError, refusing
 from qlora_nb.model import conversations, sliced_loss
 
@@ -114,7 +114,7 @@ def _whole_rows(rows: datasets.Dataset) -> Iterator[tuple[str, ...]]:
 
 
 def _read(name: str) -> datasets.Dataset:
-    path = Path(name).expanduser()
+    path = sources.local_path(name)
     suffix = (Path(path.stem).suffix if path.suffix in {".xz", ".gz", ".zst"} else path.suffix).lower()
     if path.exists() and not path.is_dir() and (suffix not in _READERS or not path.is_file()):
         allowed = f"a file that ends in {', '.join(_READERS)}"

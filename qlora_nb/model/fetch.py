@@ -124,7 +124,7 @@ def fetch_ahead(settings, say=print) -> list[Path]:
     for name, repo_type in ((settings.model_id, "model"), (settings.dataset, "dataset")):
         if name == "smollm2":
             fetched.append(fetch_smollm2(say=say))
-        elif name != "pocket" and not Path(name).expanduser().exists():
+        elif name != "pocket" and not sources.local_path(name).exists():
             fetched.append(fetch_repo(name, repo_type, say=say))
         else:
             say(f"{name}: nothing to fetch")

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from qlora_nb import sources
 from qlora_nb.errors import KitError
 from qlora_nb.record import runs, seal
 
@@ -33,7 +34,7 @@ def start(settings, notebook: str, say: Callable[[str], None] = print) -> runs.R
     mine = runs.newest_first(settings, notebook)
     if settings.resume == "no" and not (mine and _stopped_here(mine[0], settings)):
         return runs.Run(settings, notebook)
-    folders = [Path(settings.resume).expanduser()] if settings.resume not in ("no", "latest") else mine
+    folders = [sources.local_path(settings.resume)] if settings.resume not in ("no", "latest") else mine
     folder = next((f for f in folders if runs.status_of(f) not in ("done", "running") and (f / "checkpoints").is_dir()), None)
     if folder is None and folders is mine:
         say("there is no unfinished run to go on with: a new one starts")

@@ -88,7 +88,7 @@ def with_fewer_rows(settings):
     rows = settings.per_device_train_batch_size
     fewer = next(n for n in range(rows // 2, 0, -1) if rows % n == 0)
     passes = settings.gradient_accumulation_steps * (rows // fewer)
-    return settings.model_copy(update={"per_device_train_batch_size": fewer, "gradient_accumulation_steps": passes})
+    return settings.replace(per_device_train_batch_size=fewer, gradient_accumulation_steps=passes)
 
 
 @contextmanager

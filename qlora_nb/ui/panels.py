@@ -78,7 +78,7 @@ def planner(settings, gpu_gib: float | None = None) -> W.VBox:
     advice = W.Textarea(description="advice", disabled=True, layout=W.Layout(width="95%", height="6em"), style=LABEL)
 
     def plan(gpu_gib=gpu_gib, **values):
-        chosen = settings.model_copy(update=values)
+        chosen = settings.replace(**values)
         advice.value = budget.advice(chosen, gpu_gib) + "\n" + chosen.papermill_line("06_finetune_pythia_12b")
         return plan_figure(chosen, gpu_gib)
 
@@ -131,7 +131,7 @@ class SideBySide:
 
     def _work(self) -> None:
         chosen = {name: control.value for name, control in self.controls.items()}
-        settings = self.settings.model_copy(update=chosen)
+        settings = self.settings.replace(**chosen)
         self.note.value = "answering"
         try:
             row = generate.row_of(self.prompt.value)
