@@ -1,6 +1,8 @@
-"""An out-of-memory error that paged states avoid, on a CUDA card, with the very cells of notebook 05.
+"""An out-of-memory error that paged states avoid, on a CUDA card, with the very cells of notebook
+05.
 
-    python benchmarks/avoided_oom.py        into qlora_nb/recorded/avoided_oom.json, which the notebook shows without a GPU
+    python benchmarks/avoided_oom.py        into qlora_nb/recorded/avoided_oom.json, which the
+    notebook shows without a GPU
 
 A reader's run of the notebook writes nothing.
 """

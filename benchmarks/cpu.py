@@ -1,8 +1,11 @@
-"""What fine-tuning costs on this CPU: against two recipes, lever by lever, and loading with and without the 4-bit copy.
+"""What fine-tuning costs on this CPU: against two recipes, lever by lever, and loading with and
+without the 4-bit copy.
 
-    python benchmarks/cpu.py [peers levers loading]     into benchmarks/results/ and qlora_nb/recorded/peers.json
+    python benchmarks/cpu.py [peers levers loading]     into benchmarks/results/ and
+    qlora_nb/recorded/peers.json
 
-Everything that is compared runs in one process, one after the other in every round; medians over the rounds are reported.
+Everything that is compared runs in one process, one after the other in every round; medians over
+the rounds are reported.
 """
 
 from __future__ import annotations
@@ -48,7 +51,9 @@ def median(values: list[float]) -> dict[str, object]:
 
 
 def peers_on_the_pocket_model() -> dict:
-    """Tokens a second in short alternating runs, then one whole training each of the kit and the common recipe."""
+    """Tokens a second in short alternating runs, then one whole training each of the kit and the
+    common recipe.
+    """
     settings = validate({"max_steps": STEPS})
     tokenizer = load.load_tokenizer(settings)
     rows = data.tokenize_rows(data.load(validate({}))[0], tokenizer, settings)
@@ -58,17 +63,29 @@ def peers_on_the_pocket_model() -> dict:
             steps = settings if name != "pasted" else settings.replace(max_steps=3)
             found.append(quietly(getattr(peers, name), steps, rows, tokenizer)[0])
             print(name, round(found[-1]), "tokens/s", flush=True)
-    ratios = {n: median([k / o for k, o in zip(speeds["kit"], speeds[n])]) for n in ("common", "pasted")}
+    ratios = {
+        n: median([k / o for k, o in zip(speeds["kit"], speeds[n])]) for n in ("common", "pasted")
+    }
     ends = {}
     for name in ("kit", "common"):
         whole = validate({})
         started = time.perf_counter()
         _, model = quietly(getattr(peers, name), whole, rows, tokenizer)
         seconds = time.perf_counter() - started
-        found = quietly(evaluate.exact_match_by_kind, model.eval(), tokenizer, data.load(whole)[1], whole)
-        ends[name] = {"seconds": seconds, "held_out_loss": found["loss"], "exact_match": found["exact_match"]["all"]}
+        found = quietly(
+            evaluate.exact_match_by_kind, model.eval(), tokenizer, data.load(whole)[1], whole
+        )
+        ends[name] = {
+            "seconds": seconds,
+            "held_out_loss": found["loss"],
+            "exact_match": found["exact_match"]["all"],
+        }
         print(name, ends[name], flush=True)
-    return {"tokens_per_s": {n: median(v) for n, v in speeds.items()}, "kit_times_as_fast_as": ratios, "whole_training": ends}
+    return {
+        "tokens_per_s": {n: median(v) for n, v in speeds.items()},
+        "kit_times_as_fast_as": ratios,
+        "whole_training": ends,
+    }
 
 
 LEVERS = {
@@ -92,12 +109,19 @@ def cost_of_levers(model_id: str, values: dict, n_rows: int, steps: int) -> dict
             settings = plain.replace(**LEVERS.get(name, {}))
             if name == "packing":  # as many tokens in a pass, in fewer sequences
                 settings = settings.model_copy(
-                    update={"per_device_train_batch_size": max(1, values["per_device_train_batch_size"] // 3)}
+                    update={
+                        "per_device_train_batch_size": max(
+                            1, values["per_device_train_batch_size"] // 3
+                        )
+                    }
                 )
             found.append(quietly(peers.kit, settings, rows, tokenizer)[0])
         print(Path(model_id).name, {n: round(v[-1]) for n, v in speeds.items()}, flush=True)
     relative = {n: median([x / p for x, p in zip(v, speeds["plain"])]) for n, v in speeds.items()}
-    return {"tokens_per_s": {n: median(v) for n, v in speeds.items()}, "speed_against_plain": relative}
+    return {
+        "tokens_per_s": {n: median(v) for n, v in speeds.items()},
+        "speed_against_plain": relative,
+    }
 
 
 def loading(model_id: str) -> dict:
@@ -112,13 +136,16 @@ def loading(model_id: str) -> dict:
                 quietly(load.load_base, validate({"model_id": model_id, "prequantized": keep}))
                 seconds[name].append(time.perf_counter() - started)
     return {n: median(v) for n, v in seconds.items()} | {
-        "copy_over_plain": round(statistics.median(c / p for c, p in zip(seconds["copy"], seconds["plain"])), 4)
+        "copy_over_plain": round(
+            statistics.median(c / p for c, p in zip(seconds["copy"], seconds["plain"])), 4
+        )
     }
 
 
 def memory_of_loading(model_id: str) -> dict[str, int]:
-    """What loading takes besides the model itself, in a process of its own: the most anonymous memory (mapped files are the
-    system's to give back), sampled every 5 ms, above what was there before and what the 4-bit model holds."""
+    """What loading takes besides the model itself, in a process of its own: the most anonymous
+    memory (mapped files are the system's to give back), sampled every 5 ms, above what was there
+    before and what the 4-bit model holds."""
     process, ended = psutil.Process(), threading.Event()
     anonymous = lambda: (info := process.memory_info()).rss - info.shared
     quietly(load.load_base, validate({}))  # libraries and their own buffers
@@ -150,7 +177,11 @@ def main() -> None:
         if "peers" in wanted:
             provenance.write(PEERS, provenance.provenance((0,)) | peers_on_the_pocket_model())
         if "levers" in wanted:
-            wide = {"per_device_train_batch_size": 3, "max_length": 192, "gradient_checkpointing": False}
+            wide = {
+                "per_device_train_batch_size": 3,
+                "max_length": 192,
+                "gradient_checkpointing": False,
+            }
             results["levers"] = {
                 "pocket": cost_of_levers("pocket", {"per_device_train_batch_size": 12}, 600, 12),
                 "410m": cost_of_levers(peers.random_pythia("410m", Path(folder)), wide, 60, 3),

@@ -1,11 +1,14 @@
-"""pythia-12b's true shape with random weights on a CUDA card: peaks by lever, speed against two recipes, loading, answering.
+"""pythia-12b's true shape with random weights on a CUDA card: peaks by lever, speed against two
+recipes, loading, answering.
 
-    python benchmarks/gpu.py                       into qlora_nb/recorded/gpu.json, which notebooks 06 and 07 show
-    python benchmarks/gpu.py --shape 14m --out f   anywhere, also without a GPU: the same code, small
+    python benchmarks/gpu.py                       into qlora_nb/recorded/gpu.json, which notebooks
+    06 and 07 show python benchmarks/gpu.py --shape 14m --out f   anywhere, also without a GPU: the
+    same code, small
 
-Every measurement has a process of its own, so that the next one starts with an empty card. A peak is given three ways: allocated
-and reserved by torch, and the most this process held according to the driver (NVML, CUDA's context included), sampled
-every 20 ms. Real weights cannot be told from random ones by their bytes; what a random model says means nothing.
+Every measurement has a process of its own, so that the next one starts with an empty card. A peak
+is given three ways: allocated and reserved by torch, and the most this process held according to
+the driver (NVML, CUDA's context included), sampled every 20 ms. Real weights cannot be told from
+random ones by their bytes; what a random model says means nothing.
 """
 
 from __future__ import annotations
@@ -43,12 +46,22 @@ PEAKS = {  # what is trained, three steps of full-length rows
     "r 64, 1280 tokens, every lever": {"max_length": 1280, **LOW},
     "r 16, 512 tokens, every lever": {"r": 16, **LOW},
 }
-ANSWERS = {"1,024 tokens": {}, "1,024 tokens, every lever": {"head_4bit": True, "embedding_on_cpu": True}}
-SPEED = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "max_steps": 8, "r": 64}
+ANSWERS = {
+    "1,024 tokens": {},
+    "1,024 tokens, every lever": {"head_4bit": True, "embedding_on_cpu": True},
+}
+SPEED = {
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 1,
+    "max_steps": 8,
+    "r": 64,
+}
 
 
 class _Watch:
-    """The most bytes this process held on the card that torch computes on, by NVML; 0 without one."""
+    """The most bytes this process held on the card that torch computes on, by NVML; 0 without
+    one.
+    """
 
     def __enter__(self):
         self.peak, self.ended = 0, threading.Event()
@@ -68,7 +81,9 @@ class _Watch:
             card = cards.handle_of(nvml, self.uuid) if nvml else None
             if card is None:
                 return
-            before = nvml.nvmlDeviceGetMemoryInfo(card).used  # in a container the driver does not know our process number
+            before = nvml.nvmlDeviceGetMemoryInfo(
+                card
+            ).used  # in a container the driver does not know our process number
             while not self.ended.wait(0.02):
                 self.peak = max(self.peak, nvml.nvmlDeviceGetMemoryInfo(card).used - before)
 
@@ -85,7 +100,16 @@ def measured(watch: _Watch) -> dict[str, int]:
 
 def settings_for(folder: str, **values):
     """Profile `full` on the random model; on a CPU in float32."""
-    return validate({"profile": "full", "model_id": folder, "prequantized": True, "save_steps": 0, "warmup_steps": 0, **values})
+    return validate(
+        {
+            "profile": "full",
+            "model_id": folder,
+            "prequantized": True,
+            "save_steps": 0,
+            "warmup_steps": 0,
+            **values,
+        }
+    )
 
 
 def tokenizer_for():
@@ -101,7 +125,11 @@ def peak(folder: str, values: dict) -> dict:
     with _Watch() as watch:
         peers.kit(settings, rows, tokenizer_for())
         found = measured(watch)
-    return {"predicted": predicted.total_bytes, "predicted_lines": {line.name: line.bytes for line in predicted.lines}, **found}
+    return {
+        "predicted": predicted.total_bytes,
+        "predicted_lines": {line.name: line.bytes for line in predicted.lines},
+        **found,
+    }
 
 
 def speed(folder: str, who: str) -> dict:
@@ -120,13 +148,18 @@ def load_seconds(folder: str, keep: bool) -> dict:
         model = load.load_base(settings_for(folder, prequantized=keep))
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        return {"seconds": round(time.perf_counter() - started, 2), "held": ledger.measure(model).total_bytes, **measured(watch)}
+        return {
+            "seconds": round(time.perf_counter() - started, 2),
+            "held": ledger.measure(model).total_bytes,
+            **measured(watch),
+        }
 
 
 def answer(folder: str, values: dict) -> dict:
     """960 tokens read, 64 written, one row: peak, time to the first token, tokens a second.
 
-    And the share of what the card's memory bandwidth allows: each token reads the weights and, on average, a cache of 992 tokens.
+    And the share of what the card's memory bandwidth allows: each token reads the weights and, on
+    average, a cache of 992 tokens.
     """
     settings = settings_for(folder, **{"max_length": 960, "max_new_tokens": 64, "r": 1, **values})
     with _Watch() as watch:
@@ -143,7 +176,9 @@ def answer(folder: str, values: dict) -> dict:
     plan = budget.plan_of(settings, train=False)
     without_adapter = budget.replace(plan, step=budget.replace(plan.step, r=0))
     tokens_per_s = 63 / (seconds[64] - seconds[1])
-    read = ledger.read_for_a_token(model).total_bytes + 992 * ledger.kv_cache_bytes(model.config, model.dtype)
+    read = ledger.read_for_a_token(model).total_bytes + 992 * ledger.kv_cache_bytes(
+        model.config, model.dtype
+    )
     limit = bandwidth() / read
     return {
         "predicted": budget.peak(without_adapter).total_bytes,
@@ -158,7 +193,11 @@ def answer(folder: str, values: dict) -> dict:
 
 def bandwidth(n: int = 2**28) -> float:
     """Bytes a second that this device really copies: read and write counted."""
-    source = torch.empty(n if torch.cuda.is_available() else n // 8, dtype=torch.uint8, device=device.compute_device())
+    source = torch.empty(
+        n if torch.cuda.is_available() else n // 8,
+        dtype=torch.uint8,
+        device=device.compute_device(),
+    )
     target, seconds = torch.empty_like(source), []
     for _ in range(5):
         started = time.perf_counter()
@@ -174,26 +213,44 @@ def apart(kind: str, *arguments) -> dict:
     command = [sys.executable, __file__, "--one", json.dumps([kind, *arguments])]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        return {"error": done.stderr.strip().splitlines()[-1][:300] if done.stderr else f"exit {done.returncode}"}
+        return {
+            "error": done.stderr.strip().splitlines()[-1][:300]
+            if done.stderr
+            else f"exit {done.returncode}"
+        }
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", default="12b", help="Pythia size")
-    parser.add_argument("--folder", default=tempfile.gettempdir(), help="where the random model goes")
+    parser.add_argument(
+        "--folder", default=tempfile.gettempdir(), help="where the random model goes"
+    )
     parser.add_argument("--out", default=str(TARGET))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
         kind, *arguments = json.loads(given.one)
-        print(json.dumps({"peak": peak, "speed": speed, "load": load_seconds, "answer": answer}[kind](*arguments)))
+        print(
+            json.dumps(
+                {"peak": peak, "speed": speed, "load": load_seconds, "answer": answer}[kind](
+                    *arguments
+                )
+            )
+        )
         return
     if not torch.cuda.is_available() and given.shape == parser.get_default("shape"):
         raise SystemExit("no CUDA device here: try --shape 14m --out FILE")
     os.environ["QLORA_NB_CACHE"] = str(Path(given.folder) / "qlora-nb-cache")
-    results: dict[str, object] = {**provenance.provenance((0,)), "shape": given.shape, "weights": "random, of the true shape"}
+    results: dict[str, object] = {
+        **provenance.provenance((0,)),
+        "shape": given.shape,
+        "weights": "random, of the true shape",
+    }
     folder = peers.random_pythia(given.shape, Path(given.folder))
 
     def note(part: str, name: str, found: dict) -> None:
@@ -208,12 +265,19 @@ def main() -> None:
         note("peaks", name, apart("peak", folder, values))
     for name, values in ANSWERS.items():
         note("answers", name, apart("answer", folder, values))
-    rounds = [{who: apart("speed", folder, who) for who in ("kit", "common", "pasted")} for _ in range(given.rounds)]
+    rounds = [
+        {who: apart("speed", folder, who) for who in ("kit", "common", "pasted")}
+        for _ in range(given.rounds)
+    ]
     note("speed", "rounds", rounds)
     whole = [found for found in rounds if all("error" not in one for one in found.values())]
     for who in ("common", "pasted"):
         ratios = [found["kit"]["tokens_per_s"] / found[who]["tokens_per_s"] for found in whole]
-        note("speed", f"kit over {who}", {"median": round(statistics.median(ratios), 3) if ratios else None})
+        note(
+            "speed",
+            f"kit over {who}",
+            {"median": round(statistics.median(ratios), 3) if ratios else None},
+        )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""The kit's fine-tuning and two recipes that are often used, on the same model, rows, targets and hardware.
+"""The kit's fine-tuning and two recipes that are often used, on the same model, rows, targets and
+hardware.
 
-*common*: `prepare_model_for_kbit_training` (float32 rest, checkpointing), rows in random order, padded to the longest of a batch,
-whole logits, the best compute dtype for the hardware. *pasted*: the same with every row padded to `max_length` and bfloat16, as
-it stands in many notebooks. Speeds count tokens that are not padding.
+*common*: `prepare_model_for_kbit_training` (float32 rest, checkpointing), rows in random order,
+padded to the longest of a batch, whole logits, the best compute dtype for the hardware. *pasted*:
+the same with every row padded to `max_length` and bfloat16, as it stands in many notebooks. Speeds
+count tokens that are not padding.
 """
 
 from __future__ import annotations
@@ -15,7 +17,13 @@ from random import Random
 import datasets
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    DataCollatorForSeq2Seq,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from qlora_nb import sources
 from qlora_nb.model import configs, device, load, sliced_loss
@@ -23,7 +31,15 @@ from qlora_nb.record import runs
 from qlora_nb.settings import Settings
 from qlora_nb.train import attach, trainer
 
-OPTIONS = {"optim", "learning_rate", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "max_steps", "seed"}
+OPTIONS = {
+    "optim",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "max_grad_norm",
+    "max_steps",
+    "seed",
+}
 
 
 class _Clock(TrainerCallback):
@@ -48,18 +64,32 @@ def kit(settings: Settings, rows: datasets.Dataset, tokenizer) -> tuple[float, t
     return result["tokens_per_s"], model
 
 
-def recipe(settings: Settings, rows: datasets.Dataset, tokenizer, pasted: bool = False) -> tuple[float, torch.nn.Module]:
+def recipe(
+    settings: Settings, rows: datasets.Dataset, tokenizer, pasted: bool = False
+) -> tuple[float, torch.nn.Module]:
     """Tokens a second of the common recipe, or of the one often pasted, and the trained model."""
     settings = settings.replace(compute_dtype="bfloat16") if pasted else settings
     dtype, on_gpu = device.compute_dtype(settings.compute_dtype), torch.cuda.is_available()
-    how = {"dtype": dtype, "quantization_config": load.quantization_config(settings), "device_map": {"": device.compute_device()}}
+    how = {
+        "dtype": dtype,
+        "quantization_config": load.quantization_config(settings),
+        "device_map": {"": device.compute_device()},
+    }
     base = AutoModelForCausalLM.from_pretrained(sources.model_path(settings.model_id), **how)
-    model = prepare_model_for_kbit_training(base, gradient_checkpointing_kwargs={"use_reentrant": False})
+    model = prepare_model_for_kbit_training(
+        base, gradient_checkpointing_kwargs={"use_reentrant": False}
+    )
     lora = settings.model_dump(include={"r", "lora_alpha", "lora_dropout"})
     torch.manual_seed(settings.seed)
-    model = get_peft_model(model, LoraConfig(**lora, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model = get_peft_model(
+        model, LoraConfig(**lora, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
     how = {"padding": "max_length", "max_length": settings.max_length} if pasted else {}
-    pad, seen, clock = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=sliced_loss.IGNORED, **how), [], _Clock()
+    pad, seen, clock = (
+        DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=sliced_loss.IGNORED, **how),
+        [],
+        _Clock(),
+    )
 
     def collate(batch):
         seen.append(sum(len(row["input_ids"]) for row in batch))
@@ -80,7 +110,13 @@ def recipe(settings: Settings, rows: datasets.Dataset, tokenizer, pasted: bool =
             remove_unused_columns=False,
             use_cpu=not on_gpu,
         )
-        Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[clock]).train()
+        Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=rows,
+            data_collator=collate,
+            callbacks=[clock],
+        ).train()
     return sum(seen) / clock.seconds, model
 
 
@@ -100,16 +136,24 @@ def random_pythia(size: str, folder: Path) -> str:
     if not (target / "config.json").is_file():
         torch.manual_seed(0)
         with torch.device(device.compute_device()):
-            model = AutoModelForCausalLM.from_config(configs.pythia_config(size), dtype=torch.float16)
+            model = AutoModelForCausalLM.from_config(
+                configs.pythia_config(size), dtype=torch.float16
+            )
         model.save_pretrained(target, max_shard_size="4GB")
     return str(target)
 
 
-def random_rows(n: int, vocabulary: int, longest: int, middle: int = 85, seed: int = 0) -> datasets.Dataset:
-    """Rows of random tokens with the spread of lengths that instruction data has: log-normal around `middle` tokens."""
+def random_rows(
+    n: int, vocabulary: int, longest: int, middle: int = 85, seed: int = 0
+) -> datasets.Dataset:
+    """Rows of random tokens with the spread of lengths that instruction data has: log-normal around
+    `middle` tokens.
+    """
     random, rows = Random(seed), []
     for _ in range(n):
         length = min(longest, max(24, int(middle * random.lognormvariate(0, 0.6))))
         ids = [random.randrange(3, vocabulary - 1) for _ in range(length)]
-        rows.append({"input_ids": ids, "labels": [sliced_loss.IGNORED] * (length // 2) + ids[length // 2 :]})
+        rows.append(
+            {"input_ids": ids, "labels": [sliced_loss.IGNORED] * (length // 2) + ids[length // 2 :]}
+        )
     return datasets.Dataset.from_list(rows)

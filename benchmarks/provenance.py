@@ -19,19 +19,29 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def provenance(seeds: tuple[int, ...] = ()) -> dict:
-    """Date, commit (and whether the working copy was clean), hardware, versions, threads and seeds; None: not known."""
+    """Date, commit (and whether the working copy was clean), hardware, versions, threads and seeds;
+    None: not known.
+    """
     clean, versions = None, None
     with suppress(OSError):  # no git
-        status = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=False)
+        status = subprocess.run(
+            ["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=False
+        )
         clean = not status.stdout.strip() if status.returncode == 0 else None
     with suppress(PackageNotFoundError):  # the kit is not installed, only on the path
-        versions = {version.package: version.installed for version in machine.versions() if version.installed}
+        versions = {
+            version.package: version.installed
+            for version in machine.versions()
+            if version.installed
+        }
     hardware = asdict(machine.this_machine(ROOT))
     return {
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "commit": runs._commit(),
         "clean": clean,  # False: the commit does not say all
-        "hardware": {k: hardware[k] for k in ("cpu", "n_cores", "ram_bytes", "gpus", "python", "system")},
+        "hardware": {
+            k: hardware[k] for k in ("cpu", "n_cores", "ram_bytes", "gpus", "python", "system")
+        },
         "versions": versions,
         "threads": torch.get_num_threads(),
         "seeds": list(seeds),

@@ -1,11 +1,15 @@
-"""What a datatype does to a model: loss unquantized and in five 4-bit datatypes, over the same texts.
+"""What a datatype does to a model: loss unquantized and in five 4-bit datatypes, over the same
+texts.
 
-    python benchmarks/quality.py            pocket and smollm2, into qlora_nb/recorded/quality_smollm2.json
-    python benchmarks/quality.py --rows alpaca_data.json.xz     also on real answers; losses alone are written
+    python benchmarks/quality.py            pocket and smollm2, into
+    qlora_nb/recorded/quality_smollm2.json python benchmarks/quality.py --rows alpaca_data.json.xz
+    also on real answers; losses alone are written
 
-Every linear weight inside the blocks is replaced by what is left of it after quantizing (blocks of 64), so any difference
-is the datatype's. FP4 is bitsandbytes' table, E2M1 the textbook's, where the smallest magnitude is 1/12 and not 1/192.
-pocket: 720 facts it knows by heart, three samples. smollm2: the kit's little stories, eight a sample, three samples a seed.
+Every linear weight inside the blocks is replaced by what is left of it after quantizing (blocks of
+64), so any difference is the datatype's. FP4 is bitsandbytes' table, E2M1 the textbook's, where the
+smallest magnitude is 1/12 and not 1/192.
+pocket: 720 facts it knows by heart, three samples. smollm2: the kit's little stories, eight a
+    sample, three samples a seed.
 Real answers: nine samples. Notebook 03 shows the file.
 """
 
@@ -31,21 +35,30 @@ E2M1 = torch.tensor([-6.0, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 
 WAYS = {
     "unquantized": lambda weight: weight,
     "NF4+DQ": double_quant.round_trip,
-    **{name: partial(blockwise.round_trip, code=codebooks.code_by_name(name)) for name in ("NF4", "FP4", "INT4")},
+    **{
+        name: partial(blockwise.round_trip, code=codebooks.code_by_name(name))
+        for name in ("NF4", "FP4", "INT4")
+    },
     "E2M1": partial(blockwise.round_trip, code=E2M1),
 }
 
 
-def over_seeds(name: str, model, tokenizer, pocket: bool, seeds: tuple[int, ...]) -> quality.Quality:
+def over_seeds(
+    name: str, model, tokenizer, pocket: bool, seeds: tuple[int, ...]
+) -> quality.Quality:
     """`quality.measure` with every seed; all samples in one record."""
     found = [quality.assess(name, model, tokenizer, pocket, seed) for seed in seeds]
-    return quality.Quality(name, sum((q.losses for q in found), ()), sum((q.recall for q in found), ()))
+    return quality.Quality(
+        name, sum((q.losses for q in found), ()), sum((q.recall for q in found), ())
+    )
 
 
 def over_rows(name: str, model, tokenizer, texts: list[str], n_samples: int = 9) -> quality.Quality:
     """Loss a token over texts that the caller brings, in equal samples."""
     losses = quality.text_losses(model, tokenizer, texts)
-    return quality.Quality(name, tuple(losses[i::n_samples].mean().item() for i in range(n_samples)))
+    return quality.Quality(
+        name, tuple(losses[i::n_samples].mean().item() for i in range(n_samples))
+    )
 
 
 def compare(model, measure) -> list[dict]:
@@ -60,9 +73,17 @@ def compare(model, measure) -> list[dict]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["pocket", "smollm2"], action="append", help="this model alone")
-    parser.add_argument("--rows", type=Path, help="a file of rows with Alpaca's columns; 270 held-out answers are read as text")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only", choices=["pocket", "smollm2"], action="append", help="this model alone"
+    )
+    parser.add_argument(
+        "--rows",
+        type=Path,
+        help="a file of rows with Alpaca's columns; 270 held-out answers are read as text",
+    )
     parser.add_argument("--target", type=Path, default=TARGET)
     options = parser.parse_args()
     record, started = provenance.provenance(SEEDS) | {"blocksize": 64, "models": {}}, time.time()
@@ -73,12 +94,18 @@ def main() -> int:
         pocket = model_id == "pocket"
         seeds = SEEDS[:1] if pocket else SEEDS  # the facts are the same for every seed
         records = compare(model, lambda name: over_seeds(name, model, tokenizer, pocket, seeds))  # noqa: B023
-        record["models"][model_id] = {"on": "facts known by heart" if pocket else "the kit's stories", "qualities": records}
+        record["models"][model_id] = {
+            "on": "facts known by heart" if pocket else "the kit's stories",
+            "qualities": records,
+        }
         if options.rows and not pocket:
             rows = data.load(settings.replace(dataset=str(options.rows), eval_rows=270))[1]
             texts = [row["output"] for row in rows if len(row["output"]) > 40]
             records = compare(model, lambda name: over_rows(name, model, tokenizer, texts))  # noqa: B023
-            record["models"][f"{model_id}, real answers"] = {"on": f"{len(texts)} answers of Alpaca", "qualities": records}
+            record["models"][f"{model_id}, real answers"] = {
+                "on": f"{len(texts)} answers of Alpaca",
+                "qualities": records,
+            }
     provenance.write(options.target, record | {"wall_s": round(time.time() - started, 1)})
     return 0
 

@@ -1,10 +1,13 @@
-"""The paper's claim tested: is an adapter on a 4-bit base as good as one on the unrounded base? Same rows, seeds and steps.
+"""The paper's claim tested: is an adapter on a 4-bit base as good as one on the unrounded base?
+Same rows, seeds and steps.
 
-    python benchmarks/sixteen_bit.py pocket 0 1 2 3 4             into qlora_nb/recorded/sixteen_bit_pocket.json
-    QLORA_NB_DATASET=alpaca.json python benchmarks/sixteen_bit.py smollm2 0 1 2
+    python benchmarks/sixteen_bit.py pocket 0 1 2 3 4             into
+    qlora_nb/recorded/sixteen_bit_pocket.json QLORA_NB_DATASET=alpaca.json python
+    benchmarks/sixteen_bit.py smollm2 0 1 2
 
-The unrounded base is float32 here, the upper bound of any 16-bit one. What is reported is the paired difference (4-bit minus
-unrounded) over the seeds with its 95 % interval (Student's t). Run it again with other seeds and they are added.
+The unrounded base is float32 here, the upper bound of any 16-bit one. What is reported is the
+paired difference (4-bit minus unrounded) over the seeds with its 95 % interval (Student's t). Run
+it again with other seeds and they are added.
 """
 
 from __future__ import annotations
@@ -39,16 +42,31 @@ def trained(settings, four_bit: bool) -> dict[str, float]:
     model = attach.attach_adapter(base, settings)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         run = runs.Run(settings.replace(output_dir=folder), "sixteen_bit")
-        trainer.finetune(model, tokenizer, data.tokenize_rows(rows, tokenizer, settings), settings, run, lambda step: None)
+        trainer.finetune(
+            model,
+            tokenizer,
+            data.tokenize_rows(rows, tokenizer, settings),
+            settings,
+            run,
+            lambda step: None,
+        )
         found = evaluate.exact_match_by_kind(model, tokenizer, held_out, settings)
-    return {"loss": found["loss"], **({"exact_match": found["exact_match"]["all"]} if found["exact_match"] else {})}
+    return {
+        "loss": found["loss"],
+        **({"exact_match": found["exact_match"]["all"]} if found["exact_match"] else {}),
+    }
 
 
 def interval(differences: list[float]) -> dict[str, object]:
     """Mean of the paired differences and its 95 % interval."""
     n, mean = len(differences), statistics.mean(differences)
     half = T_95[n - 1] * statistics.stdev(differences) / math.sqrt(n) if n > 1 else None
-    return {"n": n, "mean": round(mean, 5), "low": half and round(mean - half, 5), "high": half and round(mean + half, 5)}
+    return {
+        "n": n,
+        "mean": round(mean, 5),
+        "low": half and round(mean - half, 5),
+        "high": half and round(mean + half, 5),
+    }
 
 
 def main() -> None:
@@ -60,14 +78,25 @@ def main() -> None:
         given |= {"dataset": os.environ["QLORA_NB_DATASET"], "eval_rows": 48}
     for seed in map(int, sys.argv[2:] or "01234"):
         settings = validate({**given, "seed": seed})
-        known[str(seed)] = {name: trained(settings, four_bit) for name, four_bit in (("4-bit", True), ("unrounded", False))}
+        known[str(seed)] = {
+            name: trained(settings, four_bit)
+            for name, four_bit in (("4-bit", True), ("unrounded", False))
+        }
         print(seed, known[str(seed)], flush=True)
         pairs = list(known.values())
-        paired = {k: interval([p["4-bit"][k] - p["unrounded"][k] for p in pairs]) for k in pairs[0]["4-bit"]}
-        shown = {k: settings.model_dump()[k] for k in ("model_id", "max_steps", "r", "learning_rate", "eval_rows")}
+        paired = {
+            k: interval([p["4-bit"][k] - p["unrounded"][k] for p in pairs])
+            for k in pairs[0]["4-bit"]
+        }
+        shown = {
+            k: settings.model_dump()[k]
+            for k in ("model_id", "max_steps", "r", "learning_rate", "eval_rows")
+        }
         shown["data"] = "Alpaca" if "dataset" in given else "pocket"
         record = provenance.provenance(tuple(sorted(map(int, known))))
-        provenance.write(target, {**record, "settings": shown, "difference": paired, "by_seed": known})
+        provenance.write(
+            target, {**record, "settings": shown, "difference": paired, "by_seed": known}
+        )
 
 
 if __name__ == "__main__":

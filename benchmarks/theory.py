@@ -1,10 +1,12 @@
-"""Speed of what is taught: the quantizer beside bitsandbytes' CPU one, and every widget of notebooks 02 to 05.
+"""Speed of what is taught: the quantizer beside bitsandbytes' CPU one, and every widget of
+notebooks 02 to 05.
 
     python benchmarks/theory.py             into benchmarks/results/theory.json
 
-Both quantizers get the same 4,194,304 weights, in turn, in one process; medians and their ratio are kept (above 1: ours is
-faster), and that the bytes are equal. bitsandbytes' dequantizer is compiled C++ with vector instructions; ours is not meant
-to beat it. A redraw is what happens between a control's move and the finished PNG. Two threads.
+Both quantizers get the same 4,194,304 weights, in turn, in one process; medians and their ratio are
+kept (above 1: ours is faster), and that the bytes are equal. bitsandbytes' dequantizer is compiled
+C++ with vector instructions; ours is not meant to beat it. A redraw is what happens between a
+control's move and the finished PNG. Two threads.
 """
 
 from __future__ import annotations
@@ -69,7 +71,9 @@ def quantizers() -> dict:
         there = alternating(
             {
                 "ours_ms": partial(blockwise.quantize_4bit, x, code, 64),
-                "bitsandbytes_ms": partial(bnb.quantize_4bit, x, blocksize=64, quant_type=quant_type),
+                "bitsandbytes_ms": partial(
+                    bnb.quantize_4bit, x, blocksize=64, quant_type=quant_type
+                ),
             }
         )
         back = alternating(
@@ -79,7 +83,9 @@ def quantizers() -> dict:
             }
         )
         restored = blockwise.dequantize_4bit(packed, absmax, code, 64, x.shape)
-        equal = torch.equal(packed, theirs) and torch.equal(restored, bnb.dequantize_4bit(theirs, state).reshape(-1))
+        equal = torch.equal(packed, theirs) and torch.equal(
+            restored, bnb.dequantize_4bit(theirs, state).reshape(-1)
+        )
         for times in (there, back):
             times["times_as_fast"] = round(times["bitsandbytes_ms"] / times["ours_ms"], 3)
         found[quant_type] = {"quantize": there, "dequantize": back, "equal_in_every_bit": equal}
@@ -106,12 +112,29 @@ def panels() -> dict[str, object]:
     update = torch.randn(weight.shape, generator=torch.Generator().manual_seed(SEED))
     a_best, b_best = lora.best_rank(update, min(update.shape))
     budget = int(settings.gpu_gib * cards.GIB)
-    plain, paged = (step_sizes.longest_pass(settings.pythia, settings.r, budget, paged=p) for p in (False, True))
-    n05.paged_shares((settings.r,))  # notebook 05 counts every Pythia in a figure, before a reader moves anything
-    names = {"settings": settings, "shown": update, "A_best": a_best, "B_best": b_best, "SIZES": SIZES}
-    names |= {"corner": weight[:256] / weight.std(), "CODES": ["NF4", "AF4", "FP4", "INT4"], "tokens": 2048}
+    plain, paged = (
+        step_sizes.longest_pass(settings.pythia, settings.r, budget, paged=p) for p in (False, True)
+    )
+    n05.paged_shares(
+        (settings.r,)
+    )  # notebook 05 counts every Pythia in a figure, before a reader moves anything
+    names = {
+        "settings": settings,
+        "shown": update,
+        "A_best": a_best,
+        "B_best": b_best,
+        "SIZES": SIZES,
+    }
+    names |= {
+        "corner": weight[:256] / weight.std(),
+        "CODES": ["NF4", "AF4", "FP4", "INT4"],
+        "tokens": 2048,
+    }
     usual, spike = int(0.95 * plain), plain + max(1, (paged - plain) // 2)
-    steps = [step_sizes.step_sizes(settings.pythia, settings.r, n) for n in (usual, usual, usual, spike, usual, usual)]
+    steps = [
+        step_sizes.step_sizes(settings.pythia, settings.r, n)
+        for n in (usual, usual, usual, spike, usual, usual)
+    ]
     names |= {"own": step_sizes.step_sizes(settings.pythia, settings.r, 2048), "steps": steps}
     names |= {"n02": n02, "n03": n03, "n05": n05}
     titles = {
@@ -121,7 +144,11 @@ def panels() -> dict[str, object]:
         "05": ("a step's memory", "a run with a spike"),
     }
     made = {n: widgets_of(n, names) for n in titles}
-    return {f"{n} {title}": panel for n in titles for title, panel in zip(titles[n], made[n], strict=True)}
+    return {
+        f"{n} {title}": panel
+        for n in titles
+        for title, panel in zip(titles[n], made[n], strict=True)
+    }
 
 
 def moves(control, n: int) -> list:
@@ -130,12 +157,15 @@ def moves(control, n: int) -> list:
         values = [o[1] if isinstance(o, tuple) else o for o in control.options]
     else:
         values = [control.min + k * (control.max - control.min) / 9 for k in range(10)]
-    return [values[i % len(values)] for i in range(values.index(control.value) + 1 if control.value in values else 0, n + 20)]
+    return [
+        values[i % len(values)]
+        for i in range(values.index(control.value) + 1 if control.value in values else 0, n + 20)
+    ]
 
 
 def redraws(panel, n: int = REDRAWS) -> dict:
-    """Median and slowest wall time of `n` redraws, the controls moved in turn; and the processor time, which a busy machine
-    stretches less."""
+    """Median and slowest wall time of `n` redraws, the controls moved in turn; and the processor
+    time, which a busy machine stretches less."""
     controls, times, work = panel.children[:-1], [], []
     ahead = [iter(moves(control, n)) for control in controls]
     for k in range(n + len(controls)):
@@ -145,7 +175,10 @@ def redraws(panel, n: int = REDRAWS) -> dict:
             before = time.process_time()
             times.append(milliseconds(lambda: setattr(control, "value", value)))  # noqa: B023
             work.append(1e3 * (time.process_time() - before))
-    times, work = times[len(controls) :], work[len(controls) :]  # the first move of each control fills caches
+    times, work = (
+        times[len(controls) :],
+        work[len(controls) :],
+    )  # the first move of each control fills caches
     return {
         "median_ms": round(statistics.median(times), 1),
         "median_cpu_ms": round(statistics.median(work), 1),
@@ -164,7 +197,9 @@ def main() -> int:
     for quant_type in ("nf4", "fp4"):
         print(quant_type, record["quantizer"][quant_type])
     for name, times in record["redraws"].items():
-        print(f"{name:30} {times['median_ms']:6.1f} ms{'' if times['median_ms'] <= LIMIT_MS else '  OVER THE LIMIT'}")
+        print(
+            f"{name:30} {times['median_ms']:6.1f} ms{'' if times['median_ms'] <= LIMIT_MS else '  OVER THE LIMIT'}"
+        )
     provenance.write(TARGET, record)
     return 0
 

@@ -1,8 +1,11 @@
-"""Which card is computed on: the one that torch calls cuda:0, found without importing torch where that can be.
+"""Which card is computed on: the one that torch calls cuda:0, found without importing torch where
+that can be.
 
-Three can be asked. torch/version.py, read as text, says what torch is built for. The driver's library (NVML) lists the
-cards in the order of the PCI bus; it knows neither what torch can use nor what CUDA_VISIBLE_DEVICES hides. torch.cuda knows
-all of it: it is asked as soon as torch is loaded, and where NVML is silent though a card seems to be there.
+Three can be asked. torch/version.py, read as text, says what torch is built for. The driver's
+library (NVML) lists the cards in the order of the PCI bus; it knows neither what torch can use nor
+what CUDA_VISIBLE_DEVICES hides. torch.cuda knows
+all of it: it is asked as soon as torch is loaded, and where NVML is silent though a card seems to
+    be there.
 """
 
 import ast
@@ -21,15 +24,20 @@ import psutil
 GIB = 2**30
 
 CONTEXT_BYTES = int(0.45 * GIB)
-"""What CUDA's driver and libraries take before the first tensor: assumed until it is measured on a GPU."""
+"""What CUDA's driver and libraries take before the first tensor: assumed until it is measured on a
+GPU.
+"""
 
 OLDEST = {(13, 0): (7, 5), (12, 8): (7, 0), (11, 8): (6, 0)}
-"""From this CUDA version of torch on → the oldest compute capability in the library that bitsandbytes 0.50.2 takes for it."""
+"""From this CUDA version of torch on → the oldest compute capability in the library that
+bitsandbytes 0.50.2 takes for it.
+"""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One card; sizes in bytes. `reserved` is the driver's own, `own` what this process holds already, its CUDA context included.
+    """One card; sizes in bytes. `reserved` is the driver's own, `own` what this process holds
+    already, its CUDA context included.
 
     `problem` says why the kit cannot compute on it; empty if it can.
     """
@@ -46,12 +54,16 @@ class Gpu:
 
     @property
     def has_bf16(self) -> bool:
-        """bfloat16 arithmetic exists from compute capability 8.0 (Ampere) on; a T4 (7.5) lacks it."""
+        """bfloat16 arithmetic exists from compute capability 8.0 (Ampere) on; a T4 (7.5) lacks
+        it.
+        """
         return self.compute_capability >= (8, 0)
 
     @property
     def usable_bytes(self) -> int:
-        """What a run of this process can take: never the driver's part, and what other programs hold neither."""
+        """What a run of this process can take: never the driver's part, and what other programs
+        hold neither.
+        """
         return min(self.total_bytes - self.reserved_bytes, self.free_bytes + self.own_bytes)
 
     @property
@@ -61,10 +73,14 @@ class Gpu:
 
 
 def torch_build() -> dict[str, str]:
-    """The texts in torch/version.py (`__version__`, `cuda`, `hip`, `xpu`, …), read without importing torch; else empty."""
+    """The texts in torch/version.py (`__version__`, `cuda`, `hip`, `xpu`, …), read without
+    importing torch; else empty.
+    """
     loaded = sys.modules.get("torch")
     if loaded is not None and hasattr(loaded, "version"):
-        return {name: value for name, value in vars(loaded.version).items() if isinstance(value, str)}
+        return {
+            name: value for name, value in vars(loaded.version).items() if isinstance(value, str)
+        }
     build = {}
     with suppress(ImportError, ValueError, OSError, SyntaxError):
         spec = importlib.util.find_spec("torch")
@@ -73,7 +89,11 @@ def torch_build() -> dict[str, str]:
         source = Path(spec.origin).with_name("version.py").read_text(encoding="utf-8")
         for line in ast.parse(source).body:
             value = getattr(line, "value", None)
-            if isinstance(line, ast.Assign | ast.AnnAssign) and isinstance(value, ast.Constant) and isinstance(value.value, str):
+            if (
+                isinstance(line, ast.Assign | ast.AnnAssign)
+                and isinstance(value, ast.Constant)
+                and isinstance(value.value, str)
+            ):
                 target = line.target if isinstance(line, ast.AnnAssign) else line.targets[0]
                 build[getattr(target, "id", "")] = value.value
     return build
@@ -98,7 +118,8 @@ def visible() -> list[Gpu]:
 
 
 def why_none() -> tuple[str, str]:
-    """What keeps torch from a card that is there, and the remedy; two empty texts if no card is there.
+    """What keeps torch from a card that is there, and the remedy; two empty texts if no card is
+    there.
 
     Asked when `visible` gives no card to compute on.
     """
@@ -111,7 +132,10 @@ def why_none() -> tuple[str, str]:
     name, build = cards[0][1].name, torch_build()
     version = build.get("__version__", "")
     if not build:
-        return f"the driver shows {name}, but torch cannot be loaded", "see what python -c 'import torch' says"
+        return (
+            f"the driver shows {name}, but torch cannot be loaded",
+            "see what python -c 'import torch' says",
+        )
     if "cuda" not in build:
         kind = "a CPU build"
         if "xpu" in build:
@@ -122,20 +146,30 @@ def why_none() -> tuple[str, str]:
         return f"the driver shows {name}, but torch {version} is {kind}", remedy
     if not _chosen(cards):
         value = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        return f"CUDA_VISIBLE_DEVICES={value!r:.80} hides {name}", "unset it, or name a card that is there"
-    remedy = f"update the driver, or install a build of torch for an older CUDA than {build['cuda']}"
+        return (
+            f"CUDA_VISIBLE_DEVICES={value!r:.80} hides {name}",
+            "unset it, or name a card that is there",
+        )
+    remedy = (
+        f"update the driver, or install a build of torch for an older CUDA than {build['cuda']}"
+    )
     return f"the driver shows {name}, but torch {version} cannot use it", remedy
 
 
 def why_unusable(torch, index: int = 0) -> str:
-    """What a card that torch sees is refused for: torch or bitsandbytes was compiled for later ones only."""
+    """What a card that torch sees is refused for: torch or bitsandbytes was compiled for later ones
+    only.
+    """
     try:
         about = torch.cuda.get_device_properties(index)
     except (RuntimeError, AssertionError):  # it does not answer: torch will say so itself
         return ""
     capability = about.major, about.minor
     card = f"{about.name} (compute capability {about.major}.{about.minor})"
-    compiled_for = [int(number) for number in re.findall(r"(?:sm|compute)_(\d+)", " ".join(torch.cuda.get_arch_list()))]
+    compiled_for = [
+        int(number)
+        for number in re.findall(r"(?:sm|compute)_(\d+)", " ".join(torch.cuda.get_arch_list()))
+    ]
     if compiled_for and 10 * about.major + about.minor < min(compiled_for):
         return f"torch {torch.__version__} has no code for {card}, but from {min(compiled_for) / 10} on"
     cuda = tuple(int(part) for part in (torch.version.cuda or "0.0").split(".")[:2])
@@ -167,14 +201,24 @@ def remarks(seen: list[Gpu] | tuple[Gpu, ...], system: str) -> list[str]:
     """
     build, torch, lines = torch_build(), sys.modules.get("torch"), []
     if seen and seen[0].is_mig:
-        lines.append("MIG: the card is shared out; what counts is the memory of this instance, not of the whole card")
+        lines.append(
+            "MIG: the card is shared out; what counts is the memory of this instance, not of the whole card"
+        )
     if seen and seen[0].is_integrated:
-        lines.append("the GPU has no memory of its own (as in a Jetson): what the system has left counts")
+        lines.append(
+            "the GPU has no memory of its own (as in a Jetson): what the system has left counts"
+        )
     if "hip" in build:
-        lines.append(f"ROCm {build['hip']}: torch calls an AMD GPU cuda, and the kit computes on it; the kit was never run there")
+        lines.append(
+            f"ROCm {build['hip']}: torch calls an AMD GPU cuda, and the kit computes on it; the kit was never run there"
+        )
     if "xpu" in build or (hasattr(torch, "xpu") and torch.xpu.is_available()):
-        lines.append("XPU: this torch knows Intel's GPUs, but the kit does not use them: it computes on the CPU")
-    if system == "Darwin arm64" or (hasattr(torch, "backends") and torch.backends.mps.is_available()):
+        lines.append(
+            "XPU: this torch knows Intel's GPUs, but the kit does not use them: it computes on the CPU"
+        )
+    if system == "Darwin arm64" or (
+        hasattr(torch, "backends") and torch.backends.mps.is_available()
+    ):
         own = "in code of your own on MPS take optim=adamw_torch: bitsandbytes' paged and 8-bit optimizers fail there"
         lines.append(f"MPS: the kit does not use Apple's GPU, it computes on the CPU; {own}")
     return lines
@@ -199,10 +243,12 @@ def driver() -> Iterator[object | None]:
 
 
 def driver_cards() -> list[tuple[str, Gpu]]:
-    """(UUID, card) for every card of the driver in the order of the PCI bus, whether torch can use it or not.
+    """(UUID, card) for every card of the driver in the order of the PCI bus, whether torch can use
+    it or not.
 
-    CUDA gives a card that is shared out (MIG) as its first instance; the others have entries of their own, to be asked for
-    by a UUID that begins with "MIG-". A card that does not answer, or tells no memory, is left out.
+    CUDA gives a card that is shared out (MIG) as its first instance; the others have entries of
+    their own, to be asked for by a UUID that begins with "MIG-". A card that does not answer, or
+    tells no memory, is left out.
     """
     cards = []
     with driver() as nvml:
@@ -214,14 +260,21 @@ def driver_cards() -> list[tuple[str, Gpu]]:
             with suppress(nvml.NVMLError):
                 whole = nvml.nvmlDeviceGetHandleByIndex(index)
                 instances = _instances(nvml, whole)
-                cards.append((_uuid(nvml, whole), _described(nvml, instances[0] if instances else whole, whole)))
+                cards.append(
+                    (
+                        _uuid(nvml, whole),
+                        _described(nvml, instances[0] if instances else whole, whole),
+                    )
+                )
                 for instance in instances:
                     cards.append((_uuid(nvml, instance), _described(nvml, instance, whole)))
     return cards
 
 
 def handle_of(nvml, uuid: object) -> object | None:
-    """NVML's handle of the card or instance that torch gives this UUID (torch leaves the "GPU-" away); None if it has none."""
+    """NVML's handle of the card or instance that torch gives this UUID (torch leaves the "GPU-"
+    away); None if it has none.
+    """
     for prefix in ("MIG-", "GPU-"):
         with suppress(nvml.NVMLError):
             return nvml.nvmlDeviceGetHandleByUUID(f"{prefix}{uuid}")
@@ -250,21 +303,27 @@ def _described(nvml, handle, whole) -> Gpu:
     memory = nvml.nvmlDeviceGetMemoryInfo(handle)
     reserved = 0
     with suppress(nvml.NVMLError, TypeError):  # an older driver
-        reserved = getattr(nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2), "reserved", 0)
+        reserved = getattr(
+            nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2), "reserved", 0
+        )
     capability = tuple(nvml.nvmlDeviceGetCudaComputeCapability(whole))
     name, is_mig = nvml.nvmlDeviceGetName(handle), handle is not whole
     return Gpu(name, memory.total, memory.free, capability, reserved_bytes=reserved, is_mig=is_mig)
 
 
 def _chosen(cards: list[tuple[str, Gpu]]) -> list[Gpu]:
-    """The cards that CUDA_VISIBLE_DEVICES leaves, in its order: what follows the first entry that names no card is ignored.
+    """The cards that CUDA_VISIBLE_DEVICES leaves, in its order: what follows the first entry that
+    names no card is ignored.
 
-    Numbers count in CUDA's order, which begins with the fastest card unless CUDA_DEVICE_ORDER is PCI_BUS_ID. Which one CUDA
-    takes for the fastest is guessed here, by compute capability and memory. A card named twice leaves none.
+    Numbers count in CUDA's order, which begins with the fastest card unless CUDA_DEVICE_ORDER is
+    PCI_BUS_ID. Which one CUDA takes for the fastest is guessed here, by compute capability and
+    memory. A card named twice leaves none.
     """
     numbered = [entry for entry in cards if not entry[0].startswith("MIG-")]
     if numbered and os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
-        fastest = max(numbered, key=lambda entry: (entry[1].compute_capability, entry[1].total_bytes))
+        fastest = max(
+            numbered, key=lambda entry: (entry[1].compute_capability, entry[1].total_bytes)
+        )
         numbered.sort(key=lambda entry: entry is not fastest)
     value = os.environ.get("CUDA_VISIBLE_DEVICES")
     if value is None:
@@ -272,7 +331,9 @@ def _chosen(cards: list[tuple[str, Gpu]]) -> list[Gpu]:
     kind, chosen = value.strip()[:4], []
     for wanted in map(str.strip, value.split(",")):
         if kind in ("GPU-", "MIG-"):  # the beginning of a UUID is enough if it is one card's alone
-            found = [entry for entry in cards if wanted.startswith(kind) and entry[0].startswith(wanted)]
+            found = [
+                entry for entry in cards if wanted.startswith(kind) and entry[0].startswith(wanted)
+            ]
         else:
             number = re.match(r"[+-]?\d+", wanted)
             at = int(number[0]) if number else -1
@@ -286,13 +347,17 @@ def _chosen(cards: list[tuple[str, Gpu]]) -> list[Gpu]:
 
 
 def _leaves_any() -> bool:
-    """False if CUDA_VISIBLE_DEVICES hides every card, whatever there is: its first entry is no number and no UUID."""
+    """False if CUDA_VISIBLE_DEVICES hides every card, whatever there is: its first entry is no
+    number and no UUID.
+    """
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
     return bool(re.match(r"\+?\d|-0|GPU-|MIG-", first))
 
 
 def _card_files() -> bool:
-    """True if something in this system speaks of a GPU: a device file of NVIDIA, Jetson, WSL or AMD, or nvidia-smi."""
+    """True if something in this system speaks of a GPU: a device file of NVIDIA, Jetson, WSL or
+    AMD, or nvidia-smi.
+    """
     for pattern in ("nvidia[0-9]*", "nvhost-*", "nvgpu*", "dxg", "kfd"):
         if any(Path("/dev").glob(pattern)):
             return True
@@ -311,10 +376,12 @@ def _torch_cards(torch) -> list[Gpu]:
 
 
 def _as_torch_sees(torch, index: int, nvml) -> Gpu:
-    """One card: its memory as NVML counts it, for CUDA would take memory itself (a context) to answer that.
+    """One card: its memory as NVML counts it, for CUDA would take memory itself (a context) to
+    answer that.
 
-    Where NVML does not know the card, or means another size by it (the whole of which this is an instance), CUDA is asked
-    for cuda:0; of other cards the size alone is told. Integrated ones take from the system's memory.
+    Where NVML does not know the card, or means another size by it (the whole of which this is an
+    instance), CUDA is asked for cuda:0; of other cards the size alone is told. Integrated ones take
+    from the system's memory.
     """
     about = torch.cuda.get_device_properties(index)
     total, free, is_mig = about.total_memory, about.total_memory, False
@@ -336,4 +403,14 @@ def _as_torch_sees(torch, index: int, nvml) -> Gpu:
     own = torch.cuda.memory_reserved(index)
     own = own + CONTEXT_BYTES if own else 0
     capability, reserved = (about.major, about.minor), max(0, total - about.total_memory)
-    return Gpu(about.name, total, free, capability, reserved, own, is_mig, is_integrated, why_unusable(torch, index))
+    return Gpu(
+        about.name,
+        total,
+        free,
+        capability,
+        reserved,
+        own,
+        is_mig,
+        is_integrated,
+        why_unusable(torch, index),
+    )

@@ -1,8 +1,8 @@
 """What this machine is and what it can run, found out without importing torch.
 
-A notebook that asks for pythia-12b on a laptop must be told so in two seconds, before any download: the driver's own
-library (NVML) tells the GPUs, psutil the memory, the package metadata the versions, one short connection attempt
-whether the hub can be reached.
+A notebook that asks for pythia-12b on a laptop must be told so in two seconds, before any download:
+the driver's own library (NVML) tells the GPUs, psutil the memory, the package metadata the
+versions, one short connection attempt whether the hub can be reached.
 """
 
 import importlib.metadata
@@ -24,8 +24,8 @@ from qlora_nb import cards
 class Machine:
     """CPU, memory, disk and GPUs of this machine; sizes in bytes.
 
-    `gpus` are those that torch can use, the one that is used first. If there is none of them although the driver shows a
-    card, `gpu_problem` says why and `gpu_remedy` what to do.
+    `gpus` are those that torch can use, the one that is used first. If there is none of them
+    although the driver shows a card, `gpu_problem` says why and `gpu_remedy` what to do.
     """
 
     cpu: str
@@ -46,7 +46,9 @@ def this_machine(folder: str | Path = ".") -> Machine:
     problem, remedy = ("", "") if found else cards.why_none()
     return Machine(
         cpu=_cpu_name(),
-        n_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1),
+        n_cores=len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else (os.cpu_count() or 1),
         ram_bytes=memory.total,
         ram_free_bytes=memory.available,
         disk_free_bytes=shutil.disk_usage(folder).free,
@@ -57,12 +59,16 @@ def this_machine(folder: str | Path = ".") -> Machine:
 
 
 def describe(here: Machine) -> dict[str, str]:
-    """The machine as a table: what it is → how much of it (sizes in GiB). The first GPU is the one that is used."""
+    """The machine as a table: what it is → how much of it (sizes in GiB). The first GPU is the one
+    that is used.
+    """
     used, others = card(here), ", ".join(gpu.name for gpu in here.gpus[1:])
     gpu = f"none that can be used: {here.gpu_problem}" if here.gpu_problem else "none found"
     gpu = f"{gpu}: profiles tiny and smollm2 run on the CPU"
     if used:
-        sizes = f"{used.total_bytes / cards.GIB:.1f} GiB, {used.free_bytes / cards.GIB:.1f} GiB free"
+        sizes = (
+            f"{used.total_bytes / cards.GIB:.1f} GiB, {used.free_bytes / cards.GIB:.1f} GiB free"
+        )
         gpu = f"{used.name}, {sizes}, {'with' if used.has_bf16 else 'without'} bfloat16"
     table = {
         "processor": f"{here.cpu}, {here.n_cores} cores",
@@ -76,7 +82,9 @@ def describe(here: Machine) -> dict[str, str]:
 
 
 def gpus() -> tuple[cards.Gpu, ...]:
-    """The cards that can be computed on, cuda:0 first; empty where torch sees none, or where cuda:0 is one that cannot be."""
+    """The cards that can be computed on, cuda:0 first; empty where torch sees none, or where cuda:0
+    is one that cannot be.
+    """
     seen = cards.visible()
     if seen and seen[0].problem:
         return ()
@@ -84,7 +92,9 @@ def gpus() -> tuple[cards.Gpu, ...]:
 
 
 def card(here: Machine | None = None) -> cards.Gpu | None:
-    """The one card that everything is computed on, torch's cuda:0; None without one. CUDA_VISIBLE_DEVICES chooses another."""
+    """The one card that everything is computed on, torch's cuda:0; None without one.
+    CUDA_VISIBLE_DEVICES chooses another.
+    """
     found = here.gpus if here else gpus()
     return found[0] if found else None
 
@@ -92,13 +102,17 @@ def card(here: Machine | None = None) -> cards.Gpu | None:
 def _cpu_name() -> str:
     with suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        return next(
+            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+        )
     return platform.processor() or platform.machine()
 
 
 @dataclass(frozen=True)
 class Version:
-    """One dependency: what is installed, what the kit's metadata allows, what is loaded in this process."""
+    """One dependency: what is installed, what the kit's metadata allows, what is loaded in this
+    process.
+    """
 
     package: str
     installed: str | None
@@ -112,7 +126,9 @@ class Version:
             return f"not installed: pip install '{self.package}{self.allowed}'"
         if self.loaded and self.loaded.split("+")[0] != self.installed.split("+")[0]:
             return f"{self.loaded} is loaded but {self.installed} is installed: restart the kernel (Colab: restart the runtime)"
-        if self.allowed and not Requirement(f"x{self.allowed}").specifier.contains(self.installed, prereleases=True):
+        if self.allowed and not Requirement(f"x{self.allowed}").specifier.contains(
+            self.installed, prereleases=True
+        ):
             return f"outside {self.allowed}: pip install '{self.package}{self.allowed}'"
         return ""
 
@@ -129,5 +145,7 @@ def versions() -> list[Version]:
     for needed in map(Requirement, importlib.metadata.requires("qlora-nb") or []):
         if not needed.marker or needed.marker.evaluate({"extra": ""}):
             loaded = getattr(sys.modules.get(needed.name.replace("-", "_")), "__version__", None)
-            found.append(Version(needed.name, installed(needed.name), str(needed.specifier), loaded))
+            found.append(
+                Version(needed.name, installed(needed.name), str(needed.specifier), loaded)
+            )
     return found

@@ -1,8 +1,9 @@
 """One kind of progress bar, with the time left, for everything that takes longer than two seconds.
 
-In a notebook tqdm would draw a widget, and of a widget nothing is left in what papermill stores and logs. So bars are text,
-those of the libraries too (datasets, transformers, huggingface_hub and PEFT all ask tqdm for theirs): a line that is
-overwritten in a terminal and in a notebook, in a file a new line every two seconds. What is done sooner shows nothing.
+In a notebook tqdm would draw a widget, and of a widget nothing is left in what papermill stores and
+logs. So bars are text, those of the libraries too (datasets, transformers, huggingface_hub and PEFT
+all ask tqdm for theirs): a line that is overwritten in a terminal and in a notebook, in a file a
+new line every two seconds. What is done sooner shows nothing.
 """
 
 import sys
@@ -32,6 +33,8 @@ class Bar(tqdm_asyncio):
 
 
 def use_text_bars() -> None:
-    """From now on libraries that ask tqdm for a bar get this one; call it before they are imported."""
+    """From now on libraries that ask tqdm for a bar get this one; call it before they are
+    imported.
+    """
     tqdm.tqdm = Bar
     tqdm.auto.tqdm = Bar

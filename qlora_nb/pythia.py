@@ -1,6 +1,8 @@
-"""How large the Pythias are, from four sizes each: arithmetic without torch, checked against the real modules in tests.
+"""How large the Pythias are, from four sizes each: arithmetic without torch, checked against the
+real modules in tests.
 
-`ledger` counts any model exactly, tensor by tensor; this module answers in a millisecond, before torch is loaded.
+`ledger` counts any model exactly, tensor by tensor; this module answers in a millisecond, before
+torch is loaded.
 """
 
 from dataclasses import dataclass
@@ -8,7 +10,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Shape:
-    """A GPT-NeoX: fused query-key-value, a feed-forward part four times as wide, biases, an untied embedding and head."""
+    """A GPT-NeoX: fused query-key-value, a feed-forward part four times as wide, biases, an untied
+    embedding and head.
+    """
 
     n_layers: int
     hidden: int
@@ -28,7 +32,9 @@ class Shape:
 
     @property
     def n_parameters(self) -> int:
-        """All parameters: with the biases of a block (9 · hidden), its two norms (4 · hidden), the last norm, both ends."""
+        """All parameters: with the biases of a block (9 · hidden), its two norms (4 · hidden), the
+        last norm, both ends.
+        """
         return self.n_linear + self.hidden * (13 * self.n_layers + 2 + 2 * self.vocab)
 
     def lora_parameters(self, r: int) -> int:

@@ -1,4 +1,6 @@
-"""Where things lie: a name such as pocket, smollm2, a hub name, a folder or `latest` becomes a path here, and nowhere else."""
+"""Where things lie: a name such as pocket, smollm2, a hub name, a folder or `latest` becomes a path
+here, and nowhere else.
+"""
 
 import functools
 import os
@@ -21,12 +23,16 @@ SMOLLM2_DIR = CACHE / "SmolLM2-135M-Instruct"
 
 
 def local_path(name: str) -> Path:
-    """The path that somebody wrote, with `~` for a home folder; whether anything lies there is not asked."""
+    """The path that somebody wrote, with `~` for a home folder; whether anything lies there is not
+    asked.
+    """
     return Path(name).expanduser()
 
 
 def download_bytes(model_id: str) -> int | None:
-    """Bytes of a model's weights: of a Pythia two for each parameter, of a folder what lies there; None if only the hub knows."""
+    """Bytes of a model's weights: of a Pythia two for each parameter, of a folder what lies there;
+    None if only the hub knows.
+    """
     if size := pythia_size(model_id):
         return 2 * PYTHIA[size].n_parameters
     folder = local_path(model_id)
@@ -34,7 +40,9 @@ def download_bytes(model_id: str) -> int | None:
 
 
 def hub_endpoint() -> str:
-    """The hub's address, or the mirror that HF_ENDPOINT names, without a name and password in it."""
+    """The hub's address, or the mirror that HF_ENDPOINT names, without a name and password in
+    it.
+    """
     return re.sub("//[^/]*@", "//", os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
 
 
@@ -52,8 +60,15 @@ def _reachable(endpoint: str) -> bool:
 
 
 def hub_is_reachable() -> bool:
-    """One connection attempt of at most a second (asking the hub library itself takes 23 s to fail)."""
-    return os.environ.get("HF_HUB_OFFLINE", "").lower() not in {"1", "true", "yes", "on"} and _reachable(hub_endpoint())
+    """One connection attempt of at most a second (asking the hub library itself takes 23 s to
+    fail).
+    """
+    return os.environ.get("HF_HUB_OFFLINE", "").lower() not in {
+        "1",
+        "true",
+        "yes",
+        "on",
+    } and _reachable(hub_endpoint())
 
 
 def in_hub_cache(repo_id: str, repo_type: str = "model") -> bool:
@@ -71,11 +86,20 @@ def hub_cache(repo_id: str, repo_type: str) -> Path:
 def project_root() -> Path:
     """The folder of the repository a notebook runs in, else the current folder."""
     here = Path.cwd()
-    return next((p for p in (here, *here.parents) if (p / "notebooks").is_dir() and (p / "pyproject.toml").is_file()), here)
+    return next(
+        (
+            p
+            for p in (here, *here.parents)
+            if (p / "notebooks").is_dir() and (p / "pyproject.toml").is_file()
+        ),
+        here,
+    )
 
 
 def runs_root(settings) -> Path:
-    """The folder that this profile's runs go into; a relative `output_dir` lies in the repository."""
+    """The folder that this profile's runs go into; a relative `output_dir` lies in the
+    repository.
+    """
     return project_root() / local_path(settings.output_dir) / settings.profile
 
 
@@ -89,7 +113,9 @@ def model_path(model_id: str) -> str:
         return str(MODEL_DIR)
     if model_id == "smollm2":
         if not (SMOLLM2_DIR / "config.json").is_file():
-            raise KitError("SmolLM2 is not on this machine yet", remedy="run: qlora-nb fetch smollm2")
+            raise KitError(
+                "SmolLM2 is not on this machine yet", remedy="run: qlora-nb fetch smollm2"
+            )
         return str(SMOLLM2_DIR)
     folder = local_path(model_id)
     return str(folder) if folder.is_dir() else model_id

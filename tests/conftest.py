@@ -1,4 +1,6 @@
-"""Shared by all tests: the repository, small notebooks made on the spot, and one papermill pass over the real ones."""
+"""Shared by all tests: the repository, small notebooks made on the spot, and one papermill pass
+over the real ones.
+"""
 
 from __future__ import annotations
 
@@ -29,18 +31,30 @@ def root() -> Path:
 
 @pytest.fixture
 def toy(tmp_path):
-    """Write a small notebook: `toy("01_name", "code", …)` makes one with a parameters cell before the code cells."""
+    """Write a small notebook: `toy("01_name", "code", …)` makes one with a parameters cell before
+    the code cells.
+    """
     folder = tmp_path / "toys"
     folder.mkdir()
 
     def write(name: str, *code: str, results: bool = True) -> Path:
-        parameters = nbformat.v4.new_code_cell('profile: str = "tiny"  # world', metadata={"tags": ["parameters"]})
-        cells = [nbformat.v4.new_markdown_cell(f"# Toy {name}"), parameters, *map(nbformat.v4.new_code_cell, code)]
+        parameters = nbformat.v4.new_code_cell(
+            'profile: str = "tiny"  # world', metadata={"tags": ["parameters"]}
+        )
+        cells = [
+            nbformat.v4.new_markdown_cell(f"# Toy {name}"),
+            parameters,
+            *map(nbformat.v4.new_code_cell, code),
+        ]
         if results:
             source = "from qlora_nb.record.runs import key_results\nkey_results({'answer': 42})"
             cells.append(nbformat.v4.new_code_cell(source, metadata={"tags": ["key-results"]}))
         notebook = nbformat.v4.new_notebook(cells=cells)
-        notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        notebook.metadata["kernelspec"] = {
+            "name": "python3",
+            "display_name": "Python 3",
+            "language": "python",
+        }
         nbformat.write(notebook, folder / f"{name}.ipynb")
         return folder
 
@@ -70,9 +84,23 @@ class Listener:
                     self.calls.append(b"")
 
     def environment(self) -> dict[str, str]:
-        """Every way out leads here: the hub and all proxies. Nothing says that the hub is offline."""
-        ways = ("HF_ENDPOINT", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy")
-        return dict.fromkeys(ways, self.url) | {"NO_PROXY": "", "no_proxy": "", "HF_HUB_OFFLINE": "0"}
+        """Every way out leads here: the hub and all proxies. Nothing says that the hub is
+        offline.
+        """
+        ways = (
+            "HF_ENDPOINT",
+            "HTTP_PROXY",
+            "HTTPS_PROXY",
+            "ALL_PROXY",
+            "http_proxy",
+            "https_proxy",
+            "all_proxy",
+        )
+        return dict.fromkeys(ways, self.url) | {
+            "NO_PROXY": "",
+            "no_proxy": "",
+            "HF_HUB_OFFLINE": "0",
+        }
 
     def close(self) -> None:
         self._socket.close()
@@ -87,7 +115,9 @@ def listener():
 
 @pytest.fixture(scope="session")
 def papermill_pass(tmp_path_factory):
-    """All notebooks once, in order, in profile tiny, with every way to a network leading to a listener: what all checks share."""
+    """All notebooks once, in order, in profile tiny, with every way to a network leading to a
+    listener: what all checks share.
+    """
     from qlora_nb.batch import sequence
 
     listener = Listener()
@@ -95,23 +125,36 @@ def papermill_pass(tmp_path_factory):
     home = out / "hub"  # an empty cache: nothing that was fetched earlier can help
     try:
         summary = sequence.run_sequence(
-            {"profile": "tiny", "output_dir": str(out)}, extra_env=listener.environment() | {"HF_HOME": str(home)}
+            {"profile": "tiny", "output_dir": str(out)},
+            extra_env=listener.environment() | {"HF_HOME": str(home)},
         )
     finally:
         listener.close()
     summary["calls"] = listener.calls
-    print(json.dumps({o["notebook"]: [o["status"], o["wall_s"], o["peak_bytes"] >> 20] for o in summary["notebooks"]}))
+    print(
+        json.dumps(
+            {
+                o["notebook"]: [o["status"], o["wall_s"], o["peak_bytes"] >> 20]
+                for o in summary["notebooks"]
+            }
+        )
+    )
     yield summary
     shutil.rmtree(out, ignore_errors=True)
 
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 16 MB of its own: a disk that can really be filled. Skipped where this user may not mount one."""
+    """A file system of 16 MB of its own: a disk that can really be filled. Skipped where this user
+    may not mount one.
+    """
     folder = tmp_path / "small disk"
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)]
-    if not shutil.which("mount") or subprocess.run(command, capture_output=True, check=False).returncode:
+    if (
+        not shutil.which("mount")
+        or subprocess.run(command, capture_output=True, check=False).returncode
+    ):
         pytest.skip("a small file system cannot be mounted here (it needs root)")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=False)
@@ -124,7 +167,10 @@ def closed_folder(tmp_path):
     folder.mkdir(mode=0o555)
     if os.access(folder, os.W_OK):  # root: only a mount that is read-only stops it
         command = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(folder)]
-        if not shutil.which("mount") or subprocess.run(command, capture_output=True, check=False).returncode:
+        if (
+            not shutil.which("mount")
+            or subprocess.run(command, capture_output=True, check=False).returncode
+        ):
             pytest.skip("root may write everywhere here and cannot mount a read-only file system")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], capture_output=True, check=False)

@@ -1,7 +1,9 @@
-"""A hub on loopback that serves one small repository the way huggingface.co does, and fails as told.
+"""A hub on loopback that serves one small repository the way huggingface.co does, and fails as
+told.
 
-`mode` is `fine`, a status code as text (`401`), `cut` (half of the weights, then nobody answers any more: `gone`), `blink`
-(the same once, then all is fine), `short` (half of what is asked for, every time) or `portal` (a page instead of an answer).
+`mode` is `fine`, a status code as text (`401`), `cut` (half of the weights, then nobody answers any
+more: `gone`), `blink` (the same once, then all is fine), `short` (half of what is asked for, every
+    time) or `portal` (a page instead of an answer).
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ SHA = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub:
-    """`files` is name → bytes of the repository `a/b`; `sent` says which byte ranges of the weights went out."""
+    """`files` is name → bytes of the repository `a/b`; `sent` says which byte ranges of the weights
+    went out.
+    """
 
     def __init__(self, files: dict[str, bytes], weights: str = "model.safetensors"):
         self.files, self.weights, self.mode = files, weights, "fine"
@@ -47,12 +51,26 @@ class Hub:
                     return
                 path = self.path.split("?")[0]
                 if path.startswith("/api/"):
-                    siblings = [{"rfilename": n, "size": len(c), "blobId": blob(c)} for n, c in hub.files.items()]
-                    tree = [{"type": "file", "path": n, "size": len(c), "oid": blob(c)} for n, c in hub.files.items()]
-                    said = tree if "/tree/" in path else {"id": "a/b", "sha": SHA, "siblings": siblings}
+                    siblings = [
+                        {"rfilename": n, "size": len(c), "blobId": blob(c)}
+                        for n, c in hub.files.items()
+                    ]
+                    tree = [
+                        {"type": "file", "path": n, "size": len(c), "oid": blob(c)}
+                        for n, c in hub.files.items()
+                    ]
+                    said = (
+                        tree
+                        if "/tree/" in path
+                        else {"id": "a/b", "sha": SHA, "siblings": siblings}
+                    )
                     self.send_response(200)
                     self.send_header("Content-Type", "application/json")
-                    self.finish_with(b"<html>please log in" if hub.mode == "portal" else json.dumps(said).encode())
+                    self.finish_with(
+                        b"<html>please log in"
+                        if hub.mode == "portal"
+                        else json.dumps(said).encode()
+                    )
                     return
                 self.file(path.split("/resolve/")[1].split("/", 1)[1], body)
 
@@ -70,7 +88,9 @@ class Hub:
                 self.send_header("X-Repo-Commit", SHA)
                 self.send_header("Accept-Ranges", "bytes")
                 if wanted:
-                    self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+                    self.send_header(
+                        "Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}"
+                    )
                 self.send_header("Content-Length", str(len(content) - start))
                 self.end_headers()
                 if not body:

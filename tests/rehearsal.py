@@ -2,10 +2,12 @@
 
 Two stand-ins, each for what the other cannot show:
 
-- `card(monkeypatch, …)` makes the kit believe in NVIDIA cards while every tensor stays on the CPU. transformers' Trainer then
-  runs with accelerate's own autocast and torch's own gradient scaler, both of which exist for the CPU too. Numbers are real.
-- `Meta` takes torch's *meta* device for the card beside real tensors in the host's memory. An operation that mixes the two is
-  an error, as it is on a card; what comes back from the card has the right shape and is zero.
+- `card(monkeypatch, …)` makes the kit believe in NVIDIA cards while every tensor stays on the CPU.
+  transformers' Trainer then runs with accelerate's own autocast and torch's own gradient scaler,
+  both of which exist for the CPU too. Numbers are real.
+- `Meta` takes torch's *meta* device for the card beside real tensors in the host's memory. An
+  operation that mixes the two is an error, as it is on a card; what comes back from the card has
+  the right shape and is zero.
 """
 
 from __future__ import annotations
@@ -33,15 +35,19 @@ def card(
     total_bytes: int = 15 * GIB,
     free_bytes: int | None = None,
 ) -> SimpleNamespace:
-    """Let the kit, and the kit alone, see `n_cards` NVIDIA cards; everything is computed on the CPU.
+    """Let the kit, and the kit alone, see `n_cards` NVIDIA cards; everything is computed on the
+    CPU.
 
     The libraries see none: of torch.cuda only what the kit itself calls is stood in for.
 
     Returns:
-        `emptied`: how often the allocator's cache was given back; `scalers`: how many gradient scalers were made.
+        `emptied`: how often the allocator's cache was given back; `scalers`: how many gradient
+            scalers were made.
     """
     seen = SimpleNamespace(emptied=0, scalers=0)
-    gpu = cards.Gpu("rehearsed card", total_bytes, total_bytes if free_bytes is None else free_bytes, capability)
+    gpu = cards.Gpu(
+        "rehearsed card", total_bytes, total_bytes if free_bytes is None else free_bytes, capability
+    )
 
     def empty_cache() -> None:
         seen.emptied += 1
@@ -66,7 +72,9 @@ def card(
 
     def arguments(**options):
         made = arguments_class(**options)
-        made._n_gpu = 0 if options["use_cpu"] else n_cards  # what transformers finds on such a machine
+        made._n_gpu = (
+            0 if options["use_cpu"] else n_cards
+        )  # what transformers finds on such a machine
         return made
 
     monkeypatch.setattr(trainer, "TrainingArguments", arguments)
@@ -99,13 +107,19 @@ class PageManager:
             """As bitsandbytes 0.50.2's `Optimizer8bit.get_state_buffer` on a card."""
             if not optimizer.is_paged or parameter.numel() < 1e5:
                 return torch.zeros_like(parameter, dtype=dtype)
-            buffer = bitsandbytes.functional.get_paged(*parameter.shape, dtype=dtype, device=parameter.device)
+            buffer = bitsandbytes.functional.get_paged(
+                *parameter.shape, dtype=dtype, device=parameter.device
+            )
             optimizer.page_mng.paged_tensors.append(buffer)
             return buffer
 
         monkeypatch.setattr(bitsandbytes.functional, "get_paged", get_paged)
-        monkeypatch.setattr(bitsandbytes.functional, "prefetch_tensor", lambda tensor, to_cpu=False: None)
-        monkeypatch.setattr(bitsandbytes.optim.optimizer.Optimizer8bit, "get_state_buffer", get_state_buffer)
+        monkeypatch.setattr(
+            bitsandbytes.functional, "prefetch_tensor", lambda tensor, to_cpu=False: None
+        )
+        monkeypatch.setattr(
+            bitsandbytes.optim.optimizer.Optimizer8bit, "get_state_buffer", get_state_buffer
+        )
 
 
 def paged_states(optimizer) -> tuple[int, int]:
@@ -116,11 +130,17 @@ def paged_states(optimizer) -> tuple[int, int]:
 
 
 class Meta(TorchDispatchMode):
-    """Inside, *meta* is the card: operations that mix it with the host's tensors fail, what is read back from it is zero."""
+    """Inside, *meta* is the card: operations that mix it with the host's tensors fail, what is read
+    back from it is zero.
+    """
 
     CARD = torch.device("meta")
     _COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
-    _INDEXED = (torch.ops.aten.index.Tensor, torch.ops.aten._index_put_impl_.default, torch.ops.aten.index_put_.default)
+    _INDEXED = (
+        torch.ops.aten.index.Tensor,
+        torch.ops.aten._index_put_impl_.default,
+        torch.ops.aten.index_put_.default,
+    )
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -129,9 +149,13 @@ class Meta(TorchDispatchMode):
             return torch.zeros((), dtype=tensors[0].dtype).item()
         if func in self._COPIES:
             return self._copy(func, args, kwargs)
-        places = {t.device.type for t in tensors if t.dim() or t.is_meta}  # a number from the host may meet any tensor
+        places = {
+            t.device.type for t in tensors if t.dim() or t.is_meta
+        }  # a number from the host may meet any tensor
         if len(places) > 1 and func not in self._INDEXED:
-            raise RuntimeError(f"{func}: expected all tensors on the same device, found {', '.join(sorted(places))}")
+            raise RuntimeError(
+                f"{func}: expected all tensors on the same device, found {', '.join(sorted(places))}"
+            )
         return func(*args, **kwargs)
 
     def _copy(self, func, args, kwargs):

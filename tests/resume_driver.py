@@ -1,9 +1,10 @@
-"""One training run of twelve steps in a process of its own, hurt as asked: `python resume_driver.py FOLDER RESUME HURT`.
+"""One training run of twelve steps in a process of its own, hurt as asked: `python resume_driver.py
+FOLDER RESUME HURT`.
 
-HURT is `none`, `int@7` (what ■ does, in step 7), `term@7`, `kill@7` (SIGKILL after step 7), `kill-in@7` (inside step 7),
-`kill-save@8` (half-way through writing the checkpoint of step 8), `fill@6` (the disk is really filled to the last byte then),
-`quota@6` (no file may grow beyond 100 kB from then on) or `oom@7`.
-Prints the losses and a hash of the adapter as JSON.
+HURT is `none`, `int@7` (what ■ does, in step 7), `term@7`, `kill@7` (SIGKILL after step 7),
+`kill-in@7` (inside step 7), `kill-save@8` (half-way through writing the checkpoint of step 8),
+`fill@6` (the disk is really filled to the last byte then), `quota@6` (no file may grow beyond 100
+kB from then on) or `oom@7`. Prints the losses and a hash of the adapter as JSON.
 """
 
 from __future__ import annotations
@@ -22,13 +23,28 @@ from qlora_nb.model import data, load
 from qlora_nb.settings import validate
 from qlora_nb.train import attach, checkpoints, trainer
 
-SMALL = {"max_steps": 12, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "train_rows": 48, "max_length": 96}
+SMALL = {
+    "max_steps": 12,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "train_rows": 48,
+    "max_length": 96,
+}
 
 
 def main(folder: str, resume: str, hurt: str) -> None:
     how, _, at = hurt.partition("@")
     at = int(at or 0)
-    settings = validate({**SMALL, "lora_dropout": 0.1, "output_dir": folder, "save_steps": 4, "resume": resume, "eval_rows": 1})
+    settings = validate(
+        {
+            **SMALL,
+            "lora_dropout": 0.1,
+            "output_dir": folder,
+            "save_steps": 4,
+            "resume": resume,
+            "eval_rows": 1,
+        }
+    )
     tokenizer, model = load.load_tokenizer(settings), load.load_base(settings)
     model = attach.attach_adapter(model, settings)
     rows = data.tokenize_rows(data.load(settings)[0], tokenizer, settings)
@@ -54,7 +70,9 @@ def main(folder: str, resume: str, hurt: str) -> None:
         calls.append(1)
         if len(calls) == 2 * at and how == "kill-in":  # the second of the two passes of that step
             os.kill(os.getpid(), signal.SIGKILL)
-        if len(calls) in (2 * at, 2 * at + 3) and how == "oom":  # and again when it is done in four passes
+        if (
+            len(calls) in (2 * at, 2 * at + 3) and how == "oom"
+        ):  # and again when it is done in four passes
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB. GPU 0 …")
         return forward(*args, **kwargs)
 
@@ -68,9 +86,19 @@ def main(folder: str, resume: str, hurt: str) -> None:
 
     trainer.QLoRATrainer._save_rng_state = save_and_hurt
     result = trainer.finetune(model, tokenizer, rows, settings, run, report)
-    weights = b"".join(p.detach().numpy().tobytes() for n, p in sorted(model.named_parameters()) if p.requires_grad)
+    weights = b"".join(
+        p.detach().numpy().tobytes() for n, p in sorted(model.named_parameters()) if p.requires_grad
+    )
     run.finish("interrupted" if result["stopped"] else "done")
-    print(json.dumps({"losses": result["losses"], "adapter": hashlib.sha256(weights).hexdigest(), "folder": str(run.folder)}))
+    print(
+        json.dumps(
+            {
+                "losses": result["losses"],
+                "adapter": hashlib.sha256(weights).hexdigest(),
+                "folder": str(run.folder),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

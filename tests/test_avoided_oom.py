@@ -1,4 +1,6 @@
-"""Notebook 05's CUDA cells, executed on a CPU with a stand-in for torch's capped allocator: every branch runs."""
+"""Notebook 05's CUDA cells, executed on a CPU with a stand-in for torch's capped allocator: every
+branch runs.
+"""
 
 from __future__ import annotations
 
@@ -103,7 +105,9 @@ def test_without_a_gpu_and_a_record_it_says_so(no_gpu, capsys):
 
 def test_without_a_gpu_the_recorded_run_is_shown(no_gpu, capsys):
     run = {"AdamW": {"finishes": False}}
-    space = avoided_oom.run_cells("cpu", recorded=lambda name: ({"avoided": run}, f"recorded {name}"))
+    space = avoided_oom.run_cells(
+        "cpu", recorded=lambda name: ({"avoided": run}, f"recorded {name}")
+    )
     assert space["avoided"] == run
     assert "recorded avoided_oom" in capsys.readouterr().out
 
@@ -126,7 +130,15 @@ def test_the_script_writes_a_record_that_the_notebook_can_tell(card, monkeypatch
     assert avoided_oom.main() == 0
     record = json.loads(avoided_oom.TARGET.read_text())
     assert record["avoided"]["PagedAdamW32bit"]["finishes"]
-    assert {"date", "commit", "hardware", "versions", "seeds", "numel", "total_bytes"} <= record.keys()
+    assert {
+        "date",
+        "commit",
+        "hardware",
+        "versions",
+        "seeds",
+        "numel",
+        "total_bytes",
+    } <= record.keys()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     capsys.readouterr()
     avoided_oom.run_cells("cpu")

@@ -1,4 +1,6 @@
-"""The batch run tells the truth: it believes a notebook's results and outputs, not papermill's word."""
+"""The batch run tells the truth: it believes a notebook's results and outputs, not papermill's
+word.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ PICTURE = "import matplotlib.pyplot as plt\n_ = plt.plot([0, 1])"
 
 def run(folder, tmp_path, **more):
     lines = []
-    summary = sequence.run_sequence({"output_dir": str(tmp_path / "out")}, notebooks=folder, say=lines.append, **more)
+    summary = sequence.run_sequence(
+        {"output_dir": str(tmp_path / "out")}, notebooks=folder, say=lines.append, **more
+    )
     return summary, lines
 
 
@@ -39,9 +43,14 @@ def outcomes(toy, tmp_path):
     toy("02_dies", DIES)
     toy("03_widget", WIDGET_FAILS)
     toy("04_no_results", "1 + 1", results=False)
-    toy("05_raises", "from qlora_nb.errors import KitError\nraise KitError('r is too small', value=0, allowed='1 or more')")
+    toy(
+        "05_raises",
+        "from qlora_nb.errors import KitError\nraise KitError('r is too small', value=0, allowed='1 or more')",
+    )
     folder = toy(
-        "06_secret", "import os\nprint(os.environ['MY_API_TOKEN'], 'hf_' + 'a' * 20)", "print('<script>alert(1)</script>')"
+        "06_secret",
+        "import os\nprint(os.environ['MY_API_TOKEN'], 'hf_' + 'a' * 20)",
+        "print('<script>alert(1)</script>')",
     )
     os.environ["MY_API_TOKEN"] = "very-secret-value"
     try:
@@ -62,7 +71,10 @@ def test_each_fate_is_told(outcomes, tmp_path):
     (run,) = (tmp_path / "out" / "tiny").glob("02_dies-*")
     assert runs.status_of(run) == "died", "the run's own record was never closed"
     assert any("kernel died" in p and "memory" in p for p in found["02_dies"]["problems"])
-    assert any("needs 190 MiB" in p and "per_device_train_batch_size=1" in p for p in found["02_dies"]["problems"])
+    assert any(
+        "needs 190 MiB" in p and "per_device_train_batch_size=1" in p
+        for p in found["02_dies"]["problems"]
+    )
     # papermill itself is content with this one
     assert found["03_widget"]["exit_code"] == 0
     assert found["03_widget"]["status"] == "failed"
@@ -101,14 +113,32 @@ def _check_page(page: str) -> None:
 
 def test_report_escapes_everything(tmp_path):
     evil = "<script>alert(1)</script>\"'"
-    outcome = {"notebook": evil, "status": "done", "wall_s": 1.0, "peak_bytes": 1, "problems": [evil], "results": {evil: evil}}
-    summary = {"status": evil, "started": evil, "parameters": {evil: evil}, "versions": {evil: evil}, "notebooks": [outcome]}
+    outcome = {
+        "notebook": evil,
+        "status": "done",
+        "wall_s": 1.0,
+        "peak_bytes": 1,
+        "problems": [evil],
+        "results": {evil: evil},
+    }
+    summary = {
+        "status": evil,
+        "started": evil,
+        "parameters": {evil: evil},
+        "versions": {evil: evil},
+        "notebooks": [outcome],
+    }
     cell = nbformat.v4.new_code_cell(
-        "1", outputs=[nbformat.v4.new_output("display_data", data={"image/png": 'x" onerror="alert(1)'})]
+        "1",
+        outputs=[
+            nbformat.v4.new_output("display_data", data={"image/png": 'x" onerror="alert(1)'})
+        ],
     )
     caption = nbformat.v4.new_markdown_cell(f"**Figure 1.** A *curve* {evil}")
     (tmp_path / "x").mkdir()
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(f"# {evil}"), cell, caption])
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_markdown_cell(f"# {evil}"), cell, caption]
+    )
     summary["notebooks"].append({**outcome, "notebook": "n"})
     nbformat.write(notebook, tmp_path / "n.ipynb")
     page = report.page(summary, tmp_path)
@@ -120,28 +150,48 @@ def test_report_escapes_everything(tmp_path):
 @pytest.mark.parametrize(
     ("output", "expected"),
     [
-        (nbformat.v4.new_output("error", ename="ValueError", evalue="no"), ["cell 0: ValueError: no"]),
         (
-            nbformat.v4.new_output("stream", name="stderr", text="Traceback (most recent call last):\nOops"),
+            nbformat.v4.new_output("error", ename="ValueError", evalue="no"),
+            ["cell 0: ValueError: no"],
+        ),
+        (
+            nbformat.v4.new_output(
+                "stream", name="stderr", text="Traceback (most recent call last):\nOops"
+            ),
             ["a traceback was printed: Oops"],
         ),
         (nbformat.v4.new_output("stream", name="stdout", text="fine"), []),
-        (nbformat.v4.new_output("stream", name="stdout", text="asked: Traceback (most recent call last):\nOops"), []),
+        (
+            nbformat.v4.new_output(
+                "stream", name="stdout", text="asked: Traceback (most recent call last):\nOops"
+            ),
+            [],
+        ),
     ],
 )
 def test_stored_errors(output, expected):
     plain = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("x", outputs=[output])])
-    assert [e in f for e, f in zip(expected, sequence.stored_errors(plain), strict=True)] == [True] * len(expected)
-    state = {"application/vnd.jupyter.widget-state+json": {"state": {"id": {"state": {"outputs": [output]}}}}}
+    assert [e in f for e, f in zip(expected, sequence.stored_errors(plain), strict=True)] == [
+        True
+    ] * len(expected)
+    state = {
+        "application/vnd.jupyter.widget-state+json": {
+            "state": {"id": {"state": {"outputs": [output]}}}
+        }
+    }
     hidden = nbformat.v4.new_notebook(metadata={"widgets": state})
     assert len(sequence.stored_errors(hidden)) == len(expected)
-    allowed = nbformat.v4.new_code_cell("x", outputs=[output], metadata={"tags": ["raises-exception"]})
+    allowed = nbformat.v4.new_code_cell(
+        "x", outputs=[output], metadata={"tags": ["raises-exception"]}
+    )
     assert sequence.stored_errors(nbformat.v4.new_notebook(cells=[allowed])) == []
 
 
 def test_refusals_come_before_any_process(toy, tmp_path, monkeypatch):
     folder = toy("01_good", "1")
-    monkeypatch.setattr(sequence.subprocess, "Popen", lambda *a, **k: pytest.fail("a process was started"))
+    monkeypatch.setattr(
+        sequence.subprocess, "Popen", lambda *a, **k: pytest.fail("a process was started")
+    )
     (tmp_path / "a file").write_text("")
     for parameters, only, expected in (
         ({"max_stepz": 3}, None, "did you mean max_steps"),
@@ -157,16 +207,25 @@ def test_refusals_come_before_any_process(toy, tmp_path, monkeypatch):
         sequence.run_sequence({"output_dir": str(tmp_path)}, notebooks=tmp_path)
 
 
-@pytest.mark.parametrize("record", ["[]", "null", '{"status": "running"}', '{"parameters": 7}', "{", ""])
+@pytest.mark.parametrize(
+    "record", ["[]", "null", '{"status": "running"}', '{"parameters": 7}', "{", ""]
+)
 def test_a_summary_that_is_none_is_no_unfinished_sequence(toy, tmp_path, record):
     folder = tmp_path / "out" / "tiny" / "sequence-20260101-000000"
     folder.mkdir(parents=True)
     (folder / "summary.json").write_text(record)
     for resume in ("latest", str(folder)):
         with pytest.raises(KitError, match="no unfinished sequence"):
-            sequence.run_sequence({"output_dir": str(tmp_path / "out")}, notebooks=toy("01_good", "1"), resume=resume)
+            sequence.run_sequence(
+                {"output_dir": str(tmp_path / "out")}, notebooks=toy("01_good", "1"), resume=resume
+            )
     with pytest.raises(KitError, match="goes on with the notebooks it began with"):
-        sequence.run_sequence({"output_dir": str(tmp_path / "out")}, ["01"], notebooks=toy("01_good", "1"), resume="latest")
+        sequence.run_sequence(
+            {"output_dir": str(tmp_path / "out")},
+            ["01"],
+            notebooks=toy("01_good", "1"),
+            resume="latest",
+        )
 
 
 def test_a_notebook_that_cannot_be_read_stops_nothing_but_is_told(toy, tmp_path):
@@ -179,7 +238,9 @@ def test_a_notebook_that_cannot_be_read_stops_nothing_but_is_told(toy, tmp_path)
     cut = tmp_path / "cut.ipynb"
     cut.write_text('{"cells": [')
     sequence._take_out_secrets(cut, tmp_path / "none")
-    assert "cut.ipynb is cut off: papermill was ended while it wrote" in sequence._judge(outcome, cut, tmp_path / "none", "")
+    assert "cut.ipynb is cut off: papermill was ended while it wrote" in sequence._judge(
+        outcome, cut, tmp_path / "none", ""
+    )
 
 
 def test_a_path_means_the_folder_the_user_is_in(toy, tmp_path, monkeypatch):
@@ -195,7 +256,9 @@ def test_a_foreign_kernel_is_refused(tmp_path, monkeypatch):
     sequence.require_own_kernel()
     spec = tmp_path / "kernels" / "python3"
     spec.mkdir(parents=True)
-    (spec / "kernel.json").write_text(json.dumps({"argv": ["/elsewhere/python", "-f", "{connection_file}"], "display_name": "x"}))
+    (spec / "kernel.json").write_text(
+        json.dumps({"argv": ["/elsewhere/python", "-f", "{connection_file}"], "display_name": "x"})
+    )
     monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "0")
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
     with pytest.raises(KitError, match="another Python"):
@@ -215,21 +278,28 @@ def is_gone(pid):
 
 @pytest.fixture
 def long(toy, tmp_path):
-    """A sequence in a process of its own: 01 is done, 02 sleeps until it is hurt (or until a file `go` is there).
+    """A sequence in a process of its own: 01 is done, 02 sleeps until it is hurt (or until a file
+    `go` is there).
 
     `long()` → (that process, the pid of 02's kernel, the folder of the notebooks).
     """
     pid = tmp_path / "pid"
     toy("01_short", "1 + 1")
     sleep = f"import os, pathlib, time\npathlib.Path({str(pid)!r}).write_text(str(os.getpid()))\nprint('before the sleep')"
-    folder = toy("02_long", sleep, f"while not pathlib.Path({str(tmp_path / 'go')!r}).exists():\n    time.sleep(0.1)")
+    folder = toy(
+        "02_long",
+        sleep,
+        f"while not pathlib.Path({str(tmp_path / 'go')!r}).exists():\n    time.sleep(0.1)",
+    )
     program = (
         "from pathlib import Path; from qlora_nb.batch import sequence\n"
         f"sequence.run_sequence({{'output_dir': {str(tmp_path / 'out')!r}}}, notebooks=Path({str(folder)!r}))"
     )
 
     def start():
-        process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [sys.executable, "-c", program], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         assert wait_for(lambda: pid.is_file() and pid.read_text())
         time.sleep(0.5)  # papermill writes the notebook down before each cell
         return process, int(pid.read_text()), folder
@@ -257,7 +327,10 @@ def test_interrupt_leaves_no_kernel(long, tmp_path, signals, code):
     assert is_gone(kernel)
     record = record_of(tmp_path)
     assert record["status"] == "interrupted"
-    assert [(o["notebook"], o["status"]) for o in record["notebooks"]] == [("01_short", "done"), ("02_long", "interrupted")]
+    assert [(o["notebook"], o["status"]) for o in record["notebooks"]] == [
+        ("01_short", "done"),
+        ("02_long", "interrupted"),
+    ]
 
 
 @pytest.mark.slow
@@ -268,10 +341,14 @@ def test_a_killed_sequence_leaves_no_kernel_and_is_gone_on_with(long, tmp_path):
         sequence.run_sequence(given, notebooks=folder, say=print, resume="latest")
     process.kill()
     process.wait(60)
-    assert wait_for(lambda: is_gone(kernel), 30), "papermill and its kernel outlive a batch that was killed"
+    assert wait_for(lambda: is_gone(kernel), 30), (
+        "papermill and its kernel outlive a batch that was killed"
+    )
     (written,) = (tmp_path / "out").glob("tiny/sequence-*")
     partial = nbformat.read(written / "02_long.ipynb", 4)
-    assert "before the sleep" in str([c.get("outputs") for c in partial.cells]), "what was done can be read"
+    assert "before the sleep" in str([c.get("outputs") for c in partial.cells]), (
+        "what was done can be read"
+    )
     record = record_of(tmp_path)
     assert (record["status"], [o["status"] for o in record["notebooks"]]) == ("running", ["done"])
     kept = (written / "01_short.ipynb").stat().st_mtime_ns
@@ -283,8 +360,13 @@ def test_a_killed_sequence_leaves_no_kernel_and_is_gone_on_with(long, tmp_path):
     lines = []
     summary = sequence.run_sequence(given, notebooks=folder, say=lines.append, resume="latest")
     assert summary["folder"] == str(written)
-    assert (summary["status"], [o["status"] for o in summary["notebooks"]]) == ("done", ["done", "done"])
-    assert (written / "01_short.ipynb").stat().st_mtime_ns == kept, "what was done is not done again"
+    assert (summary["status"], [o["status"] for o in summary["notebooks"]]) == (
+        "done",
+        ["done", "done"],
+    )
+    assert (written / "01_short.ipynb").stat().st_mtime_ns == kept, (
+        "what was done is not done again"
+    )
     assert any("01_short" in line and "is done already" in line for line in lines)
     with pytest.raises(KitError, match="no unfinished sequence"):
         sequence.run_sequence(given, notebooks=folder, resume="latest")
@@ -308,11 +390,21 @@ def test_a_cell_that_takes_too_long_leaves_a_readable_notebook_and_no_kernel(toy
     pid = tmp_path / "pid"
     first = f"import os, pathlib, time\npathlib.Path({str(pid)!r}).write_text(str(os.getpid()))\nprint('so far')"
     source = toy("01_slow", first, "time.sleep(300)") / "01_slow.ipynb"
-    command = [sys.executable, "-m", "papermill", str(source), str(tmp_path / "out.ipynb"), "--execution-timeout", "5"]
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        str(source),
+        str(tmp_path / "out.ipynb"),
+        "--execution-timeout",
+        "5",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode != 0
     assert "Timeout" in done.stderr
-    assert "so far" in str([c.get("outputs") for c in nbformat.read(tmp_path / "out.ipynb", 4).cells])
+    assert "so far" in str(
+        [c.get("outputs") for c in nbformat.read(tmp_path / "out.ipynb", 4).cells]
+    )
     assert wait_for(lambda: is_gone(int(pid.read_text())), 30)
 
 
@@ -322,15 +414,27 @@ def test_a_changed_notebook_is_not_kept(toy, tmp_path):
     given = {"output_dir": str(tmp_path / "out")}
     first = sequence.run_sequence(given, notebooks=folder, say=lambda line: None)
     assert [o["status"] for o in first["notebooks"]] == ["done", "failed"]
-    (folder / "01_a.ipynb").write_text((folder / "01_a.ipynb").read_text().replace("print(1)", "print(2)"))
-    again = sequence.run_sequence(given, notebooks=folder, say=lambda line: None, resume=first["folder"])
+    (folder / "01_a.ipynb").write_text(
+        (folder / "01_a.ipynb").read_text().replace("print(1)", "print(2)")
+    )
+    again = sequence.run_sequence(
+        given, notebooks=folder, say=lambda line: None, resume=first["folder"]
+    )
     assert [o["status"] for o in again["notebooks"]] == ["done", "failed"]
-    assert "2\\n" in (tmp_path / "out" / "tiny" / first["folder"].rsplit("/")[-1] / "01_a.ipynb").read_text()
+    assert (
+        "2\\n"
+        in (tmp_path / "out" / "tiny" / first["folder"].rsplit("/")[-1] / "01_a.ipynb").read_text()
+    )
 
 
 def test_parameters_reach_the_notebook_as_numbers(toy, tmp_path):
     folder = toy("01_types", "print(repr(learning_rate), repr(double_quant), repr(prompts))")
-    given = {"output_dir": str(tmp_path / "ö ut"), "learning_rate": "2e-4", "double_quant": "false", "prompts": "ünï: #x"}
+    given = {
+        "output_dir": str(tmp_path / "ö ut"),
+        "learning_rate": "2e-4",
+        "double_quant": "false",
+        "prompts": "ünï: #x",
+    }
     summary = sequence.run_sequence(given, notebooks=folder, say=lambda line: None)
     assert summary["status"] == "done", summary["notebooks"]
     (executed,) = (tmp_path / "ö ut").glob("tiny/sequence-*/01_types.ipynb")

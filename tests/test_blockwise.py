@@ -1,4 +1,6 @@
-"""Block-wise quantization: bit for bit against bitsandbytes and onnxruntime, against plain loops, and at the edges."""
+"""Block-wise quantization: bit for bit against bitsandbytes and onnxruntime, against plain loops,
+and at the edges.
+"""
 
 from __future__ import annotations
 
@@ -39,9 +41,13 @@ def test_examples_in_docstrings():
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-@pytest.mark.parametrize("kind", ["normal", "uniform", "laplace", "cauchy", "tiny", "huge", "sparse", "steps"])
+@pytest.mark.parametrize(
+    "kind", ["normal", "uniform", "laplace", "cauchy", "tiny", "huge", "sparse", "steps"]
+)
 def test_equal_to_bitsandbytes_for_every_blocksize(quant_type, kind):
-    """2 codes × 8 distributions × 300,000 numbers = 4.8 million different numbers, each at 8 block sizes."""
+    """2 codes × 8 distributions × 300,000 numbers = 4.8 million different numbers, each at 8 block
+    sizes.
+    """
     x, code = draw(kind, N, seed=11), codebooks.code_by_name(quant_type)
     for blocksize in BLOCKSIZES:
         theirs, state = bnb.quantize_4bit(x, blocksize=blocksize, quant_type=quant_type)
@@ -54,7 +60,9 @@ def test_equal_to_bitsandbytes_for_every_blocksize(quant_type, kind):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1,), (7,), (63,), (64,), (65,), (129,), (3, 50), (2, 3, 96), (4097,)])
+@pytest.mark.parametrize(
+    "shape", [(1,), (7,), (63,), (64,), (65,), (129,), (3, 50), (2, 3, 96), (4097,)]
+)
 def test_shapes_and_dtypes_with_ragged_last_blocks(dtype, shape):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(5)).to(dtype)
     for quant_type in ("nf4", "fp4"):
@@ -75,21 +83,45 @@ def same_with_library(x: torch.Tensor, blocksize: int = 64) -> bool:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 10_000), st.integers(1, 150), st.integers(1, 70), st.sampled_from(["NF4", "FP4", "INT4", "AF4"]), st.data())
+@given(
+    st.integers(0, 10_000),
+    st.integers(1, 150),
+    st.integers(1, 70),
+    st.sampled_from(["NF4", "FP4", "INT4", "AF4"]),
+    st.data(),
+)
 def test_loops_on_every_dtype_and_awkward_data(seed, n, blocksize, name, data):
-    """The plain loops beside the fast version on 16-bit numbers, zeros, constants and denormals, with ragged last blocks."""
+    """The plain loops beside the fast version on 16-bit numbers, zeros, constants and denormals,
+    with ragged last blocks.
+    """
     dtype = data.draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
-    kind = data.draw(st.sampled_from(["normal", "sparse", "steps", "zeros", "constant", "denormal"]))
-    special = {"zeros": torch.zeros(n), "constant": torch.full((n,), -0.3), "denormal": torch.full((n,), 1e-40)}
-    x, code = (special[kind] if kind in special else draw(kind, n, seed)).to(dtype), codebooks.code_by_name(name)
+    kind = data.draw(
+        st.sampled_from(["normal", "sparse", "steps", "zeros", "constant", "denormal"])
+    )
+    special = {
+        "zeros": torch.zeros(n),
+        "constant": torch.full((n,), -0.3),
+        "denormal": torch.full((n,), 1e-40),
+    }
+    x, code = (
+        (special[kind] if kind in special else draw(kind, n, seed)).to(dtype),
+        codebooks.code_by_name(name),
+    )
     fast, absmax = blockwise.quantize(x, code, blocksize)
     slow, absmax_slow = blockwise.quantize_spec(x, code, blocksize)
-    tiny = absmax_slow < blockwise.SMALLEST_SCALE  # these count as the smallest scale in the fast version
+    tiny = (
+        absmax_slow < blockwise.SMALLEST_SCALE
+    )  # these count as the smallest scale in the fast version
     assert torch.equal(absmax[~tiny], absmax_slow[~tiny])
     assert (absmax[tiny] <= blockwise.SMALLEST_SCALE).all()
     scale = absmax_slow.repeat_interleave(blocksize)[:n].double()
     near = lambda index: (code[index.int()].double() * scale - x.double()).abs()
-    assert (near(fast) - near(slow))[scale >= blockwise.SMALLEST_SCALE].abs().le(1e-6 * scale.max()).all()
+    assert (
+        (near(fast) - near(slow))[scale >= blockwise.SMALLEST_SCALE]
+        .abs()
+        .le(1e-6 * scale.max())
+        .all()
+    )
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -138,10 +170,20 @@ def test_refuses_empty_wrong_dtype_and_bad_blocksizes():
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 10_000), st.integers(1, 200), st.integers(1, 70), st.sampled_from(["NF4", "FP4", "INT4"]))
+@given(
+    st.integers(0, 10_000),
+    st.integers(1, 200),
+    st.integers(1, 70),
+    st.sampled_from(["NF4", "FP4", "INT4"]),
+)
 def test_fast_version_equals_loops(seed, n, blocksize, name):
-    """Indices may differ only where a number lies within rounding of a border; the code values then tie."""
-    x, code = torch.randn(n, generator=torch.Generator().manual_seed(seed)), codebooks.code_by_name(name)
+    """Indices may differ only where a number lies within rounding of a border; the code values then
+    tie.
+    """
+    x, code = (
+        torch.randn(n, generator=torch.Generator().manual_seed(seed)),
+        codebooks.code_by_name(name),
+    )
     fast, absmax = blockwise.quantize(x, code, blocksize)
     slow, absmax_slow = blockwise.quantize_spec(x, code, blocksize)
     assert torch.equal(absmax, absmax_slow)
@@ -175,7 +217,9 @@ def test_a_second_round_trip_changes_nothing():
 
 
 def test_equal_to_onnxruntime_but_for_ties():
-    """onnxruntime's NF4 is an independent program. Differences are allowed only at a border between two values, and listed."""
+    """onnxruntime's NF4 is an independent program. Differences are allowed only at a border between
+    two values, and listed.
+    """
     state = pytest.importorskip("onnxruntime.capi._pybind_state")
     if not hasattr(state, "quantize_matmul_bnb4"):
         pytest.skip("this onnxruntime has no quantize_matmul_bnb4")
@@ -191,7 +235,9 @@ def test_equal_to_onnxruntime_but_for_ties():
             index, ours = blockwise.quantize(x, code, blocksize)
             assert torch.equal(torch.from_numpy(absmax), ours), (kind, blocksize)
             theirs = blockwise.unpack(torch.from_numpy(packed), rows * cols)
-            scaled = (x.flatten().reshape(-1, blocksize) * (1 / ours.clamp(min=1e-38))[:, None]).flatten()
+            scaled = (
+                x.flatten().reshape(-1, blocksize) * (1 / ours.clamp(min=1e-38))[:, None]
+            ).flatten()
             for at in (theirs != index).nonzero().flatten().tolist():
                 gap = (scaled[at] - borders).abs().min().item()
                 ties.append((kind, blocksize, at, scaled[at].item(), gap))
@@ -213,31 +259,42 @@ def test_rmse_table_of_the_facts():
     x = draw("normal", 2**22, seed=0)
     for blocksize, want in FACTS.items():
         for name, value in zip(("NF4", "AF4", "FP4", "INT4"), want, strict=True):
-            found = blockwise.rmse(x, blockwise.round_trip(x, codebooks.code_by_name(name), blocksize))
+            found = blockwise.rmse(
+                x, blockwise.round_trip(x, codebooks.code_by_name(name), blocksize)
+            )
             assert found == pytest.approx(value, abs=1e-3), (name, blocksize)
 
 
 def test_absolute_error_of_the_facts():
     """The second number of the table at blocks of 64, and AF4 beside it."""
     x = draw("normal", 2**22, seed=0)
-    error = lambda name: (blockwise.round_trip(x, codebooks.code_by_name(name)) - x).abs().mean().item()
-    assert [error(n) for n in ("NF4", "FP4", "INT4")] == pytest.approx([0.0728, 0.0966, 0.0914], abs=1e-3)
+    error = lambda name: (
+        (blockwise.round_trip(x, codebooks.code_by_name(name)) - x).abs().mean().item()
+    )
+    assert [error(n) for n in ("NF4", "FP4", "INT4")] == pytest.approx(
+        [0.0728, 0.0966, 0.0914], abs=1e-3
+    )
     assert error("AF4") == pytest.approx(0.0751, abs=1e-3)
 
 
 def test_rmse_of_other_distributions():
-    for kind, want in {"laplace": (0.1036, 0.1505, 0.1406), "uniform": (0.0912, None, 0.0698)}.items():
+    for kind, want in {
+        "laplace": (0.1036, 0.1505, 0.1406),
+        "uniform": (0.0912, None, 0.0698),
+    }.items():
         x = draw(kind, 2**21, seed=0)
         x = x / x.std()
         for name, value in zip(("NF4", "FP4", "INT4"), want):
             if value is not None:
-                assert blockwise.rmse(x, blockwise.round_trip(x, codebooks.code_by_name(name), 64)) == pytest.approx(
-                    value, abs=1e-3
-                )
+                assert blockwise.rmse(
+                    x, blockwise.round_trip(x, codebooks.code_by_name(name), 64)
+                ) == pytest.approx(value, abs=1e-3)
 
 
 def test_usage_and_entropy():
-    share = blockwise.code_usage(blockwise.quantize(draw("normal", 2**20, seed=0), codebooks.nf4_code())[0])
+    share = blockwise.code_usage(
+        blockwise.quantize(draw("normal", 2**20, seed=0), codebooks.nf4_code())[0]
+    )
     assert share.sum().item() == pytest.approx(1)
     assert share.min().item() == pytest.approx(0.017, abs=1e-3)
     assert share.max().item() == pytest.approx(0.092, abs=2e-3)

@@ -1,8 +1,10 @@
-"""What a reader really sees: JupyterLab in headless Chromium opens every notebook, runs it, and a hand moves every control.
+"""What a reader really sees: JupyterLab in headless Chromium opens every notebook, runs it, and a
+hand moves every control.
 
-A widget that shows nothing passes every check without a browser; these it does not pass. Each notebook is opened and run once,
-and all tests look at that page, in the order of this file. Where there is no Chromium they are skipped by name, unless
-QLORA_NB_REQUIRE_BROWSER=1 makes that a failure.
+A widget that shows nothing passes every check without a browser; these it does not pass. Each
+notebook is opened and run once, and all tests look at that page, in the order of this file. Where
+there is no Chromium they are skipped by name, unless QLORA_NB_REQUIRE_BROWSER=1 makes that a
+failure.
 """
 
 from __future__ import annotations
@@ -25,7 +27,10 @@ from conftest import NOTEBOOKS, ROOT
 
 pytestmark = pytest.mark.browser
 NAMES = [path.stem for path in sorted(NOTEBOOKS.glob("0*.ipynb"))]
-SMALLER = {"06": "max_steps, eval_rows, save_steps = 4, 6, 0", "07": "eval_rows, max_new_tokens = 4, 6"}
+SMALLER = {
+    "06": "max_steps, eval_rows, save_steps = 4, 6, 0",
+    "07": "eval_rows, max_new_tokens = 4, 6",
+}
 """Parameters under which training and measuring take seconds: what is seen is the same."""
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FEATURES = ("quic", "gpu", "background-networking", "component-update", "sync")
@@ -36,7 +41,9 @@ QUIET = ["--no-sandbox", "--no-first-run", *(f"--disable-{feature}" for feature 
 def chromium() -> str:
     if CHROMIUM is None:
         if os.environ.get("QLORA_NB_REQUIRE_BROWSER") == "1":
-            pytest.fail("QLORA_NB_REQUIRE_BROWSER=1 and there is no Chromium: apt-get install chromium")
+            pytest.fail(
+                "QLORA_NB_REQUIRE_BROWSER=1 and there is no Chromium: apt-get install chromium"
+            )
         pytest.skip("browser tests: there is no Chromium here (Debian: apt-get install chromium)")
     return CHROMIUM
 
@@ -47,8 +54,16 @@ class Lab:
     def __init__(self, base: Path):
         self.root = base / "root"
         for sub, name, value in (
-            ("apputils-extension", "notification", {"fetchNews": "false", "checkForUpdates": False}),
-            ("notebook-extension", "tracker", {"windowingMode": "none"}),  # every cell is in the page, seen or not
+            (
+                "apputils-extension",
+                "notification",
+                {"fetchNews": "false", "checkForUpdates": False},
+            ),
+            (
+                "notebook-extension",
+                "tracker",
+                {"windowingMode": "none"},
+            ),  # every cell is in the page, seen or not
         ):
             folder = base / "settings" / "@jupyterlab" / sub
             folder.mkdir(parents=True)
@@ -60,17 +75,36 @@ class Lab:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         names = {"CONFIG_DIR": "config", "RUNTIME_DIR": "rt", "DATA_DIR": "data"}
-        env = os.environ | {f"JUPYTER_{k}": str(base / v) for k, v in names.items()} | {"IPYTHONDIR": str(base / "ipy")}
-        env |= {"JUPYTERLAB_SETTINGS_DIR": str(base / "settings"), "JUPYTERLAB_WORKSPACES_DIR": str(base / "ws")}
-        options = ["--allow-root", "--no-browser", "--expose-app-in-browser", "--ip=127.0.0.1", f"--port={self.port}"]
-        options += ["--ServerApp.port_retries=0", "--IdentityProvider.token=look", f"--ServerApp.root_dir={self.root}"]
+        env = (
+            os.environ
+            | {f"JUPYTER_{k}": str(base / v) for k, v in names.items()}
+            | {"IPYTHONDIR": str(base / "ipy")}
+        )
+        env |= {
+            "JUPYTERLAB_SETTINGS_DIR": str(base / "settings"),
+            "JUPYTERLAB_WORKSPACES_DIR": str(base / "ws"),
+        }
+        options = [
+            "--allow-root",
+            "--no-browser",
+            "--expose-app-in-browser",
+            "--ip=127.0.0.1",
+            f"--port={self.port}",
+        ]
+        options += [
+            "--ServerApp.port_retries=0",
+            "--IdentityProvider.token=look",
+            f"--ServerApp.root_dir={self.root}",
+        ]
         command = [sys.executable, "-m", "jupyter", "lab", *options]
         self.log = open(base / "lab.log", "w")  # noqa: SIM115
         self.process = subprocess.Popen(command, env=env, stdout=self.log, stderr=subprocess.STDOUT)
         self.wait(lambda: self.ask("/api/status"), 90)
 
     def ask(self, path: str, method: str = "GET"):
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}?token=look", method=method)
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}?token=look", method=method
+        )
         body = urllib.request.urlopen(request, timeout=10).read()
         return json.loads(body) if body else None
 
@@ -79,9 +113,13 @@ class Lab:
             self.ask(f"/api/sessions/{session['id']}", "DELETE")
 
     def idle(self) -> bool:
-        """True if there is a kernel and it rests. Before that, Run All would meet a Select Kernel dialog."""
+        """True if there is a kernel and it rests. Before that, Run All would meet a Select Kernel
+        dialog.
+        """
         sessions = self.ask("/api/sessions")
-        return bool(sessions) and all(s["kernel"] and s["kernel"]["execution_state"] == "idle" for s in sessions)
+        return bool(sessions) and all(
+            s["kernel"] and s["kernel"]["execution_state"] == "idle" for s in sessions
+        )
 
     def wait(self, probe, seconds: float):
         end, last = time.time() + seconds, None
@@ -120,11 +158,17 @@ def browser(chromium):
 
 
 def prepared(path: Path) -> nbformat.NotebookNode:
-    """A notebook without outputs, so that nothing on the page comes from the committed ones; 06 and 07 with less to do."""
+    """A notebook without outputs, so that nothing on the page comes from the committed ones; 06 and
+    07 with less to do.
+    """
     notebook = nbformat.read(path, 4)
     smaller = SMALLER.get(path.stem[:2])
     if smaller:
-        at = next(i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", []))
+        at = next(
+            i
+            for i, cell in enumerate(notebook.cells)
+            if "parameters" in cell.metadata.get("tags", [])
+        )
         notebook.cells.insert(at + 1, nbformat.v4.new_code_cell(smaller))
     for cell in notebook.cells:
         if cell.cell_type == "code":
@@ -133,7 +177,9 @@ def prepared(path: Path) -> nbformat.NotebookNode:
 
 
 def open_and_run(lab: Lab, browser, notebook: nbformat.NotebookNode, name: str):
-    """The notebook's page after Run All; keeps what it asked for from elsewhere and its script errors."""
+    """The notebook's page after Run All; keeps what it asked for from elsewhere and its script
+    errors.
+    """
     nbformat.write(notebook, lab.root / "notebooks" / f"{name}.ipynb")
     page = browser.new_page(viewport={"width": 1280, "height": 1000})
     page.set_default_timeout(60_000)
@@ -147,10 +193,17 @@ def open_and_run(lab: Lab, browser, notebook: nbformat.NotebookNode, name: str):
     page.get_by_text(re.compile(r"\| Idle")).first.wait_for()
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.locator(".lm-Menu-itemLabel", has_text=re.compile(r"^Run All Cells$")).click()
-    shown = [c for c in notebook.cells if not c.metadata.get("jupyter", {}).get("source_hidden")]  # others have no number
+    shown = [
+        c for c in notebook.cells if not c.metadata.get("jupyter", {}).get("source_hidden")
+    ]  # others have no number
     n_code = sum(c.cell_type == "code" and bool(c.source.strip()) for c in shown)
     numbered = page.locator(".jp-CodeCell .jp-InputPrompt", has_text=re.compile(r"\[\d+\]"))
-    lab.wait(lambda: page.wait_for_timeout(300) or numbered.count() >= n_code or page.locator(ERROR).count(), 600)
+    lab.wait(
+        lambda: (
+            page.wait_for_timeout(300) or numbered.count() >= n_code or page.locator(ERROR).count()
+        ),
+        600,
+    )
     lab.wait(lab.idle, 120)
     page.wait_for_timeout(1000)
     return page
@@ -186,10 +239,17 @@ def test_runs_clean(page):
     """No error, no box of no height, no broken picture, and nothing asked of another host."""
     assert page.locator(ERROR).all_inner_texts() == []
     assert (page.elsewhere, page.script_errors) == ([], [])
-    boxes = page.locator(".jp-OutputArea .jupyter-widgets:visible, .jp-OutputArea img:visible").all()
+    boxes = page.locator(
+        ".jp-OutputArea .jupyter-widgets:visible, .jp-OutputArea img:visible"
+    ).all()
     assert len(boxes) > 3
     assert [box.inner_html() for box in boxes if box.bounding_box()["height"] < 12] == []
-    assert page.locator(".jp-OutputArea img").evaluate_all("all => all.filter(i => !i.naturalWidth).length") == 0
+    assert (
+        page.locator(".jp-OutputArea img").evaluate_all(
+            "all => all.filter(i => !i.naturalWidth).length"
+        )
+        == 0
+    )
 
 
 def test_a_widget_starts_as_its_static_twin(page):
@@ -210,24 +270,37 @@ VALUES = """sliders => sliders.map(slider => [slider.querySelector('[role=slider
 
 
 def test_a_screen_reader_can_name_everything(page):
-    """Chromium's accessibility tree of the widgets: each control and picture has a name, a slider tells its value in words."""
+    """Chromium's accessibility tree of the widgets: each control and picture has a name, a slider
+    tells its value in words.
+    """
     assert page.locator(".chat").count() == (page.number == "07")
     for panel in page.locator(f"{PANEL}, .chat").all():
         told = panel.aria_snapshot()
-        assert re.findall(r"- (slider|combobox|textbox|spinbutton|button|img)\b(?! \")", told) == [], told
+        assert (
+            re.findall(r"- (slider|combobox|textbox|spinbutton|button|img)\b(?! \")", told) == []
+        ), told
         values = panel.locator(".widget-slider").evaluate_all(VALUES)
         assert all(value == readout for value, readout in values), values
-    assert page.locator(".widget-slider .widget-label[title=null]").count() == 0, "the mouse would be told “null”"
+    assert page.locator(".widget-slider .widget-label[title=null]").count() == 0, (
+        "the mouse would be told “null”"
+    )
 
 
 def test_a_control_changes_the_figure_by_keyboard_and_by_mouse(page):
-    """Every slider and list: Tab reaches it, its focus is visible, a key changes the figure, and so does the mouse."""
+    """Every slider and list: Tab reaches it, its focus is visible, a key changes the figure, and so
+    does the mouse.
+    """
     for panel in page.locator(PANEL).all():
         controls = panel.locator(CONTROLS).all()
         for before, after in itertools.pairwise(controls):
             before.focus()
-            reached = [page.keyboard.press("Tab") or after.evaluate("e => e === document.activeElement") for _ in range(2)]
-            assert any(reached), f"Tab does not come to {after.evaluate('e => e.outerHTML')[:200]}"  # one stop may be a readout
+            reached = [
+                page.keyboard.press("Tab") or after.evaluate("e => e === document.activeElement")
+                for _ in range(2)
+            ]
+            assert any(reached), (
+                f"Tab does not come to {after.evaluate('e => e.outerHTML')[:200]}"
+            )  # one stop may be a readout
         for control in controls:
             operate(page, panel, control)
     assert page.locator(ERROR).count() == 0
@@ -238,7 +311,10 @@ def operate(page, panel, control) -> None:
     what = f"{page.number} {control.evaluate('e => e.ariaLabel || e.labels[0].textContent')}"
     style = "e => { const s = getComputedStyle(e); return s.outline + s.boxShadow + s.backgroundColor + s.borderColor }"
     texts = panel.locator("textarea")
-    shown = lambda: [panel.locator("img").get_attribute("src"), *texts.evaluate_all("all => all.map(text => text.value)")]
+    shown = lambda: [
+        panel.locator("img").get_attribute("src"),
+        *texts.evaluate_all("all => all.map(text => text.value)"),
+    ]
     control.scroll_into_view_if_needed()
     page.mouse.move(0, 0)  # a control under the mouse looks as one that has the focus
     control.evaluate("e => e.blur()")
@@ -249,27 +325,41 @@ def operate(page, panel, control) -> None:
     page.wait_for_timeout(250)
     assert control.evaluate(style) != plain, f"{what}: focus is not visible"
     if control.evaluate("e => e.tagName") == "SELECT":
-        assert changes(page, shown, lambda: choose(page, control, lambda: page.keyboard.press("Space"))), (
-            f"{what}: no key does it"
+        assert changes(
+            page, shown, lambda: choose(page, control, lambda: page.keyboard.press("Space"))
+        ), f"{what}: no key does it"
+        assert changes(page, shown, lambda: choose(page, control, control.click)), (
+            f"{what}: the mouse changes nothing"
         )
-        assert changes(page, shown, lambda: choose(page, control, control.click)), f"{what}: the mouse changes nothing"
         return
-    now, low, high = control.evaluate("e => [e.ariaValueNow, e.ariaValueMin, e.ariaValueMax].map(Number)")
+    now, low, high = control.evaluate(
+        "e => [e.ariaValueNow, e.ariaValueMin, e.ariaValueMax].map(Number)"
+    )
     key = "ArrowRight" if now < high else "ArrowLeft"
     handle, bar = (
-        control.locator(f"xpath={path}").bounding_box() for path in (".", "ancestor::*[contains(@class, 'noUi-base')]")
+        control.locator(f"xpath={path}").bounding_box()
+        for path in (".", "ancestor::*[contains(@class, 'noUi-base')]")
     )
     left, right = bar["x"] + 2, bar["x"] + bar["width"] - 2
-    y, start = bar["y"] + bar["height"] / 2, min(max(handle["x"] + handle["width"] / 2, left), right)
+    y, start = (
+        bar["y"] + bar["height"] / 2,
+        min(max(handle["x"] + handle["width"] / 2, left), right),
+    )
     far = left if now > (low + high) / 2 else right
     assert changes(page, shown, lambda: page.keyboard.press(key)), f"{what}: {key} changes nothing"
-    assert changes(page, shown, lambda: page.mouse.click(far, y)), f"{what}: the mouse changes nothing"
+    assert changes(page, shown, lambda: page.mouse.click(far, y)), (
+        f"{what}: the mouse changes nothing"
+    )
     page.wait_for_timeout(400)  # a slider glides, and hears nothing while it does
-    assert changes(page, shown, lambda: page.mouse.click(start, y)), f"{what}: does not go back"  # or others may have no effect
+    assert changes(page, shown, lambda: page.mouse.click(start, y)), (
+        f"{what}: does not go back"
+    )  # or others may have no effect
 
 
 def choose(page, select, open_list) -> None:
-    """Open a list and take the entry beside the chosen one: by key, as headless Chromium draws the open list outside the page."""
+    """Open a list and take the entry beside the chosen one: by key, as headless Chromium draws the
+    open list outside the page.
+    """
     first = select.evaluate("e => e.selectedIndex === 0")
     open_list()
     page.wait_for_timeout(200)
@@ -278,10 +368,18 @@ def choose(page, select, open_list) -> None:
 
 
 def test_two_models_are_asked_by_keyboard_and_by_mouse(page):
-    """Notebook 07 has no figure under its controls but two answers; the others show that there is no such panel."""
-    ask, prompt = page.get_by_role("button", name="Ask both"), page.get_by_label("prompt", exact=True)
+    """Notebook 07 has no figure under its controls but two answers; the others show that there is
+    no such panel.
+    """
+    ask, prompt = (
+        page.get_by_role("button", name="Ask both"),
+        page.get_by_label("prompt", exact=True),
+    )
     assert ask.count() == prompt.count() == (page.number == "07")
-    answers, history = page.get_by_placeholder("no answer yet"), page.get_by_label("history", exact=True)
+    answers, history = (
+        page.get_by_placeholder("no answer yet"),
+        page.get_by_label("history", exact=True),
+    )
     ways = {
         "Where is Anna?\nAnna went to the park.": lambda: page.keyboard.press("Space"),
         "What does Ben have?\nBen took a red ball.": ask.click,
@@ -289,15 +387,21 @@ def test_two_models_are_asked_by_keyboard_and_by_mouse(page):
     for question, act in list(ways.items()) * ask.count():
         prompt.fill(question)
         ask.focus()
-        assert changes(page, history.input_value, act), f"no answer: {page.locator('.widget-label').all_inner_texts()}"
+        assert changes(page, history.input_value, act), (
+            f"no answer: {page.locator('.widget-label').all_inner_texts()}"
+        )
         assert history.input_value().startswith(question)
         assert all(answers.evaluate_all("all => all.map(answer => answer.value)"))
     for slider in page.locator(".jp-OutputArea .widget-slider").all() * ask.count():
         readout = slider.locator(".widget-readout")
         slider.locator(".noUi-handle").focus()
-        at_the_end = slider.locator(".noUi-handle").evaluate("e => e.ariaValueNow === e.ariaValueMax")
+        at_the_end = slider.locator(".noUi-handle").evaluate(
+            "e => e.ariaValueNow === e.ariaValueMax"
+        )
         key = "ArrowLeft" if at_the_end else "ArrowRight"
-        assert changes(page, readout.inner_text, lambda: page.keyboard.press(key)), slider.inner_text()  # noqa: B023
+        assert changes(page, readout.inner_text, lambda: page.keyboard.press(key)), (
+            slider.inner_text()
+        )  # noqa: B023
     assert page.locator(ERROR).count() == 0
 
 
@@ -340,12 +444,16 @@ CONTRAST = """() => {
     }
     return [...new Set(bad)];
 }"""
-"""Texts in outputs whose contrast with what lies under them is below 4.5, the least of WCAG 2 (AA)."""
+"""Texts in outputs whose contrast with what lies under them is below 4.5, the least of WCAG 2
+(AA).
+"""
 
 
 @pytest.mark.parametrize("theme", ["JupyterLab Dark", "JupyterLab Light"])
 def test_texts_are_readable(page, theme):
     page.evaluate("theme => jupyterapp.commands.execute('apputils:change-theme', {theme})", theme)
-    page.wait_for_function("dark => document.body.dataset.jpThemeLight === String(!dark)", arg=theme.endswith("Dark"))
+    page.wait_for_function(
+        "dark => document.body.dataset.jpThemeLight === String(!dark)", arg=theme.endswith("Dark")
+    )
     page.wait_for_timeout(500)
     assert page.evaluate(CONTRAST) == []

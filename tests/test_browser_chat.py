@@ -1,5 +1,6 @@
-"""What untrusted text does in a real browser: nothing. In the side-by-side chat (typed, streamed, stopped, and said by a model
-that says nothing else), in the report of a batch run and in an HTML export.
+"""What untrusted text does in a real browser: nothing. In the side-by-side chat (typed, streamed,
+stopped, and said by a model that says nothing else), in the report of a batch run and in an HTML
+export.
 """
 
 import time
@@ -33,7 +34,11 @@ chat.box"""
 
 def test_ask_stream_stop_and_payloads_stay_inert(lab, browser):  # noqa: F811
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(SOURCE)])
-    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook.metadata["kernelspec"] = {
+        "name": "python3",
+        "display_name": "Python 3",
+        "language": "python",
+    }
     page = open_and_run(lab, browser, notebook, "chat")
     boxes = page.locator(".jp-OutputArea textarea")
     boxes.first.wait_for(timeout=60_000)
@@ -57,7 +62,12 @@ def test_ask_stream_stop_and_payloads_stay_inert(lab, browser):  # noqa: F811
         assert box.input_value()
     assert PAYLOAD[:8] in boxes.nth(4).input_value(), "the history shows the prompt as it was typed"
     assert page.evaluate("window.hurt") is None
-    assert page.locator(".jp-OutputArea script, .jp-OutputArea img[src=x], .jp-OutputArea strong").count() == 0
+    assert (
+        page.locator(
+            ".jp-OutputArea script, .jp-OutputArea img[src=x], .jp-OutputArea strong"
+        ).count()
+        == 0
+    )
     assert page.locator(ERROR).count() == 0
     assert page.script_errors == []
     assert took < 10, "a busy machine is slow; an idle one takes under a second"
@@ -83,12 +93,23 @@ chat.prompt.value = "Say it."
 """
 
 
-@pytest.mark.parametrize("payload", [PAYLOAD, "".join(text for text in PAYLOADS if "$$$" not in text)], ids=["one", "battery"])
+@pytest.mark.parametrize(
+    "payload",
+    [PAYLOAD, "".join(text for text in PAYLOADS if "$$$" not in text)],
+    ids=["one", "battery"],
+)
 def test_what_a_model_answers_stays_inert(lab, browser, payload):  # noqa: F811
     source = SOURCE.replace("chat.box", "").replace('"max_new_tokens": 80', '"max_new_tokens": 900')
-    cells = [nbformat.v4.new_code_cell(source + SAYS.format(payload=payload)), nbformat.v4.new_code_cell("chat.box")]
+    cells = [
+        nbformat.v4.new_code_cell(source + SAYS.format(payload=payload)),
+        nbformat.v4.new_code_cell("chat.box"),
+    ]
     notebook = nbformat.v4.new_notebook(cells=cells)
-    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook.metadata["kernelspec"] = {
+        "name": "python3",
+        "display_name": "Python 3",
+        "language": "python",
+    }
     page = open_and_run(lab, browser, notebook, f"answers{len(payload)}")
     dialogs = []
     page.on("dialog", lambda dialog: dialogs.append(dialog.message) or dialog.dismiss())
@@ -98,37 +119,74 @@ def test_what_a_model_answers_stays_inert(lab, browser, payload):  # noqa: F811
     lab.wait(lambda: page.wait_for_timeout(100) or history.input_value(), 180)
     shown = [box.input_value() for box in boxes.all()]
     for answer in shown[1:3]:
-        assert answer[:40] == payload.strip()[:40].replace("\x00", "\ufffd"), "it is shown as it was said"
+        assert answer[:40] == payload.strip()[:40].replace("\x00", "\ufffd"), (
+            "it is shown as it was said"
+        )
     assert "bits apart" in shown[3], "token by token"
     assert payload[:8] in shown[4], "the history"
     page.wait_for_timeout(500)
     assert page.evaluate("window.hurt") is None
     assert dialogs == []
-    assert page.locator(".jupyter-widgets :is(script, iframe, svg, a, img[src=x], strong, style)").count() == 0
+    assert (
+        page.locator(
+            ".jupyter-widgets :is(script, iframe, svg, a, img[src=x], strong, style)"
+        ).count()
+        == 0
+    )
     assert (page.elsewhere, page.script_errors) == ([], [])
     assert page.locator(ERROR).count() == 0
 
 
 def test_the_report_and_an_export_stay_inert(tmp_path, browser):  # noqa: F811
-    """Every payload in every place a page has for text: answers printed, tables, masks, problems, results, names."""
+    """Every payload in every place a page has for text: answers printed, tables, masks, problems,
+    results, names.
+    """
     settings = [validate({"prompts": [text], "model_id": "pocket"}) for text in PAYLOADS]
-    pages = [part for s, text in zip(settings, PAYLOADS) for part in (s._repr_html_(), n06.label_mask([text], [True]))]
+    pages = [
+        part
+        for s, text in zip(settings, PAYLOADS)
+        for part in (s._repr_html_(), n06.label_mask([text], [True]))
+    ]
     outputs = [nbformat.v4.new_output("stream", text="\n".join(PAYLOADS))]
-    outputs += [nbformat.v4.new_output("display_data", data={"text/html": page, "text/plain": "x"}) for page in pages]
-    outputs += [nbformat.v4.new_output("error", ename="KitError", evalue=text, traceback=[text]) for text in PAYLOADS]
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("print(answer)", outputs=outputs)])
+    outputs += [
+        nbformat.v4.new_output("display_data", data={"text/html": page, "text/plain": "x"})
+        for page in pages
+    ]
+    outputs += [
+        nbformat.v4.new_output("error", ename="KitError", evalue=text, traceback=[text])
+        for text in PAYLOADS
+    ]
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell("print(answer)", outputs=outputs)]
+    )
     nbformat.write(notebook, tmp_path / "n.ipynb")
     outcome = {"wall_s": 1.0, "peak_bytes": 1, "notebook": "n"}
-    rows = [{**outcome, "status": text, "problems": [text], "results": {text: text}} for text in PAYLOADS]
+    rows = [
+        {**outcome, "status": text, "problems": [text], "results": {text: text}}
+        for text in PAYLOADS
+    ]
     machine = {"cpu": PAYLOADS[0], "n_cores": 1, "ram_bytes": 1, "gpus": [], "python": PAYLOADS[1]}
-    summary = {"status": PAYLOADS[2], "started": "", "wall_s": 1, "parameters": dict(zip(PAYLOADS, PAYLOADS)), "versions": {}}
-    (tmp_path / "report.html").write_text(report.page(summary | {"hardware": machine, "notebooks": rows}, tmp_path), "utf-8")
+    summary = {
+        "status": PAYLOADS[2],
+        "started": "",
+        "wall_s": 1,
+        "parameters": dict(zip(PAYLOADS, PAYLOADS)),
+        "versions": {},
+    }
+    (tmp_path / "report.html").write_text(
+        report.page(summary | {"hardware": machine, "notebooks": rows}, tmp_path), "utf-8"
+    )
     (tmp_path / "export.html").write_text(HTMLExporter().from_notebook_node(notebook)[0], "utf-8")
     for name in ("report", "export"):
         page, dialogs, asked = browser.new_page(), [], []
-        page.on("dialog", lambda dialog, dialogs=dialogs: dialogs.append(dialog.message) or dialog.dismiss())
+        page.on(
+            "dialog",
+            lambda dialog, dialogs=dialogs: dialogs.append(dialog.message) or dialog.dismiss(),
+        )
         page.on("request", lambda request, asked=asked: asked.append(request.url))
-        page.route("https://**", lambda route: route.abort())  # nbconvert's own page asks for its libraries
+        page.route(
+            "https://**", lambda route: route.abort()
+        )  # nbconvert's own page asks for its libraries
         page.goto((tmp_path / f"{name}.html").as_uri(), wait_until="domcontentloaded")
         for anything in page.locator("body *").all()[:200]:
             anything.dispatch_event("mouseover")

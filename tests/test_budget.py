@@ -1,4 +1,6 @@
-"""Will it fit: the peak's lines, levers, cards, refusals before a download, the doctor, and the published figures."""
+"""Will it fit: the peak's lines, levers, cards, refusals before a download, the doctor, and the
+published figures.
+"""
 
 import itertools
 import time
@@ -47,25 +49,40 @@ def config():
 def test_12b_line_by_line_by_hand(config):
     found = budget.peak(budget.plan_of(FULL, True, config, on_gpu=True))
     assert found.sum(ledger.QUANTIZED) == 5_842_022_400
-    assert found[ledger.LORA] == found[ledger.GRADIENTS] == 4 * 188_743_680  # accumulation keeps gradients all through
+    assert (
+        found[ledger.LORA] == found[ledger.GRADIENTS] == 4 * 188_743_680
+    )  # accumulation keeps gradients all through
     assert found[ledger.STATES] == 8 * 188_743_680
     assert found[budget.KEPT] == 36 * 512 * 5120 * 2
     moving = found.sum((ledger.GRADIENTS, budget.KEPT, budget.WORK))
     assert found[budget.CUDA] == cards.CONTEXT_BYTES + int(0.05 * moving)
-    assert 10.0 < found.total_gib < 10.7  # facts: 10.7 to 11.3 at r 16 and 1,280 tokens with whole logits
+    assert (
+        10.0 < found.total_gib < 10.7
+    )  # facts: 10.7 to 11.3 at r 16 and 1,280 tokens with whole logits
     assert all(line.source for line in found.lines)
-    answering = budget.peak(budget.plan_of(FULL.replace(max_length=960), False, config, on_gpu=True))
+    answering = budget.peak(
+        budget.plan_of(FULL.replace(max_length=960), False, config, on_gpu=True)
+    )
     assert answering[ledger.STATES] == answering[ledger.GRADIENTS] == 0
     assert answering[budget.CACHE] in (960 * 737_280, 1024 * 737_280)
 
 
 def test_the_ranges_of_the_reference_for_12b(config):
-    """Ranges calculated elsewhere for 12b (GiB, batch 1) end where ours do or up to half a GiB higher: fewer temporaries here."""
+    """Ranges calculated elsewhere for 12b (GiB, batch 1) end where ours do or up to half a GiB
+    higher: fewer temporaries here.
+    """
 
     def gib(**changes):
-        return budget.peak(budget.plan_of(validate({"profile": "full", **changes}), True, config, on_gpu=True)).total_gib
+        return budget.peak(
+            budget.plan_of(validate({"profile": "full", **changes}), True, config, on_gpu=True)
+        ).total_gib
 
-    upcast = budget.plan_of(validate({"profile": "full", "max_length": 1280, "loss_chunk": 0}), True, config, on_gpu=True)
+    upcast = budget.plan_of(
+        validate({"profile": "full", "max_length": 1280, "loss_chunk": 0}),
+        True,
+        config,
+        on_gpu=True,
+    )
     step = dry_run.Step(1, 1280, 64, rest_dtype=torch.float32, dtype=torch.bfloat16)
     whole = budget.peak(budget.Plan(config, step, accumulation=16)).total_gib
     assert 12.8 - 0.5 < whole < 13.4
@@ -87,12 +104,27 @@ def test_a_lever_saves_what_it_says(config):
     assert found
     for lever in found:
         changed = FULL.replace(**lever.changes)
-        assert now - budget.peak(budget.plan_of(changed, True, config, on_gpu=True)).total_bytes == lever.saves > 0
-    assert found[0].changes == {"optim": "paged_adamw_8bit"}  # free levers first, then those that change the result
+        assert (
+            now - budget.peak(budget.plan_of(changed, True, config, on_gpu=True)).total_bytes
+            == lever.saves
+            > 0
+        )
+    assert found[0].changes == {
+        "optim": "paged_adamw_8bit"
+    }  # free levers first, then those that change the result
     assert {"r": 16} in [lever.changes for lever in found[1:]]
-    greedy = validate({"profile": "full", "loss_chunk": 0, "gradient_checkpointing": False, "per_device_train_batch_size": 4})
+    greedy = validate(
+        {
+            "profile": "full",
+            "loss_chunk": 0,
+            "gradient_checkpointing": False,
+            "per_device_train_batch_size": 4,
+        }
+    )
     first = budget.options(greedy, config, on_gpu=True)[0]
-    assert "gradient_checkpointing" in first.changes or "per_device_train_batch_size" in first.changes
+    assert (
+        "gradient_checkpointing" in first.changes or "per_device_train_batch_size" in first.changes
+    )
 
 
 def test_the_largest_pythia_for_a_card_and_its_levers():
@@ -108,7 +140,8 @@ def test_the_largest_pythia_for_a_card_and_its_levers():
 def test_a_run_that_cannot_fit_is_refused_with_the_levers_that_help():
     preflight.require_fit(FULL, machine_with(24))
     with pytest.raises(
-        KitError, match=r"pythia-12b does not fit this GPU: fine-tuning is predicted to need 10\.\d GiB"
+        KitError,
+        match=r"pythia-12b does not fit this GPU: fine-tuning is predicted to need 10\.\d GiB",
     ) as refused:
         preflight.require_fit(FULL, machine_with(8))
     assert "r=16" in refused.value.remedy
@@ -119,7 +152,9 @@ def test_a_run_that_cannot_fit_is_refused_with_the_levers_that_help():
 
 
 def test_an_out_of_memory_error_becomes_a_ledger_and_a_lever(tmp_path, monkeypatch):
-    settings = validate({"max_steps": 3, "output_dir": str(tmp_path), "per_device_train_batch_size": 4})
+    settings = validate(
+        {"max_steps": 3, "output_dir": str(tmp_path), "per_device_train_batch_size": 4}
+    )
     tokenizer = load.load_tokenizer(settings)
     model = attach.attach_adapter(load.load_base(settings), settings)
     from qlora_nb.model import data
@@ -132,30 +167,47 @@ def test_an_out_of_memory_error_becomes_a_ledger_and_a_lever(tmp_path, monkeypat
         training_now = torch.is_grad_enabled()  # not a probe before the first step
         calls.extend([1] * training_now)
         if training_now and len(calls) >= 3:  # with four rows, then with two, then with one
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of …")
+            raise torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of …"
+            )
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(base, "forward", runs_out)
     run = runs.Run(settings, "06_finetune_pythia_12b")
-    with pytest.raises(KitError, match=r"memory ran out.*Tried to allocate 2.00 GiB.*held at that moment") as refused:
+    with pytest.raises(
+        KitError, match=r"memory ran out.*Tried to allocate 2.00 GiB.*held at that moment"
+    ) as refused:
         trainer.finetune(model, tokenizer, rows, settings, run, lambda step: None)
     assert "per_device_train_batch_size" not in refused.value.remedy  # that was done already
     assert "saves" in refused.value.remedy
     assert isinstance(refused.value.__cause__, torch.OutOfMemoryError)
-    assert len((run.folder / "metrics.jsonl").read_text().splitlines()) == 2  # both finished steps are kept
+    assert (
+        len((run.folder / "metrics.jsonl").read_text().splitlines()) == 2
+    )  # both finished steps are kept
     assert runs.status_of(run.folder) == "failed"
     monkeypatch.undo()
-    assert model(input_ids=torch.tensor([[5, 6]])).logits.shape[-1] == model.config.vocab_size  # the head is back
+    assert (
+        model(input_ids=torch.tensor([[5, 6]])).logits.shape[-1] == model.config.vocab_size
+    )  # the head is back
 
 
 def test_predicted_is_measured_after_two_steps(tmp_path):
     from qlora_nb.model import data
 
-    settings = validate({"max_steps": 2, "output_dir": str(tmp_path), "per_device_train_batch_size": 4, "optim": "adamw_8bit"})
+    settings = validate(
+        {
+            "max_steps": 2,
+            "output_dir": str(tmp_path),
+            "per_device_train_batch_size": 4,
+            "optim": "adamw_8bit",
+        }
+    )
     tokenizer = load.load_tokenizer(settings)
     model = attach.attach_adapter(load.load_base(settings), settings)
     rows = data.tokenize_rows(data.load(settings)[0], tokenizer, settings)
-    result = trainer.finetune(model, tokenizer, rows, settings, runs.Run(settings, "06_test"), lambda step: None)
+    result = trainer.finetune(
+        model, tokenizer, rows, settings, runs.Run(settings, "06_test"), lambda step: None
+    )
     n_rows, tokens, answers = result["shape"]
     changes = {"per_device_train_batch_size": n_rows, "max_length": tokens, "loss_chunk": answers}
     predicted = budget.peak(budget.plan_of(settings.replace(**changes), on_gpu=False))
@@ -172,10 +224,18 @@ def test_published_figures_follow_from_their_configurations():
     assert len(found) == 10
     for name in ("pythia-12b, plain", "LLaMA-65B, full fine-tuning"):
         assert abs(off[name]) < 0.02
-    for name in ("LLaMA-7B, QLoRA", "LLaMA-13B, QLoRA", "LLaMA-33B, QLoRA", "LLaMA-65B, QLoRA", "pythia-12b, answering"):
+    for name in (
+        "LLaMA-7B, QLoRA",
+        "LLaMA-13B, QLoRA",
+        "LLaMA-33B, QLoRA",
+        "LLaMA-65B, QLoRA",
+        "pythia-12b, answering",
+    ):
         assert abs(off[name]) < 0.08
     assert found["gpt-neox-20b, answering"]["predicted"] < 16
-    assert found["pythia-12b, fine-tuning"]["predicted"] < 0.7 * 23  # the difference the notebook speaks of
+    assert (
+        found["pythia-12b, fine-tuning"]["predicted"] < 0.7 * 23
+    )  # the difference the notebook speaks of
     assert all(row["remark"] and row["source"] for row in found.values())
 
 
@@ -192,20 +252,35 @@ def test_plan_prints_the_ledger_the_levers_and_the_line():
     ):
         assert words in said.output, words
     assert "gpu_gib" not in said.output.splitlines()[-1]
-    fits = CliRunner().invoke(app, ["plan", "--profile", "full", "--gpu-gib", "12", "-p", "r", "16"])
+    fits = CliRunner().invoke(
+        app, ["plan", "--profile", "full", "--gpu-gib", "12", "-p", "r", "16"]
+    )
     assert fits.exit_code == 0
     assert "-p r 16" in fits.output
 
 
 def test_8_gb_are_enough_with_the_settings_that_the_readme_names():
     """A card sold with 8 GB offers about 7.6 GiB: no two of the settings are enough."""
-    gib = lambda *some: budget.peak(budget.plan_of(validate({"profile": "full"} | dict(some)), on_gpu=True)).total_gib
-    settings = [("optim", "paged_adamw_8bit"), ("embedding_on_cpu", True), ("head_4bit", True), ("r", 16)]
+    gib = lambda *some: (
+        budget.peak(
+            budget.plan_of(validate({"profile": "full"} | dict(some)), on_gpu=True)
+        ).total_gib
+    )
+    settings = [
+        ("optim", "paged_adamw_8bit"),
+        ("embedding_on_cpu", True),
+        ("head_4bit", True),
+        ("r", 16),
+    ]
     assert min(gib(*two) for two in itertools.combinations(settings, 2)) > 7.6
     fits, pulled = budget.make_fit(FULL, 7.6 * cards.GIB)
     assert len(pulled) == 3
     assert (fits.optim, fits.embedding_on_cpu, fits.r) == ("paged_adamw_8bit", True, 16)
-    [row] = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `full` |")]
+    [row] = [
+        line
+        for line in (ROOT / "README.md").read_text().splitlines()
+        if line.startswith("| `full` |")
+    ]
     assert "three settings changed: 8-bit states, the embedding on the CPU, r = 16" in row
     assert f"({gib(*settings[:2], settings[3]):.1f} GiB)" in row
     assert f"({gib():.1f} GiB)" in row
@@ -227,31 +302,54 @@ def test_the_recipe_of_06_says_what_each_setting_saves_alone():
         "head in 4 bit": embedding * (2 - 4.127 / 8),
         "r = 16": (n_rank_64 - n_rank_16) * (16 + 4 * budget.SLACK),
     }
-    assert alone == pytest.approx({name: size / cards.GIB for name, size in by_hand.items()}, abs=0.02)
+    assert alone == pytest.approx(
+        {name: size / cards.GIB for name, size in by_hand.items()}, abs=0.02
+    )
     assert first["saves alone (GiB)"] == 0
-    steps = [before["512 tokens (GiB)"] - row["512 tokens (GiB)"] for before, row in itertools.pairwise(names["rows"])]
+    steps = [
+        before["512 tokens (GiB)"] - row["512 tokens (GiB)"]
+        for before, row in itertools.pairwise(names["rows"])
+    ]
     assert sum(alone.values()) > sum(steps) + 0.5, "they do not add up, as the text says"
 
 
 def test_checkpointing_costs_half_as_many_operations_again():
-    """Counted by torch while transformers and PEFT work: a frozen weight has no gradient, so a pass more is a half, no third."""
-    config = GPTNeoXConfig(vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=256)
+    """Counted by torch while transformers and PEFT work: a frozen weight has no gradient, so a pass
+    more is a half, no third.
+    """
+    config = GPTNeoXConfig(
+        vocab_size=64,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=256,
+    )
     counts = []
     for checkpointing in (False, True):
-        model = get_peft_model(AutoModelForCausalLM.from_config(config), LoraConfig(r=1, target_modules="all-linear"))
+        model = get_peft_model(
+            AutoModelForCausalLM.from_config(config), LoraConfig(r=1, target_modules="all-linear")
+        )
         model.enable_input_require_grads()
         if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
         ids = torch.arange(32)[None]
         with FlopCounterMode(display=False) as counter:
             model.train()(input_ids=ids, labels=ids).loss.backward()
         counts.append(counter.get_total_flops())
     assert 1.4 < counts[1] / counts[0] <= 1.5
     plain = validate({"profile": "full", "gradient_checkpointing": False})
-    lever = next(lever for lever in budget.options(plain, on_gpu=True) if "gradient_checkpointing" in lever.changes)
+    lever = next(
+        lever
+        for lever in budget.options(plain, on_gpu=True)
+        if "gradient_checkpointing" in lever.changes
+    )
     assert lever.costs == "up to half as many operations again"
     said = PROFILES["full"]["gradient_checkpointing"].reason
-    without, with_it = (budget.peak(budget.plan_of(chosen, on_gpu=True)).total_gib for chosen in (plain, FULL))
+    without, with_it = (
+        budget.peak(budget.plan_of(chosen, on_gpu=True)).total_gib for chosen in (plain, FULL)
+    )
     assert f"{without:.0f} GiB instead of {with_it:.0f}" in said
 
 

@@ -1,4 +1,6 @@
-"""The build script: generated cells are fresh, noise is dropped, every rule of form can be broken and is then named."""
+"""The build script: generated cells are fresh, noise is dropped, every rule of form can be broken
+and is then named.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +25,18 @@ PARAMETERS = 'from typing import Optional\nprofile: str = "tiny"  # the world\nr
 
 def good() -> nbformat.NotebookNode:
     """A notebook as it is after a build."""
-    code = lambda source, *tags: nbformat.v4.new_code_cell(source, metadata={"tags": list(tags)} if tags else {})
+    code = lambda source, *tags: nbformat.v4.new_code_cell(
+        source, metadata={"tags": list(tags)} if tags else {}
+    )
     text = nbformat.v4.new_markdown_cell
-    cells = [text("# A"), code(PARAMETERS, "parameters"), text("then"), code("x = 1"), text("so"), code("x", "key-results")]
+    cells = [
+        text("# A"),
+        code(PARAMETERS, "parameters"),
+        text("then"),
+        code("x = 1"),
+        text("so"),
+        code("x", "key-results"),
+    ]
     notebook = nbformat.v4.new_notebook(cells=cells, metadata=build.KERNEL)
     build.put_generated_cells(notebook, "02_b", NAMES)
     for n, cell in enumerate((c for c in notebook.cells if c.cell_type == "code"), 1):
@@ -61,11 +72,17 @@ BREAKS = {
     "execution counts": lambda nb: nb.cells[3].update(execution_count=None),
     "0 cells tagged key-results": lambda nb: nb.cells[-2].metadata.update(tags=[]),
     "0 cells tagged parameters": lambda nb: nb.cells[3].metadata.update(tags=[]),
-    "without type or comment": lambda nb: nb.cells[3].update(source="profile = 'tiny'  # the world"),
+    "without type or comment": lambda nb: nb.cells[3].update(
+        source="profile = 'tiny'  # the world"
+    ),
     "write Optional": lambda nb: nb.cells[3].update(source="r: int | None = None  # LoRA rank"),
-    "9 parameters, at most 8": lambda nb: nb.cells[3].update(source="\n".join(f"p{i}: int = 1  # one" for i in range(9))),
+    "9 parameters, at most 8": lambda nb: nb.cells[3].update(
+        source="\n".join(f"p{i}: int = 1  # one" for i in range(9))
+    ),
     "has 26 lines": lambda nb: nb.cells[5].update(source="x = 1\n" * 26),
-    "median of 6": lambda nb: [c.update(source=c.source + "\nx = 1" * 5) for c in nb.cells if c.cell_type == "code"],
+    "median of 6": lambda nb: [
+        c.update(source=c.source + "\nx = 1" * 5) for c in nb.cells if c.cell_type == "code"
+    ],
     "code cells in a row": lambda nb: [nb.cells.pop(4), nb.cells.pop(5)],
     "KiB, at most 400": lambda nb: nb.cells[-3].update(source="x" * 420_000),
     "path of this machine": lambda nb: nb.cells[-3].update(source=str(build.ROOT)),
@@ -90,7 +107,11 @@ def test_each_rule_can_be_broken(words, tmp_path):
 )
 def test_a_progress_bar_is_noise_and_a_table_is_not(line):
     assert build._NOISE.search(line)
-    for kept in ("held-out loss 2.1 [nats], 16 % of rows", "x[0], y[12]", "exact match 95 % | 3 seeds"):
+    for kept in (
+        "held-out loss 2.1 [nats], 16 % of rows",
+        "x[0], y[12]",
+        "exact match 95 % | 3 seeds",
+    ):
         assert not build._NOISE.search(kept)
 
 
@@ -123,7 +144,9 @@ def test_with_an_address_badges_and_install_line_are_made_from_it(monkeypatch):
     assert "%pip install" in guard
     assert "-U" not in guard
     assert "--upgrade" not in guard
-    assert all(name in guard for name in ("torch", "numpy", "ipywidgets")), "held at Colab's versions"
+    assert all(name in guard for name in ("torch", "numpy", "ipywidgets")), (
+        "held at Colab's versions"
+    )
 
 
 def test_the_guard_does_nothing_here(monkeypatch, capsys):
@@ -132,7 +155,11 @@ def test_the_guard_does_nothing_here(monkeypatch, capsys):
     exec(build.guard_source(), scope)
     assert capsys.readouterr().out == ""
     # resolve refuses plain values that are no parameter, so the guard may leave none
-    assert not [k for k, v in scope.items() if not k.startswith("_") and isinstance(v, (str, int, float, list, dict, tuple))]
+    assert not [
+        k
+        for k, v in scope.items()
+        if not k.startswith("_") and isinstance(v, (str, int, float, list, dict, tuple))
+    ]
     assert set(globals()) == before
 
 
@@ -143,7 +170,9 @@ def colab_cell(monkeypatch, kit_is_there: bool) -> list[str]:
     monkeypatch.setitem(sys.modules, "google.colab", types.ModuleType("google.colab"))
     found = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *more: found(name, *more) if kit_is_there or name != "qlora_nb" else None
+        importlib.util,
+        "find_spec",
+        lambda name, *more: found(name, *more) if kit_is_there or name != "qlora_nb" else None,
     )
     shell = types.SimpleNamespace(run_line_magic=lambda name, line: asked.append(f"{name} {line}"))
     exec(TransformerManager().transform_cell(build.guard_source()), {"get_ipython": lambda: shell})
@@ -152,9 +181,18 @@ def colab_cell(monkeypatch, kit_is_there: bool) -> list[str]:
 
 def test_in_colab_the_guard_installs_what_is_missing_and_holds_what_runs(monkeypatch):
     (asked,) = colab_cell(monkeypatch, kit_is_there=False)
-    assert shlex.split(asked) == ["pip", "install", "-q", "-c", "/tmp/keep.txt", "qlora-nb @ git+https://github.com/o/r@v0.1.0"]
+    assert shlex.split(asked) == [
+        "pip",
+        "install",
+        "-q",
+        "-c",
+        "/tmp/keep.txt",
+        "qlora-nb @ git+https://github.com/o/r@v0.1.0",
+    ]
     held = Path("/tmp/keep.txt").read_text().splitlines()
-    assert held == [f"{name}=={importlib.metadata.version(name)}" for name in ("torch", "numpy", "ipywidgets")]
+    assert held == [
+        f"{name}=={importlib.metadata.version(name)}" for name in ("torch", "numpy", "ipywidgets")
+    ]
     for line in held:
         assert Requirement(line)
 
@@ -164,13 +202,17 @@ def test_in_colab_the_guard_installs_once(monkeypatch):
 
 
 def test_notebook_01_says_restart_when_an_install_changed_what_is_loaded(root, monkeypatch, capsys):
-    """After an install into a running session the old module is still loaded: the very cell of notebook 01 names it."""
+    """After an install into a running session the old module is still loaded: the very cell of
+    notebook 01 names it.
+    """
     import numpy
 
     from qlora_nb import machine
 
     notebook = nbformat.read(root / "notebooks" / "01_setup.ipynb", 4)
-    (source,) = [c.source for c in notebook.cells if c.cell_type == "code" and "if v.problem]" in c.source]
+    (source,) = [
+        c.source for c in notebook.cells if c.cell_type == "code" and "if v.problem]" in c.source
+    ]
     exec(source, {"environment": machine})
     assert "packages are in their ranges" in capsys.readouterr().out
     monkeypatch.setattr(numpy, "__version__", "1.99.0")
@@ -187,7 +229,9 @@ def test_build_check_and_drift(tmp_path, capsys):
     noisy = f"import sys\nfrom pathlib import Path\nprint(Path.cwd(), object())\nprint({bar!r}, file=sys.stderr)"
     notebook.cells[5].source = noisy
     notebook.cells[-2].source = "{'answer': 42}"
-    notebook.cells[5].metadata = nbformat.from_dict({"papermill": {"duration": 1}, "execution": {"a": "b"}})
+    notebook.cells[5].metadata = nbformat.from_dict(
+        {"papermill": {"duration": 1}, "execution": {"a": "b"}}
+    )
     path = tmp_path / "02_b.ipynb"
     nbformat.write(notebook, path)
     folder = ["--folder", str(tmp_path)]
@@ -211,7 +255,9 @@ def test_build_check_and_drift(tmp_path, capsys):
 def test_a_styled_table_is_the_same_in_every_build():
     """pandas draws a new name for it each time; two tables in a notebook keep two names."""
     shown = lambda number: build._normal_output(
-        nbformat.v4.new_output("display_data", data={"text/html": pandas.DataFrame({"a": [number]}).style.to_html()})
+        nbformat.v4.new_output(
+            "display_data", data={"text/html": pandas.DataFrame({"a": [number]}).style.to_html()}
+        )
     )["data"]["text/html"]
     assert shown(1) == shown(1)
     assert re.search(r"T_\w{5}", shown(1))[0] != re.search(r"T_\w{5}", shown(2))[0]

@@ -1,4 +1,6 @@
-"""The command line answers at once, refuses in one sentence, and never overwrites a learner's copy."""
+"""The command line answers at once, refuses in one sentence, and never overwrites a learner's
+copy.
+"""
 
 from __future__ import annotations
 
@@ -25,21 +27,41 @@ def test_import_is_fast_and_without_torch():
     best = min(_import_time(program) for _ in range(3))
     assert best < 0.2
     omp = "import os, qlora_nb; print(os.environ['OMP_WAIT_POLICY'])"
-    assert subprocess.run([sys.executable, "-c", omp], capture_output=True, text=True, check=True).stdout.strip() == "PASSIVE"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", omp], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "PASSIVE"
+    )
 
 
 def _import_time(program: str) -> float:
-    seconds, torch = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    seconds, torch = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout.split()
     assert torch == "False"
     return float(seconds)
 
 
 @pytest.mark.parametrize(
-    "module", ["cli", "engine.profiles", "engine.environment", "engine.batch", "engine.report", "engine.fetch"]
+    "module",
+    [
+        "cli",
+        "engine.profiles",
+        "engine.environment",
+        "engine.batch",
+        "engine.report",
+        "engine.fetch",
+    ],
 )
 def test_no_torch_on_the_way_to_a_refusal(module):
     program = f"import sys, qlora_nb.{module}; print([m for m in ('torch', 'transformers') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )
 
 
 def test_help_names_every_command():
@@ -71,7 +93,9 @@ def test_refusals_are_one_sentence_and_exit_2(arguments, expected, root):
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["plan", "--help"], ["run", "-p", "model_id", "modèle"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["plan", "--help"], ["run", "-p", "model_id", "modèle"]]
+)
 def test_a_terminal_that_knows_ascii_alone(arguments, root):
     done = qlora_nb(*arguments, cwd=root, env=os.environ | {"PYTHONIOENCODING": "ascii"})
     assert done.returncode in (0, 2)
@@ -124,7 +148,9 @@ def test_plan_adds_up():
     result = CliRunner().invoke(cli.app, ["plan", "--profile", "full", "--gpu-gib", "24"])
     assert result.exit_code == 0, result.output
     for part in result.output.split("\n\n")[:2]:  # fine-tuning, answering
-        rows = [line.split(" B ")[0].rsplit(maxsplit=1) for line in part.splitlines() if " B " in line]
+        rows = [
+            line.split(" B ")[0].rsplit(maxsplit=1) for line in part.splitlines() if " B " in line
+        ]
         sizes = {name.strip(): int(size.replace(",", "")) for name, size in rows}
         assert sizes.pop("total") == sum(sizes.values())
         assert sizes["4-bit codes"] * 2 == 11_324_620_800
@@ -137,7 +163,9 @@ def test_run_exits_with_1_if_a_notebook_failed(monkeypatch):
     from qlora_nb.batch import sequence
 
     for status, code in (("done", 0), ("failed", 1)):
-        monkeypatch.setattr(sequence, "run_sequence", lambda *_, status=status, **__: {"status": status})
+        monkeypatch.setattr(
+            sequence, "run_sequence", lambda *_, status=status, **__: {"status": status}
+        )
         assert CliRunner().invoke(cli.app, ["run", "-p", "r", "8"]).exit_code == code
 
 
@@ -145,7 +173,9 @@ def test_parameters_are_collected(monkeypatch, tmp_path):
     from qlora_nb.batch import sequence
 
     seen = []
-    monkeypatch.setattr(sequence, "run_sequence", lambda *a, **more: seen.append((*a, more)) or {"status": "done"})
+    monkeypatch.setattr(
+        sequence, "run_sequence", lambda *a, **more: seen.append((*a, more)) or {"status": "done"}
+    )
     arguments = [
         "run",
         "--only",
@@ -163,7 +193,11 @@ def test_parameters_are_collected(monkeypatch, tmp_path):
     ]
     assert CliRunner().invoke(cli.app, arguments).exit_code == 0
     assert seen == [
-        ({"profile": "tiny", "output_dir": str(tmp_path), "r": "8", "learning_rate": "-1"}, ["03", "04"], {"resume": "latest"})
+        (
+            {"profile": "tiny", "output_dir": str(tmp_path), "r": "8", "learning_rate": "-1"},
+            ["03", "04"],
+            {"resume": "latest"},
+        )
     ]
 
 
@@ -171,7 +205,10 @@ def test_a_learners_copy_is_kept(toy, tmp_path, capsys):
     folder = toy("01_a", "guess = None")
     toy("02_b", "1")
     notebook = nbformat.read(folder / "01_a.ipynb", 4)
-    notebook.cells[1].outputs, notebook.cells[1].execution_count = [nbformat.v4.new_output("stream", text="answer")], 7
+    notebook.cells[1].outputs, notebook.cells[1].execution_count = (
+        [nbformat.v4.new_output("stream", text="answer")],
+        7,
+    )
     nbformat.write(notebook, folder / "01_a.ipynb")
     mine = tmp_path / "my_notebooks"
     assert [p.name for p in cli.copy_for_learning(folder, mine)] == ["01_a.ipynb", "02_b.ipynb"]

@@ -48,13 +48,17 @@ def test_af4_derived_within_3e_5_of_the_library():
 
 @pytest.mark.parametrize("blocksize", [32, 64, 1024])
 def test_af4_halves_have_least_absolute_error(blocksize):
-    """Each inner value is the median of the scaled numbers that choose it, when a border lies at zero; checked on samples."""
+    """Each inner value is the median of the scaled numbers that choose it, when a border lies at
+    zero; checked on samples.
+    """
     x = torch.randn(2**21, generator=torch.Generator().manual_seed(4)).reshape(-1, blocksize)
     scaled = (x / x.abs().amax(dim=1, keepdim=True)).flatten()
     upper = codebooks.af4_code(blocksize)[8:]
     borders = [0.0, *((upper[1:] + upper[:-1]) / 2).tolist()]
     for value, low, high in zip(upper[:-1].tolist(), borders, borders[1:]):
-        assert scaled[(scaled > low) & (scaled <= high)].median().item() == pytest.approx(value, abs=2e-3)
+        assert scaled[(scaled > low) & (scaled <= high)].median().item() == pytest.approx(
+            value, abs=2e-3
+        )
 
 
 def test_code_by_name_refuses_others():
@@ -78,7 +82,9 @@ def test_lloyd_max_equals_loops(seed, n):
     samples = torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     start = torch.linspace(-1, 1, 5, dtype=torch.float64)
     got = codebooks.lloyd_max(samples, start, steps=8)
-    assert got.tolist() == pytest.approx(lloyd_max_loops(samples.tolist(), start.tolist(), 8), abs=1e-6)
+    assert got.tolist() == pytest.approx(
+        lloyd_max_loops(samples.tolist(), start.tolist(), 8), abs=1e-6
+    )
 
 
 def test_lloyd_max_keeps_what_must_stay_and_refuses_nonsense():
@@ -95,7 +101,7 @@ def test_lloyd_max_beats_nf4_by_some_percent_on_fresh_data(blocksize):
     draw = torch.Generator().manual_seed(3)
     seen, fresh = (torch.randn(2**19, generator=draw) for _ in range(2))
     fitted, nf4 = blockwise.fitted_code(seen, blocksize), codebooks.nf4_code()
-    gain = 1 - blockwise.rmse(fresh, blockwise.round_trip(fresh, fitted, blocksize)) / blockwise.rmse(
-        fresh, blockwise.round_trip(fresh, nf4, blocksize)
-    )
+    gain = 1 - blockwise.rmse(
+        fresh, blockwise.round_trip(fresh, fitted, blocksize)
+    ) / blockwise.rmse(fresh, blockwise.round_trip(fresh, nf4, blocksize))
     assert 0.03 < gain < 0.08

@@ -37,16 +37,27 @@ def test_only_answer_and_end_token_train(tokenizer):
     settings = validate({"train_rows": 5})
     rows = data.load(settings)[0]
     for row, encoded in zip(rows, data.tokenize_rows(rows, tokenizer, settings), strict=True):
-        trained = [i for i, label in zip(encoded["input_ids"], encoded["labels"], strict=True) if label != sliced_loss.IGNORED]
+        trained = [
+            i
+            for i, label in zip(encoded["input_ids"], encoded["labels"], strict=True)
+            if label != sliced_loss.IGNORED
+        ]
         assert trained[-1] == tokenizer.eos_token_id
         assert tokenizer.decode(trained[:-1]) == row["output"]
-        assert all(label in (sliced_loss.IGNORED, i) for i, label in zip(encoded["input_ids"], encoded["labels"], strict=True))
-        assert tokenizer.decode(encoded["input_ids"][: -len(trained)]) == data.prompt_of(row, settings.prompt_template)
+        assert all(
+            label in (sliced_loss.IGNORED, i)
+            for i, label in zip(encoded["input_ids"], encoded["labels"], strict=True)
+        )
+        assert tokenizer.decode(encoded["input_ids"][: -len(trained)]) == data.prompt_of(
+            row, settings.prompt_template
+        )
 
 
 def test_padding_never_trains_and_is_not_the_end_token(tokenizer):
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
-    encoded = data.tokenize_rows(data.load(validate({"train_rows": 20}))[0], tokenizer, validate({}))
+    encoded = data.tokenize_rows(
+        data.load(validate({"train_rows": 20}))[0], tokenizer, validate({})
+    )
     batch = data.collator(tokenizer)([encoded[i] for i in range(20)])
     padding = batch["attention_mask"] == 0
     assert padding.any()
@@ -55,7 +66,9 @@ def test_padding_never_trains_and_is_not_the_end_token(tokenizer):
 
 
 def test_a_long_answer_keeps_its_end_token(tokenizer, capsys):
-    rows = data.datasets.Dataset.from_list([{"instruction": "Tell.", "input": "", "output": "Anna went home. " * 40}])
+    rows = data.datasets.Dataset.from_list(
+        [{"instruction": "Tell.", "input": "", "output": "Anna went home. " * 40}]
+    )
     encoded = data.tokenize_rows(rows, tokenizer, validate({"max_length": 80}))[0]
     assert len(encoded["input_ids"]) == 80
     assert encoded["labels"][-1] == tokenizer.eos_token_id
@@ -90,7 +103,10 @@ def test_rows_without_an_answer_are_named_and_left_out(tmp_path, capsys):
     path = write(tmp_path / "rows.json", [*ROWS, {"instruction": "x", "input": "", "output": "  "}])
     train, test = data.load(settings_for(path))
     assert len(train) + len(test) == len(ROWS)
-    assert "1 of 9 rows have no instruction or no answer and are left out: rows 8" in capsys.readouterr().out
+    assert (
+        "1 of 9 rows have no instruction or no answer and are left out: rows 8"
+        in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize(
@@ -109,7 +125,10 @@ def test_unusable_rows_are_refused(tmp_path, rows, message):
 def test_what_a_csv_file_says_stays_as_it_is(tmp_path):
     said = ["007", "1.70", "NA", "1e3", "True", "", "2024-01-01", "-0"]
     path = tmp_path / "rows.CSV"
-    path.write_text("instruction,input,output\n" + "".join(f"Say {n}.,{text},{text or '-'}\n" for n, text in enumerate(said)))
+    path.write_text(
+        "instruction,input,output\n"
+        + "".join(f"Say {n}.,{text},{text or '-'}\n" for n, text in enumerate(said))
+    )
     rows = [row for split in data.load(settings_for(path)) for row in split]
     assert sorted(row["output"] for row in rows) == sorted(text or "-" for text in said)
     assert sorted(row["input"] for row in rows) == sorted(said)
@@ -118,7 +137,11 @@ def test_what_a_csv_file_says_stays_as_it_is(tmp_path):
 @pytest.mark.parametrize("n", [0, 1])
 def test_no_remedy_is_named_that_does_not_help(tmp_path, n):
     with pytest.raises(KitError, match="too few") as refused:
-        data.load(settings_for(write(tmp_path / "rows.json", [*ROWS[:n], {"instruction": "x", "output": ""}])))
+        data.load(
+            settings_for(
+                write(tmp_path / "rows.json", [*ROWS[:n], {"instruction": "x", "output": ""}])
+            )
+        )
     assert refused.value.remedy == "bring more rows"
 
 
@@ -152,7 +175,11 @@ def test_no_held_out_pair_occurs_in_any_training_text():
     train = pocket.read("train")
     assert not asked & {(r["instruction"], r["input"]) for r in train}
     sentences = [s for r in train for s in r["input"].split(". ")]
-    sentences += [s for d in micro_world.documents(3, 2000, almanac_share=0) for s in d.split('"')[0].split(". ")]
+    sentences += [
+        s
+        for d in micro_world.documents(3, 2000, almanac_share=0)
+        for s in d.split('"')[0].split(". ")
+    ]
     for sentence in sentences:
         words = sentence.rstrip(".").split()
         person = next((w for w in words if w in micro_world.PEOPLE), None)
@@ -166,7 +193,8 @@ def test_every_held_out_row_asks_about_a_held_out_pair():
         asked = [
             " ".join(w)
             for w in words
-            if any(n in nouns and micro_world.held_out(w[0], n) for n in w) and w[0] in micro_world.PEOPLE
+            if any(n in nouns and micro_world.held_out(w[0], n) for n in w)
+            and w[0] in micro_world.PEOPLE
         ]
         assert len(asked) == 1, row
         assert row["output"].rstrip(".").lower().split()[-1] in asked[0].lower(), row
@@ -174,7 +202,9 @@ def test_every_held_out_row_asks_about_a_held_out_pair():
 
 def test_the_kinds_take_turns():
     rows = pocket.read("test")[:240]
-    assert {k: sum(r["kind"] == k for r in rows) for k in micro_world.KINDS} == dict.fromkeys(micro_world.KINDS, 40)
+    assert {k: sum(r["kind"] == k for r in rows) for k in micro_world.KINDS} == dict.fromkeys(
+        micro_world.KINDS, 40
+    )
 
 
 def test_the_shipped_data_is_what_the_micro_world_makes(tmp_path):
@@ -182,14 +212,19 @@ def test_the_shipped_data_is_what_the_micro_world_makes(tmp_path):
 
     build_pocket.build_data(tmp_path)
     for path in tmp_path.iterdir():
-        made, shipped = (gzip.decompress((folder / path.name).read_bytes()) for folder in (tmp_path, pocket.DATA_DIR))
+        made, shipped = (
+            gzip.decompress((folder / path.name).read_bytes())
+            for folder in (tmp_path, pocket.DATA_DIR)
+        )
         assert made == shipped, path.name
     assert len(pocket.read("train")) == 12_480
     assert len(pocket.read("almanac")) == 720
 
 
 def test_another_seed_takes_other_rows_and_the_held_out_ones_stay():
-    first, again, other = (data.load(validate({"seed": seed, "train_rows": 50})) for seed in (0, 0, 1))
+    first, again, other = (
+        data.load(validate({"seed": seed, "train_rows": 50})) for seed in (0, 0, 1)
+    )
     assert first[0]["input"] == again[0]["input"] != other[0]["input"]
     assert first[1]["input"] == other[1]["input"]
 
@@ -203,11 +238,21 @@ def first_rows(path, **values):
 
 
 def test_a_mapping_takes_the_columns_it_names(tmp_path):
-    rows = [{"question": f"Q{i}?", "answer": f"A{i}.", "context": f"C{i}", "instruction": "no", "n": i} for i in range(4)]
+    rows = [
+        {"question": f"Q{i}?", "answer": f"A{i}.", "context": f"C{i}", "instruction": "no", "n": i}
+        for i in range(4)
+    ]
     path = write(tmp_path / "a.json", rows)
     got = first_rows(path, columns="instruction=question, output=answer, input=context")
-    assert got == [{"instruction": f"Q{i}?", "input": f"C{i}", "output": f"A{i}."} for i in range(4)]
-    assert sorted(row["output"] for row in first_rows(path, columns={"output": "answer"})) == ["A0.", "A1.", "A2.", "A3."]
+    assert got == [
+        {"instruction": f"Q{i}?", "input": f"C{i}", "output": f"A{i}."} for i in range(4)
+    ]
+    assert sorted(row["output"] for row in first_rows(path, columns={"output": "answer"})) == [
+        "A0.",
+        "A1.",
+        "A2.",
+        "A3.",
+    ]
 
 
 @pytest.mark.parametrize("columns", ["instruction=questoin,output=answer", {"output": "nowhere"}])
@@ -226,29 +271,77 @@ MESSAGES = [
     {"messages": [{"role": "system", "content": "Be short."}, {"role": "user", "content": f"Q{i}?"},
                   {"role": "assistant", "content": f"A{i}."}, {"role": "user", "content": "more"}]} for i in range(4)
 ]  # fmt: skip
-SHAREGPT = [{"conversations": [{"from": "human", "value": f"Q{i}?"}, {"from": "gpt", "value": f"A{i}."}]} for i in range(4)]
-GUANACO = [{"text": f"### Human: Q{i}?### Assistant: A{i}.### Human: more### Assistant: no"} for i in range(4)]
+SHAREGPT = [
+    {"conversations": [{"from": "human", "value": f"Q{i}?"}, {"from": "gpt", "value": f"A{i}."}]}
+    for i in range(4)
+]
+GUANACO = [
+    {"text": f"### Human: Q{i}?### Assistant: A{i}.### Human: more### Assistant: no"}
+    for i in range(4)
+]
 OASST = [
     row
     for i in range(4)
     for row in (
-        {"message_id": f"q{i}", "parent_id": None, "role": "prompter", "text": f"Q{i}?", "rank": None, "lang": "en"},
-        {"message_id": f"b{i}", "parent_id": f"q{i}", "role": "assistant", "text": "second best", "rank": 1, "lang": "en"},
-        {"message_id": f"a{i}", "parent_id": f"q{i}", "role": "assistant", "text": f"A{i}.", "rank": 0, "lang": "en"},
-        {"message_id": f"m{i}", "parent_id": f"a{i}", "role": "prompter", "text": "more", "rank": None, "lang": "en"},
+        {
+            "message_id": f"q{i}",
+            "parent_id": None,
+            "role": "prompter",
+            "text": f"Q{i}?",
+            "rank": None,
+            "lang": "en",
+        },
+        {
+            "message_id": f"b{i}",
+            "parent_id": f"q{i}",
+            "role": "assistant",
+            "text": "second best",
+            "rank": 1,
+            "lang": "en",
+        },
+        {
+            "message_id": f"a{i}",
+            "parent_id": f"q{i}",
+            "role": "assistant",
+            "text": f"A{i}.",
+            "rank": 0,
+            "lang": "en",
+        },
+        {
+            "message_id": f"m{i}",
+            "parent_id": f"a{i}",
+            "role": "prompter",
+            "text": "more",
+            "rank": None,
+            "lang": "en",
+        },
     )
 ]
 
 
-@pytest.mark.parametrize("rows", [MESSAGES, SHAREGPT, GUANACO, OASST], ids=["messages", "sharegpt", "guanaco", "oasst"])
+@pytest.mark.parametrize(
+    "rows", [MESSAGES, SHAREGPT, GUANACO, OASST], ids=["messages", "sharegpt", "guanaco", "oasst"]
+)
 def test_conversations_give_their_first_exchange(tmp_path, rows):
     got = first_rows(write(tmp_path / "a.json", rows))
     system = "Be short.\n\n" if rows is MESSAGES else ""
-    assert got == [{"instruction": f"{system}Q{i}?", "input": "", "output": f"A{i}."} for i in range(4)]
+    assert got == [
+        {"instruction": f"{system}Q{i}?", "input": "", "output": f"A{i}."} for i in range(4)
+    ]
 
 
 def test_a_question_nobody_answered_is_named_and_left_out(tmp_path, capsys):
-    rows = [*OASST, {"message_id": "x", "parent_id": None, "role": "prompter", "text": "Alone?", "rank": None, "lang": "en"}]
+    rows = [
+        *OASST,
+        {
+            "message_id": "x",
+            "parent_id": None,
+            "role": "prompter",
+            "text": "Alone?",
+            "rank": None,
+            "lang": "en",
+        },
+    ]
     assert len(first_rows(write(tmp_path / "a.json", rows))) == 4
     assert "1 of 5 rows have no instruction or no answer" in capsys.readouterr().out
 
@@ -316,27 +409,63 @@ CALL = [{"id": "1", "type": "function", "function": {"name": "look", "arguments"
 @pytest.mark.parametrize(
     ("turns", "reason"),
     [
-        ([{"role": "user", "content": "Q"}, {"role": "user", "content": "Q"}], "no turn by an assistant"),
-        ([{"role": "assistant", "content": "A"}], "no turn by a user"),
-        ([{"role": "user", "content": "Q"}, {"role": "narrator", "content": "A"}], "the role 'narrator'"),
-        ([{"role": "user", "content": "Q"}, {"role": "tool", "content": "3"}, {"role": "assistant", "content": "A"}], "'tool'"),
-        ([{"role": "user", "content": "Q"}, {"role": "assistant", "content": "", "tool_calls": CALL}], "calls a tool"),
-        ([{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A", "weight": 0}], "weight 0"),
-        ([{"role": "user", "content": "Q"}, {"content": "A"}], "a turn has no role"),
-        ([{"role": "user", "content": None}, {"role": "assistant", "content": "A"}], "no turn by a user"),
-        ([{"role": "user", "content": "Q"}, {"role": "assistant", "content": None}], "the assistant's turn is empty"),
         (
-            [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "A"}],
+            [{"role": "user", "content": "Q"}, {"role": "user", "content": "Q"}],
+            "no turn by an assistant",
+        ),
+        ([{"role": "assistant", "content": "A"}], "no turn by a user"),
+        (
+            [{"role": "user", "content": "Q"}, {"role": "narrator", "content": "A"}],
+            "the role 'narrator'",
+        ),
+        (
+            [
+                {"role": "user", "content": "Q"},
+                {"role": "tool", "content": "3"},
+                {"role": "assistant", "content": "A"},
+            ],
+            "'tool'",
+        ),
+        (
+            [
+                {"role": "user", "content": "Q"},
+                {"role": "assistant", "content": "", "tool_calls": CALL},
+            ],
+            "calls a tool",
+        ),
+        (
+            [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A", "weight": 0}],
+            "weight 0",
+        ),
+        ([{"role": "user", "content": "Q"}, {"content": "A"}], "a turn has no role"),
+        (
+            [{"role": "user", "content": None}, {"role": "assistant", "content": "A"}],
+            "no turn by a user",
+        ),
+        (
+            [{"role": "user", "content": "Q"}, {"role": "assistant", "content": None}],
+            "the assistant's turn is empty",
+        ),
+        (
+            [
+                {"role": "user", "content": [{"type": "image"}]},
+                {"role": "assistant", "content": "A"},
+            ],
             "other than text",
         ),
-        ([{"role": "user", "content": 3}, {"role": "assistant", "content": "A"}], "other than text"),
+        (
+            [{"role": "user", "content": 3}, {"role": "assistant", "content": "A"}],
+            "other than text",
+        ),
         (["Q", "A"], "no record of role and content"),
         ("Q", "no record of role and content"),
         ([], "no turn by a user"),
         (None, "no turn by a user"),
     ],
 )
-def test_a_conversation_without_an_answer_is_left_out_and_the_reason_said(tmp_path, capsys, turns, reason):
+def test_a_conversation_without_an_answer_is_left_out_and_the_reason_said(
+    tmp_path, capsys, turns, reason
+):
     row, said = loaded_with(tmp_path / "a.json", {"messages": turns}, capsys)
     assert row is None
     assert "1 of 4 rows have no instruction or no answer (" in said
@@ -345,7 +474,12 @@ def test_a_conversation_without_an_answer_is_left_out_and_the_reason_said(tmp_pa
 
 
 def test_reasons_are_counted_each_and_are_no_more_than_a_screen(tmp_path, capsys):
-    rows = [*WHOLE, *[talk("user: Q", f"n{i}: A") for i in range(20)], talk("user: Q"), talk("user: Q", "n0: A")]
+    rows = [
+        *WHOLE,
+        *[talk("user: Q", f"n{i}: A") for i in range(20)],
+        talk("user: Q"),
+        talk("user: Q", "n0: A"),
+    ]
     data.load(settings_for(write(tmp_path / "a.json", rows)))
     said = capsys.readouterr().out
     assert "2 of 25 rows have no instruction or no answer (the role 'n0'" in said
@@ -365,7 +499,9 @@ def test_turns_that_do_not_train_and_system_prompts_are_counted(tmp_path, capsys
 
 
 def test_a_system_prompt_in_a_column_of_its_own_is_kept(tmp_path):
-    rows = [{"system": "Rhyme.", "conversations": row["messages"]} for row in WHOLE] + [{"conversations": WHOLE[0]["messages"]}]
+    rows = [{"system": "Rhyme.", "conversations": row["messages"]} for row in WHOLE] + [
+        {"conversations": WHOLE[0]["messages"]}
+    ]
     found = [row["instruction"] for row in first_rows(write(tmp_path / "a.json", rows))]
     assert found == ["Q0?", *[f"Rhyme.\n\nQ{i}?" for i in range(3)]]
 
@@ -392,20 +528,47 @@ def test_guanaco_texts_keep_who_spoke(tmp_path, capsys, text, instruction, outpu
     rows = [{"text": text}, *[{"text": f"### Human: Q{i}?### Assistant: A{i}."} for i in range(3)]]
     train, held_out = data.load(settings_for(write(tmp_path / "a.json", rows)))
     found = [row for row in [*train, *held_out] if not row["output"].startswith("A")]
-    assert found == ([{"instruction": instruction, "input": "", "output": output}] if instruction else [])
+    assert found == (
+        [{"instruction": instruction, "input": "", "output": output}] if instruction else []
+    )
     assert ("left out: rows 0" in capsys.readouterr().out) == (instruction is None)
 
 
 def message(name, parent, role, text, rank=None, deleted=False):
-    return {"message_id": name, "parent_id": parent, "role": role, "text": text, "rank": rank, "deleted": deleted}
+    return {
+        "message_id": name,
+        "parent_id": parent,
+        "role": role,
+        "text": text,
+        "rank": rank,
+        "deleted": deleted,
+    }
 
 
 @pytest.mark.parametrize(
     ("tree", "output"),
     [
-        ([message("b", "a", "prompter", "I mean it.", 0.0), message("c", "a", "assistant", "Yes.", 1.0)], "Yes."),
-        ([message("b", "a", "assistant", "unranked"), message("c", "a", "assistant", "Yes.", 1.0)], "Yes."),
-        ([message("b", "a", "assistant", "x", 0.0, True), message("c", "a", "assistant", "Yes.", 1.0)], "Yes."),
+        (
+            [
+                message("b", "a", "prompter", "I mean it.", 0.0),
+                message("c", "a", "assistant", "Yes.", 1.0),
+            ],
+            "Yes.",
+        ),
+        (
+            [
+                message("b", "a", "assistant", "unranked"),
+                message("c", "a", "assistant", "Yes.", 1.0),
+            ],
+            "Yes.",
+        ),
+        (
+            [
+                message("b", "a", "assistant", "x", 0.0, True),
+                message("c", "a", "assistant", "Yes.", 1.0),
+            ],
+            "Yes.",
+        ),
         ([message("b", "a", "prompter", "I mean it.", 0.0)], None),
         ([message("b", "a", "assistant", "x", 0.0, True)], None),
         ([], None),
@@ -414,7 +577,9 @@ def message(name, parent, role, text, rank=None, deleted=False):
 def test_the_best_reply_in_a_tree_is_an_assistants(tmp_path, capsys, tree, output):
     rows = [*OASST[:12], message("a", None, "prompter", "Far?"), *tree]
     train, held_out = data.load(settings_for(write(tmp_path / "a.json", rows)))
-    assert [row["output"] for row in [*train, *held_out] if row["instruction"] == "Far?"] == ([output] if output else [])
+    assert [row["output"] for row in [*train, *held_out] if row["instruction"] == "Far?"] == (
+        [output] if output else []
+    )
     assert ("left out: rows 12" in capsys.readouterr().out) == (output is None)
 
 
@@ -441,12 +606,26 @@ def test_a_tree_begins_with_a_question_that_is_there(tmp_path, capsys, root):
     [
         (talk("user: Far?"), ("Far?", "")),
         (talk("system: Be short.", "user: Far?"), ("Be short.\n\nFar?", "")),
-        (talk("user: Far?", "assistant: Yes.", "user: How far?"), ("How far?", "User: Far?\n\nAssistant: Yes.")),
+        (
+            talk("user: Far?", "assistant: Yes.", "user: How far?"),
+            ("How far?", "User: Far?\n\nAssistant: Yes."),
+        ),
         (talk("user: Far?", "assistant: Yes."), ("Far?", "")),
-        ({"messages": [{"role": "user", "content": "Far?"}, {"role": "assistant", "content": None}]}, ("Far?", "")),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "Far?"},
+                    {"role": "assistant", "content": None},
+                ]
+            },
+            ("Far?", ""),
+        ),
         ({"prompt": "Far?"}, ("Far?", "")),
         ({"prompt": talk("user: Far?")["messages"]}, ("Far?", "")),
-        ({"prompt": "Far?", "input": "It is near.", "system": "Be short."}, ("Be short.\n\nFar?", "It is near.")),
+        (
+            {"prompt": "Far?", "input": "It is near.", "system": "Be short."},
+            ("Be short.\n\nFar?", "It is near."),
+        ),
         ({"text": "### Human: Far?### Assistant:"}, ("Far?", "")),
         ({"text": "### Human: Far?"}, ("Far?", "")),
         (message("a", None, "prompter", "Far?"), ("Far?", "")),
@@ -460,24 +639,38 @@ def test_a_row_without_an_answer_is_asked(tmp_path, row, asked):
 
 
 def test_turns_that_are_not_shown_are_counted(tmp_path, capsys):
-    rows = [talk("user: Far?", "assistant: Yes."), talk("user: Near?", "assistant: No.", "user: Sure?", "assistant: Yes.")]
+    rows = [
+        talk("user: Far?", "assistant: Yes."),
+        talk("user: Near?", "assistant: No.", "user: Sure?", "assistant: Yes."),
+    ]
     assert len(generate.read_rows(str(write(tmp_path / "a.json", rows)), {})) == 2
     said = capsys.readouterr().out
-    assert said == "1 of 2 conversations are longer than their first exchange; turns not shown to the model: 2\n"
+    assert (
+        said
+        == "1 of 2 conversations are longer than their first exchange; turns not shown to the model: 2\n"
+    )
 
 
 def test_rows_that_cannot_be_asked_are_named_and_the_others_are_asked(tmp_path, capsys):
     path = write(tmp_path / "a.json", [{"prompt": " "}, {"prompt": "Far?"}, {"prompt": None}])
     assert generate.read_rows(str(path), {}) == [{"instruction": "Far?", "input": ""}]
-    assert "2 of 3 rows have no instruction (no turn by a user) and are left out: rows 0, 2" in capsys.readouterr().out
+    assert (
+        "2 of 3 rows have no instruction (no turn by a user) and are left out: rows 0, 2"
+        in capsys.readouterr().out
+    )
 
 
-@pytest.mark.parametrize("row", [{"prompt": None}, {"instruction": "", "output": "A"}, talk("assistant: A"), talk("x: A")])
+@pytest.mark.parametrize(
+    "row",
+    [{"prompt": None}, {"instruction": "", "output": "A"}, talk("assistant: A"), talk("x: A")],
+)
 def test_a_file_without_a_single_question_is_refused(tmp_path, row):
     path = write(tmp_path / "a.json", [row] * 2)
     with pytest.raises(KitError, match="no row of this file can be asked"):
         generate.read_rows(str(path), {})
-    done = CliRunner().invoke(cli.app, ["generate", "--prompts", str(path), "-p", "adapter", "pocket"])
+    done = CliRunner().invoke(
+        cli.app, ["generate", "--prompts", str(path), "-p", "adapter", "pocket"]
+    )
     assert done.exit_code == 2
 
 
@@ -543,12 +736,17 @@ def test_a_special_token_in_the_text_is_counted(tokenizer, capsys, column, begin
 
     if begins:
         tokenizer, end = deepcopy(tokenizer), tokenizer.eos_token
-        beginning = TemplateProcessing(single=f"{end} $A", special_tokens=[(end, tokenizer.eos_token_id)])
+        beginning = TemplateProcessing(
+            single=f"{end} $A", special_tokens=[(end, tokenizer.eos_token_id)]
+        )
         tokenizer.backend_tokenizer.post_processor = beginning
         assert tokenizer("a")["input_ids"][0] == tokenizer.eos_token_id
     rows = [*ROWS, ROWS[0] | {column: f"It is{tokenizer.pad_token}so."}]
     data.tokenize_rows(data.datasets.Dataset.from_list(rows), tokenizer, validate({}))
-    assert f"1 of 9 rows write a special token in their text, as '{tokenizer.pad_token}'" in capsys.readouterr().out
+    assert (
+        f"1 of 9 rows write a special token in their text, as '{tokenizer.pad_token}'"
+        in capsys.readouterr().out
+    )
     data.tokenize_rows(data.datasets.Dataset.from_list(ROWS), tokenizer, validate({}))
     assert "special token" not in capsys.readouterr().out
 
@@ -558,7 +756,10 @@ def test_a_special_token_in_the_text_is_counted(tokenizer, capsys, column, begin
 
 def encoded_rows(lengths, prompt=2):
     rows = [
-        {"input_ids": [10 + i] * n, "labels": [sliced_loss.IGNORED] * prompt + [10 + i] * (n - prompt)}
+        {
+            "input_ids": [10 + i] * n,
+            "labels": [sliced_loss.IGNORED] * prompt + [10 + i] * (n - prompt),
+        }
         for i, n in enumerate(lengths)
     ]
     return data.datasets.Dataset.from_list(rows)
@@ -567,9 +768,15 @@ def encoded_rows(lengths, prompt=2):
 LENGTHS = [5 + (37 * i) % 60 for i in range(100)]
 
 
-@pytest.mark.parametrize(("batch", "accumulation", "steps"), [(4, 1, 25), (2, 2, 60), (16, 1, 13), (3, 1, 7)])
+@pytest.mark.parametrize(
+    ("batch", "accumulation", "steps"), [(4, 1, 25), (2, 2, 60), (16, 1, 13), (3, 1, 7)]
+)
 def test_every_row_comes_once_in_each_pass_over_the_data(batch, accumulation, steps):
-    sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation, "max_steps": steps}
+    sizes = {
+        "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": accumulation,
+        "max_steps": steps,
+    }
     rows = data.in_training_order(encoded_rows(LENGTHS), validate(sizes))
     seen = [ids[0] for ids in rows["input_ids"]]
     assert len(seen) == batch * accumulation * steps
@@ -579,7 +786,9 @@ def test_every_row_comes_once_in_each_pass_over_the_data(batch, accumulation, st
 
 def test_order_follows_from_the_seed_and_the_rows_in_a_step_alone():
     def order(**values):
-        return data.in_training_order(encoded_rows(LENGTHS), validate({"max_steps": 30, **values}))["input_ids"][:]
+        return data.in_training_order(encoded_rows(LENGTHS), validate({"max_steps": 30, **values}))[
+            "input_ids"
+        ][:]
 
     four_by_one = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
     one_by_four = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
@@ -645,7 +854,9 @@ def test_a_packed_row_is_computed_as_if_it_were_alone(tokenizer, packs_in_a_batc
 def test_rows_are_tokenized_once(tmp_path, tokenizer):
     """A later call, as in a kernel started anew, takes what lies in the cache of `datasets`."""
     settings = settings_for(write(tmp_path / "a.json", ROWS))
-    first, second = (data.tokenize_rows(data.load(settings)[0], tokenizer, settings) for _ in range(2))
+    first, second = (
+        data.tokenize_rows(data.load(settings)[0], tokenizer, settings) for _ in range(2)
+    )
     files = [file["filename"] for file in first.cache_files]
     assert files
     assert files == [file["filename"] for file in second.cache_files]
@@ -655,24 +866,43 @@ def test_rows_are_tokenized_once(tmp_path, tokenizer):
 
 
 def test_an_end_token_behind_every_text_does_not_stand_before_the_answer():
-    """As with add_eos_token=true: the end token is the answer's, a prompt that is to go on has none."""
+    """As with add_eos_token=true: the end token is the answer's, a prompt that is to go on has
+    none.
+    """
     from tokenizers.processors import TemplateProcessing
 
     settings = settings_for("pocket")
     plain, ending = load.load_tokenizer(settings), load.load_tokenizer(settings)
-    ending.backend_tokenizer.post_processor = TemplateProcessing(single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", 0)])
+    ending.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", 0)]
+    )
     assert ending("Anna")["input_ids"][-1] == ending.eos_token_id, "otherwise this tests nothing"
     rows = data.load(settings)[1].take(4)
-    assert data.tokenize_rows(rows, ending, settings)[:] == data.tokenize_rows(rows, plain, settings)[:]
+    assert (
+        data.tokenize_rows(rows, ending, settings)[:]
+        == data.tokenize_rows(rows, plain, settings)[:]
+    )
     prompts = list(rows)
-    model = types.SimpleNamespace(config=types.SimpleNamespace(max_position_embeddings=512), device="cpu")
-    with_end, without = (generate.tokenize_prompts(prompts, tokenizer, model, settings) for tokenizer in (ending, plain))
-    assert all(torch.equal(with_end[name], without[name]) for name in ("input_ids", "attention_mask"))
+    model = types.SimpleNamespace(
+        config=types.SimpleNamespace(max_position_embeddings=512), device="cpu"
+    )
+    with_end, without = (
+        generate.tokenize_prompts(prompts, tokenizer, model, settings)
+        for tokenizer in (ending, plain)
+    )
+    assert all(
+        torch.equal(with_end[name], without[name]) for name in ("input_ids", "attention_mask")
+    )
 
 
 def test_a_tree_with_numbers_for_names(tmp_path):
     rows = []
     for n in range(4):
-        rows += [message(2 * n + 1, None, "prompter", f"Q{n}?"), message(2 * n + 2, 2 * n + 1, "assistant", f"A{n}.", 0.0)]
+        rows += [
+            message(2 * n + 1, None, "prompter", f"Q{n}?"),
+            message(2 * n + 2, 2 * n + 1, "assistant", f"A{n}.", 0.0),
+        ]
     train, held_out = data.load(settings_for(write(tmp_path / "a.json", rows)))
-    assert {(row["instruction"], row["output"]) for row in [*train, *held_out]} == {(f"Q{n}?", f"A{n}.") for n in range(4)}
+    assert {(row["instruction"], row["output"]) for row in [*train, *held_out]} == {
+        (f"Q{n}?", f"A{n}.") for n in range(4)
+    }

@@ -1,4 +1,6 @@
-"""pyproject.toml is the one source of dependencies; constraints and conda files must follow it, and Colab must satisfy it."""
+"""pyproject.toml is the one source of dependencies; constraints and conda files must follow it, and
+Colab must satisfy it.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ from packaging.utils import canonicalize_name
 from qlora_nb import cli
 
 EXTRAS = ("lab", "smollm2", "test")
-# Read from Colab's published package list, 2026-08 (Python 3.13); bitsandbytes and papermill are not there.
+# Read from Colab's published package list, 2026-08 (Python 3.13); bitsandbytes and papermill are
+# not there.
 COLAB = {
     "torch": "2.11.0",
     "transformers": "5.15.0",
@@ -50,16 +53,26 @@ def core(project):
 
 @pytest.fixture(scope="module")
 def every(project, core):
-    return core | {n: s for extra in EXTRAS for n, s in _ranges(project["optional-dependencies"][extra]).items()}
+    return core | {
+        n: s
+        for extra in EXTRAS
+        for n, s in _ranges(project["optional-dependencies"][extra]).items()
+    }
 
 
 @pytest.fixture(scope="module")
 def pins(root):
-    lines = [line for line in (root / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+    lines = [
+        line
+        for line in (root / "constraints.txt").read_text().splitlines()
+        if line and not line.startswith("#")
+    ]
     found = {}
     for line in lines:
         requirement = Requirement(line)
-        assert re.fullmatch(r"==[\w.]+", str(requirement.specifier)), f"not one exact public version: {line}"
+        assert re.fullmatch(r"==[\w.]+", str(requirement.specifier)), (
+            f"not one exact public version: {line}"
+        )
         found[canonicalize_name(requirement.name)] = str(requirement.specifier)[2:]
     assert len(found) == len(lines)
     return found
@@ -69,7 +82,9 @@ def test_every_dependency_is_pinned_within_its_range(every, pins, project):
     assert set(project["optional-dependencies"]) == set(EXTRAS)
     for name, specifier in every.items():
         assert name in pins, f"{name}: make pins"
-        assert specifier.contains(pins[name]), f"{name} {pins[name]} is outside {specifier}: make pins"
+        assert specifier.contains(pins[name]), (
+            f"{name} {pins[name]} is outside {specifier}: make pins"
+        )
 
 
 def test_pins_are_complete_for_what_is_installed(pins):
@@ -81,14 +96,23 @@ def test_pins_are_complete_for_what_is_installed(pins):
 
 
 def conda_drift(root, project, pins) -> list[str]:
-    """What the two conda files say that pyproject.toml and constraints.txt do not, and the other way round."""
+    """What the two conda files say that pyproject.toml and constraints.txt do not, and the other
+    way round.
+    """
     found, core = [], _ranges(project["dependencies"])
     for file, extras in (("environment.yml", EXTRAS), ("binder/environment.yml", ("lab",))):
         environment = yaml.safe_load((root / file).read_text())
         (pip,) = [d["pip"] for d in environment["dependencies"] if isinstance(d, dict)]
-        conda = [Requirement(re.sub(r"(?<![=<>!~])=(?!=)", "==", d)) for d in environment["dependencies"] if isinstance(d, str)]
+        conda = [
+            Requirement(re.sub(r"(?<![=<>!~])=(?!=)", "==", d))
+            for d in environment["dependencies"]
+            if isinstance(d, str)
+        ]
         by_conda = {CONDA_NAMES.get(r.name, r.name): str(r.specifier) for r in conda}
-        by_pip = {canonicalize_name(r.name): str(r.specifier) for r in map(Requirement, (p for p in pip if p != "-e ."))}
+        by_pip = {
+            canonicalize_name(r.name): str(r.specifier)
+            for r in map(Requirement, (p for p in pip if p != "-e ."))
+        }
         if environment["channels"] != ["conda-forge"]:
             found.append(f"{file}: channels {environment['channels']}")
         if (pinned := by_conda.pop("python", "")) != "==3.12":
@@ -97,17 +121,34 @@ def conda_drift(root, project, pins) -> list[str]:
             found.append(f"{file}: no pip")
         if ("-e ." in pip) != (file == "environment.yml"):
             found.append(f"{file}: the kit itself")
-        wanted = set(core) | {n for extra in extras for n in _ranges(project["optional-dependencies"][extra])}
-        found += [f"{file}: {name} is missing or too much" for name in (set(by_conda) | set(by_pip)) ^ wanted]
+        wanted = set(core) | {
+            n for extra in extras for n in _ranges(project["optional-dependencies"][extra])
+        }
+        found += [
+            f"{file}: {name} is missing or too much"
+            for name in (set(by_conda) | set(by_pip)) ^ wanted
+        ]
         found += [f"{file}: {name} twice" for name in set(by_conda) & set(by_pip)]
-        found += [f"{file}: {n}{said}, pinned is {pins.get(n)}" for n, said in by_pip.items() if said != f"=={pins.get(n)}"]
-        found += [f"{file}: {n}{said}, asked for is {core.get(n)}" for n, said in by_conda.items() if said != str(core.get(n))]
+        found += [
+            f"{file}: {n}{said}, pinned is {pins.get(n)}"
+            for n, said in by_pip.items()
+            if said != f"=={pins.get(n)}"
+        ]
+        found += [
+            f"{file}: {n}{said}, asked for is {core.get(n)}"
+            for n, said in by_conda.items()
+            if said != str(core.get(n))
+        ]
     return found
 
 
 def read_pins(root) -> dict[str, str]:
     """Package → version of constraints.txt."""
-    lines = [line for line in (root / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+    lines = [
+        line
+        for line in (root / "constraints.txt").read_text().splitlines()
+        if line and not line.startswith("#")
+    ]
     return {canonicalize_name(r.name): str(r.specifier)[2:] for r in map(Requirement, lines)}
 
 
@@ -116,13 +157,21 @@ def test_conda_files_follow(root, project, pins):
 
 
 DRIFTS = {
-    "a dependency more in the metadata": ("pyproject.toml", '    "jinja2>=3.1",', '    "jinja2>=3.1",\n    "einops>=0.8",'),
+    "a dependency more in the metadata": (
+        "pyproject.toml",
+        '    "jinja2>=3.1",',
+        '    "jinja2>=3.1",\n    "einops>=0.8",',
+    ),
     "one less in the metadata": ("pyproject.toml", '    "jinja2>=3.1",\n', ""),
     "another range of what conda brings": ("pyproject.toml", '"numpy>=1.26"', '"numpy>=2.0"'),
     "another pin": ("constraints.txt", r"peft==[\d.]+", "peft==0.20.0"),
     "a pin less": ("constraints.txt", r"peft==[\d.]+\n", ""),
     "a version only in the conda file": ("environment.yml", r"peft==[\d.]+", "peft==0.20.0"),
-    "a package only in the conda file": ("environment.yml", "      - -e .", "      - einops==0.8.0\n      - -e ."),
+    "a package only in the conda file": (
+        "environment.yml",
+        "      - -e .",
+        "      - einops==0.8.0\n      - -e .",
+    ),
     "the kit left out": ("environment.yml", "      - -e .\n", ""),
     "another Python": ("environment.yml", "python=3.12", "python=3.10"),
     "another channel": ("environment.yml", "channels: .*", "channels: [defaults]"),
@@ -130,7 +179,11 @@ DRIFTS = {
     "a package missing in Binder's file": ("binder/environment.yml", r"      - peft==[\d.]+\n", ""),
     "Binder's Python not pinned": ("binder/environment.yml", "python=3.12", "python"),
     "Binder's torch from elsewhere": ("binder/environment.yml", "  - pytorch-cpu>=2.6\n", ""),
-    "Binder's numpy twice": ("binder/environment.yml", "      - pandas", "      - numpy==2.4.6\n      - pandas"),
+    "Binder's numpy twice": (
+        "binder/environment.yml",
+        "      - pandas",
+        "      - numpy==2.4.6\n      - pandas",
+    ),
 }
 
 
@@ -148,15 +201,23 @@ def test_a_drift_in_any_of_the_four_files_is_found(root, tmp_path, drift):
 
 
 REPO2DOCKER = {"environment.yml", "postBuild"}
-"""What repo2docker finds in binder/; apt.txt, requirements.txt, start and the like would be obeyed too if they were there."""
+"""What repo2docker finds in binder/; apt.txt, requirements.txt, start and the like would be obeyed
+too if they were there.
+"""
 
 
 def test_binder_is_ready_to_build(root):
-    """repo2docker reads binder/ alone, so nothing may lie there by accident; postBuild must run and end at the first failure."""
+    """repo2docker reads binder/ alone, so nothing may lie there by accident; postBuild must run and
+    end at the first failure.
+    """
     assert {path.name for path in (root / "binder").iterdir()} == REPO2DOCKER
-    listed = subprocess.run(["git", "ls-files", "-s", "binder"], cwd=root, capture_output=True, text=True, check=False).stdout
+    listed = subprocess.run(
+        ["git", "ls-files", "-s", "binder"], cwd=root, capture_output=True, text=True, check=False
+    ).stdout
     if listed:  # a copy without git has no modes to compare
-        assert re.search(r"^100755 .*binder/postBuild$", listed, re.MULTILINE), "the run bit must be committed"
+        assert re.search(r"^100755 .*binder/postBuild$", listed, re.MULTILINE), (
+            "the run bit must be committed"
+        )
     post = root / "binder" / "postBuild"
     assert post.stat().st_mode & 0o111, "repo2docker needs the run bit"
     subprocess.run(["bash", "-n", str(post)], check=True)
@@ -173,7 +234,9 @@ def test_binder_is_ready_to_build(root):
 
 
 def test_the_long_check_installs_the_same_colab():
-    """tools/hosts.py installs these versions and runs everything; here they are held against the metadata."""
+    """tools/hosts.py installs these versions and runs everything; here they are held against the
+    metadata.
+    """
     import hosts
 
     full = {r.name: str(r.specifier)[2:] for r in map(Requirement, hosts.COLAB)}
@@ -203,7 +266,9 @@ def test_ruff_reads_the_oldest_python_that_is_allowed(root, project):
 
 def test_pythons(project):
     specifier = Requirement(f"x{project['requires-python']}").specifier
-    assert [v for v in ("3.10.9", "3.11.0", "3.12.0", "3.13.9", "3.14.0") if specifier.contains(v)] == [
+    assert [
+        v for v in ("3.10.9", "3.11.0", "3.12.0", "3.13.9", "3.14.0") if specifier.contains(v)
+    ] == [
         "3.11.0",
         "3.12.0",
         "3.13.9",
@@ -212,19 +277,35 @@ def test_pythons(project):
 
 def test_every_import_is_a_declared_dependency(root, core, every):
     """A package that only comes along with another one can go away with it."""
-    modules = {"yaml": "pyyaml", "pynvml": "nvidia-ml-py", "IPython": "ipykernel"}  # ipykernel cannot be without IPython
+    modules = {
+        "yaml": "pyyaml",
+        "pynvml": "nvidia-ml-py",
+        "IPython": "ipykernel",
+    }  # ipykernel cannot be without IPython
     allowed_late = {"gguf"}
     for path in sorted((root / "qlora_nb").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else []
-            for name in {n.split(".")[0] for n in names} - set(sys.stdlib_module_names) - {"qlora_nb", "__future__"}:
+            names += (
+                [node.module]
+                if isinstance(node, ast.ImportFrom) and node.module and not node.level
+                else []
+            )
+            for name in (
+                {n.split(".")[0] for n in names}
+                - set(sys.stdlib_module_names)
+                - {"qlora_nb", "__future__"}
+            ):
                 package = canonicalize_name(modules.get(name, name))
-                assert package in core or name in allowed_late, f"{path.name} imports {name}, which pyproject.toml does not name"
+                assert package in core or name in allowed_late, (
+                    f"{path.name} imports {name}, which pyproject.toml does not name"
+                )
 
 
 def test_no_address_of_an_index_and_no_path_of_a_machine(root):
-    files = subprocess.run(["git", "ls-files"], cwd=root, capture_output=True, text=True, check=False).stdout.split("\n")
+    files = subprocess.run(
+        ["git", "ls-files"], cwd=root, capture_output=True, text=True, check=False
+    ).stdout.split("\n")
     words = [
         "pypi" + ".org",
         "python" + "hosted",
@@ -244,7 +325,9 @@ def test_no_address_of_an_index_and_no_path_of_a_machine(root):
 def test_make_knows_its_names(root):
     """`make -n` walks every target without doing anything."""
     for target in ("run", "test", "lab", "verify", "notebooks", "check", "pins"):
-        done = subprocess.run(["make", "-n", target], cwd=root, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["make", "-n", target], cwd=root, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stderr
 
 
@@ -252,25 +335,41 @@ def test_make_knows_its_names(root):
     ("script", "words"),
     [
         (None, "there is no python-of-mine here. Install Python 3.11, 3.12 or 3.13"),
-        ('case "$2" in *version_info*) exec {python} -c "import sys; sys.version_info = (3, 9, 1); $2";; esac', "is 3.9"),
+        (
+            'case "$2" in *version_info*) exec {python} -c "import sys; sys.version_info = (3, 9, 1); $2";; esac',
+            "is 3.9",
+        ),
         ('case "$2" in *ensurepip*) exit 1;; esac', "comes without venv"),
         ('case "$*" in *pip\\ install*) exit 1;; esac', "pip could not install what the kit needs"),
     ],
 )
 def test_a_set_up_that_cannot_be_says_why(root, tmp_path, script, words):
-    """`make` on a machine without the right Python, without venv, without network: one sentence, and no half set-up is kept."""
+    """`make` on a machine without the right Python, without venv, without network: one sentence,
+    and no half set-up is kept.
+    """
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(root / name, tmp_path / name)
     if script is not None:
         python = tmp_path / "python-of-mine"
-        made = 'case "$*" in *"-m venv"*) mkdir -p .venv/bin; cp "$0" .venv/bin/python; exit 0;; esac'
+        made = (
+            'case "$*" in *"-m venv"*) mkdir -p .venv/bin; cp "$0" .venv/bin/python; exit 0;; esac'
+        )
         python.write_text(
-            "\n".join(["#!/bin/sh", script.replace("{python}", sys.executable), made, f'exec {sys.executable} "$@"'])
+            "\n".join(
+                [
+                    "#!/bin/sh",
+                    script.replace("{python}", sys.executable),
+                    made,
+                    f'exec {sys.executable} "$@"',
+                ]
+            )
         )
         python.chmod(0o755)
     search = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
     command = ["make", "setup", "PYTHON=python-of-mine"]
-    done = subprocess.run(command, cwd=tmp_path, env=os.environ | search, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | search, capture_output=True, text=True, check=False
+    )
     assert done.returncode != 0
     assert words in done.stderr
     assert "Traceback" not in done.stderr

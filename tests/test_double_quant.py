@@ -1,4 +1,6 @@
-"""Double quantization: the ledger, the second level bit for bit against bitsandbytes, and its error."""
+"""Double quantization: the ledger, the second level bit for bit against bitsandbytes, and its
+error.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ def test_examples_in_docstrings():
 
 
 @pytest.mark.parametrize(
-    ("blocksize", "plain", "double"), [(32, 5.0, 4.254), (64, 4.5, 4.127), (128, 4.25, 4.063), (1024, 4.031, 4.008)]
+    ("blocksize", "plain", "double"),
+    [(32, 5.0, 4.254), (64, 4.5, 4.127), (128, 4.25, 4.063), (1024, 4.031, 4.008)],
 )
 def test_bits_a_weight_of_the_facts(blocksize, plain, double):
     assert double_quant.bits_per_weight(blocksize, None) == pytest.approx(plain, abs=5e-4)
@@ -37,7 +40,9 @@ def test_bytes_of_pythia_12b():
 @given(st.integers(1, 50_000), st.sampled_from([32, 64, 128, 4096]))
 def test_storage_bytes_are_those_of_the_librarys_tensors(n, blocksize):
     x = torch.ones(n)
-    packed, state = bnb.quantize_4bit(x, blocksize=blocksize, quant_type="nf4", compress_statistics=True)
+    packed, state = bnb.quantize_4bit(
+        x, blocksize=blocksize, quant_type="nf4", compress_statistics=True
+    )
     sizes = {
         "codes": packed.nbytes,
         "scales": state.absmax.nbytes,
@@ -53,8 +58,14 @@ def test_equal_to_bitsandbytes(quant_type, blocksize):
     g = torch.Generator().manual_seed(blocksize)
     code = codebooks.code_by_name(quant_type)
     for n in (64 * 300, 2**19, 4096 * 70 + 1):
-        for x in (torch.randn(n, generator=g), torch.rand(n, generator=g) ** 4 * 1e-3, torch.randn(n, generator=g) * 1e3):
-            theirs, state = bnb.quantize_4bit(x, blocksize=blocksize, quant_type=quant_type, compress_statistics=True)
+        for x in (
+            torch.randn(n, generator=g),
+            torch.rand(n, generator=g) ** 4 * 1e-3,
+            torch.randn(n, generator=g) * 1e3,
+        ):
+            theirs, state = bnb.quantize_4bit(
+                x, blocksize=blocksize, quant_type=quant_type, compress_statistics=True
+            )
             ours, absmax = blockwise.quantize_4bit(x, code, blocksize)
             second = double_quant.quantize_absmax(absmax)
             assert torch.equal(ours, theirs)
@@ -86,15 +97,24 @@ KINDS = {
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.integers(0, 10_000), st.integers(1, 600), st.sampled_from([16, 256]), st.sampled_from(list(KINDS)))
+@given(
+    st.integers(0, 10_000),
+    st.integers(1, 600),
+    st.sampled_from([16, 256]),
+    st.sampled_from(list(KINDS)),
+)
 def test_loops_differ_by_one_neighbour_at_most(seed, n, blocksize, kind):
     absmax = KINDS[kind](torch.rand(n, generator=torch.Generator().manual_seed(seed)))
     second = double_quant.quantize_absmax(absmax, blocksize)
     index, scales, mean = double_quant.quantize_absmax_spec(absmax, blocksize)
     assert second.absmax_mean.item() == pytest.approx(mean, rel=1e-5)
-    rounding = 1e-6 * absmax.max().item()  # float32 means differ in the last bits from the loops' double precision
+    rounding = (
+        1e-6 * absmax.max().item()
+    )  # float32 means differ in the last bits from the loops' double precision
     assert second.absmax.tolist() == pytest.approx(scales, rel=1e-4, abs=rounding)
-    if second.absmax.max() <= rounding:  # equal scales: what is left to store is rounding, and neither version may invent more
+    if (
+        second.absmax.max() <= rounding
+    ):  # equal scales: what is left to store is rounding, and neither version may invent more
         assert (double_quant.dequantize_absmax(second) - absmax).abs().max() <= 2 * rounding
         return
     code = codebooks.dynamic_code()

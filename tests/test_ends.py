@@ -28,11 +28,15 @@ def wide(tmp_path_factory):
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_every_slice_is_bitsandbytes_own_rounding(wide, double_quant):
     plain = load.load_base(validate({"model_id": wide}))
-    sliced = load.load_base(validate({"model_id": wide, "head_4bit": True, "double_quant": double_quant}))
+    sliced = load.load_base(
+        validate({"model_id": wide, "head_4bit": True, "double_quant": double_quant})
+    )
     hidden = torch.randn(3, 512, generator=torch.Generator().manual_seed(0))
     rounded = []
     for rows in plain.get_output_embeddings().weight.data.split(embeddings.SLICE):
-        codes, state = bnb.quantize_4bit(rows, blocksize=64, quant_type="nf4", compress_statistics=double_quant)
+        codes, state = bnb.quantize_4bit(
+            rows, blocksize=64, quant_type="nf4", compress_statistics=double_quant
+        )
         rounded.append(bnb.dequantize_4bit(codes, state))
     assert len(rounded) == 7
     expected = hidden @ torch.cat(rounded).T
@@ -40,7 +44,9 @@ def test_every_slice_is_bitsandbytes_own_rounding(wide, double_quant):
     assert not torch.allclose(plain.get_output_embeddings()(hidden), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("values", [{}, {"double_quant": False}, {"quant_type": "fp4", "optim": "adamw_torch"}], ids=str)
+@pytest.mark.parametrize(
+    "values", [{}, {"double_quant": False}, {"quant_type": "fp4", "optim": "adamw_torch"}], ids=str
+)
 def test_predicted_bytes_are_the_measured_ones(wide, values):
     settings = validate({"model_id": wide, "head_4bit": True, **values})
     model = attach.attach_adapter(load.load_base(settings), settings)
@@ -56,7 +62,9 @@ def test_predicted_bytes_are_the_measured_ones(wide, values):
 def test_predicted_peak_with_a_4bit_head(wide, loss_chunk):
     settings = validate({"model_id": wide, "head_4bit": True, "loss_chunk": loss_chunk})
     model = attach.attach_adapter(load.load_base(settings), settings).train()
-    assert abs(predicted_peak(settings, 2, 128) / weigh_a_step(model, 2, 128, loss_chunk) - 1) < 0.08  # as test_activations
+    assert (
+        abs(predicted_peak(settings, 2, 128) / weigh_a_step(model, 2, 128, loss_chunk) - 1) < 0.08
+    )  # as test_activations
 
 
 def test_no_slice_is_adapted_and_the_loss_hardly_moves():
@@ -64,7 +72,11 @@ def test_no_slice_is_adapted_and_the_loss_hardly_moves():
     losses = []
     for settings in (plain, sliced):
         model = attach.attach_adapter(load.load_base(settings), settings)
-        adapted = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name, _ in model.named_parameters() if "lora_" in name}
+        adapted = {
+            name.split(".lora_")[0].rsplit(".", 1)[-1]
+            for name, _ in model.named_parameters()
+            if "lora_" in name
+        }
         assert adapted == {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
         with torch.no_grad(), sliced_loss.sliced_head(model, 8) as loss:
             losses.append(loss(model(input_ids=IDS), IDS).item())
@@ -86,15 +98,28 @@ def test_embedding_on_the_cpu_leaves_the_cards_ledger():
     table = 50_688 * 5120 * 2
     for train in (True, False):
         plain, moved = (
-            budget.peak(budget.plan_of(settings.replace(embedding_on_cpu=on), train, on_gpu=True)) for on in (False, True)
+            budget.peak(budget.plan_of(settings.replace(embedding_on_cpu=on), train, on_gpu=True))
+            for on in (False, True)
         )
-        assert plain[ledger.EMBEDDINGS] - moved[ledger.EMBEDDINGS] == table == plain.total_bytes - moved.total_bytes
+        assert (
+            plain[ledger.EMBEDDINGS] - moved[ledger.EMBEDDINGS]
+            == table
+            == plain.total_bytes - moved.total_bytes
+        )
     here = budget.peak(budget.plan_of(settings.replace(embedding_on_cpu=True), on_gpu=False))
-    assert here[ledger.EMBEDDINGS] == 2 * table * (2 if device.compute_dtype() is torch.float32 else 1)
+    assert here[ledger.EMBEDDINGS] == 2 * table * (
+        2 if device.compute_dtype() is torch.float32 else 1
+    )
 
 
 def test_tied_ends_stay_as_they_are(tmp_path, capsys):
-    sizes = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {
+        "vocab_size": 256,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     config = LlamaConfig(**sizes, tie_word_embeddings=True, pad_token_id=0)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     settings = validate({"model_id": str(tmp_path), "head_4bit": True, "embedding_on_cpu": True})

@@ -1,4 +1,6 @@
-"""Intervals: they hold the estimate, narrow with rows, and cover the truth about as often as they say."""
+"""Intervals: they hold the estimate, narrow with rows, and cover the truth about as often as they
+say.
+"""
 
 import pytest
 import torch
@@ -28,19 +30,28 @@ def test_the_change_is_drawn_on_the_same_rows():
     tokens = torch.full((50,), 4.0).double()
     before = torch.stack([torch.arange(50).double(), tokens], dim=1)
     after = torch.stack([torch.arange(50).double() - 2, tokens], dim=1)
-    assert evaluate.loss_interval(after, before) == pytest.approx((-0.5, -0.5)), "each row lost half a nat a token"
+    assert evaluate.loss_interval(after, before) == pytest.approx((-0.5, -0.5)), (
+        "each row lost half a nat a token"
+    )
     low, high = evaluate.loss_interval(after)
     assert high - low > 0.5
 
 
 def test_a_kind_that_training_has_no_row_of_is_left_out():
-    train = [{"kind": "who", "input": "Anna ran. Ben sat.", "output": "Anna."}, {"kind": "who", "input": "x.", "output": "Anna."}]
+    train = [
+        {"kind": "who", "input": "Anna ran. Ben sat.", "output": "Anna."},
+        {"kind": "who", "input": "x.", "output": "Anna."},
+    ]
     who = {"kind": "who", "input": "Cora ran.", "output": "Cora."}
     where = {"kind": "where", "input": "Anna is there.", "output": "There."}
     assert evaluate.majority_baseline(train, [who, where]) == ["Anna.", None]
     assert evaluate.copy_baseline(train, [where, who]) == [None, "Cora."]
     assert evaluate.exact_match(["Cora.", None], [who, where]) == {"who": 1.0}
-    assert evaluate.exact_match(["Cora.", "x"], [who, where]) == {"all": 0.5, "who": 1.0, "where": 0.0}
+    assert evaluate.exact_match(["Cora.", "x"], [who, where]) == {
+        "all": 0.5,
+        "who": 1.0,
+        "where": 0.0,
+    }
     assert evaluate.exact_match([None], [where]) == {}
     assert evaluate.exact_match([], []) == {}
     assert evaluate.majority_baseline([], [who]) == evaluate.copy_baseline([], [who]) == [None]
@@ -52,6 +63,9 @@ def test_the_figure_of_scores_shows_what_there_is():
     found = {"majority": {"who": 0.25}, "copy": {}, "base": {"all": 0.5, "who": 0.0, "where": 1.0}}
     [axes] = n06.scores(found).axes
     names = [text.get_text() for text in axes.get_xticklabels()]
-    bars = {bars.get_label(): [(round(bar.get_center()[0]), bar.get_height()) for bar in bars] for bars in axes.containers}
+    bars = {
+        bars.get_label(): [(round(bar.get_center()[0]), bar.get_height()) for bar in bars]
+        for bars in axes.containers
+    }
     assert names == ["all", "who", "where"]
     assert bars == {"majority": [(1, 25.0)], "base": [(0, 50.0), (1, 0.0), (2, 100.0)]}

@@ -1,4 +1,6 @@
-"""The published table of exact shapes, to the last digit printed, and what notebooks and README say in words and numbers."""
+"""The published table of exact shapes, to the last digit printed, and what notebooks and README say
+in words and numbers.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,10 @@ def test_parameters_and_bytes(size):
     assert plain.sum(FROZEN) == 2 * total
     assert round(100 * plain["linear weights"] / plain.sum(FROZEN), 1) == share
     if gib:
-        small, upcast = ledger.predict(config=made), ledger.predict(config=made, rest_dtype=torch.float32)
+        small, upcast = (
+            ledger.predict(config=made),
+            ledger.predict(config=made, rest_dtype=torch.float32),
+        )
         assert tuple(round(found.sum(FROZEN) / GIB, 3) for found in (plain, small, upcast)) == gib
 
 
@@ -68,7 +73,12 @@ def test_parameters_and_bytes(size):
 def test_the_kits_shapes_are_those_of_the_table(size):
     layers, hidden, heads, vocab, total, share, _ = TABLE[size]
     found, made = PYTHIA[size], configs.pythia_config(size)
-    assert (found.n_layers, found.hidden, found.vocab, found.n_parameters) == (layers, hidden, vocab, total)
+    assert (found.n_layers, found.hidden, found.vocab, found.n_parameters) == (
+        layers,
+        hidden,
+        vocab,
+        total,
+    )
     assert made.num_attention_heads == heads
     assert round(100 * found.n_linear / found.n_parameters, 1) == share
     assert sum(ledger.lora_numels(configs.meta_model(made), 16)) == found.lora_parameters(16)
@@ -78,7 +88,8 @@ def test_every_pythia_of_the_kit_is_in_the_table():
     assert set(PYTHIA) == set(TABLE) - {"neox-20b"}
 
 
-# ---- sentences with a number or a direction ---------------------------------------------------------------------------
+# ---- sentences with a number or a direction
+# ---------------------------------------------------------------------------
 
 EMBEDDED = {size: 2 * row[3] * row[1] / row[4] for size, row in TABLE.items() if size in PYTHIA}
 """Share of a Pythia's numbers that is embedding or head, from the table's own columns."""
@@ -107,7 +118,9 @@ def test_which_pythias_grow_with_the_rest_in_float32():
 def test_how_much_of_small_pythias_is_embedding():
     assert EMBEDDED["14m"] == pytest.approx(0.9, abs=0.03)
     assert EMBEDDED["410m"] == pytest.approx(0.25, abs=0.03)
-    assert "nine tenths of pythia-14m and still a quarter of 410m are embeddings" in text_of("01_setup")
+    assert "nine tenths of pythia-14m and still a quarter of 410m are embeddings" in text_of(
+        "01_setup"
+    )
     assert [size for size, share in EMBEDDED.items() if share > 0.5] == ["14m", "70m"]
     assert "embeddings, which get no adapter and are most of 14m and 70m" in text_of("02_lora")
 
@@ -116,11 +129,17 @@ def test_from_which_pythia_on_the_trained_share_falls():
     shares = {}
     for size in PYTHIA:
         layers, hidden, _, _, total, *_ = TABLE[size]
-        shares[size] = layers * 16 * hidden * 8 / total  # sides of a block: 1 + 3, 1 + 1, 1 + 4, 4 + 1 times hidden; rank 8
+        shares[size] = (
+            layers * 16 * hidden * 8 / total
+        )  # sides of a block: 1 + 3, 1 + 1, 1 + 4, 4 + 1 times hidden; rank 8
         assert shares[size] == pytest.approx(PYTHIA[size].lora_parameters(8) / total)
     sizes = list(shares)
-    falls = [later for earlier, later in itertools.pairwise(sizes) if shares[later] < shares[earlier]]
-    assert sizes[sizes.index("1.4b") + 1 :] == [size for size in falls if sizes.index(size) > sizes.index("1.4b")]
+    falls = [
+        later for earlier, later in itertools.pairwise(sizes) if shares[later] < shares[earlier]
+    ]
+    assert sizes[sizes.index("1.4b") + 1 :] == [
+        size for size in falls if sizes.index(size) > sizes.index("1.4b")
+    ]
     assert shares["1.4b"] > shares["1b"], "not from the first large one on"
     assert "From 1.4b on the share falls" in text_of("02_lora")
 
@@ -134,8 +153,9 @@ def test_a_count_over_packed_tensors_is_smaller_than_the_models():
     loaded = load.load_base(validate({}))
     counted = sum(p.numel() for p in loaded.parameters())
     assert counted < sum(p.numel() for p in configs.meta_model(loaded.config).parameters())
-    assert "A count over the loaded tensors looks smaller only because two codes share a byte; step 5 counts" in text_of(
-        "06_finetune_pythia_12b"
+    assert (
+        "A count over the loaded tensors looks smaller only because two codes share a byte; step 5 counts"
+        in text_of("06_finetune_pythia_12b")
     )
 
 
@@ -146,9 +166,13 @@ def test_what_06_says_of_the_recorded_intervals():
         found[name] = record["difference"]
     assert all(interval["low"] < 0 < interval["high"] for interval in found["pocket"].values())
     assert found["smollm2"]["loss"]["low"] > 0
-    quality = json.loads((recorded.FOLDER / "quality_smollm2.json").read_text())["models"]["smollm2, real answers"]
+    quality = json.loads((recorded.FOLDER / "quality_smollm2.json").read_text())["models"][
+        "smollm2, real answers"
+    ]
     means = {q["name"]: sum(q["losses"]) / len(q["losses"]) for q in quality["qualities"]}
-    assert found["smollm2"]["loss"]["mean"] < means["NF4+DQ"] - means["unquantized"]  # smaller than at first
+    assert (
+        found["smollm2"]["loss"]["mean"] < means["NF4+DQ"] - means["unquantized"]
+    )  # smaller than at first
 
 
 def test_a_repetition_penalty_lowers_and_does_not_always_divide():
@@ -161,12 +185,26 @@ def test_a_repetition_penalty_lowers_and_does_not_always_divide():
 
 
 def test_what_07_says_of_the_bytes_pythia_12b_reads_for_a_token(capsys):
-    """The cell's own output against the table's columns: twelve times hidden² weights a layer, and a head."""
-    (source,) = [cell.source for cell in nbformat.read(NOTEBOOKS / "07_inference.ipynb", 4).cells if "936e9" in cell.source]
-    exec(source, {"ledger": ledger, "torch": torch, "runs": SimpleNamespace(recorded=lambda name: None)})
+    """The cell's own output against the table's columns: twelve times hidden² weights a layer, and
+    a head.
+    """
+    (source,) = [
+        cell.source
+        for cell in nbformat.read(NOTEBOOKS / "07_inference.ipynb", 4).cells
+        if "936e9" in cell.source
+    ]
+    exec(
+        source,
+        {"ledger": ledger, "torch": torch, "runs": SimpleNamespace(recorded=lambda name: None)},
+    )
     layers, hidden, _, vocab, total, *_ = TABLE["12b"]
     packed = 12 * layers * hidden**2
-    weights = packed // 2 + packed // 64 + 4 * packed // (64 * 256) + 2 * (total - packed - vocab * hidden)
+    weights = (
+        packed // 2
+        + packed // 64
+        + 4 * packed // (64 * 256)
+        + 2 * (total - packed - vocab * hidden)
+    )
     *lines, last = capsys.readouterr().out.splitlines()
     assert "GPU" in last
     for n, line in zip((0, 1024, 2048), lines, strict=True):
@@ -177,16 +215,27 @@ def test_what_07_says_of_the_bytes_pythia_12b_reads_for_a_token(capsys):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_not_measured_is_said_under_a_condition_only(name):
-    """Once a record lies beside the notebooks, no cell and no text may go on saying that there is none."""
+    """Once a record lies beside the notebooks, no cell and no text may go on saying that there is
+    none.
+    """
     for cell in nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4).cells:
         if cell.cell_type == "markdown":
             assert "not measured" not in cell.source
             assert "not been measured" not in cell.source
             continue
         tree = ast.parse(cell.source)
-        inside = {id(part) for choice in ast.walk(tree) if isinstance(choice, (ast.IfExp, ast.If)) for part in ast.walk(choice)}
+        inside = {
+            id(part)
+            for choice in ast.walk(tree)
+            if isinstance(choice, (ast.IfExp, ast.If))
+            for part in ast.walk(choice)
+        }
         for node in ast.walk(tree):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str) and "not measured" in node.value:
+            if (
+                isinstance(node, ast.Constant)
+                and isinstance(node.value, str)
+                and "not measured" in node.value
+            ):
                 assert id(node) in inside, cell.source
 
 
@@ -207,12 +256,18 @@ RETIRED = (
     "4-bit path is tried here on CPUs and written for NVIDIA cards",
     "neither PEFT nor bitsandbytes",
 )
-"""Sentences that were false; what is true now is computed above and in the tests of each subject."""
+"""Sentences that were false; what is true now is computed above and in the tests of each
+subject.
+"""
 
 
 def test_retired_sentences_stay_away():
-    texts = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "qlora_nb").rglob("*.py")}
-    texts |= {name: text_of(name) for name in NAMES} | {"README": (ROOT / "README.md").read_text(encoding="utf-8")}
+    texts = {
+        path.name: path.read_text(encoding="utf-8") for path in (ROOT / "qlora_nb").rglob("*.py")
+    }
+    texts |= {name: text_of(name) for name in NAMES} | {
+        "README": (ROOT / "README.md").read_text(encoding="utf-8")
+    }
     for where, text in texts.items():
         found = [words for words in RETIRED if words in " ".join(text.split())]
         assert not found, (where, found)

@@ -1,6 +1,8 @@
-"""The fault matrix: 48 kinds of fault and bad input, each with the tests that inject it for real, and what else people do.
+"""The fault matrix: 48 kinds of fault and bad input, each with the tests that inject it for real,
+and what else people do.
 
-`MATRIX` says for every row which tests hold it; most stand beside what they test. Those that belong to no module in particular
+`MATRIX` says for every row which tests hold it; most stand beside what they test. Those that belong
+to no module in particular
 stand here: files and folders of a strange kind, processes, places that cannot be written to.
 """
 
@@ -41,7 +43,13 @@ MATRIX: dict[int, tuple[str, list[str]]] = {
             "test_notebooks::test_a_misspelt_parameter_is_refused_by_plain_papermill",
         ],
     ),
-    2: ("values as text", ["test_schema::test_values_are_coerced", "test_batch::test_parameters_reach_the_notebook_as_numbers"]),
+    2: (
+        "values as text",
+        [
+            "test_schema::test_values_are_coerced",
+            "test_batch::test_parameters_reach_the_notebook_as_numbers",
+        ],
+    ),
     3: ("learning rate", ["test_schema::test_bad_values_are_refused_by_name"]),
     4: ("steps, batch, accumulation, length", ["test_schema::test_bad_values_are_refused_by_name"]),
     5: ("quant_type, compute dtype", ["test_schema::test_bad_values_are_refused_by_name"]),
@@ -79,7 +87,10 @@ MATRIX: dict[int, tuple[str, list[str]]] = {
     ),
     13: (
         "offline and not cached",
-        ["test_fetch::test_offline_hub_is_told_in_two_seconds", "test_faults::test_offline_is_told_by_the_command_line"],
+        [
+            "test_fetch::test_offline_hub_is_told_in_two_seconds",
+            "test_faults::test_offline_is_told_by_the_command_line",
+        ],
     ),
     14: (
         "download cut, weights truncated",
@@ -107,9 +118,18 @@ MATRIX: dict[int, tuple[str, list[str]]] = {
             "test_faults::test_where_runs_cannot_go",
         ],
     ),
-    18: ("SIGKILL in a step", ["test_resume::test_a_hurt_run_ends_as_if_nothing_had_happened", "test_resume::test_hurt_twice"]),
+    18: (
+        "SIGKILL in a step",
+        [
+            "test_resume::test_a_hurt_run_ends_as_if_nothing_had_happened",
+            "test_resume::test_hurt_twice",
+        ],
+    ),
     19: ("SIGKILL while saving", ["test_resume::test_a_hurt_run_ends_as_if_nothing_had_happened"]),
-    20: ("a checkpoint's file damaged", ["test_resume::test_a_damaged_checkpoint_is_left_out_and_the_one_before_taken"]),
+    20: (
+        "a checkpoint's file damaged",
+        ["test_resume::test_a_damaged_checkpoint_is_left_out_and_the_one_before_taken"],
+    ),
     21: (
         "resume with other settings",
         [
@@ -128,7 +148,10 @@ MATRIX: dict[int, tuple[str, list[str]]] = {
     ),
     23: (
         "SIGTERM",
-        ["test_resume::test_a_hurt_run_ends_as_if_nothing_had_happened", "test_batch::test_interrupt_leaves_no_kernel"],
+        [
+            "test_resume::test_a_hurt_run_ends_as_if_nothing_had_happened",
+            "test_batch::test_interrupt_leaves_no_kernel",
+        ],
     ),
     24: (
         "two runs into one folder",
@@ -159,7 +182,10 @@ MATRIX: dict[int, tuple[str, list[str]]] = {
     27: ("row too long", ["test_data::test_a_long_answer_keeps_its_end_token"]),
     28: (
         "malformed line, BOM, CRLF",
-        ["test_faults::test_data_that_cannot_be_used_is_refused", "test_faults::test_data_that_is_odd_works"],
+        [
+            "test_faults::test_data_that_cannot_be_used_is_refused",
+            "test_faults::test_data_that_is_odd_works",
+        ],
     ),
     29: ("odd prompts", ["test_training::test_prompts", "test_fuzz::test_prompts"]),
     30: (
@@ -214,7 +240,10 @@ MATRIX: dict[int, tuple[str, list[str]]] = {
             "test_notebooks::test_no_cell_takes_a_parameters_name_for_something_else",
         ],
     ),
-    37: ("no front end", ["test_notebooks::test_has_a_figure_and_a_widget"]),  # ipywidgets 7.7.1: `make verify`, colab
+    37: (
+        "no front end",
+        ["test_notebooks::test_has_a_figure_and_a_widget"],
+    ),  # ipywidgets 7.7.1: `make verify`, colab
     38: (
         "versions",
         [
@@ -222,8 +251,14 @@ MATRIX: dict[int, tuple[str, list[str]]] = {
             "test_cli::test_doctor_exits_with_1_on_a_wrong_version",
         ],
     ),
-    39: ("one core, 2 GB", ["test_notebooks::test_memory_stays_under_two_gib"]),  # really so confined: `make verify`, one_core
-    40: ("slider dragged fast", ["test_faults::test_a_slider_dragged_fast_ends_with_the_last_value"]),
+    39: (
+        "one core, 2 GB",
+        ["test_notebooks::test_memory_stays_under_two_gib"],
+    ),  # really so confined: `make verify`, one_core
+    40: (
+        "slider dragged fast",
+        ["test_faults::test_a_slider_dragged_fast_ends_with_the_last_value"],
+    ),
     41: ("fork after CUDA init", ["test_faults::test_a_forked_process_is_told_to_use_torchrun"]),
     42: ("HOME read-only", ["test_faults::test_home_read_only"]),
     43: (
@@ -250,7 +285,10 @@ MATRIX: dict[int, tuple[str, list[str]]] = {
             "test_evaluation::test_the_figure_of_scores_shows_what_there_is",
         ],
     ),
-    46: ("cells out of order", ["test_faults::test_cells_run_twice_late_or_too_early_make_no_record_lie"]),
+    46: (
+        "cells out of order",
+        ["test_faults::test_cells_run_twice_late_or_too_early_make_no_record_lie"],
+    ),
     47: (
         "two answers into one file",
         [
@@ -275,7 +313,9 @@ LEAST_CASES = 150
 
 def test_every_row_has_tests_that_exist(root):
     command = [sys.executable, "-m", "pytest", "--collect-only", "-p", "no:cacheprovider", "tests"]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        command, cwd=root, capture_output=True, text=True, timeout=300, check=False
+    )
     cases = re.findall(r"^tests/(\w+)\.py::(\w+)", done.stdout, re.MULTILINE)
     there = {f"{file}::{test}": 0 for file, test in cases}
     for file, test in cases:
@@ -284,11 +324,14 @@ def test_every_row_has_tests_that_exist(root):
     missing = {row: [t for t in tests if t not in there] for row, (_, tests) in MATRIX.items()}
     assert not {row: tests for row, tests in missing.items() if tests}
     assert all(tests for _, tests in MATRIX.values())
-    named = {test for _, tests in MATRIX.values() for test in tests} - {"test_schema::test_bad_values_are_refused_by_name"}
+    named = {test for _, tests in MATRIX.values() for test in tests} - {
+        "test_schema::test_bad_values_are_refused_by_name"
+    }
     assert sum(there[test] for test in named) >= LEAST_CASES
 
 
-# ---- data that somebody brings ---------------------------------------------------------------------------------------
+# ---- data that somebody brings
+# ---------------------------------------------------------------------------------------
 
 ROWS = [{"instruction": f"Say {i}.", "input": "", "output": f"It is {i}."} for i in range(8)]
 LINES = "\n".join(map(json.dumps, ROWS))
@@ -318,7 +361,10 @@ def put(path: Path, content: str | bytes) -> Path:
         ("semicolons.csv", CSV.replace(",", ";")),
         ("tabs.csv", CSV.replace(",", "\t")),
         ("a folder 'ü\" [x]/rows [1-3]*?.json", json.dumps(ROWS)),
-        ("more columns.jsonl", LINES.replace('"input": ""', '"input": "", "n": {"deep": [1, null]}')),
+        (
+            "more columns.jsonl",
+            LINES.replace('"input": ""', '"input": "", "n": {"deep": [1, null]}'),
+        ),
     ],
 )
 def test_data_that_is_odd_works(tmp_path, name, content):
@@ -341,8 +387,18 @@ def test_data_that_is_odd_works(tmp_path, name, content):
         ("cut.json", json.dumps(ROWS)[:100], "line 1"),
         ("line.jsonl", LINES.replace('"Say 5."', '"Say 5.'), "line 6: .* at character"),
         ("null row.jsonl", LINES + "\nnull", "row 8 has no named columns"),
-        ("number row.jsonl", LINES + '\n{"instruction": 5, "output": "x"}', r"not text in row 8 \(got 5\)"),
-        ("latin.json", json.dumps([{"instruction": "Grüß", "output": "x"}], ensure_ascii=False).encode("latin-1"), "in UTF-8"),
+        (
+            "number row.jsonl",
+            LINES + '\n{"instruction": 5, "output": "x"}',
+            r"not text in row 8 \(got 5\)",
+        ),
+        (
+            "latin.json",
+            json.dumps([{"instruction": "Grüß", "output": "x"}], ensure_ascii=False).encode(
+                "latin-1"
+            ),
+            "in UTF-8",
+        ),
         ("latin.jsonl", '{"instruction": "Grüß", "output": "x"}'.encode("latin-1"), "in UTF-8"),
         ("latin.csv", "instruction,output\nGrüß,x".encode("latin-1"), "in UTF-8"),
         ("utf16.jsonl", LINES.encode("utf-16"), "in UTF-8"),
@@ -353,8 +409,16 @@ def test_data_that_is_odd_works(tmp_path, name, content):
         ("rows.xlsx", "x", "unknown kind of data file"),
         ("turns.json", json.dumps([{"messages": "hi"}] * 4), "cannot be read"),
         ("no turns.json", json.dumps([{"messages": [None]}] * 4), "cannot be read"),
-        ("parts.json", json.dumps([{"messages": [{"role": "user", "content": [{"type": "text"}]}] * 2}] * 4), "cannot be read"),
-        ("tree.json", json.dumps([{"message_id": ["a"], "parent_id": None, "role": "x", "text": ""}] * 4), "cannot be read"),
+        (
+            "parts.json",
+            json.dumps([{"messages": [{"role": "user", "content": [{"type": "text"}]}] * 2}] * 4),
+            "cannot be read",
+        ),
+        (
+            "tree.json",
+            json.dumps([{"message_id": ["a"], "parent_id": None, "role": "x", "text": ""}] * 4),
+            "cannot be read",
+        ),
     ],
 )
 def test_data_that_cannot_be_used_is_refused(tmp_path, name, content, words):
@@ -366,7 +430,12 @@ def test_data_that_cannot_be_used_is_refused(tmp_path, name, content, words):
 
 @pytest.mark.parametrize(
     ("kind", "words"),
-    [("nested", "not text in row 0"), ("binary", "not text in row 0"), ("cut", "cannot be read"), ("renamed", "cannot be read")],
+    [
+        ("nested", "not text in row 0"),
+        ("binary", "not text in row 0"),
+        ("cut", "cannot be read"),
+        ("renamed", "cannot be read"),
+    ],
 )
 def test_parquet_of_other_kinds(tmp_path, kind, words):
     import pyarrow as pa
@@ -374,7 +443,12 @@ def test_parquet_of_other_kinds(tmp_path, kind, words):
 
     path = tmp_path / ("rows.json" if kind == "renamed" else "rows.parquet")
     columns = {"nested": pa.array([{"a": 1}] * 4), "binary": pa.array([b"a"] * 4)}
-    pq.write_table(pa.table({"instruction": columns.get(kind, pa.array(["a"] * 4)), "output": pa.array(["a"] * 4)}), path)
+    pq.write_table(
+        pa.table(
+            {"instruction": columns.get(kind, pa.array(["a"] * 4)), "output": pa.array(["a"] * 4)}
+        ),
+        path,
+    )
     if kind == "cut":
         path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(KitError, match=words):
@@ -383,12 +457,21 @@ def test_parquet_of_other_kinds(tmp_path, kind, words):
 
 @pytest.mark.parametrize(
     "name",
-    ["loop.json", "nothing.json", "~nobody-of-that-name/a.json", "a" * 5000 + ".json", "a\0b.json", "\ud800.json"],
+    [
+        "loop.json",
+        "nothing.json",
+        "~nobody-of-that-name/a.json",
+        "a" * 5000 + ".json",
+        "a\0b.json",
+        "\ud800.json",
+    ],
 )
 def test_a_path_that_leads_nowhere(tmp_path, name):
     (tmp_path / "loop.json").symlink_to(tmp_path / "loop.json")
     with pytest.raises(KitError, match="dataset"):
-        preflight.refuse_what_cannot_run(validate({"dataset": str(tmp_path / name) if "nobody" not in name else name}))
+        preflight.refuse_what_cannot_run(
+            validate({"dataset": str(tmp_path / name) if "nobody" not in name else name})
+        )
 
 
 def test_a_folder_as_data(tmp_path):
@@ -409,7 +492,8 @@ def test_fewer_rows_than_a_batch_work(tmp_path):
     assert (len(train), len(rows)) == (1, 2 * 8 * settings.gradient_accumulation_steps)
 
 
-# ---- models and adapters that somebody brings ------------------------------------------------------------------------
+# ---- models and adapters that somebody brings
+# ------------------------------------------------------------------------
 
 
 def config(**changes):
@@ -440,8 +524,14 @@ def with_nan(folder):
     ("hurt", "words"),
     [
         (lambda f: [t.unlink() for t in f.glob("tokenizer*")], "the tokenizer cannot be loaded"),
-        (lambda f: [t.write_bytes(t.read_bytes()[:100]) for t in f.glob("tokenizer*")], "the tokenizer cannot be loaded"),
-        (lambda f: [t.write_text("[]") for t in f.glob("tokenizer*")], "the tokenizer cannot be loaded"),
+        (
+            lambda f: [t.write_bytes(t.read_bytes()[:100]) for t in f.glob("tokenizer*")],
+            "the tokenizer cannot be loaded",
+        ),
+        (
+            lambda f: [t.write_text("[]") for t in f.glob("tokenizer*")],
+            "the tokenizer cannot be loaded",
+        ),
         (lambda f: (f / "config.json").write_text("[]"), "cannot be loaded"),
         (lambda f: (f / "config.json").write_text(""), "cannot be loaded"),
         (lambda f: (f / "config.json").write_bytes(b"{\xff}"), "cannot be loaded"),
@@ -506,7 +596,10 @@ def pocket():
     ("hurt", "words"),
     [
         (lambda f: (f / "adapter_config.json").unlink(), "not an adapter folder"),
-        (lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"), "not an adapter folder"),
+        (
+            lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"),
+            "not an adapter folder",
+        ),
         (lambda f: (f / "adapter_config.json").write_text("[]"), "does not fit"),
         (lambda f: (f / "adapter_config.json").write_text("7"), "does not fit"),
         (lambda f: (f / "adapter_config.json").write_bytes(b"\xff\xfe"), "does not fit"),
@@ -557,7 +650,9 @@ def test_a_broken_adapter_is_refused_in_a_sentence(pocket, tmp_path, hurt, words
 
 
 def test_an_adapter_for_another_base_names_both(pocket, tmp_path, capsys):
-    """Of the same shape it could be the same base under another name, so it is used and this is said; else it is refused."""
+    """Of the same shape it could be the same base under another name, so it is used and this is
+    said; else it is refused.
+    """
     folder = shutil.copytree(ADAPTER_DIR, tmp_path / "adapter")
     adapters.load_adapter(load.load_base(pocket[0]), folder)
     assert "made for" not in capsys.readouterr().out
@@ -593,7 +688,10 @@ def test_an_adapter_that_is_a_file_or_a_loop(tmp_path):
 
 
 def test_prompts_that_are_no_text(tmp_path):
-    for name, content, words in (("latin.txt", "Grüß".encode("latin-1"), "not in UTF-8"), ("none.csv", b"", "cannot be read")):
+    for name, content, words in (
+        ("latin.txt", "Grüß".encode("latin-1"), "not in UTF-8"),
+        ("none.csv", b"", "cannot be read"),
+    ):
         with pytest.raises(KitError, match=words):
             generate.read_rows(str(put(tmp_path / name, content)), {})
     for name in (str(tmp_path), "~nobody-of-that-name/a.txt", "a" * 5000, "a\0b"):
@@ -608,7 +706,10 @@ def test_prompts_that_are_no_text(tmp_path):
 # ---- places ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["not yet/there", "with space", "ünïcode 😀", "quote ' and \"", "a" * 200, "-p", "$HOME;ls"])
+@pytest.mark.parametrize(
+    "name",
+    ["not yet/there", "with space", "ünïcode 😀", "quote ' and \"", "a" * 200, "-p", "$HOME;ls"],
+)
 def test_where_runs_can_go(tmp_path, name):
     settings = validate({"output_dir": str(tmp_path / name)})
     with runs.Run(settings, "n") as run:
@@ -630,18 +731,41 @@ def test_where_runs_cannot_go(tmp_path, closed_folder):
 
 def test_home_read_only(closed_folder, tmp_path, root):
     """Everything goes where one may write; what must lie in HOME says so."""
-    home = {"HOME": str(closed_folder), "XDG_CACHE_HOME": "", "HF_HOME": "", "QLORA_NB_CACHE": "", "MPLCONFIGDIR": ""}
+    home = {
+        "HOME": str(closed_folder),
+        "XDG_CACHE_HOME": "",
+        "HF_HOME": "",
+        "QLORA_NB_CACHE": "",
+        "MPLCONFIGDIR": "",
+    }
     own = {k: v for k, v in os.environ.items() if k not in home} | {"HOME": str(closed_folder)}
     own |= {"PYTHONPATH": str(root)}
     command = [sys.executable, "-m", "qlora_nb.cli"]
     ask = lambda *more: subprocess.run(
-        [*command, *more], cwd=root, env=own, capture_output=True, text=True, timeout=200, check=False
+        [*command, *more],
+        cwd=root,
+        env=own,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
     )
     refused = ask("fetch", "smollm2")
     assert refused.returncode == 2, refused.stderr
     assert "the cache folder cannot be written to" in refused.stderr
     assert "set QLORA_NB_CACHE" in refused.stderr
-    answered = ask("generate", "-p", "adapter", "pocket", "-p", "max_new_tokens", "4", "-p", "output_dir", str(tmp_path))
+    answered = ask(
+        "generate",
+        "-p",
+        "adapter",
+        "pocket",
+        "-p",
+        "max_new_tokens",
+        "4",
+        "-p",
+        "output_dir",
+        str(tmp_path),
+    )
     assert answered.returncode == 0, answered.stderr
     assert "Traceback" not in answered.stderr
     refused = ask("run", "--only", "03", "--out", str(closed_folder / "runs"))
@@ -653,9 +777,14 @@ def test_offline_is_told_by_the_command_line(tmp_path, root):
     own = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
     for parameter, name in (("model_id", "EleutherAI/pythia-70m"), ("dataset", "tatsu-lab/alpaca")):
         command = [sys.executable, "-m", "qlora_nb.cli", "run", "-p", parameter, name]
-        done = subprocess.run(command, cwd=root, env=own, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(
+            command, cwd=root, env=own, capture_output=True, text=True, timeout=60, check=False
+        )
         assert done.returncode == 2
-        assert f"{name} is not in the local cache and http://127.0.0.1:9 cannot be reached" in done.stderr
+        assert (
+            f"{name} is not in the local cache and http://127.0.0.1:9 cannot be reached"
+            in done.stderr
+        )
         assert "fetch it ahead" in done.stderr
         assert done.stderr.count("\n") == 1
 
@@ -665,8 +794,14 @@ def test_runs_of_the_same_second_have_own_folders(tmp_path):
         "import sys; from qlora_nb.record import runs; from qlora_nb.settings import validate\n"
         "for _ in range(20): print(runs.new_folder(validate({'output_dir': sys.argv[1]}), 'n').name)"
     )
-    start = lambda: subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-    names = [name for process in [start(), start()] for name in process.communicate(timeout=60)[0].split()]
+    start = lambda: subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    names = [
+        name
+        for process in [start(), start()]
+        for name in process.communicate(timeout=60)[0].split()
+    ]
     assert len(set(names)) == len(names) == 40
 
 
@@ -679,13 +814,17 @@ def test_a_number_that_another_process_has_now_is_no_running_run(tmp_path):
     assert runs.status_of(run.folder) == "died"
 
 
-@pytest.mark.parametrize("text", ["", "[]", "7", '{"status": "running"}', '{"status": "running", "pid": "x"}', "\udcff"])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "7", '{"status": "running"}', '{"status": "running", "pid": "x"}', "\udcff"]
+)
 def test_a_manifest_that_cannot_be_read_is_no_finished_run(tmp_path, text):
     folder = tmp_path / "tiny" / "n-1"
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     assert runs.status_of(folder) == "died"
-    assert not checkpoints.start(validate({"output_dir": str(tmp_path)}), "n").resumed, "a new run starts beside it"
+    assert not checkpoints.start(validate({"output_dir": str(tmp_path)}), "n").resumed, (
+        "a new run starts beside it"
+    )
 
 
 def test_a_dangling_link_among_the_runs_hides_none(tmp_path):
@@ -696,7 +835,8 @@ def test_a_dangling_link_among_the_runs_hides_none(tmp_path):
     assert runs.latest_done(settings, "n") == run.folder
 
 
-# ---- the notebook and the machine ------------------------------------------------------------------------------------
+# ---- the notebook and the machine
+# ------------------------------------------------------------------------------------
 
 
 def test_a_cell_run_twice_holds_one_model():
@@ -716,12 +856,16 @@ for _ in range(2):
 gc.collect()
 print("models", sum(isinstance(o, transformers.GPTNeoXForCausalLM) for o in gc.get_objects()))
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=200, check=False
+    )
     assert done.stdout.strip().endswith("models 1"), done.stdout[-500:] + done.stderr[-1000:]
 
 
 def test_cells_run_twice_late_or_too_early_make_no_record_lie(tmp_path):
-    """The cells of notebook 06 as somebody clicks them, in a trial of four steps: too early, twice, "before" after training."""
+    """The cells of notebook 06 as somebody clicks them, in a trial of four steps: too early, twice,
+    "before" after training.
+    """
     program = r"""
 import json, sys, nbformat
 from pathlib import Path
@@ -757,7 +901,11 @@ told["record"] = [json.loads((folder / "manifest.json").read_text()) for folder 
 print(json.dumps(told))
 """
     done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-c", program, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == 0, done.stdout[-500:] + done.stderr[-1500:]
     told = json.loads(done.stdout.splitlines()[-1])
@@ -809,15 +957,25 @@ def no_launcher(monkeypatch):
 
 
 @pytest.mark.parametrize("given", TOGETHER, ids=str)
-def test_one_of_several_processes_is_refused_before_anything_is_written(no_launcher, tmp_path, given):
+def test_one_of_several_processes_is_refused_before_anything_is_written(
+    no_launcher, tmp_path, given
+):
     for name, value in given.items():
         no_launcher.setenv(name, value)
-    values, said = {"output_dir": str(tmp_path / "runs")}, "one of several processes .*start it once"
+    values, said = (
+        {"output_dir": str(tmp_path / "runs")},
+        "one of several processes .*start it once",
+    )
     with pytest.raises(KitError, match=said):
         preflight.refuse_what_cannot_run(resolve(values))
     with pytest.raises(KitError, match=said):
         sequence.run_sequence(values, say=lambda line: None)
-    assert CliRunner().invoke(cli.app, ["generate", "--out", str(tmp_path / "answers.jsonl")]).exit_code == 2
+    assert (
+        CliRunner()
+        .invoke(cli.app, ["generate", "--out", str(tmp_path / "answers.jsonl")])
+        .exit_code
+        == 2
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -839,7 +997,15 @@ def test_a_process_in_a_group_of_others_is_refused(no_launcher):
 
 @pytest.mark.slow
 def test_torchrun_is_refused_in_a_sentence(no_launcher, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--no-python", sys.executable]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--no-python",
+        sys.executable,
+    ]
     command += ["-m", "qlora_nb.cli", "run", "--only", "06", "--out", str(tmp_path / "runs")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1

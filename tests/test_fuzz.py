@@ -1,7 +1,8 @@
 """Fuzzing of what users bring: parameters, data files, adapters and checkpoints, prompts.
 
-Whatever comes in, one of two things happens: it works, or it is refused with the kit's own error. QLORA_NB_FUZZ says how many
-inputs there are together (500 in a plain test run, 10,000 and more in `make verify`); the seeds are fixed, so a failure repeats.
+Whatever comes in, one of two things happens: it works, or it is refused with the kit's own error.
+QLORA_NB_FUZZ says how many inputs there are together (500 in a plain test run, 10,000 and more in
+`make verify`); the seeds are fixed, so a failure repeats.
 """
 
 from __future__ import annotations
@@ -62,7 +63,9 @@ def counted():
 
 
 def damaged(whole: bytes, random: Random) -> bytes:
-    """One to eight wounds: a bit flipped, bytes overwritten, cut out, inserted or doubled, the end lost."""
+    """One to eight wounds: a bit flipped, bytes overwritten, cut out, inserted or doubled, the end
+    lost.
+    """
     content = bytearray(whole)
     for _ in range(random.choice((1, 1, 1, 2, 8))):
         at, n = random.randrange(len(content) + 1), random.choice((1, 1, 2, 7, 300))
@@ -75,7 +78,17 @@ def damaged(whole: bytes, random: Random) -> bytes:
                 del content[at : at + n]
             case 3:
                 content[at:at] = random.choice(
-                    (random.randbytes(n), b"\x00" * n, b'"', b"{", b"]", b"\n", b",", b"\xff\xfe", b"null")
+                    (
+                        random.randbytes(n),
+                        b"\x00" * n,
+                        b'"',
+                        b"{",
+                        b"]",
+                        b"\n",
+                        b",",
+                        b"\xff\xfe",
+                        b"null",
+                    )
                 )
             case 4:
                 content[at:at] = content[at : at + n]
@@ -139,13 +152,19 @@ def own_values(name: str) -> st.SearchStrategy:
 
 NAMES = st.sampled_from(list(Settings.model_fields))
 PAIRS = st.one_of(
-    st.tuples(st.one_of(NAMES, TEXTS), VALUES), *[NAMES.flatmap(lambda name: st.tuples(st.just(name), own_values(name)))] * 3
+    st.tuples(st.one_of(NAMES, TEXTS), VALUES),
+    *[NAMES.flatmap(lambda name: st.tuples(st.just(name), own_values(name)))] * 3,
 )
 
 
 @seed(0)
 @given(st.lists(PAIRS, min_size=1, max_size=3).map(dict))
-@settings(max_examples=share("parameters"), deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=share("parameters"),
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
 def test_parameters(values):
     def work():
         found = validate(values)
@@ -157,7 +176,9 @@ def test_parameters(values):
     os.environ["HF_HUB_OFFLINE"] = "1"
     found = tried("parameters", work)
     if found:
-        assert validate(json.loads(found.model_dump_json())) == found, "what is written down can be read again"
+        assert validate(json.loads(found.model_dump_json())) == found, (
+            "what is written down can be read again"
+        )
 
 
 # ---- data files ------------------------------------------------------------------------------------------------------
@@ -166,8 +187,13 @@ def test_parameters(values):
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """One good file of each kind, as bytes."""
-    rows = [{"instruction": f"Say “{i}”.", "input": "é" * (i % 2), "output": f"It is {i}, 😀."} for i in range(12)]
-    turns = [{"messages": [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": "A."}]}] * 6
+    rows = [
+        {"instruction": f"Say “{i}”.", "input": "é" * (i % 2), "output": f"It is {i}, 😀."}
+        for i in range(12)
+    ]
+    turns = [
+        {"messages": [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": "A."}]}
+    ] * 6
     folder, table = tmp_path_factory.mktemp("whole"), data.datasets.Dataset.from_list(rows)
     table.to_csv(str(folder / "a.csv"))
     table.to_parquet(str(folder / "a.parquet"))
@@ -188,7 +214,9 @@ def test_data_files(files, tmp_path, monkeypatch, capsys):
         chosen = validate({"dataset": str(path), "eval_rows": 1, "train_rows": 5})
         rows = tried("data", lambda chosen=chosen: data.load(chosen))
         if rows:
-            assert all(isinstance(row["instruction"], str) and row["output"].strip() for row in rows[0])
+            assert all(
+                isinstance(row["instruction"], str) and row["output"].strip() for row in rows[0]
+            )
         path.unlink()
         if n % 50 == 49:
             shutil.rmtree(tmp_path / "cache", ignore_errors=True)
@@ -196,7 +224,8 @@ def test_data_files(files, tmp_path, monkeypatch, capsys):
     data.datasets.enable_progress_bars()
 
 
-# ---- adapters and checkpoints ----------------------------------------------------------------------------------------
+# ---- adapters and checkpoints
+# ----------------------------------------------------------------------------------------
 
 
 def wounded(folder: Path, spare: Path, random: Random) -> Iterator[Path]:
@@ -214,13 +243,19 @@ def wounded(folder: Path, spare: Path, random: Random) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def bases():
     chosen = validate({})
-    return chosen, load.load_tokenizer(chosen), adapters.load_adapter(load.load_base(chosen), ADAPTER_DIR)
+    return (
+        chosen,
+        load.load_tokenizer(chosen),
+        adapters.load_adapter(load.load_base(chosen), ADAPTER_DIR),
+    )
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("sealed", [True, False])
 def test_adapters(bases, tmp_path, sealed):
-    """A sealed adapter that was hurt is never used; one without a seal is used only if every tensor fits."""
+    """A sealed adapter that was hurt is never used; one without a seal is used only if every tensor
+    fits.
+    """
     folder, random = shutil.copytree(ADAPTER_DIR, tmp_path / "adapter"), Random(2)
     if sealed:
         seal.write_seal(folder)
@@ -232,20 +267,26 @@ def test_adapters(bases, tmp_path, sealed):
         model = tried("adapters", lambda base=base: adapters.load_adapter(base, folder))
         if model is not None:
             # a seal may be hurt where it says the same as before
-            assert not sealed or (hurt.name == seal.SEAL and json.loads(hurt.read_text())["files"] == files), hurt.name
+            assert not sealed or (
+                hurt.name == seal.SEAL and json.loads(hurt.read_text())["files"] == files
+            ), hurt.name
             model.unload()
         elif any("lora" in name for name, _ in base.named_modules()):
             base = load.load_base(bases[0])  # PEFT had begun before it met the wound
 
 
 def test_checkpoints(tmp_path, capsys):
-    """A newest checkpoint that was hurt is left out and the one before taken; the run's own files may say anything."""
+    """A newest checkpoint that was hurt is left out and the one before taken; the run's own files
+    may say anything.
+    """
     chosen, random = validate({"output_dir": str(tmp_path), "resume": "latest"}), Random(3)
     run = runs.Run(chosen, "06_finetune_pythia_12b")
     for step in (4, 8):
         folder = shutil.copytree(ADAPTER_DIR, run.folder / "checkpoints" / f"checkpoint-{step}")
         torch.save({"state": torch.arange(50)}, folder / "optimizer.pt")
-        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step, "log_history": []}))
+        (folder / "trainer_state.json").write_text(
+            json.dumps({"global_step": step, "log_history": []})
+        )
         seal.write_seal(folder, settings=chosen.model_dump(), rows="0" * 16)
         run.log({"step": step, "loss": 1.0})
     run.finish("interrupted")
@@ -257,7 +298,14 @@ def test_checkpoints(tmp_path, capsys):
             path = run.folder / random.choice(("manifest.json", "metrics.jsonl"))
             whole = path.read_bytes()
             path.write_bytes(damaged(whole, random))
-            tried("checkpoints", lambda: (runs.status_of(run.folder), run.cut(8), checkpoints.start(chosen, run.notebook)))
+            tried(
+                "checkpoints",
+                lambda: (
+                    runs.status_of(run.folder),
+                    run.cut(8),
+                    checkpoints.start(chosen, run.notebook),
+                ),
+            )
             path.write_bytes(whole)
             for extra in set(run.folder.parent.iterdir()) - {run.folder}:
                 shutil.rmtree(extra)
@@ -268,7 +316,10 @@ def test_checkpoints(tmp_path, capsys):
             assert found.name == "checkpoint-4", hurt.name
         elif found == folder:  # a wound of the seal that leaves the list of files whole
             assert json.loads(hurt.read_text())["files"] == sealed["files"]
-        tried("checkpoints", lambda found=found: found and checkpoints.require_same(found, chosen, "0" * 16))
+        tried(
+            "checkpoints",
+            lambda found=found: found and checkpoints.require_same(found, chosen, "0" * 16),
+        )
         capsys.readouterr()
 
 
@@ -296,7 +347,9 @@ def test_prompts(bases, tmp_path):
             path.write_bytes(damaged(prompt.encode("utf-8", "surrogatepass"), random))
             tried("prompts", lambda path=path: generate.read_rows(str(path), {}))
             continue
-        asked = lambda prompt=prompt: generate.answer_all(model, tokenizer, [generate.row_of(prompt)], chosen)[0]
+        asked = lambda prompt=prompt: generate.answer_all(
+            model, tokenizer, [generate.row_of(prompt)], chosen
+        )[0]
         said = tried("prompts", asked)
         assert said is None or isinstance(said, str)
 

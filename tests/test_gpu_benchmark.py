@@ -1,4 +1,6 @@
-"""The GPU benchmark's measurements on the pocket model and this CPU: the same code, so that it runs when a card is at hand."""
+"""The GPU benchmark's measurements on the pocket model and this CPU: the same code, so that it runs
+when a card is at hand.
+"""
 
 import json
 import subprocess
@@ -25,7 +27,9 @@ def test_every_setting_of_it_is_valid(gpu):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["r 64, 512 tokens, as profile full", "r 16, 512 tokens, every lever"])
+@pytest.mark.parametrize(
+    "name", ["r 64, 512 tokens, as profile full", "r 16, 512 tokens, every lever"]
+)
 def test_a_peak(gpu, name):
     found = gpu.peak("pocket", gpu.PEAKS[name] | {"max_length": 64, "max_steps": 2})
     assert found["predicted"] == sum(found["predicted_lines"].values()) > 2_000_000
@@ -51,7 +55,8 @@ def test_an_answer_and_a_load(gpu, monkeypatch, tmp_path):
     held = gpu.ledger.predict(config=config, rest_dtype=torch.float32)
     cache = 992 * 2 * config.num_hidden_layers * config.hidden_size * 4
     assert (
-        found["bytes_read_per_token"] == held.total_bytes - held["buffers"] - 4 * config.vocab_size * config.hidden_size + cache
+        found["bytes_read_per_token"]
+        == held.total_bytes - held["buffers"] - 4 * config.vocab_size * config.hidden_size + cache
     )
     assert 0 < found["share_of_limit"] < 1
     assert gpu.load("pocket", True)["held"] == gpu.load("pocket", True)["held"] > 1_000_000

@@ -67,10 +67,15 @@ def test_neox_20b_and_a_tied_llama():
     from transformers import GPTNeoXConfig, LlamaConfig
 
     neox = GPTNeoXConfig(
-        hidden_size=6144, num_hidden_layers=44, num_attention_heads=64, intermediate_size=24576, vocab_size=50432
+        hidden_size=6144,
+        num_hidden_layers=44,
+        num_attention_heads=64,
+        intermediate_size=24576,
+        vocab_size=50432,
     )
     sizes = [
-        ledger.predict(config=neox, **k).sum(FROZEN) / 2**30 for k in ({"four_bit": False}, {}, {"rest_dtype": torch.float32})
+        ledger.predict(config=neox, **k).sum(FROZEN) / 2**30
+        for k in ({"four_bit": False}, {}, {"rest_dtype": torch.float32})
     ]
     assert [round(s, 3) for s in sizes] == [38.286, 10.737, 11.898]
     tied = LlamaConfig(
@@ -83,7 +88,10 @@ def test_neox_20b_and_a_tied_llama():
     )
     assert ledger.predict(config=tied, four_bit=False)["embedding and head"] == 2 * 6400
     meta = configs.meta_model(tied)  # the meta model measured is the float32 prediction
-    assert ledger.measure(meta).total_bytes == ledger.predict(config=tied, four_bit=False, rest_dtype=torch.float32).total_bytes
+    assert (
+        ledger.measure(meta).total_bytes
+        == ledger.predict(config=tied, four_bit=False, rest_dtype=torch.float32).total_bytes
+    )
 
 
 def step(model, optim):
@@ -107,15 +115,23 @@ CASES = [
 
 @pytest.mark.parametrize(("double_quant", "optim", "targets"), CASES)
 def test_predicted_is_measured_on_the_pocket_model(double_quant, optim, targets):
-    settings = validate({"double_quant": double_quant, "optim": optim, "target_modules": targets, "r": 8})
+    settings = validate(
+        {"double_quant": double_quant, "optim": optim, "target_modules": targets, "r": 8}
+    )
     base = load.load_base(settings)
     bare = ledger.measure(base)
     predicted_bare = ledger.predict(settings, r=0)
-    assert {line.name: line.bytes for line in bare.lines} == {line.name: line.bytes for line in predicted_bare.lines}
+    assert {line.name: line.bytes for line in bare.lines} == {
+        line.name: line.bytes for line in predicted_bare.lines
+    }
     peft_targets = "all-linear" if targets == ["all-linear"] else targets
-    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=peft_targets, task_type="CAUSAL_LM"))
+    model = get_peft_model(
+        base, LoraConfig(r=8, lora_alpha=16, target_modules=peft_targets, task_type="CAUSAL_LM")
+    )
     measured, predicted = ledger.measure(model, step(model, optim)), ledger.predict(settings)
-    assert {line.name: line.bytes for line in measured.lines} == {line.name: line.bytes for line in predicted.lines}
+    assert {line.name: line.bytes for line in measured.lines} == {
+        line.name: line.bytes for line in predicted.lines
+    }
     assert measured.total_bytes == predicted.total_bytes
     trainable, _ = model.get_nb_trainable_parameters()
     assert predicted["LoRA weights"] == 4 * trainable
@@ -124,7 +140,10 @@ def test_predicted_is_measured_on_the_pocket_model(double_quant, optim, targets)
 def test_unquantized_pocket_model():
     settings = validate({})
     predicted = ledger.predict(settings, four_bit=False, r=0)
-    assert predicted.total_bytes == ledger.measure(load.load_base(settings, four_bit=False)).total_bytes
+    assert (
+        predicted.total_bytes
+        == ledger.measure(load.load_base(settings, four_bit=False)).total_bytes
+    )
 
 
 def test_targets_names_and_refusals():

@@ -21,13 +21,23 @@ from qlora_nb.theory import lora
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.integers(1, 6), st.integers(1, 6), st.integers(1, 4), st.floats(0.1, 64), st.sampled_from([torch.float32, torch.float64])
+    st.integers(1, 6),
+    st.integers(1, 6),
+    st.integers(1, 4),
+    st.floats(0.1, 64),
+    st.sampled_from([torch.float32, torch.float64]),
 )
 def test_forward_equals_the_loops(n_in, n_out, r, alpha, dtype):
     torch.manual_seed(n_in + 10 * n_out + 100 * r)
-    x, w, a, b = (torch.randn(s, dtype=dtype) for s in ((n_in,), (n_out, n_in), (r, n_in), (n_out, r)))
-    torch.testing.assert_close(lora.forward(x, w, a, b, alpha), lora.forward_spec(x, w, a, b, alpha), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(lora.forward(x, w, a, b, alpha), x @ lora.merge(w, a, b, alpha).T, rtol=1e-4, atol=1e-4)
+    x, w, a, b = (
+        torch.randn(s, dtype=dtype) for s in ((n_in,), (n_out, n_in), (r, n_in), (n_out, r))
+    )
+    torch.testing.assert_close(
+        lora.forward(x, w, a, b, alpha), lora.forward_spec(x, w, a, b, alpha), rtol=1e-4, atol=1e-4
+    )
+    torch.testing.assert_close(
+        lora.forward(x, w, a, b, alpha), x @ lora.merge(w, a, b, alpha).T, rtol=1e-4, atol=1e-4
+    )
 
 
 @settings(max_examples=30, deadline=None)
@@ -50,7 +60,14 @@ def test_loops_in_16_bit_and_on_awkward_numbers(n_in, n_out, r, dtype, kind):
     x, w, a, b = (t.to(dtype) for t in (x, w, a, b))
     fast, slow = lora.forward(x, w, a, b, 8), lora.forward_spec(x, w, a, b, 8)
     assert fast.dtype == slow.dtype == dtype
-    size = (x.abs().float() @ w.abs().float().T + 8 / r * x.abs().float() @ a.abs().float().T @ b.abs().float().T).max().item()
+    size = (
+        (
+            x.abs().float() @ w.abs().float().T
+            + 8 / r * x.abs().float() @ a.abs().float().T @ b.abs().float().T
+        )
+        .max()
+        .item()
+    )
     rounding = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
     torch.testing.assert_close(fast, slow, rtol=0, atol=rounding * size + 1e-38)
     if kind == "B zero":
@@ -75,15 +92,21 @@ def copy_of(layer):
 
 
 def pocket_layer():
-    return linear_layers(load.load_base(validate({}), four_bit=False))["gpt_neox.layers.2.mlp.dense_h_to_4h"]
+    return linear_layers(load.load_base(validate({}), four_bit=False))[
+        "gpt_neox.layers.2.mlp.dense_h_to_4h"
+    ]
 
 
-@pytest.mark.parametrize("make", [lambda: nn.Linear(40, 56), lambda: nn.Linear(33, 17, bias=False), pocket_layer])
+@pytest.mark.parametrize(
+    "make", [lambda: nn.Linear(40, 56), lambda: nn.Linear(33, 17, bias=False), pocket_layer]
+)
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_output_and_gradients_are_pefts(make, use_rslora):
     torch.manual_seed(0)
     base = make()
-    config = LoraConfig(r=8, lora_alpha=16, target_modules=["layer"], use_rslora=use_rslora, init_lora_weights=False)
+    config = LoraConfig(
+        r=8, lora_alpha=16, target_modules=["layer"], use_rslora=use_rslora, init_lora_weights=False
+    )
     theirs = get_peft_model(Holder(copy_of(base)), config)
     ours = lora.LoRALinear(copy_of(base), r=8, lora_alpha=16)
     ours.scale = lora.scale(16, 8, rslora=use_rslora)
@@ -95,8 +118,12 @@ def test_output_and_gradients_are_pefts(make, use_rslora):
     torch.testing.assert_close(y_ours, y_theirs, rtol=1e-5, atol=1e-5)
     (y_ours**2).mean().backward()
     (y_theirs**2).mean().backward()
-    torch.testing.assert_close(ours.lora_A.grad, peft_layer.lora_A["default"].weight.grad, rtol=1e-4, atol=1e-7)
-    torch.testing.assert_close(ours.lora_B.grad, peft_layer.lora_B["default"].weight.grad, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(
+        ours.lora_A.grad, peft_layer.lora_A["default"].weight.grad, rtol=1e-4, atol=1e-7
+    )
+    torch.testing.assert_close(
+        ours.lora_B.grad, peft_layer.lora_B["default"].weight.grad, rtol=1e-4, atol=1e-7
+    )
     assert all(p.grad is None for p in ours.base.parameters())
 
 
@@ -104,7 +131,9 @@ def test_start_and_dropout():
     torch.manual_seed(0)
     base = nn.Linear(64, 32)
     layer = lora.LoRALinear(base, r=4, lora_alpha=8, lora_dropout=0.5)
-    theirs = get_peft_model(Holder(copy_of(base)), LoraConfig(r=4, lora_alpha=8, target_modules=["layer"])).base_model.model.layer
+    theirs = get_peft_model(
+        Holder(copy_of(base)), LoraConfig(r=4, lora_alpha=8, target_modules=["layer"])
+    ).base_model.model.layer
     bound = 1 / 64**0.5
     for a in (layer.lora_A, theirs.lora_A["default"].weight):
         assert 0.8 * bound < a.abs().max() <= bound
@@ -119,18 +148,26 @@ def test_start_and_dropout():
 
 
 def test_what_lora_saves_in_operations_as_02_counts_it():
-    """By hand: a full layer makes three products; with a frozen W two stay, and A and B make three thin ones each."""
+    """By hand: a full layer makes three products; with a frozen W two stay, and A and B make three
+    thin ones each.
+    """
     n_in, n_out, r, rows = 48, 96, 4, 8
     cells = nbformat.read(NOTEBOOKS / "02_lora.ipynb", 4).cells
     source = next(cell.source for cell in cells if "def operations(" in cell.source)
-    function = next(node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == "operations")
+    function = next(
+        node
+        for node in ast.parse(source).body
+        if isinstance(node, ast.FunctionDef) and node.name == "operations"
+    )
     names = {"FlopCounterMode": FlopCounterMode, "x": torch.randn(rows, n_in)}
     exec(compile(ast.Module([function], []), "02", "exec"), names)
     plain = nn.Linear(n_in, n_out, bias=False)
     config = LoraConfig(r=r, target_modules=["0"])
     adapted = get_peft_model(nn.Sequential(nn.Linear(n_in, n_out, bias=False)), config)
     assert names["operations"](plain) == 3 * 2 * rows * n_in * n_out
-    assert names["operations"](adapted) == 2 * 2 * rows * n_in * n_out + 3 * 2 * rows * r * (n_in + n_out)
+    assert names["operations"](adapted) == 2 * 2 * rows * n_in * n_out + 3 * 2 * rows * r * (
+        n_in + n_out
+    )
 
 
 def test_both_at_zero_never_move():
@@ -144,7 +181,9 @@ def test_both_at_zero_never_move():
 def test_dora_is_pefts():
     torch.manual_seed(0)
     base = nn.Linear(24, 16)
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=["layer"], use_dora=True, init_lora_weights=False)
+    config = LoraConfig(
+        r=4, lora_alpha=8, target_modules=["layer"], use_dora=True, init_lora_weights=False
+    )
     theirs = get_peft_model(Holder(copy_of(base)), config)
     layer = theirs.base_model.model.layer
     magnitude = layer.lora_magnitude_vector["default"].weight

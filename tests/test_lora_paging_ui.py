@@ -1,4 +1,6 @@
-"""Notebooks 02 and 05: checkers on right and plausible wrong answers, every control driven to both ends, every figure drawn."""
+"""Notebooks 02 and 05: checkers on right and plausible wrong answers, every control driven to both
+ends, every figure drawn.
+"""
 
 import ast
 import io
@@ -21,22 +23,37 @@ from qlora_nb.theory import blockwise, codebooks, lora, paging
 from qlora_nb.ui import panels, widgets
 
 EXERCISES = [  # checker, solution, [(wrong answer, part of the message)]
-    (n02.check_count, 30720, [(8 * 768 * 3072, "too large"), (8 * 768, "too small"), ("30720", "not one")]),
+    (
+        n02.check_count,
+        30720,
+        [(8 * 768 * 3072, "too large"), (8 * 768, "too small"), ("30720", "not one")],
+    ),
     (
         n02.check_output,
         [7, -10],
-        [([4, -4], "position 0"), ([6, -12], "too small"), (7, "shape wrong"), ([7, 14], "position 1")],
+        [
+            ([4, -4], "position 0"),
+            ([6, -12], "too small"),
+            (7, "shape wrong"),
+            ([7, 14], "position 1"),
+        ],
     ),
     (n02.check_alpha, 4, [(16, "too large"), (64, "too large"), (0.25, "too small")]),
     (n02.check_break_even, 3840, [(5120, "too large"), (7680, "too large"), (1280, "too small")]),
     (n05.check_paged, [0, 1], [([1, 1], "position 0"), ([0, 0], "position 1"), (1, "shape wrong")]),
-    (n05.check_bytes_8bit, 166_400, [(163_840, "too small"), (655_360, "too large"), (165_120, "too small")]),
+    (
+        n05.check_bytes_8bit,
+        166_400,
+        [(163_840, "too small"), (655_360, "too large"), (165_120, "too small")],
+    ),
     (n05.check_faults, 5, [(4, "too small"), (6, "too large")]),
     (n05.check_overflow, 0.2, [(0.1, "too small"), (1.2, "too large")]),
 ]
 
 
-@pytest.mark.parametrize(("check", "solution", "wrong"), EXERCISES, ids=lambda v: getattr(v, "__name__", None))
+@pytest.mark.parametrize(
+    ("check", "solution", "wrong"), EXERCISES, ids=lambda v: getattr(v, "__name__", None)
+)
 def test_exercises(check, solution, wrong, capsys):
     assert not check(None)
     assert "not attempted yet" in capsys.readouterr().out
@@ -62,7 +79,9 @@ def ends(control):
 
 
 def drive(panel):
-    """Every control to both ends, one at a time and all together; a Figure must come out each time."""
+    """Every control to both ends, one at a time and all together; a Figure must come out each
+    time.
+    """
     assert isinstance(panel.result, Figure)
     controls = panel.children[:-1]
     for control in controls:
@@ -87,7 +106,11 @@ def update_and_factors():
 
 def widget_cells(name: str, **names) -> list:
     """The widgets of a notebook, made by its own cells from these names."""
-    cells = [c.source for c in nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4).cells if "widgets.explore(" in c.source]
+    cells = [
+        c.source
+        for c in nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4).cells
+        if "widgets.explore(" in c.source
+    ]
     names |= {"widgets": widgets, "partial": partial, "ledger": ledger, "n02": n02, "n05": n05}
     made = []
     for cell in cells:
@@ -99,18 +122,30 @@ def widget_cells(name: str, **names) -> list:
 
 def test_lora_widgets():
     update, factors = update_and_factors()
-    made = widget_cells("02_lora", settings=resolve({"r": 8}), shown=update, A_best=factors[0], B_best=factors[1])
+    made = widget_cells(
+        "02_lora", settings=resolve({"r": 8}), shown=update, A_best=factors[0], B_best=factors[1]
+    )
     assert len(made) == 2
     for panel in made:
         drive(panel)
 
 
-@pytest.mark.parametrize(("pythia", "r", "gib"), [("12b", 16, 24.0), ("12b", 64, 5.0), ("410m", 16, 8.0)])
+@pytest.mark.parametrize(
+    ("pythia", "r", "gib"), [("12b", 16, 24.0), ("12b", 64, 5.0), ("410m", 16, 8.0)]
+)
 def test_paging_widgets(pythia, r, gib):
-    plain, paged = (step_sizes.longest_pass(pythia, r, int(gib * 2**30), paged=p) for p in (False, True))
+    plain, paged = (
+        step_sizes.longest_pass(pythia, r, int(gib * 2**30), paged=p) for p in (False, True)
+    )
     usual, spike = int(0.95 * plain), plain + max(1, (paged - plain) // 2)
-    steps = [step_sizes.step_sizes(pythia, r, tokens) for tokens in (usual, usual, usual, spike, usual, usual)]
-    settings, own = resolve({"pythia": pythia, "r": r, "gpu_gib": gib}), step_sizes.step_sizes(pythia, r, 2048)
+    steps = [
+        step_sizes.step_sizes(pythia, r, tokens)
+        for tokens in (usual, usual, usual, spike, usual, usual)
+    ]
+    settings, own = (
+        resolve({"pythia": pythia, "r": r, "gpu_gib": gib}),
+        step_sizes.step_sizes(pythia, r, 2048),
+    )
     made = widget_cells("05_paged_optimizers", settings=settings, own=own, tokens=2048, steps=steps)
     assert len(made) == 2
     for panel in made:
@@ -132,7 +167,9 @@ def test_every_figure_is_drawn_and_closed():
         n05.plot_thrashing(0, 12.0),
         n05.plot_thrashing(100_000, 12.0),
         n05.plot_thrashing(200 * 2**20, 12.0),
-        n05.plot_state_bytes({"a": {"states": 100}, "b": {"states": 25, "scales of 8-bit states": 1}}),
+        n05.plot_state_bytes(
+            {"a": {"states": 100}, "b": {"states": 25, "scales of 8-bit states": 1}}
+        ),
     ]
     assert all(isinstance(f, Figure) for f in figures)
     assert not plt.get_fignums()
@@ -143,7 +180,10 @@ def test_every_figure_is_drawn_and_closed():
 def test_titles_state_what_is_drawn():
     assert "47,185,920" in n02.plot_counts(16).axes[0].get_title(loc="left")
     assert n02.count("12b", 16, "query_key_value") == 11_796_480
-    steps = [step_sizes.step_sizes("12b", 64, tokens) for tokens in (16_000, 16_000, 16_000, 17_500, 16_000)]
+    steps = [
+        step_sizes.step_sizes("12b", 64, tokens)
+        for tokens in (16_000, 16_000, 16_000, 17_500, 16_000)
+    ]
     run = n05.plot_run(steps, gpu_gib=24.0)
     assert [ax.get_title(loc="left").split(",")[0] for ax in run.axes] == [
         "Not paged: out of memory in step 4",
@@ -156,25 +196,43 @@ def test_titles_state_what_is_drawn():
 
 
 def cell_with(name: str, words: str) -> tuple[str, str]:
-    """The first code cell of a notebook that holds these words, and the text of the cell after it."""
+    """The first code cell of a notebook that holds these words, and the text of the cell after
+    it.
+    """
     cells = nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4).cells
     i = next(i for i, c in enumerate(cells) if c.cell_type == "code" and words in c.source)
     return cells[i].source, cells[i + 1].source
 
 
 def states_that_leave_the_card(pythia: str, r: int) -> int:
-    """Bytes of both float32 states of every adapter matrix with 100,000 elements or more, from transformers' own modules."""
+    """Bytes of both float32 states of every adapter matrix with 100,000 elements or more, from
+    transformers' own modules.
+    """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(configs.pythia_config(pythia))
-    sides = [side for m in model.base_model.modules() if isinstance(m, torch.nn.Linear) for side in m.weight.shape]
+    sides = [
+        side
+        for m in model.base_model.modules()
+        if isinstance(m, torch.nn.Linear)
+        for side in m.weight.shape
+    ]
     return sum(2 * 4 * r * side for side in sides if r * side >= 100_000)
 
 
-@pytest.mark.parametrize(("pythia", "r"), [("12b", 8), ("12b", 4), ("12b", 64), ("410m", 16), ("410m", 32), ("14m", 8)])
+@pytest.mark.parametrize(
+    ("pythia", "r"), [("12b", 8), ("12b", 4), ("12b", 64), ("410m", 16), ("410m", 32), ("14m", 8)]
+)
 def test_thrashing_moves_the_states_that_are_paged_and_no_others(pythia, r):
-    """The figure as notebook 05 draws it; 12b at rank 8 holds 180 MiB of states, of which 123.75 can leave the card."""
+    """The figure as notebook 05 draws it; 12b at rank 8 holds 180 MiB of states, of which 123.75
+    can leave the card.
+    """
     source, _ = cell_with("05_paged_optimizers", "plot_thrashing(")
-    names = {"own": step_sizes.step_sizes(pythia, r, 2048), "paging": paging, "n05": n05, "ledger": ledger}
+    names = {
+        "own": step_sizes.step_sizes(pythia, r, 2048),
+        "paging": paging,
+        "n05": n05,
+        "ledger": ledger,
+    }
     *before, last = ast.parse(source).body
     exec(compile(ast.Module(before, []), "05", "exec"), names)
     ax = eval(compile(ast.Expression(last.value), "05", "eval"), names).axes[0]
@@ -184,11 +242,17 @@ def test_thrashing_moves_the_states_that_are_paged_and_no_others(pythia, r):
     assert max(least) <= 2 * paged / 2**30
     assert moved[-1] == least[-1] == 0
     title = ax.get_title(loc="left")
-    assert f"{2 * paged / 2**30:.3g} GiB" in title if paged else "None of these states is paged" in title
+    assert (
+        f"{2 * paged / 2**30:.3g} GiB" in title
+        if paged
+        else "None of these states is paged" in title
+    )
 
 
 def captioned() -> dict[str, Figure]:
-    """Figures of notebooks 01, 02, 03 and 05 as these draw them in profile tiny: (notebook, call) → figure."""
+    """Figures of notebooks 01, 02, 03 and 05 as these draw them in profile tiny: (notebook, call) →
+    figure.
+    """
     full, nf4 = validate({"profile": "full"}), codebooks.nf4_code()
     update, _ = update_and_factors()
     usual = [step_sizes.step_sizes("12b", 8, tokens) for tokens in (17_714, 18_712)]
@@ -196,9 +260,15 @@ def captioned() -> dict[str, Figure]:
     return {
         ("01_setup", "panels.plan_figure("): panels.plan_figure(full, gpu_gib=12.0),
         ("01_setup", "n01.every_pythia("): n01.every_pythia(full, gpu_gib=24.0),
-        ("02_lora", "n02.plot_losses("): n02.plot_losses({"a": [1.0, 0.5], "b": [2.0, 2.0], "c": [3.0, 1.0]}, "title"),
-        ("02_lora", "n02.plot_captured("): n02.plot_captured(dict.fromkeys("ab", lora.captured_energy(update)), 8),
-        ("03_nf4_explained", "n03.plot_number_line("): n03.plot_number_line(weight=0.31, name="NF4"),
+        ("02_lora", "n02.plot_losses("): n02.plot_losses(
+            {"a": [1.0, 0.5], "b": [2.0, 2.0], "c": [3.0, 1.0]}, "title"
+        ),
+        ("02_lora", "n02.plot_captured("): n02.plot_captured(
+            dict.fromkeys("ab", lora.captured_energy(update)), 8
+        ),
+        ("03_nf4_explained", "n03.plot_number_line("): n03.plot_number_line(
+            weight=0.31, name="NF4"
+        ),
         ("03_nf4_explained", "n03.plot_usage("): n03.plot_usage(share, nf4),
         ("05_paged_optimizers", "n05.plot_step("): n05.plot_step("12b", 8, 2048, 24.0),
         ("05_paged_optimizers", "n05.plot_run("): n05.plot_run(usual, 24.0),
@@ -235,6 +305,10 @@ def test_what_05_says_of_the_table_and_of_the_loss():
     _, text = cell_with("05_paged_optimizers", 'compare_guess("paged share"')
     assert "In a small model at a small rank" in text
     config = configs.pythia_config("410m")
-    whole, sliced = (dry_run.dry_run(config, dry_run.Step(1, 2048, 8, loss_chunk=n)).loss for n in (0, 128))
+    whole, sliced = (
+        dry_run.dry_run(config, dry_run.Step(1, 2048, 8, loss_chunk=n)).loss for n in (0, 128)
+    )
     assert 0 < sliced < whole, "a chunked loss cuts the needle down and does not remove it"
-    assert all(profile["loss_chunk"].value for profile in PROFILES.values())  # it is a road that the kit takes
+    assert all(
+        profile["loss_chunk"].value for profile in PROFILES.values()
+    )  # it is a road that the kit takes

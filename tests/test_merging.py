@@ -18,7 +18,9 @@ from qlora_nb.pocket import ADAPTER_DIR
 from qlora_nb.settings import validate
 
 SETTINGS = validate({"eval_rows": 60})
-INPUTS = [torch.randint(5, 1000, (1, n), generator=torch.Generator().manual_seed(n)) for n in (3, 20, 90)]
+INPUTS = [
+    torch.randint(5, 1000, (1, n), generator=torch.Generator().manual_seed(n)) for n in (3, 20, 90)
+]
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +36,13 @@ def wanted(tuned):
 
 
 def test_only_the_dequantized_weights_give_the_model_that_was_trained(tuned, wanted):
-    """Float32 sums in another order: 3.5e-5 of logits up to 26 was the most seen, a tenth of what is allowed."""
-    apart = {way: merge.logit_difference(merge.merged(SETTINGS, ADAPTER_DIR, way), wanted, INPUTS) for way in merge.WAYS}
+    """Float32 sums in another order: 3.5e-5 of logits up to 26 was the most seen, a tenth of what
+    is allowed.
+    """
+    apart = {
+        way: merge.logit_difference(merge.merged(SETTINGS, ADAPTER_DIR, way), wanted, INPUTS)
+        for way in merge.WAYS
+    }
     assert apart["dequantized"] < 3.5e-4
     assert apart["packed"] > 0.1
     assert apart["original"] > 0.1
@@ -45,14 +52,20 @@ def test_only_the_dequantized_weights_give_the_model_that_was_trained(tuned, wan
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_rounded_is_what_a_4bit_layer_holds(quant_type, double_quant):
     settings = validate({"quant_type": quant_type, "double_quant": double_quant})
-    whole, packed = (linear_layers(load.load_base(settings, four_bit)) for four_bit in (False, True))
+    whole, packed = (
+        linear_layers(load.load_base(settings, four_bit)) for four_bit in (False, True)
+    )
     for name, layer in packed.items():
-        assert torch.equal(merge.rounded(whole[name].weight.data, quant_type, double_quant), dense_weight(layer))
+        assert torch.equal(
+            merge.rounded(whole[name].weight.data, quant_type, double_quant), dense_weight(layer)
+        )
 
 
 def test_an_export_is_loaded_by_plain_transformers_in_a_fresh_process(tuned, wanted, tmp_path):
     model = merge.merged(SETTINGS, ADAPTER_DIR)
-    folder = merge.export(model, tuned[0], tmp_path / "out", merge.card_facts(ADAPTER_DIR, SETTINGS, "dequantized"))
+    folder = merge.export(
+        model, tuned[0], tmp_path / "out", merge.card_facts(ADAPTER_DIR, SETTINGS, "dequantized")
+    )
     torch.save([INPUTS, wanted], tmp_path / "wanted.pt")
     script = (
         "import sys, torch; from transformers import AutoModelForCausalLM, AutoTokenizer\n"
@@ -63,7 +76,9 @@ def test_an_export_is_loaded_by_plain_transformers_in_a_fresh_process(tuned, wan
     )
     command = [sys.executable, "-c", script, str(folder), str(tmp_path / "wanted.pt")]
     env = os.environ | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=env, cwd=tmp_path, check=False
+    )
     assert done.returncode == 0, done.stderr[-1000:]
     assert float(done.stdout.split()[-1]) < 3.5e-4
     assert not list(folder.glob("*.bin"))
@@ -73,8 +88,14 @@ def test_the_card_says_what_the_run_was(tuned, tmp_path):
     (tmp_path / "adapter").mkdir()
     for file in ADAPTER_DIR.iterdir():
         (tmp_path / "adapter" / file.name).write_bytes(file.read_bytes())
-    run = {"started": "2026-01-02T03:04:05", "versions": {"torch": "2.9"}, "metrics": {"loss_after": 0.123456, "said": "x"}}
-    manifest = run | {"parameters": SETTINGS.model_dump() | {"dataset": "someone/data", "max_steps": 77}}
+    run = {
+        "started": "2026-01-02T03:04:05",
+        "versions": {"torch": "2.9"},
+        "metrics": {"loss_after": 0.123456, "said": "x"},
+    }
+    manifest = run | {
+        "parameters": SETTINGS.model_dump() | {"dataset": "someone/data", "max_steps": 77}
+    }
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     model = merge.merged(SETTINGS, ADAPTER_DIR)
     facts = merge.card_facts(tmp_path / "adapter", SETTINGS, "dequantized")
@@ -106,22 +127,32 @@ def test_release_gives_back_every_byte_although_the_name_is_still_held(four_bit)
         model = model if four_bit else model.double()  # made under the counter's eyes
         held, before = ledger.measure(model).total_bytes, live.live
         assert merge.release(model) == held
-        assert before - live.live >= 0.98 * held  # what was made outside torch's dispatcher is not seen
+        assert (
+            before - live.live >= 0.98 * held
+        )  # what was made outside torch's dispatcher is not seen
     assert ledger.measure(model).total_bytes == 0
-    assert isinstance(load.load_base(SETTINGS, four_bit)(INPUTS[0]).logits, torch.Tensor)  # the next one is whole
+    assert isinstance(
+        load.load_base(SETTINGS, four_bit)(INPUTS[0]).logits, torch.Tensor
+    )  # the next one is whole
 
 
 # --- a file of prompts ---
 
 
 def rows_of(n):
-    return [{"instruction": row["instruction"], "input": row["input"]} for row in data.pocket.read("test")[:n]]
+    return [
+        {"instruction": row["instruction"], "input": row["input"]}
+        for row in data.pocket.read("test")[:n]
+    ]
 
 
 @pytest.mark.slow
 def test_batched_answers_are_the_single_ones_for_two_hundred_prompts(tuned):
     tokenizer, model = tuned
-    rows = rows_of(200) + [{"instruction": "Where is Anna?", "input": "Anna walked to the river. " * n} for n in range(1, 11)]
+    rows = rows_of(200) + [
+        {"instruction": "Where is Anna?", "input": "Anna walked to the river. " * n}
+        for n in range(1, 11)
+    ]
     together = generate.answer_all(model, tokenizer, rows, SETTINGS, batch=16)
     alone = [generate.answer_all(model, tokenizer, [row], SETTINGS)[0] for row in rows]
     assert together == alone
@@ -169,7 +200,9 @@ def test_a_file_of_something_else_is_left_alone(tuned, tmp_path, content):
     tokenizer, model = tuned
     target = tmp_path / "notes.txt"
     target.write_bytes(content)
-    with pytest.raises(KitError, match=r"is no file of answers|holds answers to other rows") as refused:
+    with pytest.raises(
+        KitError, match=r"is no file of answers|holds answers to other rows"
+    ) as refused:
         generate.answer_file(model, tokenizer, rows_of(2), target, SETTINGS)
     assert "name another file" in refused.value.remedy
     assert target.read_bytes() == content
@@ -201,7 +234,9 @@ def in_the_middle(monkeypatch, what):
     monkeypatch.setattr(generate, "_in_batches", batches)
 
 
-@pytest.mark.parametrize("name", ["answers.jsonl", "./folder/../answers.jsonl", "link.jsonl", "linked/answers.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["answers.jsonl", "./folder/../answers.jsonl", "link.jsonl", "linked/answers.jsonl"]
+)
 def test_a_second_writer_is_refused_under_any_name_of_the_file(tuned, tmp_path, monkeypatch, name):
     tokenizer, model = tuned
     rows, target = rows_of(12), tmp_path / "answers.jsonl"
@@ -225,11 +260,17 @@ def test_a_second_writer_is_refused_under_any_name_of_the_file(tuned, tmp_path, 
 
 
 @pytest.mark.parametrize("how", ["removed", "replaced", "written to", "emptied"])
-def test_a_file_that_somebody_touches_meanwhile_is_said_and_answered_again(tuned, tmp_path, monkeypatch, how):
+def test_a_file_that_somebody_touches_meanwhile_is_said_and_answered_again(
+    tuned, tmp_path, monkeypatch, how
+):
     tokenizer, model = tuned
     rows, target, other = rows_of(12), tmp_path / "answers.jsonl", tmp_path / "other"
     other.write_text("")
-    touch = {"removed": target.unlink, "replaced": lambda: other.replace(target), "emptied": lambda: target.write_text("")}
+    touch = {
+        "removed": target.unlink,
+        "replaced": lambda: other.replace(target),
+        "emptied": lambda: target.write_text(""),
+    }
     touch["written to"] = lambda: target.write_text(target.read_text()[:-1] + " \n")
     if how in ("emptied", "written to"):
         generate.answer_file(model, tokenizer, rows[:1], target, SETTINGS)
@@ -243,7 +284,9 @@ def test_a_file_that_somebody_touches_meanwhile_is_said_and_answered_again(tuned
 def test_answers_into_a_folder_that_is_closed(tuned, closed_folder):
     tokenizer, model = tuned
     with pytest.raises(KitError, match=r"answers\.jsonl cannot be written") as refused:
-        generate.answer_file(model, tokenizer, rows_of(1), closed_folder / "answers.jsonl", SETTINGS)
+        generate.answer_file(
+            model, tokenizer, rows_of(1), closed_folder / "answers.jsonl", SETTINGS
+        )
     assert "that you may write to" in refused.value.remedy
 
 
@@ -253,7 +296,9 @@ def test_prompts_come_from_text_and_data_files(tmp_path):
         {"instruction": "Say hi.", "input": ""},
         {"instruction": "Say bye.", "input": ""},
     ]
-    (tmp_path / "b.jsonl").write_text('{"q": "Say hi.", "output": ""}\n{"q": "Say bye.", "output": ""}\n')
+    (tmp_path / "b.jsonl").write_text(
+        '{"q": "Say hi.", "output": ""}\n{"q": "Say bye.", "output": ""}\n'
+    )
     rows = generate.read_rows(str(tmp_path / "b.jsonl"), {"instruction": "q", "output": "none"})
     assert [row["instruction"] for row in rows] == ["Say hi.", "Say bye."]
 
@@ -262,7 +307,9 @@ def test_prompts_come_from_text_and_data_files(tmp_path):
 def test_the_command_line_answers(tmp_path):
     (tmp_path / "a.txt").write_text("Where is Anna?\nWho is Ben?\n")
     kit = [sys.executable, "-m", "qlora_nb.cli", "generate", "-p", "adapter", "pocket"]
-    run = lambda *more: subprocess.run([*kit, *more], capture_output=True, text=True, cwd=tmp_path, check=False)
+    run = lambda *more: subprocess.run(
+        [*kit, *more], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
     done = run("--prompts", "a.txt", "--out", "b.jsonl")
     assert done.returncode == 0, done.stderr[-500:]
     assert "2 of 2 answered into b.jsonl" in done.stdout

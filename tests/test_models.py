@@ -1,4 +1,6 @@
-"""Other people's models: what the kit takes for granted of a model, on tiny random models of families that do not grant it."""
+"""Other people's models: what the kit takes for granted of a model, on tiny random models of
+families that do not grant it.
+"""
 
 import json
 from pathlib import Path
@@ -23,9 +25,23 @@ from qlora_nb.record import runs
 from qlora_nb.settings import validate
 from qlora_nb.train import attach, trainer
 
-SHAPE = {"vocab_size": 1088, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+SHAPE = {
+    "vocab_size": 1088,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+}
 SHAPE |= {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1, "max_position_embeddings": 128}
-GPT = {"vocab_size": 1088, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "bos_token_id": 0, "eos_token_id": 0}
+GPT = {
+    "vocab_size": 1088,
+    "n_embd": 64,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
 FAMILIES = {
     "OPT": {**SHAPE, "ffn_dim": 128, "word_embed_proj_dim": 64},
     "Bloom": {"vocab_size": 1088, "hidden_size": 64, "n_layer": 2, "n_head": 4},
@@ -38,7 +54,13 @@ FAMILIES = {
     "Llama": SHAPE,
     "Mistral": {**SHAPE, "num_key_value_heads": 2, "sliding_window": 8},
     "Mixtral": {**SHAPE, "num_key_value_heads": 2, "num_local_experts": 4},
-    "Qwen3Moe": {**SHAPE, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "Qwen3Moe": {
+        **SHAPE,
+        "head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+    },
     "Gemma2": {**SHAPE, "num_key_value_heads": 2, "head_dim": 16},
     "NanoChat": {**SHAPE, "num_key_value_heads": 2},
     "Cohere": {**SHAPE, "num_key_value_heads": 2},
@@ -80,7 +102,9 @@ def finetuned(folder, rows, **values):
     settings = validate({"model_id": folder, "max_steps": 1, "lora_dropout": 0.0, **values})
     model = attach.attach_adapter(load.load_base(settings), settings)
     run = runs.Run(settings, "06_test")
-    return trainer.finetune(model, load.load_tokenizer(settings), rows, settings, run, lambda step: None)
+    return trainer.finetune(
+        model, load.load_tokenizer(settings), rows, settings, run, lambda step: None
+    )
 
 
 @torch.no_grad()
@@ -88,13 +112,20 @@ def isolated(model, rows):
     """Whether every row of a pack made by `data.pack` has the logits it has alone."""
     pack = data.pack(rows, 128)[0]
     packed = model(
-        input_ids=torch.tensor([pack["input_ids"]]), position_ids=torch.tensor([pack["position_ids"]]), use_cache=False
+        input_ids=torch.tensor([pack["input_ids"]]),
+        position_ids=torch.tensor([pack["position_ids"]]),
+        use_cache=False,
     )
-    alone = [model(input_ids=torch.tensor([ids]), use_cache=False).logits[0] for ids in rows["input_ids"]]
+    alone = [
+        model(input_ids=torch.tensor([ids]), use_cache=False).logits[0] for ids in rows["input_ids"]
+    ]
     return (packed.logits[0] - torch.cat(alone)).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("family", ["Falcon", "GPT2", "GPTJ", "GPTNeoX", "Gemma2", "Llama", "Mamba", "Mistral", "Mixtral", "OPT"])
+@pytest.mark.parametrize(
+    "family",
+    ["Falcon", "GPT2", "GPTJ", "GPTNeoX", "Gemma2", "Llama", "Mamba", "Mistral", "Mixtral", "OPT"],
+)
 def test_packing_is_kept_to_models_that_keep_rows_apart(family):
     model = random_model(family)
     assert probes.keeps_rows_apart(model) == isolated(model, rows_of(12, 20))
@@ -106,12 +137,16 @@ def test_models_that_take_no_positions_do_not_pack(family):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("family", "apart"), [("GPT2", True), ("Llama", True), ("OPT", False), ("Falcon", False)])
+@pytest.mark.parametrize(
+    ("family", "apart"), [("GPT2", True), ("Llama", True), ("OPT", False), ("Falcon", False)]
+)
 def test_packing_in_16_bit(family, apart, dtype):
     assert probes.keeps_rows_apart(random_model(family).to(dtype)) == apart
 
 
-def test_packed_rows_that_would_see_each_other_are_refused_before_training(saved, tmp_path, monkeypatch):
+def test_packed_rows_that_would_see_each_other_are_refused_before_training(
+    saved, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     folder, rows = saved("OPT"), rows_of(20, 30, 25)
     with pytest.raises(KitError, match=r"packing.*set packing=False"):
@@ -153,7 +188,9 @@ def own_loss(model, ids, labels):
 
 
 def hooked(model):
-    model.get_output_embeddings().register_forward_hook(lambda module, args, logits: logits.clamp(min=-1))
+    model.get_output_embeddings().register_forward_hook(
+        lambda module, args, logits: logits.clamp(min=-1)
+    )
     return model
 
 
@@ -198,7 +235,9 @@ def test_held_out_loss_is_that_of_the_models_own_logits(family):
     for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True):
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([ids])).logits[0, :-1]
-        wanted.append(cross_entropy(logits, torch.tensor(labels[1:]), ignore_index=-100, reduction="sum"))
+        wanted.append(
+            cross_entropy(logits, torch.tensor(labels[1:]), ignore_index=-100, reduction="sum")
+        )
     found = evaluate.row_losses(model, tokenizer, list(rows))
     assert torch.allclose(found[:, 0].float(), torch.stack(wanted), rtol=1e-4)
 
@@ -206,7 +245,14 @@ def test_held_out_loss_is_that_of_the_models_own_logits(family):
 def test_a_model_with_a_cap_trains_on_its_own_loss(saved, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     folder, rows = saved("Gemma2", larger_head, tie_word_embeddings=False), rows_of(30, 30)
-    result = finetuned(folder, rows, per_device_train_batch_size=2, gradient_accumulation_steps=1, loss_chunk=8, sample_steps=1)
+    result = finetuned(
+        folder,
+        rows,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=1,
+        loss_chunk=8,
+        sample_steps=1,
+    )
     assert capsys.readouterr().out.count("as with loss_chunk=0") == 1
     ids, labels = torch.tensor(rows["input_ids"]), torch.tensor(rows["labels"])
     with torch.no_grad():
@@ -214,7 +260,9 @@ def test_a_model_with_a_cap_trains_on_its_own_loss(saved, tmp_path, monkeypatch,
     assert result["losses"] == [pytest.approx(own, rel=1e-4)]
 
 
-@pytest.mark.parametrize(("family", "plain"), [("Gemma2", True), ("NanoChat", True), ("Llama", False), ("Cohere", False)])
+@pytest.mark.parametrize(
+    ("family", "plain"), [("Gemma2", True), ("NanoChat", True), ("Llama", False), ("Cohere", False)]
+)
 def test_the_prediction_follows_the_loss_that_is_used(family, plain):
     config = random_model(family).config
     steps = [dry_run.Step(2, 64, r=8, dtype=torch.float32, loss_chunk=chunk) for chunk in (0, 16)]
@@ -254,7 +302,9 @@ def test_blocks_in_4_bit_throughout_say_nothing(saved, family, capsys):
     assert whole_and_packed(model) == sum(p.numel() for p in blocks)
 
 
-@pytest.mark.parametrize(("family", "whose"), [("Mixtral", "MixtralExperts"), ("Qwen3Moe", "Qwen3MoeExperts")])
+@pytest.mark.parametrize(
+    ("family", "whose"), [("Mixtral", "MixtralExperts"), ("Qwen3Moe", "Qwen3MoeExperts")]
+)
 def test_what_stays_unquantized_is_said(saved, family, whose, capsys):
     folder = saved(family)
     model = load.load_base(validate({"model_id": folder}))
@@ -277,18 +327,28 @@ def test_layers_the_model_itself_leaves_out_are_said(saved, capsys, tmp_path):
 def test_a_model_without_one_4bit_weight_is_refused(saved, tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "CACHE", tmp_path / "cache")
     folder = saved("Falcon")
-    with pytest.raises(KitError, match=r"no weight of this model can be stored in 4 bit.*FalconLinear"):
+    with pytest.raises(
+        KitError, match=r"no weight of this model can be stored in 4 bit.*FalconLinear"
+    ):
         load.load_base(validate({"model_id": folder, "prequantized": True}))
     assert not (tmp_path / "cache").exists()
 
 
 def test_a_kept_copy_says_the_same(saved, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sources, "CACHE", tmp_path / "cache")
-    settings = validate({"model_id": saved("Mixtral", generation={"temperature": 0.5}), "prequantized": True})
+    settings = validate(
+        {"model_id": saved("Mixtral", generation={"temperature": 0.5}), "prequantized": True}
+    )
     said = []
     for _ in range(2):
         load.load_base(settings)
-        said.append([line for line in capsys.readouterr().out.splitlines() if "in 4 bit: " in line or "not used" in line])
+        said.append(
+            [
+                line
+                for line in capsys.readouterr().out.splitlines()
+                if "in 4 bit: " in line or "not used" in line
+            ]
+        )
     assert said[0] == said[1]
     assert len(said[0]) == 2
 
@@ -311,7 +371,9 @@ DEFAULTS = {
 
 @pytest.mark.parametrize("name", DEFAULTS)
 def test_greedy_is_greedy_whatever_the_model_brings(saved, name, capsys):
-    settings = validate({"model_id": saved("Llama", generation=DEFAULTS[name]), "max_new_tokens": 12})
+    settings = validate(
+        {"model_id": saved("Llama", generation=DEFAULTS[name]), "max_new_tokens": 12}
+    )
     model, tokenizer = load.load_base(settings), load.load_tokenizer(settings)
     assert f"{next(iter(DEFAULTS[name]))}=" in capsys.readouterr().out
     row = {"instruction": "Where is Anna?", "input": ""}
@@ -323,7 +385,9 @@ def test_greedy_is_greedy_whatever_the_model_brings(saved, name, capsys):
             ids = torch.cat([ids, following[None, None]], dim=1)
             if following == tokenizer.eos_token_id:
                 break
-        directly = model.generate(ids[:, :start], attention_mask=torch.ones(1, start), max_new_tokens=12, do_sample=False)
+        directly = model.generate(
+            ids[:, :start], attention_mask=torch.ones(1, start), max_new_tokens=12, do_sample=False
+        )
     wanted = tokenizer.decode(ids[0, start:], skip_special_tokens=True).strip()
     assert generate.answer_all(model, tokenizer, [row], settings) == [wanted]
     assert generate.answer(model, tokenizer, row, settings, tuned=False).text == wanted
@@ -344,7 +408,9 @@ def test_the_models_own_end_tokens_end_an_answer():
 def in_4_bit(folder, tmp_path, **how):
     """The model in `folder`, quantized and saved by plain transformers."""
     config = transformers.BitsAndBytesConfig(load_in_4bit=True, **how)
-    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=config, dtype=torch.float32
+    )
     model.save_pretrained(tmp_path / "packed")
     AutoTokenizer.from_pretrained(MODEL_DIR).save_pretrained(tmp_path / "packed")
     return str(tmp_path / "packed")
@@ -352,9 +418,15 @@ def in_4_bit(folder, tmp_path, **how):
 
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("kind", ["fp4", "nf4"])
-def test_its_own_quantization_is_honoured_and_shown(saved, tmp_path, capsys, monkeypatch, kind, double):
+def test_its_own_quantization_is_honoured_and_shown(
+    saved, tmp_path, capsys, monkeypatch, kind, double
+):
     monkeypatch.setattr(sources, "CACHE", tmp_path / "cache")
-    how = {"bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": double, "bnb_4bit_compute_dtype": torch.float16}
+    how = {
+        "bnb_4bit_quant_type": kind,
+        "bnb_4bit_use_double_quant": double,
+        "bnb_4bit_compute_dtype": torch.float16,
+    }
     folder = in_4_bit(saved("Llama"), tmp_path, **how)
     settings = validate({"model_id": folder, "prequantized": True})
     model = load.load_base(settings)
@@ -448,15 +520,22 @@ def test_an_adapter_computes_what_peft_computes(saved, tmp_path, kind):
         with model.disable_adapter():
             base = model(input_ids=ids).logits
         assert not torch.allclose(wanted, base, atol=1e-2)
-        assert torch.allclose(merge.merged(settings, tmp_path / "adapter")(input_ids=ids).logits, wanted, atol=1e-4)
+        assert torch.allclose(
+            merge.merged(settings, tmp_path / "adapter")(input_ids=ids).logits, wanted, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_answer_is_made_by_the_librarys_own_layers(saved, tmp_path, monkeypatch, kind):
-    """While `generate` runs, no layer is replaced and torch has its threads; the text is that of plain PEFT."""
+    """While `generate` runs, no layer is replaced and torch has its threads; the text is that of
+    plain PEFT.
+    """
     settings = validate({"model_id": saved("Llama"), "max_new_tokens": 8})
     theirs = an_adapter(settings, tmp_path / "adapter", **KINDS[kind])
-    model, tokenizer = adapters.load_adapter(load.load_base(settings), tmp_path / "adapter"), load.load_tokenizer(settings)
+    model, tokenizer = (
+        adapters.load_adapter(load.load_base(settings), tmp_path / "adapter"),
+        load.load_tokenizer(settings),
+    )
     row, threads, seen = {"instruction": "Where is Anna?", "input": ""}, torch.get_num_threads(), []
     ids = generate.tokenize_prompts([row], tokenizer, model, settings)["input_ids"]
     with torch.no_grad():
@@ -478,7 +557,9 @@ def test_an_answer_is_made_by_the_librarys_own_layers(saved, tmp_path, monkeypat
 
 
 class Reads(TorchDispatchMode):
-    """Which storages operations take while it is on: data pointer → bytes. A table that is looked up is not gone through."""
+    """Which storages operations take while it is on: data pointer → bytes. A table that is looked
+    up is not gone through.
+    """
 
     def __enter__(self):
         self.found = {}
@@ -510,7 +591,9 @@ READ = {  # positions in a table or not, head and embedding one tensor or two, i
 def test_what_a_token_reads_is_what_the_operations_take(saved, name):
     """One token after a prompt, watched by torch's dispatcher; base, and with an adapter on it."""
     family, _, how = name.partition(", ")
-    settings = validate({"model_id": saved(family, **READ[name]), "head_4bit": how == "head in 4 bit"})
+    settings = validate(
+        {"model_id": saved(family, **READ[name]), "head_4bit": how == "head in 4 bit"}
+    )
     model = load.load_base(settings)
     if how == "embedding on the CPU":
         embeddings.keep_embedding_on_cpu(model, model.device)
@@ -525,7 +608,9 @@ def test_what_a_token_reads_is_what_the_operations_take(saved, name):
             weights += [state.absmax, state.state2.absmax]
         own = {weight.untyped_storage().data_ptr() for weight in weights}
         found = ledger.read_for_a_token(model)
-        assert found.total_bytes - found[ledger.TABLES] == sum(size for place, size in reads.found.items() if place in own)
+        assert found.total_bytes - found[ledger.TABLES] == sum(
+            size for place, size in reads.found.items() if place in own
+        )
 
 
 def test_an_adapter_that_cannot_be_merged_is_refused_in_a_sentence(saved, tmp_path):
@@ -551,7 +636,9 @@ def test_gpt2s_turned_weights_are_rounded_before_merging(saved, tmp_path):
 
 @pytest.mark.parametrize("family", ["Bert", "Electra"])
 def test_a_model_that_sees_the_future_is_refused(saved, tmp_path, monkeypatch, family):
-    """These families write from left to right only with is_decoder=True; without it transformers says so in a log at most."""
+    """These families write from left to right only with is_decoder=True; without it transformers
+    says so in a log at most.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(FAMILIES, family, {**SHAPE, "embedding_size": 64})
     with pytest.raises(KitError, match="a token sees those behind it"):
@@ -560,24 +647,50 @@ def test_a_model_that_sees_the_future_is_refused(saved, tmp_path, monkeypatch, f
 
 
 @pytest.mark.parametrize("loss_chunk", [8, 128])
-def test_the_next_token_is_learnt_also_where_a_familys_own_loss_is_of_the_same_token(saved, tmp_path, monkeypatch, loss_chunk):
-    """BART's own loss does not shift the labels: as a causal model it would learn to copy its input."""
+def test_the_next_token_is_learnt_also_where_a_familys_own_loss_is_of_the_same_token(
+    saved, tmp_path, monkeypatch, loss_chunk
+):
+    """BART's own loss does not shift the labels: as a causal model it would learn to copy its
+    input.
+    """
     monkeypatch.chdir(tmp_path)
-    bart = {"vocab_size": 1088, "d_model": 64, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 128}
-    monkeypatch.setitem(FAMILIES, "Bart", {**bart, "dropout": 0.0, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1})
+    bart = {
+        "vocab_size": 1088,
+        "d_model": 64,
+        "decoder_layers": 2,
+        "decoder_attention_heads": 4,
+        "decoder_ffn_dim": 128,
+    }
+    monkeypatch.setitem(
+        FAMILIES,
+        "Bart",
+        {**bart, "dropout": 0.0, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1},
+    )
     folder, rows = saved("Bart"), rows_of(30, 30)
     settings = validate({"model_id": folder})
     base = load.load_base(settings)
     with torch.no_grad():
         logits = base(input_ids=torch.tensor(rows["input_ids"])).logits[:, :-1]
-    wanted = cross_entropy(logits.flatten(0, 1), torch.tensor(rows["labels"])[:, 1:].flatten(), ignore_index=-100).item()
-    result = finetuned(folder, rows, per_device_train_batch_size=2, gradient_accumulation_steps=1, loss_chunk=loss_chunk)
+    wanted = cross_entropy(
+        logits.flatten(0, 1), torch.tensor(rows["labels"])[:, 1:].flatten(), ignore_index=-100
+    ).item()
+    result = finetuned(
+        folder,
+        rows,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=1,
+        loss_chunk=loss_chunk,
+    )
     assert result["losses"] == [pytest.approx(wanted, rel=1e-4)]
 
 
 def test_memory_that_runs_out_while_the_head_is_tried_is_no_sign_of_a_cap(monkeypatch):
     model = random_model("Llama")
-    monkeypatch.setattr(sliced_loss, "sliced_head", lambda *_: (_ for _ in ()).throw(RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")))
+    monkeypatch.setattr(
+        sliced_loss,
+        "sliced_head",
+        lambda *_: (_ for _ in ()).throw(RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")),
+    )
     with pytest.raises(RuntimeError, match="ALLOC_FAILED"):
         probes.head_is_last(model)
 
@@ -591,7 +704,9 @@ def test_an_adapter_that_repeats_layers_is_refused(saved, tmp_path):
 
 
 def test_an_out_of_memory_error_is_explained_for_any_family():
-    """The levers of a family whose activations cannot be counted are left out; the refusal still says what was held."""
+    """The levers of a family whose activations cannot be counted are left out; the refusal still
+    says what was held.
+    """
     from qlora_nb.memory import out_of_memory
 
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")

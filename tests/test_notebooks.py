@@ -24,16 +24,27 @@ each = pytest.mark.parametrize("name", NAMES)
 
 
 def test_all_seven_are_there():
-    numbers = ["setup", "lora", "nf4_explained", "double_quantization", "paged_optimizers", "finetune_pythia_12b", "inference"]
+    numbers = [
+        "setup",
+        "lora",
+        "nf4_explained",
+        "double_quantization",
+        "paged_optimizers",
+        "finetune_pythia_12b",
+        "inference",
+    ]
     assert [f"{i:02d}_{name}" for i, name in enumerate(numbers, 1)] == NAMES
 
 
-# ---- what is committed -----------------------------------------------------------------------------------------------
+# ---- what is committed
+# -----------------------------------------------------------------------------------------------
 
 
 @each
 def test_committed_form(name):
-    """Fresh generated cells, execution counts, tags, parameters typed and commented, budget, size, no stored error."""
+    """Fresh generated cells, execution counts, tags, parameters typed and commented, budget, size,
+    no stored error.
+    """
     from build_notebooks import format_problems
 
     assert format_problems(NOTEBOOKS / f"{name}.ipynb", NAMES) == []
@@ -42,18 +53,34 @@ def test_committed_form(name):
 @each
 def test_no_cell_takes_a_parameters_name_for_something_else(name):
     """Run again, the cell that resolves the parameters would read it."""
-    cells = [c for c in nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4).cells if c.cell_type == "code"]
+    cells = [
+        c for c in nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4).cells if c.cell_type == "code"
+    ]
     others = [c.source for c in cells if "parameters" not in c.metadata.get("tags", [])]
-    stored = [n for source in others for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Name)]
-    assert {n.id for n in stored if isinstance(n.ctx, ast.Store)} & Settings.model_fields.keys() == set()
+    stored = [
+        n for source in others for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Name)
+    ]
+    assert {
+        n.id for n in stored if isinstance(n.ctx, ast.Store)
+    } & Settings.model_fields.keys() == set()
 
 
 @each
 def test_help_shows_every_parameter_with_its_meaning(name):
     notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4)
     (source,) = [c.source for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
-    wanted = [line.partition(":")[0] for line in source.splitlines() if ": " in line and not line.startswith("#")]
-    command = [sys.executable, "-m", "papermill", "--help-notebook", str(NOTEBOOKS / f"{name}.ipynb")]
+    wanted = [
+        line.partition(":")[0]
+        for line in source.splitlines()
+        if ": " in line and not line.startswith("#")
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        "--help-notebook",
+        str(NOTEBOOKS / f"{name}.ipynb"),
+    ]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     lines = {line.strip().partition(":")[0]: i for i, line in enumerate(shown)}
     assert "profile" in wanted
@@ -62,7 +89,8 @@ def test_help_shows_every_parameter_with_its_meaning(name):
         assert shown[lines[parameter] + 1].strip(), f"{parameter} has no meaning"
 
 
-# ---- the papermill pass ----------------------------------------------------------------------------------------------
+# ---- the papermill pass
+# ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -93,11 +121,15 @@ def test_no_stored_error(name, executed):
 def test_has_a_figure_and_a_widget(name, executed):
     notebook = nbformat.read(executed[name], 4)
     assert list(report.figures(notebook))
-    assert all(alt for _, alt in report.figures(notebook)), "a figure without alt text in the markdown under it"
+    assert all(alt for _, alt in report.figures(notebook)), (
+        "a figure without alt text in the markdown under it"
+    )
     state = notebook.metadata.widgets["application/vnd.jupyter.widget-state+json"]["state"]
     usual = ("DropdownModel", "ButtonModel", "ToggleButtonsModel", "TextareaModel")
     assert any("Slider" in m["model_name"] or m["model_name"] in usual for m in state.values())
-    assert not [m for m in state.values() if m["model_name"] == "OutputModel"], "papermill can wait for ever (widgets.explore)"
+    assert not [m for m in state.values() if m["model_name"] == "OutputModel"], (
+        "papermill can wait for ever (widgets.explore)"
+    )
 
 
 @each
@@ -114,7 +146,12 @@ def test_the_listener_would_have_heard():
     listener = Listener()
     program = "from huggingface_hub import HfApi\ntry:\n    HfApi().model_info('a/b', timeout=3)\nexcept Exception:\n    pass"
     try:
-        subprocess.run([sys.executable, "-c", program], env=os.environ | listener.environment(), check=True, timeout=60)
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env=os.environ | listener.environment(),
+            check=True,
+            timeout=60,
+        )
     finally:
         listener.close()
     assert listener.calls
@@ -130,7 +167,11 @@ def test_the_report_is_there_and_stands_alone(papermill_pass):
     assert "<script" not in page
     assert 'src="http' not in page
     assert 'href="http' not in page
-    assert json.loads((folder / "summary.json").read_text())["status"] == papermill_pass["status"] == "done"
+    assert (
+        json.loads((folder / "summary.json").read_text())["status"]
+        == papermill_pass["status"]
+        == "done"
+    )
 
 
 # ---- the nbval pass --------------------------------------------------------------------------------------------------
@@ -138,7 +179,9 @@ def test_the_report_is_there_and_stands_alone(papermill_pass):
 
 @pytest.fixture(scope="module")
 def nbval_pass(tmp_path_factory):
-    """nbval runs the committed notebooks again and compares the cells tagged nbval-check-output: the key results."""
+    """nbval runs the committed notebooks again and compares the cells tagged nbval-check-output:
+    the key results.
+    """
     junit = tmp_path_factory.mktemp("nbval") / "result.xml"
     files = [str(NOTEBOOKS / f"{n}.ipynb") for n in NAMES]
     command = [
@@ -166,12 +209,15 @@ def test_nbval_finds_the_committed_key_results(name, nbval_pass):
         for c in ElementTree.parse(junit).iter("testcase")
         if name in c.get("classname", "") + c.get("file", "") + c.get("name", "")
     ]
-    bad = [c.get("name") for c in cases if c.find("failure") is not None or c.find("error") is not None]
+    bad = [
+        c.get("name") for c in cases if c.find("failure") is not None or c.find("error") is not None
+    ]
     assert len(cases) > 5, output[-2000:]
     assert not bad, output[-4000:]
 
 
-# ---- refusals inside a notebook --------------------------------------------------------------------------------------
+# ---- refusals inside a notebook
+# --------------------------------------------------------------------------------------
 
 
 def _papermill(name: str, tmp_path, *parameters: str) -> subprocess.CompletedProcess:
@@ -184,7 +230,13 @@ def _papermill(name: str, tmp_path, *parameters: str) -> subprocess.CompletedPro
         "--cwd",
         str(ROOT),
     ]
-    return subprocess.run([*command, "--no-progress-bar", *parameters], capture_output=True, text=True, check=False, timeout=600)
+    return subprocess.run(
+        [*command, "--no-progress-bar", *parameters],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
 
 
 @pytest.mark.skipif(not NAMES, reason="no notebooks")

@@ -25,7 +25,9 @@ def test_value_and_gradient_are_those_of_the_plain_loss(chunk, seed):
     labels = torch.where(torch.rand(3, 40) < 0.6, torch.randint(301, (3, 40)), -100)
     found = []
     for loss in (plain, lambda h, y, head: sliced_loss.sliced_loss(h, y, head, chunk)):
-        hidden = torch.randn(3, 40, 24, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+        hidden = torch.randn(
+            3, 40, 24, generator=torch.Generator().manual_seed(seed)
+        ).requires_grad_()
         value = loss(hidden, labels, head)
         value.backward()
         found.append((value.detach(), hidden.grad))
@@ -39,7 +41,10 @@ def test_sums_over_several_passes_divide_by_all_their_tokens():
     labels = torch.randint(50, (2, 9))
     labels[0, :6] = -100  # rows of unlike length: the mean of means would be wrong
     n = int((labels[:, 1:] != -100).sum())
-    parts = [sliced_loss.sliced_loss(hidden[i : i + 1], labels[i : i + 1], head, 4, n_items=n) for i in range(2)]
+    parts = [
+        sliced_loss.sliced_loss(hidden[i : i + 1], labels[i : i + 1], head, 4, n_items=n)
+        for i in range(2)
+    ]
     assert sum(parts).item() == pytest.approx(plain(hidden, labels, head).item(), abs=1e-5)
 
 
@@ -62,7 +67,9 @@ def test_whole_model_and_the_head_comes_back():
     assert abs(want - found) < 1e-5
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
-            assert torch.allclose(parameter.grad, wanted[name], atol=1e-5 * wanted[name].abs().max().item() + 1e-9), name
+            assert torch.allclose(
+                parameter.grad, wanted[name], atol=1e-5 * wanted[name].abs().max().item() + 1e-9
+            ), name
     with pytest.raises(RuntimeError, match="stop"), sliced_loss.sliced_head(model, 8):
         raise RuntimeError("stop")
     assert "forward" not in vars(head)
@@ -76,10 +83,16 @@ def test_memory_is_a_quarter_or_less_at_pythias_vocabulary():
         hidden = torch.randn(1, 1024, 32, requires_grad=True)
         labels = torch.randint(50_688, (1, 1024))
         with profiler.measure_peak() as moved:
-            loss = sliced_loss.sliced_loss(hidden, labels, head, chunk) if chunk else plain(hidden, labels, head)
+            loss = (
+                sliced_loss.sliced_loss(hidden, labels, head, chunk)
+                if chunk
+                else plain(hidden, labels, head)
+            )
             loss.backward()
         peaks.append(moved.peak_bytes)
-    assert peaks[0] > 2 * 4 * 1024 * 50_688  # the plain loss holds at least two copies of all logits
+    assert (
+        peaks[0] > 2 * 4 * 1024 * 50_688
+    )  # the plain loss holds at least two copies of all logits
     assert peaks[1] <= peaks[0] / 4
 
 
@@ -91,6 +104,8 @@ def test_training_with_slices_ends_where_plain_training_ends(tmp_path):
         tokenizer = load.load_tokenizer(settings)
         model = attach.attach_adapter(load.load_base(settings), settings)
         rows = data.tokenize_rows(data.load(settings)[0], tokenizer, settings)
-        result = trainer.finetune(model, tokenizer, rows, settings, runs.Run(settings, "06_test"), lambda step: None)
+        result = trainer.finetune(
+            model, tokenizer, rows, settings, runs.Run(settings, "06_test"), lambda step: None
+        )
         losses.append(result["losses"])
     assert losses[1] == pytest.approx(losses[0], abs=2e-4)

@@ -1,4 +1,6 @@
-"""The page simulator against plain loops and hand-checked traces; bitsandbytes' rule and bytes against real optimizers."""
+"""The page simulator against plain loops and hand-checked traces; bitsandbytes' rule and bytes
+against real optimizers.
+"""
 
 import inspect
 import warnings
@@ -16,7 +18,8 @@ from qlora_nb.model import configs
 from qlora_nb.theory import paging
 
 EVENT = st.one_of(
-    st.tuples(st.just("reserve"), st.integers(0, 5)), st.tuples(st.sampled_from(["touch", "prefetch"]), st.integers(0, 9))
+    st.tuples(st.just("reserve"), st.integers(0, 5)),
+    st.tuples(st.sampled_from(["touch", "prefetch"]), st.integers(0, 9)),
 )
 
 
@@ -27,7 +30,12 @@ def test_memory_equals_the_loops(events, budget):
     for kind, n in events:
         getattr(memory, kind)(n)
         assert len(memory.resident) + memory.reserved <= budget
-    assert (memory.faults, memory.pages_in, memory.pages_out, list(memory.resident)) == paging.replay_spec(events, budget)
+    assert (
+        memory.faults,
+        memory.pages_in,
+        memory.pages_out,
+        list(memory.resident),
+    ) == paging.replay_spec(events, budget)
 
 
 def test_a_cyclic_sweep_one_page_short_misses_everything():
@@ -62,7 +70,14 @@ def test_timeline_by_hand():
     moments = paging.step_timeline(sizes())
     always = 20 + 1 + 8 + 1
     assert [m.total - always for m in moments] == [13, 16, 10, 16, 14, 2]
-    assert [m.phase for m in moments] == ["forward", "forward", "loss", "backward", "backward", "optimizer"]
+    assert [m.phase for m in moments] == [
+        "forward",
+        "forward",
+        "loss",
+        "backward",
+        "backward",
+        "optimizer",
+    ]
 
 
 def test_paging_survives_a_spike_that_kills():
@@ -77,7 +92,9 @@ def test_paging_survives_a_spike_that_kills():
     assert [r.bytes_in for r in alive] == [0, 0, 2, 0]  # … and come back when the optimizer asks
     assert [r.faults for r in alive] == [8, 0, 2, 0]
     assert [r.faults for r in paging.simulate(run, budget, page_bytes=1, prefetch=True)] == [0] * 4
-    assert not paging.simulate([sizes(layer=30)], budget, page_bytes=1)[0].survived  # ordinary memory alone is too much
+    assert not paging.simulate([sizes(layer=30)], budget, page_bytes=1)[
+        0
+    ].survived  # ordinary memory alone is too much
     assert alive[2].seconds(1e-9) == 4
 
 
@@ -90,7 +107,9 @@ def test_refusals():
         paging.state_bytes(10, 16)
 
 
-@pytest.mark.parametrize(("name", "bits"), [("PagedAdamW32bit", 32), ("PagedAdamW8bit", 8), ("AdamW8bit", 8)])
+@pytest.mark.parametrize(
+    ("name", "bits"), [("PagedAdamW32bit", 32), ("PagedAdamW8bit", 8), ("AdamW8bit", 8)]
+)
 @pytest.mark.parametrize("numel", [100, 4095, 4096, 5000, 100_001])
 def test_state_bytes_are_those_of_real_optimizers(name, bits, numel):
     p = torch.nn.Parameter(torch.randn(numel))
@@ -122,7 +141,9 @@ def test_the_rule_is_bitsandbytes_own():
 @pytest.mark.parametrize("device", ["cpu", "cuda", "xpu"])
 @pytest.mark.parametrize("numel", [99_999, 100_000])
 def test_every_gpu_pages_not_nvidias_alone(device, numel, monkeypatch):
-    """bitsandbytes' own decision for a tensor that says where it lies; AMD's cards call themselves cuda in torch."""
+    """bitsandbytes' own decision for a tensor that says where it lies; AMD's cards call themselves
+    cuda in torch.
+    """
     paged, ordinary = torch.zeros(1), torch.zeros(1)
     monkeypatch.setattr(bnb.functional, "get_paged", lambda *shape, dtype, device: paged)
     monkeypatch.setattr(bnb.functional, "fill", lambda *given: None)

@@ -114,19 +114,29 @@ def test_each_control_does_what_it_says(chat):
         said[top_p] = ask(chat, question)
         left[top_p] = float(chat.costs["base"].value.split(" tokens to choose")[0].split("· ")[-1])
     vocabulary = chat.model.config.vocab_size
-    assert 1 <= left[0.5] < left[1.0] == vocabulary, "no hidden top_k: all tokens are left where nothing cuts"
+    assert 1 <= left[0.5] < left[1.0] == vocabulary, (
+        "no hidden top_k: all tokens are left where nothing cuts"
+    )
     assert ask(chat, question) == said[1.0], "the same seed, the same answer"
     chat.controls["seed"].value = 7
     assert ask(chat, question) != said[1.0]
     assert chat.history.value.count(question) == 7
-    assert chat.history.value.index("'seed': 7") < chat.history.value.index("'seed': 0"), "the newest stands first"
+    assert chat.history.value.index("'seed': 7") < chat.history.value.index("'seed': 0"), (
+        "the newest stands first"
+    )
 
 
 def test_counted_tokens_are_those_that_were_made(chat):
     row = generate.row_of("Where is Anna?\nAnna went to the park.")
     last = generate.answer(chat.model, chat.tokenizer, row, chat.settings, tuned=True)
-    encoded = chat.tokenizer(data.prompt_of(row, chat.settings.prompt_template), return_tensors="pt", return_token_type_ids=False)
-    made = chat.model.generate(**encoded, max_new_tokens=chat.settings.max_new_tokens, do_sample=False)
+    encoded = chat.tokenizer(
+        data.prompt_of(row, chat.settings.prompt_template),
+        return_tensors="pt",
+        return_token_type_ids=False,
+    )
+    made = chat.model.generate(
+        **encoded, max_new_tokens=chat.settings.max_new_tokens, do_sample=False
+    )
     assert last.n_tokens == made.shape[1] - encoded["input_ids"].shape[1]
 
 
@@ -142,8 +152,14 @@ def test_model_text_is_never_html(chat):
     chat.start()
     chat.worker.join(60)
     assert "<b>Anna</b>" in chat.history.value
-    html = [w for w in walk(chat.box) if isinstance(w, (ipywidgets.HTML, ipywidgets.HTMLMath, ipywidgets.Output))]
-    assert [w.value for w in html] == [widgets.naming().value], "one that names the sliders, and says nothing of the model's"
+    html = [
+        w
+        for w in walk(chat.box)
+        if isinstance(w, (ipywidgets.HTML, ipywidgets.HTMLMath, ipywidgets.Output))
+    ]
+    assert [w.value for w in html] == [widgets.naming().value], (
+        "one that names the sliders, and says nothing of the model's"
+    )
 
 
 def test_label_mask_is_escaped_and_marked_twice():
@@ -160,7 +176,14 @@ def test_settings_table_is_escaped():
 def test_live_view_counts_and_draws(capsys):
     view = panels.LiveTraining(4, redraw_s=0)
     for i in range(1, 5):
-        step = {"step": i, "max_steps": 4, "loss": 5 / i, "learning_rate": 1e-3, "tokens_per_s": 100.0, "seconds_left": 4 - i}
+        step = {
+            "step": i,
+            "max_steps": 4,
+            "loss": 5 / i,
+            "learning_rate": 1e-3,
+            "tokens_per_s": 100.0,
+            "seconds_left": 4 - i,
+        }
         step["memory_bytes"] = 3 * 2**29
         view(step)
     assert view.bar.value == 4
@@ -171,7 +194,10 @@ def test_live_view_counts_and_draws(capsys):
 
 
 def test_figures_for_small_and_large_models():
-    small, large = ledger.predict(validate({})), ledger.predict(validate({}), config=configs.pythia_config("12b"))
+    small, large = (
+        ledger.predict(validate({})),
+        ledger.predict(validate({}), config=configs.pythia_config("12b")),
+    )
     for one in (small, large):
         assert isinstance(charts.memory_bars({"model": one}, limit_gib=24.0), Figure)
     assert isinstance(charts.loss_curve([3.0], None, None), Figure)
@@ -180,7 +206,10 @@ def test_figures_for_small_and_large_models():
     assert isinstance(n07.speeds({"base": answers, "tuned": answers}), Figure)
     assert isinstance(n07.next_tokens([("<b>$x$", 0.5)], [("\n", 0.5)], 1.0), Figure)
     steps = [("<b>$x$", [("a", 0.5)], [("b", 0.5)], 3.0), ("(end)", [], [], 0.0)]
-    assert n07.along(steps).axes[0].get_title(loc="left") == "The models differ by 3.0 bits at most, 1.5 on average"
+    assert (
+        n07.along(steps).axes[0].get_title(loc="left")
+        == "The models differ by 3.0 bits at most, 1.5 on average"
+    )
     assert "adds 8 bytes" in n07.cache_growth({0: 0, 4: 32}, {4: 32}).axes[0].get_title(loc="left")
     scores = {"majority": {"all": 0.1, "who": 0.2}, "QLoRA": {"all": 0.9, "who": 0.8}}
     assert isinstance(n06.scores(scores), Figure)
@@ -191,11 +220,17 @@ def test_profiles_are_judged_on_the_machine_given():
     here = machine.this_machine()
     from dataclasses import replace
 
-    runs_here = {row["profile"]: row["runs here"] for row in n01.profiles_here(replace(here, gpus=(big,)))}
+    runs_here = {
+        row["profile"]: row["runs here"] for row in n01.profiles_here(replace(here, gpus=(big,)))
+    }
     fetched = (sources.SMOLLM2_DIR / "config.json").is_file()
-    assert runs_here.pop("smollm2") == ("yes" if fetched else "no: SmolLM2 is not on this machine yet")
+    assert runs_here.pop("smollm2") == (
+        "yes" if fetched else "no: SmolLM2 is not on this machine yet"
+    )
     assert set(runs_here.values()) == {"yes"}
-    without = {row["profile"]: row["runs here"] for row in n01.profiles_here(replace(here, gpus=()))}
+    without = {
+        row["profile"]: row["runs here"] for row in n01.profiles_here(replace(here, gpus=()))
+    }
     assert without["tiny"] == "yes"
     assert without["full"].startswith("no")
 
@@ -216,13 +251,21 @@ def test_shapes_agree_with_the_real_modules():
             {1: "too small", [16, 1].__len__() * 16: "too large"},
         ),
         (n06.check_bytes_per_trained_number, 16, {12: "two states", 4: "four bytes each"}),
-        (lambda a: n01.check_weight_gib(a, 11_800_000_000, 4), 5.495, {5.9: "10\\^9", 43.96: "half a byte"}),
+        (
+            lambda a: n01.check_weight_gib(a, 11_800_000_000, 4),
+            5.495,
+            {5.9: "10\\^9", 43.96: "half a byte"},
+        ),
         (
             lambda a: n07.check_cache_bytes(a, 36, 5120, 2),
             737_280,
             {368_640: "key and a value", 20_480: "2 × layers"},
         ),
-        (lambda a: n07.check_kept_by_top_p(a, [0.1, 0.5, 0.05, 0.35], 0.8), 2, {1: "too small", 3: "too large"}),
+        (
+            lambda a: n07.check_kept_by_top_p(a, [0.1, 0.5, 0.05, 0.35], 0.8),
+            2,
+            {1: "too small", 3: "too large"},
+        ),
     ],
 )
 def test_exercises_accept_the_solution_and_teach_on_wrong_answers(check, right, wrong, capsys):

@@ -44,14 +44,25 @@ def test_files_are_small_safe_and_name_no_machine():
 def test_it_is_a_pythia_in_small():
     config = configs.config_of("pocket")
     twin = configs.pythia_config("70m")
-    for name in ("model_type", "use_parallel_residual", "hidden_act", "tie_word_embeddings", "eos_token_id", "bos_token_id"):
+    for name in (
+        "model_type",
+        "use_parallel_residual",
+        "hidden_act",
+        "tie_word_embeddings",
+        "eos_token_id",
+        "bos_token_id",
+    ):
         assert getattr(config, name) == getattr(twin, name), name
     assert 2_000_000 <= sum(p.numel() for p in configs.meta_model(config).parameters()) <= 5_000_000
 
 
 def test_every_word_is_a_token_and_any_text_survives(tokenizer):
     words = {w for d in micro_world.documents(5, 400) for w in re.findall(r"[A-Za-z]+", d)}
-    split = [w for w in words if len(tokenizer(f" {w}")["input_ids"]) > 1 and len(tokenizer(w)["input_ids"]) > 1]
+    split = [
+        w
+        for w in words
+        if len(tokenizer(f" {w}")["input_ids"]) > 1 and len(tokenizer(w)["input_ids"]) > 1
+    ]
     assert not split
     for text in ("naïve 😀 <script>", "中文\n\ttab", "\x00\x1b[31m"):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
@@ -84,7 +95,10 @@ def test_four_bits_cost_something_where_the_answer_is_known(settings, tokenizer)
     rows = data.datasets.Dataset.from_list(
         [
             {"input_ids": ids, "labels": [sliced_loss.IGNORED] * (len(ids) - 1) + ids[-1:]}
-            for ids in (tokenizer(f"{prompt} {answer}")["input_ids"] for prompt, answer in micro_world.almanac_prompts())
+            for ids in (
+                tokenizer(f"{prompt} {answer}")["input_ids"]
+                for prompt, answer in micro_world.almanac_prompts()
+            )
         ]
     )
     exact = evaluate.response_loss(load.load_base(settings, four_bit=False), tokenizer, rows)
@@ -100,5 +114,7 @@ def test_the_recorded_training_matches_the_files():
 
 def test_the_build_starts_and_the_loss_falls(tmp_path):
     record = build.train(16, seed=1, out=tmp_path, batch=4, report_every=8)
-    assert record["loss"] < 6.9  # the mean of the last eight steps; an untrained model guesses among 1,088: ln 1088 = 6.99
+    assert (
+        record["loss"] < 6.9
+    )  # the mean of the last eight steps; an untrained model guesses among 1,088: ln 1088 = 6.99
     assert (tmp_path / "model.safetensors").is_file()

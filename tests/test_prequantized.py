@@ -38,7 +38,9 @@ def copies(tmp_path):
     return sorted((tmp_path / "cache" / "quantized").glob("*"))
 
 
-@pytest.mark.parametrize("values", [{}, {"double_quant": False, "quant_type": "fp4"}, {"head_4bit": True}], ids=str)
+@pytest.mark.parametrize(
+    "values", [{}, {"double_quant": False, "quant_type": "fp4"}, {"head_4bit": True}], ids=str
+)
 def test_the_copy_holds_the_same_bits_and_is_smaller(source, tmp_path, capsys, values):
     settings = settings_for(source, **values)
     first = load.load_base(settings)
@@ -62,7 +64,12 @@ def test_an_adapter_trained_on_the_copy_names_the_original(source):
 
 
 def test_other_datatypes_have_their_own_copy(source, tmp_path):
-    for values in ({}, {"double_quant": False}, {"quant_type": "fp4"}, {"compute_dtype": "bfloat16"}):
+    for values in (
+        {},
+        {"double_quant": False},
+        {"quant_type": "fp4"},
+        {"compute_dtype": "bfloat16"},
+    ):
         load.load_base(settings_for(source, **values))
     assert len(copies(tmp_path)) == 4
 
@@ -105,7 +112,10 @@ def test_a_write_that_fails_leaves_nothing_behind(source, tmp_path, capsys, monk
         raise OSError(28, "No space left on device")
 
     settings = settings_for(source)
-    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", lambda self, folder, **kw: broken(folder, **kw))
+    monkeypatch.setattr(
+        "transformers.PreTrainedModel.save_pretrained",
+        lambda self, folder, **kw: broken(folder, **kw),
+    )
     load.load_base(settings)
     assert "No space left" in capsys.readouterr().out
     assert not copies(tmp_path)
@@ -115,4 +125,6 @@ def test_the_note_is_the_last_thing_written(source, tmp_path):
     load.load_base(settings_for(source))
     [copy] = copies(tmp_path)
     note = json.loads((copy / quantized_copy.NOTE).read_text())
-    assert note["files"] == {f.name: f.stat().st_size for f in copy.iterdir() if f.name != quantized_copy.NOTE}
+    assert note["files"] == {
+        f.name: f.stat().st_size for f in copy.iterdir() if f.name != quantized_copy.NOTE
+    }

@@ -1,4 +1,6 @@
-"""Long work shows itself: one program with slowed work, in a terminal, in a file, in a notebook and in papermill's log."""
+"""Long work shows itself: one program with slowed work, in a terminal, in a file, in a notebook and
+in papermill's log.
+"""
 
 from __future__ import annotations
 
@@ -53,11 +55,16 @@ def toys(toy):
 
 
 def bars(text: str, work: tuple[str, ...] = WORK) -> dict[str, list[str]]:
-    """Every state of each bar that says how much time is left; before the quick work is done there is none."""
+    """Every state of each bar that says how much time is left; before the quick work is done there
+    is none.
+    """
     before, after = text.split("so far nothing")
     assert "%|" not in before, before
     states = re.split(r"[\r\n]+", after)
-    return {name: [s for s in states if name in s and re.search(rf"{name}: +\d+%\|.*{LEFT}", s)] for name in work}
+    return {
+        name: [s for s in states if name in s and re.search(rf"{name}: +\d+%\|.*{LEFT}", s)]
+        for name in work
+    }
 
 
 def environment() -> dict[str, str]:
@@ -70,7 +77,9 @@ def test_in_a_terminal(toys, tmp_path):
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(ours, (30, 110))
     command = [sys.executable, "-c", program(tmp_path / "out", toys)]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=theirs, stderr=theirs, stdin=theirs)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdout=theirs, stderr=theirs, stdin=theirs
+    )
     os.close(theirs)
     shown = b""
     while True:
@@ -91,7 +100,14 @@ def test_in_a_terminal(toys, tmp_path):
 @pytest.mark.slow
 def test_in_a_file_each_state_is_a_line(tmp_path):
     command = [sys.executable, "-c", program(tmp_path / "out")]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
+    )
     shown = done.stdout.decode()
     assert done.returncode == 0, shown
     assert all(bars(shown, WORK[:2]).values()), shown
@@ -103,7 +119,9 @@ def test_in_a_notebook_and_in_papermills_log(toys, tmp_path):
     cell = nbformat.v4.new_code_cell(program(tmp_path / "out", toys))
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     notebook, executed = tmp_path / "long.ipynb", tmp_path / "executed.ipynb"
-    nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata={"kernelspec": kernel}), notebook)
+    nbformat.write(
+        nbformat.v4.new_notebook(cells=[cell], metadata={"kernelspec": kernel}), notebook
+    )
     command = [sys.executable, "-m", "papermill", str(notebook), str(executed), "--cwd", str(ROOT)]
     command += ["--log-output", "--no-progress-bar"]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
@@ -114,11 +132,15 @@ def test_in_a_notebook_and_in_papermills_log(toys, tmp_path):
     assert all(bars(done.stderr).values()), done.stderr
     # a widget would live only as long as the kernel, and a bar on stderr is painted red
     assert not [output for output in outputs if "data" in output]
-    assert "%|" not in "".join(output.get("text", "") for output in outputs if output.get("name") == "stderr")
+    assert "%|" not in "".join(
+        output.get("text", "") for output in outputs if output.get("name") == "stderr"
+    )
 
 
 def test_every_librarys_bar_is_this_one():
-    """transformers, datasets, the hub's library and PEFT, whichever way they ask tqdm; and nothing before two seconds."""
+    """transformers, datasets, the hub's library and PEFT, whichever way they ask tqdm; and nothing
+    before two seconds.
+    """
     check = """
         import io
         from qlora_nb.progress import Bar
@@ -134,4 +156,6 @@ def test_every_librarys_bar_is_this_one():
         assert file.getvalue() == ""
         assert 100 < len(list(Bar(range(1000), file=file, delay=0, mininterval=0, miniters=1))) and "100%|" in file.getvalue()
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(check)], cwd=ROOT, check=True, env=environment())
+    subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(check)], cwd=ROOT, check=True, env=environment()
+    )

@@ -1,4 +1,6 @@
-"""Figures, widgets and exercise checkers of notebooks 03 and 04, and the quality measurements they show."""
+"""Figures, widgets and exercise checkers of notebooks 03 and 04, and the quality measurements they
+show.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def ends(control: W.Widget) -> list:
 
 
 def drive(panel: W.VBox) -> None:
-    """Move every control to its ends; a Figure must come out each time (an exception would leave the old one)."""
+    """Move every control to its ends; a Figure must come out each time (an exception would leave
+    the old one).
+    """
     for control in panel.children[:-1]:
         for value in ends(control):
             panel.result = None
@@ -81,7 +85,9 @@ def test_error_map_shows_the_error_and_the_blocks():
     assert torch.equal(left, restored[:16, :128])
     assert torch.equal(error, 10 * (restored - weight)[:16, :128])
     assert f"RMSE {blockwise.rmse(weight, restored):.4f}" in figure.axes[0].get_title(loc="left")
-    starts = {tuple(segment[0] + (0.5, 0.5)) for segment in figure.axes[2].collections[0].get_segments()}
+    starts = {
+        tuple(segment[0] + (0.5, 0.5)) for segment in figure.axes[2].collections[0].get_segments()
+    }
     assert starts == {(i % 192, i // 192) for i in range(0, 16 * 192, 128) if i % 192 < 128}
 
 
@@ -90,7 +96,9 @@ def test_widget_of_04_at_both_ends():
         widgets.explore(
             n04.plot_bits,
             blocksize=widgets.choice_slider("block size (weights)", [8, 64, 4096], 64),
-            second_blocksize=widgets.choice_slider("second block size (scales)", [16, 256, 1024], 256),
+            second_blocksize=widgets.choice_slider(
+                "second block size (scales)", [16, 256, 1024], 256
+            ),
         )
     )
 
@@ -109,7 +117,15 @@ def test_every_figure_is_closed_and_titled():
         n03.plot_distributions({"Gaussian": {n: ERRORS[n][64] for n in ("NF4", "FP4", "INT4")}}),
         n03.plot_usage(share, nf4),
         n03.plot_outlier(X[:64], 12.0, nf4),
-        n03.plot_quality({"a": same, "b": [quality.Quality("unquantized", (1.0, 2.0)), quality.Quality("E2M1", (1.5, 1.9))]}),
+        n03.plot_quality(
+            {
+                "a": same,
+                "b": [
+                    quality.Quality("unquantized", (1.0, 2.0)),
+                    quality.Quality("E2M1", (1.5, 1.9)),
+                ],
+            }
+        ),
         n03.plot_quality({"a": same}),
         n04.plot_ledger({"a": double_quant.ledger(64, None), "b": double_quant.ledger(64)}),
         n04.plot_scales(torch.linspace(-1, 1, 100), codebooks.dynamic_code()),
@@ -129,16 +145,43 @@ EXERCISES = {
         ([12, 0, 8], "shape wrong"),
         ([0.44, -1, 0.08, 0], "values wrong"),
     ],
-    "check_byte": [(197, "right"), (92, "too small"), (17, "too small"), ("11000101", "shape wrong")],
-    "check_tail_quantile": [(0.9330, "right"), (0.9677083, "too large"), (1 - 1 / 16, "too large"), ([0.9330], "shape wrong")],
-    "check_max_error": [(0.304, "right"), (0.152, "too small"), (0.608, "too large"), (0.277, "too small")],
-    "check_bits_128": [(4.0635, "right"), (4.25, "too large"), (4.127, "too large"), (4.0625, "too small")],
-    "check_saved_bytes": [(782_332, "right"), (782_336, "too large"), (786_432, "too large"), (782_332 / 2**20, "too small")],
+    "check_byte": [
+        (197, "right"),
+        (92, "too small"),
+        (17, "too small"),
+        ("11000101", "shape wrong"),
+    ],
+    "check_tail_quantile": [
+        (0.9330, "right"),
+        (0.9677083, "too large"),
+        (1 - 1 / 16, "too large"),
+        ([0.9330], "shape wrong"),
+    ],
+    "check_max_error": [
+        (0.304, "right"),
+        (0.152, "too small"),
+        (0.608, "too large"),
+        (0.277, "too small"),
+    ],
+    "check_bits_128": [
+        (4.0635, "right"),
+        (4.25, "too large"),
+        (4.127, "too large"),
+        (4.0625, "too small"),
+    ],
+    "check_saved_bytes": [
+        (782_332, "right"),
+        (782_336, "too large"),
+        (786_432, "too large"),
+        (782_332 / 2**20, "too small"),
+    ],
     "check_same_bits": [(32, "right"), (16, "too small"), (64, "too large")],
 }
 
 
-@pytest.mark.parametrize(("name", "answer", "said"), [(n, a, s) for n, cases in EXERCISES.items() for a, s in cases])
+@pytest.mark.parametrize(
+    ("name", "answer", "said"), [(n, a, s) for n, cases in EXERCISES.items() for a, s in cases]
+)
 def test_exercises_know_right_from_plausibly_wrong(name, answer, said, capsys):
     assert bool(getattr(n03, name)(answer)) is (said == "right")
     assert said in capsys.readouterr().out
@@ -185,13 +228,17 @@ def test_text_losses_equal_the_models_own_loss(pocket):
     for text, loss in zip(texts, ours):
         ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
         with torch.no_grad():
-            assert model(input_ids=ids, labels=ids).loss.item() == pytest.approx(loss.item(), abs=1e-4)
+            assert model(input_ids=ids, labels=ids).loss.item() == pytest.approx(
+                loss.item(), abs=1e-4
+            )
 
 
 def test_a_simulated_nf4_model_computes_what_the_loaded_one_does(pocket):
     settings, model, tokenizer = pocket
     loaded = load.load_base(settings)
-    ids = tokenizer("Anna went to the garden", return_tensors="pt", add_special_tokens=False)["input_ids"]
+    ids = tokenizer("Anna went to the garden", return_tensors="pt", add_special_tokens=False)[
+        "input_ids"
+    ]
     with quality.replaced_weights(model, double_quant.round_trip):
         simulated = model(input_ids=ids).logits
     assert torch.allclose(loaded(input_ids=ids).logits, simulated, atol=1e-3)
@@ -203,7 +250,9 @@ def test_stored_bytes_equal_the_formula(pocket, double):
     loaded = load.load_base(settings.replace(double_quant=double))
     want = {}
     for module in linear_layers(model).values():
-        for part, size in double_quant.storage_bytes(module.weight.numel(), 64, 256 if double else None).items():
+        for part, size in double_quant.storage_bytes(
+            module.weight.numel(), 64, 256 if double else None
+        ).items():
             want[part] = want.get(part, 0) + size
     found = quality.stored_bytes(loaded)
     rest = found.pop("rest")
@@ -232,7 +281,9 @@ def test_notebook_habits(name):
 
 
 def test_the_bell_is_read_as_it_is_drawn():
-    """Shares of the slices from the library's table and the error function; the title has the least and the largest."""
+    """Shares of the slices from the library's table and the error function; the title has the least
+    and the largest.
+    """
     code = get_4bit_type("nf4", device="cpu").double()
     points = code * NormalDist().inv_cdf(codebooks.TAIL_QUANTILE)
     borders = (points[:-1] + points[1:]) / 2
@@ -244,10 +295,18 @@ def test_the_bell_is_read_as_it_is_drawn():
     assert right[:-1].max() - right[:-1].min() < 0.5
     assert left.argmin() == 0, "the end is the least of its half"
     assert right.argmin() == len(right) - 1
-    title = n03.plot_bell(codebooks.nf4_code(), codebooks.TAIL_QUANTILE).axes[0].get_title(loc="left")
-    assert title == f"7 values below zero, 8 above: slices of {shares.min():.1f} to {shares.max():.1f} % of the weights"
+    title = (
+        n03.plot_bell(codebooks.nf4_code(), codebooks.TAIL_QUANTILE).axes[0].get_title(loc="left")
+    )
+    assert (
+        title
+        == f"7 values below zero, 8 above: slices of {shares.min():.1f} to {shares.max():.1f} % of the weights"
+    )
     text = notebook_text("03_nf4_explained")
-    assert "Seven values share the half below zero, eight the half above, so the slices below are the larger ones" in text
+    assert (
+        "Seven values share the half below zero, eight the half above, so the slices below are the larger ones"
+        in text
+    )
     assert "areas are alike" not in text
 
 
@@ -264,7 +323,10 @@ def test_where_fp4_has_its_hole_there_are_not_most_weights():
 
 def test_af4_is_behind_nf4_on_its_own_measure_as_03_and_the_docstring_say():
     scaled = (X.reshape(-1, 64) / X.reshape(-1, 64).abs().amax(dim=1, keepdim=True)).reshape(-1, 1)
-    mean_error = {name: (scaled - get_4bit_type(name, device="cpu")).abs().amin(dim=1).mean() for name in ("nf4", "af4")}
+    mean_error = {
+        name: (scaled - get_4bit_type(name, device="cpu")).abs().amin(dim=1).mean()
+        for name in ("nf4", "af4")
+    }
     assert mean_error["nf4"] < mean_error["af4"]
     assert "NF4's is less all the same" in codebooks.__doc__
 
@@ -277,7 +339,10 @@ def test_times_smaller_names_what_it_is_compared_with():
     left, _ = n04.plot_model_bytes(rows, 8000).axes
     assert left.get_title(loc="left") == "Layers: 7.1 times smaller than 32-bit"
     in_16_bit = {"16-bit": rows["32-bit"] | {"codes": 16_000}, "4-bit": rows["4-bit"]}
-    assert n04.plot_model_bytes(in_16_bit, 8000).axes[0].get_title(loc="left") == "Layers: 3.6 times smaller than 16-bit"
+    assert (
+        n04.plot_model_bytes(in_16_bit, 8000).axes[0].get_title(loc="left")
+        == "Layers: 3.6 times smaller than 16-bit"
+    )
 
 
 def test_what_03_says_of_the_recorded_losses():
@@ -285,12 +350,20 @@ def test_what_03_says_of_the_recorded_losses():
     gaps = {}
     for what, part in models_of.items():
         losses = {q["name"]: torch.tensor(q["losses"]) for q in part["qualities"]}
-        added = {name: (loss - losses["unquantized"]).mean().item() for name, loss in losses.items() if name != "unquantized"}
+        added = {
+            name: (loss - losses["unquantized"]).mean().item()
+            for name, loss in losses.items()
+            if name != "unquantized"
+        }
         assert min(added, key=added.get) in ("NF4", "NF4+DQ"), "NF4 is best in all of them"
-        assert added["NF4+DQ"] == pytest.approx(added["NF4"], rel=0.05), "double quantization costs next to nothing"
+        assert added["NF4+DQ"] == pytest.approx(added["NF4"], rel=0.05), (
+            "double quantization costs next to nothing"
+        )
         gap = losses["INT4"] - losses["FP4"]
         gaps[what] = (gap.mean() / gap.std() * len(gap) ** 0.5).item()
-    facts, stories, answers = (gaps[what] for what in ("pocket", "smollm2", "smollm2, real answers"))
+    facts, stories, answers = (
+        gaps[what] for what in ("pocket", "smollm2", "smollm2, real answers")
+    )
     assert -2 < facts < 0  # INT4 before FP4, by less than two standard errors
     assert 0.5 < abs(stories) < 1.5  # about as large as its standard error
     assert answers > 3  # by several
@@ -299,4 +372,6 @@ def test_what_03_says_of_the_recorded_losses():
 def notebook_text(name: str) -> str:
     """All markdown of a notebook in one line."""
     cells = json.loads((NOTEBOOKS / f"{name}.ipynb").read_text())["cells"]
-    return " ".join(" ".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown").split())
+    return " ".join(
+        " ".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown").split()
+    )

@@ -1,6 +1,8 @@
-"""The pythia path on real Alpaca rows and the real tokenizer, on random weights of pythia-70m's shape.
+"""The pythia path on real Alpaca rows and the real tokenizer, on random weights of pythia-70m's
+shape.
 
-The data is not part of the repository: it is looked for in QLORA_NB_DATA, and the tests say so when it is not there.
+The data is not part of the repository: it is looked for in QLORA_NB_DATA, and the tests say so when
+    it is not there.
 """
 
 import json
@@ -19,20 +21,29 @@ from qlora_nb.batch import sequence
 from qlora_nb.model import configs, data, load, sliced_loss
 from qlora_nb.settings import validate
 
-DATA = Path(os.environ.get("QLORA_NB_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+DATA = Path(
+    os.environ.get("QLORA_NB_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")
+)
 pytestmark = pytest.mark.skipif(
-    not (DATA / "gpt_neox_20b_tokenizer.json").is_file(), reason="no real data: set QLORA_NB_DATA to a folder that has it"
+    not (DATA / "gpt_neox_20b_tokenizer.json").is_file(),
+    reason="no real data: set QLORA_NB_DATA to a folder that has it",
 )
 
 
 @pytest.fixture(scope="module")
 def pythia_70m(tmp_path_factory):
-    """A folder with pythia-70m's shape, random weights, and the tokenizer that every Pythia uses."""
+    """A folder with pythia-70m's shape, random weights, and the tokenizer that every Pythia
+    uses.
+    """
     folder = tmp_path_factory.mktemp("models") / "pythia-70m-random"
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(configs.pythia_config("70m"), dtype=torch.float16).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(
+        configs.pythia_config("70m"), dtype=torch.float16
+    ).save_pretrained(folder)
     PreTrainedTokenizerFast(
-        tokenizer_file=str(DATA / "gpt_neox_20b_tokenizer.json"), eos_token="<|endoftext|>", bos_token="<|endoftext|>"
+        tokenizer_file=str(DATA / "gpt_neox_20b_tokenizer.json"),
+        eos_token="<|endoftext|>",
+        bos_token="<|endoftext|>",
     ).save_pretrained(folder)
     return folder
 
@@ -48,7 +59,13 @@ def alpaca(tmp_path_factory):
 
 
 def test_compressed_alpaca_is_read_whole():
-    settings = validate({"dataset": str(DATA / "alpaca" / "alpaca_data.json.xz"), "train_rows": 99_999, "max_steps": 99_999})
+    settings = validate(
+        {
+            "dataset": str(DATA / "alpaca" / "alpaca_data.json.xz"),
+            "train_rows": 99_999,
+            "max_steps": 99_999,
+        }
+    )
     train, test = data.load(settings)
     assert 51_900 < len(train) + len(test) <= 52_002
 
@@ -78,12 +95,34 @@ def test_other_scripts_survive(pythia_70m):
 
 
 def test_notebooks_06_and_07_run_the_pythia_path(pythia_70m, alpaca, tmp_path, root):
-    given = ["-p", "profile", "full", "-p", "model_id", str(pythia_70m), "-p", "dataset", str(alpaca)]
+    given = [
+        "-p",
+        "profile",
+        "full",
+        "-p",
+        "model_id",
+        str(pythia_70m),
+        "-p",
+        "dataset",
+        str(alpaca),
+    ]
     given += ["-p", "eval_rows", "16", "-p", "output_dir", str(tmp_path / "runs")]
-    for name, more in (("06_finetune_pythia_12b", ["-p", "max_steps", "3"]), ("07_inference", ["-p", "max_new_tokens", "8"])):
+    for name, more in (
+        ("06_finetune_pythia_12b", ["-p", "max_steps", "3"]),
+        ("07_inference", ["-p", "max_new_tokens", "8"]),
+    ):
         out = tmp_path / f"{name}.ipynb"
-        line = [sys.executable, "-m", "papermill", "--no-progress-bar", str(root / "notebooks" / f"{name}.ipynb"), str(out)]
-        done = subprocess.run([*line, *given, *more], capture_output=True, text=True, timeout=900, check=False)
+        line = [
+            sys.executable,
+            "-m",
+            "papermill",
+            "--no-progress-bar",
+            str(root / "notebooks" / f"{name}.ipynb"),
+            str(out),
+        ]
+        done = subprocess.run(
+            [*line, *given, *more], capture_output=True, text=True, timeout=900, check=False
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         assert not sequence.stored_errors(nbformat.read(out, as_version=4))
     run = next((tmp_path / "runs" / "full").glob("06_*"))

@@ -1,4 +1,6 @@
-"""Which card is used: machines with cards, rehearsed on a CPU by stand-ins for NVML, for torch's build and for torch.cuda."""
+"""Which card is used: machines with cards, rehearsed on a CPU by stand-ins for NVML, for torch's
+build and for torch.cuda.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ OLD = ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90")
 
 @dataclass
 class Card:
-    """One card of the rehearsed machine, or an instance of one; sizes in GiB. `asked` counts what NVML was asked about it."""
+    """One card of the rehearsed machine, or an instance of one; sizes in GiB. `asked` counts what
+    NVML was asked about it.
+    """
 
     name: str
     uuid: str = ""
@@ -62,7 +66,11 @@ class Nvml:
         for name in dir(pynvml):
             if name.startswith("nvmlDeviceGet"):
                 monkeypatch.setattr(pynvml, name, refuse)
-        for name in ("Init", "Shutdown", *(name for name in dir(self) if name.startswith("Device"))):
+        for name in (
+            "Init",
+            "Shutdown",
+            *(name for name in dir(self) if name.startswith("Device")),
+        ):
             monkeypatch.setattr(pynvml, f"nvml{name}", getattr(self, name, lambda: None))
 
     def DeviceGetCount(self):
@@ -114,16 +122,24 @@ class Nvml:
 
 
 def build_of(monkeypatch, folder: Path, text: str | None) -> None:
-    """A torch that is installed and not loaded, with this version.py (None: without one); to load it fails the test."""
+    """A torch that is installed and not loaded, with this version.py (None: without one); to load
+    it fails the test.
+    """
     (folder / "torch").mkdir()
     init = folder / "torch" / "__init__.py"
     init.write_text("")
     if text is not None:
         init.with_name("version.py").write_text(text)
     spec, found = importlib.util.spec_from_file_location("torch", init), importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: spec if name == "torch" else found(name, *more))
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *more: spec if name == "torch" else found(name, *more),
+    )
     monkeypatch.delitem(sys.modules, "torch")
-    monkeypatch.setattr(importlib, "import_module", lambda name: pytest.fail(f"{name} was imported"))
+    monkeypatch.setattr(
+        importlib, "import_module", lambda name: pytest.fail(f"{name} was imported")
+    )
     monkeypatch.setattr(cards, "_card_files", lambda: False)
 
 
@@ -132,7 +148,9 @@ CPU = "__version__ = '2.13.0'\ndebug = False\ncuda: Optional[str] = None\nhip = 
 
 
 def cuda_of(monkeypatch, *there: Card, held=0.0, cuda="13.0", codes=NEW) -> None:
-    """A torch that is loaded and sees these cards in this order; `held` GiB are reserved by its allocator on the first."""
+    """A torch that is loaded and sees these cards in this order; `held` GiB are reserved by its
+    allocator on the first.
+    """
 
     def properties(index):
         if index >= len(there):
@@ -141,15 +159,31 @@ def cuda_of(monkeypatch, *there: Card, held=0.0, cuda="13.0", codes=NEW) -> None
         total = int((card.total - card.reserved) * cards.GIB)
         uuid = card.uuid.removeprefix("GPU-").removeprefix("MIG-")
         shared = card.silent == "memory"
-        names = {"name": card.name, "total_memory": total, "major": major, "minor": minor, "uuid": uuid, "is_integrated": shared}
+        names = {
+            "name": card.name,
+            "total_memory": total,
+            "major": major,
+            "minor": minor,
+            "uuid": uuid,
+            "is_integrated": shared,
+        }
         return types.SimpleNamespace(**names)
 
     def free_and_total(index=0):
         card = there[index]
-        return int((card.total if card.free is None else card.free) * cards.GIB), int(card.total * cards.GIB)
+        return int((card.total if card.free is None else card.free) * cards.GIB), int(
+            card.total * cards.GIB
+        )
 
-    own = {"is_available": lambda: bool(there), "device_count": lambda: len(there), "get_device_properties": properties}
-    own |= {"mem_get_info": free_and_total, "memory_reserved": lambda index=0: 0 if index else int(held * cards.GIB)}
+    own = {
+        "is_available": lambda: bool(there),
+        "device_count": lambda: len(there),
+        "get_device_properties": properties,
+    }
+    own |= {
+        "mem_get_info": free_and_total,
+        "memory_reserved": lambda index=0: 0 if index else int(held * cards.GIB),
+    }
     own |= {"get_arch_list": lambda: list(codes)}
     for name, function in own.items():
         monkeypatch.setattr(torch.cuda, name, function)
@@ -161,14 +195,17 @@ def no_choice(monkeypatch):
     for name in ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "BNB_CUDA_VERSION"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sources, "hub_is_reachable", lambda: True)
-    monkeypatch.setattr(budget, "make_fit", lambda *how: None)  # it weighs every lever: half a minute for a 12b
+    monkeypatch.setattr(
+        budget, "make_fit", lambda *how: None
+    )  # it weighs every lever: half a minute for a 12b
 
 
 def names() -> str:
     return "".join(card.name for card in machine.gpus())
 
 
-# ---- what torch is built for -----------------------------------------------------------------------------------------
+# ---- what torch is built for
+# -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -176,8 +213,12 @@ def names() -> str:
     [(CPU, "a CPU build"), (CPU.replace("hip = None", "hip = '6.4'"), "AMD"),
      (CPU.replace("xpu: Optional[str] = None", "xpu = '2025'"), "Intel")],
 )  # fmt: skip
-def test_rehearsal_a_card_that_this_torch_cannot_use_is_refused(monkeypatch, tmp_path, version, said):
-    """PyPI's wheel for Windows is a CPU build whose metadata says 2.13.0; so would the version of a ROCm or XPU build."""
+def test_rehearsal_a_card_that_this_torch_cannot_use_is_refused(
+    monkeypatch, tmp_path, version, said
+):
+    """PyPI's wheel for Windows is a CPU build whose metadata says 2.13.0; so would the version of a
+    ROCm or XPU build.
+    """
     Nvml(monkeypatch, Card("NVIDIA GeForce RTX 3090"))
     build_of(monkeypatch, tmp_path, version)
     monkeypatch.setattr(machine, "installed", lambda package: "2.13.0")
@@ -199,7 +240,9 @@ def test_rehearsal_an_old_driver_is_found_out_by_torch(monkeypatch):
     assert "update the driver" in refused.value.remedy
 
 
-@pytest.mark.parametrize("version", [None, "def broken(", "", "__version__ = version()\ncuda = None\n"])
+@pytest.mark.parametrize(
+    "version", [None, "def broken(", "", "__version__ = version()\ncuda = None\n"]
+)
 def test_rehearsal_a_build_that_says_nothing_is_asked_itself(monkeypatch, tmp_path, version):
     build_of(monkeypatch, tmp_path, version)
     assert machine.gpus() == ()
@@ -236,7 +279,13 @@ def test_rehearsal_a_machine_without_cards_does_not_load_torch():
         print('torch' in sys.modules)
     """
     env = os.environ | {"PATH": "/nowhere"}
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True, env=env)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=env,
+    )
     assert done.stdout.strip() == "False"
 
 
@@ -259,7 +308,9 @@ def test_rehearsal_cuda_visible_devices(monkeypatch, tmp_path, visible, found):
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert names() == found
-    assert machine.this_machine().gpu_problem == ("" if found else f"CUDA_VISIBLE_DEVICES={visible!r} hides a")
+    assert machine.this_machine().gpu_problem == (
+        "" if found else f"CUDA_VISIBLE_DEVICES={visible!r} hides a"
+    )
     (tmp_path / "torch" / "version.py").write_text(CPU)
     assert names() == ""
 
@@ -271,7 +322,12 @@ def test_rehearsal_cuda_visible_devices(monkeypatch, tmp_path, visible, found):
 )  # fmt: skip
 def test_rehearsal_the_fastest_card_is_cudas_first(monkeypatch, tmp_path, order, visible, found):
     """A guess, by compute capability and memory; torch is asked once it is loaded."""
-    Nvml(monkeypatch, Card("old", total=48, capability=(7, 5)), Card("big", total=24), Card("new", total=12))
+    Nvml(
+        monkeypatch,
+        Card("old", total=48, capability=(7, 5)),
+        Card("big", total=24),
+        Card("new", total=12),
+    )
     build_of(monkeypatch, tmp_path, CUDA_13)
     for name, value in {"CUDA_DEVICE_ORDER": order, "CUDA_VISIBLE_DEVICES": visible}.items():
         if value:
@@ -290,7 +346,10 @@ def test_rehearsal_two_cards_that_tell_no_uuid_are_two(monkeypatch, tmp_path):
 
 def test_rehearsal_one_card_for_dtype_device_and_refusal(monkeypatch, capsys):
     """torch sees the smaller, older card first: nothing may be decided by the larger one."""
-    old, big = Card("old", "GPU-1", 8, capability=(7, 5)), Card("big", "GPU-2", 80, capability=(9, 0))
+    old, big = (
+        Card("old", "GPU-1", 8, capability=(7, 5)),
+        Card("big", "GPU-2", 80, capability=(9, 0)),
+    )
     Nvml(monkeypatch, big, old)
     cuda_of(monkeypatch, old, big)
     here = machine.this_machine()
@@ -304,7 +363,8 @@ def test_rehearsal_one_card_for_dtype_device_and_refusal(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("capability", "dtype"), [((7, 5), "float16"), ((8, 6), "bfloat16"), ((9, 0), "bfloat16"), ((12, 0), "bfloat16")]
+    ("capability", "dtype"),
+    [((7, 5), "float16"), ((8, 6), "bfloat16"), ((9, 0), "bfloat16"), ((12, 0), "bfloat16")],
 )
 def test_rehearsal_dtype_by_capability(monkeypatch, capability, dtype):
     Nvml(monkeypatch)
@@ -315,7 +375,9 @@ def test_rehearsal_dtype_by_capability(monkeypatch, capability, dtype):
 
 
 def test_rehearsal_mig_instances(monkeypatch, tmp_path):
-    """CUDA gives the first instance; another is named by its UUID. Its own memory counts, not the whole card's."""
+    """CUDA gives the first instance; another is named by its UUID. Its own memory counts, not the
+    whole card's.
+    """
     slices = [Card("1g.10gb", "MIG-1", 9.5), Card("2g.20gb", "MIG-2", 19.5)]
     whole = Card("H100", "GPU-1", 80, capability=(9, 0), instances=slices)
     Nvml(monkeypatch, whole)
@@ -334,7 +396,9 @@ def test_rehearsal_mig_instances(monkeypatch, tmp_path):
             assert names() == found
     slices[1].capability = whole.capability
     cuda_of(monkeypatch, slices[1])
-    assert machine.card() == cards.Gpu("2g.20gb", int(19.5 * cards.GIB), int(19.5 * cards.GIB), (9, 0), is_mig=True)
+    assert machine.card() == cards.Gpu(
+        "2g.20gb", int(19.5 * cards.GIB), int(19.5 * cards.GIB), (9, 0), is_mig=True
+    )
     assert "MIG" in cards.remarks(machine.gpus(), "Linux x86_64")[0]
 
 
@@ -345,11 +409,14 @@ def test_rehearsal_an_instance_whose_uuid_is_the_whole_cards(monkeypatch):
     assert machine.card().usable_bytes == 9 * cards.GIB
 
 
-# ---- NVML is silent, or lies -----------------------------------------------------------------------------------------
+# ---- NVML is silent, or lies
+# -----------------------------------------------------------------------------------------
 
 
 def test_rehearsal_without_nvml_torch_is_asked(monkeypatch, tmp_path):
-    """Containers, Jetson, WSL: torch is imported only if it is a CUDA build and something speaks of a card."""
+    """Containers, Jetson, WSL: torch is imported only if it is a CUDA build and something speaks of
+    a card.
+    """
     monkeypatch.setattr(pynvml, "nvmlInit", refuse)
     cuda_of(monkeypatch, Card("Orin", total=32, free=20))
     asked = []
@@ -372,7 +439,14 @@ def test_rehearsal_without_nvml_torch_is_asked(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "silent", ["nvmlInit", "nvmlDeviceGetCount", "nvmlDeviceGetHandleByUUID", "nvmlDeviceGetMemoryInfo", "the package"]
+    "silent",
+    [
+        "nvmlInit",
+        "nvmlDeviceGetCount",
+        "nvmlDeviceGetHandleByUUID",
+        "nvmlDeviceGetMemoryInfo",
+        "the package",
+    ],
 )
 def test_rehearsal_nvml_fails_where_cuda_works(monkeypatch, silent):
     card = Card("Orin", "GPU-1", total=32, free=20)
@@ -389,7 +463,9 @@ def test_rehearsal_nvml_fails_where_cuda_works(monkeypatch, silent):
 
 
 def test_rehearsal_a_card_that_torch_itself_cannot_ask(monkeypatch):
-    """Its memory: a full card has no room for the context that the question takes. Its properties: it is no card."""
+    """Its memory: a full card has no room for the context that the question takes. Its properties:
+    it is no card.
+    """
 
     def broken(*_):
         raise RuntimeError("CUDA error")
@@ -424,12 +500,16 @@ def test_rehearsal_more_cards_than_torch_sees(monkeypatch):
 
 
 def test_rehearsal_memory_shared_with_the_processor(monkeypatch):
-    """Jetson, GB10: NVML tells no memory, and CUDA's "free" leaves out what the system's cache would give back."""
+    """Jetson, GB10: NVML tells no memory, and CUDA's "free" leaves out what the system's cache
+    would give back.
+    """
     shared = Card("GB10", "GPU-1", 128, free=3, capability=(12, 1), silent="memory")
     Nvml(monkeypatch, shared)
     cuda_of(monkeypatch, shared)
     monkeypatch.setattr(
-        cards.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=100 * cards.GIB, total=128 * cards.GIB)
+        cards.psutil,
+        "virtual_memory",
+        lambda: types.SimpleNamespace(available=100 * cards.GIB, total=128 * cards.GIB),
     )
     assert machine.card().usable_bytes == 100 * cards.GIB
     assert "no memory of its own" in cards.remarks(machine.gpus(), "Linux aarch64")[0]
@@ -453,7 +533,10 @@ def test_rehearsal_what_the_driver_keeps_is_not_to_be_had(monkeypatch, tmp_path,
     peaks = types.SimpleNamespace(total_bytes=int(7.74 * cards.GIB), total_gib=7.74)
     monkeypatch.setattr(budget, "peak", lambda plan: peaks)
     monkeypatch.setattr(budget, "make_fit", lambda *how: None)
-    with pytest.raises(KitError, match=r"need 7\.74 GiB at its peak, the RTX 3070 has 8\.0 GiB, 7\.70 GiB of them to be had\."):
+    with pytest.raises(
+        KitError,
+        match=r"need 7\.74 GiB at its peak, the RTX 3070 has 8\.0 GiB, 7\.70 GiB of them to be had\.",
+    ):
         preflight.require_fit(validate({"profile": "full"}), here)
     peaks.total_bytes = int(7.69 * cards.GIB)
     preflight.require_fit(validate({"profile": "full"}), here)
@@ -465,14 +548,17 @@ def test_rehearsal_memory_held_by_others_is_told(monkeypatch, train):
     Nvml(monkeypatch, card)
     cuda_of(monkeypatch, card)
     with pytest.raises(
-        KitError, match=r"24\.0 GiB, 5\.0 GiB of them to be had, 19\.0 GiB of them are held by other programs"
+        KitError,
+        match=r"24\.0 GiB, 5\.0 GiB of them to be had, 19\.0 GiB of them are held by other programs",
     ) as refused:
         preflight.require_fit(validate({"profile": "full"}), machine.this_machine(), train)
     assert refused.value.remedy.startswith("close the other programs")
 
 
 def test_rehearsal_what_this_process_holds_counts_as_free(monkeypatch):
-    """Notebook 06's cell is run again after the model was loaded: 18 GiB are this kernel's own, 1 GiB another's."""
+    """Notebook 06's cell is run again after the model was loaded: 18 GiB are this kernel's own, 1
+    GiB another's.
+    """
     card = Card("RTX 3090", "GPU-1", 24, free=24 - 1 - 18 - 0.45)
     Nvml(monkeypatch, card)
     cuda_of(monkeypatch, card, held=18)
@@ -481,7 +567,8 @@ def test_rehearsal_what_this_process_holds_counts_as_free(monkeypatch):
     preflight.require_fit(validate({"profile": "full"}), here)
 
 
-# ---- what the libraries have code for --------------------------------------------------------------------------------
+# ---- what the libraries have code for
+# --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -512,10 +599,12 @@ def test_rehearsal_a_card_without_code_for_it(monkeypatch, name, capability, cud
 
 
 def test_rehearsal_what_bitsandbytes_is_compiled_for():
-    """`OLDEST` beside the libraries of this wheel: the architectures of machine code in the headers of their fat binaries.
+    """`OLDEST` beside the libraries of this wheel: the architectures of machine code in the headers
+    of their fat binaries.
 
-    A fat binary begins with its magic number, version 1, the length of this header (16) and of all that follows: entries of
-    kind (1 PTX, 2 machine code), length of header and body, and at byte 28 the architecture.
+    A fat binary begins with its magic number, version 1, the length of this header (16) and of all
+    that follows: entries of kind (1 PTX, 2 machine code), length of header and body, and at byte 28
+        the architecture.
     """
     libraries = sorted(Path(bitsandbytes.__file__).parent.glob("libbitsandbytes_cuda*.so"))
     if not libraries:
@@ -556,7 +645,11 @@ def test_rehearsal_doctor_says_what_is_not_used(monkeypatch, what, condition):
         for part in owner.split("."):
             target = getattr(target, part)
         monkeypatch.setattr(target, attribute, value)
-    assert [line.split(":")[0].startswith(what) for line in doctor() if line.startswith(("XPU", "ROCm", "MPS"))] == [True]
+    assert [
+        line.split(":")[0].startswith(what)
+        for line in doctor()
+        if line.startswith(("XPU", "ROCm", "MPS"))
+    ] == [True]
 
 
 def test_rehearsal_doctor_names_the_card_and_the_others(monkeypatch):
@@ -572,7 +665,11 @@ def test_rehearsal_doctor_names_the_card_and_the_others(monkeypatch):
 def test_rehearsal_training_stays_on_the_cpu_beside_apples_gpu(monkeypatch, tmp_path):
     """transformers would take MPS by itself; the kit's own model lies on the CPU."""
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert trainer.arguments(validate({}), tmp_path).device == device.compute_device() == torch.device("cpu")
+    assert (
+        trainer.arguments(validate({}), tmp_path).device
+        == device.compute_device()
+        == torch.device("cpu")
+    )
 
 
 # ---- the benchmarks --------------------------------------------------------------------------------------------------
@@ -603,7 +700,9 @@ def test_rehearsal_the_benchmark_watches_the_card_that_is_used(monkeypatch, benc
     assert idle.asked == 0
 
 
-def test_rehearsal_a_measurement_without_git_and_without_the_kits_metadata(monkeypatch, benchmarks, tmp_path):
+def test_rehearsal_a_measurement_without_git_and_without_the_kits_metadata(
+    monkeypatch, benchmarks, tmp_path
+):
     def nothing(*_, **__):
         raise FileNotFoundError("git")
 

@@ -1,4 +1,6 @@
-"""`embedding_on_cpu` as on a card: *meta* stands for the card, the table lies in the host's memory, and both must never meet."""
+"""`embedding_on_cpu` as on a card: *meta* stands for the card, the table lies in the host's memory,
+and both must never meet.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,14 @@ import rehearsal
 import torch
 import torch.fx.experimental._config
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, GemmaConfig, GPTNeoXConfig, LlamaConfig, OPTConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    OPTConfig,
+)
 from transformers.generation import GenerationMixin
 
 from qlora_nb.answer import evaluate, generate
@@ -33,14 +42,18 @@ FAMILIES = {
     "llama": LlamaConfig(**SIZES, **WIDE, num_key_value_heads=2),
     "opt": OPTConfig(**SIZES, ffn_dim=128, word_embed_proj_dim=64),
     "gemma": GemmaConfig(**SIZES, **WIDE, **FEW_HEADS, tie_word_embeddings=False),
-    "gemma3, whose embedding scales": Gemma3TextConfig(**SIZES, **WIDE, **FEW_HEADS, tie_word_embeddings=False),
+    "gemma3, whose embedding scales": Gemma3TextConfig(
+        **SIZES, **WIDE, **FEW_HEADS, tie_word_embeddings=False
+    ),
 }
 SETTINGS = validate({"max_new_tokens": 3})
 
 
 @pytest.fixture(params=FAMILIES)
 def on_card(request):
-    """A model on the card but for its input embedding, as `load_base` leaves it with embedding_on_cpu."""
+    """A model on the card but for its input embedding, as `load_base` leaves it with
+    embedding_on_cpu.
+    """
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(FAMILIES[request.param]).eval()
     table = copy.deepcopy(model.get_input_embeddings())
@@ -64,12 +77,16 @@ def test_rehearsal_the_stand_in_refuses_what_a_card_refuses():
 
 def test_rehearsal_the_whole_model_says_it_is_on_the_card(on_card):
     assert on_card.device == rehearsal.Meta.CARD
-    assert not any("embed_tokens" in name or "embed_in" in name for name, _ in on_card.named_parameters())
+    assert not any(
+        "embed_tokens" in name or "embed_in" in name for name, _ in on_card.named_parameters()
+    )
 
 
 @pytest.fixture
 def three_tokens(monkeypatch):
-    """Every answer ends after three tokens: which ones were written cannot be read from tensors without values."""
+    """Every answer ends after three tokens: which ones were written cannot be read from tensors
+    without values.
+    """
     calls = []
 
     def unfinished(*args, **kwargs) -> bool:
@@ -81,11 +98,17 @@ def three_tokens(monkeypatch):
 
 
 def test_rehearsal_of_answers_with_the_embedding_in_the_hosts_memory(on_card, three_tokens):
-    tokenizer, row = load.load_tokenizer(SETTINGS), generate.row_of("Where is Anna?\nAnna went home.")
+    tokenizer, row = (
+        load.load_tokenizer(SETTINGS),
+        generate.row_of("Where is Anna?\nAnna went home."),
+    )
     with rehearsal.Meta(), torch.no_grad():
         encoded = generate.tokenize_prompts([row, row], tokenizer, on_card, SETTINGS)
         assert on_card(**encoded).logits.shape[:2] == encoded["input_ids"].shape
-        assert generate.answer_all(on_card, tokenizer, [row, row], SETTINGS) == ["", ""]  # token 0, three times: the end token
+        assert generate.answer_all(on_card, tokenizer, [row, row], SETTINGS) == [
+            "",
+            "",
+        ]  # token 0, three times: the end token
         assert generate.continue_text(on_card, tokenizer, "Anna went", 3) == ""
     assert len(three_tokens) == 8
 
@@ -104,10 +127,14 @@ def test_rehearsal_of_a_step_with_the_embedding_in_the_hosts_memory(on_card, che
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
-    model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model = get_peft_model(
+        model, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
     ids = torch.ones(2, 7, dtype=torch.long, device=rehearsal.Meta.CARD)
     with rehearsal.Meta():
-        model.train()(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
+        model.train()(
+            input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids
+        ).loss.backward()
     trained = [p for p in model.parameters() if p.requires_grad]
     assert trained
     assert all(p.grad is not None and p.grad.is_meta for p in trained)

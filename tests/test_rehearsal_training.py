@@ -1,4 +1,6 @@
-"""Training as on a card, rehearsed on the CPU: 16 bit, resuming, two cards, overflow, memory that runs out, pages."""
+"""Training as on a card, rehearsed on the CPU: 16 bit, resuming, two cards, overflow, memory that
+runs out, pages.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,12 @@ SHORT = {
     "warmup_steps": 0,
     "max_new_tokens": 4,
 }
-EVERYTHING = {"gradient_checkpointing": True, "head_4bit": True, "embedding_on_cpu": True, "optim": "paged_adamw_8bit"}
+EVERYTHING = {
+    "gradient_checkpointing": True,
+    "head_4bit": True,
+    "embedding_on_cpu": True,
+    "optim": "paged_adamw_8bit",
+}
 OPTIONS = {
     "plain": {},
     "packed": {"packing": True},
@@ -46,14 +53,18 @@ OPTIONS = {
 }
 T4, AMPERE = (7, 5), (8, 6)
 OFF = {T4: 0.007, AMPERE: 0.21}
-"""Nats by which a step's loss may differ from float32's: twice the largest seen with seeds 0 to 2 (0.0035, 0.106)."""
+"""Nats by which a step's loss may differ from float32's: twice the largest seen with seeds 0 to 2
+(0.0035, 0.106).
+"""
 
 
 def finetuned(tmp_path, hurt=lambda model: None, settings=None, **values):
     """A run: settings, tokenizer, model, run, result."""
     settings = settings or validate({**SHORT, "output_dir": str(tmp_path), **values})
     tokenizer, base = load.load_tokenizer(settings), load.load_base(settings)
-    train, held_out = (data.tokenize_rows(rows, tokenizer, settings) for rows in data.load(settings))
+    train, held_out = (
+        data.tokenize_rows(rows, tokenizer, settings) for rows in data.load(settings)
+    )
     model = attach.attach_adapter(base, settings)
     hurt(model)
     run = checkpoints.start(settings, "06_rehearsed")
@@ -68,7 +79,9 @@ def adapter_of(model) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def in_float32(tmp_path_factory):
-    """Losses of the same steps in float32 without any card: the reference, by packing and by the head's rounding."""
+    """Losses of the same steps in float32 without any card: the reference, by packing and by the
+    head's rounding.
+    """
 
     def losses(packing: bool, head_4bit: bool) -> list[float]:
         folder = tmp_path_factory.mktemp("float32")
@@ -85,10 +98,16 @@ def in_float32(tmp_path_factory):
     return reference
 
 
-CASES = [(T4, name) for name in OPTIONS] + [(AMPERE, name) for name in ("plain", "packed", "all logits", "every option")]
+CASES = [(T4, name) for name in OPTIONS] + [
+    (AMPERE, name) for name in ("plain", "packed", "all logits", "every option")
+]
 
 
-@pytest.mark.parametrize(("capability", "name"), CASES, ids=[f"{'float16' if c == T4 else 'bfloat16'}, {n}" for c, n in CASES])
+@pytest.mark.parametrize(
+    ("capability", "name"),
+    CASES,
+    ids=[f"{'float16' if c == T4 else 'bfloat16'}, {n}" for c, n in CASES],
+)
 def test_rehearsal_of_a_run_in_16_bit(tmp_path, monkeypatch, in_float32, capability, name):
     """The losses are float32's, to within the rounding of 16 bits (`OFF`)."""
     expected = in_float32(OPTIONS[name])
@@ -103,9 +122,13 @@ def test_rehearsal_of_a_run_in_16_bit(tmp_path, monkeypatch, in_float32, capabil
     # what is measured and asked after training is what a freshly loaded model says
     held_out = data.tokenize_rows(data.load(settings)[1], tokenizer, settings)
     fresh = adapters.load_adapter(load.load_base(settings), result["adapter"])
-    assert evaluate.response_loss(model, tokenizer, held_out) == evaluate.response_loss(fresh, tokenizer, held_out)
+    assert evaluate.response_loss(model, tokenizer, held_out) == evaluate.response_loss(
+        fresh, tokenizer, held_out
+    )
     row = generate.row_of(settings.prompts[0])
-    answers = [generate.answer(some, tokenizer, row, settings, tuned=True).text for some in (model, fresh)]
+    answers = [
+        generate.answer(some, tokenizer, row, settings, tuned=True).text for some in (model, fresh)
+    ]
     assert answers[0] == answers[1] != ""
 
 
@@ -126,7 +149,9 @@ def test_rehearsal_of_a_float16_run_that_is_stopped_and_resumed(tmp_path, monkey
     assert result["losses"] == expected["losses"]
     resumed = adapter_of(model)
     assert all(torch.equal(resumed[key], value) for key, value in adapter_of(whole).items())
-    scaler = torch.load(run.folder / "checkpoints" / "checkpoint-4" / "scaler.pt", weights_only=True)
+    scaler = torch.load(
+        run.folder / "checkpoints" / "checkpoint-4" / "scaler.pt", weights_only=True
+    )
     assert scaler["scale"] == capped
     assert scaler["_growth_tracker"] == 4, "the scaler was resumed too"
 
@@ -137,17 +162,23 @@ def test_rehearsal_of_two_visible_cards(tmp_path, monkeypatch):
     *_, one, _, expected = finetuned(tmp_path / "one")
     monkeypatch.undo()
     rehearsal.card(monkeypatch, T4, n_cards=2)
-    assert trainer.arguments(validate(SHORT), tmp_path).train_batch_size == SHORT["per_device_train_batch_size"]
+    assert (
+        trainer.arguments(validate(SHORT), tmp_path).train_batch_size
+        == SHORT["per_device_train_batch_size"]
+    )
     *_, two, _, result = finetuned(tmp_path / "two")
     assert result["losses"] == expected["losses"]
     assert all(torch.equal(adapter_of(two)[key], value) for key, value in adapter_of(one).items())
 
 
-# ---- the gradient scaler ---------------------------------------------------------------------------------------------
+# ---- the gradient scaler
+# ---------------------------------------------------------------------------------------------
 
 
 def _spoil_gradients(at: set[int], value: float):
-    """A hook on one weight of the adapter that makes its gradient `value` in these backward passes (1 is the first)."""
+    """A hook on one weight of the adapter that makes its gradient `value` in these backward passes
+    (1 is the first).
+    """
 
     def hurt(model):
         weight, calls = next(p for n, p in model.named_parameters() if "lora_B" in n), []
@@ -161,17 +192,30 @@ def _spoil_gradients(at: set[int], value: float):
     return hurt
 
 
-@pytest.mark.parametrize(("at", "value"), [({1}, math.inf), ({2}, math.nan), ({1, 2}, math.inf)], ids=str)
+@pytest.mark.parametrize(
+    ("at", "value"), [({1}, math.inf), ({2}, math.nan), ({1, 2}, math.inf)], ids=str
+)
 def test_rehearsal_of_an_overflow_that_skips_a_step(tmp_path, monkeypatch, capsys, at, value):
-    """The scaler halves its scale and leaves the update out: no end of the run, and what is measured waits for an update."""
+    """The scaler halves its scale and leaves the update out: no end of the run, and what is
+    measured waits for an update.
+    """
     rehearsal.card(monkeypatch, T4)
-    _, _, _, run, result = finetuned(tmp_path, _spoil_gradients(at, value), max_steps=5, save_steps=5)
+    _, _, _, run, result = finetuned(
+        tmp_path, _spoil_gradients(at, value), max_steps=5, save_steps=5
+    )
     assert len(result["losses"]) == 5
     assert runs.status_of(run.folder) == "done"
     assert capsys.readouterr().out.count("the update is skipped") == len(at)
-    logged = [json.loads(line, parse_constant=pytest.fail) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
-    assert [record["grad_norm"] is None for record in logged] == [step in at for step in range(1, 6)]
-    scaler = torch.load(run.folder / "checkpoints" / "checkpoint-5" / "scaler.pt", weights_only=True)
+    logged = [
+        json.loads(line, parse_constant=pytest.fail)
+        for line in (run.folder / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert [record["grad_norm"] is None for record in logged] == [
+        step in at for step in range(1, 6)
+    ]
+    scaler = torch.load(
+        run.folder / "checkpoints" / "checkpoint-5" / "scaler.pt", weights_only=True
+    )
     assert scaler["scale"] == 65536 / 2 ** len(at)
     assert result["held"]["optimizer states"] > 0
 
@@ -179,7 +223,12 @@ def test_rehearsal_of_an_overflow_that_skips_a_step(tmp_path, monkeypatch, capsy
 def test_rehearsal_of_gradients_that_are_never_finite(tmp_path, monkeypatch):
     rehearsal.card(monkeypatch, T4)
     with pytest.raises(KitError, match=r"grad_norm became inf at step 16"):
-        finetuned(tmp_path, _spoil_gradients(set(range(1, 40)), math.inf), max_steps=30, per_device_train_batch_size=1)
+        finetuned(
+            tmp_path,
+            _spoil_gradients(set(range(1, 40)), math.inf),
+            max_steps=30,
+            per_device_train_batch_size=1,
+        )
 
 
 def test_rehearsal_of_a_float16_loss_that_is_no_number(tmp_path, monkeypatch):
@@ -193,13 +242,18 @@ def test_rehearsal_of_a_float16_loss_that_is_no_number(tmp_path, monkeypatch):
         finetuned(tmp_path, hurt)
 
 
-# ---- memory that runs out --------------------------------------------------------------------------------------------
+# ---- memory that runs out
+# --------------------------------------------------------------------------------------------
 
-OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 1.00 GiB. GPU 0 has a total capacity of 14.57 GiB"
+OUT_OF_MEMORY = (
+    "CUDA out of memory. Tried to allocate 1.00 GiB. GPU 0 has a total capacity of 14.57 GiB"
+)
 
 
 def _raise_in_pass(model, passes: set[int], error: BaseException) -> list[weakref.ref]:
-    """Raise in these forward passes of the base (1 is the first); returns weak references to activations alive then."""
+    """Raise in these forward passes of the base (1 is the first); returns weak references to
+    activations alive then.
+    """
     calls, alive = [], []
     last = list(linear_layers(model.get_base_model()).values())[-1]
 
@@ -217,7 +271,9 @@ def _raise_in_pass(model, passes: set[int], error: BaseException) -> list[weakre
 
 def _raise_in_backward(model, passes: set[int], error: BaseException) -> list[weakref.ref]:
     calls, alive = [], []
-    weight = next(p for n, p in model.named_parameters() if "lora_A" in n)  # the first layer: the end of the backward pass
+    weight = next(
+        p for n, p in model.named_parameters() if "lora_A" in n
+    )  # the first layer: the end of the backward pass
 
     def hurt(gradient):
         calls.append(1)
@@ -268,7 +324,9 @@ def _hurt(monkeypatch, place: str, at: set[int], error: BaseException, alive: li
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     """Losses and adapter of four steps in float32 that nothing befell."""
-    *_, model, _, result = finetuned(tmp_path_factory.mktemp("undisturbed"), max_steps=4, compute_dtype="float32")
+    *_, model, _, result = finetuned(
+        tmp_path_factory.mktemp("undisturbed"), max_steps=4, compute_dtype="float32"
+    )
     return result["losses"], adapter_of(model)
 
 
@@ -284,8 +342,12 @@ def undisturbed(tmp_path_factory):
     ],
     ids=str,
 )
-def test_rehearsal_of_memory_that_runs_out_with_many_rows(tmp_path, monkeypatch, undisturbed, place, at, save_steps):
-    """The same rows are trained, no update counts half, no step is recorded twice; sums in another order differ a little."""
+def test_rehearsal_of_memory_that_runs_out_with_many_rows(
+    tmp_path, monkeypatch, undisturbed, place, at, save_steps
+):
+    """The same rows are trained, no update counts half, no step is recorded twice; sums in another
+    order differ a little.
+    """
     rehearsal.card(monkeypatch, AMPERE)
     way = {"max_steps": 4, "compute_dtype": "float32", "save_steps": save_steps}
     alive, still = [], []
@@ -293,7 +355,9 @@ def test_rehearsal_of_memory_that_runs_out_with_many_rows(tmp_path, monkeypatch,
 
     def look(settings):
         """Called when a step is to be done again: what it held must be gone by then."""
-        still.extend(reference for references in alive for reference in references if reference() is not None)
+        still.extend(
+            reference for references in alive for reference in references if reference() is not None
+        )
         return fewer(settings)
 
     monkeypatch.setattr(trainer, "with_fewer_rows", look)
@@ -305,14 +369,23 @@ def test_rehearsal_of_memory_that_runs_out_with_many_rows(tmp_path, monkeypatch,
     found = adapter_of(model)
     far = sum((found[k] - v).square().sum() for k, v in expected_adapter.items()).sqrt()
     assert far < 1e-3 * sum(v.square().sum() for v in expected_adapter.values()).sqrt()
-    logged = [json.loads(line)["step"] for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    logged = [
+        json.loads(line)["step"] for line in (run.folder / "metrics.jsonl").read_text().splitlines()
+    ]
     assert logged == [1, 2, 3, 4]
 
 
 def test_rehearsal_of_memory_that_runs_out_in_an_update_with_one_row(tmp_path, monkeypatch):
-    """Nothing of the half update is kept: the run is resumed from the step before and ends as if nothing had happened."""
+    """Nothing of the half update is kept: the run is resumed from the step before and ends as if
+    nothing had happened.
+    """
     rehearsal.card(monkeypatch, AMPERE)
-    way = {"max_steps": 4, "per_device_train_batch_size": 1, "compute_dtype": "float32", "save_steps": 1}
+    way = {
+        "max_steps": 4,
+        "per_device_train_batch_size": 1,
+        "compute_dtype": "float32",
+        "save_steps": 1,
+    }
     *_, whole, _, expected = finetuned(tmp_path / "whole", **way)
     with monkeypatch.context() as hurt:
         _raise_in_update(hurt, {3}, torch.OutOfMemoryError(OUT_OF_MEMORY))
@@ -323,23 +396,39 @@ def test_rehearsal_of_memory_that_runs_out_in_an_update_with_one_row(tmp_path, m
     settings = validate({**SHORT, "output_dir": str(tmp_path / "cut"), **way, "resume": "latest"})
     *_, model, _, result = finetuned(tmp_path, settings=settings)
     assert result["losses"] == expected["losses"]
-    assert all(torch.equal(adapter_of(model)[key], value) for key, value in adapter_of(whole).items())
+    assert all(
+        torch.equal(adapter_of(model)[key], value) for key, value in adapter_of(whole).items()
+    )
 
 
 ALLOCATORS = {
     "torch": torch.OutOfMemoryError(OUT_OF_MEMORY),
-    "cuBLAS": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-    "driver": RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
-    "host": RuntimeError("[enforce fail at alloc_cpu.cpp:117] data. DefaultCPUAllocator: can't allocate memory."),
+    "cuBLAS": RuntimeError(
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+    ),
+    "driver": RuntimeError(
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"
+    ),
+    "host": RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:117] data. DefaultCPUAllocator: can't allocate memory."
+    ),
 }
 
 
 @pytest.mark.parametrize(
     ("place", "who"),
-    [("forward", "torch"), ("backward", "torch"), ("forward", "cuBLAS"), ("backward", "driver"), ("forward", "host")],
+    [
+        ("forward", "torch"),
+        ("backward", "torch"),
+        ("forward", "cuBLAS"),
+        ("backward", "driver"),
+        ("forward", "host"),
+    ],
 )
 def test_rehearsal_of_memory_that_runs_out_with_one_row(tmp_path, monkeypatch, place, who):
-    """The refusal names an option; although a notebook keeps the error, the step's activations and gradients are free."""
+    """The refusal names an option; although a notebook keeps the error, the step's activations and
+    gradients are free.
+    """
     seen = rehearsal.card(monkeypatch, AMPERE)
     alive, kept, error = [], [], ALLOCATORS[who]
 
@@ -373,7 +462,9 @@ def test_rehearsal_another_error_is_no_lack_of_memory(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("optim", ["paged_adamw_32bit", "paged_adamw_8bit"])
 def test_rehearsal_states_are_paged_again_after_a_resume_and_a_retry(tmp_path, monkeypatch, optim):
-    """bitsandbytes pages from 100,000 numbers on: r=192 on this model has such. No page is asked for twice in one process."""
+    """bitsandbytes pages from 100,000 numbers on: r=192 on this model has such. No page is asked
+    for twice in one process.
+    """
     rehearsal.card(monkeypatch, AMPERE)
     pages = rehearsal.PageManager(monkeypatch)
     way = {"r": 192, "optim": optim, "save_steps": 2, "max_steps": 4, "compute_dtype": "float32"}
@@ -407,7 +498,9 @@ def test_rehearsal_states_are_paged_again_after_a_resume_and_a_retry(tmp_path, m
     counted.clear()
     pages.asked.clear()
     with pytest.raises(KeyboardInterrupt):
-        finetuned(tmp_path / "cut", lambda model: _raise_in_pass(model, {4}, KeyboardInterrupt()), **way)
+        finetuned(
+            tmp_path / "cut", lambda model: _raise_in_pass(model, {4}, KeyboardInterrupt()), **way
+        )
     counted.clear()
     pages.asked.clear()
     settings = validate({**SHORT, "output_dir": str(tmp_path / "cut"), **way, "resume": "latest"})
@@ -415,12 +508,18 @@ def test_rehearsal_states_are_paged_again_after_a_resume_and_a_retry(tmp_path, m
     assert counted == [(should, should)] * 2
     assert len(pages.asked) == should
     assert result["losses"] == expected["losses"]
-    assert all(torch.equal(adapter_of(resumed)[key], value) for key, value in adapter_of(whole).items())
+    assert all(
+        torch.equal(adapter_of(resumed)[key], value) for key, value in adapter_of(whole).items()
+    )
 
 
 @pytest.mark.parametrize("place", ["answer_all", "response_loss"])
-def test_rehearsal_of_memory_that_runs_out_in_a_look_at_the_model(tmp_path, monkeypatch, capsys, place):
-    """The look is left out; no step is done again, lost from the record or counted twice, and the next look comes."""
+def test_rehearsal_of_memory_that_runs_out_in_a_look_at_the_model(
+    tmp_path, monkeypatch, capsys, place
+):
+    """The look is left out; no step is done again, lost from the record or counted twice, and the
+    next look comes.
+    """
     rehearsal.card(monkeypatch, AMPERE)
     way = {"max_steps": 4, "compute_dtype": "float32", "lora_dropout": 0.1}
     *_, whole, _, expected = finetuned(tmp_path / "whole", **way)
@@ -436,7 +535,9 @@ def test_rehearsal_of_memory_that_runs_out_in_a_look_at_the_model(tmp_path, monk
     monkeypatch.setattr(module, place, hurt)
     _, _, model, _, result = finetuned(tmp_path / "hurt", sample_steps=1, **way)
     assert result["losses"] == expected["losses"]
-    assert all(torch.equal(adapter_of(model)[key], value) for key, value in adapter_of(whole).items())
+    assert all(
+        torch.equal(adapter_of(model)[key], value) for key, value in adapter_of(whole).items()
+    )
     assert list(result["held_out"]) == [1, 3, 4]
     said = capsys.readouterr().out
     assert said.count("the look is left out") == 1
@@ -462,7 +563,9 @@ def test_rehearsal_of_memory_that_runs_out_after_the_update(tmp_path, monkeypatc
 
 
 def test_rehearsal_of_memory_that_runs_out_keeps_the_finished_steps(tmp_path, monkeypatch):
-    """With one row there is no smaller pass; what was finished is saved, and the optimizer is not kept alive by the refusal."""
+    """With one row there is no smaller pass; what was finished is saved, and the optimizer is not
+    kept alive by the refusal.
+    """
     rehearsal.card(monkeypatch, AMPERE)
     made = []
     begin = trainer.QLoRATrainer.__init__
@@ -477,7 +580,14 @@ def test_rehearsal_of_memory_that_runs_out_keeps_the_finished_steps(tmp_path, mo
         _raise_in_pass(model, {4}, torch.OutOfMemoryError(OUT_OF_MEMORY))
 
     with pytest.raises(KitError, match="memory ran out") as kept:
-        finetuned(tmp_path, hurt, per_device_train_batch_size=1, max_steps=5, save_steps=50, compute_dtype="float32")
+        finetuned(
+            tmp_path,
+            hurt,
+            per_device_train_batch_size=1,
+            max_steps=5,
+            save_steps=50,
+            compute_dtype="float32",
+        )
     gc.collect()
     assert kept.value.__traceback__
     assert made[0]() is None

@@ -1,4 +1,6 @@
-"""Never lose a run: hurt it in many ways, go on, and end with the same bits as a run that was never stopped."""
+"""Never lose a run: hurt it in many ways, go on, and end with the same bits as a run that was never
+stopped.
+"""
 
 import json
 import os
@@ -16,13 +18,21 @@ from qlora_nb.settings import validate
 from qlora_nb.train import checkpoints
 
 DRIVER = Path(__file__).parent / "resume_driver.py"
-SMALL = {"max_steps": 12, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "train_rows": 48, "max_length": 96}
+SMALL = {
+    "max_steps": 12,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "train_rows": 48,
+    "max_length": 96,
+}
 
 
 def drive(folder, resume="no", hurt="none"):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(DRIVER), str(folder), resume, hurt]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=environment, check=False
+    )
 
 
 def last(done):
@@ -37,7 +47,9 @@ def whole(tmp_path_factory):
 
 
 def go_on(folder, whole):
-    """Continue the run in a folder and compare its end with the uninterrupted one's; returns what it said."""
+    """Continue the run in a folder and compare its end with the uninterrupted one's; returns what
+    it said.
+    """
     run = next((folder / "tiny").iterdir())
     again = drive(folder, "latest")
     ended = last(again)
@@ -45,7 +57,9 @@ def go_on(folder, whole):
     assert ended["adapter"] == whole["adapter"]
     assert Path(ended["folder"]) == run
     assert runs.status_of(run) == "done"
-    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == list(range(1, 13))
+    assert [
+        json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()
+    ] == list(range(1, 13))
     return again.stdout
 
 
@@ -87,7 +101,9 @@ def test_a_hurt_run_ends_as_if_nothing_had_happened(tmp_path, whole, hurt, statu
     hurt_run = drive(tmp_path, hurt=hurt)
     assert hurt_run.returncode == status, hurt_run.stderr[-1000:]
     told = runs.status_of(next((tmp_path / "tiny").iterdir()))
-    assert told == {"int": "interrupted", "term": "interrupted", "kill": "died"}.get(hurt[:4].rstrip("@"), "failed")
+    assert told == {"int": "interrupted", "term": "interrupted", "kill": "died"}.get(
+        hurt[:4].rstrip("@"), "failed"
+    )
     assert says in go_on(tmp_path, whole)
 
 
@@ -124,9 +140,15 @@ def killed_late(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "says"),
-    [(cut, "optimizer.pt has"), (flip, "adapter_model.safetensors is damaged"), (lose, "rng_state.pth is missing")],
+    [
+        (cut, "optimizer.pt has"),
+        (flip, "adapter_model.safetensors is damaged"),
+        (lose, "rng_state.pth is missing"),
+    ],
 )
-def test_a_damaged_checkpoint_is_left_out_and_the_one_before_taken(tmp_path, whole, killed_late, damage, says):
+def test_a_damaged_checkpoint_is_left_out_and_the_one_before_taken(
+    tmp_path, whole, killed_late, damage, says
+):
     shutil.copytree(killed_late / "tiny", tmp_path / "tiny")
     damage(next((tmp_path / "tiny").iterdir()))
     said = go_on(tmp_path, whole)
@@ -152,7 +174,16 @@ def stopped(tmp_path_factory):
 
 
 def settings_of(folder, **values):
-    return validate({**SMALL, "lora_dropout": 0.1, "output_dir": str(folder), "save_steps": 4, "eval_rows": 1, **values})
+    return validate(
+        {
+            **SMALL,
+            "lora_dropout": 0.1,
+            "output_dir": str(folder),
+            "save_steps": 4,
+            "eval_rows": 1,
+            **values,
+        }
+    )
 
 
 def test_other_settings_are_refused_with_both_values(stopped, tmp_path):
@@ -163,7 +194,9 @@ def test_other_settings_are_refused_with_both_values(stopped, tmp_path):
     with pytest.raises(KitError, match=r"r was 8, is 4, learning_rate was 0.004, is 0.001"):
         checkpoints.start(changed, "06_resume")
     assert (run / "manifest.json").read_text() == before  # refused before anything was written
-    later = settings_of(tmp_path, resume="latest", save_steps=2, max_new_tokens=5)  # these do not change what is trained
+    later = settings_of(
+        tmp_path, resume="latest", save_steps=2, max_new_tokens=5
+    )  # these do not change what is trained
     assert checkpoints.start(later, "06_resume").resumed
 
 
@@ -175,8 +208,20 @@ OTHER = {
     "target_modules": "dense",
     "max_length": 64,
 }
-OTHER |= {"lora_alpha": 3.0, "lora_dropout": 0.2, "learning_rate": 1e-3, "optim": "adamw_torch", "max_steps": 11, "packing": True}
-OTHER |= {"model_id": "smollm2", "prompt_template": "alpaca", "gradient_accumulation_steps": 1, "per_device_train_batch_size": 1}
+OTHER |= {
+    "lora_alpha": 3.0,
+    "lora_dropout": 0.2,
+    "learning_rate": 1e-3,
+    "optim": "adamw_torch",
+    "max_steps": 11,
+    "packing": True,
+}
+OTHER |= {
+    "model_id": "smollm2",
+    "prompt_template": "alpaca",
+    "gradient_accumulation_steps": 1,
+    "per_device_train_batch_size": 1,
+}
 
 
 @pytest.mark.parametrize("name", OTHER)
@@ -207,11 +252,13 @@ def test_which_run_is_meant(stopped, tmp_path):
 
 def test_one_writer_at_a_time(tmp_path):
     with files.sole_writer(tmp_path):
-        code = (
-            f"from qlora_nb.record import files; from pathlib import Path; files.sole_writer(Path({str(tmp_path)!r})).__enter__()"
-        )
+        code = f"from qlora_nb.record import files; from pathlib import Path; files.sole_writer(Path({str(tmp_path)!r})).__enter__()"
         other = subprocess.run(
-            [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60, check=False
+            [sys.executable, "-c", code, str(tmp_path)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
         )
         assert other.returncode == 1
         assert "another process writes into this run folder" in other.stderr

@@ -1,4 +1,6 @@
-"""One schema for every parameter: what is coerced, what is refused and in which words, and who is allowed to run here."""
+"""One schema for every parameter: what is coerced, what is refused and in which words, and who is
+allowed to run here.
+"""
 
 from __future__ import annotations
 
@@ -99,7 +101,13 @@ def test_bad_values_are_refused_by_name(name, value):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "right"), [("max_stepz", "max_steps"), ("lr_rate", "learning_rate"), ("Seed", "seed"), ("model", "model_id")]
+    ("wrong", "right"),
+    [
+        ("max_stepz", "max_steps"),
+        ("lr_rate", "learning_rate"),
+        ("Seed", "seed"),
+        ("model", "model_id"),
+    ],
 )
 def test_a_misspelt_name_gets_a_suggestion(wrong, right):
     with pytest.raises(KitError, match=f"unknown parameter '{wrong}'") as refused:
@@ -133,12 +141,20 @@ def test_anything_is_either_settings_or_the_kits_own_refusal(values):
     assert json.loads(resolved.model_dump_json())["profile"] == resolved.profile
 
 
-# ---- what this machine may run ---------------------------------------------------------------------------------------
+# ---- what this machine may run
+# ---------------------------------------------------------------------------------------
 
 
 def here(monkeypatch, gpus=(), free_gib=16.0):
     pretended = machine.Machine(
-        "cpu", 2, 32 * cards.GIB, int(free_gib * cards.GIB), 100 * cards.GIB, tuple(gpus), "3.12", "Linux"
+        "cpu",
+        2,
+        32 * cards.GIB,
+        int(free_gib * cards.GIB),
+        100 * cards.GIB,
+        tuple(gpus),
+        "3.12",
+        "Linux",
     )
     monkeypatch.setattr(machine, "this_machine", lambda folder=".": pretended)
     monkeypatch.setattr(sources, "hub_is_reachable", lambda: True)
@@ -151,7 +167,9 @@ CARD_6 = cards.Gpu("small", 6 * cards.GIB, 6 * cards.GIB, (8, 6))
 
 def test_the_12b_is_refused_without_a_gpu_before_any_download(monkeypatch):
     here(monkeypatch)
-    with pytest.raises(KitError, match=r"pythia-12b needs a GPU.*11\.8 billion.*2 CPU cores") as refused:
+    with pytest.raises(
+        KitError, match=r"pythia-12b needs a GPU.*11\.8 billion.*2 CPU cores"
+    ) as refused:
         preflight.refuse_what_cannot_run(validate({"profile": "full"}))
     assert "tiny" in refused.value.remedy
 
@@ -169,9 +187,13 @@ def test_the_judgement_is_about_the_model_not_the_profiles_name(monkeypatch):
     here(monkeypatch, [CARD_24])
     preflight.refuse_what_cannot_run(validate({"profile": "full"}))
     here(monkeypatch)
-    preflight.refuse_what_cannot_run(validate({"profile": "full", "model_id": "pocket", "dataset": "pocket"}))
+    preflight.refuse_what_cannot_run(
+        validate({"profile": "full", "model_id": "pocket", "dataset": "pocket"})
+    )
     with pytest.raises(KitError, match="needs a GPU"):
-        preflight.refuse_what_cannot_run(validate({"profile": "tiny", "model_id": "EleutherAI/pythia-12b"}))
+        preflight.refuse_what_cannot_run(
+            validate({"profile": "tiny", "model_id": "EleutherAI/pythia-12b"})
+        )
 
 
 def test_t4_profile_fits_a_t4_and_has_no_bf16(monkeypatch):
@@ -214,7 +236,9 @@ def test_a_refusal_in_a_notebook_is_one_line():
         "from IPython.core.interactiveshell import InteractiveShell as S\n"
         "S.instance().run_cell(\"from qlora_nb.settings import resolve; resolve({'max_stepz': 3})\")"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     shown = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
     assert len(shown) == 1
     assert "did you mean max_steps" in shown[0]

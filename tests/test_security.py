@@ -1,4 +1,6 @@
-"""What must never happen: untrusted text that runs, a pickle or a model's code that is loaded, a token that is written down."""
+"""What must never happen: untrusted text that runs, a pickle or a model's code that is loaded, a
+token that is written down.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,22 @@ PAYLOADS = [
     "\u202egnp.exe\u2028\u2029",
     "<style>@import url(//evil.example)</style><link rel=stylesheet href=//evil.example>",
 ]
-HARMLESS = {"b", "br", "div", "details", "summary", "table", "thead", "tbody", "tr", "th", "td", "span", "mark", "p"}
+HARMLESS = {
+    "b",
+    "br",
+    "div",
+    "details",
+    "summary",
+    "table",
+    "thead",
+    "tbody",
+    "tr",
+    "th",
+    "td",
+    "span",
+    "mark",
+    "p",
+}
 
 
 class Seen(HTMLParser):
@@ -65,20 +82,51 @@ class Seen(HTMLParser):
 
 @pytest.mark.parametrize("evil", PAYLOADS)
 def test_hostile_text_is_inert_in_the_report(tmp_path, evil):
-    outcome = {"notebook": "n", "status": evil, "wall_s": 1.0, "peak_bytes": 1, "problems": [evil], "results": {evil: evil}}
+    outcome = {
+        "notebook": "n",
+        "status": evil,
+        "wall_s": 1.0,
+        "peak_bytes": 1,
+        "problems": [evil],
+        "results": {evil: evil},
+    }
     machine = {"cpu": evil, "n_cores": 1, "ram_bytes": 1, "gpus": [{"name": evil}], "python": evil}
-    summary = {"status": evil, "started": evil, "wall_s": evil, "parameters": {evil: [evil]}, "versions": {evil: evil}}
+    summary = {
+        "status": evil,
+        "started": evil,
+        "wall_s": evil,
+        "parameters": {evil: [evil]},
+        "versions": {evil: evil},
+    }
     summary |= {"hardware": machine, "notebooks": [outcome]}
     figure = nbformat.v4.new_output("display_data", data={"image/png": evil})
-    cells = [nbformat.v4.new_markdown_cell(f"# {evil}"), nbformat.v4.new_code_cell(evil, outputs=[figure])]
-    nbformat.write(nbformat.v4.new_notebook(cells=[*cells, nbformat.v4.new_markdown_cell(evil)]), tmp_path / "n.ipynb")
+    cells = [
+        nbformat.v4.new_markdown_cell(f"# {evil}"),
+        nbformat.v4.new_code_cell(evil, outputs=[figure]),
+    ]
+    nbformat.write(
+        nbformat.v4.new_notebook(cells=[*cells, nbformat.v4.new_markdown_cell(evil)]),
+        tmp_path / "n.ipynb",
+    )
     page = report.page(summary, tmp_path)
     plain = report.page(summary | {"notebooks": []}, tmp_path)
     seen = Seen(page)
-    assert seen.tags <= Seen(plain).tags | HARMLESS | {"img", "figure", "figcaption", "dl", "dt", "dd", "h2"}
+    assert seen.tags <= Seen(plain).tags | HARMLESS | {
+        "img",
+        "figure",
+        "figcaption",
+        "dl",
+        "dt",
+        "dd",
+        "h2",
+    }
     assert not seen.tags & {"script", "iframe", "svg", "a", "link", "object", "form"}
-    assert all(name == "src" and value.startswith("data:image/png;base64,") for name, value in seen.risky), seen.risky
-    assert evil.replace("\x00", "") in seen.text.replace("\x00", "").replace("\ufffd", ""), "it is shown as it is"
+    assert all(
+        name == "src" and value.startswith("data:image/png;base64,") for name, value in seen.risky
+    ), seen.risky
+    assert evil.replace("\x00", "") in seen.text.replace("\x00", "").replace("\ufffd", ""), (
+        "it is shown as it is"
+    )
 
 
 @pytest.mark.parametrize("evil", PAYLOADS)
@@ -100,7 +148,12 @@ def test_hostile_text_cannot_break_a_figure(evil):
     for figure in (
         n07.next_tokens([(evil, 0.5), ("a", 0.1)], [(evil, 0.4), ("b", 0.2)], 1.0),
         n06.scores({evil: {"all": 0.1, evil: 0.2}, "QLoRA": {"all": 0.9, evil: 0.8}}),
-        n07.speeds({evil: [generate.Answer("a", 3, 0.1, 0.2)], "tuned": [generate.Answer("a", 3, 0.1, 0.2)]}),
+        n07.speeds(
+            {
+                evil: [generate.Answer("a", 3, 0.1, 0.2)],
+                "tuned": [generate.Answer("a", 3, 0.1, 0.2)],
+            }
+        ),
     ):
         figure.savefig(io.BytesIO(), format="png", dpi=40)
 
@@ -109,10 +162,13 @@ def test_a_models_name_cannot_break_the_plan(tmp_path):
     import io
 
     folder = shutil.copytree(MODEL_DIR, tmp_path / r"m$\frac$ $x^{1")
-    panels.plan_figure(validate({"model_id": str(folder)})).savefig(io.BytesIO(), format="png", dpi=40)
+    panels.plan_figure(validate({"model_id": str(folder)})).savefig(
+        io.BytesIO(), format="png", dpi=40
+    )
 
 
-# ---- no pickle, no code ----------------------------------------------------------------------------------------------
+# ---- no pickle, no code
+# ----------------------------------------------------------------------------------------------
 
 
 def test_the_package_loads_no_pickle_and_runs_no_code_of_others():
@@ -120,27 +176,49 @@ def test_the_package_loads_no_pickle_and_runs_no_code_of_others():
     for path in Path(qlora_nb.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import | ast.ImportFrom):
-                names = {alias.name.split(".")[0] for alias in node.names} | {(getattr(node, "module", "") or "").split(".")[0]}
+                names = {alias.name.split(".")[0] for alias in node.names} | {
+                    (getattr(node, "module", "") or "").split(".")[0]
+                }
                 assert not names & forbidden, path
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
-                assert called not in ("torch.load", "eval", "exec", "compile", "os.system", "__import__", "pd.read_pickle"), path
+                assert called not in (
+                    "torch.load",
+                    "eval",
+                    "exec",
+                    "compile",
+                    "os.system",
+                    "__import__",
+                    "pd.read_pickle",
+                ), path
                 options = {word.arg: word.value for word in node.keywords}
                 assert "allow_pickle" not in options, path
                 assert getattr(options.get("shell"), "value", False) is False, path
                 assert getattr(options.get("trust_remote_code"), "value", False) is False, path
-                if called == "AutoModelForCausalLM.from_pretrained" and path.name != "fetch.py":  # that one reads a GGUF file
-                    assert "'use_safetensors': True" in ast.unparse(ast.parse(path.read_text(encoding="utf-8"))), path
+                if (
+                    called == "AutoModelForCausalLM.from_pretrained" and path.name != "fetch.py"
+                ):  # that one reads a GGUF file
+                    assert "'use_safetensors': True" in ast.unparse(
+                        ast.parse(path.read_text(encoding="utf-8"))
+                    ), path
 
 
 def evil_model(folder: Path, model_type: str) -> Path:
     """A model folder whose own code writes a file when it is executed."""
     shutil.copytree(MODEL_DIR, folder)
     config = json.loads((folder / "config.json").read_text())
-    names = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]}
-    (folder / "config.json").write_text(json.dumps(config | {"auto_map": names, "model_type": model_type}))
+    names = {
+        "AutoConfig": "evil.Evil",
+        "AutoModelForCausalLM": "evil.Evil",
+        "AutoTokenizer": ["evil.Evil", None],
+    }
+    (folder / "config.json").write_text(
+        json.dumps(config | {"auto_map": names, "model_type": model_type})
+    )
     tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(tokenizer | {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}})
+    )
     code = f"from pathlib import Path\nPath({str(folder / 'RAN')!r}).touch()\nclass Evil: pass\n"
     for name in ("evil.py", "__init__.py", "modeling_evil.py", "setup.py"):
         (folder / name).write_text(code)
@@ -160,7 +238,9 @@ def test_code_of_a_model_is_never_run(tmp_path, model_type):
 
 
 def test_a_pickled_model_is_never_opened(tmp_path):
-    """A pickle that writes a file when it is opened, in every place where a library would look for one."""
+    """A pickle that writes a file when it is opened, in every place where a library would look for
+    one.
+    """
     import pickle
 
     folder = shutil.copytree(MODEL_DIR, tmp_path / "model")
@@ -170,7 +250,12 @@ def test_a_pickled_model_is_never_opened(tmp_path):
             return (Path.touch, (folder / "OPENED",))
 
     (folder / "model.safetensors").unlink()
-    for name in ("pytorch_model.bin", "training_args.bin", "model.pt", "pytorch_model-00001-of-00001.bin"):
+    for name in (
+        "pytorch_model.bin",
+        "training_args.bin",
+        "model.pt",
+        "pytorch_model-00001-of-00001.bin",
+    ):
         (folder / name).write_bytes(pickle.dumps(Trap()))
     with pytest.raises(KitError, match="safetensors"):
         load.load_base(validate({"model_id": str(folder)}))
@@ -181,12 +266,18 @@ def test_a_pickled_model_is_never_opened(tmp_path):
 
 # ---- no token --------------------------------------------------------------------------------------------------------
 
-SECRETS = {"HF_TOKEN": "hf_" + "Zq9" * 11, "WANDB_API_KEY": "w" * 12 + "Secret77", "AWS_SECRET_ACCESS_KEY": "aws/Secret+Key=123"}
+SECRETS = {
+    "HF_TOKEN": "hf_" + "Zq9" * 11,
+    "WANDB_API_KEY": "w" * 12 + "Secret77",
+    "AWS_SECRET_ACCESS_KEY": "aws/Secret+Key=123",
+}
 
 
 @pytest.mark.slow
 def test_no_token_is_ever_written(toy, tmp_path, monkeypatch):
-    """A run that trains and one whose notebook prints and raises secrets: every file they leave is searched."""
+    """A run that trains and one whose notebook prints and raises secrets: every file they leave is
+    searched.
+    """
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
     train = (
@@ -201,12 +292,22 @@ def test_no_token_is_ever_written(toy, tmp_path, monkeypatch):
     )
     toy("01_train", train)
     prints = "import os, sys\nfor v in (os.environ[n] for n in {}):\n    print(v)\n    print('url?token=' + v, file=sys.stderr)"
-    folder = toy("02_leaks", prints.format(list(SECRETS)), "raise OSError(' '.join(os.environ.values()))")
+    folder = toy(
+        "02_leaks", prints.format(list(SECRETS)), "raise OSError(' '.join(os.environ.values()))"
+    )
     lines: list[str] = []
-    summary = sequence.run_sequence({"output_dir": str(tmp_path / "out")}, notebooks=folder, say=lines.append)
+    summary = sequence.run_sequence(
+        {"output_dir": str(tmp_path / "out")}, notebooks=folder, say=lines.append
+    )
     assert [o["status"] for o in summary["notebooks"]] == ["done", "failed"], summary["notebooks"]
     written = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
-    assert {"summary.json", "report.html", "manifest.json", "adapter_model.safetensors", "seal.json"} <= {p.name for p in written}
+    assert {
+        "summary.json",
+        "report.html",
+        "manifest.json",
+        "adapter_model.safetensors",
+        "seal.json",
+    } <= {p.name for p in written}
     for path in written:
         content = path.read_bytes()
         assert not [n for n, value in SECRETS.items() if value.encode() in content], path
@@ -228,16 +329,24 @@ def test_a_failing_run_hides_them_too(tmp_path, monkeypatch):
         raise OSError("token=" + " ".join((SECRETS | odd).values()) + " sk-" + 20 * "a")
     for name in ("manifest.json", "metrics.jsonl"):
         text = (run.folder / name).read_text()
-        assert not [n for n, value in (SECRETS | odd).items() if json.dumps(value)[1:-1] in text or value in text], name
+        assert not [
+            n
+            for n, value in (SECRETS | odd).items()
+            if json.dumps(value)[1:-1] in text or value in text
+        ], name
         assert "sk-a" not in text
-    assert json.loads((run.folder / "manifest.json").read_text())["metrics"]["error"].startswith("OSError: token=[hidden]")
+    assert json.loads((run.folder / "manifest.json").read_text())["metrics"]["error"].startswith(
+        "OSError: token=[hidden]"
+    )
 
 
 def test_a_secret_that_is_a_word_of_the_format_breaks_nothing(toy, tmp_path, monkeypatch):
     monkeypatch.setenv("POSTGRES_PASSWORD", "metadata")
     monkeypatch.setenv("SERVICE_KEY", "first line\nsecond line")
     folder = toy("01_x", "import os\nprint('metadata and')\nprint(os.environ['SERVICE_KEY'])")
-    summary = sequence.run_sequence({"output_dir": str(tmp_path / "out")}, notebooks=folder, say=lambda line: None)
+    summary = sequence.run_sequence(
+        {"output_dir": str(tmp_path / "out")}, notebooks=folder, say=lambda line: None
+    )
     assert summary["status"] == "done", summary["notebooks"]
     executed = (Path(summary["folder"]) / "01_x.ipynb").read_text()
     assert "second line" not in executed
@@ -251,17 +360,29 @@ def test_an_endpoint_is_shown_without_its_password(monkeypatch):
 
 
 def test_no_parameter_takes_a_token_and_no_command_shows_one():
-    assert not [n for n in validate({}).model_dump() if n.endswith(("token", "key", "secret", "password"))]
+    assert not [
+        n for n in validate({}).model_dump() if n.endswith(("token", "key", "secret", "password"))
+    ]
     for command in (["doctor"], ["run", "-p", "hf_token", "x"]):
         own = os.environ | SECRETS
         done = subprocess.run(
-            [sys.executable, "-m", "qlora_nb.cli", *command], env=own, capture_output=True, text=True, check=False
+            [sys.executable, "-m", "qlora_nb.cli", *command],
+            env=own,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert not [n for n, value in SECRETS.items() if value in done.stdout + done.stderr]
 
 
 def test_every_dependency_has_a_pin(root):
-    """What is audited is what is installed: constraints.txt names an exact version of each (dates: docs/)."""
-    lines = [line for line in (root / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+    """What is audited is what is installed: constraints.txt names an exact version of each (dates:
+    docs/).
+    """
+    lines = [
+        line
+        for line in (root / "constraints.txt").read_text().splitlines()
+        if line and not line.startswith("#")
+    ]
     assert len(lines) > 50
     assert not [line for line in lines if "==" not in line or "://" in line]

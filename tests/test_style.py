@@ -1,4 +1,6 @@
-"""The kit's colours as other eyes see them, and what stands beside colour: markers, hatches, line styles; figures in full."""
+"""The kit's colours as other eyes see them, and what stands beside colour: markers, hatches, line
+styles; figures in full.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,25 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from qlora_nb.ui import style, widgets
 
-# Machado, Oliveira, Fernandes 2009, severity 1.0: what is left of linear sRGB when one kind of cone is missing
+# Machado, Oliveira, Fernandes 2009, severity 1.0: what is left of linear sRGB when one kind of cone
+# is missing
 SEEN_WITHOUT = {
     "nothing missing": np.eye(3),
-    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
-    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
-    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+    "protanopia": [
+        [0.152286, 1.052583, -0.204868],
+        [0.114503, 0.786281, 0.099216],
+        [-0.003882, -0.048116, 1.051998],
+    ],
+    "deuteranopia": [
+        [0.367322, 0.860646, -0.227968],
+        [0.280085, 0.672501, 0.047413],
+        [-0.011820, 0.042940, 0.968881],
+    ],
+    "tritanopia": [
+        [1.255528, -0.076749, -0.178779],
+        [-0.078411, 0.930809, 0.147602],
+        [0.004733, 0.691367, 0.303900],
+    ],
 }
 NOTICEABLE = 2.3
 """A difference in CIELAB that half of all people just notice (Mahy et al. 1994)."""
@@ -32,7 +47,10 @@ def lab(rgb: str, matrix) -> np.ndarray:
     value = np.array(colors.to_rgb(rgb))
     linear = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
     seen = np.clip(np.array(matrix) @ linear, 0, 1)
-    xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]) @ seen
+    xyz = (
+        np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+        @ seen
+    )
     ratio = xyz / [0.9505, 1.0, 1.089]
     f = np.where(ratio > (6 / 29) ** 3, np.cbrt(ratio), ratio / (3 * (6 / 29) ** 2) + 4 / 29)
     return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
@@ -61,7 +79,9 @@ def test_a_colour_is_never_the_only_difference():
     assert style.COLOURS.keys() == style.MARKERS.keys() == style.HATCHES.keys()
     assert len(set(style.MARKERS.values())) == len(style.MARKERS)
     full = {meaning for meaning, hatch in style.HATCHES.items() if not hatch}
-    assert full == {"16-bit", "NF4"}, "without a hatch: only black and the darkest blue, told apart by lightness alone"
+    assert full == {"16-bit", "NF4"}, (
+        "without a hatch: only black and the darkest blue, told apart by lightness alone"
+    )
     lightness = [lab(style.COLOURS[meaning], np.eye(3))[0] for meaning in sorted(full)]
     assert lightness[1] - lightness[0] > 4 * LEAST / 2
 
@@ -81,6 +101,8 @@ def test_a_figure_is_shown_in_full_and_leaves_no_trace():
     FigureCanvasAgg(figure).print_png(drawn)
     assert shown == drawn.getvalue(), "a static figure must be its widget's twin"
     assert plt.imread(io.BytesIO(shown)).shape[:2] == (200, 300)
-    assert plt.imread(io.BytesIO(shown))[0, 0].tolist() == [1, 1, 1, 1], "on a dark page figures need their own white ground"
+    assert plt.imread(io.BytesIO(shown))[0, 0].tolist() == [1, 1, 1, 1], (
+        "on a dark page figures need their own white ground"
+    )
     assert 'alt="&lt;b&gt;&amp;"' in widgets.picture(figure)
     assert (plot.__doc__, dict(plt.rcParams), plt.get_fignums()) == ("A bar.", before, [])

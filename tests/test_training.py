@@ -26,7 +26,9 @@ SHORT = {"max_steps": 6, "train_rows": 96, "eval_rows": 24}
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A short run: settings, tokenizer, model, encoded rows, run, result, and the steps that were reported."""
+    """A short run: settings, tokenizer, model, encoded rows, run, result, and the steps that were
+    reported.
+    """
     settings = validate({**SHORT, "output_dir": str(tmp_path_factory.mktemp("runs"))})
     tokenizer, model = load.load_tokenizer(settings), load.load_base(settings)
     rows = data.tokenize_rows(data.load(settings)[0], tokenizer, settings)
@@ -68,7 +70,11 @@ def test_adapter_on_disk_is_the_trained_one_and_plain_peft_loads_it(trained):
     assert attach.saved_adapter_difference(model, result["adapter"], ids) == 0
     with torch.no_grad():
         ours = model(input_ids=ids).logits
-        theirs = PeftModel.from_pretrained(load.load_base(settings), str(result["adapter"])).eval()(input_ids=ids).logits
+        theirs = (
+            PeftModel.from_pretrained(load.load_base(settings), str(result["adapter"]))
+            .eval()(input_ids=ids)
+            .logits
+        )
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
@@ -81,7 +87,9 @@ def test_a_changed_file_is_noticed(trained, tmp_path):
     folder = shutil.copytree(result["adapter"], tmp_path / "adapter")
     weights = load_file(folder / "adapter_model.safetensors")
     save_file({k: v + 0.01 for k, v in weights.items()}, folder / "adapter_model.safetensors")
-    assert attach.saved_adapter_difference(model, folder, torch.tensor([rows[0]["input_ids"]])) > 1e-4
+    assert (
+        attach.saved_adapter_difference(model, folder, torch.tensor([rows[0]["input_ids"]])) > 1e-4
+    )
 
 
 def test_response_loss_is_cross_entropy_over_labelled_tokens(trained):
@@ -93,7 +101,9 @@ def test_response_loss_is_cross_entropy_over_labelled_tokens(trained):
             for at, label in enumerate(row["labels"]):
                 if label != sliced_loss.IGNORED:
                     total, n = total - log[at - 1, label].item(), n + 1
-    assert evaluate.response_loss(model, tokenizer, rows.select(range(12))) == pytest.approx(total / n, rel=1e-4)
+    assert evaluate.response_loss(model, tokenizer, rows.select(range(12))) == pytest.approx(
+        total / n, rel=1e-4
+    )
 
 
 @pytest.mark.parametrize(
@@ -132,7 +142,9 @@ def test_nan_stops_at_once_and_is_named(tmp_path):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_gradient_that_is_no_number_leaves_the_last_good_checkpoint(tmp_path, bad):
-    """It comes in the backward pass of step 3 alone, whose checkpoint is due: what is resumed is step 2."""
+    """It comes in the backward pass of step 3 alone, whose checkpoint is due: what is resumed is
+    step 2.
+    """
     settings, tokenizer, model, rows = fresh(tmp_path, save_steps=1, gradient_accumulation_steps=1)
     weight, calls = next(p for n, p in model.named_parameters() if "lora_B" in n), []
 
@@ -141,7 +153,10 @@ def test_a_gradient_that_is_no_number_leaves_the_last_good_checkpoint(tmp_path, 
         return gradient * bad if len(calls) == 3 else gradient
 
     weight.register_hook(spoil)
-    with pytest.raises(KitError, match=r"grad_norm became (nan|inf) at step 3"), runs.Run(settings, "06_bad") as run:
+    with (
+        pytest.raises(KitError, match=r"grad_norm became (nan|inf) at step 3"),
+        runs.Run(settings, "06_bad") as run,
+    ):
         trainer.finetune(model, tokenizer, rows, settings, run, lambda step: None)
     assert runs.status_of(run.folder) == "failed"
     assert seal.newest_checkpoint(run.folder).name == "checkpoint-2"
@@ -152,22 +167,31 @@ def test_a_gradient_that_is_no_number_leaves_the_last_good_checkpoint(tmp_path, 
 
 
 def test_a_cell_that_was_stopped_goes_on_when_run_again(tmp_path, capsys):
-    """■ and the same cell once more, in one kernel: the same bits as never stopped. A run that is done is not gone on with."""
+    """■ and the same cell once more, in one kernel: the same bits as never stopped. A run that is
+    done is not gone on with.
+    """
     ended = {}
     for stops in (False, True):
         settings, tokenizer, model, rows = fresh(tmp_path / str(stops), lora_dropout=0.1)
-        asked = lambda step: os.kill(os.getpid(), signal.SIGINT) if step["step"] == 2 and stops else None  # noqa: B023
+        asked = lambda step: (
+            os.kill(os.getpid(), signal.SIGINT) if step["step"] == 2 and stops else None
+        )  # noqa: B023
         run = checkpoints.start(settings, "06_cell")
         result = trainer.finetune(model, tokenizer, rows, settings, run, asked)
         if stops:
-            os.utime(run.folder / "manifest.json", (1e9, 1e9))  # as another process of the same number has left it
+            os.utime(
+                run.folder / "manifest.json", (1e9, 1e9)
+            )  # as another process of the same number has left it
             assert not checkpoints._stopped_here(run.folder, settings)
             os.utime(run.folder / "manifest.json")
             assert not checkpoints._stopped_here(run.folder, settings.replace(r=4))
             again = checkpoints.start(settings, "06_cell")
             assert again.folder == run.folder
             assert "going on with" in capsys.readouterr().out
-            run, result = again, trainer.finetune(model, tokenizer, rows, settings, again, lambda step: None)
+            run, result = (
+                again,
+                trainer.finetune(model, tokenizer, rows, settings, again, lambda step: None),
+            )
         run.finish("done")
         weights = [p.detach() for n, p in sorted(model.named_parameters()) if p.requires_grad]
         ended[stops] = result["losses"], weights
@@ -180,7 +204,9 @@ def test_a_cell_that_was_stopped_goes_on_when_run_again(tmp_path, capsys):
     assert "attach it once more" in refused.value.remedy
     once_more = attach.attach_adapter(model, settings)
     assert attach.trainable_parameters(once_more) == sum(w.numel() for w in weights)
-    first = trainer.finetune(once_more, tokenizer, rows, settings, runs.Run(settings, "06_cell"), lambda step: None)
+    first = trainer.finetune(
+        once_more, tokenizer, rows, settings, runs.Run(settings, "06_cell"), lambda step: None
+    )
     assert first["losses"] == ended[False][0]
 
 
@@ -198,7 +224,11 @@ def test_same_seed_same_losses(tmp_path):
     losses = []
     for _ in range(2):
         settings, tokenizer, model, rows = fresh(tmp_path, max_steps=3, lora_dropout=0.1)
-        losses.append(trainer.finetune(model, tokenizer, rows, settings, runs.Run(settings, "seed"), lambda s: None)["losses"])
+        losses.append(
+            trainer.finetune(
+                model, tokenizer, rows, settings, runs.Run(settings, "seed"), lambda s: None
+            )["losses"]
+        )
     assert losses[0] == losses[1]
 
 
@@ -216,21 +246,32 @@ QUICK = {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulatio
 
 def everything_in(folder):
     """Every file's bytes by name; a lock holds nothing."""
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+    return {
+        path: path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
 
 
 def test_a_refusal_changes_no_record_and_the_run_that_trained_is_done(tmp_path, monkeypatch):
     settings, tokenizer, model, rows = fresh(tmp_path, **QUICK)
     begin = lambda: checkpoints.start(settings, "06_finetune_pythia_12b")
-    train = lambda model, run: trainer.finetune(model, tokenizer, rows, settings, run, lambda step: None)
+    train = lambda model, run: trainer.finetune(
+        model, tokenizer, rows, settings, run, lambda step: None
+    )
     result = train(model, begin())
     [folder] = (tmp_path / "tiny").iterdir()
     assert runs.status_of(folder) == "done"
     assert result["run"].folder == folder
     before = everything_in(tmp_path)
 
-    refused = {"was trained before": lambda: train(model, begin()), "this run is over": lambda: train(model, result["run"])}
-    refused["has no adapter"] = lambda: attach.saved_adapter_difference(load.load_base(settings), folder / "adapter", None)
+    refused = {
+        "was trained before": lambda: train(model, begin()),
+        "this run is over": lambda: train(model, result["run"]),
+    }
+    refused["has no adapter"] = lambda: attach.saved_adapter_difference(
+        load.load_base(settings), folder / "adapter", None
+    )
     for said, cell in refused.items():
         with pytest.raises(KitError, match=said):
             cell()
@@ -238,7 +279,9 @@ def test_a_refusal_changes_no_record_and_the_run_that_trained_is_done(tmp_path, 
         assert list((tmp_path / "tiny").iterdir()) == [folder]
     loaded = adapters.load_adapter(load.load_base(settings), folder / "adapter")
     for wrong in (load.load_base(settings), loaded, None):
-        with pytest.raises(KitError, match=r"no adapter that can be trained.*training.attach_adapter first"):
+        with pytest.raises(
+            KitError, match=r"no adapter that can be trained.*training.attach_adapter first"
+        ):
             train(wrong, begin())
         with pytest.raises(KitError, match="no adapter that can be trained"), begin() as run:
             train(wrong, run)
@@ -270,15 +313,34 @@ def test_a_refused_resume_leaves_the_stopped_run_as_it_is(tmp_path):
     before = everything_in(tmp_path)
     with pytest.raises(KitError, match="training rows was"):
         trainer.finetune(
-            model, tokenizer, rows.select(range(4)), settings, checkpoints.start(settings, "06_stopped"), lambda step: None
+            model,
+            tokenizer,
+            rows.select(range(4)),
+            settings,
+            checkpoints.start(settings, "06_stopped"),
+            lambda step: None,
         )
     assert everything_in(tmp_path) == before
     assert runs.status_of(run.folder) == "interrupted"
     latest = settings.replace(resume="latest")
     with files.sole_writer(run.folder), pytest.raises(KitError, match="another process writes"):
-        trainer.finetune(model, tokenizer, rows, latest, checkpoints.start(latest, "06_stopped"), lambda step: None)
+        trainer.finetune(
+            model,
+            tokenizer,
+            rows,
+            latest,
+            checkpoints.start(latest, "06_stopped"),
+            lambda step: None,
+        )
     assert everything_in(tmp_path) == before
-    result = trainer.finetune(model, tokenizer, rows, settings, checkpoints.start(settings, "06_stopped"), lambda step: None)
+    result = trainer.finetune(
+        model,
+        tokenizer,
+        rows,
+        settings,
+        checkpoints.start(settings, "06_stopped"),
+        lambda step: None,
+    )
     assert len(result["losses"]) == 4
     assert runs.status_of(run.folder) == "done"
     run.add(late=1)  # by what was left of the stopped run's cell
@@ -292,19 +354,31 @@ def test_a_run_without_checkpoints_is_not_gone_on_with_by_a_trained_adapter(tmp_
         raise RuntimeError("in the midst of it")
 
     with pytest.raises(RuntimeError):
-        trainer.finetune(model, tokenizer, rows, settings, checkpoints.start(settings, "06_x"), fail)
+        trainer.finetune(
+            model, tokenizer, rows, settings, checkpoints.start(settings, "06_x"), fail
+        )
     assert not model.training
     [folder] = (tmp_path / "tiny").iterdir()
     (folder / "checkpoints").mkdir(exist_ok=True)
     with pytest.raises(KitError, match="trained before"):
-        trainer.finetune(model, tokenizer, rows, settings, checkpoints.start(settings, "06_x"), lambda step: None)
+        trainer.finetune(
+            model, tokenizer, rows, settings, checkpoints.start(settings, "06_x"), lambda step: None
+        )
     assert runs.status_of(folder) == "failed"
 
 
 def test_a_launcher_of_one_process_changes_nothing(tmp_path, monkeypatch):
-    """As torchrun starts a process alone, with an address that nobody answers at: no process group is set up."""
+    """As torchrun starts a process alone, with an address that nobody answers at: no process group
+    is set up.
+    """
     plain, *_ = finetuned(tmp_path, **QUICK)
-    launched = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "192.0.2.1", "MASTER_PORT": "29511"}
+    launched = {
+        "WORLD_SIZE": "1",
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "192.0.2.1",
+        "MASTER_PORT": "29511",
+    }
     for name, value in launched.items():
         monkeypatch.setenv(name, value)
     PartialState._reset_state()
@@ -327,12 +401,16 @@ def test_before_is_the_base_whether_or_not_an_adapter_is_on_it(trained):
         for row in some:
             labels = torch.tensor([row["labels"]])
             found = (labels[:, 1:] != sliced_loss.IGNORED).sum().item()
-            total += plain(input_ids=torch.tensor([row["input_ids"]]), labels=labels).loss.item() * found
+            total += (
+                plain(input_ids=torch.tensor([row["input_ids"]]), labels=labels).loss.item() * found
+            )
             n += found
     tuned = evaluate.response_loss(model, tokenizer, some)
     for measured in (plain, model, attach.attach_adapter(load.load_base(settings), settings)):
         with adapters.base_or_tuned(measured, tuned=False):
-            assert evaluate.response_loss(measured, tokenizer, some) == pytest.approx(total / n, rel=1e-5)
+            assert evaluate.response_loss(measured, tokenizer, some) == pytest.approx(
+                total / n, rel=1e-5
+            )
     assert tuned < 0.99 * total / n
     assert evaluate.response_loss(model, tokenizer, some) == tuned, "the adapter is on again"
     with pytest.raises(KitError, match=r"no adapter .*attaches or loads the adapter first"):
@@ -346,7 +424,9 @@ def test_batched_answers_equal_single_ones(trained):
     settings, tokenizer, model, *_ = trained
     rows = list(data.load(settings)[1])
     together = generate.answer_all(model, tokenizer, rows, settings, batch=7)
-    assert together == [generate.answer(model, tokenizer, row, settings, tuned=True).text for row in rows]
+    assert together == [
+        generate.answer(model, tokenizer, row, settings, tuned=True).text for row in rows
+    ]
 
 
 def test_base_is_the_model_without_adapter(trained):
@@ -377,7 +457,9 @@ def test_stop_ends_an_answer(trained):
     stop = threading.Event()
     long = settings.replace(max_new_tokens=300)
     seen = 0
-    for _ in generate.stream(model, tokenizer, {"instruction": "Go on.", "input": ""}, long, tuned=False, stop=stop):
+    for _ in generate.stream(
+        model, tokenizer, {"instruction": "Go on.", "input": ""}, long, tuned=False, stop=stop
+    ):
         seen += 1
         if seen == 3:
             stop.set()
@@ -388,7 +470,10 @@ def test_sampling_needs_temperature_and_repeats_with_the_seed(trained):
     settings, tokenizer, model, *_ = trained
     hot = settings.replace(temperature=1.5, top_p=1.0)
     row = {"instruction": "Where is Anna?", "input": "Anna went to the park."}
-    said = {generate.answer(model, tokenizer, row, hot.replace(seed=s), tuned=False).text for s in (1, 1, 2, 3)}
+    said = {
+        generate.answer(model, tokenizer, row, hot.replace(seed=s), tuned=False).text
+        for s in (1, 1, 2, 3)
+    }
     assert 2 <= len(said) <= 3
 
 
@@ -398,7 +483,9 @@ def test_prompts(trained):
     with pytest.raises(KitError, match="prompt is empty"):
         generate.row_of("  \n ")
     with pytest.raises(KitError, match="shorten the prompt"):
-        generate.answer(model, tokenizer, {"instruction": "word " * 600, "input": ""}, settings, tuned=True)
+        generate.answer(
+            model, tokenizer, {"instruction": "word " * 600, "input": ""}, settings, tuned=True
+        )
     odd = generate.row_of("<script>alert(1)</script> 😀 \x1b[31m\nnaïve")
     assert isinstance(generate.answer(model, tokenizer, odd, settings, tuned=True).text, str)
 
@@ -419,7 +506,13 @@ def test_adapter_for_another_model_is_refused(trained, tmp_path):
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     other = GPTNeoXForCausalLM(
-        GPTNeoXConfig(vocab_size=1088, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=128)
+        GPTNeoXConfig(
+            vocab_size=1088,
+            hidden_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=128,
+        )
     )
     with pytest.raises(KitError, match="does not fit"):
         adapters.load_adapter(other, trained[5]["adapter"])
@@ -441,19 +534,31 @@ def test_damaged_model_folder_is_refused(tmp_path):
 
 
 def finetuned(tmp_path, before=lambda model: None, held_out=None, **values):
-    """Losses and adapter of a short run, and what `finetune` gave back; `before` may hurt the model first."""
+    """Losses and adapter of a short run, and what `finetune` gave back; `before` may hurt the model
+    first.
+    """
     settings, tokenizer, model, rows = fresh(tmp_path, **values)
     before(model)
-    result = trainer.finetune(model, tokenizer, rows, settings, runs.Run(settings, "ways"), lambda step: None, held_out)
-    return result["losses"], torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad]), result
+    result = trainer.finetune(
+        model, tokenizer, rows, settings, runs.Run(settings, "ways"), lambda step: None, held_out
+    )
+    return (
+        result["losses"],
+        torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad]),
+        result,
+    )
 
 
 def test_four_passes_of_one_row_are_one_pass_of_four(tmp_path):
     """The whole training, up to the order in which float32 numbers are added."""
     one_by_four = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
     four_by_one = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
-    losses, adapters, _ = zip(*(finetuned(tmp_path, **way) for way in (one_by_four, four_by_one)), strict=True)
-    assert losses[0] == pytest.approx(losses[1], rel=2e-6)  # ten times the largest difference of seeds 0 to 4
+    losses, adapters, _ = zip(
+        *(finetuned(tmp_path, **way) for way in (one_by_four, four_by_one)), strict=True
+    )
+    assert losses[0] == pytest.approx(
+        losses[1], rel=2e-6
+    )  # ten times the largest difference of seeds 0 to 4
     assert (adapters[0] - adapters[1]).norm() < 2.5e-5 * adapters[0].norm()  # likewise
 
 
@@ -465,7 +570,9 @@ def out_of_memory_in_pass(numbers):
             training_now = torch.is_grad_enabled()  # not a probe before the first step
             calls.extend([1] * training_now)
             if training_now and len(calls) in numbers:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB. GPU 0 …")
+                raise torch.OutOfMemoryError(
+                    "CUDA out of memory. Tried to allocate 1.00 GiB. GPU 0 …"
+                )
             return forward(*args, **kwargs)
 
         model.get_base_model().forward = hurt_inside
@@ -473,7 +580,9 @@ def out_of_memory_in_pass(numbers):
     return hurt
 
 
-@pytest.mark.parametrize("passes", [{1}, {4}, {4, 5}], ids=["in the first step", "in the fourth", "twice"])
+@pytest.mark.parametrize(
+    "passes", [{1}, {4}, {4, 5}], ids=["in the first step", "in the fourth", "twice"]
+)
 def test_out_of_memory_halves_a_pass_and_keeps_the_step(tmp_path, passes, capsys):
     way = {"per_device_train_batch_size": 4, "max_steps": 6}
     losses, adapter, _ = finetuned(tmp_path / "whole", **way)
@@ -484,7 +593,9 @@ def test_out_of_memory_halves_a_pass_and_keeps_the_step(tmp_path, passes, capsys
     assert "done again in 2 passes of 2" in said
     assert ("done again in 4 passes of 1" in said) == (len(passes) == 2)
     [run] = (tmp_path / "hurt" / "tiny").iterdir()
-    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
+    assert [
+        json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()
+    ] == [1, 2, 3, 4, 5, 6]
 
 
 def test_out_of_memory_with_one_row_stops_with_a_lever(tmp_path):
@@ -514,15 +625,21 @@ def test_held_out_loss_on_the_way_is_the_models_own_and_changes_nothing(tmp_path
     held_out = data.tokenize_rows(data.load(settings)[1], tokenizer, settings)
     plain, adapter, without = finetuned(tmp_path / "plain", **way)
     assert without["held_out"] == {}
-    watched, same, result = finetuned(tmp_path / "watched", held_out=held_out, sample_steps=2, **way)
+    watched, same, result = finetuned(
+        tmp_path / "watched", held_out=held_out, sample_steps=2, **way
+    )
     assert watched == plain
     assert torch.equal(adapter, same)
     assert list(result["held_out"]) == [2, 4]
     [run] = (tmp_path / "watched" / "tiny").iterdir()
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [(r["step"], r["held_out_loss"]) for r in logged if "held_out_loss" in r] == list(result["held_out"].items())
+    assert [(r["step"], r["held_out_loss"]) for r in logged if "held_out_loss" in r] == list(
+        result["held_out"].items()
+    )
     model = adapters.load_adapter(load.load_base(settings), result["adapter"])
-    assert evaluate.response_loss(model, tokenizer, held_out) == pytest.approx(result["held_out"][4], rel=1e-6)
+    assert evaluate.response_loss(model, tokenizer, held_out) == pytest.approx(
+        result["held_out"][4], rel=1e-6
+    )
 
 
 def test_what_was_logged_up_to_a_step_stays(tmp_path):
@@ -536,7 +653,9 @@ def test_what_was_logged_up_to_a_step_stays(tmp_path):
 
 
 def test_packed_rows_train(tmp_path):
-    losses, _, result = finetuned(tmp_path, packing=True, per_device_train_batch_size=2, max_steps=8, warmup_steps=0)
+    losses, _, result = finetuned(
+        tmp_path, packing=True, per_device_train_batch_size=2, max_steps=8, warmup_steps=0
+    )
     assert sum(losses[4:]) < sum(losses[:4])
     rows, tokens, _ = result["shape"]
     assert rows == 2
@@ -544,7 +663,13 @@ def test_packed_rows_train(tmp_path):
 
 
 def test_levers_at_both_ends_train_and_answer(tmp_path):
-    way = {"head_4bit": True, "embedding_on_cpu": True, "max_steps": 8, "sample_steps": 8, "warmup_steps": 0}
+    way = {
+        "head_4bit": True,
+        "embedding_on_cpu": True,
+        "max_steps": 8,
+        "sample_steps": 8,
+        "warmup_steps": 0,
+    }
     losses, _, result = finetuned(tmp_path, **way)
     assert sum(losses[4:]) < sum(losses[:4])
     assert ledger.predict(validate(way))["4-bit codes"] == result["held"]["4-bit codes"]
@@ -552,7 +677,9 @@ def test_levers_at_both_ends_train_and_answer(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_arithmetic_by_hardware(tmp_path, monkeypatch, dtype):
-    """A scaler for float16 on a GPU alone, and no second copy of the adapter with it; of two cards one is used."""
+    """A scaler for float16 on a GPU alone, and no second copy of the adapter with it; of two cards
+    one is used.
+    """
     settings, seen = validate({"compute_dtype": dtype}), {}
 
     def on_two_cards(**given):

@@ -1,13 +1,14 @@
-"""Build the committed notebooks: generated cells, a clean execution, and a normal form that changes only when the content does.
+"""Build the committed notebooks: generated cells, a clean execution, and a normal form that changes
+only when the content does.
 
     python tools/build_notebooks.py                  execute in profile tiny and write in place
-    python tools/build_notebooks.py --check          execute, compare with what is committed, write nothing
-    python tools/build_notebooks.py --check-format   execute nothing: form, budget and generated cells only
-    python tools/build_notebooks.py --only 03,04     only these
+    python tools/build_notebooks.py --check          execute, compare with what is committed, write
+    nothing python tools/build_notebooks.py --check-format   execute nothing: form, budget and
+    generated cells only python tools/build_notebooks.py --only 03,04     only these
 
-Why outputs are committed at all: GitHub shows them to readers, and nbval compares only cells that have an execution count,
-so a stripped notebook would pass every check by having nothing to check. Widget state and papermill's notes are dropped:
-they change with every run and break GitHub's view.
+Why outputs are committed at all: GitHub shows them to readers, and nbval compares only cells that
+have an execution count, so a stripped notebook would pass every check by having nothing to check.
+Widget state and papermill's notes are dropped: they change with every run and break GitHub's view.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ KERNEL = {
     "language_info": {"name": "python"},
 }
 _PARAMETER = re.compile(r"^[a-z_]\w*: (?P<type>[\w\[\], |]+) = (?P<default>[^#]+?)  # \S.*$")
-_BAR = r"\r|\d+%\||\[(\d+:)?\d\d:\d\d[<,]"  # a progress bar, which shows how long a thing took today
+_BAR = (
+    r"\r|\d+%\||\[(\d+:)?\d\d:\d\d[<,]"  # a progress bar, which shows how long a thing took today
+)
 _NOISE = re.compile(f"gemm_4bit_forward from kernels|{_BAR}")
 _TIME_OF_DAY = re.compile(r"\b\d{1,2}:\d{2}:\d{2}\b")
 
@@ -45,24 +48,30 @@ _TIME_OF_DAY = re.compile(r"\b\d{1,2}:\d{2}:\d{2}\b")
 def repository() -> tuple[str, str]:
     """(address, version) from pyproject.toml; the address is empty while it is not set there."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    return project.get("urls", {}).get("Repository", "").removesuffix(".git").rstrip("/"), project["version"]
+    return project.get("urls", {}).get("Repository", "").removesuffix(".git").rstrip("/"), project[
+        "version"
+    ]
 
 
-# ---- generated cells -------------------------------------------------------------------------------------------------
+# ---- generated cells
+# -------------------------------------------------------------------------------------------------
 
 
 def guard_source() -> str:
     """The first cell: installs what is missing in Colab, does nothing elsewhere."""
     address, version = repository()
     if address:
-        # torch, numpy and ipywidgets are held at Colab's own versions: a running session does not survive an upgrade
+        # torch, numpy and ipywidgets are held at Colab's own versions: a running session does not
+        # survive an upgrade
         install = f'''    from importlib.metadata import version
     from pathlib import Path
 
     Path("/tmp/keep.txt").write_text("".join(f"{{p}}=={{version(p)}}\\n" for p in ("torch", "numpy", "ipywidgets")))
     %pip install -q -c /tmp/keep.txt "qlora-nb @ git+{address}@v{version}"'''
     else:
-        install = '    print("The repository\'s address is not set yet: install qlora-nb here by hand.")'
+        install = (
+            '    print("The repository\'s address is not set yet: install qlora-nb here by hand.")'
+        )
     return f"""# In Colab this installs the kit if it is missing there; anywhere else it does nothing.
 import sys
 from importlib.util import find_spec
@@ -72,9 +81,13 @@ if "google.colab" in sys.modules and find_spec("qlora_nb") is None:
 
 
 def nav_source(current: str, names: list[str]) -> str:
-    """Links to the notebooks before and after this one and to all of them; plain links, so opening asks no other host."""
+    """Links to the notebooks before and after this one and to all of them; plain links, so opening
+    asks no other host.
+    """
     i = names.index(current)
-    every = " · ".join(f"**[{n[:2]}]({n}.ipynb)**" if n == current else f"[{n[:2]}]({n}.ipynb)" for n in names)
+    every = " · ".join(
+        f"**[{n[:2]}]({n}.ipynb)**" if n == current else f"[{n[:2]}]({n}.ipynb)" for n in names
+    )
     before = f"[← {_spoken(names[i - 1])}]({names[i - 1]}.ipynb) · " if i else ""
     after = f" · [{_spoken(names[i + 1])} →]({names[i + 1]}.ipynb)" if i + 1 < len(names) else ""
     line = f"{before}{every}{after}"
@@ -92,17 +105,23 @@ def _spoken(name: str) -> str:
 
 
 def put_generated_cells(notebook: nbformat.NotebookNode, name: str, names: list[str]) -> None:
-    """Insert or refresh the guard, the two navigation bars and the tag by which nbval finds the key results."""
+    """Insert or refresh the guard, the two navigation bars and the tag by which nbval finds the key
+    results.
+    """
     own = {"colab-guard", "nav"}
     cells = [c for c in notebook.cells if not own & set(tags(c))]
     old_guard = next((c for c in notebook.cells if "colab-guard" in tags(c)), None)
     guard = nbformat.v4.new_code_cell(
-        guard_source(), id="colab-guard", metadata={"tags": ["colab-guard"], "jupyter": {"source_hidden": True}}
+        guard_source(),
+        id="colab-guard",
+        metadata={"tags": ["colab-guard"], "jupyter": {"source_hidden": True}},
     )
     if old_guard is not None:
         guard.execution_count, guard.outputs = old_guard.execution_count, old_guard.outputs
     top, bottom = (
-        nbformat.v4.new_markdown_cell(nav_source(name, names), id=f"nav-{where}", metadata={"tags": ["nav"]})
+        nbformat.v4.new_markdown_cell(
+            nav_source(name, names), id=f"nav-{where}", metadata={"tags": ["nav"]}
+        )
         for where in ("top", "bottom")
     )
     for cell in cells:
@@ -115,11 +134,14 @@ def tags(cell: nbformat.NotebookNode) -> list[str]:
     return cell.get("metadata", {}).get("tags", [])
 
 
-# ---- execution and normal form ---------------------------------------------------------------------------------------
+# ---- execution and normal form
+# ---------------------------------------------------------------------------------------
 
 
 def execute(notebook: nbformat.NotebookNode) -> list[str]:
-    """Run all cells in a new kernel, in the repository's root as the batch run does; returns the errors found."""
+    """Run all cells in a new kernel, in the repository's root as the batch run does; returns the
+    errors found.
+    """
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError
 
@@ -128,7 +150,11 @@ def execute(notebook: nbformat.NotebookNode) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["QLORA_NB_RESULTS"] = f"{folder}/results.json"
         client = NotebookClient(
-            notebook, kernel_name="python3", timeout=1800, resources={"metadata": {"path": str(ROOT)}}, coalesce_streams=True
+            notebook,
+            kernel_name="python3",
+            timeout=1800,
+            resources={"metadata": {"path": str(ROOT)}},
+            coalesce_streams=True,
         )
         try:
             client.execute()
@@ -144,7 +170,9 @@ def normalize(notebook: nbformat.NotebookNode) -> list[str]:
     warnings = []
     notebook.metadata = nbformat.from_dict(KERNEL)
     for i, cell in enumerate(notebook.cells):
-        kept = {k: v for k, v in cell.metadata.items() if k in ("tags", "jupyter", "collapsed") and v}
+        kept = {
+            k: v for k, v in cell.metadata.items() if k in ("tags", "jupyter", "collapsed") and v
+        }
         cell.metadata = nbformat.from_dict(kept)
         if cell.cell_type != "code":
             continue
@@ -173,19 +201,25 @@ def _normal_output(output: nbformat.NotebookNode) -> nbformat.NotebookNode | Non
     if "image/png" in output.get("data", {}):
         output.data["image/png"] = _smaller_png(output.data["image/png"])
     if "execution_count" not in output:
-        output.metadata = nbformat.from_dict({k: v for k, v in output.get("metadata", {}).items() if k != "image/png"})
+        output.metadata = nbformat.from_dict(
+            {k: v for k, v in output.get("metadata", {}).items() if k != "image/png"}
+        )
     return output
 
 
 def _lasting_id(text: str) -> str:
     """pandas names a styled table at random: here after what it holds."""
     if drawn := re.search(r"\bT_[0-9a-f]{5}\b", text):
-        return text.replace(drawn[0], "T_" + hashlib.sha256(text.replace(drawn[0], "").encode()).hexdigest()[:5])
+        return text.replace(
+            drawn[0], "T_" + hashlib.sha256(text.replace(drawn[0], "").encode()).hexdigest()[:5]
+        )
     return text
 
 
 def _smaller_png(text: str) -> str:
-    """The same picture with a palette of 256 colours, about a third of the bytes; drawings do not show the difference."""
+    """The same picture with a palette of 256 colours, about a third of the bytes; drawings do not
+    show the difference.
+    """
     from PIL import Image
 
     picture = Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB")
@@ -209,20 +243,26 @@ def _text(output: nbformat.NotebookNode) -> str:
 
 def structure(notebook: nbformat.NotebookNode) -> list[tuple]:
     """What must not drift: cells, their sources, the kinds of their outputs."""
-    kinds = lambda c: sorted({k for o in c.get("outputs", []) for k in o.get("data", {"stream": 0})})
+    kinds = lambda c: sorted(
+        {k for o in c.get("outputs", []) for k in o.get("data", {"stream": 0})}
+    )
     return [(c.cell_type, c.id, c.source, kinds(c)) for c in notebook.cells]
 
 
 def key_results_of(notebook: nbformat.NotebookNode) -> list[str]:
     """The printed key results, the part that nbval compares."""
-    return ["".join(_text(o) for o in c.outputs) for c in notebook.cells if "key-results" in tags(c)]
+    return [
+        "".join(_text(o) for o in c.outputs) for c in notebook.cells if "key-results" in tags(c)
+    ]
 
 
 def drift(committed: nbformat.NotebookNode, fresh: nbformat.NotebookNode) -> list[str]:
     """Differences in key results and structure, empty if there are none."""
     found = []
     if key_results_of(committed) != key_results_of(fresh):
-        found.append(f"key results differ:\n  committed {key_results_of(committed)}\n  now       {key_results_of(fresh)}")
+        found.append(
+            f"key results differ:\n  committed {key_results_of(committed)}\n  now       {key_results_of(fresh)}"
+        )
     before, after = structure(committed), structure(fresh)
     if len(before) != len(after):
         found.append(f"{len(before)} cells committed, {len(after)} now")
@@ -260,12 +300,20 @@ def format_problems(path: Path, names: list[str]) -> list[str]:
     problems += _budget_problems(notebook)
     if path.stat().st_size > MAX_BYTES:
         problems.append(f"{path.stat().st_size // 1024} KiB, at most {MAX_BYTES // 1024}")
-    leaks = [word for word in (str(ROOT), str(Path.home()) + "/") if word in path.read_text(encoding="utf-8")]
+    leaks = [
+        word
+        for word in (str(ROOT), str(Path.home()) + "/")
+        if word in path.read_text(encoding="utf-8")
+    ]
     return problems + [f"a path of this machine is stored: {word}" for word in leaks]
 
 
 def _parameter_problems(source: str, limit: int) -> list[str]:
-    lines = [line for line in source.splitlines() if line.strip() and not line.startswith(("#", "from typing import"))]
+    lines = [
+        line
+        for line in source.splitlines()
+        if line.strip() and not line.startswith(("#", "from typing import"))
+    ]
     problems = [f"{len(lines)} parameters, at most {limit}"] if len(lines) > limit else []
     for line in lines:
         match = _PARAMETER.match(line)
@@ -278,16 +326,27 @@ def _parameter_problems(source: str, limit: int) -> list[str]:
 
 def _budget_problems(notebook: nbformat.NotebookNode) -> list[str]:
     counted = [c for c in notebook.cells if c.cell_type == "code" and "colab-guard" not in tags(c)]
-    lengths = [sum(bool(x.strip()) and not x.strip().startswith("#") for x in c.source.splitlines()) for c in counted]
+    lengths = [
+        sum(bool(x.strip()) and not x.strip().startswith("#") for x in c.source.splitlines())
+        for c in counted
+    ]
     problems = []
     if lengths and statistics.median(lengths) > MEDIAN_LINES:
-        problems.append(f"code cells have a median of {statistics.median(lengths):g} lines, at most {MEDIAN_LINES}")
-    problems += [f"cell {c.id} has {n} lines of code, at most {MAX_LINES}" for c, n in zip(counted, lengths) if n > MAX_LINES]
+        problems.append(
+            f"code cells have a median of {statistics.median(lengths):g} lines, at most {MEDIAN_LINES}"
+        )
+    problems += [
+        f"cell {c.id} has {n} lines of code, at most {MAX_LINES}"
+        for c, n in zip(counted, lengths)
+        if n > MAX_LINES
+    ]
     row = 0
     for cell in notebook.cells:
         row = row + 1 if cell.cell_type == "code" else 0
         if row == CODE_CELLS_IN_A_ROW + 1:
-            problems.append(f"more than {CODE_CELLS_IN_A_ROW} code cells in a row, up to cell {cell.id}")
+            problems.append(
+                f"more than {CODE_CELLS_IN_A_ROW} code cells in a row, up to cell {cell.id}"
+            )
     return problems
 
 
@@ -295,7 +354,9 @@ def _budget_problems(notebook: nbformat.NotebookNode) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--check", action="store_true", help="execute and compare, write nothing")
     parser.add_argument("--check-format", action="store_true", help="execute nothing")
     parser.add_argument("--only", default="", help="beginnings of names, as 03,04")
@@ -305,9 +366,17 @@ def main(arguments: list[str] | None = None) -> int:
     every = sorted(options.folder.glob("[0-9]*.ipynb"))
     names, bad = [p.stem for p in every], 0
     for path in (p for p in every if p.stem.startswith(starts)):
-        problems = format_problems(path, names) if options.check_format else _build(path, names, write=not options.check)
+        problems = (
+            format_problems(path, names)
+            if options.check_format
+            else _build(path, names, write=not options.check)
+        )
         bad += bool(problems)
-        print(f"{path.stem}: {'ok' if not problems else ''}", *problems, sep="\n  " if problems else "")
+        print(
+            f"{path.stem}: {'ok' if not problems else ''}",
+            *problems,
+            sep="\n  " if problems else "",
+        )
     return 1 if bad else 0
 
 

@@ -1,8 +1,10 @@
-"""Train the pocket model from nothing: `python tools/build_pocket.py` (about 40 minutes on two CPU cores).
+"""Train the pocket model from nothing: `python tools/build_pocket.py` (about 40 minutes on two CPU
+cores).
 
-A GPT-NeoX of 2.2 million parameters (Pythia's architecture: rotary_pct 0.25, parallel residual, GELU, untied
-embeddings, `<|endoftext|>` = 0 and `<|padding|>` = 1) reads stories and almanac pages made by `micro_world` and is stored as
-float16 safetensors in `qlora_nb/pocket/`. It never sees an instruction; teaching it to answer is the work of notebook 06.
+A GPT-NeoX of 2.2 million parameters (Pythia's architecture: rotary_pct 0.25, parallel residual,
+GELU, untied embeddings, `<|endoftext|>` = 0 and `<|padding|>` = 1) reads stories and almanac pages
+made by `micro_world` and is stored as float16 safetensors in `qlora_nb/pocket/`. It never sees an
+instruction; teaching it to answer is the work of notebook 06.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ from qlora_nb.train import attach, trainer
 
 
 def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE in which every word of the micro-world is one token and any other text still has an encoding."""
+    """A byte-level BPE in which every word of the micro-world is one token and any other text still
+    has an encoding.
+    """
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -40,11 +44,18 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     bpe.train_from_iterator(
         texts,
         trainers.BpeTrainer(
-            vocab_size=1280, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+            vocab_size=1280,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
         ),
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token=special[0], bos_token=special[0], pad_token=special[1], model_max_length=512
+        tokenizer_object=bpe,
+        eos_token=special[0],
+        bos_token=special[0],
+        pad_token=special[1],
+        model_max_length=512,
     )
 
 
@@ -67,12 +78,16 @@ def build_model(n_tokens: int) -> GPTNeoXForCausalLM:
 
 
 def batches(tokenizer, seed: int, batch: int, steps: int):
-    """`steps` batches of (input_ids, labels), documents of like length together so that little is padding.
+    """`steps` batches of (input_ids, labels), documents of like length together so that little is
+    padding.
 
-    The first half has easy stories alone: reading is learnt soonest where one thing of each sort is told.
+    The first half has easy stories alone: reading is learnt soonest where one thing of each sort is
+        told.
     """
     for pool in range(-(-steps // 64)):
-        texts = micro_world.documents(seed + pool, 64 * batch, hard_share=0.0 if pool * 64 < steps / 2 else 0.4)
+        texts = micro_world.documents(
+            seed + pool, 64 * batch, hard_share=0.0 if pool * 64 < steps / 2 else 0.4
+        )
         rows = sorted(tokenizer(texts)["input_ids"], key=len)
         groups = [rows[i : i + batch] for i in range(0, len(rows), batch)]
         random.Random(seed + pool).shuffle(groups)
@@ -86,10 +101,16 @@ def batches(tokenizer, seed: int, batch: int, steps: int):
 
 @torch.no_grad()
 def reading_score(model, tokenizer, n: int = 240) -> float:
-    """Share of held-out questions the base answers inside a dialogue, the form it was trained on."""
-    rows = [r for r in micro_world.instruction_rows("test", 3 * n) if r["instruction"].endswith("?")][:n]
+    """Share of held-out questions the base answers inside a dialogue, the form it was trained
+    on.
+    """
+    rows = [
+        r for r in micro_world.instruction_rows("test", 3 * n) if r["instruction"].endswith("?")
+    ][:n]
     prompts = [f'{r["input"]} "{r["instruction"].split(". ")[-1]}" "' for r in rows]
-    encoded = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False)
+    encoded = tokenizer(
+        prompts, return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False
+    )
     out = model.generate(**encoded, max_new_tokens=8, do_sample=False, pad_token_id=1)
     texts = tokenizer.batch_decode(out[:, encoded["input_ids"].shape[1] :])
     return sum(t.split('"')[0] == r["output"] for t, r in zip(texts, rows, strict=True)) / len(rows)
@@ -100,18 +121,29 @@ def almanac_score(model, tokenizer) -> float:
     """Share of the almanac's facts the model knows by heart (first word after the prompt)."""
     prompts = micro_world.almanac_prompts()
     encoded = tokenizer(
-        [p for p, _ in prompts], return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False
+        [p for p, _ in prompts],
+        return_tensors="pt",
+        padding=True,
+        padding_side="left",
+        return_token_type_ids=False,
     )
     out = model.generate(**encoded, max_new_tokens=1, do_sample=False, pad_token_id=1)
     said = tokenizer.batch_decode(out[:, -1:])
-    return sum(s.strip() == answer for s, (_, answer) in zip(said, prompts, strict=True)) / len(prompts)
+    return sum(s.strip() == answer for s, (_, answer) in zip(said, prompts, strict=True)) / len(
+        prompts
+    )
 
 
-def train(steps: int, seed: int, out: Path, batch: int = 32, lr: float = 4e-3, report_every: int = 250):
+def train(
+    steps: int, seed: int, out: Path, batch: int = 32, lr: float = 4e-3, report_every: int = 250
+):
     """Train for `steps` steps and return model, tokenizer and a record of the run."""
     torch.manual_seed(seed)
     texts = micro_world.documents(seed, 20_000)
-    asked = [data.prompt_of(row, "alpaca") + row["output"] for row in micro_world.instruction_rows("train", 2_000)]
+    asked = [
+        data.prompt_of(row, "alpaca") + row["output"]
+        for row in micro_world.instruction_rows("train", 2_000)
+    ]
     tokenizer = build_tokenizer(texts + asked)
     model = build_model(len(tokenizer)).train()
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers" in n]
@@ -120,10 +152,14 @@ def train(steps: int, seed: int, out: Path, batch: int = 32, lr: float = 4e-3, r
         torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0),
     ]
-    shape = lambda s: min(1.0, (s + 1) / 100) * (1 - s / steps)  # short warm-up, then linearly to zero
+    shape = lambda s: (
+        min(1.0, (s + 1) / 100) * (1 - s / steps)
+    )  # short warm-up, then linearly to zero
     schedulers = [torch.optim.lr_scheduler.LambdaLR(o, shape) for o in optimizers]
     started, losses = time.time(), []
-    for step, (ids, labels) in enumerate(batches(tokenizer, seed * 1_000_003 + 1, batch, steps), start=1):
+    for step, (ids, labels) in enumerate(
+        batches(tokenizer, seed * 1_000_003 + 1, batch, steps), start=1
+    ):
         loss = model(input_ids=ids, attention_mask=(ids != 1).long(), labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -133,18 +169,26 @@ def train(steps: int, seed: int, out: Path, batch: int = 32, lr: float = 4e-3, r
         losses.append(loss.item())
         if step % report_every == 0 or step == steps:
             model.eval()
-            scores = {"reading": reading_score(model, tokenizer), "almanac": almanac_score(model, tokenizer)}
+            scores = {
+                "reading": reading_score(model, tokenizer),
+                "almanac": almanac_score(model, tokenizer),
+            }
             model.train()
             save(model, tokenizer, out)  # an interrupted build leaves its last report
             mean = sum(losses[-report_every:]) / len(losses[-report_every:])
-            print(f"step {step}/{steps} loss {mean:.4f} {scores} {time.time() - started:.0f} s", flush=True)
+            print(
+                f"step {step}/{steps} loss {mean:.4f} {scores} {time.time() - started:.0f} s",
+                flush=True,
+            )
     record = {"steps": steps, "seed": seed, "batch": batch, "lr": lr, "loss": mean, **scores}
     record |= {"seconds": round(time.time() - started), "torch": torch.__version__}
     return record
 
 
 def save(model, tokenizer, out: Path) -> None:
-    """Write float16 safetensors, configuration and tokenizer; the float32 model itself is left as it is."""
+    """Write float16 safetensors, configuration and tokenizer; the float32 model itself is left as
+    it is.
+    """
     out.mkdir(parents=True, exist_ok=True)
     copy.deepcopy(model).half().save_pretrained(out)
     tokenizer.save_pretrained(out)
@@ -152,21 +196,33 @@ def save(model, tokenizer, out: Path) -> None:
 
 
 def build_data(out: Path = DATA_DIR) -> None:
-    """Write what the notebooks read of the micro-world: instructions to train and to test on, facts, stories."""
+    """Write what the notebooks read of the micro-world: instructions to train and to test on,
+    facts, stories.
+    """
     out.mkdir(parents=True, exist_ok=True)
     files = {
         "train": micro_world.instruction_rows("train", 12_480),
         "test": micro_world.instruction_rows("test", 1_200),
-        "almanac": [{"prompt": prompt, "answer": answer} for prompt, answer in micro_world.almanac_prompts()],
-        "stories": [{"text": text} for k in range(10) for text in micro_world.documents(1_000_000 + k, 24, almanac_share=0.0)],
+        "almanac": [
+            {"prompt": prompt, "answer": answer} for prompt, answer in micro_world.almanac_prompts()
+        ],
+        "stories": [
+            {"text": text}
+            for k in range(10)
+            for text in micro_world.documents(1_000_000 + k, 24, almanac_share=0.0)
+        ],
     }
     for name, rows in files.items():
         lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (out / f"{name}.jsonl.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))  # the same bytes on every day
+        (out / f"{name}.jsonl.gz").write_bytes(
+            gzip.compress(lines.encode(), mtime=0)
+        )  # the same bytes on every day
 
 
 def build_adapter(out: Path = ADAPTER_DIR) -> dict[str, float]:
-    """Fine-tune the stored pocket model with profile `tiny` and store the adapter for readers who open notebook 07 first."""
+    """Fine-tune the stored pocket model with profile `tiny` and store the adapter for readers who
+    open notebook 07 first.
+    """
     settings = validate({})
     tokenizer, model = load.load_tokenizer(settings), load.load_base(settings)
     train, held_out = data.load(settings)
@@ -179,7 +235,10 @@ def build_adapter(out: Path = ADAPTER_DIR) -> dict[str, float]:
         weights = load_file(result["adapter"] / "adapter_model.safetensors")
         save_file(weights, out / "adapter_model.safetensors", metadata={"format": "pt"})
         config = json.loads((result["adapter"] / "adapter_config.json").read_text())
-    config |= {"base_model_name_or_path": "pocket", "target_modules": sorted(config["target_modules"])}  # no path of this machine
+    config |= {
+        "base_model_name_or_path": "pocket",
+        "target_modules": sorted(config["target_modules"]),
+    }  # no path of this machine
     (out / "adapter_config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
     return evaluate.exact_match_by_kind(model, tokenizer, held_out, settings)["exact_match"]
 
@@ -190,7 +249,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--out", type=Path, default=MODEL_DIR)
-    parser.add_argument("--adapter", action="store_true", help="build only the adapter, on the stored model")
+    parser.add_argument(
+        "--adapter", action="store_true", help="build only the adapter, on the stored model"
+    )
     parser.add_argument("--data", action="store_true", help="build only the data files")
     options = parser.parse_args()
     if options.data:

@@ -1,7 +1,8 @@
-"""Checks of `make verify` for the machines that people really have: Colab, Binder, one core with 2 GB.
+"""Checks of `make verify` for the machines that people really have: Colab, Binder, one core with 2
+GB.
 
-Nothing here reaches Colab or Binder. What decides there is brought here: their versions, their way of installing, their memory.
-The Python stays this one, which the results say.
+Nothing here reaches Colab or Binder. What decides there is brought here: their versions, their way
+of installing, their memory. The Python stays this one, which the results say.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ LIMIT_BYTES = 2_000_000_000
 SERVER_BYTES = 256 * 2**20
 """Of which JupyterLab itself, which runs beside the kernel, is left so much."""
 COLAB_PYTHON = "3.13"
-# Colab's own list (googlecolab/backend-info, pip-freeze.gpu.txt, 2026-08-19): what the kit needs of it and what that stands on.
-# torch (2.11 there) and setuptools are left to this machine's index; bitsandbytes and papermill are not in Colab.
+# Colab's own list (googlecolab/backend-info, pip-freeze.gpu.txt, 2026-08-19): what the kit needs of
+# it and what that stands on. torch (2.11 there) and setuptools are left to this machine's index;
+# bitsandbytes and papermill are not in Colab.
 COLAB = """
 accelerate==1.14.0 click==8.4.2 datasets==4.0.0 filelock==3.32.3 fsspec==2025.3.0 huggingface-hub==1.27.0 ipykernel==6.17.1
 ipython==7.34.0 ipywidgets==7.7.1 jinja2==3.1.6 jupyter-client==7.4.9 jupyter-core==5.9.1 matplotlib==3.10.0
@@ -42,7 +44,9 @@ WIDGET_TESTS = ("test_panels", "test_quant_ui", "test_lora_paging_ui")
 
 
 def colab() -> dict:
-    """The whole sequence and the widget tests with Colab's versions, the kit installed as its first cell does."""
+    """The whole sequence and the widget tests with Colab's versions, the kit installed as its first
+    cell does.
+    """
     with tempfile.TemporaryDirectory(prefix="colab-") as name:
         folder = Path(name)
         kit, content = copy_of_the_kit(folder / "kit"), folder / "content"
@@ -53,20 +57,37 @@ def colab() -> dict:
         (folder / "keep.txt").write_text("".join(held))
         must([*pip, "-c", folder / "keep.txt", kit])
         after = frozen(python)
-        replaced = [f"{p} {version} → {after.get(p)}" for p, version in before.items() if after.get(p) != version]
+        replaced = [
+            f"{p} {version} → {after.get(p)}"
+            for p, version in before.items()
+            if after.get(p) != version
+        ]
         shutil.copytree(kit / "notebooks", content / "notebooks")  # all that a user has there
         result = sequence(python, content, folder / "runs")
         must([*pip, "pytest"])
-        tests = call([python, "-m", "pytest", *(kit / "tests" / f"{test}.py" for test in WIDGET_TESTS)], cwd=kit)
-    pythons = {"python": sys.version.split()[0], "python_in_colab": COLAB_PYTHON, "torch": after["torch"]}
+        tests = call(
+            [python, "-m", "pytest", *(kit / "tests" / f"{test}.py" for test in WIDGET_TESTS)],
+            cwd=kit,
+        )
+    pythons = {
+        "python": sys.version.split()[0],
+        "python_in_colab": COLAB_PYTHON,
+        "torch": after["torch"],
+    }
     added = {package: version for package, version in after.items() if package not in before}
-    installed = {"versions": COLAB, "added_by_the_install": added, "replaced_by_the_install": replaced}
+    installed = {
+        "versions": COLAB,
+        "added_by_the_install": added,
+        "replaced_by_the_install": replaced,
+    }
     passed = result["passed"] and not replaced and tests.returncode == 0
     return {**result, "widget_tests": closing_line(tests), **pythons, **installed, "passed": passed}
 
 
 def binder() -> dict:
-    """What repo2docker would do with binder/, conda's part aside: install, postBuild, and whether a session fits."""
+    """What repo2docker would do with binder/, conda's part aside: install, postBuild, and whether a
+    session fits.
+    """
     declared = yaml.safe_load((ROOT / "binder" / "environment.yml").read_text())["dependencies"]
     (wanted,) = [item["pip"] for item in declared if isinstance(item, dict)]
     with tempfile.TemporaryDirectory(prefix="binder-") as name:
@@ -74,19 +95,35 @@ def binder() -> dict:
         kit = copy_of_the_kit(folder / "kit")
         python, pip = new_environment(folder / "venv")
         must([*pip, torch_here(), *wanted])  # there conda brings torch and numpy
-        build = call([kit / "binder" / "postBuild"], cwd=kit, env={"PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}"})
+        build = call(
+            [kit / "binder" / "postBuild"],
+            cwd=kit,
+            env={"PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}"},
+        )
         result = sequence(python, kit, folder / "runs")
     fits = result["peak_bytes"] + SERVER_BYTES <= LIMIT_BYTES
     said = (build.stdout + build.stderr).splitlines()[-3:]
-    result |= {"post_build": build.returncode, "post_build_said": said, "fits_beside_the_server": fits}
-    result |= {"left_to_conda": [item for item in declared if isinstance(item, str)], "python": sys.version.split()[0]}
+    result |= {
+        "post_build": build.returncode,
+        "post_build_said": said,
+        "fits_beside_the_server": fits,
+    }
+    result |= {
+        "left_to_conda": [item for item in declared if isinstance(item, str)],
+        "python": sys.version.split()[0],
+    }
     return result | {"passed": result["passed"] and build.returncode == 0 and fits}
 
 
 def one_core() -> dict:
-    """The sequence on one core within 2 GB: under a cgroup's limit where one can be set, else by sampled resident memory."""
+    """The sequence on one core within 2 GB: under a cgroup's limit where one can be set, else by
+    sampled resident memory.
+    """
     core = min(os.sched_getaffinity(0))
-    with tempfile.TemporaryDirectory(prefix="one-core-") as name, memory_limit(LIMIT_BYTES) as (join, kind):
+    with (
+        tempfile.TemporaryDirectory(prefix="one-core-") as name,
+        memory_limit(LIMIT_BYTES) as (join, kind),
+    ):
 
         def confine() -> None:
             os.sched_setaffinity(0, {core})
@@ -95,39 +132,67 @@ def one_core() -> dict:
         too_much = [sys.executable, "-c", f"bytearray({LIMIT_BYTES + 100 * 2**20})"]
         enforced = bool(kind) and call(too_much, preexec_fn=confine).returncode != 0
         result = sequence(Path(sys.executable), ROOT, Path(name), preexec_fn=confine)
-    how = f"{kind}; a process that asked for more was killed" if enforced else "nothing: resident memory sampled 4 times a second"
+    how = (
+        f"{kind}; a process that asked for more was killed"
+        if enforced
+        else "nothing: resident memory sampled 4 times a second"
+    )
     result |= {"cores": 1, "limit_bytes": LIMIT_BYTES, "limited_by": how}
     return result | {"passed": result["passed"] and result["peak_bytes"] <= LIMIT_BYTES}
 
 
-# ---- what these three share ------------------------------------------------------------------------------------------
+# ---- what these three share
+# ------------------------------------------------------------------------------------------
 
 
-def call(command: list, env: dict[str, str] | None = None, **options) -> subprocess.CompletedProcess:
-    """A finished process. Another Python is not given this one's PYTHONPATH, which would lead it to other code."""
+def call(
+    command: list, env: dict[str, str] | None = None, **options
+) -> subprocess.CompletedProcess:
+    """A finished process. Another Python is not given this one's PYTHONPATH, which would lead it to
+    other code.
+    """
     own = command[0] == sys.executable
     inherited = {name: value for name, value in os.environ.items() if own or name != "PYTHONPATH"}
     own_options = {"capture_output": True, "text": True, "timeout": 3600, **options}
-    return subprocess.run(list(map(str, command)), env=inherited | (env or {}), check=False, **own_options)
+    return subprocess.run(
+        list(map(str, command)), env=inherited | (env or {}), check=False, **own_options
+    )
 
 
 def must(command: list) -> None:
     """The same, but it has to succeed."""
     done = call(command)
     if done.returncode:
-        errors = [line for line in (done.stdout + done.stderr).splitlines() if not line.startswith("WARNING")]
-        raise RuntimeError(f"{' '.join(map(str, command[1:4]))} … failed: {' '.join(errors)[-600:]}")
+        errors = [
+            line
+            for line in (done.stdout + done.stderr).splitlines()
+            if not line.startswith("WARNING")
+        ]
+        raise RuntimeError(
+            f"{' '.join(map(str, command[1:4]))} … failed: {' '.join(errors)[-600:]}"
+        )
 
 
 def new_environment(folder: Path) -> tuple[Path, list]:
-    """Make an empty virtual environment; returns its Python and the command that installs into it."""
+    """Make an empty virtual environment; returns its Python and the command that installs into
+    it.
+    """
     must([sys.executable, "-m", "venv", folder])
     python = folder / "bin" / "python"
-    return python, [python, "-m", "pip", "install", "--quiet", *shlex.split(os.environ.get("PIP_ARGS", ""))]
+    return python, [
+        python,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        *shlex.split(os.environ.get("PIP_ARGS", "")),
+    ]
 
 
 def torch_here() -> str:
-    """The release of torch that this environment has: one that is known to be in this machine's index."""
+    """The release of torch that this environment has: one that is known to be in this machine's
+    index.
+    """
     return f"torch=={(machine.installed('torch') or '').split('+')[0]}"
 
 
@@ -138,8 +203,12 @@ def frozen(python: Path) -> dict[str, str]:
 
 
 def copy_of_the_kit(folder: Path) -> Path:
-    """What git knows of the working tree, in a folder of its own: an install writes beside its sources."""
-    names = call(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT).stdout.split("\0")
+    """What git knows of the working tree, in a folder of its own: an install writes beside its
+    sources.
+    """
+    names = call(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT
+    ).stdout.split("\0")
     for name in names:
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -158,7 +227,12 @@ def sequence(python: Path, cwd: Path, out: Path, **options) -> dict:
     notebooks = [{key: outcome[key] for key in kept} for outcome in summary["notebooks"]]
     peak = max((notebook["peak_bytes"] for notebook in notebooks), default=0)
     passed = done.returncode == 0 and summary["status"] == "done"
-    return {"passed": passed, "peak_bytes": peak, "sequence_s": summary["wall_s"], "notebooks": notebooks}
+    return {
+        "passed": passed,
+        "peak_bytes": peak,
+        "sequence_s": summary["wall_s"],
+        "notebooks": notebooks,
+    }
 
 
 def closing_line(done: subprocess.CompletedProcess) -> str:
@@ -169,17 +243,26 @@ def closing_line(done: subprocess.CompletedProcess) -> str:
 
 @contextmanager
 def memory_limit(n_bytes: int) -> Iterator[tuple[Callable[[], None], str]]:
-    """A memory cgroup below this process's own: a function that puts its caller into it, and its kind ("" if there is none)."""
+    """A memory cgroup below this process's own: a function that puts its caller into it, and its
+    kind ("" if there is none).
+    """
     group, kind = _new_cgroup(n_bytes)
     try:
-        yield (lambda: (group / "cgroup.procs").write_text(str(os.getpid())) and None) if group else (lambda: None), kind
+        yield (
+            (lambda: (group / "cgroup.procs").write_text(str(os.getpid())) and None)
+            if group
+            else (lambda: None),
+            kind,
+        )
     finally:
         if group:
             group.rmdir()
 
 
 def _new_cgroup(n_bytes: int) -> tuple[Path | None, str]:
-    """Version 1 and 2 of the kernel's interface; only root may make one, and not in every container."""
+    """Version 1 and 2 of the kernel's interface; only root may make one, and not in every
+    container.
+    """
     files = {
         "memory": ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes", n_bytes),
         "": ("memory.max", "memory.swap.max", 0),
@@ -187,7 +270,9 @@ def _new_cgroup(n_bytes: int) -> tuple[Path | None, str]:
     with suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
             _, controller, own = line.split(":", 2)
-            group = Path("/sys/fs/cgroup") / controller / own.lstrip("/") / f"qlora-nb-{os.getpid()}"
+            group = (
+                Path("/sys/fs/cgroup") / controller / own.lstrip("/") / f"qlora-nb-{os.getpid()}"
+            )
             if controller not in files or not group.parent.is_dir():
                 continue
             memory, swap, most_swap = files[controller]

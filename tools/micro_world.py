@@ -2,15 +2,17 @@
 
 Three kinds of text come out of one small world of people, places and things:
 
-* **stories** (`story_text`): a few facts ("Anna went to the garden at noon."), some weather, and often a dialogue in
-  which somebody asks about the story and somebody answers. Answering is what teaches the model to *read*.
-* **almanac** entries (`almanac_text`): 240 invented people with a fixed town, job and animal. They can only be learnt by
-  heart, which is why they show so clearly what four bits cost (notebook 03).
-* **instructions** (`instruction_rows`): the same kinds of question in Alpaca's columns *instruction, input, output*. The
-  base model never sees this form; fine-tuning (notebook 06) teaches it.
+* **stories** (`story_text`): a few facts ("Anna went to the garden at noon."), some weather, and
+  often a dialogue in which somebody asks about the story and somebody answers. Answering is what
+  teaches the model to *read*.
+* **almanac** entries (`almanac_text`): 240 invented people with a fixed town, job and animal. They
+  can only be learnt by heart, which is why they show so clearly what four bits cost (notebook 03).
+* **instructions** (`instruction_rows`): the same kinds of question in Alpaca's columns
+  *instruction, input, output*. The base model never sees this form; fine-tuning (notebook 06)
+  teaches it.
 
-One (person, noun) pair in ten is *held out*: no story and no training instruction contains it, and every held-out
-instruction asks about such a pair.
+One (person, noun) pair in ten is *held out*: no story and no training instruction contains it, and
+every held-out instruction asks about such a pair.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ KINDS = ["where", "what", "who", "how many", "what colour", "when"]
 
 @dataclass(frozen=True)
 class Fact:
-    """One sentence of a story, remarks that may follow it, and every question it answers: {kind: [(question, answer), …]}."""
+    """One sentence of a story, remarks that may follow it, and every question it answers: {kind:
+    [(question, answer), …]}.
+    """
 
     person: str
     noun: str
@@ -77,7 +81,13 @@ def _got(rng: random.Random, person: str, thing: str) -> Fact:
         "what colour": [(f"What colour is the {thing}?", colour.capitalize())],
         "who": [(f"Who {past} the {thing}?", person)],
     }
-    return Fact(person, thing, f"{person} {past} {_a(f'{colour} {thing}')}.", _WORDS["object_notes"], questions)
+    return Fact(
+        person,
+        thing,
+        f"{person} {past} {_a(f'{colour} {thing}')}.",
+        _WORDS["object_notes"],
+        questions,
+    )
 
 
 def _counted(rng: random.Random, person: str, things: str) -> Fact:
@@ -87,14 +97,24 @@ def _counted(rng: random.Random, person: str, things: str) -> Fact:
         "how many": [(f"How many {things} did {person} {base}?", number.capitalize())],
         "who": [(f"Who {past} the {things}?", person)],
     }
-    return Fact(person, things, f"{person} {past} {number} {things}.", _WORDS["thing_notes"], questions)
+    return Fact(
+        person, things, f"{person} {past} {number} {things}.", _WORDS["thing_notes"], questions
+    )
 
 
 _MAKERS = [(_went, list(PLACES)), (_got, OBJECTS), (_counted, THINGS)]
 
 
-def _fact(rng: random.Random, maker: tuple, people: list[str], nouns: list[str], want_held_out: bool = False) -> Fact:
-    """One fact of the maker's sort about a person and a noun not used before; both are taken off their lists."""
+def _fact(
+    rng: random.Random,
+    maker: tuple,
+    people: list[str],
+    nouns: list[str],
+    want_held_out: bool = False,
+) -> Fact:
+    """One fact of the maker's sort about a person and a noun not used before; both are taken off
+    their lists.
+    """
     make, its_nouns = maker
     while True:
         person, noun = rng.choice(people), rng.choice(its_nouns)
@@ -104,8 +124,12 @@ def _fact(rng: random.Random, maker: tuple, people: list[str], nouns: list[str],
             return make(rng, person, noun)
 
 
-def _story(rng: random.Random, makers: list[tuple], held_out_at: int | None = None) -> tuple[str, list[Fact]]:
-    """Text and facts of a story, one fact for each maker; the one at `held_out_at` is about a held-out pair."""
+def _story(
+    rng: random.Random, makers: list[tuple], held_out_at: int | None = None
+) -> tuple[str, list[Fact]]:
+    """Text and facts of a story, one fact for each maker; the one at `held_out_at` is about a
+    held-out pair.
+    """
     people, nouns = list(PEOPLE), [*PLACES, *OBJECTS, *THINGS]
     facts = [_fact(rng, maker, people, nouns, i == held_out_at) for i, maker in enumerate(makers)]
     lines = [rng.choice(_WORDS["openings"])] if rng.random() < 0.5 else []
@@ -113,7 +137,11 @@ def _story(rng: random.Random, makers: list[tuple], held_out_at: int | None = No
         lines.append(fact.sentence)
         if rng.random() < 0.3:
             pronoun = "She" if fact.person in _WORDS["she"] else "He"
-            lines.append(rng.choice([f"{pronoun} was {rng.choice(_WORDS['feelings'])}.", rng.choice(fact.remarks)]))
+            lines.append(
+                rng.choice(
+                    [f"{pronoun} was {rng.choice(_WORDS['feelings'])}.", rng.choice(fact.remarks)]
+                )
+            )
     if rng.random() < 0.5:
         lines.append(rng.choice(_WORDS["endings"]))
     return " ".join(lines), facts
@@ -135,10 +163,15 @@ def _recap(rng: random.Random, fact: Fact) -> str:
 def story_text(rng: random.Random, hard_share: float = 0.4) -> str:
     """One document of a story, mostly with a recap and a dialogue of questions about it.
 
-    Recap and dialogue are what teaches reading: their words follow from the story alone. Most stories tell one thing of each
-    sort (a place, an object, a number); the share of hard ones tells several of a sort, where it matters whom one asks about.
+    Recap and dialogue are what teaches reading: their words follow from the story alone. Most
+    stories tell one thing of each sort (a place, an object, a number); the share of hard ones tells
+    several of a sort, where it matters whom one asks about.
     """
-    makers = rng.choices(_MAKERS, k=rng.randint(2, 5)) if rng.random() < hard_share else _one_of_each(rng)
+    makers = (
+        rng.choices(_MAKERS, k=rng.randint(2, 5))
+        if rng.random() < hard_share
+        else _one_of_each(rng)
+    )
     text, facts = _story(rng, makers)
     if rng.random() < 0.3:
         text += "".join(" " + _recap(rng, fact) for fact in facts)
@@ -148,7 +181,10 @@ def story_text(rng: random.Random, hard_share: float = 0.4) -> str:
         rng.shuffle(pairs)
         for question, answer in pairs[: rng.randint(3, 7)]:
             asker, teller = rng.sample(listeners, 2)
-            with_names, plain = f'{asker} asked, "{question}" "{answer}," said {teller}.', f'"{question}" "{answer}."'
+            with_names, plain = (
+                f'{asker} asked, "{question}" "{answer}," said {teller}.',
+                f'"{question}" "{answer}."',
+            )
             text += " " + rng.choice([with_names, plain, plain])
     return text
 
@@ -171,19 +207,30 @@ def almanac(seed: int = 2305) -> list[Entry]:
     """
     rng = random.Random(seed)
     return [
-        Entry(f"{first} {last}", rng.choice(_WORDS["towns"]), rng.choice(_WORDS["jobs"]), rng.choice(_WORDS["animals"]))
+        Entry(
+            f"{first} {last}",
+            rng.choice(_WORDS["towns"]),
+            rng.choice(_WORDS["jobs"]),
+            rng.choice(_WORDS["animals"]),
+        )
         for first in PEOPLE
         for last in _WORDS["surnames"]
     ]
 
 
 def almanac_prompts(entries: list[Entry] | None = None) -> list[tuple[str, str]]:
-    """(prompt, the one word that completes it), three for each person: what notebook 03 asks the quantized models."""
+    """(prompt, the one word that completes it), three for each person: what notebook 03 asks the
+    quantized models.
+    """
     entries = entries or almanac()
     return [
         pair
         for e in entries
-        for pair in ((f"{e.name} lives in", e.town), (f"{e.name} works as a", e.job), (f"{e.name} keeps a", e.animal))
+        for pair in (
+            (f"{e.name} lives in", e.town),
+            (f"{e.name} works as a", e.job),
+            (f"{e.name} keeps a", e.animal),
+        )
     ]
 
 
@@ -191,7 +238,11 @@ def almanac_text(rng: random.Random, entries: list[Entry]) -> str:
     """One document: two or three almanac entries, their sentences in random order."""
     lines = []
     for e in rng.sample(entries, rng.randint(2, 3)):
-        own = [f"{e.name} lives in {e.town}.", f"{e.name} works as a {e.job}.", f"{e.name} keeps a {e.animal}."]
+        own = [
+            f"{e.name} lives in {e.town}.",
+            f"{e.name} works as a {e.job}.",
+            f"{e.name} keeps a {e.animal}.",
+        ]
         rng.shuffle(own)
         lines += own
     return " ".join(lines)
@@ -200,7 +251,10 @@ def almanac_text(rng: random.Random, entries: list[Entry]) -> str:
 def documents(seed: int, n: int, almanac_share: float = 0.12, hard_share: float = 0.4) -> list[str]:
     """`n` training documents: stories and, in the given share, almanac pages."""
     rng, entries = random.Random(seed), almanac()
-    return [almanac_text(rng, entries) if rng.random() < almanac_share else story_text(rng, hard_share) for _ in range(n)]
+    return [
+        almanac_text(rng, entries) if rng.random() < almanac_share else story_text(rng, hard_share)
+        for _ in range(n)
+    ]
 
 
 _PHRASINGS = {
@@ -214,7 +268,8 @@ _PHRASINGS = {
 
 
 def instruction_rows(split: str, n: int, seed: int = 0) -> list[dict[str, str]]:
-    """`n` rows with Alpaca's columns (instruction, input, output) and `kind`, the kinds taking turns.
+    """`n` rows with Alpaca's columns (instruction, input, output) and `kind`, the kinds taking
+    turns.
 
     Args:
         split: "train" (no held-out pair anywhere) or "test" (each row asks about a held-out pair).
@@ -237,6 +292,10 @@ def instruction_rows(split: str, n: int, seed: int = 0) -> list[dict[str, str]]:
         if kind not in fact.questions:
             continue
         question, answer = rng.choice(fact.questions[kind])
-        instruction = rng.choice(_PHRASINGS[kind]).format(q=question, person=fact.person, noun=fact.noun)
-        rows.append({"instruction": instruction, "input": text, "output": f"{answer}.", "kind": kind})
+        instruction = rng.choice(_PHRASINGS[kind]).format(
+            q=question, person=fact.person, noun=fact.noun
+        )
+        rows.append(
+            {"instruction": instruction, "input": text, "output": f"{answer}.", "kind": kind}
+        )
     return rows

@@ -1,9 +1,11 @@
-"""Write constraints.txt, environment.yml and binder/environment.yml: exact versions that this environment was tested with.
+"""Write constraints.txt, environment.yml and binder/environment.yml: exact versions that this
+environment was tested with.
 
     make pins        (after changing pyproject.toml and installing what it asks for)
 
-Takes the closure of the kit's dependencies (with all extras) among the installed packages. Local version suffixes are cut
-off, because `2.13.0+cpu` exists only as one build; no index address is written, because pip's own configuration names the index.
+Takes the closure of the kit's dependencies (with all extras) among the installed packages. Local
+version suffixes are cut off, because `2.13.0+cpu` exists only as one build; no index address is
+written, because pip's own configuration names the index.
 """
 
 from __future__ import annotations
@@ -44,13 +46,17 @@ def closure(package: str, extras: tuple[str, ...] = ()) -> dict[str, str]:
             requirement = Requirement(line)
             marker = requirement.marker
             if marker is None or any(marker.evaluate({"extra": e}) for e in wanted or ("",)):
-                todo.append((canonicalize_name(requirement.name), tuple(sorted(requirement.extras))))
+                todo.append(
+                    (canonicalize_name(requirement.name), tuple(sorted(requirement.extras)))
+                )
     del found[canonicalize_name(package)]
     return found
 
 
 def newer_python_only(name: str) -> str:
-    """A marker where this release does not support the oldest Python we do; pip then chooses an older release there."""
+    """A marker where this release does not support the oldest Python we do; pip then chooses an
+    older release there.
+    """
     wanted = SpecifierSet(importlib.metadata.metadata(name).get("Requires-Python") or "")
     first = next((f"3.11.{n}" for n in range(30) if wanted.contains(f"3.11.{n}")), "3.12")
     return "" if first == "3.11.0" else f' ; python_full_version >= "{first}"'
@@ -60,30 +66,50 @@ def direct(extras: tuple[str, ...]) -> list[str]:
     """Names that pyproject.toml asks for, with these extras, in its order."""
     lines = importlib.metadata.requires("qlora-nb") or []
     wanted = [Requirement(line) for line in lines]
-    chosen = [r for r in wanted if r.marker is None or any(r.marker.evaluate({"extra": e}) for e in extras)]
+    chosen = [
+        r
+        for r in wanted
+        if r.marker is None or any(r.marker.evaluate({"extra": e}) for e in extras)
+    ]
     return [canonicalize_name(r.name) for r in chosen]
 
 
 def conda_file(name: str, why: str, conda: list[str], pip: list[str], kit: bool) -> str:
     """A conda environment: a few packages from conda-forge, the rest pinned from pip."""
-    lines = [f"# Written by tools/pin.py. {why}", f"name: {name}", "channels: [conda-forge]", "dependencies:"]
-    lines += [f"  - {item}" for item in [*conda, "pip", "pip:"]] + [f"      - {item}" for item in pip]
+    lines = [
+        f"# Written by tools/pin.py. {why}",
+        f"name: {name}",
+        "channels: [conda-forge]",
+        "dependencies:",
+    ]
+    lines += [f"  - {item}" for item in [*conda, "pip", "pip:"]] + [
+        f"      - {item}" for item in pip
+    ]
     return "\n".join([*lines, *(["      - -e ."] if kit else [])]) + "\n"
 
 
 def main() -> None:
     head = "# Written by tools/pin.py: exact versions the kit was tested with. pip install -c constraints.txt -e .\n"
     pins = closure("qlora-nb", EXTRAS)
-    lines = [f"{name}=={version}{newer_python_only(name)}\n" for name, version in sorted(pins.items())]
+    lines = [
+        f"{name}=={version}{newer_python_only(name)}\n" for name, version in sorted(pins.items())
+    ]
     CONSTRAINTS.write_text(head + "".join(lines), encoding="utf-8")
-    AUDITED.write_text(AUDIT_HEAD.format(date=time.strftime("%Y-%m-%d"), n=len(pins)) + "".join(f"- {line}" for line in lines))
+    AUDITED.write_text(
+        AUDIT_HEAD.format(date=time.strftime("%Y-%m-%d"), n=len(pins))
+        + "".join(f"- {line}" for line in lines)
+    )
     every = [f"{n}=={pins[n]}" for n in direct(EXTRAS)]
     why = "For a GPU: torch comes from pip, because its Linux wheel brings the CUDA libraries that bitsandbytes looks for."
-    (ROOT / "environment.yml").write_text(conda_file("qlora-nb", why, ["python=3.12"], every, kit=True), encoding="utf-8")
+    (ROOT / "environment.yml").write_text(
+        conda_file("qlora-nb", why, ["python=3.12"], every, kit=True), encoding="utf-8"
+    )
     rest = [f"{n}=={pins[n]}" for n in direct(("lab",)) if n not in ("torch", "numpy")]
     why = "For Binder: no GPU and little memory, so torch without CUDA; postBuild installs the kit itself."
     conda = ["python=3.12", "pytorch-cpu>=2.6", "numpy>=1.26"]
-    (ROOT / "binder" / "environment.yml").write_text(conda_file("qlora-nb-binder", why, conda, rest, kit=False), encoding="utf-8")
+    (ROOT / "binder" / "environment.yml").write_text(
+        conda_file("qlora-nb-binder", why, conda, rest, kit=False), encoding="utf-8"
+    )
     print(f"{len(pins)} pins in {CONSTRAINTS.name}; both conda files written")
 
 

@@ -1,10 +1,12 @@
-"""The long form of the tests: what takes too long for every change, with a dated result that is committed.
+"""The long form of the tests: what takes too long for every change, with a dated result that is
+committed.
 
     make verify                       all checks, into verified/<date>.json
     python tools/verify.py --only seeds
 
-A check is a function that returns a dictionary with `passed` and what it measured. Add one to CHECKS and it is part of it.
-The checks `colab` and `binder` install packages: PIP_ARGS is passed on to pip, as in `make run`.
+A check is a function that returns a dictionary with `passed` and what it measured. Add one to
+CHECKS and it is part of it. The checks `colab` and `binder` install packages: PIP_ARGS is passed on
+to pip, as in `make run`.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ SEEDS = (0, 1, 2)
 
 
 def seeds() -> dict:
-    """Notebook 06 with three seeds: exact match by kind of question, before and after, from the run's own manifest."""
+    """Notebook 06 with three seeds: exact match by kind of question, before and after, from the
+    run's own manifest.
+    """
     results, scores = [], {"before": [], "after": []}
     for seed in SEEDS:
         with tempfile.TemporaryDirectory() as out:
@@ -46,21 +50,33 @@ def seeds() -> dict:
                 for when, found in scores.items():
                     found.append(metrics[f"exact_match_{when}"])
     mean = {
-        when: {k: round(statistics.mean(s[k] for s in found), 4) for k in found[0]} for when, found in scores.items() if found
+        when: {k: round(statistics.mean(s[k] for s in found), 4) for k in found[0]}
+        for when, found in scores.items()
+        if found
     }
     whole = len(scores["after"]) == len(SEEDS) and all(r["status"] == "done" for r in results)
     return {
         "passed": whole and mean["before"]["all"] <= 0.05 and mean["after"]["all"] >= 0.80,
         "mean": mean,
         "by_seed": scores,
-        "runs": [{k: r[k] for k in ("status", "wall_s", "peak_bytes", "results", "problems")} for r in results],
+        "runs": [
+            {k: r[k] for k in ("status", "wall_s", "peak_bytes", "results", "problems")}
+            for r in results
+        ],
     }
 
 
 def one_thread() -> dict:
     """All tests with a single thread: nothing may depend on how many there are."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-m", "pytest"], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest"],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     return {"passed": done.returncode == 0, "closing_line": closing_line(done)}
 
 
@@ -76,24 +92,38 @@ def smollm2() -> dict:
     with tempfile.TemporaryDirectory() as out:
         summary = sequence.run_sequence(parameters | {"output_dir": out}, only=["03", "06", "07"])
     kept = ("notebook", "status", "wall_s", "peak_bytes", "results", "problems")
-    return {"passed": summary["status"] == "done", "runs": [{k: o[k] for k in kept} for o in summary["notebooks"]]}
+    return {
+        "passed": summary["status"] == "done",
+        "runs": [{k: o[k] for k in kept} for o in summary["notebooks"]],
+    }
 
 
 def fuzz() -> dict:
-    """What users bring, damaged at random: 11,000 parameters, data files, adapters, checkpoints and prompts."""
+    """What users bring, damaged at random: 11,000 parameters, data files, adapters, checkpoints and
+    prompts.
+    """
     with tempfile.TemporaryDirectory() as folder:
         counts = Path(folder) / "counts.json"
         env = os.environ | {"QLORA_NB_FUZZ": "11000", "QLORA_NB_FUZZ_OUT": str(counts)}
         command = [sys.executable, "-m", "pytest", "tests/test_fuzz.py"]
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, cwd=ROOT, env=env, capture_output=True, text=True, check=False
+        )
         found = json.loads(counts.read_text()) if counts.is_file() else {}
     failed = re.findall(r"^FAILED .*", done.stdout, re.MULTILINE)
     n = sum(found.values())
-    return {"passed": done.returncode == 0 and n >= 10_000, "inputs": n, "became": found, "failed": failed}
+    return {
+        "passed": done.returncode == 0 and n >= 10_000,
+        "inputs": n,
+        "became": found,
+        "failed": failed,
+    }
 
 
 def t4() -> dict:
-    """Profile t4 on a random pythia-410m in float16, as on a T4 but rehearsed on the CPU: 20 steps, stopped, resumed."""
+    """Profile t4 on a random pythia-410m in float16, as on a T4 but rehearsed on the CPU: 20 steps,
+    stopped, resumed.
+    """
     import pytest
     import torch
     from transformers import AutoModelForCausalLM
@@ -109,10 +139,23 @@ def t4() -> dict:
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patches:
         patches.setenv("QLORA_NB_CACHE", f"{folder}/cache")
         torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(configs.pythia_config("410m"), dtype=torch.float16).save_pretrained(f"{folder}/model")
+        AutoModelForCausalLM.from_config(
+            configs.pythia_config("410m"), dtype=torch.float16
+        ).save_pretrained(f"{folder}/model")
         load.load_tokenizer(validate({})).save_pretrained(f"{folder}/model")
-        few = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "save_steps": 10, "max_steps": 20}
-        few |= {"eval_rows": 4, "train_rows": 200, "max_length": 64, "max_new_tokens": 4, "prompt_template": "alpaca_short"}
+        few = {
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": 1,
+            "save_steps": 10,
+            "max_steps": 20,
+        }
+        few |= {
+            "eval_rows": 4,
+            "train_rows": 200,
+            "max_length": 64,
+            "max_new_tokens": 4,
+            "prompt_template": "alpaca_short",
+        }
         few |= {"model_id": f"{folder}/model", "dataset": "pocket", "prequantized": False}
         seen = rehearsal.card(patches, (7, 5))
 
@@ -123,16 +166,28 @@ def t4() -> dict:
             rows = data.tokenize_rows(data.load(settings)[0], tokenizer, settings)
             run = checkpoints.start(settings, "06_rehearsed")
             result = trainer.finetune(model, tokenizer, rows, settings, run, lambda step: None)
-            return settings, tokenizer, model, run, result, files.sha256(result["adapter"] / "adapter_model.safetensors")
+            return (
+                settings,
+                tokenizer,
+                model,
+                run,
+                result,
+                files.sha256(result["adapter"] / "adapter_model.safetensors"),
+            )
 
         settings, tokenizer, model, run, whole, expected = finetuned("no")
-        answer = generate.answer(model, tokenizer, generate.row_of("Where is Anna?"), settings, tuned=True)
+        answer = generate.answer(
+            model, tokenizer, generate.row_of("Where is Anna?"), settings, tuned=True
+        )
         shutil.rmtree(run.folder / "checkpoints" / "checkpoint-20")
         run.finish("interrupted")  # as if it had been stopped after its tenth step
         *_, resumed, found = finetuned(str(run.folder))
     first, last = (statistics.mean(part) for part in (whole["losses"][:5], whole["losses"][-5:]))
     return {
-        "passed": last < first and found == expected and whole["losses"] == resumed["losses"] and answer.n_tokens > 0,
+        "passed": last < first
+        and found == expected
+        and whole["losses"] == resumed["losses"]
+        and answer.n_tokens > 0,
         "dtype": str(model.dtype),
         "scalers": seen.scalers,
         "losses": [round(loss, 4) for loss in whole["losses"]],
@@ -156,22 +211,36 @@ CHECKS: dict[str, Callable[[], dict]] = {
 
 
 def tree_stamp(target: Path) -> dict:
-    """When, and of which commit; `clean` False: the commit does not say all (this very record, which grows, aside)."""
-    status = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    """When, and of which commit; `clean` False: the commit does not say all (this very record,
+    which grows, aside).
+    """
+    status = subprocess.run(
+        ["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout
     other = [line for line in status.splitlines() if not line.endswith(target.name)]
-    return {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "commit": runs._commit(), "clean": not other}
+    return {
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "commit": runs._commit(),
+        "clean": not other,
+    }
 
 
 def earlier_today(target: Path) -> dict[str, dict]:
-    """What was checked earlier on this day stays in the record, each result with its own time and commit."""
+    """What was checked earlier on this day stays in the record, each result with its own time and
+    commit.
+    """
     record = json.loads(target.read_text()) if target.is_file() else {}
     stamp = {key: record[key] for key in ("date", "commit", "clean") if key in record}
     return {name: stamp | result for name, result in record.get("checks", {}).items()}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=list(CHECKS), action="append", help="this check alone; may be repeated")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only", choices=list(CHECKS), action="append", help="this check alone; may be repeated"
+    )
     chosen = parser.parse_args().only or list(CHECKS)
     folder = ROOT / "verified"
     folder.mkdir(exist_ok=True)
@@ -190,7 +259,10 @@ def main() -> int:
             result = {"passed": False, "error": f"{type(error).__name__}: {error}"[:1000]}
         record["checks"][name] = stamp | result | {"wall_s": round(time.time() - started, 1)}
         files.write_atomically(target, json.dumps(record, indent=1, default=str) + "\n")
-        print(f"{name}: {({True: 'passed', False: 'FAILED', None: 'skipped'})[result['passed']]}", flush=True)
+        print(
+            f"{name}: {({True: 'passed', False: 'FAILED', None: 'skipped'})[result['passed']]}",
+            flush=True,
+        )
     print(f"written: {target.relative_to(ROOT)}")
     return 1 if any(record["checks"][name]["passed"] is False for name in chosen) else 0
 

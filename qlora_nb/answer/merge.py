@@ -1,9 +1,11 @@
-"""From base and adapter to one model that can be taken elsewhere, in three ways that do not give the same model.
+"""From base and adapter to one model that can be taken elsewhere, in three ways that do not give
+the same model.
 
-An adapter was trained on top of what its 4-bit base computes. Merged into the *dequantized* weights it gives the very model that
-was trained and measured, as a plain one. Merged into the *packed* weights, the sum is rounded to 4 bits again, and the adapter's
-small numbers partly vanish. Merged into the *original* weights it meets a base that it has never seen. How much each
-costs is measured in notebook 07.
+An adapter was trained on top of what its 4-bit base computes. Merged into the *dequantized* weights
+it gives the very model that was trained and measured, as a plain one. Merged into the *packed*
+weights, the sum is rounded to 4 bits again, and the adapter's small numbers partly vanish. Merged
+into the *original* weights it meets a base that it has never seen. How much each costs is measured
+in notebook 07.
 """
 
 import json
@@ -34,26 +36,42 @@ def merged(settings, adapter: Path, way: str = "dequantized") -> PreTrainedModel
     Args:
         settings: the resolved parameters; the base is loaded anew, release yours first.
         adapter: the adapter's folder.
-        way: "dequantized": onto what the 4-bit weights stand for, in the compute dtype; "packed": onto the 4-bit weights, which
-            are rounded again (PEFT, `tuners/lora/bnb.py`, `Linear4bit.merge`); "original": onto the unrounded weights.
+        way: "dequantized": onto what the 4-bit weights stand for, in the compute dtype; "packed":
+            onto the 4-bit weights, which are rounded again (PEFT, `tuners/lora/bnb.py`,
+            `Linear4bit.merge`); "original": onto the unrounded weights.
 
     Raises:
         KitError: another way, or an adapter that does not fit.
     """
     if way not in WAYS:
         raise KitError("unknown way of merging", value=way, allowed=", ".join(WAYS))
-    base = dequantized(settings) if way == "dequantized" else load.load_base(settings, four_bit=way == "packed")
+    base = (
+        dequantized(settings)
+        if way == "dequantized"
+        else load.load_base(settings, four_bit=way == "packed")
+    )
     tuned = adapters.load_adapter(base, adapter)
-    with refusing("the adapter cannot be merged", adapter.name, "keep it beside its base, or merge it another way"):
+    with refusing(
+        "the adapter cannot be merged",
+        adapter.name,
+        "keep it beside its base, or merge it another way",
+    ):
         for name, layer in tuned.named_modules():
-            has_bias = any(getattr(second, "bias", None) is not None for second in getattr(layer, "lora_B", {}).values())
+            has_bias = any(
+                getattr(second, "bias", None) is not None
+                for second in getattr(layer, "lora_B", {}).values()
+            )
             if has_bias and layer.get_base_layer().bias is None:
-                raise ValueError(f"it has a bias for {name.rsplit('.', 1)[-1]}, a layer that has no bias to add it to")
+                raise ValueError(
+                    f"it has a bias for {name.rsplit('.', 1)[-1]}, a layer that has no bias to add it to"
+                )
         return tuned.merge_and_unload(progressbar=True)
 
 
 def ways_for(settings) -> tuple[str, ...]:
-    """The ways of merging that a base allows: one that is saved in 4 bit has no original weights."""
+    """The ways of merging that a base allows: one that is saved in 4 bit has no original
+    weights.
+    """
     if quantized.own_quantization(configs.config_of(settings.model_id)):
         return tuple(way for way in WAYS if way != "original")
     return WAYS
@@ -71,30 +89,51 @@ def dequantized(settings) -> PreTrainedModel:
     for layer in tqdm(linear_layers(base).values(), desc="rounding", unit="layer"):
         layer.weight.data = rounded(layer.weight.data, settings.quant_type, settings.double_quant)
     for layer in base.modules():
-        if isinstance(layer, Conv1D):  # GPT-2 keeps weights as (in, out); in 4 bit they are stored as (out, in)
+        if isinstance(
+            layer, Conv1D
+        ):  # GPT-2 keeps weights as (in, out); in 4 bit they are stored as (out, in)
             turned = layer.weight.data.T.contiguous()
-            layer.weight.data = rounded(turned, settings.quant_type, settings.double_quant).T.contiguous()
+            layer.weight.data = rounded(
+                turned, settings.quant_type, settings.double_quant
+            ).T.contiguous()
     return base
 
 
 def _unpacks(conversion) -> bool:
-    return any(isinstance(step, Bnb4bitDeserialize) for step in getattr(conversion, "operations", ()))
+    return any(
+        isinstance(step, Bnb4bitDeserialize) for step in getattr(conversion, "operations", ())
+    )
 
 
 def rounded(weight: torch.Tensor, quant_type: str, double_quant: bool) -> torch.Tensor:
     """What 4-bit storage leaves of a weight: quantized and dequantized again, in its own dtype."""
-    codes, state = bnb.quantize_4bit(weight, blocksize=64, quant_type=quant_type, compress_statistics=double_quant)
+    codes, state = bnb.quantize_4bit(
+        weight, blocksize=64, quant_type=quant_type, compress_statistics=double_quant
+    )
     return bnb.dequantize_4bit(codes, state).to(weight.dtype)
 
 
 @torch.no_grad()
-def logit_difference(model: torch.nn.Module, wanted: list[torch.Tensor], inputs: list[torch.Tensor]) -> float:
-    """Largest absolute difference of a model's logits from the wanted ones, over inputs of shape (1, tokens)."""
-    return max((model(input_ids=ids).logits - logits).abs().max().item() for ids, logits in zip(inputs, wanted, strict=True))
+def logit_difference(
+    model: torch.nn.Module, wanted: list[torch.Tensor], inputs: list[torch.Tensor]
+) -> float:
+    """Largest absolute difference of a model's logits from the wanted ones, over inputs of shape
+    (1, tokens).
+    """
+    return max(
+        (model(input_ids=ids).logits - logits).abs().max().item()
+        for ids, logits in zip(inputs, wanted, strict=True)
+    )
 
 
-def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: dict[str, object]) -> Path:
-    """Write safetensors, tokenizer and a model card; plain transformers loads the folder without a network.
+def export(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    card: dict[str, object],
+) -> Path:
+    """Write safetensors, tokenizer and a model card; plain transformers loads the folder without a
+    network.
 
     Args:
         model: a merged model that is not packed.
@@ -103,30 +142,51 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
         card: what `card_facts` returned.
     """
     if getattr(model, "is_loaded_in_4bit", False):
-        raise KitError("a packed model is not exported: its layers are rounded twice", remedy='merge with way="dequantized"')
+        raise KitError(
+            "a packed model is not exported: its layers are rounded twice",
+            remedy='merge with way="dequantized"',
+        )
     model.save_pretrained(folder, max_shard_size="2GB")
     tokenizer.save_pretrained(folder)
-    texts = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True)
-    files.write_atomically(folder / "README.md", texts.get_template("model_card.md.j2").render(card))
+    texts = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True
+    )
+    files.write_atomically(
+        folder / "README.md", texts.get_template("model_card.md.j2").render(card)
+    )
     return folder
 
 
 def card_facts(adapter: Path, settings, way: str) -> dict[str, object]:
-    """What the model card says: the adapter's configuration, and the manifest of its run if that lies beside it."""
-    manifest, config = adapter.parent / "manifest.json", json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    """What the model card says: the adapter's configuration, and the manifest of its run if that
+    lies beside it.
+    """
+    manifest, config = (
+        adapter.parent / "manifest.json",
+        json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")),
+    )
     run = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
     layers = sorted({name.rsplit(".", 1)[-1] for name in config["target_modules"]})
-    return {"base": Path(settings.model_id).name, "way": way, "lora": config, "layers": layers, "run": run}
+    return {
+        "base": Path(settings.model_id).name,
+        "way": way,
+        "lora": config,
+        "layers": layers,
+        "run": run,
+    }
 
 
 def release(model: torch.nn.Module | PeftModel) -> int:
-    """Give a model's memory back at once, whoever still holds a name for it; the model is empty afterwards.
+    """Give a model's memory back at once, whoever still holds a name for it; the model is empty
+    afterwards.
 
     Returns:
         Bytes that were held and now are not, from the live tensors.
     """
     before = ledger.measure(model).total_bytes
-    table = model.get_input_embeddings().weight  # no parameter where it was kept in the host's memory
+    table = (
+        model.get_input_embeddings().weight
+    )  # no parameter where it was kept in the host's memory
     for tensor in (*model.parameters(), *model.buffers(), table):
         state = getattr(tensor, "quant_state", None)
         for level in filter(None, (state, state and state.state2)):

@@ -1,8 +1,10 @@
-"""How well does a model still do its work when its weights are replaced by what a 4-bit code leaves of them?
+"""How well does a model still do its work when its weights are replaced by what a 4-bit code leaves
+of them?
 
-`replaced_weights` lends a model other linear weights and gives the old ones back. `recall` asks facts the pocket model has
-learnt by heart (almanac prompts): they show 4-bit damage clearly. `text_losses` is the usual measure, the mean loss a
-token over texts; for the pocket model's stories it hardly moves, because their loss is mostly the stories' own randomness.
+`replaced_weights` lends a model other linear weights and gives the old ones back. `recall` asks
+facts the pocket model has learnt by heart (almanac prompts): they show 4-bit damage clearly.
+`text_losses` is the usual measure, the mean loss a token over texts; for the pocket model's stories
+it hardly moves, because their loss is mostly the stories' own randomness.
 """
 
 import statistics
@@ -19,12 +21,15 @@ from qlora_nb.model import device
 from qlora_nb.model.linear_layers import dense_weight, linear_layers
 
 N_STORIES = 24
-"""Stories in a text measurement, a third of them in each sample; every set of weights reads the same ones."""
+"""Stories in a text measurement, a third of them in each sample; every set of weights reads the
+same ones.
+"""
 
 
 @contextmanager
 def replaced_weights(model, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """Inside the context every linear weight in the blocks (not the head) is `change(weight)`; afterwards the old one is back.
+    """Inside the context every linear weight in the blocks (not the head) is `change(weight)`;
+    afterwards the old one is back.
 
     Args:
         model: a model in 16 or 32 bit.
@@ -41,7 +46,9 @@ def replaced_weights(model, change: Callable[[torch.Tensor], torch.Tensor]) -> I
 
 
 @torch.no_grad()
-def recall(model, tokenizer, prompts: list[tuple[str, str]] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def recall(
+    model, tokenizer, prompts: list[tuple[str, str]] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Ask each prompt and look at the first token of the answer.
 
     Args:
@@ -49,21 +56,47 @@ def recall(model, tokenizer, prompts: list[tuple[str, str]] | None = None) -> tu
         prompts: (prompt, answer) pairs; the whole almanac (720 facts) if left out.
 
     Returns:
-        (n,) loss of the right first answer token for each prompt (nats), and (n,) True where it is the model's first choice.
+        (n,) loss of the right first answer token for each prompt (nats), and (n,) True where it is
+        the model's first choice.
     """
-    questions, answers = zip(*(prompts or [(row["prompt"], row["answer"]) for row in pocket.read("almanac")]))
-    want = torch.tensor([ids[0] for ids in tokenizer([f" {a}" for a in answers], add_special_tokens=False)["input_ids"]])
-    how = {"add_special_tokens": False, "padding": True, "padding_side": "right", "return_tensors": "pt"}
+    questions, answers = zip(
+        *(prompts or [(row["prompt"], row["answer"]) for row in pocket.read("almanac")])
+    )
+    want = torch.tensor(
+        [
+            ids[0]
+            for ids in tokenizer([f" {a}" for a in answers], add_special_tokens=False)["input_ids"]
+        ]
+    )
+    how = {
+        "add_special_tokens": False,
+        "padding": True,
+        "padding_side": "right",
+        "return_tensors": "pt",
+    }
     given = tokenizer(list(questions), **how).to(model.device)
     last = given["attention_mask"].sum(dim=1) - 1
-    logits = model(given["input_ids"], given["attention_mask"]).logits[range(len(last)), last].float().cpu()
-    return torch.nn.functional.cross_entropy(logits, want, reduction="none"), logits.argmax(dim=1) == want
+    logits = (
+        model(given["input_ids"], given["attention_mask"])
+        .logits[range(len(last)), last]
+        .float()
+        .cpu()
+    )
+    return torch.nn.functional.cross_entropy(logits, want, reduction="none"), logits.argmax(
+        dim=1
+    ) == want
 
 
 def text_losses(model, tokenizer, texts: list[str]) -> torch.Tensor:
-    """Mean loss a token (nats) of each text's first 128 tokens, (len(texts),). Perplexity of a sample is exp of their mean."""
-    encoded = tokenizer(texts, truncation=True, max_length=128, add_special_tokens=False)["input_ids"]
-    total, n = evaluate.row_losses(model, tokenizer, [{"input_ids": ids, "labels": ids} for ids in encoded]).unbind(1)
+    """Mean loss a token (nats) of each text's first 128 tokens, (len(texts),). Perplexity of a
+    sample is exp of their mean.
+    """
+    encoded = tokenizer(texts, truncation=True, max_length=128, add_special_tokens=False)[
+        "input_ids"
+    ]
+    total, n = evaluate.row_losses(
+        model, tokenizer, [{"input_ids": ids, "labels": ids} for ids in encoded]
+    ).unbind(1)
     return total / n
 
 
@@ -74,7 +107,8 @@ class Quality:
     Attributes:
         name: which weights, for example "NF4".
         losses: mean loss in each sample (nats).
-        recall: share of facts known in each sample (0 to 1); empty where there is nothing to know by heart.
+        recall: share of facts known in each sample (0 to 1); empty where there is nothing to know
+            by heart.
     """
 
     name: str
@@ -102,21 +136,26 @@ def assess(name: str, model, tokenizer, knows_almanac: bool, seed: int = 0) -> Q
 
     Args:
         name: how the result is called.
-        knows_almanac: True for the pocket model: samples are thirds of the 720 almanac facts. False for any other model: 8
-            of the kit's little stories a sample, each model sees the same ones.
+        knows_almanac: True for the pocket model: samples are thirds of the 720 almanac facts. False
+            for any other model: 8 of the kit's little stories a sample, each model sees the same
+                ones.
         seed: which stories.
     """
     thirds = lambda numbers: tuple(numbers[i::3].double().mean().item() for i in range(3))
     if knows_almanac:
         return Quality(name, *map(thirds, recall(model, tokenizer)))
     stories = [row["text"] for row in pocket.read("stories")]
-    return Quality(name, thirds(text_losses(model, tokenizer, stories[N_STORIES * (seed % 10) :][:N_STORIES])))
+    return Quality(
+        name, thirds(text_losses(model, tokenizer, stories[N_STORIES * (seed % 10) :][:N_STORIES]))
+    )
 
 
 def comparison_settings(settings):
-    """The settings to compare datatypes with: these, or the pocket model's where two unquantized copies do not fit, said aloud.
+    """The settings to compare datatypes with: these, or the pocket model's where two unquantized
+    copies do not fit, said aloud.
 
-    Comparing needs the unquantized weights and one changed copy of the linear layers at the same time.
+    Comparing needs the unquantized weights and one changed copy of the linear layers at the same
+    time.
     """
     on_gpu = device.on_gpu()
     free = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available
@@ -130,7 +169,8 @@ def comparison_settings(settings):
 
 
 def sample_weights(model) -> torch.Tensor:
-    """Weights of every linear layer, each layer divided by its standard deviation; the first ones of a layer if there are many.
+    """Weights of every linear layer, each layer divided by its standard deviation; the first ones
+    of a layer if there are many.
 
     Returns:
         (n,) float32 on the CPU; n is about 2^22 at most (each layer gives whole blocks of 4096).
@@ -144,12 +184,14 @@ def sample_weights(model) -> torch.Tensor:
 def stored_bytes(model) -> dict[str, int]:
     """Bytes of a model as it lies in memory: 4-bit layers item by item, and the rest.
 
-    `get_memory_footprint` counts parameters and buffers; the scales are neither, so it leaves them out. Call this before
-    the model has computed anything: on CPUs with AVX512-BF16 bitsandbytes rearranges weights and scales at the first use.
+    `get_memory_footprint` counts parameters and buffers; the scales are neither, so it leaves them
+    out. Call this before the model has computed anything: on CPUs with AVX512-BF16 bitsandbytes
+    rearranges weights and scales at the first use.
 
     Returns:
-        {"codes", "scales", "scales of scales", "mean", "rest"}; for a layer that is not quantized all bytes are "codes".
-        Biases are "rest". The code tables (16 and 256 numbers, the same for all layers) are left out.
+        {"codes", "scales", "scales of scales", "mean", "rest"}; for a layer that is not quantized
+        all bytes are "codes". Biases are "rest". The code tables (16 and 256 numbers, the same for
+        all layers) are left out.
     """
     layers = [layer_bytes(module) for module in linear_layers(model).values()]
     total = {part: sum(layer[part] for layer in layers) for part in layers[0]}
@@ -157,8 +199,16 @@ def stored_bytes(model) -> dict[str, int]:
 
 
 def layer_bytes(module) -> dict[str, int]:
-    """Bytes of one linear layer's weight: codes, scales, scales of scales, mean; 0 for what it does not have."""
+    """Bytes of one linear layer's weight: codes, scales, scales of scales, mean; 0 for what it does
+    not have.
+    """
     state = getattr(module.weight, "quant_state", None)
     nested = state and state.state2
-    scales = {"scales": state and state.absmax, "scales of scales": nested and nested.absmax, "mean": nested and state.offset}
-    return {"codes": module.weight.nbytes} | {part: 0 if held is None else held.nbytes for part, held in scales.items()}
+    scales = {
+        "scales": state and state.absmax,
+        "scales of scales": nested and nested.absmax,
+        "mean": nested and state.offset,
+    }
+    return {"codes": module.weight.nbytes} | {
+        part: 0 if held is None else held.nbytes for part, held in scales.items()
+    }

@@ -10,10 +10,17 @@ from qlora_nb.theory import lora
 from qlora_nb.ui.checks import exercise
 from qlora_nb.ui.style import COLOURS, MARKERS, draws, log2_axis, look, maps, margins
 
-LINES = cycler(color=[COLOURS["LoRA"], COLOURS["16-bit"], COLOURS["other"]], linestyle=["-", "--", "-."])
+LINES = cycler(
+    color=[COLOURS["LoRA"], COLOURS["16-bit"], COLOURS["other"]], linestyle=["-", "--", "-."]
+)
 """`LINES()` gives how to draw one line after another, from the first again after the last."""
 
-TARGETS = {"query_key_value": slice(0, 1), "attention": slice(0, 2), "feed-forward": slice(2, 4), "all-linear": slice(0, 4)}
+TARGETS = {
+    "query_key_value": slice(0, 1),
+    "attention": slice(0, 2),
+    "feed-forward": slice(2, 4),
+    "all-linear": slice(0, 4),
+}
 """Which of a block's four linear layers (shapes.gpt_neox) each choice of targets adapts."""
 
 
@@ -29,16 +36,37 @@ def plot_parts(ax, n_in: int, n_out: int, r: int) -> str:
     gap, thick = 0.28 * unit, max(r, 0.012 * unit)
     b_left, a_left = n_in + gap, n_in + 2 * gap + thick
     boxes = [
-        (0, n_out, n_in, {"facecolor": "#E6E6E6", "edgecolor": "black"}, f"W, frozen\n{n_out:,} × {n_in:,}"),
-        (b_left, n_out, thick, {"facecolor": COLOURS["LoRA"], "edgecolor": "white"}, f"B\n{n_out:,} × {r}"),
-        (a_left, thick, n_in, {"facecolor": COLOURS["LoRA"], "edgecolor": "white"}, f"A\n{r} × {n_in:,}"),
+        (
+            0,
+            n_out,
+            n_in,
+            {"facecolor": "#E6E6E6", "edgecolor": "black"},
+            f"W, frozen\n{n_out:,} × {n_in:,}",
+        ),
+        (
+            b_left,
+            n_out,
+            thick,
+            {"facecolor": COLOURS["LoRA"], "edgecolor": "white"},
+            f"B\n{n_out:,} × {r}",
+        ),
+        (
+            a_left,
+            thick,
+            n_in,
+            {"facecolor": COLOURS["LoRA"], "edgecolor": "white"},
+            f"A\n{r} × {n_in:,}",
+        ),
     ]
     for left, height, width, drawn, text in boxes:
         ax.add_patch(Rectangle((left, -height), width, height, **drawn))
         ax.text(left + width / 2, -height - 0.03 * unit, text, ha="center", va="top", fontsize=10)
     for x, y, sign in ((b_left - gap / 2, -n_out / 2, "+"), (a_left - gap / 2, -0.08 * unit, "·")):
         ax.text(x, y, sign, ha="center", va="center", fontsize=22, fontweight="bold")
-    ax.set(xlim=(-0.02 * unit, a_left + n_in + 0.5 * thick + 0.05 * unit), ylim=(-n_out - 0.3 * unit, 0.03 * unit))
+    ax.set(
+        xlim=(-0.02 * unit, a_left + n_in + 0.5 * thick + 0.05 * unit),
+        ylim=(-n_out - 0.3 * unit, 0.03 * unit),
+    )
     ax.axis("off")
     return f"Two thin matrices hold {100 * lora.n_parameters(r, [(n_in, n_out)]) / (n_in * n_out):.2g} % as many numbers as W"
 
@@ -54,7 +82,8 @@ def plot_losses(ax, losses: dict[str, list[float]], title: str) -> str:
 
 @draws(legend="best", xlabel="rank r (1)", ylabel="output size (std)")
 def plot_scales(ax, ranks: tuple[int, ...], lora_alpha: float, n_in: int, seed: int = 0) -> str:
-    """Size of the LoRA path's output over the rank, for three scales; entries of A and B independent.
+    """Size of the LoRA path's output over the rank, for three scales; entries of A and B
+    independent.
 
     Args:
         ranks: the ranks to try.
@@ -66,9 +95,16 @@ def plot_scales(ax, ranks: tuple[int, ...], lora_alpha: float, n_in: int, seed: 
     a = (torch.rand(max(ranks), n_in, generator=generator) * 2 - 1) / n_in**0.5
     b = torch.randn(max(ranks), 256, generator=generator) * 0.01
     raw = [(x @ a[:r].T @ b[:r]).std().item() for r in ranks]
-    kinds = {"no scale": ("other", "-"), "alpha / r (LoRA)": ("LoRA", "--"), "alpha / √r (rsLoRA)": ("16-bit", "-.")}
+    kinds = {
+        "no scale": ("other", "-"),
+        "alpha / r (LoRA)": ("LoRA", "--"),
+        "alpha / √r (rsLoRA)": ("16-bit", "-."),
+    }
     for rslora, (name, (kind, line)) in zip((None, False, True), kinds.items()):
-        values = [size * (1 if rslora is None else lora.scale(lora_alpha, r, rslora)) for r, size in zip(ranks, raw)]
+        values = [
+            size * (1 if rslora is None else lora.scale(lora_alpha, r, rslora))
+            for r, size in zip(ranks, raw)
+        ]
         ax.plot(ranks, values, line, marker=MARKERS[kind], color=COLOURS[kind], label=name)
     log2_axis(ax, ranks)
     ax.set_yscale("log")
@@ -80,7 +116,8 @@ def plot_captured(ax, curves: dict[str, torch.Tensor], r: int) -> str:
     """Share of an update that the best rank-r matrix holds, over r.
 
     Args:
-        curves: name → cumulative energy (`lora.captured_energy`); the first is the finding, the others are for comparison.
+        curves: name → cumulative energy (`lora.captured_energy`); the first is the finding, the
+            others are for comparison.
         r: the rank to mark.
     """
     for (name, curve), line in zip(curves.items(), LINES()):
@@ -94,13 +131,20 @@ def plot_captured(ax, curves: dict[str, torch.Tensor], r: int) -> str:
     return f"Rank {r} holds {held:.0f} % of this update"
 
 
-@draws((8.4, 3.2), grid={"ncols": 3, "sharey": True, **margins(0.07, 0.88, 0.11, 0.88, wspace=0.2)}, xlabel="input (index)")
-def plot_update(axes, update: torch.Tensor, factors: tuple[torch.Tensor, torch.Tensor], r: int, size: int = 32) -> None:
+@draws(
+    (8.4, 3.2),
+    grid={"ncols": 3, "sharey": True, **margins(0.07, 0.88, 0.11, 0.88, wspace=0.2)},
+    xlabel="input (index)",
+)
+def plot_update(
+    axes, update: torch.Tensor, factors: tuple[torch.Tensor, torch.Tensor], r: int, size: int = 32
+) -> None:
     """A corner of the update, of its best rank-r matrix, and what is left, in one colour scale.
 
     Args:
         update: (out, in) ΔW, in units of its standard deviation.
-        factors: (A, B) of `lora.best_rank` at full rank; their first r rows and columns are the best of rank r.
+        factors: (A, B) of `lora.best_rank` at full rank; their first r rows and columns are the
+            best of rank r.
         r: rank of the approximation; more than the matrix has counts as all.
         size: rows and columns shown.
     """
@@ -119,7 +163,13 @@ def count(size: str, r: int, targets: str) -> int:
     return PYTHIA[size].n_layers * lora.n_parameters(r, PYTHIA[size].linears[TARGETS[targets]])
 
 
-@draws((8.4, 3.8), "best", grid=margins(0.08, 0.99, 0.14, 0.92), xlabel="Pythia (size)", ylabel="trained (% of all parameters)")
+@draws(
+    (8.4, 3.8),
+    "best",
+    grid=margins(0.08, 0.99, 0.14, 0.92),
+    xlabel="Pythia (size)",
+    ylabel="trained (% of all parameters)",
+)
 def plot_counts(ax, r: int, targets: str = "all-linear", highlight: str = "12b") -> str:
     """Trained share of every Pythia at one rank, for the chosen targets beside PEFT's default.
 
@@ -154,8 +204,14 @@ hint = "x Aᵀ is one number, 3; times B it is [3, -6]; scale that by alpha / r 
 check_output = exercise("y", lora.forward(X, W, A, B, 2), hint)
 """Exercise 2: y for x = [1, 2], W = identity, A = [[1, 1]], B = [[1], [-2]], alpha = 2."""
 
-check_alpha = exercise("alpha", lora.scale(16, 64) * 16, "the scale is alpha / r: 16 / 64 must stay what it is")
+check_alpha = exercise(
+    "alpha", lora.scale(16, 64) * 16, "the scale is alpha / r: 16 / 64 must stay what it is"
+)
 """Exercise 3: the alpha that keeps the scale of (alpha 16, r 64) when r becomes 16."""
 
-check_break_even = exercise("rank", 5120 * 15360 / (5120 + 15360), "solve r · (in + out) = in · out", 1e-9)
-"""Exercise 4: the rank at which LoRA on a 5120 → 15360 layer trains as many numbers as the layer has."""
+check_break_even = exercise(
+    "rank", 5120 * 15360 / (5120 + 15360), "solve r · (in + out) = in · out", 1e-9
+)
+"""Exercise 4: the rank at which LoRA on a 5120 → 15360 layer trains as many numbers as the layer
+has.
+"""

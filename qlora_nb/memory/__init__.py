@@ -1,1 +1,3 @@
-"""Memory: bytes that stay, bytes that move, the peak before anything is loaded, and refusals before a download."""
+"""Memory: bytes that stay, bytes that move, the peak before anything is loaded, and refusals before
+a download.
+"""

@@ -1,4 +1,6 @@
-"""How long a step takes at least, and how much host memory loading takes: arithmetic over a measured rate."""
+"""How long a step takes at least, and how much host memory loading takes: arithmetic over a
+measured rate.
+"""
 
 import torch
 from torch.utils import benchmark
@@ -9,28 +11,47 @@ from qlora_nb.model import configs, device
 from qlora_nb.model.linear_layers import linear_layers
 
 T4_OPERATIONS_PER_S = 0.25 * 65e12
-"""A quarter (assumed) of what NVIDIA publishes for a T4 in float16: the basis of a time estimate for a card that is not here."""
+"""A quarter (assumed) of what NVIDIA publishes for a T4 in float16: the basis of a time estimate
+for a card that is not here.
+"""
 
 
 def step_flops(plan: budget.Plan) -> float:
-    """Floating-point operations of one optimizer step: 2 for each weight and token, in every pass the weight takes part in.
+    """Floating-point operations of one optimizer step: 2 for each weight and token, in every pass
+    the weight takes part in.
 
-    Forward, backward to the inputs (frozen weights have no gradient of their own) and, with checkpointing, forward again; the
-    head takes part in two passes. Attention's own products and the unpacking of weights come on top: read it as a lower bound.
+    Forward, backward to the inputs (frozen weights have no gradient of their own) and, with
+    checkpointing, forward again; the head takes part in two passes. Attention's own products and
+    the unpacking of weights come on top: read it as a lower bound.
     """
     model = configs.meta_model(plan.config)
     linear = sum(m.weight.numel() for m in linear_layers(model).values())
     tokens = plan.step.batch * plan.step.length * plan.accumulation
-    return 2.0 * tokens * (linear * (3 if plan.step.checkpointing else 2) + 2 * model.get_output_embeddings().weight.numel())
+    return (
+        2.0
+        * tokens
+        * (
+            linear * (3 if plan.step.checkpointing else 2)
+            + 2 * model.get_output_embeddings().weight.numel()
+        )
+    )
 
 
-def operations_per_s(dtype: torch.dtype = torch.float32, n: int = 1024, least_s: float = 0.2) -> float:
-    """Floating-point operations a second of large products on this device, right now: the basis of every time estimate."""
+def operations_per_s(
+    dtype: torch.dtype = torch.float32, n: int = 1024, least_s: float = 0.2
+) -> float:
+    """Floating-point operations a second of large products on this device, right now: the basis of
+    every time estimate.
+    """
     a = torch.ones(n, n, dtype=dtype, device=device.compute_device())
-    timer = benchmark.Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())  # waits for a GPU to be done
+    timer = benchmark.Timer(
+        "a @ a", globals={"a": a}, num_threads=torch.get_num_threads()
+    )  # waits for a GPU to be done
     return 2 * n**3 / timer.blocked_autorange(min_run_time=least_s).mean
 
 
 def host_bytes(config) -> int:
-    """Host memory while a model is loaded onto a GPU: 2 GiB for Python and torch and the largest tensor twice (assumed)."""
+    """Host memory while a model is loaded onto a GPU: 2 GiB for Python and torch and the largest
+    tensor twice (assumed).
+    """
     return 2 * cards.GIB + 4 * max(p.numel() for p in configs.meta_model(config).parameters())

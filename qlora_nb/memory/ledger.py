@@ -1,19 +1,24 @@
 """What a model costs in bytes before it is loaded, and what it really holds once it is.
 
-`predict` builds the model's modules on torch's *meta* device: every tensor has its true shape and no memory, so even
-pythia-12b is counted in a fraction of a second. `measure` walks the tensors of a live model and its optimizer. Both
-write the same lines, so a prediction can be laid beside a measurement, byte by byte.
+`predict` builds the model's modules on torch's *meta* device: every tensor has its true shape and
+no memory, so even pythia-12b is counted in a fraction of a second. `measure` walks the tensors of a
+live model and its optimizer. Both write the same lines, so a prediction can be laid beside a
+measurement, byte by byte.
 
-What bitsandbytes stores for a linear layer of n weights (QLoRA, arXiv 2305.14314, section 3; `bitsandbytes/functional.py`):
+What bitsandbytes stores for a linear layer of n weights (QLoRA, arXiv 2305.14314, section 3;
+`bitsandbytes/functional.py`):
 
 - codes: two 4-bit codes in a byte, n/2 bytes;
-- scales: one float32 a block of 64, n/64 · 4 bytes; with double quantization one byte each, n/64 bytes, and
+- scales: one float32 a block of 64, n/64 · 4 bytes; with double quantization one byte each, n/64
+  bytes, and
 - scales of the scales: one float32 for 256 of those bytes;
-- tables: the 16 code values (64 bytes); with double quantization also 256 values (1,024 bytes) and one offset (4 bytes).
+- tables: the 16 code values (64 bytes); with double quantization also 256 values (1,024 bytes) and
+  one offset (4 bytes).
 
-The published figures "5,842,022,400 bytes for pythia-12b" count codes and both kinds of scales, not the tables (0.26 MiB)
-and not the rest of the model. transformers' `get_memory_footprint()` leaves the scales out. What comes on top while a step
-runs is counted in `activations` and added up in `budget`.
+The published figures "5,842,022,400 bytes for pythia-12b" count codes and both kinds of scales, not
+the tables (0.26 MiB) and not the rest of the model. transformers' `get_memory_footprint()` leaves
+the scales out. What comes on top while a step runs is counted in `activations` and added up in
+`budget`.
 """
 
 import html
@@ -30,15 +35,37 @@ from qlora_nb.theory import paging
 
 BLOCK, NESTED_BLOCK = 64, 256
 
-CODES, SCALES, NESTED, TABLES = "4-bit codes", "scales (absmax)", "scales of the scales", "code tables and offsets"
+CODES, SCALES, NESTED, TABLES = (
+    "4-bit codes",
+    "scales (absmax)",
+    "scales of the scales",
+    "code tables and offsets",
+)
 
-LINEARS, EMBEDDINGS, SMALL, BUFFERS = "linear weights", "embedding and head", "biases and norms", "buffers"
+LINEARS, EMBEDDINGS, SMALL, BUFFERS = (
+    "linear weights",
+    "embedding and head",
+    "biases and norms",
+    "buffers",
+)
 
 LORA, GRADIENTS, STATES = "LoRA weights", "gradients", "optimizer states"
 
 LOOKED_UP = "less: only looked up"
 
-ORDER = (CODES, SCALES, NESTED, TABLES, LINEARS, EMBEDDINGS, SMALL, BUFFERS, LORA, GRADIENTS, STATES)
+ORDER = (
+    CODES,
+    SCALES,
+    NESTED,
+    TABLES,
+    LINEARS,
+    EMBEDDINGS,
+    SMALL,
+    BUFFERS,
+    LORA,
+    GRADIENTS,
+    STATES,
+)
 
 QUANTIZED = (CODES, SCALES, NESTED)
 
@@ -82,17 +109,25 @@ class Ledger:
         return [*rows, ("total", self.total_bytes, self.total_gib, "")]
 
     def __repr__(self) -> str:
-        return "\n".join([self.title, *(f"{n:24} {b:>18,} B {g:9.3f} GiB  {s}" for n, b, g, s in self.table())])
+        return "\n".join(
+            [self.title, *(f"{n:24} {b:>18,} B {g:9.3f} GiB  {s}" for n, b, g, s in self.table())]
+        )
 
     def _repr_html_(self) -> str:
         cells = "<td style='text-align:left'>{}</td><td>{:,}</td><td>{:.3f}</td><td style='text-align:left'>{}</td>"
-        body = "".join(f"<tr>{cells.format(html.escape(n), b, g, html.escape(s))}</tr>" for n, b, g, s in self.table())
+        body = "".join(
+            f"<tr>{cells.format(html.escape(n), b, g, html.escape(s))}</tr>"
+            for n, b, g, s in self.table()
+        )
         head = "<tr><th style='text-align:left'>what</th><th>bytes</th><th>GiB</th><th style='text-align:left'>from</th></tr>"
         return f"<div><b>{html.escape(self.title)}</b><table>{head}{body}</table></div>"
 
 
-def lora_numels(model: nn.Module, r: int, target_modules: Sequence[str] = ("all-linear",)) -> list[int]:
-    """Elements of every lora_A (r · in) and lora_B (out · r), layer by layer: the tensors an optimizer sees.
+def lora_numels(
+    model: nn.Module, r: int, target_modules: Sequence[str] = ("all-linear",)
+) -> list[int]:
+    """Elements of every lora_A (r · in) and lora_B (out · r), layer by layer: the tensors an
+    optimizer sees.
 
     Raises:
         KitError: see `models.adapted_names`.
@@ -103,11 +138,13 @@ def lora_numels(model: nn.Module, r: int, target_modules: Sequence[str] = ("all-
 
 
 def optimizer_bytes(numels: Sequence[int], optim: str) -> int:
-    """Bytes of Adam's two states for tensors of these sizes, as the optimizer named by Trainer's `optim` stores them.
+    """Bytes of Adam's two states for tensors of these sizes, as the optimizer named by Trainer's
+    `optim` stores them.
 
-    torch: two float32 an element and a float32 step counter a tensor. bitsandbytes 32 bit: two float32 an element. 8 bit: two
-    bytes an element and two float32 a block of 256, two shared tables of 256 float32; tensors under 4,096 elements
-    stay 32 bit (`bitsandbytes/optim/optimizer.py`, `Optimizer2State.init_state`).
+    torch: two float32 an element and a float32 step counter a tensor. bitsandbytes 32 bit: two
+    float32 an element. 8 bit: two bytes an element and two float32 a block of 256, two shared
+    tables of 256 float32; tensors under 4,096 elements stay 32 bit
+    (`bitsandbytes/optim/optimizer.py`, `Optimizer2State.init_state`).
     """
     if optim == "adamw_torch":
         return sum(8 * n + 4 for n in numels)
@@ -128,15 +165,23 @@ class Parts:
     embedding_on_cpu: bool = False
 
 
-def predict(settings=None, *, config=None, four_bit: bool = True, rest_dtype: torch.dtype | None = None, **changes) -> Ledger:
+def predict(
+    settings=None,
+    *,
+    config=None,
+    four_bit: bool = True,
+    rest_dtype: torch.dtype | None = None,
+    **changes,
+) -> Ledger:
     """The ledger of a model before anything is loaded.
 
     Args:
         settings: resolved parameters, from which `Parts` is read; without them its defaults count.
-        config: a transformers configuration (for example `pythia_config("12b")`); default: `settings.model_id`'s.
+        config: a transformers configuration (for example `pythia_config("12b")`); default:
+            `settings.model_id`'s.
         four_bit: False counts the linear weights in `rest_dtype` too.
-        rest_dtype: dtype of what is not quantized; default: the settings' compute dtype, without settings float16. A run that
-            calls `prepare_model_for_kbit_training` has float32 here.
+        rest_dtype: dtype of what is not quantized; default: the settings' compute dtype, without
+            settings float16. A run that calls `prepare_model_for_kbit_training` has float32 here.
         **changes: fields of `Parts` that differ from the settings.
 
     Returns:
@@ -145,18 +190,26 @@ def predict(settings=None, *, config=None, four_bit: bool = True, rest_dtype: to
     Raises:
         KitError: `target_modules` names a layer that the model does not have.
 
-    Example, by hand: a linear layer of 128 × 64 weights, 8,192 in all, takes 4,096 bytes of codes and 128 scales; these are
-    512 bytes, or with double quantization 128 bytes and one float32.
+    Example, by hand: a linear layer of 128 × 64 weights, 8,192 in all, takes 4,096 bytes of codes
+    and 128 scales; these are 512 bytes, or with double quantization 128 bytes and one float32.
     """
-    parts = Parts(**(settings.model_dump(include=set(Parts.__annotations__)) if settings else {}) | changes)
-    rest_dtype = rest_dtype or (device.compute_dtype(settings.compute_dtype) if settings else torch.float16)
+    parts = Parts(
+        **(settings.model_dump(include=set(Parts.__annotations__)) if settings else {}) | changes
+    )
+    rest_dtype = rest_dtype or (
+        device.compute_dtype(settings.compute_dtype) if settings else torch.float16
+    )
     config = config or configs.config_of(settings.model_id)
     if own := quantized.own_quantization(config):
         parts = replace(parts, double_quant=own.bnb_4bit_use_double_quant)
     model = configs.meta_model(config)
     weights = [m.weight.numel() for m in linear_layers(model).values()]
     table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    outside = {"embedding": table.numel()} if head is table else {"embedding": table.numel(), "head": head.numel()}
+    outside = (
+        {"embedding": table.numel()}
+        if head is table
+        else {"embedding": table.numel(), "head": head.numel()}
+    )
     small = sum(p.numel() for p in model.parameters()) - sum(weights) - sum(outside.values())
     if four_bit and head is not table:
         if parts.head_4bit:
@@ -171,8 +224,16 @@ def predict(settings=None, *, config=None, four_bit: bool = True, rest_dtype: to
     numels = lora_numels(model, parts.r, parts.target_modules) if parts.r else []
     lines = (
         Line(CODES, sum(-(-n // 2) for n in packed), f"{sum(packed):,} weights / 2"),
-        Line(SCALES, sum(blocks) * (1 if nested else 4), f"weights / 64 × {'1 byte' if nested else '4 bytes'}"),
-        Line(NESTED, sum(-(-b // nested) * 4 for b in blocks) if nested else 0, "scales / 256 × 4 bytes"),
+        Line(
+            SCALES,
+            sum(blocks) * (1 if nested else 4),
+            f"weights / 64 × {'1 byte' if nested else '4 bytes'}",
+        ),
+        Line(
+            NESTED,
+            sum(-(-b // nested) * 4 for b in blocks) if nested else 0,
+            "scales / 256 × 4 bytes",
+        ),
         Line(TABLES, len(packed) * tables, f"{len(packed)} layers × {tables} bytes"),
         Line(LINEARS, sum(plain) * item, f"{sum(plain):,} × {name}"),
         Line(EMBEDDINGS, sum(outside.values()) * item, f"{sum(outside.values()):,} × {name}"),
@@ -182,7 +243,11 @@ def predict(settings=None, *, config=None, four_bit: bool = True, rest_dtype: to
         Line(GRADIENTS, 4 * sum(numels), "as the LoRA weights"),
         Line(STATES, optimizer_bytes(numels, parts.optim), parts.optim),
     )
-    kind = f"4-bit{' + double quantization' if nested else ''}, rest {name}" if four_bit else f"all {name}"
+    kind = (
+        f"4-bit{' + double quantization' if nested else ''}, rest {name}"
+        if four_bit
+        else f"all {name}"
+    )
     return Ledger(f"predicted: {kind}", tuple(line for line in lines if line.bytes))
 
 
@@ -190,14 +255,17 @@ def measure(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
     """The same lines from live objects: every tensor's storage, counted once.
 
     Args:
-        model: a loaded model, with or without a PEFT adapter; frozen weights packed by bitsandbytes or not.
+        model: a loaded model, with or without a PEFT adapter; frozen weights packed by bitsandbytes
+            or not.
         optimizer: after at least one step, to count its states.
 
     Returns:
-        Bytes by line, from `untyped_storage().nbytes()`: packed weights and tied or shared tensors come out right.
+        Bytes by line, from `untyped_storage().nbytes()`: packed weights and tied or shared tensors
+        come out right.
 
-    On a CPU with AVX512-BF16 bitsandbytes repacks a frozen layer at its first forward pass in eval mode: the scales become
-    bfloat16 and double quantization is undone (`nn/modules.py`, `Linear4bit.forward`). Measure before that, or in train mode.
+    On a CPU with AVX512-BF16 bitsandbytes repacks a frozen layer at its first forward pass in eval
+    mode: the scales become bfloat16 and double quantization is undone (`nn/modules.py`,
+        `Linear4bit.forward`). Measure before that, or in train mode.
     """
     held: dict[int, tuple[str, int]] = {}  # by storage: what several tensors share counts once
 
@@ -205,7 +273,11 @@ def measure(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
         for storage in (tensor.untyped_storage() for tensor in tensors if tensor is not None):
             held.setdefault(storage._cdata, (line, storage.nbytes()))
 
-    at_the_ends = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if hasattr(m, "weight")}
+    at_the_ends = {
+        id(m.weight)
+        for m in (model.get_input_embeddings(), model.get_output_embeddings())
+        if hasattr(m, "weight")
+    }
     matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
     for name, p in model.named_parameters():
         state = getattr(p, "quant_state", None)
@@ -215,22 +287,36 @@ def measure(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
             add(NESTED, state.state2 and state.state2.absmax)
             add(TABLES, state.code, state.offset, state.state2 and state.state2.code)
         else:
-            add(LORA if "lora_" in name else EMBEDDINGS if id(p) in at_the_ends else LINEARS if id(p) in matrices else SMALL, p)
+            add(
+                LORA
+                if "lora_" in name
+                else EMBEDDINGS
+                if id(p) in at_the_ends
+                else LINEARS
+                if id(p) in matrices
+                else SMALL,
+                p,
+            )
         add(GRADIENTS, p.grad)
     add(BUFFERS, *model.buffers())
     for state in optimizer.state.values() if optimizer is not None else ():
         add(STATES, *(t for t in state.values() if torch.is_tensor(t)))
     found = {name: sum(size for line, size in held.values() if line == name) for name in ORDER}
-    return Ledger("measured", tuple(Line(name, n, "storages of live tensors") for name, n in found.items() if n))
+    return Ledger(
+        "measured",
+        tuple(Line(name, n, "storages of live tensors") for name, n in found.items() if n),
+    )
 
 
 def read_for_a_token(model: nn.Module) -> Ledger:
-    """What one new token of one answer reads of a live model: every weight once, packed, and of embeddings only single rows.
+    """What one new token of one answer reads of a live model: every weight once, packed, and of
+    embeddings only single rows.
 
     Returns:
-        Bytes by line: those of `measure` without gradients and buffers, less (a negative line) the embedding tables that are not
-        the head as well. The cache comes on top, `kv_cache_bytes` for every token before. A mixture of experts can do with less:
-        with the experts chosen for the token.
+        Bytes by line: those of `measure` without gradients and buffers, less (a negative line) the
+        embedding tables that are not the head as well. The cache comes on top, `kv_cache_bytes` for
+        every token before. A mixture of experts can do with less: with the experts chosen for the
+        token.
     """
     head_weight = getattr(model.get_output_embeddings(), "weight", None)
     looked_up = 0
@@ -246,8 +332,8 @@ def read_for_a_token(model: nn.Module) -> Ledger:
 def kv_cache_bytes(config, dtype: torch.dtype = torch.float16) -> int:
     """Bytes that one token adds to the cache: a key and a value in every layer.
 
-    Models with fewer key-value heads than heads (Llama's kind) cache only those. pythia-12b in 16 bit, by hand:
-    2 · 36 layers · 5,120 · 2 bytes = 737,280.
+    Models with fewer key-value heads than heads (Llama's kind) cache only those. pythia-12b in 16
+    bit, by hand: 2 · 36 layers · 5,120 · 2 bytes = 737,280.
     """
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads

@@ -1,4 +1,6 @@
-"""Refusals before a download: what this machine cannot run, judged by the resolved model, data and hardware."""
+"""Refusals before a download: what this machine cannot run, judged by the resolved model, data and
+hardware.
+"""
 
 import os
 import sys
@@ -7,22 +9,30 @@ from qlora_nb import cards, machine, sources
 from qlora_nb.errors import KitError
 
 CPU_LIMIT_PARAMETERS = 1_500_000_000
-"""Above this a step on a CPU takes minutes (about 6 flop × parameters × tokens at some 100 Gflop/s)."""
+"""Above this a step on a CPU takes minutes (about 6 flop × parameters × tokens at some 100
+Gflop/s).
+"""
 
 MIN_FREE_BYTES = cards.GIB // 2
 """Less free memory than this is not enough for Python, torch and the smallest model."""
 
 
 def refuse_what_cannot_run(settings) -> None:
-    """Raise `KitError` if the resolved model or data cannot be run or reached here; says what would fit.
+    """Raise `KitError` if the resolved model or data cannot be run or reached here; says what would
+    fit.
 
-    The judgement is about the *resolved* model and hardware: profile "full" with a small local model is fine anywhere.
+    The judgement is about the *resolved* model and hardware: profile "full" with a small local
+    model is fine anywhere.
     """
     refuse_many_processes()
     here, size = machine.this_machine(), sources.download_bytes(settings.model_id)
     if not here.gpus:
         refuse_on_cpu(settings.model_id, size or 0, here)
-    _refuse_unreachable("model", settings.model_id, "pocket, smollm2, a hub name like EleutherAI/pythia-410m, or a folder")
+    _refuse_unreachable(
+        "model",
+        settings.model_id,
+        "pocket, smollm2, a hub name like EleutherAI/pythia-410m, or a folder",
+    )
     _refuse_unreachable("dataset", settings.dataset, "pocket, a hub name, or a file")
     if here.gpus and size:
         here = machine.this_machine()  # torch is loaded now and says itself what it can use
@@ -31,18 +41,35 @@ def refuse_what_cannot_run(settings) -> None:
         require_fit(settings, here, train=False)
 
 
-SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
-"""Where torchrun and accelerate, Open MPI, MPICH, MVAPICH, srun say how many processes they started."""
+SIZES = (
+    "WORLD_SIZE",
+    "OMPI_COMM_WORLD_SIZE",
+    "PMI_SIZE",
+    "MV2_COMM_WORLD_SIZE",
+    "SLURM_STEP_NUM_TASKS",
+)
+"""Where torchrun and accelerate, Open MPI, MPICH, MVAPICH, srun say how many processes they
+started.
+"""
 
-RANKS = ("RANK", "LOCAL_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK", "SLURM_PROCID")
+RANKS = (
+    "RANK",
+    "LOCAL_RANK",
+    "OMPI_COMM_WORLD_RANK",
+    "PMI_RANK",
+    "PMIX_RANK",
+    "MV2_COMM_WORLD_RANK",
+    "SLURM_PROCID",
+)
 """Where they say which of them this one is, from 0."""
 
 
 def refuse_many_processes() -> None:
-    """Raise `KitError` if a launcher started this program several times at once: each would train a run of its own.
+    """Raise `KitError` if a launcher started this program several times at once: each would train a
+    run of its own.
 
-    A job of Slurm may hold many tasks (SLURM_NTASKS) and run one process in its shell or batch script: what counts is the step
-    that `srun` starts.
+    A job of Slurm may hold many tasks (SLURM_NTASKS) and run one process in its shell or batch
+    script: what counts is the step that `srun` starts.
     """
     sizes = [*SIZES]
     if "SLURM_STEP_ID" in os.environ and "SLURM_STEP_NUM_TASKS" not in os.environ:
@@ -53,7 +80,12 @@ def refuse_many_processes() -> None:
         if given.isdecimal() and int(given) > value:
             _refuse_process(f"{name}={given}")
     distributed = sys.modules.get("torch.distributed")
-    if distributed and distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+    if (
+        distributed
+        and distributed.is_available()
+        and distributed.is_initialized()
+        and distributed.get_world_size() > 1
+    ):
         _refuse_process(f"a process group of {distributed.get_world_size()}")
 
 
@@ -64,13 +96,19 @@ def _refuse_process(sign: str) -> None:
 
 
 def refuse_on_cpu(model_id: str, bytes_16_bit: int, here: machine.Machine) -> None:
-    """Raise `KitError` if a model is too large for a machine without a GPU (4-bit weights: a quarter of 16-bit ones)."""
+    """Raise `KitError` if a model is too large for a machine without a GPU (4-bit weights: a
+    quarter of 16-bit ones).
+    """
     need = bytes_16_bit // 4
     size = f"{bytes_16_bit / 2e9:.1f} billion parameters, {need / cards.GIB:.1f} GiB in 4 bit for the weights alone"
     if bytes_16_bit > 2 * CPU_LIMIT_PARAMETERS:
-        gpu = f"no GPU that can be used ({here.gpu_problem})" if here.gpu_problem else "no NVIDIA GPU"
+        gpu = (
+            f"no GPU that can be used ({here.gpu_problem})" if here.gpu_problem else "no NVIDIA GPU"
+        )
         has = f"{gpu}, {here.n_cores} CPU cores and {here.ram_bytes / cards.GIB:.1f} GiB of memory"
-        remedy = 'profile="tiny" (in the kit) or profile="smollm2" runs here; every cell is the same'
+        remedy = (
+            'profile="tiny" (in the kit) or profile="smollm2" runs here; every cell is the same'
+        )
         remedy = f"{here.gpu_remedy}; {remedy}" if here.gpu_remedy else remedy
         raise KitError(f"{model_id} needs a GPU: {size}; this machine has {has}", remedy=remedy)
     if max(need, MIN_FREE_BYTES) > here.ram_free_bytes:
@@ -82,24 +120,34 @@ def _refuse_unreachable(what: str, name: str, allowed: str) -> None:
     """A local path must exist; a hub name must be cached or the hub reachable."""
     path = sources.local_path(name)
     if path.is_dir() and what == "model" and not (path / "config.json").is_file():
-        raise KitError("the model folder has no config.json", value=name, remedy="give a folder made by save_pretrained")
+        raise KitError(
+            "the model folder has no config.json",
+            value=name,
+            remedy="give a folder made by save_pretrained",
+        )
     if name in ("pocket", "smollm2") or path.exists():
         return
-    if name.startswith((".", "/", "~", "\\")) or path.suffix in {".json", ".jsonl", ".csv", ".parquet"} or name.count("/") != 1:
+    if (
+        name.startswith((".", "/", "~", "\\"))
+        or path.suffix in {".json", ".jsonl", ".csv", ".parquet"}
+        or name.count("/") != 1
+    ):
         raise KitError(f"{what} not found", value=name, allowed=allowed, remedy="check the path")
     if not sources.in_hub_cache(name, what) and not sources.hub_is_reachable():
         elsewhere = "fetch it ahead on a machine with network (notebook 01, fetch_ahead=True)"
         remedy = f'{elsewhere}, or give a local path for it, or use profile="tiny"'
         raise KitError(
-            f"the {what} {name} is not in the local cache and {sources.hub_endpoint()} cannot be reached", remedy=remedy
+            f"the {what} {name} is not in the local cache and {sources.hub_endpoint()} cannot be reached",
+            remedy=remedy,
         )
 
 
 def require_fit(settings, here: machine.Machine, train: bool = True) -> None:
-    """Refuse, before anything is downloaded, what cannot fit the GPU that is used; names the levers that make it fit.
+    """Refuse, before anything is downloaded, what cannot fit the GPU that is used; names the levers
+    that make it fit.
 
-    The prediction is compared with what can be had of the card: all but the driver's part and what other programs hold.
-    What this process holds counts as free, so that a cell can be run again.
+    The prediction is compared with what can be had of the card: all but the driver's part and what
+    other programs hold. What this process holds counts as free, so that a cell can be run again.
 
     Raises:
         KitError: the predicted peak of fine-tuning (`train`) or of answering is larger than that.
@@ -116,7 +164,11 @@ def require_fit(settings, here: machine.Machine, train: bool = True) -> None:
         return
     fit = budget.make_fit(settings, limit, config) if train else None
     largest = budget.largest_pythia(settings, limit, train, pull=train)
-    smaller = f'model_id="EleutherAI/pythia-{largest[0]}" fits' if largest else 'profile="tiny" runs anywhere'
+    smaller = (
+        f'model_id="EleutherAI/pythia-{largest[0]}" fits'
+        if largest
+        else 'profile="tiny" runs anywhere'
+    )
     remedy = "; ".join(map(str, fit[1])) if fit else smaller
     what = f"{settings.model_id} does not fit this GPU: {'fine-tuning' if train else 'answering'} is predicted to need"
     digits = 1 if needed - limit > 0.1 * cards.GIB else 2
@@ -124,7 +176,9 @@ def require_fit(settings, here: machine.Machine, train: bool = True) -> None:
     if limit < gpu.total_bytes:
         sizes = f"{sizes}, {limit / cards.GIB:.{digits}f} GiB of them to be had"
     if gpu.others_bytes > budget.SLACK * gpu.total_bytes:
-        sizes = f"{sizes}, {gpu.others_bytes / cards.GIB:.1f} GiB of them are held by other programs"
+        sizes = (
+            f"{sizes}, {gpu.others_bytes / cards.GIB:.1f} GiB of them are held by other programs"
+        )
         if needed <= limit + gpu.others_bytes:
             remedy = f"close the other programs on this GPU (nvidia-smi lists them); or {remedy}"
     raise KitError(f"{what} {sizes}", remedy=remedy)

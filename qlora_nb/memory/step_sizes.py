@@ -10,9 +10,11 @@ from qlora_nb.theory import paging
 
 
 def step_sizes(pythia: str, r: int, tokens: int, bits: int = 32) -> paging.StepSizes:
-    """Sizes of one QLoRA step of a Pythia: NF4 with double quantization, rest float16, LoRA on every linear layer, checkpointing.
+    """Sizes of one QLoRA step of a Pythia: NF4 with double quantization, rest float16, LoRA on
+    every linear layer, checkpointing.
 
-    Activations are counted for the powers of two next to `tokens`; between them they grow in proportion.
+    Activations are counted for the powers of two next to `tokens`; between them they grow in
+    proportion.
 
     Args:
         pythia: size, "14m" … "12b".
@@ -24,13 +26,20 @@ def step_sizes(pythia: str, r: int, tokens: int, bits: int = 32) -> paging.StepS
     paged, fixed = paging.paged_bytes([r * side for side in sides], bits)
     adapter = 4 * r * sum(sides)
     low = 2 ** (max(tokens, 1).bit_length() - 1)
-    near, far = (asdict(dry_run.dry_run(config, dry_run.Step(1, n, r))) for n in (low, 2 * low if tokens > low else low))
+    near, far = (
+        asdict(dry_run.dry_run(config, dry_run.Step(1, n, r)))
+        for n in (low, 2 * low if tokens > low else low)
+    )
     between = {k: near[k] + (far[k] - near[k]) * (tokens - low) // low for k in near}
-    return paging.StepSizes(config.num_hidden_layers, weights, adapter, adapter, paged, fixed, **between)
+    return paging.StepSizes(
+        config.num_hidden_layers, weights, adapter, adapter, paged, fixed, **between
+    )
 
 
 def state_split(pythia: str, r: int, bits: int = 32) -> tuple[int, int]:
-    """(paged, not paged) bytes of Adam's states on a GPU for a Pythia with LoRA of rank r on every linear layer."""
+    """(paged, not paged) bytes of Adam's states on a GPU for a Pythia with LoRA of rank r on every
+    linear layer.
+    """
     return paging.paged_bytes([r * side for side in _pythia_parts(pythia)[1]], bits)
 
 
@@ -38,11 +47,15 @@ def state_split(pythia: str, r: int, bits: int = 32) -> tuple[int, int]:
 def _pythia_parts(pythia: str) -> tuple[int, tuple[int, ...]]:
     """Frozen bytes, and the long side of every lora_A and lora_B."""
     config = configs.pythia_config(pythia)
-    return ledger.predict(config=config).total_bytes, tuple(ledger.lora_numels(configs.meta_model(config), 1))
+    return ledger.predict(config=config).total_bytes, tuple(
+        ledger.lora_numels(configs.meta_model(config), 1)
+    )
 
 
 def longest_pass(pythia: str, r: int, budget_bytes: int, paged: bool, bits: int = 32) -> int:
-    """Tokens in one forward pass that just fit a card, with or without paged optimizer states; 0 if not even one fits."""
+    """Tokens in one forward pass that just fit a card, with or without paged optimizer states; 0 if
+    not even one fits.
+    """
 
     def needed(tokens: int) -> int:
         sizes = step_sizes(pythia, r, tokens, bits)

@@ -1,4 +1,6 @@
-"""Configurations: a Pythia from its known sizes, everything else from its config.json, and models of them without memory."""
+"""Configurations: a Pythia from its known sizes, everything else from its config.json, and models
+of them without memory.
+"""
 
 import torch
 from torch import nn
@@ -11,7 +13,8 @@ from qlora_nb.pythia import PYTHIA, pythia_size
 
 
 def pythia_config(size: str):
-    """transformers' configuration of a Pythia size ("14m" … "12b"), from `shapes.PYTHIA`: no hub is asked.
+    """transformers' configuration of a Pythia size ("14m" … "12b"), from `shapes.PYTHIA`: no hub is
+    asked.
 
     Raises:
         KitError: a size that does not exist.
@@ -19,13 +22,19 @@ def pythia_config(size: str):
     if size not in PYTHIA:
         raise KitError("unknown Pythia size", value=size, allowed=", ".join(PYTHIA))
     shape = PYTHIA[size]
-    widths = {"vocab_size": shape.vocab, "hidden_size": shape.hidden, "intermediate_size": 4 * shape.hidden}
+    widths = {
+        "vocab_size": shape.vocab,
+        "hidden_size": shape.hidden,
+        "intermediate_size": 4 * shape.hidden,
+    }
     counts = {"num_hidden_layers": shape.n_layers, "num_attention_heads": shape.heads}
     return GPTNeoXConfig(**widths, **counts, bos_token_id=0, eos_token_id=0)
 
 
 def config_of(model_id: str):
-    """The configuration behind a `model_id`: a Pythia from its known sizes, everything else from its config.json."""
+    """The configuration behind a `model_id`: a Pythia from its known sizes, everything else from
+    its config.json.
+    """
     if size := pythia_size(model_id):
         return pythia_config(size)
     with load.loading("configuration", model_id):

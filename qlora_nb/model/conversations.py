@@ -1,17 +1,23 @@
-"""Conversations as rows: the first question and its answer, from the three shapes in which such data is published.
+"""Conversations as rows: the first question and its answer, from the three shapes in which such
+data is published.
 
-- *messages*: a list of turns, each with a role and a content (chat data, `messages` or `conversations`);
-- *Guanaco*: one text with `### Human:` and `### Assistant:` before the turns (`timdettmers/openassistant-guanaco`, the data of
-  the QLoRA paper's best model), `### System:` first if there is one;
-- *OASST*: a tree with one message a row, tied by `parent_id`; its best-ranked replies (rank 0 first) make the conversation.
+- *messages*: a list of turns, each with a role and a content (chat data, `messages` or
+  `conversations`);
+- *Guanaco*: one text with `### Human:` and `### Assistant:` before the turns
+  (`timdettmers/openassistant-guanaco`, the data of the QLoRA paper's best model), `### System:`
+  first if there is one;
+- *OASST*: a tree with one message a row, tied by `parent_id`; its best-ranked replies (rank 0
+  first) make the conversation.
 
-A row of this kit is one question and one answer. Only an assistant's turn is ever an answer; who speaks is told by the words in
-`ROLES`, large or small. All that the system and the user say before the first answer is the instruction, a blank line between
-two turns: a system prompt comes first, and of two turns of the user none is lost. A conversation that gives no row says why, and
-what stands outside the first exchange is counted, so that `data` can print both.
+A row of this kit is one question and one answer. Only an assistant's turn is ever an answer; who
+speaks is told by the words in `ROLES`, large or small. All that the system and the user say before
+the first answer is the instruction, a blank line between
+two turns: a system prompt comes first, and of two turns of the user none is lost. A conversation
+that gives no row says why, and what stands outside the first exchange is counted, so that `data`
+can print both.
 
-To be asked, a conversation needs no answer: one that ends with the user's turn is asked that turn, with what was said before it
-as the input; one that ends with an answer is asked its first question.
+To be asked, a conversation needs no answer: one that ends with the user's turn is asked that turn,
+with what was said before it as the input; one that ends with an answer is asked its first question.
 """
 
 import math
@@ -62,12 +68,14 @@ def exchanges(rows: datasets.Dataset, asking: bool = False) -> datasets.Dataset 
     """One row for each conversation; None if this is none of the known shapes.
 
     Args:
-        asking: the rows are to be asked and need no answer; a column `prompt`, of text or of turns, is then enough.
+        asking: the rows are to be asked and need no answer; a column `prompt`, of text or of turns,
+            is then enough.
 
     Returns:
-        instruction, input and output (text, perhaps empty); `left_out`, why there is no exchange, or nothing; `system`, whether
-        there is a system prompt; `earlier`, whether the input is what was said before; `n_unused`, how many turns are neither in
-        them nor the answer; `row`, its number in `rows`.
+        instruction, input and output (text, perhaps empty); `left_out`, why there is no exchange,
+        or nothing; `system`, whether there is a system prompt; `earlier`, whether the input is what
+        was said before; `n_unused`, how many turns are neither in them nor the answer; `row`, its
+        number in `rows`.
 
     >>> row = _exchange(_turns_of_text("### Human: Hi.### Assistant: Hello!### Human: Bye."))
     >>> row["instruction"], row["output"], row["n_unused"]
@@ -102,11 +110,14 @@ def exchanges(rows: datasets.Dataset, asking: bool = False) -> datasets.Dataset 
             found["input"] = found["input"] or row["input"]
         return found
 
-    return rows.map(convert, with_indices=True, remove_columns=rows.column_names, features=_FEATURES)
+    return rows.map(
+        convert, with_indices=True, remove_columns=rows.column_names, features=_FEATURES
+    )
 
 
 def say_what_is_taken(talks: datasets.Dataset, asking: bool) -> None:
-    """Print how many conversations are longer than what is taken of them, and how many have a system prompt.
+    """Print how many conversations are longer than what is taken of them, and how many have a
+    system prompt.
 
     Args:
         talks: what `exchanges` returned, without the rows that are left out.
@@ -114,12 +125,18 @@ def say_what_is_taken(talks: datasets.Dataset, asking: bool) -> None:
     n_unused = [n for n in talks["n_unused"] if n]
     if n_unused:
         what = "not shown to the model" if asking else "not trained"
-        there = f"{len(n_unused)} of {len(talks)} conversations are longer than their first exchange"
+        there = (
+            f"{len(n_unused)} of {len(talks)} conversations are longer than their first exchange"
+        )
         print(f"{there}; turns {what}: {sum(n_unused)}")
     if n_system := sum(talks["system"]):
-        print(f"{n_system} of {len(talks)} conversations have a system prompt: it stands at the beginning of the instruction")
+        print(
+            f"{n_system} of {len(talks)} conversations have a system prompt: it stands at the beginning of the instruction"
+        )
     if n_earlier := sum(talks["earlier"]):
-        print(f"{n_earlier} of {len(talks)} conversations are asked their last question: what was said before is its input")
+        print(
+            f"{n_earlier} of {len(talks)} conversations are asked their last question: what was said before is its input"
+        )
 
 
 def _listed(turns: object) -> list:
@@ -167,7 +184,9 @@ def _exchange(turns: list, asking: bool = False) -> dict[str, object]:
 
 
 def _last_question(said: list[_Turn]) -> tuple[list[_Turn], list[_Turn]]:
-    """What was said earlier and the turns to be asked: the last ones of the user, or the first if an answer comes last."""
+    """What was said earlier and the turns to be asked: the last ones of the user, or the first if
+    an answer comes last.
+    """
     while said and said[-1].is_blank():
         said = said[:-1]  # the place for the answer
     if not said or said[-1].who != "user":
@@ -181,7 +200,9 @@ def _last_question(said: list[_Turn]) -> tuple[list[_Turn], list[_Turn]]:
 
 
 def _first_answer(said: list[_Turn]) -> int:
-    """Index of the first assistant's turn after something a user says; the number of turns if there is none."""
+    """Index of the first assistant's turn after something a user says; the number of turns if there
+    is none.
+    """
     asked = False
     for i, turn in enumerate(said):
         if turn.who == "user" and turn.text.strip():
@@ -210,7 +231,9 @@ def _turn(turn: object) -> _Turn:
 
 
 def _text(turn: dict[str, object]) -> tuple[str, str]:
-    """What a turn says, its parts joined as chat templates join them; and a problem if a part is not text."""
+    """What a turn says, its parts joined as chat templates join them; and a problem if a part is
+    not text.
+    """
     content = ""
     for key in ("content", "value", "text"):
         if turn.get(key) is not None:
@@ -238,7 +261,9 @@ def _turns_of_text(text: str | None) -> list[dict[str, str]]:
     return turns
 
 
-def _turns_of_trees(rows: datasets.Dataset, there: set[str | None]) -> list[tuple[int, list[dict[str, object]]]]:
+def _turns_of_trees(
+    rows: datasets.Dataset, there: set[str | None]
+) -> list[tuple[int, list[dict[str, object]]]]:
     """(row number of the first message, messages along the best replies) of each tree.
 
     Args:
@@ -263,7 +288,12 @@ def _best_turns(root: dict[str, object], replies: dict[str, list[dict]]) -> list
     turns, message = [], root
     while message is not None:
         turns.append(message)
-        speaker, ranked = _turn(message).who, sorted(replies.pop(message["message_id"], []), key=rank)
-        others = [reply for reply in ranked if not reply.get("deleted") and _turn(reply).who != speaker]
+        speaker, ranked = (
+            _turn(message).who,
+            sorted(replies.pop(message["message_id"], []), key=rank),
+        )
+        others = [
+            reply for reply in ranked if not reply.get("deleted") and _turn(reply).who != speaker
+        ]
         message = others[0] if others else None
     return turns

@@ -15,15 +15,18 @@ def compute_device() -> torch.device:
 
 
 def on_gpu() -> bool:
-    """Whether the kit computes on a card: torch sees one, and it and bitsandbytes have code for it."""
+    """Whether the kit computes on a card: torch sees one, and it and bitsandbytes have code for
+    it.
+    """
     return torch.cuda.is_available() and not cards.why_unusable(torch)
 
 
 def compute_dtype(choice: str = "auto") -> torch.dtype:
-    """The dtype of the arithmetic: bfloat16 where the GPU has it, float16 on older GPUs, float32 on a CPU.
+    """The dtype of the arithmetic: bfloat16 where the GPU has it, float16 on older GPUs, float32 on
+    a CPU.
 
-    float32 on a CPU is no waste: without AVX512-BF16 units bfloat16 was measured 12 times slower there. bfloat16 asked
-    for on a GPU that lacks it becomes float16, with a notice.
+    float32 on a CPU is no waste: without AVX512-BF16 units bfloat16 was measured 12 times slower
+    there. bfloat16 asked for on a GPU that lacks it becomes float16, with a notice.
     """
     card = machine.card() if on_gpu() else None
     if choice == "auto" and card is None:

@@ -1,9 +1,10 @@
 """The two ends of a model: the input embedding and the head, which QLoRA leaves in 16 bit.
 
-In pythia-12b each of them is 50,688 × 5,120 numbers, half a GiB. The embedding is only looked up, a row a token, so it can stay
-in the host's memory: what crosses the bus is one vector a token. The head is a product like any other and can be stored in
-NF4; unpacked whole it would need a buffer as large as what was saved, so it is cut into slices of the vocabulary, each
-unpacked, applied and forgotten.
+In pythia-12b each of them is 50,688 × 5,120 numbers, half a GiB. The embedding is only looked up, a
+row a token, so it can stay in the host's memory: what crosses the bus is one vector a token. The
+head is a product like any other and can be stored in NF4; unpacked whole it would need a buffer as
+large as what was saved, so it is cut into slices of the vocabulary, each unpacked, applied and
+forgotten.
 """
 
 import bitsandbytes as bnb
@@ -16,7 +17,9 @@ SLICE = 8192
 
 
 class SlicedHead(nn.Module):
-    """A head made of slices of the vocabulary, applied one after another: (…, width) → (…, vocabulary)."""
+    """A head made of slices of the vocabulary, applied one after another: (…, width) → (…,
+    vocabulary).
+    """
 
     def __init__(self, slices: list[nn.Module]):
         super().__init__()
@@ -40,25 +43,37 @@ def are_tied(model: nn.Module) -> bool:
     return model.get_input_embeddings().weight is model.get_output_embeddings().weight
 
 
-def quantize_head(model: nn.Module, quant_type: str, double_quant: bool, compute_dtype: torch.dtype) -> None:
+def quantize_head(
+    model: nn.Module, quant_type: str, double_quant: bool, compute_dtype: torch.dtype
+) -> None:
     """Replace a model's head by a `SlicedHead` of 4-bit layers, in place."""
     head = model.get_output_embeddings()
     where, parts = head.weight.device, []
     for rows in tqdm(head.weight.data.split(SLICE), desc="quantizing the head", unit="slice"):
         how = {"quant_type": quant_type, "compress_statistics": double_quant}
-        part = bnb.nn.Linear4bit(head.in_features, len(rows), bias=False, compute_dtype=compute_dtype, device="meta", **how)
-        part.weight = bnb.nn.Params4bit(rows.cpu(), requires_grad=False, **how).to(where)  # quantized on the way
+        part = bnb.nn.Linear4bit(
+            head.in_features,
+            len(rows),
+            bias=False,
+            compute_dtype=compute_dtype,
+            device="meta",
+            **how,
+        )
+        part.weight = bnb.nn.Params4bit(rows.cpu(), requires_grad=False, **how).to(
+            where
+        )  # quantized on the way
         part.support_avx512bf16_for_cpu = False  # as in models.load_base
         parts.append(part)
     model.set_output_embeddings(SlicedHead(parts).eval())
 
 
 def keep_embedding_on_cpu(model: nn.Module, device: torch.device) -> None:
-    """Move the input embedding to the host's memory: token ids go there, looked-up vectors come to `device`.
+    """Move the input embedding to the host's memory: token ids go there, looked-up vectors come to
+    `device`.
 
-    The table becomes a plain attribute of its module. As a parameter it would be the first one of the model, and transformers
-    takes the place of the first parameter for the place of the whole model (`PreTrainedModel.device`): `generate` would then
-    send everything to the CPU.
+    The table becomes a plain attribute of its module. As a parameter it would be the first one of
+    the model, and transformers takes the place of the first parameter for the place of the whole
+    model (`PreTrainedModel.device`): `generate` would then send everything to the CPU.
     """
     table = model.get_input_embeddings()
     table.to("cpu")

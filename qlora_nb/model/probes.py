@@ -1,8 +1,10 @@
-"""What the kit takes for granted of a model, tried on the model itself before the first training step.
+"""What the kit takes for granted of a model, tried on the model itself before the first training
+step.
 
-Two shortcuts are right for most causal language models and silently wrong for some: rows packed into one sequence (see
-`data.pack`) and the loss in slices (see `objective`). Whether a model bears them is no matter of its name. It is asked to
-compute one row of at most 32 tokens both ways, without gradients and in eval mode; its modes and the random state are put back.
+Two shortcuts are right for most causal language models and silently wrong for some: rows packed
+into one sequence (see `data.pack`) and the loss in slices (see `objective`). Whether a model bears
+them is no matter of its name. It is asked to compute one row of at most 32 tokens both ways,
+without gradients and in eval mode; its modes and the random state are put back.
 """
 
 import math
@@ -19,7 +21,9 @@ TOKENS = 32
 """Tokens in the row that is tried."""
 
 LARGE_LOGIT = 100.0
-"""The head is scaled until its largest logit is about this: a cap that hardly touches small logits then shows."""
+"""The head is scaled until its largest logit is about this: a cap that hardly touches small logits
+then shows.
+"""
 
 
 def before_training(model: nn.Module, settings) -> int:
@@ -29,18 +33,24 @@ def before_training(model: nn.Module, settings) -> int:
         Tokens in a slice of the loss, 0 where the plain loss must be used.
 
     Raises:
-        KitError: a token sees those behind it, packed rows would see each other, or `max_length` is more than the model has
-            positions.
+        KitError: a token sees those behind it, packed rows would see each other, or `max_length` is
+            more than the model has positions.
     """
     require_positions(model, settings.max_length)
     if not sees_no_future(model):
-        what = "in this model a token sees those behind it: it is not made to write from left to right"
+        what = (
+            "in this model a token sees those behind it: it is not made to write from left to right"
+        )
         raise KitError(what, value=model.config.model_type, remedy="choose a causal language model")
     if settings.packing and not keeps_rows_apart(model):
         what = "packing: in this model a row sees the rows packed before it, as its attention does not follow position_ids"
-        raise KitError(what, value=model.config.model_type, allowed="packing=False", remedy="set packing=False")
+        raise KitError(
+            what, value=model.config.model_type, allowed="packing=False", remedy="set packing=False"
+        )
     if settings.loss_chunk and not head_is_last(model):
-        print("this model computes its loss from more than its head's logits: all are kept at once, as with loss_chunk=0")
+        print(
+            "this model computes its loss from more than its head's logits: all are kept at once, as with loss_chunk=0"
+        )
         return 0
     return settings.loss_chunk
 
@@ -48,7 +58,8 @@ def before_training(model: nn.Module, settings) -> int:
 def require_positions(model: nn.Module, max_length: int) -> None:
     """Compare `max_length` with the positions that the model was made for.
 
-    A rotary model computes on beyond them, which is said. One with a table of positions (an embedding, or a buffer of sines) has
+    A rotary model computes on beyond them, which is said. One with a table of positions (an
+    embedding, or a buffer of sines) has
     no row for them: on a GPU that would end the process.
 
     Raises:
@@ -59,7 +70,9 @@ def require_positions(model: nn.Module, max_length: int) -> None:
         return
     if has_position_table(model, limit):
         what = "max_length is more than the positions this model has a vector for"
-        raise KitError(what, value=max_length, allowed=f"{limit} or less", remedy=f"set max_length={limit}")
+        raise KitError(
+            what, value=max_length, allowed=f"{limit} or less", remedy=f"set max_length={limit}"
+        )
     print(
         f"max_length={max_length} is more than the {limit} positions this model was made for: beyond them it may write nonsense"
     )
@@ -71,7 +84,11 @@ def has_position_table(model: nn.Module, limit: int) -> bool:
     OPT's table has two rows more than positions, and fairseq's kinds of sines up to three.
     """
     words = model.get_input_embeddings()
-    tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding) and module is not words]
+    tables = [
+        module.weight
+        for module in model.modules()
+        if isinstance(module, nn.Embedding) and module is not words
+    ]
     tables += [buffer for buffer in model.buffers() if buffer.dim() == 2]
     return any(limit <= len(table) <= limit + 3 for table in tables)
 
@@ -79,9 +96,11 @@ def has_position_table(model: nn.Module, limit: int) -> bool:
 def keeps_rows_apart(model: nn.Module) -> bool:
     """Whether a row that is packed behind another gives the logits that it gives alone.
 
-    What rounding may do is measured on the same model: the row alone, and with a masked rest behind it, which takes other
-    kernels. Ten times that difference is allowed, and two units in the last place of the largest logit. Seen on tiny random
-    models of 40 families: apart, at most twice the difference; not apart, in float32 over a thousand times.
+    What rounding may do is measured on the same model: the row alone, and with a masked rest behind
+    it, which takes other kernels. Ten times that difference is allowed, and two units in the last
+    place of the largest logit. Seen on tiny random
+    models of 40 families: apart, at most twice the difference; not apart, in float32 over a
+        thousand times.
     """
     ids = _random_ids(model)
     n = TOKENS // 2 - 1
@@ -96,7 +115,11 @@ def keeps_rows_apart(model: nn.Module) -> bool:
         except TypeError:  # it takes no position_ids
             return False
         logits = model(input_ids=row).logits[0]
-        masked = model(input_ids=torch.cat([row, before], dim=1), attention_mask=mask).logits[0, :length].float()
+        masked = (
+            model(input_ids=torch.cat([row, before], dim=1), attention_mask=mask)
+            .logits[0, :length]
+            .float()
+        )
     alone = logits.float()
     largest = alone.abs().max()
     rounding = min((masked - alone).abs().max(), largest / 100)
@@ -108,8 +131,8 @@ def keeps_rows_apart(model: nn.Module) -> bool:
 def sees_no_future(model: nn.Module) -> bool:
     """Whether the logits of the first tokens stay as they are when the last token is another one.
 
-    They come from the same kernels on the same shape: nothing changes but, with experts, the last digits. Ten units in the last
-    place of the largest logit are allowed.
+    They come from the same kernels on the same shape: nothing changes but, with experts, the last
+    digits. Ten units in the last place of the largest logit are allowed.
     """
     ids = _random_ids(model)
     other = ids.clone()
@@ -121,11 +144,13 @@ def sees_no_future(model: nn.Module) -> bool:
 
 
 def head_is_last(model: nn.Module) -> bool:
-    """Whether the model's logits are what its head makes of the last hidden state: then the loss can be taken in slices.
+    """Whether the model's logits are what its head makes of the last hidden state: then the loss
+    can be taken in slices.
 
-    False where logits are capped or scaled after the head, a hook changes them, or the head is no module that is called. The
-    cross-entropy of next tokens, from the logits and in slices, may differ by 1e-4 of its size in float32, by 1e-2 in 16 bit;
-    those of a cap or a scale differ by its size.
+    False where logits are capped or scaled after the head, a hook changes them, or the head is no
+    module that is called. The cross-entropy of next tokens, from the logits and in slices, may
+    differ by 1e-4 of its size in float32, by 1e-2 in 16 bit; those of a cap or a scale differ by
+    its size.
     """
     head = model.get_output_embeddings()
     if head is None:
@@ -136,7 +161,9 @@ def head_is_last(model: nn.Module) -> bool:
     with _undisturbed(model):
         logits = model(input_ids=ids).logits
         largest = logits.abs().max().item()
-        if largest == 0 or not math.isfinite(largest):  # nothing can be told apart; NaN the training names
+        if largest == 0 or not math.isfinite(
+            largest
+        ):  # nothing can be told apart; NaN the training names
             return True
         factor = 2.0 ** round(math.log2(LARGE_LOGIT / largest))
         try:
@@ -154,7 +181,11 @@ def head_is_last(model: nn.Module) -> bool:
 
 def _random_ids(model: nn.Module) -> torch.Tensor:
     """(1, `TOKENS`) ids, always the same ones."""
-    drawn = torch.randint(len(model.get_input_embeddings().weight), (1, TOKENS), generator=torch.Generator().manual_seed(0))
+    drawn = torch.randint(
+        len(model.get_input_embeddings().weight),
+        (1, TOKENS),
+        generator=torch.Generator().manual_seed(0),
+    )
     return drawn.to(model.device)
 
 
@@ -172,7 +203,9 @@ def _scaled(head: nn.Module, factor: float) -> Iterator[None]:
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Inside: eval mode, no gradients, no cache. After it the modes and the random state are as before."""
+    """Inside: eval mode, no gradients, no cache. After it the modes and the random state are as
+    before.
+    """
     modes = [(module, module.training) for module in model.modules()]
     cached = getattr(model.config, "use_cache", None)
     model.eval()

@@ -1,4 +1,6 @@
-"""What a model brings along and would decide silently: its own quantization, unquantized layers, generation defaults."""
+"""What a model brings along and would decide silently: its own quantization, unquantized layers,
+generation defaults.
+"""
 
 from collections import Counter
 
@@ -35,7 +37,9 @@ def own_quantization(config) -> BitsAndBytesConfig | None:
             method = "bitsandbytes in 8 bit"
         what = "the model is quantized already, in a way that is not trained here"
         allowed = "a model in 16 or 32 bit, or in 4 bit by bitsandbytes"
-        raise KitError(what, value=str(method), allowed=allowed, remedy="choose the model it was made from")
+        raise KitError(
+            what, value=str(method), allowed=allowed, remedy="choose the model it was made from"
+        )
     return BitsAndBytesConfig.from_dict(own)
 
 
@@ -51,8 +55,10 @@ def described(quant_type: str, double_quant: bool) -> str:
 def require_four_bit(model: PreTrainedModel) -> None:
     """Count what is packed; print in one line what of the blocks is not, and why.
 
-    Matrices outside the embeddings and the head are counted, whatever module holds them. bitsandbytes packs the weights of linear
-    layers: neither a family's own class of them nor experts kept together in one three-dimensional parameter.
+    Matrices outside the embeddings and the head are counted, whatever module holds them.
+    bitsandbytes packs the weights of linear
+    layers: neither a family's own class of them nor experts kept together in one three-dimensional
+        parameter.
 
     Raises:
         KitError: nothing is packed.
@@ -69,13 +75,21 @@ def require_four_bit(model: PreTrainedModel) -> None:
                 packed += parameter.quant_state.shape.numel()
             elif sum(side > 1 for side in parameter.shape) >= 2:
                 left[_whose(path, name, module)] += parameter.numel()
-    shown = ", ".join(f"{n:,} in {whose}" for whose, n in left.most_common(3)) + (", …" if len(left) > 3 else "")
+    shown = ", ".join(f"{n:,} in {whose}" for whose, n in left.most_common(3)) + (
+        ", …" if len(left) > 3 else ""
+    )
     if not packed:
         remedy = "choose a model whose blocks are made of torch's linear layers"
-        raise KitError(f"no weight of this model can be stored in 4 bit ({shown})", value=model.config.model_type, remedy=remedy)
+        raise KitError(
+            f"no weight of this model can be stored in 4 bit ({shown})",
+            value=model.config.model_type,
+            remedy=remedy,
+        )
     if left:
         dtype = str(model.dtype).removeprefix("torch.")
-        print(f"in 4 bit: {packed:,} weights of the blocks; {left.total():,} are not and stay in {dtype}: {shown}")
+        print(
+            f"in 4 bit: {packed:,} weights of the blocks; {left.total():,} are not and stay in {dtype}: {shown}"
+        )
 
 
 def _whose(path: str, name: str, module: nn.Module) -> str:

@@ -1,7 +1,7 @@
 """A 4-bit copy of a model, kept once, so that no later run reads and rounds 16-bit weights again.
 
-pythia-12b is 24 GB on the hub and about 7 GB once its linear layers are packed. The copy lies in the kit's cache beside a note of
-what it was made from; it is used only if that still holds.
+pythia-12b is 24 GB on the hub and about 7 GB once its linear layers are packed. The copy lies in
+the kit's cache beside a note of what it was made from; it is used only if that still holds.
 """
 
 import hashlib
@@ -22,7 +22,9 @@ NOTE = "made_from.json"
 
 
 def find(path: str, settings, dtype: torch.dtype) -> Path | None:
-    """The whole copy of the model at `path` (folder or hub name) in these datatypes; None if there is none."""
+    """The whole copy of the model at `path` (folder or hub name) in these datatypes; None if there
+    is none.
+    """
     folder = _folder(path, settings, dtype)
     try:
         note = json.loads((folder / NOTE).read_text())
@@ -36,13 +38,18 @@ def find(path: str, settings, dtype: torch.dtype) -> Path | None:
 
 
 def keep(model, path: str, settings, dtype: torch.dtype) -> None:
-    """Save a model that was just packed; a disk that is full or closed costs the copy, not the run."""
+    """Save a model that was just packed; a disk that is full or closed costs the copy, not the
+    run.
+    """
     folder = _folder(path, settings, dtype)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         fetch.require_room(folder.parent, model.get_memory_footprint(), "the 4-bit copy")
         model.save_pretrained(temporary, max_shard_size="1GB")  # a step of the progress bar each
-        files.write_atomically(temporary / NOTE, json.dumps({"source": _source(path), "files": _sizes(temporary)}, indent=1))
+        files.write_atomically(
+            temporary / NOTE,
+            json.dumps({"source": _source(path), "files": _sizes(temporary)}, indent=1),
+        )
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
     except (KitError, OSError, SafetensorError) as error:
@@ -53,13 +60,20 @@ def keep(model, path: str, settings, dtype: torch.dtype) -> None:
 
 def _folder(path: str, settings, dtype: torch.dtype) -> Path:
     how = [path, settings.quant_type, settings.double_quant, str(dtype)]
-    return sources.CACHE / "quantized" / f"{Path(path).name}-{hashlib.sha256(json.dumps(how).encode()).hexdigest()[:12]}"
+    return (
+        sources.CACHE
+        / "quantized"
+        / f"{Path(path).name}-{hashlib.sha256(json.dumps(how).encode()).hexdigest()[:12]}"
+    )
 
 
 def _source(path: str) -> list:
     """Name, size and time of a folder's weights; of a hub name the commits in the local cache."""
     if os.path.isdir(path):
-        return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(Path(path).glob("*.safetensors"))]
+        return [
+            [f.name, f.stat().st_size, f.stat().st_mtime_ns]
+            for f in sorted(Path(path).glob("*.safetensors"))
+        ]
     return sorted(f.read_text() for f in sources.hub_cache(path, "model").glob("refs/*"))
 
 

@@ -1,9 +1,10 @@
 """The loss without all logits at once: the head is applied to a few tokens at a time.
 
-A vocabulary is wide: pythia-12b's 50,688 logits in float32 are 99 MiB for 512 tokens, and the plain loss holds three to four
-copies at once. But only answer tokens count, and one slice of them is enough at a time: its loss and its gradient with respect
-to the hidden state are computed together, then its logits are forgotten. Value and gradient are those of the plain loss.
-(The idea is known from Liger-Kernel and Cut Cross-Entropy, arXiv 2411.09009, which do not know GPT-NeoX.)
+A vocabulary is wide: pythia-12b's 50,688 logits in float32 are 99 MiB for 512 tokens, and the plain
+loss holds three to four copies at once. But only answer tokens count, and one slice of them is
+enough at a time: its loss and its gradient with respect to the hidden state are computed together,
+then its logits are forgotten. Value and gradient are those of the plain loss. (The idea is known
+from Liger-Kernel and Cut Cross-Entropy, arXiv 2411.09009, which do not know GPT-NeoX.)
 """
 
 from collections.abc import Callable, Iterator
@@ -37,15 +38,20 @@ class _SlicedLoss(torch.autograd.Function):
 
 
 sum_in_slices = _SlicedLoss.apply
-"""(hidden (tokens, width), labels (tokens,), head, chunk) → summed cross-entropy (nats) of the labels, a slice at a time."""
+"""(hidden (tokens, width), labels (tokens,), head, chunk) → summed cross-entropy (nats) of the
+labels, a slice at a time.
+"""
 
 
-def sliced_loss(hidden: torch.Tensor, labels: torch.Tensor, head: Callable, chunk: int, n_items=None) -> torch.Tensor:
+def sliced_loss(
+    hidden: torch.Tensor, labels: torch.Tensor, head: Callable, chunk: int, n_items=None
+) -> torch.Tensor:
     """Next-token cross-entropy of the labelled tokens, `chunk` of them at a time.
 
     Args:
         hidden: (rows, tokens, width) last hidden state, before the head.
-        labels: (rows, tokens) token ids; -100 is not counted. They are shifted here, as transformers does.
+        labels: (rows, tokens) token ids; -100 is not counted. They are shifted here, as
+            transformers does.
         head: function or frozen module from width to vocabulary; its own weights get no gradient.
         chunk: tokens in one slice.
         n_items: divide the sum by this; None: by the number of labelled tokens.
@@ -55,11 +61,17 @@ def sliced_loss(hidden: torch.Tensor, labels: torch.Tensor, head: Callable, chun
     """
     wanted = labels[:, 1:].to(hidden.device)
     counts = wanted != IGNORED
-    return sum_in_slices(hidden[:, :-1][counts], wanted[counts], head, chunk) / (counts.sum() if n_items is None else n_items)
+    return sum_in_slices(hidden[:, :-1][counts], wanted[counts], head, chunk) / (
+        counts.sum() if n_items is None else n_items
+    )
 
 
-def logits_loss(outputs, labels: torch.Tensor, num_items_in_batch: int | None = None) -> torch.Tensor:
-    """The same loss from a model's whole logits (rows, tokens, vocabulary): what `sliced_loss` does without a head to apply."""
+def logits_loss(
+    outputs, labels: torch.Tensor, num_items_in_batch: int | None = None
+) -> torch.Tensor:
+    """The same loss from a model's whole logits (rows, tokens, vocabulary): what `sliced_loss` does
+    without a head to apply.
+    """
 
     def as_they_are(logits):
         return logits
@@ -69,7 +81,9 @@ def logits_loss(outputs, labels: torch.Tensor, num_items_in_batch: int | None = 
 
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
-    """Inside, the module computes `forward`; after it what it did before, also where that was replaced already."""
+    """Inside, the module computes `forward`; after it what it did before, also where that was
+    replaced already.
+    """
     before = vars(module).get("forward")
     module.forward = forward
     try:
@@ -82,17 +96,20 @@ def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
 
 @contextmanager
 def sliced_head(model: nn.Module, chunk: int) -> Iterator[Callable]:
-    """Inside, the model returns its last hidden state as `logits`; yields the loss function that applies the head in slices.
+    """Inside, the model returns its last hidden state as `logits`; yields the loss function that
+    applies the head in slices.
 
-    The function has the signature of `Trainer(compute_loss_func=…)`: (outputs, labels, num_items_in_batch). It is the model's own
-    loss only where nothing is computed after the head, which `probes.head_is_last` finds out.
+    The function has the signature of `Trainer(compute_loss_func=…)`: (outputs, labels,
+    num_items_in_batch). It is the model's own loss only where nothing is computed after the head,
+    which `probes.head_is_last` finds out.
     """
     head = model.get_output_embeddings()
     forward = head.forward  # the head stays where it is; only its call is suspended
     weight = getattr(head, "weight", None)  # a head in 4 bit has none, and casts by itself
 
     def logits(hidden):
-        # accelerate's autocast ends with the model's forward and hands out float32: the head may be float16
+        # accelerate's autocast ends with the model's forward and hands out float32: the head may be
+        # float16
         return forward(hidden if weight is None else hidden.to(weight.dtype))
 
     def loss(outputs, labels, num_items_in_batch=None):
@@ -108,7 +125,9 @@ def sliced_head(model: nn.Module, chunk: int) -> Iterator[Callable]:
 
 @contextmanager
 def whole_head(model: nn.Module) -> Iterator[None]:
-    """Inside, a model in `sliced_head` gives logits again, for example to answer a prompt between two steps."""
+    """Inside, a model in `sliced_head` gives logits again, for example to answer a prompt between
+    two steps.
+    """
     head = model.get_output_embeddings()
     if hasattr(head, "forward") and hasattr(head.forward, "instead_of"):
         with replaced_forward(head, head.forward.instead_of):

@@ -13,12 +13,16 @@ GO_ON = 'make room there and run it again with resume="latest": what was written
 
 
 def writing(path: Path, remedy: str = GO_ON) -> AbstractContextManager:
-    """Context in which a disk that is full or closed becomes a refusal, whatever the library that writes says."""
+    """Context in which a disk that is full or closed becomes a refusal, whatever the library that
+    writes says.
+    """
     return refusing(f"{path.name} cannot be written", str(path.parent), remedy)
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write under a temporary name in the same folder, then rename: a reader sees the old file or the new one."""
+    """Write under a temporary name in the same folder, then rename: a reader sees the old file or
+    the new one.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path), ExitStack() as stack:
         stack.callback(temporary.unlink, missing_ok=True)
@@ -38,7 +42,8 @@ def sha256(path: Path) -> str:
 def sole_writer(path: Path) -> AbstractContextManager:
     """Hold a run folder, or a single file, for this process until the returned context ends.
 
-    The lock goes with the process, however it ends. It lies in the folder, or beside the file that all its names lead to.
+    The lock goes with the process, however it ends. It lies in the folder, or beside the file that
+    all its names lead to.
 
     Raises:
         KitError: another process holds it.

@@ -8,13 +8,16 @@ from contextlib import contextmanager
 
 @contextmanager
 def on_interrupt(handle: Callable[[int], None]) -> Iterator[None]:
-    """Inside, SIGINT (■, Ctrl-C) and SIGTERM (a cluster's pre-emption) are given to `handle` as their numbers.
+    """Inside, SIGINT (■, Ctrl-C) and SIGTERM (a cluster's pre-emption) are given to `handle` as
+    their numbers.
 
     Only the main thread receives signals: in any other one nothing changes.
     """
     mine = threading.current_thread() is threading.main_thread()
     catch = lambda number, frame: handle(number)
-    before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM) if mine}
+    before = {
+        number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM) if mine
+    }
     try:
         yield
     finally:
@@ -24,7 +27,8 @@ def on_interrupt(handle: Callable[[int], None]) -> Iterator[None]:
 
 @contextmanager
 def stop_on_interrupt() -> Iterator[threading.Event]:
-    """Inside, ■ (or Ctrl-C) and SIGTERM set the event instead of ending things: the running step is finished, everything saved.
+    """Inside, ■ (or Ctrl-C) and SIGTERM set the event instead of ending things: the running step is
+    finished, everything saved.
 
     A SIGTERM is delivered again on the way out, when the folder is in order.
     """

@@ -9,8 +9,9 @@ _SECRET = re.compile(r"\b(hf_|ghp_|github_pat_|sk-)[A-Za-z0-9_-]{16,}")
 
 
 def redact(value):
-    """A copy without secrets, of a text or of whatever holds texts (keys are left alone): what looks like a token of a hub, and
-    the value of every environment variable whose name says that it is a secret.
+    """A copy without secrets, of a text or of whatever holds texts (keys are left alone): what
+    looks like a token of a hub, and the value of every environment variable whose name says that it
+    is a secret.
 
     >>> redact({"said": ["hf_" + 20 * "a"]})
     {'said': ['[hidden]']}
@@ -21,6 +22,10 @@ def redact(value):
         return [redact(part) for part in value]
     if isinstance(value, str):
         for name, secret in os.environ.items():
-            value = value.replace(secret, "[hidden]") if len(secret) >= 8 and _SECRET_NAME.search(name) else value
+            value = (
+                value.replace(secret, "[hidden]")
+                if len(secret) >= 8 and _SECRET_NAME.search(name)
+                else value
+            )
         return _SECRET.sub("[hidden]", value)
     return value

@@ -1,7 +1,8 @@
 """Run folders: one folder a run, written so that a killed run is seen to be one.
 
-`runs/<profile>/<notebook>-<time>/` holds `manifest.json` (parameters, versions, hardware, commit, metrics, status),
-`metrics.jsonl`, `adapter/`. Every file is written under a temporary name and renamed.
+`runs/<profile>/<notebook>-<time>/` holds `manifest.json` (parameters, versions, hardware, commit,
+metrics, status), `metrics.jsonl`, `adapter/`. Every file is written under a temporary name and
+renamed.
 """
 
 import json
@@ -29,10 +30,11 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "data
 
 
 def key_results(results: dict[str, object]) -> dict[str, object]:
-    """Round a notebook's key results for showing and comparing, and hand them to the batch run if there is one.
+    """Round a notebook's key results for showing and comparing, and hand them to the batch run if
+    there is one.
 
-    Floats are rounded to four significant digits. `qlora-nb run` sets QLORA_NB_RESULTS to the file it reads afterwards;
-    a notebook that did not get this far has no such file and counts as failed.
+    Floats are rounded to four significant digits. `qlora-nb run` sets QLORA_NB_RESULTS to the file
+    it reads afterwards; a notebook that did not get this far has no such file and counts as failed.
     """
     rounded = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in results.items()}
     if target := os.environ.get("QLORA_NB_RESULTS"):
@@ -41,13 +43,16 @@ def key_results(results: dict[str, object]) -> dict[str, object]:
 
 
 def new_folder(settings, name: str) -> Path:
-    """Make `<output_dir>/<profile>/<name>-<time>/`, with a number behind it if another run took that second.
+    """Make `<output_dir>/<profile>/<name>-<time>/`, with a number behind it if another run took
+    that second.
 
     Raises:
         KitError: the place cannot be written to, or a file is in the way.
     """
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    with refusing("output_dir cannot be written to", settings.output_dir, "name a folder you may write to"):
+    with refusing(
+        "output_dir cannot be written to", settings.output_dir, "name a folder you may write to"
+    ):
         for n in count():
             folder = sources.runs_root(settings) / f"{name}-{stamp}{f'-{n}' if n else ''}"
             with suppress(FileExistsError):
@@ -55,9 +60,17 @@ def new_folder(settings, name: str) -> Path:
                 return folder
 
 
-def beginning(folder: Path, parameters: dict[str, object], packages: Iterable[str]) -> dict[str, object]:
-    """What the record of a run says before anything has run: the time, the parameters, this machine, its packages."""
-    when = {"schema_version": SCHEMA_VERSION, "status": "running", "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+def beginning(
+    folder: Path, parameters: dict[str, object], packages: Iterable[str]
+) -> dict[str, object]:
+    """What the record of a run says before anything has run: the time, the parameters, this
+    machine, its packages.
+    """
+    when = {
+        "schema_version": SCHEMA_VERSION,
+        "status": "running",
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
     here = {
         "hardware": asdict(machine.this_machine(folder)),
         "versions": {package: machine.installed(package) for package in packages},
@@ -66,9 +79,11 @@ def beginning(folder: Path, parameters: dict[str, object], packages: Iterable[st
 
 
 class Run:
-    """One run and its folder. Use as a context manager; the status is `done` only if the body ended without an error.
+    """One run and its folder. Use as a context manager; the status is `done` only if the body ended
+    without an error.
 
-    `folder` continues in the folder of an earlier run (`resumed` is True then); its record stays as it is until `begin`.
+    `folder` continues in the folder of an earlier run (`resumed` is True then); its record stays as
+    it is until `begin`.
     """
 
     def __init__(self, settings, notebook: str, folder: Path | None = None):
@@ -84,7 +99,9 @@ class Run:
         self._save()
 
     def withdraw(self) -> None:
-        """Undo a run that was refused before its first step: a new one's folder goes, an earlier run's record is left alone."""
+        """Undo a run that was refused before its first step: a new one's folder goes, an earlier
+        run's record is left alone.
+        """
         if self.manifest["status"] != "running":
             return
         self.manifest["status"] = "refused"
@@ -104,7 +121,9 @@ class Run:
         path.touch()  # before the first logged step there is none
         kept = []
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with suppress(ValueError, KeyError, TypeError):  # the last line of a killed run may be cut short
+            with suppress(
+                ValueError, KeyError, TypeError
+            ):  # the last line of a killed run may be cut short
                 record = json.loads(line)
                 loss = record.get("loss", record.get("held_out_loss"))
                 kept += [record] if record["step"] <= step and math.isfinite(loss) else []
@@ -118,7 +137,9 @@ class Run:
         self._save()
 
     def add(self, **metrics: object) -> None:
-        """Add measurements to the record as it stands now; what became of the run is not changed."""
+        """Add measurements to the record as it stands now; what became of the run is not
+        changed.
+        """
         self.manifest = manifest_of(self.folder)[0] or self.manifest
         self.manifest["metrics"] |= metrics
         self._save()
@@ -130,18 +151,24 @@ class Run:
         if self.manifest["status"] == "refused":
             return
         if kind is not None:
-            self.finish("interrupted" if kind is KeyboardInterrupt else "failed", error=f"{kind.__name__}: {error}"[:500])
+            self.finish(
+                "interrupted" if kind is KeyboardInterrupt else "failed",
+                error=f"{kind.__name__}: {error}"[:500],
+            )
         elif self.manifest["status"] == "running":
             self.finish()
 
     def _save(self) -> None:
         files.write_atomically(
-            self.folder / "manifest.json", json.dumps(redaction.redact(self.manifest), indent=1, default=str) + "\n"
+            self.folder / "manifest.json",
+            json.dumps(redaction.redact(self.manifest), indent=1, default=str) + "\n",
         )
 
 
 def manifest_of(folder: Path) -> tuple[dict, bool]:
-    """A run's manifest, and whether the process that wrote it is still there; ({}, False) if it cannot be read."""
+    """A run's manifest, and whether the process that wrote it is still there; ({}, False) if it
+    cannot be read.
+    """
     manifest, there = {}, False
     with suppress(OSError, ValueError, KeyError, TypeError, psutil.NoSuchProcess):
         manifest = dict(json.loads((path := folder / "manifest.json").read_text()))
@@ -159,7 +186,11 @@ def status_of(folder: Path) -> str:
 
 def newest_first(settings, notebook: str) -> list[Path]:
     """The folders of a notebook's runs in this profile."""
-    return sorted(sources.runs_root(settings).glob(f"{notebook}-*"), key=lambda f: f.lstat().st_mtime, reverse=True)
+    return sorted(
+        sources.runs_root(settings).glob(f"{notebook}-*"),
+        key=lambda f: f.lstat().st_mtime,
+        reverse=True,
+    )
 
 
 def latest_done(settings, notebook: str) -> Path | None:
@@ -171,4 +202,6 @@ def latest_done(settings, notebook: str) -> Path | None:
 def _commit() -> str | None:
     command = ["git", "-C", str(sources.project_root()), "rev-parse", "HEAD"]
     with suppress(OSError, subprocess.SubprocessError):  # no git, or no repository
-        return subprocess.check_output(command, text=True, timeout=5, stderr=subprocess.DEVNULL).strip()
+        return subprocess.check_output(
+            command, text=True, timeout=5, stderr=subprocess.DEVNULL
+        ).strip()

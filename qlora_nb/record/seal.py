@@ -1,4 +1,6 @@
-"""A seal closes a checkpoint or an adapter: size and SHA-256 of every file, written last, verified first."""
+"""A seal closes a checkpoint or an adapter: size and SHA-256 of every file, written last, verified
+first.
+"""
 
 import json
 import shutil
@@ -12,9 +14,13 @@ SEAL, KEEP = "seal.json", 2
 
 
 def write_seal(folder: Path, **about: object) -> None:
-    """Close a checkpoint or an adapter that is complete, then remove all checkpoints but the newest two."""
+    """Close a checkpoint or an adapter that is complete, then remove all checkpoints but the newest
+    two.
+    """
     contents = {
-        f.name: [f.stat().st_size, files.sha256(f)] for f in sorted(folder.iterdir()) if f.name not in (SEAL, "README.md")
+        f.name: [f.stat().st_size, files.sha256(f)]
+        for f in sorted(folder.iterdir())
+        if f.name not in (SEAL, "README.md")
     }
     files.write_atomically(folder / SEAL, json.dumps(about | {"files": contents}, indent=1))
     for old in newest_first(folder.parent)[KEEP:]:
@@ -24,7 +30,10 @@ def write_seal(folder: Path, **about: object) -> None:
 def damage(folder: Path) -> str:
     """Why a checkpoint cannot be used; empty if it is what was sealed."""
     try:
-        sealed = [(name, size, digest) for name, (size, digest) in json.loads((folder / SEAL).read_text())["files"].items()]
+        sealed = [
+            (name, size, digest)
+            for name, (size, digest) in json.loads((folder / SEAL).read_text())["files"].items()
+        ]
     except FileNotFoundError:
         return "it has no seal: the run ended while it was being written"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -41,14 +50,18 @@ def damage(folder: Path) -> str:
 
 
 def require_whole(adapter: Path) -> None:
-    """Refuse an adapter that is not, byte for byte, the one that a run sealed; one from elsewhere has no seal."""
+    """Refuse an adapter that is not, byte for byte, the one that a run sealed; one from elsewhere
+    has no seal.
+    """
     if (adapter / SEAL).exists() and (reason := damage(adapter)):
         remedy = "take another copy, or run notebook 06 again"
         raise KitError(f"the adapter is damaged: {reason}", value=adapter.name, remedy=remedy)
 
 
 def newest_checkpoint(run_folder: Path, say: Callable[[str], None] = print) -> Path | None:
-    """The newest checkpoint of a run that verifies; the reason is said for each one that does not. None if there is none."""
+    """The newest checkpoint of a run that verifies; the reason is said for each one that does not.
+    None if there is none.
+    """
     for folder in newest_first(run_folder / "checkpoints"):
         if reason := damage(folder):
             say(f"{folder.name} is left out: {reason}")
@@ -63,4 +76,8 @@ def step_of(folder: Path) -> int:
 
 
 def newest_first(folder: Path) -> list[Path]:
-    return sorted((f for f in folder.glob("checkpoint-*") if f.name.rsplit("-", 1)[1].isdigit()), key=step_of, reverse=True)
+    return sorted(
+        (f for f in folder.glob("checkpoint-*") if f.name.rsplit("-", 1)[1].isdigit()),
+        key=step_of,
+        reverse=True,
+    )

@@ -1,1 +1,3 @@
-"""What is taught: pure functions on tensors, each written out by hand once and proven equal to the library."""
+"""What is taught: pure functions on tensors, each written out by hand once and proven equal to the
+library.
+"""

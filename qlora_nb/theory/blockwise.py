@@ -1,18 +1,21 @@
 """One scale for a block: how a tensor becomes 4-bit indices and a few scales, and back.
 
-A code covers [-1, 1], weights do not. So a tensor is cut into blocks of `blocksize` consecutive numbers, each block is
-divided by its largest magnitude (`absmax`, stored as one float32), and every number becomes the index of the nearest code
-value. Nearest means: count the midpoints between neighbouring code values that lie below the number. Two indices share a
-byte, the first one in the high four bits ("nibble").
+A code covers [-1, 1], weights do not. So a tensor is cut into blocks of `blocksize` consecutive
+numbers, each block is divided by its largest magnitude (`absmax`, stored as one float32), and every
+number becomes the index of the nearest code
+value. Nearest means: count the midpoints between neighbouring code values that lie below the
+number. Two indices share a byte, the first one in the high four bits ("nibble").
 
-Back again: code[index] · absmax of the block. The error of one number is at most half the widest gap of the code times
-the block's absmax, which is why one outlier makes its whole block coarse, and why small blocks are better and dearer.
+Back again: code[index] · absmax of the block. The error of one number is at most half the widest
+gap of the code times the block's absmax, which is why one outlier makes its whole block coarse, and
+why small blocks are better and dearer.
 
-The arithmetic below repeats bitsandbytes' CPU version step by step, rounding included: a full block is *multiplied* by
-1/absmax, a ragged last block is *divided* by absmax, scales below 1e-38 count as 1e-38 so that zeros do not divide by zero.
-Therefore bytes and scales are equal bit for bit.
+The arithmetic below repeats bitsandbytes' CPU version step by step, rounding included: a full block
+is *multiplied* by 1/absmax, a ragged last block is *divided* by absmax, scales below 1e-38 count as
+1e-38 so that zeros do not divide by zero. Therefore bytes and scales are equal bit for bit.
 
-Sources: QLoRA, arXiv 2305.14314, section 2 (equations 1 and 2); bitsandbytes/backends/default/ops.py (`quantize_4bit`).
+Sources: QLoRA, arXiv 2305.14314, section 2 (equations 1 and 2);
+    bitsandbytes/backends/default/ops.py (`quantize_4bit`).
 """
 
 import math
@@ -57,8 +60,8 @@ def quantize(x: Tensor, code: Tensor, blocksize: int = 64) -> tuple[Tensor, Tens
     Raises:
         KitError: nothing to quantize, a NaN or infinity, another dtype, or a bad blocksize.
 
-    By hand: in [2, -4, 1] absmax is 4 and the scaled numbers are 0.5, -1, 0.25. With the code [-1, 0, 1] (borders ±0.5;
-    a number on a border goes down) the indices are 1, 0, 1.
+    By hand: in [2, -4, 1] absmax is 4 and the scaled numbers are 0.5, -1, 0.25. With the code [-1,
+    0, 1] (borders ±0.5; a number on a border goes down) the indices are 1, 0, 1.
 
     >>> [t.tolist() for t in quantize(torch.tensor([2.0, -4, 1]), torch.tensor([-1.0, 0, 1]), blocksize=4)]
     [[1, 0, 1], [4.0]]
@@ -74,7 +77,9 @@ def quantize(x: Tensor, code: Tensor, blocksize: int = 64) -> tuple[Tensor, Tens
         scaled = torch.cat([scaled, rest / absmax_rest])
     borders, order = midpoints(code.to(flat.device))
     index = torch.zeros(scaled.shape, dtype=torch.uint8, device=flat.device)
-    for border in borders.tolist():  # fifteen comparisons, twice as fast as torch.bucketize's search
+    for (
+        border
+    ) in borders.tolist():  # fifteen comparisons, twice as fast as torch.bucketize's search
         index += scaled > border
     if not torch.equal(order, torch.arange(len(order), device=order.device)):
         index = order.to(torch.uint8)[index.int()]
@@ -82,9 +87,11 @@ def quantize(x: Tensor, code: Tensor, blocksize: int = 64) -> tuple[Tensor, Tens
 
 
 def quantize_spec(x: Tensor, code: Tensor, blocksize: int = 64) -> tuple[Tensor, Tensor]:
-    """`quantize` as plain loops over plain numbers: for every number try every code value and keep the nearest.
+    """`quantize` as plain loops over plain numbers: for every number try every code value and keep
+    the nearest.
 
-    Slow and in double precision, so it may differ from `quantize` for numbers within a rounding error of a border.
+    Slow and in double precision, so it may differ from `quantize` for numbers within a rounding
+    error of a border.
 
     >>> [t.tolist() for t in quantize_spec(torch.tensor([2.0, -4, 1]), torch.tensor([-1.0, 0, 1]), blocksize=4)]
     [[1, 0, 1], [4.0]]
@@ -97,11 +104,21 @@ def quantize_spec(x: Tensor, code: Tensor, blocksize: int = 64) -> tuple[Tensor,
         scales.append(absmax)
         for number in block:
             scaled = number / absmax if absmax > 0 else 0.0
-            indices.append(min(range(len(values)), key=lambda i: (abs(values[i] - scaled), values[i], i)))
+            indices.append(
+                min(range(len(values)), key=lambda i: (abs(values[i] - scaled), values[i], i))
+            )
     return torch.tensor(indices, dtype=torch.uint8), torch.tensor(scales, dtype=torch.float32)
 
 
-def dequantize(index: Tensor, absmax: Tensor, code: Tensor, blocksize: int = 64, shape=None, *, dtype=torch.float32) -> Tensor:
+def dequantize(
+    index: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    blocksize: int = 64,
+    shape=None,
+    *,
+    dtype=torch.float32,
+) -> Tensor:
     """code[index] · absmax of its block.
 
     Args:
@@ -148,7 +165,9 @@ def pack(index: Tensor, filler: int = 0) -> Tensor:
     [163, 23]
     """
     if index.numel() and int(index.max()) > 15:
-        raise KitError("an index does not fit in four bits", value=int(index.max()), allowed="0 to 15")
+        raise KitError(
+            "an index does not fit in four bits", value=int(index.max()), allowed="0 to 15"
+        )
     if index.numel() % 2:
         index = torch.cat([index, index.new_tensor([filler])])
     return (index[0::2] << 4) | index[1::2]
@@ -165,16 +184,20 @@ def unpack(packed: Tensor, n: int) -> Tensor:
 
 
 def quantize_4bit(x: Tensor, code: Tensor, blocksize: int = 64) -> tuple[Tensor, Tensor]:
-    """`quantize` and `pack`: the bytes and scales that `bitsandbytes.functional.quantize_4bit` makes on a CPU.
+    """`quantize` and `pack`: the bytes and scales that `bitsandbytes.functional.quantize_4bit`
+    makes on a CPU.
 
     Returns:
-        (ceil(n / 2), 1) uint8 bytes, the shape bitsandbytes gives them; (ceil(n / blocksize),) float32 absmax.
+        (ceil(n / 2), 1) uint8 bytes, the shape bitsandbytes gives them; (ceil(n / blocksize),)
+        float32 absmax.
     """
     index, absmax = quantize(x, code, blocksize)
     return pack(index, filler=int(code.abs().argmin()))[:, None], absmax  # filled up with zero
 
 
-def dequantize_4bit(packed: Tensor, absmax: Tensor, code: Tensor, blocksize: int, shape: tuple[int, ...]) -> Tensor:
+def dequantize_4bit(
+    packed: Tensor, absmax: Tensor, code: Tensor, blocksize: int, shape: tuple[int, ...]
+) -> Tensor:
     """`unpack` and `dequantize`, to float32."""
     return dequantize(unpack(packed, math.prod(shape)), absmax, code, blocksize, shape)
 
@@ -190,17 +213,23 @@ def round_trip(x: Tensor, code: Tensor, blocksize: int = 64) -> Tensor:
 
 
 def fitted_code(x: Tensor, blocksize: int = 64) -> Tensor:
-    """A Lloyd-Max code for `x` in blocks, from NF4 on: least squared error of the weights themselves, nothing held fixed.
+    """A Lloyd-Max code for `x` in blocks, from NF4 on: least squared error of the weights
+    themselves, nothing held fixed.
 
     Args:
         x: weights, as in `quantize`.
         blocksize: as in `quantize`.
 
     Returns:
-        (16,) float32, sorted. Its ends come to lie inside ±1: only one weight in a block is ±absmax.
+        (16,) float32, sorted. Its ends come to lie inside ±1: only one weight in a block is
+        ±absmax.
     """
     code = nf4_code()
-    absmax = quantize(x, code, blocksize)[1].clamp(min=SMALLEST_SCALE).repeat_interleave(blocksize)[: x.numel()]
+    absmax = (
+        quantize(x, code, blocksize)[1]
+        .clamp(min=SMALLEST_SCALE)
+        .repeat_interleave(blocksize)[: x.numel()]
+    )
     return lloyd_max(x.detach().flatten().float() / absmax, code, weights=absmax.square())
 
 
@@ -235,14 +264,26 @@ def entropy_bits(share: Tensor) -> float:
 def _checked(x: Tensor, blocksize: int) -> Tensor:
     """`x` flat and in float32, or a refusal."""
     if isinstance(blocksize, bool) or not isinstance(blocksize, int) or blocksize < 1:
-        raise KitError("blocksize is a number of weights", value=blocksize, allowed="a whole number, 1 or more")
+        raise KitError(
+            "blocksize is a number of weights", value=blocksize, allowed="a whole number, 1 or more"
+        )
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise KitError("this dtype is not quantized", value=x.dtype, allowed="float32, float16, bfloat16", remedy="use x.float()")
+        raise KitError(
+            "this dtype is not quantized",
+            value=x.dtype,
+            allowed="float32, float16, bfloat16",
+            remedy="use x.float()",
+        )
     if x.numel() == 0:
         raise KitError("there is nothing to quantize: the tensor is empty")
     flat = x.detach().reshape(-1).float()
     if not flat.abs().amax().isfinite():
         bad = int((~torch.isfinite(flat)).nonzero()[0])
         what = f"a NaN or infinity cannot be quantized; the first is at flat position {bad}"
-        raise KitError(what, value=flat[bad].item(), allowed="finite numbers", remedy="look for the layer that produced it")
+        raise KitError(
+            what,
+            value=flat[bad].item(),
+            allowed="finite numbers",
+            remedy="look for the layer that produced it",
+        )
     return flat

@@ -1,22 +1,26 @@
 """Sixteen numbers: what a 4-bit code can say.
 
-Four bits name one of sixteen values. A *code* is the list of those values, scaled so that the largest magnitude is 1; a
-weight is stored as the index of its nearest code value. Everything that tells NF4, FP4 and INT4 apart is *where the
-sixteen values lie*:
+Four bits name one of sixteen values. A *code* is the list of those values, scaled so that the
+largest magnitude is 1; a weight is stored as the index of its nearest code value. Everything that
+tells NF4, FP4 and INT4 apart is *where the sixteen values lie*:
 
 * INT4 lies evenly: -7/7 … 7/7. Best for uniform data.
-* FP4 is a tiny floating-point format: two exponent bits, one bit of fraction. Coarse at the ends, and with a hole beside zero:
-  bitsandbytes' has nothing between 0.005 and 0.167.
-* NF4 lies where a bell curve lies: its values are quantiles of N(0, 1). A weight matrix looks like a bell curve.
-* AF4 is fitted for the least mean *absolute* error of a Gaussian in blocks, each half by itself: NF4's is less all the same.
+* FP4 is a tiny floating-point format: two exponent bits, one bit of fraction. Coarse at the ends,
+  and with a hole beside zero: bitsandbytes' has nothing between 0.005 and 0.167.
+* NF4 lies where a bell curve lies: its values are quantiles of N(0, 1). A weight matrix looks like
+    a bell curve.
+* AF4 is fitted for the least mean *absolute* error of a Gaussian in blocks, each half by itself:
+  NF4's is less all the same.
 * Lloyd-Max is fitted: the code with the least squared error on the samples it is given.
 
-The tail of a bell curve never ends, so NF4 has to stop somewhere: at the quantile t = 1 - (1/32 + 1/30)/2 = 0.96770833.
-A 16-value code gives the outermost positive value the middle of 1/32 (half of one of 16 equal shares) and 1/30 (half of
-one of 15). bitsandbytes writes 0.9677083 and calls it "offset"; this kit calls it `tail_quantile`.
+The tail of a bell curve never ends, so NF4 has to stop somewhere: at the quantile t = 1 - (1/32 +
+1/30)/2 = 0.96770833. A 16-value code gives the outermost positive value the middle of 1/32 (half of
+one of 16 equal shares) and 1/30 (half of one of 15). bitsandbytes writes 0.9677083 and calls it
+"offset"; this kit calls it `tail_quantile`.
 
-Sources: QLoRA, arXiv 2305.14314, section 3 and appendix E; bitsandbytes/functional.py (`create_normal_map`,
-`get_4bit_type`, `create_dynamic_map`); 8-bit optimizers, arXiv 2110.02861, section 1.3 (dynamic map); AF4, arXiv 2306.06965.
+Sources: QLoRA, arXiv 2305.14314, section 3 and appendix E; bitsandbytes/functional.py
+(`create_normal_map`, `get_4bit_type`, `create_dynamic_map`); 8-bit optimizers, arXiv 2110.02861,
+section 1.3 (dynamic map); AF4, arXiv 2306.06965.
 """
 
 from statistics import NormalDist
@@ -36,8 +40,9 @@ LIBRARY_TAIL_QUANTILE = 0.9677083
 def nf4_values(tail_quantile: float = TAIL_QUANTILE) -> list[float]:
     """The sixteen NF4 values in double precision, derived from normal quantiles.
 
-    Eight positive values and seven negative ones are quantiles at evenly spaced probabilities between `tail_quantile`
-    and one half; zero is added (padding and pruned weights must stay exactly zero); all are divided by the largest.
+    Eight positive values and seven negative ones are quantiles at evenly spaced probabilities
+    between `tail_quantile` and one half; zero is added (padding and pruned weights must stay
+    exactly zero); all are divided by the largest.
 
     Args:
         tail_quantile: probability at which the tail is cut, between 0.5 and 1.
@@ -48,14 +53,18 @@ def nf4_values(tail_quantile: float = TAIL_QUANTILE) -> list[float]:
     Raises:
         KitError: `tail_quantile` outside (0.5, 1).
 
-    By hand: the largest quantile is inv_cdf(0.96770833) = 1.8481, the next one inv_cdf(0.96770833 - 0.46770833/8) = 1.3361,
-    so the second largest code value is 1.3361/1.8481 = 0.723.
+    By hand: the largest quantile is inv_cdf(0.96770833) = 1.8481, the next one inv_cdf(0.96770833 -
+    0.46770833/8) = 1.3361, so the second largest code value is 1.3361/1.8481 = 0.723.
 
     >>> [round(v, 3) for v in nf4_values()[-3:]]
     [0.563, 0.723, 1.0]
     """
     if not 0.5 < tail_quantile < 1:
-        raise KitError("tail_quantile is a probability in the upper tail", value=tail_quantile, allowed="between 0.5 and 1")
+        raise KitError(
+            "tail_quantile is a probability in the upper tail",
+            value=tail_quantile,
+            allowed="between 0.5 and 1",
+        )
     quantile, span = NormalDist().inv_cdf, tail_quantile - 0.5
     positive = [quantile(tail_quantile - span * i / 8) for i in range(8)]
     negative = [-quantile(tail_quantile - span * i / 7) for i in range(7)]
@@ -63,10 +72,11 @@ def nf4_values(tail_quantile: float = TAIL_QUANTILE) -> list[float]:
 
 
 def nf4_code() -> Tensor:
-    """NF4 as bitsandbytes tabulates it, derived in the same single-precision steps: equal to its table in every bit.
+    """NF4 as bitsandbytes tabulates it, derived in the same single-precision steps: equal to its
+    table in every bit.
 
-    `nf4_values` is within 2e-7 of it. The last bits matter only for proving equality: one value in ten million lies
-    between the two versions' midpoints.
+    `nf4_values` is within 2e-7 of it. The last bits matter only for proving equality: one value in
+    ten million lies between the two versions' midpoints.
 
     Returns:
         (16,) float32, sorted, from -1 to 1, with an exact 0 at index 7.
@@ -75,23 +85,30 @@ def nf4_code() -> Tensor:
     (0.07958, 0.0)
     """
 
-    def upper(n: int) -> list[float]:  # quantiles at n evenly spaced probabilities from the tail down, one half left out
+    def upper(
+        n: int,
+    ) -> list[
+        float
+    ]:  # quantiles at n evenly spaced probabilities from the tail down, one half left out
         start, end = torch.tensor(LIBRARY_TAIL_QUANTILE), torch.tensor(0.5)
         step = (end - start) / n
         # the second half is counted from the end, as torch.linspace does
         steps = [start + step * i if i < (n + 1) // 2 else end - step * (n - i) for i in range(n)]
         return [NormalDist().inv_cdf(p.item()) for p in steps]
 
-    values = torch.tensor([*(-q for q in upper(7)), 0.0, *upper(8)], dtype=torch.float32).sort().values
+    values = (
+        torch.tensor([*(-q for q in upper(7)), 0.0, *upper(8)], dtype=torch.float32).sort().values
+    )
     return values / values.max()
 
 
 def fp4_code() -> Tensor:
-    """FP4 (sign, two exponent bits, one fraction bit) in the order of its bit patterns, as bitsandbytes stores it.
+    """FP4 (sign, two exponent bits, one fraction bit) in the order of its bit patterns, as
+    bitsandbytes stores it.
 
-    Exponent field e and fraction bit m mean (1 + m/2) · 2^(3-e) for e = 0 … 2 in bitsandbytes' own order (patterns
-    010 011 · 100 101 · 110 111 are 8 12 · 4 6 · 2 3); pattern 001 is 0.0625 and 000 is 0. Divided by 12. There are two
-    zeros, +0 and -0, so FP4 has only fifteen different values.
+    Exponent field e and fraction bit m mean (1 + m/2) · 2^(3-e) for e = 0 … 2 in bitsandbytes' own
+    order (patterns 010 011 · 100 101 · 110 111 are 8 12 · 4 6 · 2 3); pattern 001 is 0.0625 and 000
+    is 0. Divided by 12. There are two zeros, +0 and -0, so FP4 has only fifteen different values.
 
     Returns:
         (16,) float32, *not* sorted: index = bit pattern, the high bit is the sign.
@@ -105,7 +122,8 @@ def fp4_code() -> Tensor:
 
 
 def int4_code() -> Tensor:
-    """Symmetric 4-bit integers -7 … 7 divided by 7: fifteen even steps, the sixteenth pattern is unused.
+    """Symmetric 4-bit integers -7 … 7 divided by 7: fifteen even steps, the sixteenth pattern is
+    unused.
 
     >>> int4_code().numel(), round(int4_code()[8].item(), 4)
     (15, 0.1429)
@@ -114,12 +132,15 @@ def int4_code() -> Tensor:
 
 
 def af4_code(blocksize: int = 64) -> Tensor:
-    """AF4, "abnormal float": fitted for the least mean absolute error of a Gaussian's scaled numbers in blocks of this size.
+    """AF4, "abnormal float": fitted for the least mean absolute error of a Gaussian's scaled
+    numbers in blocks of this size.
 
-    A block's largest number becomes ±1. The others follow the bell curve cut at that number; averaged over how large the
-    largest is, this gives the share `cdf` of scaled numbers below x. Least absolute error asks each value to be the *median*
-    of the numbers that choose it (least squares, Lloyd-Max, asks for the mean). bitsandbytes' table is reached, within 3e-5,
-    when each half is fitted by itself, with a border at zero, and the value zero is put between the halves afterwards.
+    A block's largest number becomes ±1. The others follow the bell curve cut at that number;
+    averaged over how large the largest is, this gives the share `cdf` of scaled numbers below x.
+    Least absolute error asks each value to be the *median* of the numbers that choose it (least
+    squares, Lloyd-Max, asks for the mean). bitsandbytes' table is reached, within 3e-5, when each
+    half is fitted by itself, with a border at zero, and the value zero is put between the halves
+    afterwards.
 
     Args:
         blocksize: numbers that share one scale; the library has the code for 64 alone.
@@ -130,7 +151,10 @@ def af4_code(blocksize: int = 64) -> Tensor:
     >>> [round(v, 3) for v in af4_code()[7:11].tolist()]
     [0.0, 0.043, 0.129, 0.22]
     """
-    edges, x = torch.linspace(0, 6, 400, dtype=torch.float64), torch.linspace(0, 1, 401, dtype=torch.float64)
+    edges, x = (
+        torch.linspace(0, 6, 400, dtype=torch.float64),
+        torch.linspace(0, 1, 401, dtype=torch.float64),
+    )
     within = lambda z: torch.special.erf(z / 2**0.5)  # share of a Gaussian in ±z
     largest, chance = (edges[1:] + edges[:-1]) / 2, (within(edges) ** blocksize).diff()
     cdf = (within(x[:, None] * largest) / within(largest) * chance).sum(dim=1)
@@ -146,11 +170,13 @@ def af4_code(blocksize: int = 64) -> Tensor:
 
 
 def dynamic_code() -> Tensor:
-    """bitsandbytes' signed dynamic 8-bit map: the 256 values that store the scales in double quantization.
+    """bitsandbytes' signed dynamic 8-bit map: the 256 values that store the scales in double
+    quantization.
 
-    The further from 1, the fewer bits are left for the fraction: decade 10^0 has 64 values a side, 10^-1 has 32, …,
-    10^-6 has one. In each decade the values are the centres of equal steps from 0.1 to 1. Add 0 and 1: 2·127 + 2 = 256.
-    It is neither a floating-point format nor the FP8 of the paper.
+    The further from 1, the fewer bits are left for the fraction: decade 10^0 has 64 values a side,
+    10^-1 has 32, …, 10^-6 has one. In each decade the values are the centres of equal steps from
+    0.1 to 1. Add 0 and 1: 2·127 + 2 = 256. It is neither a floating-point format nor the FP8 of the
+        paper.
 
     Returns:
         (256,) float32, sorted, from -0.993 to 1.
@@ -167,14 +193,22 @@ def dynamic_code() -> Tensor:
     return torch.tensor(sorted(values), dtype=torch.float32)
 
 
-def lloyd_max(samples: Tensor, start: Tensor, weights: Tensor | None = None, steps: int = 100, keep: tuple = ()) -> Tensor:
-    """Fit a code to samples: repeat "nearest value" and "each value moves to the mean of its samples" until it stands.
+def lloyd_max(
+    samples: Tensor,
+    start: Tensor,
+    weights: Tensor | None = None,
+    steps: int = 100,
+    keep: tuple = (),
+) -> Tensor:
+    """Fit a code to samples: repeat "nearest value" and "each value moves to the mean of its
+    samples" until it stands.
 
     Args:
-        samples: numbers to be coded, any shape (for a block-wise code: weight / absmax of its block).
+        samples: numbers to be coded, any shape (for a block-wise code: weight / absmax of its
+            block).
         start: sorted start code (k,).
-        weights: how much each sample's squared error counts (for a block-wise code: absmax², so that the error is that of
-            the weights and not of the scaled numbers); all 1 if left out.
+        weights: how much each sample's squared error counts (for a block-wise code: absmax², so
+            that the error is that of the weights and not of the scaled numbers); all 1 if left out.
         steps: repetitions; each one lowers the error or leaves it.
         keep: start values that must not move, for example (-1.0, 0.0, 1.0).
 
@@ -197,7 +231,9 @@ def lloyd_max(samples: Tensor, start: Tensor, weights: Tensor | None = None, ste
     code = start.double().sort().values
     fixed = torch.isin(code, torch.tensor(keep, dtype=torch.float64))
     for _ in range(steps):
-        edges = torch.tensor([0, *torch.searchsorted(x, (code[:-1] + code[1:]) / 2).tolist(), len(x)])
+        edges = torch.tensor(
+            [0, *torch.searchsorted(x, (code[:-1] + code[1:]) / 2).tolist(), len(x)]
+        )
         share = mass[edges].diff()
         moved = torch.where((share > 0) & ~fixed, moment[edges].diff() / share, code)
         if torch.equal(moved, code):

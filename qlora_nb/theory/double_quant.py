@@ -1,20 +1,22 @@
 """Quantize the scales too: from 4.5 to 4.127 bits a weight.
 
-A block of 64 weights has one float32 scale: 32/64 = 0.5 bit a weight. On a 65-billion-parameter model that is 4 GB of
-scales. Double quantization stores each scale in 8 bits. What that needs in turn:
+A block of 64 weights has one float32 scale: 32/64 = 0.5 bit a weight. On a 65-billion-parameter
+model that is 4 GB of scales. Double quantization stores each scale in 8 bits. What that needs in
+turn:
 
-* scales are positive, and 8-bit codes are symmetric around zero: subtract the mean first (one float32 a tensor,
-  `absmax_mean`; bitsandbytes calls it `offset`);
+* scales are positive, and 8-bit codes are symmetric around zero: subtract the mean first (one
+  float32 a tensor, `absmax_mean`; bitsandbytes calls it `offset`);
 * the centred scales are quantized block-wise again, 256 to a block, one float32 a block.
 
 Ledger of one weight: 4 + 8/64 + 32/(64 · 256) = 4.127 bits. The mean costs nothing worth counting.
 
-The paper writes FP8 for the second level. bitsandbytes uses its *dynamic 8-bit map* (`codebooks.dynamic_code`), and on a
-CPU not even the nearest value of it: [-1, 1] is cut into 65,536 bins and a table says which code a bin means. Repeated
-here, so that codes and scales are equal bit for bit.
+The paper writes FP8 for the second level. bitsandbytes uses its *dynamic 8-bit map*
+(`codebooks.dynamic_code`), and on a CPU not even the nearest value of it: [-1, 1] is cut into
+65,536 bins and a table says which code a bin means. Repeated here, so that codes and scales are
+equal bit for bit.
 
-Sources: QLoRA, arXiv 2305.14314, section 3 ("Double Quantization"); bitsandbytes/functional.py (`quantize_4bit` with
-`compress_statistics=True`, `quantize_blockwise`), csrc/cpu_ops.cpp.
+Sources: QLoRA, arXiv 2305.14314, section 3 ("Double Quantization"); bitsandbytes/functional.py
+(`quantize_4bit` with `compress_statistics=True`, `quantize_blockwise`), csrc/cpu_ops.cpp.
 """
 
 from dataclasses import dataclass
@@ -32,7 +34,9 @@ N_BINS = 65_536
 """Bins of bitsandbytes' lookup table on a CPU."""
 
 
-def ledger(blocksize: int = 64, second_blocksize: int | None = SECOND_BLOCKSIZE) -> dict[str, float]:
+def ledger(
+    blocksize: int = 64, second_blocksize: int | None = SECOND_BLOCKSIZE
+) -> dict[str, float]:
     """Bits a weight, item by item.
 
     Args:
@@ -40,7 +44,8 @@ def ledger(blocksize: int = 64, second_blocksize: int | None = SECOND_BLOCKSIZE)
         second_blocksize: scales that share one second-level scale; None is no double quantization.
 
     Returns:
-        {"codes": 4, "scales": …, "scales of scales": …}, all in bits a weight. The one mean a tensor is left out.
+        {"codes": 4, "scales": …, "scales of scales": …}, all in bits a weight. The one mean a
+        tensor is left out.
 
     Raises:
         KitError: a blocksize below 1.
@@ -53,11 +58,21 @@ def ledger(blocksize: int = 64, second_blocksize: int | None = SECOND_BLOCKSIZE)
     {'codes': 4.0, 'scales': 0.125, 'scales of scales': 0.001953125}
     """
     for name, value in (("blocksize", blocksize), ("second_blocksize", second_blocksize)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise KitError(f"{name} is a number of values that share one scale", value=value, allowed="a whole number, 1 or more")
+        if value is not None and (
+            isinstance(value, bool) or not isinstance(value, int) or value < 1
+        ):
+            raise KitError(
+                f"{name} is a number of values that share one scale",
+                value=value,
+                allowed="a whole number, 1 or more",
+            )
     if second_blocksize is None:
         return {"codes": 4.0, "scales": 32 / blocksize, "scales of scales": 0.0}
-    return {"codes": 4.0, "scales": 8 / blocksize, "scales of scales": 32 / (blocksize * second_blocksize)}
+    return {
+        "codes": 4.0,
+        "scales": 8 / blocksize,
+        "scales of scales": 32 / (blocksize * second_blocksize),
+    }
 
 
 def bits_per_weight(blocksize: int = 64, second_blocksize: int | None = SECOND_BLOCKSIZE) -> float:
@@ -69,7 +84,9 @@ def bits_per_weight(blocksize: int = 64, second_blocksize: int | None = SECOND_B
     return sum(ledger(blocksize, second_blocksize).values())
 
 
-def storage_bytes(n_weights: int, blocksize: int = 64, second_blocksize: int | None = SECOND_BLOCKSIZE) -> dict[str, int]:
+def storage_bytes(
+    n_weights: int, blocksize: int = 64, second_blocksize: int | None = SECOND_BLOCKSIZE
+) -> dict[str, int]:
     """Bytes of one real tensor, with every block rounded up and the mean counted.
 
     Args:
@@ -77,10 +94,11 @@ def storage_bytes(n_weights: int, blocksize: int = 64, second_blocksize: int | N
         blocksize, second_blocksize: as in `ledger`.
 
     Returns:
-        {"codes", "scales", "scales of scales", "mean"} in bytes. The two code tables (16 and 256 float32, the same for
-        every tensor) are left out.
+        {"codes", "scales", "scales of scales", "mean"} in bytes. The two code tables (16 and 256
+        float32, the same for every tensor) are left out.
 
-    By hand: 1000 weights are 500 bytes and 16 blocks; 16 · 4 = 64 bytes of scales, or 16 + 4 + 4 with double quantization.
+    By hand: 1000 weights are 500 bytes and 16 blocks; 16 · 4 = 64 bytes of scales, or 16 + 4 + 4
+        with double quantization.
 
     >>> storage_bytes(1000, 64, None)
     {'codes': 500, 'scales': 64, 'scales of scales': 0, 'mean': 0}
@@ -91,7 +109,12 @@ def storage_bytes(n_weights: int, blocksize: int = 64, second_blocksize: int | N
     blocks, codes = -(-n_weights // blocksize), -(-n_weights // 2)
     if second_blocksize is None:
         return {"codes": codes, "scales": 4 * blocks, "scales of scales": 0, "mean": 0}
-    return {"codes": codes, "scales": blocks, "scales of scales": 4 * -(-blocks // second_blocksize), "mean": 4}
+    return {
+        "codes": codes,
+        "scales": blocks,
+        "scales of scales": 4 * -(-blocks // second_blocksize),
+        "mean": 4,
+    }
 
 
 @dataclass(frozen=True)
@@ -112,9 +135,11 @@ class SecondLevel:
 
 
 def table_index(scaled: Tensor, code: Tensor) -> Tensor:
-    """Index of a number in [-1, 1] by bitsandbytes' CPU table: which of 65,536 bins, then the code nearest to that bin.
+    """Index of a number in [-1, 1] by bitsandbytes' CPU table: which of 65,536 bins, then the code
+    nearest to that bin.
 
-    No bin is centred on zero (their number is even), so zero becomes index 131, which means 0.0000212 and not 0 (index 127).
+    No bin is centred on zero (their number is even), so zero becomes index 131, which means
+    0.0000212 and not 0 (index 127).
 
     Args:
         scaled: any shape, float32 in [-1, 1].
@@ -142,8 +167,9 @@ def quantize_absmax(absmax: Tensor, blocksize: int = SECOND_BLOCKSIZE) -> Second
     Raises:
         KitError: no scales, scales that are not finite float32, or a bad blocksize.
 
-    By hand: scales 1 and 3 have mean 2; centred they are -1 and 1; their absmax is 1; the indices are the two ends, 0 (which
-    means -0.993) and 255 (which means 1). Back: 1.007 and 3. Where all scales of a block are the mean, the index is 0 too.
+    By hand: scales 1 and 3 have mean 2; centred they are -1 and 1; their absmax is 1; the indices
+    are the two ends, 0 (which means -0.993) and 255 (which means 1). Back: 1.007 and 3. Where all
+    scales of a block are the mean, the index is 0 too.
 
     >>> second = quantize_absmax(torch.tensor([1.0, 3.0]))
     >>> second.index.tolist(), second.absmax.tolist(), second.absmax_mean.item()
@@ -154,24 +180,36 @@ def quantize_absmax(absmax: Tensor, blocksize: int = SECOND_BLOCKSIZE) -> Second
     centred, code = absmax - absmax_mean, dynamic_code().to(absmax.device)
     blocks = centred.split(blocksize)
     scales = torch.stack([block.abs().amax() for block in blocks])
-    scaled = torch.cat([block / scale if scale > 0 else torch.full_like(block, -1) for block, scale in zip(blocks, scales)])
+    scaled = torch.cat(
+        [
+            block / scale if scale > 0 else torch.full_like(block, -1)
+            for block, scale in zip(blocks, scales)
+        ]
+    )
     return SecondLevel(table_index(scaled, code), scales, absmax_mean, blocksize)
 
 
 def dequantize_absmax(second: SecondLevel) -> Tensor:
-    """code[index] · absmax + mean: the scales as the dequantizer will see them, (n_blocks,) float32.
+    """code[index] · absmax + mean: the scales as the dequantizer will see them, (n_blocks,)
+    float32.
 
     >>> [round(v, 3) for v in dequantize_absmax(quantize_absmax(torch.tensor([1.0, 3.0]))).tolist()]
     [1.007, 3.0]
     """
-    return dequantize(second.index, second.absmax, dynamic_code(), second.blocksize) + second.absmax_mean
+    return (
+        dequantize(second.index, second.absmax, dynamic_code(), second.blocksize)
+        + second.absmax_mean
+    )
 
 
-def quantize_absmax_spec(absmax: Tensor, blocksize: int = SECOND_BLOCKSIZE) -> tuple[list[int], list[float], float]:
-    """The second level as the paper means it, in plain loops: subtract the mean, scale, take the nearest of 256 values.
+def quantize_absmax_spec(
+    absmax: Tensor, blocksize: int = SECOND_BLOCKSIZE
+) -> tuple[list[int], list[float], float]:
+    """The second level as the paper means it, in plain loops: subtract the mean, scale, take the
+    nearest of 256 values.
 
-    Differs from `quantize_absmax` where the 65,536-bin table and true nearness disagree: by one index beside a border, by a few
-    around zero, where the values lie closer together than the bins.
+    Differs from `quantize_absmax` where the 65,536-bin table and true nearness disagree: by one
+    index beside a border, by a few around zero, where the values lie closer together than the bins.
 
     >>> quantize_absmax_spec(torch.tensor([1.0, 3.0]))
     ([0, 255], [1.0], 2.0)
@@ -192,12 +230,16 @@ def quantize_absmax_spec(absmax: Tensor, blocksize: int = SECOND_BLOCKSIZE) -> t
 
 def _check(absmax: Tensor, blocksize: int) -> None:
     if absmax.dtype != torch.float32 or absmax.numel() == 0 or not torch.isfinite(absmax).all():
-        raise KitError("absmax must be float32, finite and not empty", value=f"{absmax.numel()} × {absmax.dtype}")
+        raise KitError(
+            "absmax must be float32, finite and not empty",
+            value=f"{absmax.numel()} × {absmax.dtype}",
+        )
     ledger(1, blocksize)  # refuses a bad size
 
 
 def round_trip(x: Tensor, blocksize: int = 64) -> Tensor:
-    """What is left of `x` after NF4 with double quantization; same shape and dtype (see `blockwise.round_trip`).
+    """What is left of `x` after NF4 with double quantization; same shape and dtype (see
+    `blockwise.round_trip`).
 
     Args:
         x: any shape, float32, float16 or bfloat16.

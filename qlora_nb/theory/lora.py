@@ -1,19 +1,23 @@
 """LoRA: leave the big matrix alone and train two thin ones beside it.
 
-A linear layer computes y = x Wᵀ + b with W of shape (out, in). Fine-tuning would change W by some ΔW of the same shape: as many
-trained numbers as W has. LoRA (arXiv 2106.09685, section 4.1) writes ΔW = (alpha / r) · B A with A of shape (r, in) and B of
-shape (out, r). W stays frozen, only r · (in + out) numbers are trained, and ΔW can have no rank above r.
+A linear layer computes y = x Wᵀ + b with W of shape (out, in). Fine-tuning would change W by some
+ΔW of the same shape: as many trained numbers as W has. LoRA (arXiv 2106.09685, section 4.1) writes
+ΔW = (alpha / r) · B A with A of shape (r, in) and B of shape (out, r). W stays frozen, only r · (in
++ out) numbers are trained, and ΔW can have no rank above r.
 
 Three choices matter, and each can be checked by hand:
 
-- B starts at zero and A at random. B A is then zero, so training starts exactly at the base model. Both at zero would never
+- B starts at zero and A at random. B A is then zero, so training starts exactly at the base model.
+  Both at zero would never
   move: the gradient of A is multiplied by B, the gradient of B by A.
-- The product is scaled by alpha / r. alpha is a second learning rate that stays put while r is varied.
-- ΔW can be added into W once training is over (`merge`): the tuned model then costs nothing extra to run.
+- The product is scaled by alpha / r. alpha is a second learning rate that stays put while r is
+  varied.
+- ΔW can be added into W once training is over (`merge`): the tuned model then costs nothing extra
+  to run.
 
-Two variants: rsLoRA (arXiv 2312.03732) scales by alpha / √r, so that high ranks still learn; DoRA (arXiv 2402.09353) trains the
-length of every row of W + ΔW apart from its direction. Conventions follow PEFT's `tuners/lora/layer.py`; everything here is
-tested equal to it.
+Two variants: rsLoRA (arXiv 2312.03732) scales by alpha / √r, so that high ranks still learn; DoRA
+(arXiv 2402.09353) trains the length of every row of W + ΔW apart from its direction. Conventions
+follow PEFT's `tuners/lora/layer.py`; everything here is tested equal to it.
 """
 
 import math
@@ -55,20 +59,27 @@ def forward(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, lora_alph
     Raises:
         KitError: the shapes do not fit together.
 
-    By hand: x = [1, 2], W = [[1, 0]], A = [[1, 1]], B = [[3]], alpha = 2, r = 1. x Wᵀ = 1, x Aᵀ = 3, times B = 9, times 2 = 18:
-    y = 19.
+    By hand: x = [1, 2], W = [[1, 0]], A = [[1, 1]], B = [[3]], alpha = 2, r = 1. x Wᵀ = 1, x Aᵀ =
+    3, times B = 9, times 2 = 18: y = 19.
 
     >>> forward(torch.tensor([1.0, 2.0]), torch.tensor([[1.0, 0.0]]), torch.ones(1, 2), torch.tensor([[3.0]]), 2)
     tensor([19.])
     """
     _check_shapes(weight, lora_a, lora_b)
     if x.shape[-1] != weight.shape[1]:
-        raise KitError(f"x has {x.shape[-1]} features, the layer takes {weight.shape[1]}", remedy="give x of shape (…, in)")
+        raise KitError(
+            f"x has {x.shape[-1]} features, the layer takes {weight.shape[1]}",
+            remedy="give x of shape (…, in)",
+        )
     return x @ weight.T + scale(lora_alpha, lora_a.shape[0]) * ((x @ lora_a.T) @ lora_b.T)
 
 
-def forward_spec(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, lora_alpha: float) -> Tensor:
-    """`forward` for one input vector (in,), as plain loops: what the formula says, number by number."""
+def forward_spec(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, lora_alpha: float
+) -> Tensor:
+    """`forward` for one input vector (in,), as plain loops: what the formula says, number by
+    number.
+    """
     (n_out, n_in), r = weight.shape, lora_a.shape[0]
     thin = [sum(x[i].item() * lora_a[k, i].item() for i in range(n_in)) for k in range(r)]
     y = []
@@ -87,7 +98,8 @@ class LoRALinear(nn.Module):
         lora_alpha: the scale is lora_alpha / r.
         lora_dropout: probability that an input of the low-rank path is dropped in training.
 
-    `lora_A` (r, in) starts Kaiming-uniform with a = √5, that is uniform in ±1/√in, `lora_B` (out, r) at zero, as in PEFT.
+    `lora_A` (r, in) starts Kaiming-uniform with a = √5, that is uniform in ±1/√in, `lora_B` (out,
+    r) at zero, as in PEFT.
     """
 
     def __init__(self, base: nn.Linear, r: int, lora_alpha: float, lora_dropout: float = 0.0):
@@ -110,7 +122,9 @@ def delta(lora_a: Tensor, lora_b: Tensor, lora_alpha: float) -> Tensor:
 
 
 def merge(weight: Tensor, lora_a: Tensor, lora_b: Tensor, lora_alpha: float) -> Tensor:
-    """W + ΔW: one matrix that does what the two paths did. Exact only within the rounding of W's dtype."""
+    """W + ΔW: one matrix that does what the two paths did. Exact only within the rounding of W's
+    dtype.
+    """
     _check_shapes(weight, lora_a, lora_b)
     return weight + delta(lora_a, lora_b, lora_alpha).to(weight.dtype)
 
@@ -131,8 +145,9 @@ def captured_energy(update: Tensor) -> Tensor:
         update: (out, in) ΔW.
 
     Returns:
-        (min(out, in),) cumulative share of the squared entries, 0 to 1; entry r − 1 belongs to rank r. The squared singular
-        values add up to the squared entries, and the r largest are the best a rank-r matrix can do (Eckart and Young, 1936).
+        (min(out, in),) cumulative share of the squared entries, 0 to 1; entry r − 1 belongs to rank
+        r. The squared singular values add up to the squared entries, and the r largest are the best
+        a rank-r matrix can do (Eckart and Young, 1936).
 
     Raises:
         KitError: an update of zeros, or with NaN or inf.
@@ -155,19 +170,25 @@ def best_rank(update: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """
     _check_finite(update)
     if not 1 <= r <= min(update.shape):
-        raise KitError("the rank does not fit the matrix", value=r, allowed=f"1 to {min(update.shape)}")
+        raise KitError(
+            "the rank does not fit the matrix", value=r, allowed=f"1 to {min(update.shape)}"
+        )
     u, s, v = torch.linalg.svd(update.float(), full_matrices=False)
     return v[:r], u[:, :r] * s[:r]
 
 
-def dora_weight(weight: Tensor, lora_a: Tensor, lora_b: Tensor, lora_alpha: float, magnitude: Tensor) -> Tensor:
+def dora_weight(
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, lora_alpha: float, magnitude: Tensor
+) -> Tensor:
     """DoRA's weight: rows of W + ΔW brought to trained lengths.
 
     Args:
-        magnitude: (out,) row lengths; starts at the lengths of W's rows, so that training starts at the base model.
+        magnitude: (out,) row lengths; starts at the lengths of W's rows, so that training starts at
+            the base model.
 
     Returns:
-        (out, in). One number a row is trained beside A and B (DoRA, section 4; PEFT's `tuners/lora/dora.py`).
+        (out, in). One number a row is trained beside A and B (DoRA, section 4; PEFT's
+        `tuners/lora/dora.py`).
     """
     merged = merge(weight, lora_a, lora_b, lora_alpha)
     return magnitude[:, None] * nn.functional.normalize(merged, dim=1, eps=0.0)
@@ -177,9 +198,14 @@ def _check_shapes(weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
     (n_out, n_in), r = weight.shape, lora_a.shape[0]
     if lora_a.shape != (r, n_in) or lora_b.shape != (n_out, r):
         allowed = f"for W of {tuple(weight.shape)}: A ({r}, {n_in}) and B ({n_out}, {r})"
-        raise KitError(f"A is {tuple(lora_a.shape)} and B is {tuple(lora_b.shape)}", allowed=allowed)
+        raise KitError(
+            f"A is {tuple(lora_a.shape)} and B is {tuple(lora_b.shape)}", allowed=allowed
+        )
 
 
 def _check_finite(update: Tensor) -> None:
     if not torch.isfinite(update).all():
-        raise KitError("the update holds NaN or inf", remedy="look at the training loss: it has probably diverged")
+        raise KitError(
+            "the update holds NaN or inf",
+            remedy="look at the training loss: it has probably diverged",
+        )

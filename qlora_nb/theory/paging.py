@@ -1,18 +1,20 @@
 """Paged optimizers: let the part of memory that rests most of the time make room.
 
-A training step does not need all its memory at once. Weights stay; activations grow in the forward pass and shrink in the
-backward pass; Adam's two states are touched only at the very end. A batch with long rows makes a short spike of
-activations, and a card that is full at that moment raises an out-of-memory error while gigabytes of state lie idle.
+A training step does not need all its memory at once. Weights stay; activations grow in the forward
+pass and shrink in the backward pass; Adam's two states are touched only at the very end. A batch
+with long rows makes a short spike of activations, and a card that is full at that moment raises an
+out-of-memory error while gigabytes of state lie idle.
 
-QLoRA (arXiv 2305.14314, section 3, "Paged Optimizers") puts those states into CUDA *unified memory*: pages that may live
-on the card or in the computer's RAM. The driver evicts pages that were not used for longest when ordinary memory is
-needed, and brings them back when they are touched (a *page fault*) or asked for ahead (a *prefetch*). bitsandbytes does
-this for every state with at least 100,000 elements on a GPU, NVIDIA's, AMD's or Intel's; where the trained tensors lie on a CPU
+QLoRA (arXiv 2305.14314, section 3, "Paged Optimizers") puts those states into CUDA *unified
+memory*: pages that may live on the card or in the computer's RAM. The driver evicts pages that were
+not used for longest when ordinary memory is needed, and brings them back when they are touched (a
+*page fault*) or asked for ahead (a *prefetch*). bitsandbytes does this for every state with at
+least 100,000 elements on a GPU, NVIDIA's, AMD's or Intel's; where the trained tensors lie on a CPU
 it warns and pages nothing (`bitsandbytes/optim/optimizer.py`, `get_state_buffer`).
 
-`UnifiedMemory` is that driver in forty lines: whole pages, strict least-recently-used eviction, every evicted page written back.
-The real driver groups pages, overlaps transfers with work and is not strictly least-recently-used: read bytes as a model and
-seconds as an estimate.
+`UnifiedMemory` is that driver in forty lines: whole pages, strict least-recently-used eviction,
+every evicted page written back. The real driver groups pages, overlaps transfers with work and is
+not strictly least-recently-used: read bytes as a model and seconds as an estimate.
 """
 
 import math
@@ -28,7 +30,8 @@ MIN_PAGED, MIN_8BIT, BLOCK_8BIT = 100_000, 4096, 256
 
 
 def is_paged(numel: int, on_gpu: bool = True) -> bool:
-    """Whether bitsandbytes' paged optimizers put a state of this many elements into pages: at least 1e5, and not on a CPU.
+    """Whether bitsandbytes' paged optimizers put a state of this many elements into pages: at least
+    1e5, and not on a CPU.
 
     >>> is_paged(16 * 5120), is_paged(64 * 5120), is_paged(64 * 5120, on_gpu=False)  # lora_A of pythia-12b at r 16, 64
     (False, True, False)
@@ -41,8 +44,8 @@ def state_bytes(numel: int, bits: int = 32) -> int:
 
     Args:
         numel: elements of the trained tensor.
-        bits: 32, or 8: one byte an element and state, one float32 a block of 256 and state; tensors under 4,096 elements
-            stay 32 bit.
+        bits: 32, or 8: one byte an element and state, one float32 a block of 256 and state; tensors
+            under 4,096 elements stay 32 bit.
 
     Raises:
         KitError: other bits.
@@ -58,7 +61,8 @@ def state_bytes(numel: int, bits: int = 32) -> int:
 
 
 def paged_bytes(numels: Sequence[int], bits: int = 32) -> tuple[int, int]:
-    """(paged, not paged) bytes of Adam's states over tensors of these sizes on a GPU; 8-bit scales (absmax) are never paged.
+    """(paged, not paged) bytes of Adam's states over tensors of these sizes on a GPU; 8-bit scales
+    (absmax) are never paged.
 
     >>> paged_bytes([81_920, 327_680])
     (2621440, 655360)
@@ -70,11 +74,11 @@ def paged_bytes(numels: Sequence[int], bits: int = 32) -> tuple[int, int]:
 class UnifiedMemory:
     """A card with room for `budget_pages` pages, shared by ordinary memory and managed pages.
 
-    Counts `faults` (a touched page was not on the card), `pages_in` (copied from RAM to the card) and `pages_out` (evicted
-    to RAM). A page touched for the first time has nothing to copy.
+    Counts `faults` (a touched page was not on the card), `pages_in` (copied from RAM to the card)
+    and `pages_out` (evicted to RAM). A page touched for the first time has nothing to copy.
 
-    By hand: three pages of room; touch 0, 1, 2 (three faults), reserve two pages: 0 and 1 go out. Touch 0: a fault, 0 comes
-    in, 2 goes out.
+    By hand: three pages of room; touch 0, 1, 2 (three faults), reserve two pages: 0 and 1 go out.
+    Touch 0: a fault, 0 comes in, 2 goes out.
 
     >>> memory = UnifiedMemory(3)
     >>> for page in (0, 1, 2): memory.touch(page)
@@ -126,8 +130,11 @@ class UnifiedMemory:
             self.pages_out += 1
 
 
-def replay_spec(events: Sequence[tuple[str, int]], budget_pages: int) -> tuple[int, int, int, list[int]]:
-    """(faults, pages_in, pages_out, resident) of a list of ("reserve" | "touch" | "prefetch", n), in plain loops over a list.
+def replay_spec(
+    events: Sequence[tuple[str, int]], budget_pages: int
+) -> tuple[int, int, int, list[int]]:
+    """(faults, pages_in, pages_out, resident) of a list of ("reserve" | "touch" | "prefetch", n),
+    in plain loops over a list.
 
     The card must have room: more pages of ordinary memory than it holds are an IndexError here.
     """
@@ -154,9 +161,9 @@ def replay_spec(events: Sequence[tuple[str, int]], budget_pages: int) -> tuple[i
 class StepSizes:
     """Sizes of one training step, all in bytes (the caller takes them from a ledger).
 
-    `kept` is what each layer holds for the backward pass: with gradient checkpointing its input. `forward` and `backward` are
-    what one layer needs while it works, `loss` what head and loss need. `paged` and `fixed` are the optimizer states that may
-    and may not leave the card.
+    `kept` is what each layer holds for the backward pass: with gradient checkpointing its input.
+    `forward` and `backward` are what one layer needs while it works, `loss` what head and loss
+    need. `paged` and `fixed` are the optimizer states that may and may not leave the card.
     """
 
     n_layers: int
@@ -185,10 +192,12 @@ class Moment:
 
 
 def step_timeline(sizes: StepSizes) -> list[Moment]:
-    """Memory through one step: a moment a layer forward, one for the loss, a moment a layer backward, one for the optimizer.
+    """Memory through one step: a moment a layer forward, one for the loss, a moment a layer
+    backward, one for the optimizer.
 
-    Example: two layers, kept 1, forward 2, backward 5, loss 3, gradients 4, all else 0. Forward 1 + 2, 2 + 2; loss 2 + 3;
-    backward, the last layer first, 2 + 5 + 0 and 1 + 5 + 2 (the layer's own gradients are in its 5); optimizer 4.
+    Example: two layers, kept 1, forward 2, backward 5, loss 3, gradients 4, all else 0. Forward 1 +
+    2, 2 + 2; loss 2 + 3; backward, the last layer first, 2 + 5 + 0 and 1 + 5 + 2 (the layer's own
+    gradients are in its 5); optimizer 4.
 
     >>> [m.total for m in step_timeline(StepSizes(2, 0, 0, 4, 0, 0, 1, 2, 5, 3))]
     [3, 4, 5, 7, 8, 4]
@@ -198,16 +207,32 @@ def step_timeline(sizes: StepSizes) -> list[Moment]:
     def moment(phase: str, layers: int, work: int, gradients: int) -> Moment:
         states = {"states, paged": s.paged, "states, not paged": s.fixed}
         now = {"kept for the backward pass": layers * s.kept, "working memory": work}
-        return Moment(phase, {"frozen weights": s.weights, "LoRA weights": s.adapter, **states, "gradients": gradients, **now})
+        return Moment(
+            phase,
+            {
+                "frozen weights": s.weights,
+                "LoRA weights": s.adapter,
+                **states,
+                "gradients": gradients,
+                **now,
+            },
+        )
 
     forward = [moment("forward", i + 1, s.forward, 0) for i in range(n)]
     backward = [moment("backward", n - i, s.backward, s.gradients * i // n) for i in range(n)]
-    return [*forward, moment("loss", n, s.loss, 0), *backward, moment("optimizer", 0, 0, s.gradients)]
+    return [
+        *forward,
+        moment("loss", n, s.loss, 0),
+        *backward,
+        moment("optimizer", 0, 0, s.gradients),
+    ]
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What one simulated step did: ordinary memory at its peak (bytes), whether it survived, faults and bytes each way."""
+    """What one simulated step did: ordinary memory at its peak (bytes), whether it survived, faults
+    and bytes each way.
+    """
 
     ordinary: int
     survived: bool
@@ -222,12 +247,18 @@ class StepRecord:
             KitError: a bandwidth of zero or less.
         """
         if gb_per_s <= 0:
-            raise KitError("the bandwidth is not positive", value=gb_per_s, allowed="more than 0 GB/s")
+            raise KitError(
+                "the bandwidth is not positive", value=gb_per_s, allowed="more than 0 GB/s"
+            )
         return (self.bytes_in + self.bytes_out) / (gb_per_s * 1e9)
 
 
 def simulate(
-    steps: Sequence[StepSizes], budget_bytes: int, paging: bool = True, prefetch: bool = False, page_bytes: int = PAGE_BYTES
+    steps: Sequence[StepSizes],
+    budget_bytes: int,
+    paging: bool = True,
+    prefetch: bool = False,
+    page_bytes: int = PAGE_BYTES,
 ) -> list[StepRecord]:
     """Run steps on a card; stop at the first one that does not fit.
 
@@ -235,7 +266,8 @@ def simulate(
         steps: the sizes of each step; a spike is a step with larger activations.
         budget_bytes: memory of the card.
         paging: False keeps every optimizer state on the card.
-        prefetch: ask for each page just before the optimizer touches it (bitsandbytes does so tensor by tensor).
+        prefetch: ask for each page just before the optimizer touches it (bitsandbytes does so
+            tensor by tensor).
         page_bytes: page size.
 
     Returns:
@@ -245,7 +277,11 @@ def simulate(
         KitError: a page size or budget that is not positive.
     """
     if page_bytes < 1 or budget_bytes < 1:
-        raise KitError("page size and budget must be positive", value=(page_bytes, budget_bytes), allowed="1 or more bytes")
+        raise KitError(
+            "page size and budget must be positive",
+            value=(page_bytes, budget_bytes),
+            allowed="1 or more bytes",
+        )
     memory, records = UnifiedMemory(budget_bytes // page_bytes), []
     for sizes in steps:
         ordinary = [m.total - sizes.paged for m in step_timeline(sizes)]

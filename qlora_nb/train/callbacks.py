@@ -1,4 +1,6 @@
-"""What is watched while transformers' Trainer works: every step's numbers, NaN, stopping, one measured step, sample answers."""
+"""What is watched while transformers' Trainer works: every step's numbers, NaN, stopping, one
+measured step, sample answers.
+"""
 
 import math
 import threading
@@ -17,17 +19,22 @@ from qlora_nb.memory import ledger, out_of_memory, profiler
 from qlora_nb.model import device, sliced_loss
 
 SMALLEST_SCALE = 1.0
-"""A gradient scaler that has come down to this has halved its scale sixteen times: the gradients themselves are not finite."""
+"""A gradient scaler that has come down to this has halved its scale sixteen times: the gradients
+themselves are not finite.
+"""
 
 
 class Watch(TrainerCallback):
     """Passes on every step's numbers, stops on NaN, stops when asked to.
 
-    `begin` is called before the first pass, `stop` is the event that asks for an end. `updating` is true from the beginning of
-    the optimizer's step until the step is counted: what breaks off then leaves weights updated, some or all.
+    `begin` is called before the first pass, `stop` is the event that asks for an end. `updating` is
+    true from the beginning of the optimizer's step until the step is counted: what breaks off then
+    leaves weights updated, some or all.
     """
 
-    def __init__(self, begin: Callable[[], None], report: Callable[[dict], None], n_tokens: list[int]):
+    def __init__(
+        self, begin: Callable[[], None], report: Callable[[dict], None], n_tokens: list[int]
+    ):
         self.begin, self.report, self.n_tokens = begin, report, n_tokens
         self.stop = threading.Event()
         self.failure: str | None = None
@@ -52,10 +59,22 @@ class Watch(TrainerCallback):
         if "loss" not in logs:
             return
         seconds = time.perf_counter() - self.started
-        left = seconds / max(1, state.global_step - self.first) * (state.max_steps - state.global_step)
-        timing = {"tokens_per_s": sum(self.n_tokens) / seconds, "seconds": seconds, "seconds_left": left}
-        timing["memory_bytes"] = torch.cuda.memory_reserved() if device.on_gpu() else psutil.Process().memory_info().rss
-        logged = {"loss": logs["loss"], "learning_rate": logs["learning_rate"], "grad_norm": logs.get("grad_norm")}
+        left = (
+            seconds / max(1, state.global_step - self.first) * (state.max_steps - state.global_step)
+        )
+        timing = {
+            "tokens_per_s": sum(self.n_tokens) / seconds,
+            "seconds": seconds,
+            "seconds_left": left,
+        }
+        timing["memory_bytes"] = (
+            torch.cuda.memory_reserved() if device.on_gpu() else psutil.Process().memory_info().rss
+        )
+        logged = {
+            "loss": logs["loss"],
+            "learning_rate": logs["learning_rate"],
+            "grad_norm": logs.get("grad_norm"),
+        }
         bad = [k for k in ("loss", "grad_norm") if not math.isfinite(logs.get(k, 0.0))]
         if bad == ["grad_norm"] and _was_skipped(optimizer):
             bad, logged["grad_norm"] = [], None
@@ -66,18 +85,24 @@ class Watch(TrainerCallback):
         self.on_step_end(args, state, control)  # asked just now: this step can still be the last
         if bad:
             self.failure = f"{' and '.join(bad)} became {logs[bad[0]]} at step {state.global_step}"
-            control.should_training_stop, control.should_save = True, False  # the checkpoint before is the last good one
+            control.should_training_stop, control.should_save = (
+                True,
+                False,
+            )  # the checkpoint before is the last good one
 
 
 def _was_skipped(optimizer) -> bool:
-    """Whether accelerate's gradient scaler left out the last update because of an overflow, and can still go lower."""
+    """Whether accelerate's gradient scaler left out the last update because of an overflow, and can
+    still go lower.
+    """
     scaler = getattr(optimizer, "scaler", None)
     return scaler is not None and optimizer.step_was_skipped and scaler.get_scale() > SMALLEST_SCALE
 
 
 class MeasureOneStep(TrainerCallback):
-    """Measures one step, the first one after an update: `held` is the ledger of weights, gradients and states, `moved` the most
-    that lived besides, `shape` its largest pass. `shapes` is filled while batches are made: (rows, tokens, tokens that train)."""
+    """Measures one step, the first one after an update: `held` is the ledger of weights, gradients
+    and states, `moved` the most that lived besides, `shape` its largest pass. `shapes` is filled
+    while batches are made: (rows, tokens, tokens that train)."""
 
     def __init__(self, shapes: list[tuple[int, int, int]]):
         self.weighing, self.shapes = ExitStack(), shapes
@@ -99,13 +124,17 @@ class MeasureOneStep(TrainerCallback):
             self.held = ledger.measure(model, optimizer)
             passes = args.gradient_accumulation_steps
             start = (self.at - self.first) * passes
-            self.shape = max(self.shapes[start : start + passes], key=lambda shape: shape[0] * shape[1])
+            self.shape = max(
+                self.shapes[start : start + passes], key=lambda shape: shape[0] * shape[1]
+            )
 
 
 class Sample(TrainerCallback):
-    """Every so many steps an answer to the first prompt and the held-out loss; greedy, so the random state stays as it is.
+    """Every so many steps an answer to the first prompt and the held-out loss; greedy, so the
+    random state stays as it is.
 
-    A look for which memory does not suffice is left out: the step before it is finished, and smaller passes would not help.
+    A look for which memory does not suffice is left out: the step before it is finished, and
+    smaller passes would not help.
     """
 
     def __init__(self, tokenizer, settings, held_out, run):
@@ -122,7 +151,9 @@ class Sample(TrainerCallback):
             if not is_out_of_memory(error):
                 raise
             out_of_memory.free_memory_of(error)
-            print(f"step {state.global_step}: memory does not suffice for a look at the model; the look is left out")
+            print(
+                f"step {state.global_step}: memory does not suffice for a look at the model; the look is left out"
+            )
         finally:
             model.train()
 
@@ -132,6 +163,8 @@ class Sample(TrainerCallback):
             [said] = generate.answer_all(model, self.tokenizer, [self.row], self.settings)
             print(f"step {step}, asked {self.row['instruction']!r}: {said!r}")
             if self.held_out:
-                loss = self.losses[step] = evaluate.response_loss(model, self.tokenizer, self.held_out)
+                loss = self.losses[step] = evaluate.response_loss(
+                    model, self.tokenizer, self.held_out
+                )
                 self.run.log({"step": step, "held_out_loss": loss})
                 print(f"step {step}, held-out loss {loss:.3f} nats over {len(self.held_out)} rows")

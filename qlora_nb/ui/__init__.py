@@ -1,1 +1,3 @@
-"""What is seen: figures, widgets and exercise checkers. Nothing else in the package imports this room."""
+"""What is seen: figures, widgets and exercise checkers. Nothing else in the package imports this
+room.
+"""

@@ -1,7 +1,7 @@
 """Controls around a plot: one function, one static figure, one widget that varies it.
 
-Only the widget API common to ipywidgets 7.7.1 (Colab) and 8.1 is used. A widget does no arithmetic of its own and
-nothing in a notebook reads a value from it.
+Only the widget API common to ipywidgets 7.7.1 (Colab) and 8.1 is used. A widget does no arithmetic
+of its own and nothing in a notebook reads a value from it.
 """
 
 import base64
@@ -17,23 +17,30 @@ from matplotlib.figure import Figure
 LABEL = {"description_width": "initial"}
 CONTROL = {"style": LABEL, "layout": W.Layout(width="min(460px, 95%)")}
 """How every control looks: the whole description, and no wider than a phone."""
-NAMES_SLIDERS = f'onload="{Path(__file__).with_name("name_sliders.js").read_text(encoding="utf-8")}"'
-"""For screen readers, in an `<img>`: ipywidgets names no slider, and tells the place of a choice instead of the choice."""
+NAMES_SLIDERS = (
+    f'onload="{Path(__file__).with_name("name_sliders.js").read_text(encoding="utf-8")}"'
+)
+"""For screen readers, in an `<img>`: ipywidgets names no slider, and tells the place of a choice
+instead of the choice.
+"""
 NO_PICTURE = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7"
 
 
 def explore(plot: Callable[..., Figure], **controls: W.Widget) -> W.VBox:
-    """Controls over `plot(**values)`, which is redrawn whenever one of them moves; the last cell line shows the box.
+    """Controls over `plot(**values)`, which is redrawn whenever one of them moves; the last cell
+    line shows the box.
 
-    Not ipywidgets' own `interactive`, which shows figures in an `Output`: nbclient sends the kernel messages about that while it
-    waits for others, and papermill then waits for ever, once in some fifty cells. About an `HTML` nothing is sent.
+    Not ipywidgets' own `interactive`, which shows figures in an `Output`: nbclient sends the kernel
+    messages about that while it waits for others, and papermill then waits for ever, once in some
+    fifty cells. About an `HTML` nothing is sent.
 
     Args:
         plot: returns a closed Figure (see `style.draws`); its arguments are the controls' names.
         **controls: one widget an argument. Their start values are the static twin's arguments.
 
     Returns:
-        The box; `.result` is the last Figure, which is what the tests look at, `.redraw()` draws it anew.
+        The box; `.result` is the last Figure, which is what the tests look at, `.redraw()` draws it
+        anew.
     """
     shown = W.HTML()
     panel = W.VBox([*controls.values(), shown])
@@ -43,7 +50,9 @@ def explore(plot: Callable[..., Figure], **controls: W.Widget) -> W.VBox:
         try:
             panel.result = plot(**{name: control.value for name, control in controls.items()})
             shown.value = picture(panel.result)
-        except Exception as error:  # what is raised while a control moves, only the kernel's log would tell
+        except (
+            Exception
+        ) as error:  # what is raised while a control moves, only the kernel's log would tell
             shown.value = f"<pre>{html.escape(str(error))}</pre>"
             raise
 
@@ -56,15 +65,24 @@ def explore(plot: Callable[..., Figure], **controls: W.Widget) -> W.VBox:
 
 def naming() -> W.HTML:
     """Names the sliders of a box without a figure; nothing is seen of it."""
-    return W.HTML(f'<img alt="" src="{NO_PICTURE}" {NAMES_SLIDERS}>', layout=W.Layout(display="none"))
+    return W.HTML(
+        f'<img alt="" src="{NO_PICTURE}" {NAMES_SLIDERS}>', layout=W.Layout(display="none")
+    )
 
 
 def picture(figure: Figure) -> str:
-    """A figure as HTML, drawn in one pass (displaying it costs three), that a screen reader tells by its titles."""
-    png, titles = io.BytesIO(), " · ".join(filter(None, (ax.get_title(loc="left") for ax in figure.axes)))
+    """A figure as HTML, drawn in one pass (displaying it costs three), that a screen reader tells
+    by its titles.
+    """
+    png, titles = (
+        io.BytesIO(),
+        " · ".join(filter(None, (ax.get_title(loc="left") for ax in figure.axes))),
+    )
     FigureCanvasAgg(figure).print_png(png)
     source = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
-    return f'<img alt="{html.escape(titles)}" src="{source}" style="max-width:100%" {NAMES_SLIDERS}>'
+    return (
+        f'<img alt="{html.escape(titles)}" src="{source}" style="max-width:100%" {NAMES_SLIDERS}>'
+    )
 
 
 def slider(kind: type, description: str, value, **limits) -> W.Widget:
@@ -74,7 +92,9 @@ def slider(kind: type, description: str, value, **limits) -> W.Widget:
     return made
 
 
-def float_slider(description: str, value: float, low: float, high: float, step: float) -> W.FloatSlider:
+def float_slider(
+    description: str, value: float, low: float, high: float, step: float
+) -> W.FloatSlider:
     """A slider over real numbers."""
     return slider(W.FloatSlider, description, value, min=low, max=high, step=step)
 
