@@ -147,7 +147,11 @@ def memory_of_loading(model_id: str) -> dict[str, int]:
     memory (mapped files are the system's to give back), sampled every 5 ms, above what was there
     before and what the 4-bit model holds."""
     process, ended = psutil.Process(), threading.Event()
-    anonymous = lambda: (info := process.memory_info()).rss - info.shared
+
+    def anonymous() -> int:
+        info = process.memory_info()
+        return info.rss - info.shared
+
     quietly(load.load_base, validate({}))  # libraries and their own buffers
     before, peak = anonymous(), [0]
 

@@ -197,9 +197,8 @@ def main() -> int:
     for quant_type in ("nf4", "fp4"):
         print(quant_type, record["quantizer"][quant_type])
     for name, times in record["redraws"].items():
-        print(
-            f"{name:30} {times['median_ms']:6.1f} ms{'' if times['median_ms'] <= LIMIT_MS else '  OVER THE LIMIT'}"
-        )
+        verdict = "" if times["median_ms"] <= LIMIT_MS else "  OVER THE LIMIT"
+        print(f"{name:30} {times['median_ms']:6.1f} ms{verdict}")
     provenance.write(TARGET, record)
     return 0
 

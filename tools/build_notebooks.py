@@ -243,9 +243,13 @@ def _text(output: nbformat.NotebookNode) -> str:
 
 def structure(notebook: nbformat.NotebookNode) -> list[tuple]:
     """What must not drift: cells, their sources, the kinds of their outputs."""
-    kinds = lambda c: sorted(
-        {k for o in c.get("outputs", []) for k in o.get("data", {"stream": 0})}
-    )
+
+    def kinds(cell) -> list[str]:
+        found = set()
+        for output in cell.get("outputs", []):
+            found |= set(output.get("data", {"stream": 0}))
+        return sorted(found)
+
     return [(c.cell_type, c.id, c.source, kinds(c)) for c in notebook.cells]
 
 
@@ -261,7 +265,8 @@ def drift(committed: nbformat.NotebookNode, fresh: nbformat.NotebookNode) -> lis
     found = []
     if key_results_of(committed) != key_results_of(fresh):
         found.append(
-            f"key results differ:\n  committed {key_results_of(committed)}\n  now       {key_results_of(fresh)}"
+            f"key results differ:\n  committed {key_results_of(committed)}\n"
+            f"  now       {key_results_of(fresh)}"
         )
     before, after = structure(committed), structure(fresh)
     if len(before) != len(after):
@@ -270,7 +275,7 @@ def drift(committed: nbformat.NotebookNode, fresh: nbformat.NotebookNode) -> lis
     return found
 
 
-# ---- form ------------------------------------------------------------------------------------------------------------
+# ---- form ----------------------------------------------------------------------------------------
 
 
 def format_problems(path: Path, names: list[str]) -> list[str]:
@@ -281,7 +286,10 @@ def format_problems(path: Path, names: list[str]) -> list[str]:
     problems = sequence.stored_errors(notebook)
     expected = nbformat.from_dict(notebook)
     put_generated_cells(expected, path.stem, names)
-    shape = lambda nb: [(c.cell_type, c.source, tags(c)) for c in nb.cells]
+
+    def shape(nb) -> list[tuple]:
+        return [(c.cell_type, c.source, tags(c)) for c in nb.cells]
+
     if shape(notebook) != shape(expected):
         problems.append("guard, navigation or key-results tag not fresh: build it again")
     if "widgets" in notebook.metadata or "papermill" in notebook.metadata:
@@ -333,7 +341,8 @@ def _budget_problems(notebook: nbformat.NotebookNode) -> list[str]:
     problems = []
     if lengths and statistics.median(lengths) > MEDIAN_LINES:
         problems.append(
-            f"code cells have a median of {statistics.median(lengths):g} lines, at most {MEDIAN_LINES}"
+            f"code cells have a median of {statistics.median(lengths):g} lines, "
+            f"at most {MEDIAN_LINES}"
         )
     problems += [
         f"cell {c.id} has {n} lines of code, at most {MAX_LINES}"
@@ -350,7 +359,7 @@ def _budget_problems(notebook: nbformat.NotebookNode) -> list[str]:
     return problems
 
 
-# ---- command ---------------------------------------------------------------------------------------------------------
+# ---- command -------------------------------------------------------------------------------------
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -152,9 +152,11 @@ def train(
         torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0),
     ]
-    shape = lambda s: (
-        min(1.0, (s + 1) / 100) * (1 - s / steps)
-    )  # short warm-up, then linearly to zero
+
+    def shape(step: int) -> float:
+        """A short warm-up, then linearly to zero."""
+        return min(1.0, (step + 1) / 100) * (1 - step / steps)
+
     schedulers = [torch.optim.lr_scheduler.LambdaLR(o, shape) for o in optimizers]
     started, losses = time.time(), []
     for step, (ids, labels) in enumerate(
