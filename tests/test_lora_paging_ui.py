@@ -1,6 +1,4 @@
-"""Notebooks 02 and 05: checkers on right and plausible wrong answers, every control driven to both
-ends, every figure drawn.
-"""
+"""Notebooks 02 and 05: exercise checkers, every control at both ends, and what the text says."""
 
 import ast
 import io
@@ -79,18 +77,21 @@ def ends(control):
 
 
 def drive(panel):
-    """Every control to both ends, one at a time and all together; a Figure must come out each
-    time.
-    """
+    """Every control to both ends, one at a time (the pictures must differ) and all together."""
     assert isinstance(panel.result, Figure)
-    controls = panel.children[:-1]
+    *controls, shown = panel.children
     for control in controls:
         start = control.value
+        pictures = []
         for value in (*ends(control), start):
             panel.result = None
             control.value = value
             if control.value != start or panel.result is not None:
                 assert isinstance(panel.result, Figure), (control.description, value)
+            pictures.append(shown.value)
+        out_of_memory = "Paged: out of memory" in shown.value  # nothing then waits for the bus
+        idle = control.description == "bus (GB/s)" and out_of_memory
+        assert idle or pictures[0] != pictures[1], control.description
     for k in (0, 1):
         for control in controls:
             control.value = ends(control)[k]
@@ -111,7 +112,13 @@ def widget_cells(name: str, **names) -> list:
         for c in nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4).cells
         if "widgets.explore(" in c.source
     ]
-    names |= {"widgets": widgets, "partial": partial, "ledger": ledger, "n02": n02, "n05": n05}
+    names |= {
+        "widgets": widgets,
+        "partial": partial,
+        "ledger": ledger,
+        "n02": n02,
+        "n05": n05,
+    }
     made = []
     for cell in cells:
         *before, last = ast.parse(cell).body
@@ -150,49 +157,6 @@ def test_paging_widgets(pythia, r, gib):
     assert len(made) == 2
     for panel in made:
         drive(panel)
-
-
-def test_every_figure_is_drawn_and_closed():
-    import matplotlib.pyplot as plt
-
-    update, factors = update_and_factors()
-    figures = [
-        n02.plot_parts(5120, 15360, 1),
-        n02.plot_parts(192, 192, 256),
-        n02.plot_losses({"a": [1.0, 0.5], "b": [2.0, 2.0]}, "title"),
-        n02.plot_scales((1, 16), 16, 32),
-        n02.plot_captured({"x": lora.captured_energy(update)}, 64),
-        n02.plot_update(update, factors, 64),
-        n05.plot_paged_share((4, 8), "14m", 16),
-        n05.plot_thrashing(0, 12.0),
-        n05.plot_thrashing(100_000, 12.0),
-        n05.plot_thrashing(200 * 2**20, 12.0),
-        n05.plot_state_bytes(
-            {"a": {"states": 100}, "b": {"states": 25, "scales of 8-bit states": 1}}
-        ),
-    ]
-    assert all(isinstance(f, Figure) for f in figures)
-    assert not plt.get_fignums()
-    for figure in figures:
-        figure.savefig(io.BytesIO())
-
-
-def test_titles_state_what_is_drawn():
-    assert "47,185,920" in n02.plot_counts(16).axes[0].get_title(loc="left")
-    assert n02.count("12b", 16, "query_key_value") == 11_796_480
-    steps = [
-        step_sizes.step_sizes("12b", 64, tokens)
-        for tokens in (16_000, 16_000, 16_000, 17_500, 16_000)
-    ]
-    run = n05.plot_run(steps, gpu_gib=24.0)
-    assert [ax.get_title(loc="left").split(",")[0] for ax in run.axes] == [
-        "Not paged: out of memory in step 4",
-        "Paged: survives",
-    ]
-    assert n05.sweep_moved(10, 9) == 20
-    assert n05.sweep_moved(10, 10) == 0
-    assert n05.paged_shares((16,))[-1, 0] == 0.6875
-    assert "does not fit 6 GiB" in n05.plot_step("12b", 64, 512, 6.0).axes[0].get_title(loc="left")
 
 
 def cell_with(name: str, words: str) -> tuple[str, str]:

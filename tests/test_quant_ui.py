@@ -1,6 +1,4 @@
-"""Figures, widgets and exercise checkers of notebooks 03 and 04, and the quality measurements they
-show.
-"""
+"""Notebooks 03 and 04: widgets, exercise checkers, quality measurements, and what the text says."""
 
 from __future__ import annotations
 
@@ -8,13 +6,11 @@ import json
 import re
 from functools import partial
 from pathlib import Path
-from statistics import NormalDist
 
 import ipywidgets as W
 import pytest
 import torch
 from bitsandbytes.functional import get_4bit_type
-from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from qlora_nb import recorded
@@ -44,10 +40,10 @@ def ends(control: W.Widget) -> list:
 
 
 def drive(panel: W.VBox) -> None:
-    """Move every control to its ends; a Figure must come out each time (an exception would leave
-    the old one).
-    """
-    for control in panel.children[:-1]:
+    """Move every control to its ends: each time another picture must be shown."""
+    *controls, shown = panel.children
+    for control in controls:
+        pictures = set()
         for value in ends(control):
             panel.result = None
             if control.value == value:
@@ -56,6 +52,8 @@ def drive(panel: W.VBox) -> None:
                 control.value = value
             assert isinstance(panel.result, Figure), (control.description, value)
             assert panel.result.axes[0].get_title(loc="left")
+            pictures.add(shown.value)
+        assert len(pictures) == len(ends(control)), control.description
 
 
 def test_widgets_of_03_at_both_ends():
@@ -76,21 +74,6 @@ def test_widgets_of_03_at_both_ends():
         )
 
 
-def test_error_map_shows_the_error_and_the_blocks():
-    weight = torch.randn(40, 192)
-    figure = n03.plot_error_map(weight, 128, "FP4")
-    restored = blockwise.round_trip(weight, codebooks.fp4_code(), 128)
-    shown, left, error = (torch.as_tensor(ax.images[0].get_array().data) for ax in figure.axes[:3])
-    assert torch.equal(shown, weight[:16, :128])
-    assert torch.equal(left, restored[:16, :128])
-    assert torch.equal(error, 10 * (restored - weight)[:16, :128])
-    assert f"RMSE {blockwise.rmse(weight, restored):.4f}" in figure.axes[0].get_title(loc="left")
-    starts = {
-        tuple(segment[0] + (0.5, 0.5)) for segment in figure.axes[2].collections[0].get_segments()
-    }
-    assert starts == {(i % 192, i // 192) for i in range(0, 16 * 192, 128) if i % 192 < 128}
-
-
 def test_widget_of_04_at_both_ends():
     drive(
         widgets.explore(
@@ -101,41 +84,6 @@ def test_widget_of_04_at_both_ends():
             ),
         )
     )
-
-
-def test_every_figure_is_closed_and_titled():
-    nf4 = codebooks.nf4_code()
-    share = blockwise.code_usage(blockwise.quantize(X, nf4)[0])
-    rows = {
-        "32-bit": {"codes": 4000, "scales": 0, "scales of scales": 0, "mean": 0, "rest": 800},
-        "4-bit": {"codes": 500, "scales": 64, "scales of scales": 0, "mean": 0, "rest": 800},
-    }
-    same = [quality.Quality(n, (2.0, 2.1, 2.2)) for n in ("16-bit", "NF4", "NF4+DQ")]
-    figures = [
-        n03.plot_bell(nf4),
-        n03.plot_errors(ERRORS, 64, "AF4"),
-        n03.plot_distributions({"Gaussian": {n: ERRORS[n][64] for n in ("NF4", "FP4", "INT4")}}),
-        n03.plot_usage(share, nf4),
-        n03.plot_outlier(X[:64], 12.0, nf4),
-        n03.plot_quality(
-            {
-                "a": same,
-                "b": [
-                    quality.Quality("unquantized", (1.0, 2.0)),
-                    quality.Quality("E2M1", (1.5, 1.9)),
-                ],
-            }
-        ),
-        n03.plot_quality({"a": same}),
-        n04.plot_ledger({"a": double_quant.ledger(64, None), "b": double_quant.ledger(64)}),
-        n04.plot_scales(torch.linspace(-1, 1, 100), codebooks.dynamic_code()),
-        n04.plot_model_bytes(rows, 1000),
-        n04.plot_added_error({"a": (0.09, 0.0901), "b": (0.09, 0.09)}),
-    ]
-    assert not plt.get_fignums()
-    for figure in figures:
-        assert figure.axes[0].get_title(loc="left")
-        figure.canvas.draw()
 
 
 EXERCISES = {
@@ -179,17 +127,22 @@ EXERCISES = {
 }
 
 
+def lesson_of(checker: str):
+    """The module of the notebook that has this exercise."""
+    return n03 if hasattr(n03, checker) else n04
+
+
 @pytest.mark.parametrize(
     ("name", "answer", "said"), [(n, a, s) for n, cases in EXERCISES.items() for a, s in cases]
 )
 def test_exercises_know_right_from_plausibly_wrong(name, answer, said, capsys):
-    assert bool(getattr(n03, name)(answer)) is (said == "right")
+    assert bool(getattr(lesson_of(name), name)(answer)) is (said == "right")
     assert said in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", EXERCISES)
 def test_exercises_not_attempted(name, capsys):
-    assert not getattr(n03, name)(None)
+    assert not getattr(lesson_of(name), name)(None)
     assert "not attempted yet" in capsys.readouterr().out
 
 
@@ -280,39 +233,20 @@ def test_notebook_habits(name):
     assert len(re.findall(r"^answer = None", everything, re.M)) >= 2
 
 
-def test_the_bell_is_read_as_it_is_drawn():
-    """Shares of the slices from the library's table and the error function; the title has the least
-    and the largest.
-    """
-    code = get_4bit_type("nf4", device="cpu").double()
-    points = code * NormalDist().inv_cdf(codebooks.TAIL_QUANTILE)
-    borders = (points[:-1] + points[1:]) / 2
-    below = torch.cat([torch.zeros(1), (1 + torch.erf(borders / 2**0.5)) / 2, torch.ones(1)])
-    shares = 100 * below.diff()
-    left, right = shares[code < 0], shares[code > 0]
-    assert left[1:].min() > right[:-1].max(), "the slices below zero are the larger ones"
-    assert left[1:].max() - left[1:].min() < 0.5  # nearly alike
-    assert right[:-1].max() - right[:-1].min() < 0.5
-    assert left.argmin() == 0, "the end is the least of its half"
-    assert right.argmin() == len(right) - 1
-    title = (
-        n03.plot_bell(codebooks.nf4_code(), codebooks.TAIL_QUANTILE).axes[0].get_title(loc="left")
-    )
-    assert (
-        title
-        == f"7 values below zero, 8 above: slices of {shares.min():.1f} to {shares.max():.1f} % of the weights"
-    )
+def test_03_reads_the_bell_as_it_is_drawn():
+    """The figure and the sizes of its slices are tested in test_figures_quant.py."""
     text = notebook_text("03_nf4_explained")
-    assert (
-        "Seven values share the half below zero, eight the half above, so the slices below are the larger ones"
-        in text
-    )
+    halves = "Seven values share the half below zero, eight the half above"
+    assert f"{halves}, so the slices below are the larger ones" in text
     assert "areas are alike" not in text
 
 
 def test_where_fp4_has_its_hole_there_are_not_most_weights():
     scaled = (X.reshape(-1, 64) / X.reshape(-1, 64).abs().amax(dim=1, keepdim=True)).abs()
-    share = lambda low, high: ((scaled > low) & (scaled < high)).double().mean().item()
+
+    def share(low, high):
+        return ((scaled > low) & (scaled < high)).double().mean().item()
+
     assert share(0.02, 0.1) < 0.25
     assert share(0.02, 0.1) > share(0.12, 0.2), "but they lie most densely there"
     assert "where most weights are" not in notebook_text("03_nf4_explained")
@@ -329,20 +263,6 @@ def test_af4_is_behind_nf4_on_its_own_measure_as_03_and_the_docstring_say():
     }
     assert mean_error["nf4"] < mean_error["af4"]
     assert "NF4's is less all the same" in codebooks.__doc__
-
-
-def test_times_smaller_names_what_it_is_compared_with():
-    rows = {
-        "32-bit": {"codes": 32_000, "scales": 0, "scales of scales": 0, "mean": 0, "rest": 800},
-        "4-bit": {"codes": 4_000, "scales": 500, "scales of scales": 0, "mean": 0, "rest": 800},
-    }
-    left, _ = n04.plot_model_bytes(rows, 8000).axes
-    assert left.get_title(loc="left") == "Layers: 7.1 times smaller than 32-bit"
-    in_16_bit = {"16-bit": rows["32-bit"] | {"codes": 16_000}, "4-bit": rows["4-bit"]}
-    assert (
-        n04.plot_model_bytes(in_16_bit, 8000).axes[0].get_title(loc="left")
-        == "Layers: 3.6 times smaller than 16-bit"
-    )
 
 
 def test_what_03_says_of_the_recorded_losses():

@@ -1,0 +1,451 @@
+"""What the figures of notebook 05 show, beside published sizes, bitsandbytes and plain loops."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import artists
+import bitsandbytes
+import numpy as np
+import pytest
+import torch
+from pythias import PYTHIAS, adapter_numels, frozen_bytes, state_bytes
+
+from qlora_nb.lessons import n05
+from qlora_nb.memory import dry_run, step_sizes
+from qlora_nb.model import configs
+from qlora_nb.theory import paging
+
+MIB = 2**20
+GIB = 2**30
+PAGE = 2 * MIB
+EXACT = 1e-12
+"""Double precision in another order of the same few operations."""
+
+
+# one step
+
+
+PARTS = [
+    "frozen weights",
+    "LoRA weights",
+    "gradients",
+    "states, not paged",
+    "states, paged",
+    "kept for the backward pass",
+    "working memory",
+]
+"""Bottom to top."""
+
+
+def step_by_hand(size: str, r: int, tokens: int, bits: int) -> list[tuple[str, list[float]]]:
+    """(phase, bytes of each of `PARTS`) of every moment of a step.
+
+    What a layer needs while it works comes from the dry run.
+    """
+    n_layers, hidden, _ = PYTHIAS[size]
+    dry = dry_run.dry_run(configs.pythia_config(size), dry_run.Step(1, tokens, r))
+    weights = frozen_bytes(size)
+    adapter = 4 * sum(adapter_numels(size, r))
+    paged, fixed = state_bytes(size, r, bits)
+    kept = 2 * tokens * hidden  # a layer's input in 16 bit
+    moments = []
+    for i in range(n_layers):
+        now = [weights, adapter, 0, fixed, paged, (i + 1) * kept, dry.forward]
+        moments.append(("forward", now))
+    moments.append(("loss", [weights, adapter, 0, fixed, paged, n_layers * kept, dry.loss]))
+    for i in range(n_layers):
+        gradients = adapter * i / n_layers
+        now = [weights, adapter, gradients, fixed, paged, (n_layers - i) * kept, dry.backward]
+        moments.append(("backward", now))
+    moments.append(("optimizer", [weights, adapter, adapter, fixed, paged, 0, 0]))
+    return moments
+
+
+STEPS = [  # size, r, tokens, card (GiB), bits, is the card's line drawn?, is the axis cut?
+    ("14m", 8, 128, 24.0, 32, False, False),
+    ("12b", 16, 2048, 8.5, 32, True, True),
+    ("12b", 64, 512, 6.0, 8, True, True),
+    ("410m", 32, 1024, 1.0, 8, True, False),
+]
+
+
+@pytest.mark.parametrize(("size", "r", "tokens", "card", "bits", "line", "cut"), STEPS)
+def test_step_stacks_the_parts_moment_by_moment(size, r, tokens, card, bits, line, cut):
+    ax = n05.plot_step(size, r, tokens, card, bits).axes[0]
+    moments = step_by_hand(size, r, tokens, bits)
+    assert len(ax.collections) == len(PARTS)
+    last = len(moments) - 1
+    for i, (_, now) in enumerate(moments):
+        x = i + 0.1 if i < last else i - 0.1
+        end = 0.0
+        for area, part in zip(ax.collections, now, strict=True):
+            # the rotary frequencies are left out by hand: some hundred bytes of the weights
+            begin, end = end, end + part / GIB
+            assert artists.span(area, x) == pytest.approx((begin, end), rel=1e-5)
+    n_layers = PYTHIAS[size][0]
+    *card_line, loss, backward, optimizer = artists.lines(ax)
+    for mark, at in ((loss, n_layers), (backward, n_layers + 1), (optimizer, 2 * n_layers + 1)):
+        assert mark.tolist() == [[at - 0.5, 0], [at - 0.5, 1]], "where a phase begins"
+    names = [area.get_label() for area in ax.collections]
+    assert names == PARTS
+    key = list(reversed(PARTS))
+    if line:
+        (at_the_card,) = card_line
+        assert at_the_card.tolist() == [[0, card], [1, card]]
+        key.insert(0, f"card {card:g} GiB")
+    else:
+        assert not card_line
+    assert artists.legend(ax) == key
+    middles = [(n_layers - 1) / 2, n_layers, n_layers + 1 + (n_layers - 1) / 2, 2 * n_layers + 1]
+    phases = ["forward", "loss ", "backward", "  optimizer"]
+    assert artists.ticks(ax.xaxis) == list(zip(middles, phases))
+    assert ax.get_xlim() == (-0.5, last + 0.5)
+    words = "memory (GiB), axis cut" if cut else "memory (GiB)"
+    assert artists.labels(ax) == ("one step (layer by layer)", words)
+
+
+@pytest.mark.parametrize(("size", "r", "tokens", "card", "bits", "line", "cut"), STEPS)
+def test_step_tells_its_peak_and_whether_it_fits(size, r, tokens, card, bits, line, cut):
+    ax = n05.plot_step(size, r, tokens, card, bits).axes[0]
+    moments = step_by_hand(size, r, tokens, bits)
+    totals = [sum(now) / GIB for _, now in moments]
+    peak = max(totals)
+    phase = moments[totals.index(peak)][0]
+    fits = "fits" if peak <= card else "does not fit"
+    words = f"pythia-{size}, r = {r}, {tokens:,} tokens: peak {peak:.2f} GiB ({phase})"
+    assert artists.title(ax) == f"{words}, {fits} {card:g} GiB"
+    low, high = ax.get_ylim()
+    assert peak < high
+    highest = peak
+    if line:
+        assert low < card < high
+        highest = max(peak, card)
+    else:
+        assert high < card
+    if cut:
+        assert 0 < low < moments[0][1][0] / GIB, "the cut leaves a part of the weights"
+    else:
+        assert low == 0
+    assert high - low < 1.5 * (highest - low), "most of the axes is used"
+
+
+def test_steps_are_drawn_that_fit_and_that_do_not():
+    """Else the title above would have been tested with one word alone."""
+    found = set()
+    for size, r, tokens, card, bits, _, _ in STEPS:
+        title = artists.title(n05.plot_step(size, r, tokens, card, bits).axes[0])
+        found.add("does not fit" in title)
+    assert found == {True, False}
+
+
+# which states are paged
+
+
+@pytest.mark.parametrize("ranks", [(4, 8, 16, 64), (1, 128)])
+def test_paged_shares_follow_from_100_000_elements(ranks):
+    shares = n05.paged_shares(ranks)
+    for row, size in zip(shares, PYTHIAS, strict=True):
+        for share, r in zip(row, ranks, strict=True):
+            paged, fixed = state_bytes(size, r)
+            assert share == pytest.approx(paged / (paged + fixed), rel=EXACT)
+    assert n05.paged_shares((16,))[-1, 0] == 0.6875
+
+
+@pytest.mark.parametrize(("ranks", "size", "r"), [((4, 16, 64), "12b", 16), ([8, 32], "410m", 32)])
+def test_paged_share_is_a_table_with_the_readers_cell_framed(ranks, size, r):
+    ax = n05.plot_paged_share(ranks, size, r).axes[0]
+    expected = []
+    for each in PYTHIAS:
+        splits = [state_bytes(each, rank) for rank in ranks]
+        expected.append([100 * paged / (paged + fixed) for paged, fixed in splits])
+    (image,) = artists.images(ax)
+    assert image == pytest.approx(np.array(expected), rel=EXACT)
+    assert ax.images[0].get_clim() == (0, 130)
+    texts = []
+    places = []
+    for i, row in enumerate(expected):
+        for j, share in enumerate(row):
+            texts.append(f"{share:.0f}")
+            places.append([j, i])
+    assert artists.texts(ax) == texts
+    assert artists.places(ax).tolist() == places
+    assert artists.ticks(ax.xaxis) == [(j, str(rank)) for j, rank in enumerate(ranks)]
+    assert artists.ticks(ax.yaxis) == list(enumerate(PYTHIAS))
+    (frame,) = artists.lines(ax)
+    column = list(ranks).index(r)
+    row = list(PYTHIAS).index(size)
+    assert frame.min(axis=0).tolist() == [column - 0.5, row - 0.5]
+    assert frame.max(axis=0).tolist() == [column + 0.5, row + 0.5]
+    assert len({tuple(corner) for corner in frame.tolist()}) == 4
+    assert frame[0].tolist() == frame[-1].tolist(), "closed"
+    words = f"{expected[row][column]:.0f} % of the state bytes are paged"
+    assert artists.title(ax) == f"pythia-{size}, r = {r}: {words}"
+    assert artists.labels(ax) == ("rank r (1)", "Pythia (size)")
+    artists.check_in_view(ax)
+
+
+def test_a_rank_that_is_not_in_the_table_has_a_title_and_no_frame():
+    ax = n05.plot_paged_share((4, 8), "1b", 24).axes[0]
+    assert artists.lines(ax) == []
+    paged, fixed = state_bytes("1b", 24)
+    share = 100 * paged / (paged + fixed)
+    assert 0 < share < 100
+    assert artists.title(ax) == f"pythia-1b, r = 24: {share:.0f} % of the state bytes are paged"
+
+
+# a run of steps
+
+
+def totals_of(s: paging.StepSizes) -> list[int]:
+    """Bytes wanted at every moment of a step."""
+    base = s.weights + s.adapter + s.paged + s.fixed
+    found = []
+    for i in range(s.n_layers):
+        found.append(base + (i + 1) * s.kept + s.forward)
+    found.append(base + s.n_layers * s.kept + s.loss)
+    for i in range(s.n_layers):
+        found.append(base + (s.n_layers - i) * s.kept + s.backward + s.gradients * i // s.n_layers)
+    found.append(base + s.gradients)
+    return found
+
+
+def run_by_hand(steps: list[paging.StepSizes], budget: int) -> tuple[list[int], list[int], bool]:
+    """Bytes to RAM and back in every step, least recently used first, and whether all survive."""
+    on_card = []  # pages, least recently used first
+    seen = set()
+    out = []
+    back = []
+    for s in steps:
+        out.append(0)
+        back.append(0)
+        for total in totals_of(s):
+            room = budget // PAGE - math.ceil((total - s.paged) / PAGE)
+            if room < 0:
+                return out, back, False
+            while len(on_card) > room:
+                on_card.pop(0)
+                out[-1] += PAGE
+        for page in range(math.ceil(s.paged / PAGE)):
+            if page in on_card:
+                on_card.remove(page)
+            else:
+                if room == 0:
+                    return out, back, False
+                if len(on_card) == room:
+                    on_card.pop(0)
+                    out[-1] += PAGE
+                if page in seen:
+                    back[-1] += PAGE
+            seen.add(page)
+            on_card.append(page)
+    return out, back, True
+
+
+MEMORY = {
+    "weights": 20 * MIB,
+    "adapter": 2 * MIB,
+    "gradients": 2 * MIB,
+    "paged": 12 * MIB,
+    "fixed": MIB,
+    "kept": MIB,
+    "forward": 2 * MIB,
+    "backward": 3 * MIB,
+    "loss": 4 * MIB,
+}
+USUAL = paging.StepSizes(n_layers=2, **MEMORY)
+SPIKE = replace(USUAL, kept=4 * MIB)
+RUNS = {  # what happens: steps, card (MiB), steps without paging, steps with paging
+    "all fits": ([USUAL, USUAL], 60, 2, 2),
+    "a spike": ([USUAL, USUAL, SPIKE, USUAL], 43, 3, 4),
+    "never room for all states": ([USUAL, SPIKE, USUAL], 37, 1, 3),
+    "too large a spike": ([USUAL, USUAL, replace(SPIKE, kept=20 * MIB), USUAL], 43, 3, 3),
+    "nothing is paged": ([replace(USUAL, paged=0), replace(SPIKE, paged=0)], 26, 1, 1),
+}
+
+
+@pytest.mark.parametrize("what", RUNS)
+def test_run_shows_what_is_wanted_beside_the_card(what):
+    steps, card_mib, n_plain, _ = RUNS[what]
+    card = card_mib / 1024
+    ax = n05.plot_run(steps, card).axes[0]
+    wanted = [max(totals_of(s)) / GIB for s in steps]
+    states = [s.paged / GIB for s in steps]
+    whole, paged = artists.bars(ax)
+    assert whole[:, 3] == pytest.approx(wanted)
+    assert whole[:, 1].tolist() == [0] * len(steps)
+    assert paged[:, 3] == pytest.approx(states)
+    assert paged[:, 1] == pytest.approx([w - s for w, s in zip(wanted, states)]), "on top"
+    numbers = list(range(1, len(steps) + 1))
+    for group in (whole, paged):
+        assert group[:, 0] + group[:, 2] / 2 == pytest.approx(numbers)
+    (line,) = artists.lines(ax)
+    assert line.tolist() == [[0, card], [1, card]]
+    end = "survives" if wanted[n_plain - 1] <= card else f"out of memory in step {n_plain}"
+    assert artists.title(ax) == f"Not paged: {end}"
+    key = ["wanted at the peak", "of it states that can be paged"]
+    assert artists.legend(ax) == [f"card {card:.2f} GiB", *key]
+    assert [place for place, _ in artists.ticks(ax.xaxis)] == numbers
+    low, high = ax.get_ylim()
+    assert low == 0 or low < min(paged[:, 1]), "what is cut off is no state"
+    assert max(*wanted, card) < high < 2 * max(*wanted, card)
+    words = "memory (GiB), axis cut" if low > 0 else "memory (GiB)"
+    assert artists.labels(ax) == ("step (1)", words)
+    artists.check_in_view(ax)
+
+
+@pytest.mark.parametrize("gb_per_s", [12.0, 0.05])
+@pytest.mark.parametrize("what", RUNS)
+def test_run_shows_what_is_moved(what, gb_per_s):
+    steps, card_mib, _, n_paged = RUNS[what]
+    ax = n05.plot_run(steps, card_mib / 1024, gb_per_s).axes[1]
+    out, back, survives = run_by_hand(steps, card_mib * MIB)
+    assert len(out) == n_paged
+    evicted, fetched = artists.bars(ax)
+    assert evicted[:, 3] == pytest.approx([n / MIB for n in out])
+    assert fetched[:, 3] == pytest.approx([n / MIB for n in back])
+    numbers = np.arange(n_paged) + 1
+    for group in (evicted, fetched):
+        assert group[:, 1].tolist() == [0] * n_paged
+        assert group[:, 2] == pytest.approx(0.4)
+    assert evicted[:, 0] + 0.4 == pytest.approx(numbers), "side by side at the step's number"
+    assert fetched[:, 0] == pytest.approx(numbers)
+    if survives:
+        most = max(there + here for there, here in zip(out, back))
+        seconds = most / (gb_per_s * 1e9)
+        end = f"survives, {seconds:.2g} s for the transfers"
+    else:
+        end = f"out of memory in step {n_paged}"
+    assert artists.title(ax) == f"Paged: {end}"
+    assert artists.legend(ax) == ["to RAM (evicted)", "to the card (faults)"]
+    assert artists.labels(ax) == ("step (1)", "moved (MiB)")
+    artists.check_in_view(ax)
+    assert [place for place, _ in artists.ticks(ax.xaxis)] == list(range(1, len(steps) + 1))
+    assert ax.get_xlim() == pytest.approx((0.4, len(steps) + 0.6))
+    assert ax.get_ylim() == pytest.approx((0, 1.5 * max(*out, *back, MIB) / MIB))
+
+
+def test_runs_move_bytes_both_ways_and_end_in_every_way():
+    """The spike wants 35 MiB besides the states, 18 of 21 pages: of their 6 pages 3 go out."""
+    moved = {what: run_by_hand(steps, card * MIB) for what, (steps, card, _, _) in RUNS.items()}
+    assert moved["all fits"] == ([0, 0], [0, 0], True)
+    assert moved["a spike"] == ([0, 0, 3 * PAGE, 0], [0, 0, 3 * PAGE, 0], True)
+    assert max(moved["never room for all states"][1]) == 6 * PAGE
+    assert not moved["too large a spike"][2]
+
+
+def test_run_of_a_pythia_survives_where_the_states_can_leave():
+    steps = []
+    for tokens in (16_000, 16_000, 16_000, 17_500, 16_000):
+        steps.append(step_sizes.step_sizes("12b", 64, tokens))
+    left, right = n05.plot_run(steps, gpu_gib=24.0).axes
+    assert artists.title(left) == "Not paged: out of memory in step 4"
+    assert artists.title(right).startswith("Paged: survives, ")
+    told = n05.plot_run(steps, 24.0, gb_per_s=12.0).axes[1]
+    assert artists.title(right) == artists.title(told), "a bus of 12 GB/s unless told"
+
+
+# thrashing
+
+
+@pytest.mark.parametrize(("n_pages", "room"), [(10, 9), (10, 10), (10, 1), (7, 3), (1, 1), (4, 9)])
+def test_a_sweep_moves_everything_or_nothing(n_pages, room):
+    """Least recently used out first: the page that is touched next has always just gone out."""
+    moved = 2 * n_pages if room < n_pages else 0
+    assert n05.sweep_moved(n_pages, room) == moved
+
+
+THRASHING = [(200 * MIB, 12.0), (61 * MIB, 3.0), (2**22 + 1, 0.5)]
+
+
+@pytest.mark.parametrize(("paged_bytes", "gb_per_s"), THRASHING)
+def test_thrashing_is_all_or_nothing_beside_what_does_not_fit(paged_bytes, gb_per_s):
+    ax = n05.plot_thrashing(paged_bytes, gb_per_s).axes[0]
+    n_pages = math.ceil(paged_bytes / PAGE)
+    moved, least = artists.lines(ax)
+    rooms = (moved[:, 0] * n_pages / 100).round().astype(int).tolist()
+    assert rooms == sorted(set(rooms))
+    assert rooms[0] <= max(1, 0.1 * n_pages)
+    assert {n_pages - 1, n_pages} <= set(rooms), "the step from one page short to enough"
+    assert rooms[-1] >= 1.05 * n_pages or n_pages < 20
+    for line in (moved, least):
+        assert line[:, 0] == pytest.approx([100 * room / n_pages for room in rooms])
+    whole = 2 * paged_bytes / GIB
+    for room, all_moved, little in zip(rooms, moved[:, 1], least[:, 1]):
+        missing = max(0, n_pages - room)
+        assert all_moved == pytest.approx(whole if missing else 0)
+        assert little == pytest.approx(whole * missing / n_pages)
+    seconds = 2 * paged_bytes / (gb_per_s * 1e9)
+    words = f"One page short moves every paged state: {whole:.3g} GiB, {seconds:.2g} s a step"
+    assert artists.title(ax) == words
+    assert artists.legend(ax) == ["least recently used", "only what does not fit"]
+    axis = ("room for the paged states (% of their size)", "moved in a step (GiB)")
+    assert artists.labels(ax) == axis
+    artists.check_in_view(ax)
+    assert ax.get_ylim() == pytest.approx((0, 1.15 * whole))
+    assert ax.lines[1].get_linestyle() == "--", "told apart without colour"
+
+
+@pytest.mark.parametrize(
+    ("paged_bytes", "why"),
+    [(0, "None of these states is paged"), (100_000, "One page holds all paged states")],
+)
+def test_thrashing_says_when_there_is_nothing_to_move(paged_bytes, why):
+    ax = n05.plot_thrashing(paged_bytes, 12.0).axes[0]
+    for line in artists.lines(ax):
+        assert line.tolist() == [[100, 0]]
+    assert artists.title(ax) == f"{why}: nothing to move"
+
+
+# states of an optimizer
+
+
+def states_of(optimizer) -> dict[str, int]:
+    """Bytes of the only parameter's states and of their scales, as bitsandbytes holds them."""
+    (state,) = optimizer.state.values()
+    found = {"states": state["state1"].nbytes + state["state2"].nbytes}
+    if "absmax1" in state:
+        found["scales of 8-bit states"] = state["absmax1"].nbytes + state["absmax2"].nbytes
+    return found
+
+
+def test_state_bytes_of_bitsandbytes_are_stacked():
+    measured = {}
+    for kind in (bitsandbytes.optim.AdamW32bit, bitsandbytes.optim.AdamW8bit):
+        p = torch.nn.Parameter(torch.randn(2**17))
+        p.grad = torch.randn(2**17)
+        optimizer = kind([p])
+        optimizer.step()
+        measured[kind.__name__] = states_of(optimizer)
+    ax = n05.plot_state_bytes(measured).axes[0]
+    states, scales = artists.bars(ax)
+    assert states[:, 2].tolist() == [1.0, 0.25]  # 2 · 4 · 2^17 bytes, 2 · 2^17 bytes
+    assert states[:, 0].tolist() == [0, 0]
+    assert scales[:, 2].tolist() == [0, 2 * 4 * 512 / MIB]  # a float32 for each of 512 blocks
+    assert scales[:, 0].tolist() == [1.0, 0.25], "stacked on the states"
+    for group in (states, scales):
+        assert group[:, 1] + group[:, 3] / 2 == pytest.approx([0, 1])
+    assert artists.texts(ax) == [" 1.00 MiB", " 0.25 MiB"]
+    assert artists.places(ax).tolist() == [[1.0, 0], [0.25390625, 1]]
+    assert artists.ticks(ax.yaxis) == [(0, "AdamW32bit"), (1, "AdamW8bit")]
+    assert artists.legend(ax) == ["states", "scales of 8-bit states"]
+    assert artists.labels(ax) == ("states of one block (MiB)", "optimizer (name)")
+    artists.check_in_view(ax)
+    assert artists.title(ax) == "8-bit states are 3.94 times smaller, scales counted"
+    assert ax.get_xlim() == pytest.approx((0, 1.2))
+    assert ax.yaxis_inverted(), "the first on top"
+
+
+# all of them
+
+
+def test_every_figure_can_be_drawn_and_is_closed():
+    states = {"a": {"states": 100}, "b": {"states": 25, "scales of 8-bit states": 1}}
+    artists.check_drawn(n05.plot_step("14m", 8, 128, 24.0))
+    artists.check_drawn(n05.plot_paged_share((4, 8), "14m", 16))
+    artists.check_drawn(n05.plot_run([USUAL, SPIKE], 37 / 1024))
+    artists.check_drawn(n05.plot_thrashing(0, 12.0))
+    artists.check_drawn(n05.plot_thrashing(100_000, 12.0))
+    artists.check_drawn(n05.plot_thrashing(200 * MIB, 12.0))
+    artists.check_drawn(n05.plot_state_bytes(states))

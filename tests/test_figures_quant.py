@@ -1,0 +1,611 @@
+"""What the figures of notebooks 03 and 04 show, beside bitsandbytes, the paper and plain loops."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from itertools import pairwise
+
+import artists
+import numpy as np
+import pytest
+import torch
+from bitsandbytes import functional as bnb
+
+from qlora_nb.answer import quality
+from qlora_nb.lessons import n03, n04
+from qlora_nb.theory import codebooks
+
+EXACT = 1e-12
+"""Double precision in another order of the same few operations."""
+SINGLE = 1e-6
+"""The kit computes in float32, the test in float64."""
+
+
+def table(name: str) -> list[float]:
+    """The values of a code: bitsandbytes' tables, and INT4 by hand."""
+    if name == "INT4":
+        return [k / 7 for k in range(-7, 8)]
+    return bnb.get_4bit_type(name.lower(), device="cpu").double().tolist()
+
+
+def restored(numbers: list[float], values: list[float], blocksize: int) -> list[float]:
+    """What a code leaves of the numbers: the nearest value times the largest of the block."""
+    left = []
+    for start in range(0, len(numbers), blocksize):
+        block = numbers[start : start + blocksize]
+        absmax = max(abs(number) for number in block)
+        for number in block:
+            nearest = values[0]
+            for value in values:
+                if abs(value - number / absmax) < abs(nearest - number / absmax):
+                    nearest = value
+            left.append(nearest * absmax)
+    return left
+
+
+def rmse(x: list[float], y: list[float]) -> float:
+    """Root of the mean squared difference."""
+    return math.sqrt(sum((a - b) ** 2 for a, b in zip(x, y, strict=True)) / len(x))
+
+
+def shares_of_the_bell(points: torch.Tensor) -> torch.Tensor:
+    """Share of a Gaussian that is nearest to each of the points, whole tails included."""
+    borders = (points[:-1] + points[1:]) / 2
+    below = torch.special.ndtr(borders)
+    return torch.cat([torch.zeros(1), below, torch.ones(1)]).diff()
+
+
+# 03: the bell and the number line
+
+
+@pytest.mark.parametrize("tail_quantile", [codebooks.TAIL_QUANTILE, 0.99])
+def test_the_bell_is_cut_where_the_code_says(tail_quantile):
+    code = bnb.get_4bit_type("nf4", device="cpu")
+    points = code.double() * torch.special.ndtri(torch.tensor(tail_quantile, dtype=torch.float64))
+    density = torch.exp(-(points**2) / 2) / math.sqrt(2 * math.pi)
+    ax = n03.plot_bell(code, tail_quantile).axes[0]
+    *slices, sticks = ax.collections
+    borders = [-3.2, *((points[:-1] + points[1:]) / 2).tolist(), 3.2]
+    assert len(slices) == 16
+    for area, (low, high) in zip(slices, pairwise(borders), strict=True):
+        corners = area.get_paths()[0].vertices
+        assert corners[:, 0].min() == pytest.approx(low, rel=SINGLE)
+        assert corners[:, 0].max() == pytest.approx(high, rel=SINGLE)
+        x = low + 0.37 * (high - low)
+        bottom, top = artists.span(area, x)
+        assert bottom == 0
+        # between two of 60 points the curve is drawn straight: off by (Δx)²/8 · 0.4 = 1e-4 at most
+        assert top == pytest.approx(math.exp(-(x**2) / 2) / math.sqrt(2 * math.pi), abs=1e-4)
+    colours = [tuple(area.get_facecolor()[0]) for area in slices]
+    assert all(left != right for left, right in pairwise(colours))
+    expected = np.zeros((16, 2, 2))
+    expected[:, :, 0] = points[:, None]
+    expected[:, 1, 1] = density
+    assert artists.segments(sticks) == pytest.approx(expected, rel=SINGLE)
+    (marks,) = artists.lines(ax)
+    assert marks == pytest.approx(np.column_stack([points, np.zeros(16)]), rel=SINGLE)
+    named = [0, 3, 7, 11, 15]
+    assert artists.texts(ax) == [f"{code[i]:.3f}" for i in named]
+    assert artists.places(ax) == pytest.approx(expected[named, 1], rel=SINGLE)
+    assert artists.labels(ax) == ("weight (standard deviations)", "density (1)")
+    artists.check_in_view(ax)
+    assert ax.get_ylim()[0] == 0
+    assert ax.get_ylim()[1] > 0.4
+
+
+@pytest.mark.parametrize("tail_quantile", [codebooks.TAIL_QUANTILE, 0.99])
+def test_the_bells_title_tells_the_least_and_the_largest_slice(tail_quantile):
+    code = bnb.get_4bit_type("nf4", device="cpu")
+    points = code.double() * torch.special.ndtri(torch.tensor(tail_quantile, dtype=torch.float64))
+    shares = 100 * shares_of_the_bell(points)
+    title = artists.title(n03.plot_bell(code, tail_quantile).axes[0])
+    slices = f"slices of {shares.min():.1f} to {shares.max():.1f} % of the weights"
+    assert title == f"7 values below zero, 8 above: {slices}"
+
+
+def test_the_slices_below_zero_are_the_larger_ones():
+    code = bnb.get_4bit_type("nf4", device="cpu").double()
+    quantile = torch.tensor(codebooks.TAIL_QUANTILE, dtype=torch.float64)
+    shares = 100 * shares_of_the_bell(code * torch.special.ndtri(quantile))
+    left = shares[code < 0]
+    right = shares[code > 0]
+    assert left[1:].min() > right[:-1].max()
+    assert left[1:].max() - left[1:].min() < 0.5, "nearly alike"
+    assert right[:-1].max() - right[:-1].min() < 0.5
+    assert left.argmin() == 0, "the end is the least of its half"
+    assert right.argmin() == len(right) - 1
+
+
+def nearest_in(name: str, weight: float) -> float:
+    """The code value that bitsandbytes itself takes for a scaled weight; INT4 by rounding."""
+    if name == "INT4":
+        return round(7 * weight) / 7
+    block = torch.zeros(64)
+    block[0] = 1.0  # absmax
+    block[1] = weight
+    packed, state = bnb.quantize_4bit(block, blocksize=64, quant_type=name.lower())
+    return bnb.dequantize_4bit(packed, state).flatten()[1].item()
+
+
+@pytest.mark.parametrize(
+    ("weight", "name"),
+    [(0.31, "NF4"), (-0.62, "FP4"), (0.05, "INT4"), (1.0, "FP4"), (-0.97, "INT4")],
+)
+def test_number_line_shows_the_nearest_value_of_every_code(weight, name):
+    ax = n03.plot_number_line(weight, name).axes[0]
+    names = ["INT4", "FP4", "NF4"]
+    *drawn, mark = artists.lines(ax)
+    assert len(drawn) == 6
+    strengths = [line.get_alpha() for line in ax.lines[:6]]
+    for row, each in enumerate(names):
+        values = sorted(set(table(each)))
+        nearest = nearest_in(each, weight)
+        points, link = drawn[2 * row : 2 * row + 2]
+        assert points == pytest.approx(np.array([(v, row) for v in values]), abs=SINGLE)
+        assert link == pytest.approx(np.array([(weight, row + 0.28), (nearest, row)]), abs=SINGLE)
+        assert artists.texts(ax)[row] == f"{nearest:+.3f}"
+        assert artists.places(ax)[row, 1] == row
+        assert 1.0 < artists.places(ax)[row, 0] < ax.get_xlim()[1]
+        assert (ax.texts[row].get_fontweight() == "bold") is (each == name)
+        assert (strengths[2 * row] == strengths[2 * row + 1] == 1) is (each == name)
+    assert mark[:, 0].tolist() == [weight, weight]
+    assert mark[:, 1].tolist() == [0, 1], "from the bottom of the axes to the top"
+    assert artists.ticks(ax.yaxis) == list(enumerate(names))
+    assert ax.get_xlabel() == "weight / absmax (1)"
+    assert ax.get_xlim()[0] < -1
+    assert ax.get_ylim() == (-0.4, 2.5)
+    artists.check_in_view(ax)
+    error = abs(nearest_in(name, weight) - weight)
+    assert artists.title(ax) == f"{name} stores {weight:+.2f} with an error of {error:.3f}"
+
+
+# 03: errors
+
+
+ERRORS = {
+    "NF4": {32: 0.08, 64: 0.0912, 4096: 0.17},
+    "FP4": {32: 0.1, 64: 0.125, 4096: 0.2},
+    "AF4": {32: 0.082, 64: 0.0931},
+    "Lloyd-Max": {64: 0.09},
+}
+
+
+@pytest.mark.parametrize(("blocksize", "name"), [(64, "AF4"), (4096, "FP4"), (32, "NF4")])
+def test_errors_are_drawn_over_the_bits_they_cost(blocksize, name):
+    ax = n03.plot_errors(ERRORS, blocksize, name, "my data").axes[0]
+    *drawn, ring = artists.lines(ax)
+    assert len(drawn) == len(ERRORS)
+    for line, by_size in zip(drawn, ERRORS.values()):
+        assert line.tolist() == [[size, error] for size, error in by_size.items()]
+    assert ring.tolist() == [[blocksize, ERRORS[name][blocksize]]]
+    assert ax.lines[-1].get_markerfacecolor() == "none"
+    bits = 4 + 32 / blocksize
+    title = f"{name}, blocks of {blocksize}: {bits:.3f} bits a weight"
+    assert artists.title(ax) == f"{title}, RMSE {ERRORS[name][blocksize]:.4f} on my data"
+    assert artists.legend(ax) == list(ERRORS)
+    axis = ("bits a weight, 32-bit scales included (bit)", "RMSE (standard deviations)")
+    assert artists.labels(ax) == axis
+    artists.check_in_view(ax)
+    assert artists.ticks(ax.xaxis) == [(32, "5\n(32)"), (64, "4.5\n(64)"), (4096, "4.01\n(4096)")]
+    assert ax.xaxis_inverted(), "the bits grow to the right"
+    styles = {(line.get_linestyle(), line.get_marker()) for line in ax.lines[:4]}
+    assert len(styles) == 4, "told apart without colour"
+
+
+def test_errors_of_a_gaussian_unless_told():
+    title = artists.title(n03.plot_errors(ERRORS, 64, "NF4").axes[0])
+    assert title == "NF4, blocks of 64: 4.500 bits a weight, RMSE 0.0912 on a Gaussian"
+
+
+@pytest.mark.parametrize(
+    ("shape", "blocksize", "name", "rows", "columns"),
+    [
+        ((20, 96), 64, "NF4", 16, 128),
+        ((24, 160), 32, "FP4", 16, 128),
+        ((6, 40), 8, "INT4", 4, 32),
+        ((8, 30), 64, "AF4", 6, 12),
+        ((4, 130), 4096, "NF4", 3, 128),
+    ],
+)
+def test_error_map_shows_the_error_and_the_blocks(shape, blocksize, name, rows, columns):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    numbers = weight.double().flatten().tolist()
+    left = np.array(restored(numbers, table(name), blocksize)).reshape(shape)
+    if name in ("NF4", "FP4"):
+        packed, state = bnb.quantize_4bit(weight, blocksize=blocksize, quant_type=name.lower())
+        library = bnb.dequantize_4bit(packed, state).numpy()
+        assert library == pytest.approx(left, abs=10 * SINGLE), "the loops are right"
+    figure = n03.plot_error_map(weight, blocksize, name, rows=rows, columns=columns)
+    *axes, scale = figure.axes
+    error = 10 * (left - weight.double().numpy())
+    near = 100 * SINGLE
+    if name == "AF4":
+        near = 1e-3  # the kit derives its values, within 3e-5 of the table; times absmax, times ten
+    for ax, part in zip(axes, (weight.numpy(), left, error), strict=True):
+        (image,) = artists.images(ax)
+        assert image == pytest.approx(part[:rows, :columns], abs=near)
+        assert ax.images[0].get_clim() == (-3, 3)
+        (borders,) = ax.collections
+        expected = []
+        for i in range(0, weight.numel(), blocksize):
+            y, x = divmod(i, shape[1])
+            if y < rows and x < columns:
+                expected.append([[x - 0.5, y - 0.5], [x - 0.5, y + 0.5]])
+        assert artists.segments(borders).tolist() == expected
+        assert [place for place, _ in artists.ticks(ax.xaxis)] == list(range(0, columns, 32))
+        assert [place for place, _ in artists.ticks(ax.yaxis)] == [0, rows // 2]
+        artists.check_in_view(ax)
+    assert [ax.get_ylabel() for ax in axes] == ["weights", name, "10 × error"]
+    assert axes[-1].get_xlabel() == "input (index); a row is an output"
+    bits = 4 + 32 / blocksize
+    lost = rmse(numbers, left.flatten().tolist())
+    words = f"{name}, blocks of {blocksize}: {bits:.3f} bits a weight, RMSE {lost:.4f}"
+    assert artists.title(axes[0]) == words
+    assert scale.get_ylabel() == "std of the layer"
+    assert [place for place, _ in artists.ticks(scale.yaxis)] == [-3, 0, 3]
+    assert scale.get_ylim() == (-3, 3)
+
+
+def test_error_map_shows_16_rows_and_128_columns_unless_told():
+    weight = torch.randn(40, 192, generator=torch.Generator().manual_seed(2))
+    figure = n03.plot_error_map(weight, 128, "FP4")
+    (image,) = artists.images(figure.axes[0])
+    assert np.array_equal(image, weight[:16, :128].numpy())
+
+
+def test_distributions_stand_side_by_side_and_the_best_is_marked():
+    errors = {
+        "Gaussian": {"NF4": 0.0913, "FP4": 0.125, "INT4": 0.1021},
+        "uniform": {"NF4": 0.066, "FP4": 0.09, "INT4": 0.041},
+    }
+    ax = n03.plot_distributions(errors).axes[0]
+    groups = artists.bars(ax)
+    assert len(groups) == 3
+    for k, (name, group) in enumerate(zip(("NF4", "FP4", "INT4"), groups)):
+        assert group[:, 3].tolist() == [errors["Gaussian"][name], errors["uniform"][name]]
+        assert group[:, 1].tolist() == [0, 0]
+        assert group[:, 2] == pytest.approx(0.25)
+        middles = group[:, 0] + group[:, 2] / 2
+        assert middles == pytest.approx([0 + 0.27 * (k - 1), 1 + 0.27 * (k - 1)])
+    texts = ["best\n0.091", "0.066", "0.125", "0.090", "0.102", "best\n0.041"]
+    assert artists.texts(ax) == texts
+    ends = np.concatenate([np.column_stack([g[:, 0] + g[:, 2] / 2, g[:, 3]]) for g in groups])
+    assert artists.places(ax) == pytest.approx(ends), "each number on its own bar"
+    assert artists.ticks(ax.xaxis) == [(0, "Gaussian"), (1, "uniform")]
+    assert artists.legend(ax) == ["NF4", "FP4", "INT4"]
+    axis = ("distribution of the weights", "RMSE (standard deviations)")
+    assert artists.labels(ax) == axis
+    artists.check_in_view(ax)
+    assert artists.title(ax) == "Best datatype: Gaussian NF4 · uniform INT4"
+    assert ax.get_ylim() == pytest.approx((0, 1.25 * 0.125)), "room for the labels"
+
+
+@pytest.mark.parametrize("values", [16, 8])
+def test_usage_is_counted_beside_an_even_share(values):
+    counts = torch.tensor([k % 5 for k in range(values)])
+    shares = [count / counts.sum().item() for count in counts.tolist()]
+    code = torch.linspace(-1, 1, values)
+    ax = n03.plot_usage(torch.tensor(shares, dtype=torch.float64), code).axes[0]
+    (group,) = artists.bars(ax)
+    assert group[:, 3] == pytest.approx([100 * share for share in shares], rel=EXACT)
+    assert group[:, 1].tolist() == [0] * values
+    assert group[:, 0] + group[:, 2] / 2 == pytest.approx(range(values))
+    (even,) = artists.lines(ax)
+    assert even[:, 1] == pytest.approx(100 / values)
+    assert even[:, 0].tolist() == [0, 1], "from the left end of the axes to the right"
+    assert artists.legend(ax) == [f"an even share, {100 / values:.2f} %"]
+    assert artists.ticks(ax.xaxis) == [(i, f"{v:.2f}") for i, v in enumerate(code.tolist())]
+    assert artists.labels(ax) == ("NF4 value (1)", "share of the weights (%)")
+    artists.check_in_view(ax)
+    bits = -sum(share * math.log2(share) for share in shares if share)
+    used = f"Used from {100 * min(shares):.1f} to {100 * max(shares):.1f} %"
+    assert artists.title(ax) == f"{used}: {bits:.2f} bits of information in 4"
+
+
+@pytest.mark.parametrize(("outlier", "name", "n"), [(12.0, "NF4", 64), (-5.5, "FP4", 32)])
+def test_outlier_makes_the_others_errors_larger(outlier, name, n):
+    block = torch.randn(n, generator=torch.Generator().manual_seed(4))
+    code = bnb.get_4bit_type(name.lower(), device="cpu")
+    ax = n03.plot_outlier(block, outlier, code).axes[0]
+    numbers = block.double().tolist()
+    spoilt = [outlier, *numbers[1:]]
+    errors = []
+    for given in (spoilt, numbers):
+        left = restored(given, table(name), n)
+        errors.append([after - before for after, before in zip(left[1:], given[1:])])
+    assert len(ax.collections) == 2
+    for line, sticks, error in zip(artists.lines(ax), ax.collections, errors, strict=True):
+        points = np.column_stack([range(1, n), error])
+        assert line == pytest.approx(points, abs=10 * SINGLE)
+        ends = artists.segments(sticks)
+        assert ends[:, 1] == pytest.approx(points, abs=10 * SINGLE)
+        assert ends[:, 0].tolist() == [[x, 0] for x in range(1, n)]
+    beside, alone = (math.sqrt(sum(e**2 for e in error)) for error in errors)
+    words = f"One outlier of {outlier:g}: the other {n - 1} weights' error times"
+    assert artists.title(ax) == f"{words} {beside / alone:.1f}"
+    assert artists.legend(ax) == [f"with one weight of {outlier:g}", "without"]
+    assert artists.labels(ax) == ("position in the block", "error (standard deviations)")
+    artists.check_in_view(ax)
+    most = max(abs(e) for error in errors for e in error)
+    assert ax.get_ylim() == pytest.approx((-1.45 * most, 1.45 * most), rel=1e-4)
+    assert block.double().tolist() == numbers, "the reader's block is left alone"
+
+
+# 03: quality beside the paper
+
+
+def bars_with_spreads(ax) -> tuple[np.ndarray, np.ndarray]:
+    """(n, 4) bars, and (n, 2, 2) the lines of their spreads."""
+    (group,) = artists.bars(ax)
+    (spreads,) = ax.collections
+    return group, artists.segments(spreads)
+
+
+def test_quality_shows_added_losses_and_their_spread():
+    here = [
+        quality.Quality("unquantized", (2.0, 2.5, 3.0)),
+        quality.Quality("NF4+DQ", (2.1, 2.7, 3.3)),
+        quality.Quality("INT4", (2.4, 2.9, 3.4)),
+        quality.Quality("E2M1-x", (2.0, 2.4, 3.1)),
+    ]
+    there = [quality.Quality("unquantized", (1.0, 2.0)), quality.Quality("FP4", (1.5, 1.9))]
+    figure = n03.plot_quality({"a model, here": here, "b (recorded)": there})
+    panels = figure.axes[:-1]
+    assert len(panels) == 2
+    names = [["NF4\n+DQ", "INT4", "E2M1\nx"], ["FP4"]]
+    for ax, (base, *quantized), ticks in zip(panels, (here, there), names, strict=True):
+        group, spreads = bars_with_spreads(ax)
+        lows = []
+        highs = []
+        for i, each in enumerate(quantized):
+            added = [loss - start for loss, start in zip(each.losses, base.losses)]
+            mean = statistics.fmean(added)
+            spread = statistics.stdev(added)
+            assert group[i, 3] == pytest.approx(mean)
+            assert group[i, 1] == 0
+            assert group[i, 0] + group[i, 2] / 2 == pytest.approx(i)
+            assert spreads[i] == pytest.approx(np.array([[i, mean - spread], [i, mean + spread]]))
+            assert artists.texts(ax)[i] == f"{mean:+.2g}"
+            lows.append(mean - spread)
+            highs.append(mean + spread)
+        assert len(group) == len(spreads) == len(quantized)
+        places = artists.places(ax)
+        ends = [max(high, 0) for high in highs]  # no bar here goes down
+        assert places == pytest.approx(np.column_stack([range(len(ends)), ends]))
+        assert artists.ticks(ax.xaxis) == list(enumerate(ticks))
+        lower, upper, zero = artists.lines(ax)  # the caps of the spreads, and the line at zero
+        assert lower == pytest.approx(np.column_stack([range(len(lows)), lows]))
+        assert upper == pytest.approx(np.column_stack([range(len(highs)), highs]))
+        assert zero.tolist() == [[0, 0], [1, 0]]
+        assert ax.get_ylabel() == "added loss (nat)"
+        artists.check_in_view(ax)
+        assert ax.get_ylim() == pytest.approx((min(1.1 * min(lows), 0), 1.2 * max(highs)))
+    titles = [artists.title(ax) for ax in panels]
+    assert titles[0] == "a model, here:\nleast E2M1-x, most INT4"
+    assert titles[1] == "b (recorded):\nleast FP4, most FP4"
+
+
+def test_quality_with_nothing_added_has_a_flat_panel():
+    same = [quality.Quality(name, (2.0, 2.1, 2.2)) for name in ("16-bit", "NF4", "NF4+DQ")]
+    ax = n03.plot_quality({"a": same}).axes[0]
+    group, _ = bars_with_spreads(ax)
+    assert group[:, 3].tolist() == [0, 0]
+    assert artists.texts(ax) == ["+0", "+0"]
+    assert ax.get_ylim() == pytest.approx((0, 1.2e-6))
+
+
+@pytest.mark.parametrize("names", [["a"], ["a", "b"]])
+def test_the_papers_table_2_is_typed_off_right(names):
+    """arXiv 2305.14314, table 2: mean perplexity on Pile Common Crawl; two kinds of FP4."""
+    same = [quality.Quality(name, (2.0, 2.1)) for name in ("unquantized", "NF4")]
+    ax = n03.plot_quality(dict.fromkeys(names, same)).axes[-1]
+    (group,) = artists.bars(ax)
+    assert group[:, 3].tolist() == [34.34, 31.07, 29.48, 27.41]
+    assert group[:, 1].tolist() == [0, 0, 0, 0]
+    assert group[:, 0] + group[:, 2] / 2 == pytest.approx(range(4))
+    assert artists.texts(ax) == ["34.34", "31.07", "29.48", "27.41"]
+    assert artists.places(ax) == pytest.approx(np.column_stack([range(4), group[:, 3]]))
+    datatypes = ["Int4", "FP4\nE2M1", "FP4\nE3M0", "NF4\n+DQ"]
+    assert artists.ticks(ax.xaxis) == list(enumerate(datatypes))
+    assert artists.title(ax) == "the paper, table 2:\nleast NF4+DQ, most Int4"
+    assert ax.get_ylabel() == "mean perplexity (1)"
+    artists.check_in_view(ax)
+    assert ax.get_ylim() == (0, 40)
+
+
+# 04: double quantization
+
+
+def test_ledger_shows_the_papers_bits():
+    """Section 3: 32/64 = 0.5 bit a weight become 8/64 + 32/(64 · 256) = 0.127."""
+    ledgers = {
+        "64, 32-bit": {"codes": 4.0, "scales": 32 / 64, "scales of scales": 0.0},
+        "64, 8-bit": {"codes": 4.0, "scales": 8 / 64, "scales of scales": 32 / (64 * 256)},
+    }
+    ax = n04.plot_ledger(ledgers).axes[0]
+    scales, second = artists.bars(ax)
+    assert scales[:, 2].tolist() == [0.5, 0.125]
+    assert scales[:, 0].tolist() == [0, 0]
+    assert second[:, 2].tolist() == [0, 0.001953125]
+    assert second[:, 0].tolist() == [0.5, 0.125], "stacked on the scales"
+    for group in (scales, second):
+        assert group[:, 1] + group[:, 3] / 2 == pytest.approx([0, 1])
+    assert artists.texts(ax) == ["  4 + 0.5 = 4.5 bits", "  4 + 0.127 = 4.127 bits"]
+    assert artists.places(ax).tolist() == [[0.5, 0], [0.126953125, 1]]
+    assert artists.ticks(ax.yaxis) == [(0, "64, 32-bit"), (1, "64, 8-bit")]
+    assert artists.legend(ax) == ["scales", "scales of scales"]
+    assert ax.get_xlabel() == "bits a weight beyond the four (bit)"
+    assert artists.title(ax) == "The scales cost 0.5 bits a weight; quantized too, 0.127"
+    assert ax.get_xlim() == (0, 0.75)
+    assert ax.get_ylim() == (1.6, -0.6), "the first on top"
+    artists.check_in_view(ax)
+
+
+@pytest.mark.parametrize(("blocksize", "second"), [(64, 256), (8, 16), (1024, 64)])
+def test_bits_follow_the_papers_formula(blocksize, second):
+    ax = n04.plot_bits(blocksize, second).axes[0]
+    sizes = [8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
+    plain = [4 + 32 / size for size in sizes]
+    double = [4 + 8 / size + 32 / (size * second) for size in sizes]
+    upper, lower, between = artists.lines(ax)
+    assert upper == pytest.approx(np.column_stack([sizes, plain]), rel=EXACT)
+    assert lower == pytest.approx(np.column_stack([sizes, double]), rel=EXACT)
+    before = 4 + 32 / blocksize
+    after = 4 + 8 / blocksize + 32 / (blocksize * second)
+    read_off = np.array([[blocksize, before], [blocksize, after]])
+    assert between == pytest.approx(read_off, rel=EXACT)
+    assert artists.texts(ax) == [f"{before:.3f}", f"{after:.3f}"]
+    assert artists.places(ax) == pytest.approx(read_off, rel=EXACT)
+    words = f"Blocks of {blocksize}: {before:.3f} bits a weight become {after:.3f}"
+    assert artists.title(ax) == f"{words}, {before - after:.3f} less"
+    assert artists.legend(ax) == ["32-bit scales", f"8-bit scales, {second} to a block"]
+    assert artists.labels(ax) == ("block size (weights)", "bits a weight (bit)")
+    artists.check_in_view(ax)
+    assert artists.ticks(ax.xaxis) == [(size, str(size)) for size in sizes]
+    assert ax.get_ylim() == (3.6, 8.4)
+
+
+def test_scales_are_counted_above_the_values_they_become():
+    generator = torch.Generator().manual_seed(5)
+    scaled = (0.2 * torch.randn(500, generator=generator)).clamp(-1, 1)
+    code = bnb.create_dynamic_map()
+    figure = n04.plot_scales(scaled, code)
+    top, low = figure.axes
+    (group,) = artists.bars(top)
+    counts = [0] * 80
+    for number in scaled.tolist():
+        counts[min(int((number + 1) * 40), 79)] += 1
+    assert group[:, 3].tolist() == counts
+    assert group[:, 1].tolist() == [0] * 80
+    assert group[:, 0] == pytest.approx(np.arange(80) / 40 - 1, abs=SINGLE)
+    assert group[:, 2] == pytest.approx(1 / 40, rel=1e-4)
+    (sticks,) = low.collections
+    expected = [[[v, 0], [v, 1]] for v in code.tolist()]
+    assert artists.segments(sticks) == pytest.approx(np.array(expected))
+    inside = sum(abs(number) < 0.1 for number in scaled.tolist()) / 500
+    near = sum(abs(v) < 0.1 for v in code.tolist())
+    assert 100 < near < 256
+    words = f"{100 * inside:.0f} % of the scales lie within ±0.1"
+    assert artists.title(top) == f"{words}, where {near} of the 256 values lie"
+    assert top.get_ylabel() == "scales"
+    assert artists.labels(low) == ("centred scale / second-level absmax (1)", "values")
+    assert low.get_xlim() == top.get_xlim() == (-1.02, 1.02)
+    assert artists.ticks(low.yaxis) == []
+    artists.check_in_view(top)
+    artists.check_in_view(low)
+
+
+STORED = {
+    "16-bit": {"codes": 2**24, "scales": 0, "scales of scales": 0, "mean": 0, "rest": 2**21},
+    "NF4": {"codes": 2**22, "scales": 2**19, "scales of scales": 0, "mean": 0, "rest": 2**21},
+    "NF4+DQ": {
+        "codes": 2**22,
+        "scales": 2**17,
+        "scales of scales": 2**11,
+        "mean": 2**10,
+        "rest": 2**21,
+    },
+}
+
+
+@pytest.mark.parametrize(("factor", "unit", "name"), [(1, 2**20, "MiB"), (2**7, 2**30, "GiB")])
+def test_model_bytes_are_stacked_and_told(factor, unit, name):
+    rows = {}
+    for variant, parts in STORED.items():
+        rows[variant] = {part: factor * size for part, size in parts.items()}
+    n_weights = factor * 2**23
+    left, right = n04.plot_model_bytes(rows, n_weights).axes
+    drawn = ["codes", "scales", "scales of scales", "mean"]
+    for ax, shown in ((left, drawn), (right, [*drawn, "rest"])):
+        groups = artists.bars(ax)
+        assert len(groups) == len(shown)
+        ends = [0.0, 0.0, 0.0]
+        for part, group in zip(shown, groups):
+            widths = [parts[part] / unit for parts in rows.values()]
+            assert group[:, 0] == pytest.approx(ends), "stacked on the part before"
+            assert group[:, 2] == pytest.approx(widths)
+            assert group[:, 1] + group[:, 3] / 2 == pytest.approx([0, 1, 2])
+            ends = [end + width for end, width in zip(ends, widths)]
+        texts = [f" {end:.3g} {name}" for end in ends]
+        if ax is left:
+            bits = [8 * end * unit / n_weights for end in ends]
+            texts = [f"{text}, {bit:.4g} bits a weight" for text, bit in zip(texts, bits)]
+        assert artists.texts(ax) == texts
+        assert artists.places(ax) == pytest.approx(np.column_stack([ends, range(3)]))
+        times = f"{ends[0] / ends[-1]:.1f} times"
+        if ax is left:
+            assert artists.title(ax) == f"Layers: {times} smaller than 16-bit"
+        else:
+            assert artists.title(ax) == f"Whole model: {times} (rest dotted)"
+        assert ax.get_xlabel() == f"size ({name})"
+        assert ax.get_xlim()[1] > 1.3 * max(ends), "room for what is written"
+        assert ax.get_xlim()[0] == 0
+        assert ax.get_ylim() == (2.6, -0.6), "the first on top"
+        artists.check_in_view(ax)
+    assert artists.ticks(left.yaxis) == list(enumerate(rows))
+
+
+def test_times_smaller_names_what_it_is_compared_with():
+    rows = {
+        "32-bit": {"codes": 32_000, "rest": 800},
+        "4-bit": {"codes": 4_000, "scales": 500, "rest": 800},
+    }
+    left, _ = n04.plot_model_bytes(rows, 8000).axes
+    assert artists.title(left) == "Layers: 7.1 times smaller than 32-bit"
+    rows = {"16-bit": {"codes": 16_000, "rest": 800}, "4-bit": rows["4-bit"]}
+    left, _ = n04.plot_model_bytes(rows, 8000).axes
+    assert artists.title(left) == "Layers: 3.6 times smaller than 16-bit"
+
+
+def test_added_error_is_told_in_millionths():
+    rows = {"a": (0.0911, 0.0911007), "b": (0.0925, 0.0925), "c": (0.0903, 0.0902988)}
+    left, right = n04.plot_added_error(rows).axes
+    plain, double = artists.lines(left)
+    assert plain.tolist() == [[0, 0.0911], [1, 0.0925], [2, 0.0903]]
+    assert double.tolist() == [[0, 0.0911007], [1, 0.0925], [2, 0.0902988]]
+    expected = np.array([[0, 0.7], [1, 0.0], [2, -1.2]])
+    (added,) = artists.lines(right)
+    assert added == pytest.approx(expected, abs=1e-6)
+    (sticks,) = right.collections
+    assert artists.segments(sticks)[:, 1] == pytest.approx(expected, abs=1e-6)
+    assert artists.segments(sticks)[:, 0].tolist() == [[0, 0], [1, 0], [2, 0]]
+    assert artists.title(left) == "Error of 3 layers: the same points"
+    assert artists.title(right) == "Added: at most 0.7 millionths"
+    assert artists.legend(left) == ["32-bit scales", "8-bit scales"]
+    assert artists.labels(left) == ("layer", "RMSE (std of the layer)")
+    assert artists.labels(right) == ("layer", "added RMSE (millionths of std)")
+    assert left.get_ylim() == pytest.approx((0, 1.35 * 0.0925))
+    artists.check_in_view(left)
+    artists.check_in_view(right)
+
+
+def test_nothing_added_is_not_told_as_less_than_nothing():
+    _, right = n04.plot_added_error({"a": (0.09, 0.0899)}).axes
+    assert artists.title(right) == "Added: at most 0.0 millionths"
+
+
+# all of them
+
+
+def test_every_figure_can_be_drawn_and_is_closed():
+    nf4 = codebooks.nf4_code()
+    block = torch.randn(64, generator=torch.Generator().manual_seed(6))
+    same = [quality.Quality(name, (2.0, 2.1, 2.2)) for name in ("16-bit", "NF4", "NF4+DQ")]
+    other = [quality.Quality("unquantized", (1.0, 2.0)), quality.Quality("E2M1", (1.5, 1.9))]
+    by_name = {"NF4": 0.1, "FP4": 0.2, "INT4": 0.3}
+    bits = {"a": {"scales": 0.5}, "b": {"scales": 0.125, "scales of scales": 0.002}}
+    artists.check_drawn(n03.plot_bell(nf4))
+    artists.check_drawn(n03.plot_number_line(0.31, "NF4"))
+    artists.check_drawn(n03.plot_errors(ERRORS, 64, "AF4"))
+    artists.check_drawn(n03.plot_error_map(block.reshape(8, 8), 64, "NF4"))
+    artists.check_drawn(n03.plot_distributions({"x": by_name}))
+    artists.check_drawn(n03.plot_usage(torch.full((16,), 1 / 16), nf4))
+    artists.check_drawn(n03.plot_outlier(block, 12.0, nf4))
+    artists.check_drawn(n03.plot_quality({"a": same, "b": other}))
+    artists.check_drawn(n03.plot_quality({"a": same}))
+    artists.check_drawn(n04.plot_ledger(bits))
+    artists.check_drawn(n04.plot_bits(64, 256))
+    artists.check_drawn(n04.plot_scales(block.clamp(-1, 1), codebooks.dynamic_code()))
+    artists.check_drawn(n04.plot_model_bytes(STORED, 2**23))
+    artists.check_drawn(n04.plot_added_error({"a": (0.09, 0.0901), "b": (0.09, 0.09)}))
