@@ -115,7 +115,10 @@ def test_loops_on_every_dtype_and_awkward_data(seed, n, blocksize, name, data):
     assert torch.equal(absmax[~tiny], absmax_slow[~tiny])
     assert (absmax[tiny] <= blockwise.SMALLEST_SCALE).all()
     scale = absmax_slow.repeat_interleave(blocksize)[:n].double()
-    near = lambda index: (code[index.int()].double() * scale - x.double()).abs()
+
+    def near(index):
+        return (code[index.int()].double() * scale - x.double()).abs()
+
     assert (
         (near(fast) - near(slow))[scale >= blockwise.SMALLEST_SCALE]
         .abs()
@@ -188,7 +191,10 @@ def test_fast_version_equals_loops(seed, n, blocksize, name):
     slow, absmax_slow = blockwise.quantize_spec(x, code, blocksize)
     assert torch.equal(absmax, absmax_slow)
     scaled = x / absmax.repeat_interleave(blocksize)[:n]
-    distance = lambda index: (code[index.int()] - scaled).abs()
+
+    def distance(index):
+        return (code[index.int()] - scaled).abs()
+
     assert (distance(fast) - distance(slow)).abs().max() < 1e-6
 
 
@@ -268,9 +274,10 @@ def test_rmse_table_of_the_facts():
 def test_absolute_error_of_the_facts():
     """The second number of the table at blocks of 64, and AF4 beside it."""
     x = draw("normal", 2**22, seed=0)
-    error = lambda name: (
-        (blockwise.round_trip(x, codebooks.code_by_name(name)) - x).abs().mean().item()
-    )
+
+    def error(name):
+        return (blockwise.round_trip(x, codebooks.code_by_name(name)) - x).abs().mean().item()
+
     assert [error(n) for n in ("NF4", "FP4", "INT4")] == pytest.approx(
         [0.0728, 0.0966, 0.0914], abs=1e-3
     )

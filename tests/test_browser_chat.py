@@ -8,7 +8,7 @@ import time
 import nbformat
 import pytest
 from nbconvert import HTMLExporter
-from test_browser import ERROR, browser, chromium, lab, open_and_run  # noqa: F401  (fixtures)
+from test_browser import browser, chromium, errors, lab, open_and_run
 from test_security import PAYLOADS
 
 from qlora_nb.batch import report
@@ -32,7 +32,7 @@ chat = panels.SideBySide(model, tokenizer, settings)
 chat.box"""
 
 
-def test_ask_stream_stop_and_payloads_stay_inert(lab, browser):  # noqa: F811
+def test_ask_stream_stop_and_payloads_stay_inert(lab, browser):
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(SOURCE)])
     notebook.metadata["kernelspec"] = {
         "name": "python3",
@@ -47,7 +47,10 @@ def test_ask_stream_stop_and_payloads_stay_inert(lab, browser):  # noqa: F811
     prompt.fill(f"Where is Anna?\n{PAYLOAD} Anna walked to the river.")
     prompt.press("Tab")
     ask.click()
-    until = lambda probe, seconds: lab.wait(lambda: page.wait_for_timeout(50) or probe(), seconds)
+
+    def until(probe, seconds):
+        return lab.wait(lambda: page.wait_for_timeout(50) or probe(), seconds)
+
     until(lambda: len(base.input_value()) > 5, 60)
     early = base.input_value()
     until(lambda: len(base.input_value()) > len(early), 60)  # it grows: streamed, not delivered
@@ -68,7 +71,7 @@ def test_ask_stream_stop_and_payloads_stay_inert(lab, browser):  # noqa: F811
         ).count()
         == 0
     )
-    assert page.locator(ERROR).count() == 0
+    assert errors(page) == []
     assert page.script_errors == []
     assert took < 10, "a busy machine is slow; an idle one takes under a second"
 
@@ -98,7 +101,7 @@ chat.prompt.value = "Say it."
     [PAYLOAD, "".join(text for text in PAYLOADS if "$$$" not in text)],
     ids=["one", "battery"],
 )
-def test_what_a_model_answers_stays_inert(lab, browser, payload):  # noqa: F811
+def test_what_a_model_answers_stays_inert(lab, browser, payload):
     source = SOURCE.replace("chat.box", "").replace('"max_new_tokens": 80', '"max_new_tokens": 900')
     cells = [
         nbformat.v4.new_code_cell(source + SAYS.format(payload=payload)),
@@ -118,6 +121,7 @@ def test_what_a_model_answers_stays_inert(lab, browser, payload):  # noqa: F811
     history = page.get_by_label("history", exact=True)
     lab.wait(lambda: page.wait_for_timeout(100) or history.input_value(), 180)
     shown = [box.input_value() for box in boxes.all()]
+    assert len(shown) == 5, "the prompt, two answers, token by token, the history"
     for answer in shown[1:3]:
         assert answer[:40] == payload.strip()[:40].replace("\x00", "\ufffd"), (
             "it is shown as it was said"
@@ -134,10 +138,10 @@ def test_what_a_model_answers_stays_inert(lab, browser, payload):  # noqa: F811
         == 0
     )
     assert (page.elsewhere, page.script_errors) == ([], [])
-    assert page.locator(ERROR).count() == 0
+    assert errors(page) == []
 
 
-def test_the_report_and_an_export_stay_inert(tmp_path, browser):  # noqa: F811
+def test_the_report_and_an_export_stay_inert(tmp_path, browser):
     """Every payload in every place a page has for text: answers printed, tables, masks, problems,
     results, names.
     """
@@ -188,7 +192,9 @@ def test_the_report_and_an_export_stay_inert(tmp_path, browser):  # noqa: F811
             "https://**", lambda route: route.abort()
         )  # nbconvert's own page asks for its libraries
         page.goto((tmp_path / f"{name}.html").as_uri(), wait_until="domcontentloaded")
-        for anything in page.locator("body *").all()[:200]:
+        elements = page.locator("body *").all()[:200]
+        assert len(elements) > len(PAYLOADS), "there is something to move the mouse over"
+        for anything in elements:
             anything.dispatch_event("mouseover")
         page.wait_for_timeout(500)
         assert dialogs == [], name

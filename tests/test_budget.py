@@ -261,11 +261,12 @@ def test_plan_prints_the_ledger_the_levers_and_the_line():
 
 def test_8_gb_are_enough_with_the_settings_that_the_readme_names():
     """A card sold with 8 GB offers about 7.6 GiB: no two of the settings are enough."""
-    gib = lambda *some: (
-        budget.peak(
+
+    def gib(*some):
+        return budget.peak(
             budget.plan_of(validate({"profile": "full"} | dict(some)), on_gpu=True)
         ).total_gib
-    )
+
     settings = [
         ("optim", "paged_adamw_8bit"),
         ("embedding_on_cpu", True),

@@ -25,9 +25,10 @@ PARAMETERS = 'from typing import Optional\nprofile: str = "tiny"  # the world\nr
 
 def good() -> nbformat.NotebookNode:
     """A notebook as it is after a build."""
-    code = lambda source, *tags: nbformat.v4.new_code_cell(
-        source, metadata={"tags": list(tags)} if tags else {}
-    )
+
+    def code(source, *tags):
+        return nbformat.v4.new_code_cell(source, metadata={"tags": list(tags)} if tags else {})
+
     text = nbformat.v4.new_markdown_cell
     cells = [
         text("# A"),
@@ -254,10 +255,14 @@ def test_build_check_and_drift(tmp_path, capsys):
 
 def test_a_styled_table_is_the_same_in_every_build():
     """pandas draws a new name for it each time; two tables in a notebook keep two names."""
-    shown = lambda number: build._normal_output(
-        nbformat.v4.new_output(
-            "display_data", data={"text/html": pandas.DataFrame({"a": [number]}).style.to_html()}
-        )
-    )["data"]["text/html"]
+
+    def shown(number):
+        return build._normal_output(
+            nbformat.v4.new_output(
+                "display_data",
+                data={"text/html": pandas.DataFrame({"a": [number]}).style.to_html()},
+            )
+        )["data"]["text/html"]
+
     assert shown(1) == shown(1)
     assert re.search(r"T_\w{5}", shown(1))[0] != re.search(r"T_\w{5}", shown(2))[0]

@@ -563,7 +563,10 @@ def test_a_broken_model_folder_is_refused_in_a_sentence(tmp_path, hurt, words):
     folder = shutil.copytree(MODEL_DIR, tmp_path / "a model")
     hurt(folder)
     settings = validate({"model_id": str(folder)})
-    both = lambda: (load.load_tokenizer(settings), load.load_base(settings))
+
+    def both():
+        return (load.load_tokenizer(settings), load.load_base(settings))
+
     with pytest.raises(KitError, match=words) as refused:
         both()
     assert refused.value.remedy
@@ -741,15 +744,18 @@ def test_home_read_only(closed_folder, tmp_path, root):
     own = {k: v for k, v in os.environ.items() if k not in home} | {"HOME": str(closed_folder)}
     own |= {"PYTHONPATH": str(root)}
     command = [sys.executable, "-m", "qlora_nb.cli"]
-    ask = lambda *more: subprocess.run(
-        [*command, *more],
-        cwd=root,
-        env=own,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+
+    def ask(*more):
+        return subprocess.run(
+            [*command, *more],
+            cwd=root,
+            env=own,
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=False,
+        )
+
     refused = ask("fetch", "smollm2")
     assert refused.returncode == 2, refused.stderr
     assert "the cache folder cannot be written to" in refused.stderr
@@ -794,9 +800,12 @@ def test_runs_of_the_same_second_have_own_folders(tmp_path):
         "import sys; from qlora_nb.record import runs; from qlora_nb.settings import validate\n"
         "for _ in range(20): print(runs.new_folder(validate({'output_dir': sys.argv[1]}), 'n').name)"
     )
-    start = lambda: subprocess.Popen(
-        [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True
-    )
+
+    def start():
+        return subprocess.Popen(
+            [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True
+        )
+
     names = [
         name
         for process in [start(), start()]

@@ -87,7 +87,9 @@ def test_a_failed_conversion_leaves_nothing(wheel, tmp_path, monkeypatch):
 
 
 def test_missing_extra_disk_and_permission(tmp_path, monkeypatch):
-    quiet = lambda line: None
+    def quiet(line):
+        return None
+
     with monkeypatch.context() as patch:
         patch.setattr(fetch, "find_spec", lambda name: None)
         with pytest.raises(KitError, match=r"qlora-nb\[smollm2\]"):
@@ -250,7 +252,10 @@ def test_fetch_ahead_leaves_local_things_alone(tmp_path, monkeypatch):
     from qlora_nb.settings import validate
 
     monkeypatch.setattr(fetch, "fetch_repo", lambda name, kind, say: f"{kind}:{name}")
-    quiet = lambda line: None
+
+    def quiet(line):
+        return None
+
     assert fetch.fetch_ahead(validate({}), quiet) == []
     full = validate({"profile": "full", "model_id": str(tmp_path)})
     assert fetch.fetch_ahead(full, quiet) == ["dataset:tatsu-lab/alpaca"]
@@ -288,7 +293,10 @@ def fetch_from(hub, mode, home, largest_file=resource.RLIM_INFINITY):
         "NO_PROXY": "127.0.0.1",
     }
     command = [sys.executable, "-m", "qlora_nb.cli", "fetch", "a/b"]
-    quota = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+
+    def quota():
+        return resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+
     how = {"capture_output": True, "text": True, "timeout": 120, "preexec_fn": quota}
     done = subprocess.run(command, env=os.environ | ways, check=False, **how)
     assert "Traceback" not in done.stderr

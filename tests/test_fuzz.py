@@ -347,9 +347,10 @@ def test_prompts(bases, tmp_path):
             path.write_bytes(damaged(prompt.encode("utf-8", "surrogatepass"), random))
             tried("prompts", lambda path=path: generate.read_rows(str(path), {}))
             continue
-        asked = lambda prompt=prompt: generate.answer_all(
-            model, tokenizer, [generate.row_of(prompt)], chosen
-        )[0]
+
+        def asked(prompt=prompt):
+            return generate.answer_all(model, tokenizer, [generate.row_of(prompt)], chosen)[0]
+
         said = tried("prompts", asked)
         assert said is None or isinstance(said, str)
 

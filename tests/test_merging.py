@@ -307,9 +307,12 @@ def test_prompts_come_from_text_and_data_files(tmp_path):
 def test_the_command_line_answers(tmp_path):
     (tmp_path / "a.txt").write_text("Where is Anna?\nWho is Ben?\n")
     kit = [sys.executable, "-m", "qlora_nb.cli", "generate", "-p", "adapter", "pocket"]
-    run = lambda *more: subprocess.run(
-        [*kit, *more], capture_output=True, text=True, cwd=tmp_path, check=False
-    )
+
+    def run(*more):
+        return subprocess.run(
+            [*kit, *more], capture_output=True, text=True, cwd=tmp_path, check=False
+        )
+
     done = run("--prompts", "a.txt", "--out", "b.jsonl")
     assert done.returncode == 0, done.stderr[-500:]
     assert "2 of 2 answered into b.jsonl" in done.stdout

@@ -283,7 +283,10 @@ def test_exercises_accept_the_solution_and_teach_on_wrong_answers(check, right, 
 
 def test_label_exercise(capsys):
     ids = [11, 12, 13, 14, 15, 21, 22, 0]
-    check = lambda a: n06.check_labels(a, ids, 5)
+
+    def check(a):
+        return n06.check_labels(a, ids, 5)
+
     assert check([-100] * 5 + [21, 22, 0])
     assert not check([-100] * 5 + [21, 22, -100])
     assert "never stops" in capsys.readouterr().out

@@ -489,7 +489,10 @@ def test_rehearsal_states_are_paged_again_after_a_resume_and_a_retry(tmp_path, m
 
     counted.clear()
     pages.asked.clear()
-    hurt = lambda model: _raise_in_pass(model, {3}, torch.OutOfMemoryError(OUT_OF_MEMORY))
+
+    def hurt(model):
+        return _raise_in_pass(model, {3}, torch.OutOfMemoryError(OUT_OF_MEMORY))
+
     *_, again = finetuned(tmp_path / "retry", hurt, **way)
     assert counted == [(should, should)] * 4
     assert len(pages.asked) == should, "the pages of before are used again"

@@ -58,7 +58,10 @@ def lab(rgb: str, matrix) -> np.ndarray:
 
 def nearest(palette: dict[str, str], matrix) -> tuple[float, tuple[str, str]]:
     """The smallest distance of two colours, and which they are."""
-    distance = lambda a, b: float(np.linalg.norm(lab(palette[a], matrix) - lab(palette[b], matrix)))
+
+    def distance(a, b):
+        return float(np.linalg.norm(lab(palette[a], matrix) - lab(palette[b], matrix)))
+
     return min((distance(a, b), (a, b)) for a, b in itertools.combinations(palette, 2))
 
 

@@ -173,9 +173,10 @@ def test_a_cell_that_was_stopped_goes_on_when_run_again(tmp_path, capsys):
     ended = {}
     for stops in (False, True):
         settings, tokenizer, model, rows = fresh(tmp_path / str(stops), lora_dropout=0.1)
-        asked = lambda step: (
-            os.kill(os.getpid(), signal.SIGINT) if step["step"] == 2 and stops else None
-        )  # noqa: B023
+
+        def asked(step):
+            return os.kill(os.getpid(), signal.SIGINT) if step["step"] == 2 and stops else None
+
         run = checkpoints.start(settings, "06_cell")
         result = trainer.finetune(model, tokenizer, rows, settings, run, asked)
         if stops:
@@ -213,7 +214,10 @@ def test_a_cell_that_was_stopped_goes_on_when_run_again(tmp_path, capsys):
 def test_interrupt_finishes_the_step_and_saves(tmp_path):
     settings, tokenizer, model, rows = fresh(tmp_path)
     run = runs.Run(settings, "stop")
-    stop_at_two = lambda step: os.kill(os.getpid(), signal.SIGINT) if step["step"] == 2 else None
+
+    def stop_at_two(step):
+        return os.kill(os.getpid(), signal.SIGINT) if step["step"] == 2 else None
+
     result = trainer.finetune(model, tokenizer, rows, settings, run, stop_at_two)
     assert result["stopped"]
     assert 2 <= len(result["losses"]) <= 3
@@ -255,10 +259,13 @@ def everything_in(folder):
 
 def test_a_refusal_changes_no_record_and_the_run_that_trained_is_done(tmp_path, monkeypatch):
     settings, tokenizer, model, rows = fresh(tmp_path, **QUICK)
-    begin = lambda: checkpoints.start(settings, "06_finetune_pythia_12b")
-    train = lambda model, run: trainer.finetune(
-        model, tokenizer, rows, settings, run, lambda step: None
-    )
+
+    def begin():
+        return checkpoints.start(settings, "06_finetune_pythia_12b")
+
+    def train(model, run):
+        return trainer.finetune(model, tokenizer, rows, settings, run, lambda step: None)
+
     result = train(model, begin())
     [folder] = (tmp_path / "tiny").iterdir()
     assert runs.status_of(folder) == "done"
@@ -307,7 +314,10 @@ def test_a_refusal_changes_no_record_and_the_run_that_trained_is_done(tmp_path, 
 
 def test_a_refused_resume_leaves_the_stopped_run_as_it_is(tmp_path):
     settings, tokenizer, model, rows = fresh(tmp_path, **QUICK | {"max_steps": 4})
-    stop = lambda step: os.kill(os.getpid(), signal.SIGINT) if step["step"] == 2 else None
+
+    def stop(step):
+        return os.kill(os.getpid(), signal.SIGINT) if step["step"] == 2 else None
+
     run = checkpoints.start(settings, "06_stopped")
     assert trainer.finetune(model, tokenizer, rows, settings, run, stop)["stopped"]
     before = everything_in(tmp_path)

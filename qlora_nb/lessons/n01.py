@@ -92,9 +92,12 @@ def what_fits(
             kind: f"{fit[0]} ({fit[1].total_gib:.1f} GiB)" if fit else "none"
             for kind, fit in found.items()
         }
-        pulled = found["fine-tuning with levers"][2] if found["fine-tuning with levers"] else []
-        changes = [", ".join(f"{k}={v}" for k, v in lever.changes.items()) for lever in pulled]
-        rows.append({"card": f"{card:g} GiB", **row, "levers": "; ".join(changes) or "none needed"})
+        options = "none is enough"
+        if found["fine-tuning with levers"]:
+            pulled = found["fine-tuning with levers"][2]
+            changes = [", ".join(f"{k}={v}" for k, v in lever.changes.items()) for lever in pulled]
+            options = "; ".join(changes) or "none needed"
+        rows.append({"card": f"{card:g} GiB", **row, "levers": options})
     return rows
 
 
