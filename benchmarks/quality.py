@@ -93,7 +93,7 @@ def main() -> int:
         model, tokenizer = load.load_base(settings, four_bit=False), load.load_tokenizer(settings)
         pocket = model_id == "pocket"
         seeds = SEEDS[:1] if pocket else SEEDS  # the facts are the same for every seed
-        records = compare(model, lambda name: over_seeds(name, model, tokenizer, pocket, seeds))
+        records = compare(model, lambda name: over_seeds(name, model, tokenizer, pocket, seeds))  # noqa: B023
         record["models"][model_id] = {
             "on": "facts known by heart" if pocket else "the kit's stories",
             "qualities": records,
@@ -101,7 +101,7 @@ def main() -> int:
         if options.rows and not pocket:
             rows = data.load(settings.replace(dataset=str(options.rows), eval_rows=270))[1]
             texts = [row["output"] for row in rows if len(row["output"]) > 40]
-            records = compare(model, lambda name: over_rows(name, model, tokenizer, texts))
+            records = compare(model, lambda name: over_rows(name, model, tokenizer, texts))  # noqa: B023
             record["models"][f"{model_id}, real answers"] = {
                 "on": f"{len(texts)} answers of Alpaca",
                 "qualities": records,

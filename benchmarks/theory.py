@@ -173,7 +173,7 @@ def redraws(panel, n: int = REDRAWS) -> dict:
         value = next(v for v in ahead[k % len(controls)] if v != control.value)
         with contextlib.redirect_stdout(io.StringIO()):
             before = time.process_time()
-            times.append(milliseconds(lambda: setattr(control, "value", value)))
+            times.append(milliseconds(lambda: setattr(control, "value", value)))  # noqa: B023
             work.append(1e3 * (time.process_time() - before))
     times, work = (
         times[len(controls) :],

@@ -9,6 +9,7 @@ failure.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
@@ -103,7 +104,7 @@ class Lab:
             f"--ServerApp.root_dir={self.root}",
         ]
         command = [sys.executable, "-m", "jupyter", "lab", *options]
-        self.log = open(base / "lab.log", "w")
+        self.log = open(base / "lab.log", "w")  # noqa: SIM115
         self.process = subprocess.Popen(command, env=env, stdout=self.log, stderr=subprocess.STDOUT)
         self.wait(lambda: self.ask("/api/status"), 90)
 
@@ -425,9 +426,8 @@ def test_two_models_are_asked_by_keyboard_and_by_mouse(page):
             "e => e.ariaValueNow === e.ariaValueMax"
         )
         key = "ArrowLeft" if at_the_end else "ArrowRight"
-        assert changes(page, readout.inner_text, lambda: page.keyboard.press(key)), (
-            slider.inner_text()
-        )
+        press = functools.partial(page.keyboard.press, key)
+        assert changes(page, readout.inner_text, press), slider.inner_text()
     assert errors(page) == []
 
 

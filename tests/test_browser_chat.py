@@ -8,7 +8,7 @@ import time
 import nbformat
 import pytest
 from nbconvert import HTMLExporter
-from test_browser import browser, chromium, errors, lab, open_and_run
+from test_browser import browser, chromium, errors, lab, open_and_run  # noqa: F401  (fixtures)
 from test_security import PAYLOADS
 
 from qlora_nb.batch import report
@@ -32,7 +32,7 @@ chat = panels.SideBySide(model, tokenizer, settings)
 chat.box"""
 
 
-def test_ask_stream_stop_and_payloads_stay_inert(lab, browser):
+def test_ask_stream_stop_and_payloads_stay_inert(lab, browser):  # noqa: F811
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(SOURCE)])
     notebook.metadata["kernelspec"] = {
         "name": "python3",
@@ -101,7 +101,7 @@ chat.prompt.value = "Say it."
     [PAYLOAD, "".join(text for text in PAYLOADS if "$$$" not in text)],
     ids=["one", "battery"],
 )
-def test_what_a_model_answers_stays_inert(lab, browser, payload):
+def test_what_a_model_answers_stays_inert(lab, browser, payload):  # noqa: F811
     source = SOURCE.replace("chat.box", "").replace('"max_new_tokens": 80', '"max_new_tokens": 900')
     cells = [
         nbformat.v4.new_code_cell(source + SAYS.format(payload=payload)),
@@ -141,7 +141,7 @@ def test_what_a_model_answers_stays_inert(lab, browser, payload):
     assert errors(page) == []
 
 
-def test_the_report_and_an_export_stay_inert(tmp_path, browser):
+def test_the_report_and_an_export_stay_inert(tmp_path, browser):  # noqa: F811
     """Every payload in every place a page has for text: answers printed, tables, masks, problems,
     results, names.
     """

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from qlora_nb import cards, machine, pythia, sources
+from qlora_nb import cards, machine, sources
 from qlora_nb.answer import adapters, generate
 from qlora_nb.lessons import n01
 from qlora_nb.memory import budget, dry_run, ledger
@@ -162,7 +162,7 @@ def over_the_card(peaks: list[ledger.Ledger], gpu_gib: float) -> list[str]:
 
 
 def test_every_pythia_has_a_bar(monkeypatch):
-    monkeypatch.setattr(pythia, "PYTHIA", {size: PYTHIA[size] for size in SIZES})
+    only_these_pythias(monkeypatch, {size: PYTHIA[size] for size in SIZES})
     peaks = {size: budget.peak(plan(size, train=True)) for size in SIZES}
     between = (peaks["160m"].total_gib + peaks["410m"].total_gib) / 2
     [ax] = n01.every_pythia(validate(SMALL), between).axes
@@ -180,7 +180,7 @@ def test_every_pythia_has_a_bar(monkeypatch):
 
 def test_what_fits_is_the_largest_that_fits(monkeypatch):
     sizes = ("70m", "160m")
-    monkeypatch.setattr(pythia, "PYTHIA", {size: PYTHIA[size] for size in sizes})
+    only_these_pythias(monkeypatch, {size: PYTHIA[size] for size in sizes})
     answering = {size: budget.peak(plan(size, train=False)).total_gib for size in sizes}
     tuning = {size: budget.peak(plan(size, train=True)).total_gib for size in sizes}
     assert answering["70m"] < tuning["70m"] < answering["160m"] < tuning["160m"]
@@ -205,7 +205,7 @@ def test_what_fits_is_the_largest_that_fits(monkeypatch):
 
 
 def test_what_fits_a_card_too_small_for_all(monkeypatch):
-    monkeypatch.setattr(pythia, "PYTHIA", {"70m": PYTHIA["70m"]})
+    only_these_pythias(monkeypatch, {"70m": PYTHIA["70m"]})
     [row] = n01.what_fits(validate(SMALL), (0.25,))
     kinds = ("answering", "fine-tuning", "fine-tuning with levers")
     assert row == {"card": "0.25 GiB", **dict.fromkeys(kinds, "none"), "levers": "none is enough"}
@@ -226,6 +226,12 @@ def check_levers(row: dict[str, str], card: float) -> None:
     need = budget.peak(plan(size, train=True, **changes)).total_gib
     assert need <= card
     assert row["fine-tuning with levers"] == f"{size} ({need:.1f} GiB)"
+
+
+def only_these_pythias(monkeypatch, sizes: dict) -> None:
+    """The suite of Pythias with these sizes alone, wherever it is walked through."""
+    for module in (n01, budget):
+        monkeypatch.setattr(module, "PYTHIA", sizes)
 
 
 def by_hand(*gpus: cards.Gpu, free_gib: float = 4.0) -> machine.Machine:

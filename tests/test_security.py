@@ -233,7 +233,7 @@ def test_code_of_a_model_is_never_run(tmp_path, model_type):
         try:
             function(settings)
         except KitError as error:
-            assert "Do this" in str(error)
+            assert "Do this" in str(error)  # noqa: PT017
     assert not (folder / "RAN").exists()
 
 

@@ -175,7 +175,7 @@ def test_a_cell_that_was_stopped_goes_on_when_run_again(tmp_path, capsys):
         settings, tokenizer, model, rows = fresh(tmp_path / str(stops), lora_dropout=0.1)
 
         def asked(step):
-            return os.kill(os.getpid(), signal.SIGINT) if step["step"] == 2 and stops else None
+            return os.kill(os.getpid(), signal.SIGINT) if step["step"] == 2 and stops else None  # noqa: B023
 
         run = checkpoints.start(settings, "06_cell")
         result = trainer.finetune(model, tokenizer, rows, settings, run, asked)
