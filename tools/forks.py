@@ -92,15 +92,16 @@ class Mapper:
         self.seconds: Counter[str] = Counter()
         self.left_out: dict[str, str] = {}
         sys.addaudithook(self.on_event)
-        signal.signal(signal.SIGALRM, lambda *_: self.leave_out("takes too long"))
+        for sign in (signal.SIGPROF, signal.SIGALRM):
+            signal.signal(sign, lambda *_: self.leave_out("takes too long"))
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item):
         self.item = item.nodeid
         self.coverage.switch_context(item.nodeid)
-        signal.setitimer(signal.ITIMER_REAL, self.longest)
+        self.limit(self.longest)
         result = yield
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        self.limit(0)
         self.coverage.switch_context("")
         self.item = ""
         return result
@@ -109,6 +110,11 @@ class Mapper:
         self.seconds[report.nodeid] += report.duration
         if report.outcome != "passed":
             self.left_out.setdefault(report.nodeid, report.outcome)
+
+    def limit(self, seconds: float) -> None:
+        """So long the processor may work from now on (0: as long as it takes); a clock allows more."""
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        signal.setitimer(signal.ITIMER_REAL, 5 * seconds)
 
     def on_event(self, event: str, values: tuple) -> None:
         if event != "subprocess.Popen" or not self.item:
