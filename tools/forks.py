@@ -61,17 +61,28 @@ class Planted(SourceFileLoader, importlib.abc.MetaPathFinder):
         super().exec_module(module)
 
 
+def starts_program(event: str, values: tuple) -> bool:
+    """Whether Python's audit event is the start of a program that is none of PROGRAMS."""
+    return event == "subprocess.Popen" and Path(os.fsdecode(values[0])).name not in PROGRAMS
+
+
 class Chosen:
     """A pytest plugin: runs these tests alone, in this order, and notes the first failure."""
 
     def __init__(self, tests: list[str]):
         self.order = {test: i for i, test in enumerate(tests)}
         self.failed: dict | None = None
+        sys.addaudithook(self.on_event)
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items) -> None:
         chosen = [item for item in items if item.nodeid in self.order]
         items[:] = sorted(chosen, key=lambda item: self.order[item.nodeid])
+
+    def on_event(self, event: str, values: tuple) -> None:
+        """These tests start no program; a mutant that would (a download, a server) finds none."""
+        if starts_program(event, values):
+            raise FileNotFoundError(f"there is no {values[0]} for a mutant")
 
     def pytest_exception_interact(self, node, call) -> None:
         if self.failed is None:
@@ -117,9 +128,7 @@ class Mapper:
         signal.setitimer(signal.ITIMER_REAL, 5 * seconds)
 
     def on_event(self, event: str, values: tuple) -> None:
-        if event != "subprocess.Popen" or not self.item:
-            return
-        if Path(os.fsdecode(values[0])).name not in PROGRAMS:
+        if self.item and starts_program(event, values):
             self.leave_out("starts a program")
 
     def leave_out(self, why: str) -> None:
