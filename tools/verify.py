@@ -198,12 +198,24 @@ def t4() -> dict:
     }
 
 
+def mutation() -> dict:
+    """A figure draws other data, a refusal is gone, one at a time: a test must see each."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder) / "result.json"
+        command = [sys.executable, "tools/mutate.py", "--out", str(found)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        if not found.is_file():
+            return {"passed": False, "error": (done.stdout + done.stderr)[-1000:]}
+        return json.loads(found.read_text())
+
+
 CHECKS: dict[str, Callable[[], dict]] = {
     "seeds": seeds,
     "one_thread": one_thread,
     "smollm2": smollm2,
     "fuzz": fuzz,
     "t4": t4,
+    "mutation": mutation,
     "one_core": hosts.one_core,
     "colab": hosts.colab,
     "binder": hosts.binder,
