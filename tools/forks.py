@@ -123,7 +123,9 @@ class Mapper:
             self.left_out.setdefault(report.nodeid, report.outcome)
 
     def limit(self, seconds: float) -> None:
-        """So long the processor may work from now on (0: as long as it takes); a clock allows more."""
+        """So long the processor may work from now on (0: as long as it takes); a clock allows
+        more.
+        """
         signal.setitimer(signal.ITIMER_PROF, seconds)
         signal.setitimer(signal.ITIMER_REAL, 5 * seconds)
 

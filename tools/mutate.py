@@ -201,7 +201,9 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget-minutes", type=float, default=60)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--tests", nargs="*", help="these test files alone")
-    parser.add_argument("--longest", type=float, default=20, help="processor seconds a test may take")
+    parser.add_argument(
+        "--longest", type=float, default=20, help="processor seconds a test may take"
+    )
     parser.add_argument("--map", type=Path, help="keep the first run here, or take it from here")
     parser.add_argument("--out", type=Path, help="write the result to this file")
     parser.add_argument("--root", type=Path, default=ROOT)
