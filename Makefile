@@ -2,7 +2,7 @@
 #   PYTHON    the Python the environment is made with
 #   PIP_ARGS  more arguments for pip, for example an index with CPU builds of torch
 #   RUN_ARGS  more arguments for `qlora-nb run`, for example RUN_ARGS="--only 03 -p blocksize 128"
-#   TEST_ARGS more arguments for pytest
+#   TEST_ARGS more arguments for pytest; TEST_ARGS="-n 0" runs the tests one after another, in one process
 #   VERIFY_ARGS more arguments for tools/verify.py, for example VERIFY_ARGS="--only colab"
 PYTHON ?= python3
 BIN := .venv/bin
@@ -25,8 +25,9 @@ setup: $(READY)
 run: $(READY)
 	$(BIN)/qlora-nb run $(RUN_ARGS)
 
+# Two processes share the tests. Those that look at one expensive thing stay together, the longest begin (tests/conftest.py).
 test: $(READY)
-	$(BIN)/python -m pytest $(TEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(TEST_ARGS)
 
 lab: $(READY)
 	$(BIN)/qlora-nb lab

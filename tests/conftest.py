@@ -1,5 +1,5 @@
-"""Shared by all tests: the repository, small notebooks made on the spot, and one papermill pass
-over the real ones.
+"""Shared by all tests: the repository, small notebooks made on the spot, one papermill pass over
+the real ones, the fault matrix, and which tests share a process.
 """
 
 from __future__ import annotations
@@ -16,12 +16,79 @@ from pathlib import Path
 import nbformat
 import pytest
 
-# Two cores shared by pytest, papermill and a kernel: more threads only wait for each other.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Before torch is imported. Each of several workers has a core of its own; a single process and its
+# children have two. More threads only wait for each other, and those that wait shall sleep.
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
 sys.path.insert(0, str(ROOT / "tools"))
+
+# ---- the fault matrix
+# ------------------------------------------------------------------------------------------------
+
+COLLECTED: pytest.StashKey[list[pytest.Item]] = pytest.StashKey()
+"""All tests that were collected, before -k and -m leave some out."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    config.stash[COLLECTED] = list(items)
+    share_among_workers(items)
+
+
+@pytest.fixture
+def fault_tests(request) -> dict[int, set[str]]:
+    """Row of the fault matrix → the tests that carry its number. Skipped where not all files were
+    collected.
+    """
+    collected = request.config.stash[COLLECTED]
+    left_out = {path.name for path in ROOT.glob("tests/test_*.py")} - {
+        item.path.name for item in collected
+    }
+    if left_out or any("::" in argument for argument in request.config.args):
+        pytest.skip("only a run of all tests knows whether each row of the fault matrix has one")
+    found: dict[int, set[str]] = {}
+    for item in collected:
+        for mark in item.iter_markers("fault"):
+            for row in mark.args:
+                found.setdefault(row, set()).add(item.nodeid)
+    return found
+
+
+# ---- several workers (pytest -n 2 --dist loadgroup)
+# ------------------------------------------------------------------
+
+LONGEST = ("test_browser", "test_notebooks")
+"""Files that take minutes, the longest first: they begin, so that no worker is left alone with one
+at the end.
+"""
+TOGETHER = {"test_browser_chat": "test_browser"}
+"""Files that look at something expensive that another one has made: here JupyterLab and
+Chromium.
+"""
+APART = {"test_batch", "test_cli", "test_faults", "test_progress", "test_training"}
+"""Long files without an expensive fixture of their own: each worker takes whichever test is
+next.
+"""
+
+
+def share_among_workers(items: list[pytest.Item]) -> None:
+    """The tests of a file stay in one process, for they share its fixtures; the longest files come
+    first.
+    """
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    for item in items:
+        group = TOGETHER.get(item.path.stem, item.path.stem)
+        if group not in APART and item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(group))
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(TOGETHER.get(item.path.stem, item.path.stem), len(order)))
+
+
+# ---- fixtures --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -141,6 +208,31 @@ def papermill_pass(tmp_path_factory):
     )
     yield summary
     shutil.rmtree(out, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """The browser's program. Where there is none its tests are skipped, unless
+    QLORA_NB_REQUIRE_BROWSER=1.
+    """
+    program = shutil.which("chromium") or shutil.which("chromium-browser")
+    if program is None:
+        if os.environ.get("QLORA_NB_REQUIRE_BROWSER") == "1":
+            pytest.fail(
+                "QLORA_NB_REQUIRE_BROWSER=1 and there is no Chromium: apt-get install chromium"
+            )
+        pytest.skip("browser tests: there is no Chromium here (Debian: apt-get install chromium)")
+    return program
+
+
+@pytest.fixture(scope="session")
+def lab(chromium, tmp_path_factory):
+    """One JupyterLab for all tests with a browser."""
+    from test_browser import Lab
+
+    lab = Lab(tmp_path_factory.mktemp("lab"))
+    yield lab
+    lab.close()
 
 
 @pytest.fixture

@@ -1,10 +1,15 @@
-"""One training run of twelve steps in a process of its own, hurt as asked: `python resume_driver.py
-FOLDER RESUME HURT`.
+"""Training runs of twelve steps, each in a process of its own, hurt as asked.
 
-HURT is `none`, `int@7` (what ■ does, in step 7), `term@7`, `kill@7` (SIGKILL after step 7),
+What takes longest in a short run is importing torch. So this program does it once and forks for
+every line that it reads, `{"folder": …, "resume": …, "hurt": …, "out": …, "err": …}`; the new
+process is one like any other, ends as it may, and its exit code is answered. `out` and `err` are
+files for what it prints.
+
+`hurt` is `none`, `int@7` (what ■ does, in step 7), `term@7`, `kill@7` (SIGKILL after step 7),
 `kill-in@7` (inside step 7), `kill-save@8` (half-way through writing the checkpoint of step 8),
 `fill@6` (the disk is really filled to the last byte then), `quota@6` (no file may grow beyond 100
-kB from then on) or `oom@7`. Prints the losses and a hash of the adapter as JSON.
+kB from then on) or `oom@7`. A run that comes to its end prints the losses and a hash of the adapter
+as JSON.
 """
 
 from __future__ import annotations
@@ -101,5 +106,24 @@ def main(folder: str, resume: str, hurt: str) -> None:
     )
 
 
+def next_run() -> dict[str, str]:
+    """Fork for every line; returns what the line asks for in the new process alone, whose output
+    goes into files.
+    """
+    for line in sys.stdin:
+        asked = json.loads(line)
+        process = os.fork()
+        if process == 0:
+            signal.alarm(300)  # one that hangs is ended
+            for name, number in (("out", 1), ("err", 2)):
+                file = os.open(asked.pop(name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+                os.dup2(file, number)
+                os.close(file)
+            return asked
+        _, status = os.waitpid(process, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+    raise SystemExit
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(**next_run())

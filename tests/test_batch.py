@@ -60,6 +60,7 @@ def outcomes(toy, tmp_path):
     return {o["notebook"]: o for o in summary["notebooks"]}, summary, lines
 
 
+@pytest.mark.fault(33, 34)
 @pytest.mark.slow
 def test_each_fate_is_told(outcomes, tmp_path):
     found, summary, lines = outcomes
@@ -187,6 +188,7 @@ def test_stored_errors(output, expected):
     assert sequence.stored_errors(nbformat.v4.new_notebook(cells=[allowed])) == []
 
 
+@pytest.mark.fault(17)
 def test_refusals_come_before_any_process(toy, tmp_path, monkeypatch):
     folder = toy("01_good", "1")
     monkeypatch.setattr(
@@ -228,6 +230,7 @@ def test_a_summary_that_is_none_is_no_unfinished_sequence(toy, tmp_path, record)
         )
 
 
+@pytest.mark.fault(35)
 def test_a_notebook_that_cannot_be_read_stops_nothing_but_is_told(toy, tmp_path):
     """Before the run it is refused; one that papermill left cut off counts as failed."""
     folder = toy("01_good", "1")
@@ -312,6 +315,7 @@ def record_of(tmp_path):
     return json.loads(summary.read_text())
 
 
+@pytest.mark.fault(23)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("signals", "code"),
@@ -333,6 +337,7 @@ def test_interrupt_leaves_no_kernel(long, tmp_path, signals, code):
     ]
 
 
+@pytest.mark.fault(24)
 @pytest.mark.slow
 def test_a_killed_sequence_leaves_no_kernel_and_is_gone_on_with(long, tmp_path):
     process, kernel, folder = long()
@@ -372,6 +377,7 @@ def test_a_killed_sequence_leaves_no_kernel_and_is_gone_on_with(long, tmp_path):
         sequence.run_sequence(given, notebooks=folder, resume="latest")
 
 
+@pytest.mark.fault(35)
 @pytest.mark.slow
 def test_papermill_killed_is_told_and_leaves_no_kernel(long, tmp_path):
     process, kernel, _ = long()
@@ -385,6 +391,7 @@ def test_papermill_killed_is_told_and_leaves_no_kernel(long, tmp_path):
     assert "Next lever" in record["notebooks"][1]["problems"][-1]
 
 
+@pytest.mark.fault(35)
 @pytest.mark.slow
 def test_a_cell_that_takes_too_long_leaves_a_readable_notebook_and_no_kernel(toy, tmp_path):
     pid = tmp_path / "pid"
@@ -427,6 +434,7 @@ def test_a_changed_notebook_is_not_kept(toy, tmp_path):
     )
 
 
+@pytest.mark.fault(2)
 def test_parameters_reach_the_notebook_as_numbers(toy, tmp_path):
     folder = toy("01_types", "print(repr(learning_rate), repr(double_quant), repr(prompts))")
     given = {

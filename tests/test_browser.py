@@ -39,20 +39,8 @@ SMALLER = {
     "07": "eval_rows, max_new_tokens = 4, 6",
 }
 """Parameters under which training and measuring take seconds: what is seen is the same."""
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FEATURES = ("quic", "gpu", "background-networking", "component-update", "sync")
 QUIET = ["--no-sandbox", "--no-first-run", *(f"--disable-{feature}" for feature in FEATURES)]
-
-
-@pytest.fixture(scope="module")
-def chromium() -> str:
-    if CHROMIUM is None:
-        if os.environ.get("QLORA_NB_REQUIRE_BROWSER") == "1":
-            pytest.fail(
-                "QLORA_NB_REQUIRE_BROWSER=1 and there is no Chromium: apt-get install chromium"
-            )
-        pytest.skip("browser tests: there is no Chromium here (Debian: apt-get install chromium)")
-    return CHROMIUM
 
 
 class Lab:
@@ -145,13 +133,6 @@ class Lab:
         sequence.stop_tree(self.process.pid)
         self.process.wait(10)
         self.log.close()
-
-
-@pytest.fixture(scope="module")
-def lab(chromium, tmp_path_factory):
-    lab = Lab(tmp_path_factory.mktemp("lab"))
-    yield lab
-    lab.close()
 
 
 @pytest.fixture(scope="module")

@@ -3,16 +3,15 @@ stopped, and said by a model that says nothing else), in the report of a batch r
 export.
 """
 
-import time
-
 import nbformat
 import pytest
 from nbconvert import HTMLExporter
-from test_browser import browser, chromium, errors, lab, open_and_run  # noqa: F401  (fixtures)
+from test_browser import browser, errors, open_and_run  # noqa: F401  (a fixture)
 from test_security import PAYLOADS
 
 from qlora_nb.batch import report
 from qlora_nb.lessons import n06
+from qlora_nb.model import load
 from qlora_nb.settings import validate
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
@@ -55,12 +54,13 @@ def test_ask_stream_stop_and_payloads_stay_inert(lab, browser):  # noqa: F811
     early = base.input_value()
     until(lambda: len(base.input_value()) > len(early), 60)  # it grows: streamed, not delivered
     until(lambda: len(tuned.input_value()) > 5, 120)
-    began = time.perf_counter()
     stop.click()
     until(ask.is_enabled, 30)
-    took = time.perf_counter() - began
-    print(f"stopped after {took:.2f} s")
     assert tuned.input_value()
+    tokens = load.load_tokenizer(validate({}))(tuned.input_value(), add_special_tokens=False)[
+        "input_ids"
+    ]
+    assert len(tokens) < 80, "it was stopped; by itself it ends after max_new_tokens"
     for box in (boxes.nth(3), boxes.nth(4)):
         assert box.input_value()
     assert PAYLOAD[:8] in boxes.nth(4).input_value(), "the history shows the prompt as it was typed"
@@ -73,7 +73,6 @@ def test_ask_stream_stop_and_payloads_stay_inert(lab, browser):  # noqa: F811
     )
     assert errors(page) == []
     assert page.script_errors == []
-    assert took < 10, "a busy machine is slow; an idle one takes under a second"
 
 
 SAYS = """
@@ -96,6 +95,7 @@ chat.prompt.value = "Say it."
 """
 
 
+@pytest.mark.fault(30)
 @pytest.mark.parametrize(
     "payload",
     [PAYLOAD, "".join(text for text in PAYLOADS if "$$$" not in text)],
@@ -141,6 +141,7 @@ def test_what_a_model_answers_stays_inert(lab, browser, payload):  # noqa: F811
     assert errors(page) == []
 
 
+@pytest.mark.fault(30)
 def test_the_report_and_an_export_stay_inert(tmp_path, browser):  # noqa: F811
     """Every payload in every place a page has for text: answers printed, tables, masks, problems,
     results, names.

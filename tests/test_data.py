@@ -65,6 +65,7 @@ def test_padding_never_trains_and_is_not_the_end_token(tokenizer):
     assert (batch["input_ids"][padding] == tokenizer.pad_token_id).all()
 
 
+@pytest.mark.fault(27)
 def test_a_long_answer_keeps_its_end_token(tokenizer, capsys):
     rows = data.datasets.Dataset.from_list(
         [{"instruction": "Tell.", "input": "", "output": "Anna went home. " * 40}]
@@ -99,6 +100,7 @@ def test_other_formats(tmp_path, suffix):
     assert {r["output"] for r in [*train, *test]} == {r["output"] for r in ROWS}
 
 
+@pytest.mark.fault(26)
 def test_rows_without_an_answer_are_named_and_left_out(tmp_path, capsys):
     path = write(tmp_path / "rows.json", [*ROWS, {"instruction": "x", "input": "", "output": "  "}])
     train, test = data.load(settings_for(path))
@@ -109,6 +111,7 @@ def test_rows_without_an_answer_are_named_and_left_out(tmp_path, capsys):
     )
 
 
+@pytest.mark.fault(26)
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -122,6 +125,7 @@ def test_unusable_rows_are_refused(tmp_path, rows, message):
         data.load(settings_for(write(tmp_path / "rows.json", rows)))
 
 
+@pytest.mark.fault(26)
 def test_what_a_csv_file_says_stays_as_it_is(tmp_path):
     said = ["007", "1.70", "NA", "1e3", "True", "", "2024-01-01", "-0"]
     path = tmp_path / "rows.CSV"

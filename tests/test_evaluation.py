@@ -37,6 +37,7 @@ def test_the_change_is_drawn_on_the_same_rows():
     assert high - low > 0.5
 
 
+@pytest.mark.fault(45)
 def test_a_kind_that_training_has_no_row_of_is_left_out():
     train = [
         {"kind": "who", "input": "Anna ran. Ben sat.", "output": "Anna."},
@@ -57,6 +58,7 @@ def test_a_kind_that_training_has_no_row_of_is_left_out():
     assert evaluate.majority_baseline([], [who]) == evaluate.copy_baseline([], [who]) == [None]
 
 
+@pytest.mark.fault(45)
 def test_the_figure_of_scores_shows_what_there_is():
     from qlora_nb.lessons import n06
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from qlora_nb import cli
 from qlora_nb.answer import adapters, generate, merge
 from qlora_nb.errors import KitError
 from qlora_nb.memory import ledger, live_bytes
@@ -146,10 +148,14 @@ def rows_of(n):
     ]
 
 
+N_PROMPTS = int(os.environ.get("QLORA_NB_PROMPTS", "50"))
+"""`make verify` takes more."""
+
+
 @pytest.mark.slow
-def test_batched_answers_are_the_single_ones_for_two_hundred_prompts(tuned):
+def test_batched_answers_are_the_single_ones(tuned):
     tokenizer, model = tuned
-    rows = rows_of(200) + [
+    rows = rows_of(N_PROMPTS) + [
         {"instruction": "Where is Anna?", "input": "Anna walked to the river. " * n}
         for n in range(1, 11)
     ]
@@ -234,6 +240,7 @@ def in_the_middle(monkeypatch, what):
     monkeypatch.setattr(generate, "_in_batches", batches)
 
 
+@pytest.mark.fault(47)
 @pytest.mark.parametrize(
     "name", ["answers.jsonl", "./folder/../answers.jsonl", "link.jsonl", "linked/answers.jsonl"]
 )
@@ -259,6 +266,7 @@ def test_a_second_writer_is_refused_under_any_name_of_the_file(tuned, tmp_path, 
     assert (tmp_path / "link.jsonl").is_symlink()
 
 
+@pytest.mark.fault(47)
 @pytest.mark.parametrize("how", ["removed", "replaced", "written to", "emptied"])
 def test_a_file_that_somebody_touches_meanwhile_is_said_and_answered_again(
     tuned, tmp_path, monkeypatch, how
@@ -281,6 +289,7 @@ def test_a_file_that_somebody_touches_meanwhile_is_said_and_answered_again(
     assert {json.loads(line)["n"] for line in target.read_text().splitlines()} == set(range(12))
 
 
+@pytest.mark.fault(47)
 def test_answers_into_a_folder_that_is_closed(tuned, closed_folder):
     tokenizer, model = tuned
     with pytest.raises(KitError, match=r"answers\.jsonl cannot be written") as refused:
@@ -304,22 +313,32 @@ def test_prompts_come_from_text_and_data_files(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command_line_answers(tmp_path):
+def test_the_command_line_answers(tmp_path, monkeypatch):
+    """The first time in a process of its own, as from a shell; what it has written is gone on with
+    from here.
+    """
     (tmp_path / "a.txt").write_text("Where is Anna?\nWho is Ben?\n")
-    kit = [sys.executable, "-m", "qlora_nb.cli", "generate", "-p", "adapter", "pocket"]
-
-    def run(*more):
-        return subprocess.run(
-            [*kit, *more], capture_output=True, text=True, cwd=tmp_path, check=False
-        )
-
-    done = run("--prompts", "a.txt", "--out", "b.jsonl")
+    monkeypatch.chdir(tmp_path)
+    given = ["generate", "-p", "adapter", "pocket"]
+    file = ["--prompts", "a.txt", "--out", "b.jsonl"]
+    done = subprocess.run(
+        [sys.executable, "-m", "qlora_nb.cli", *given, *file],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-500:]
     assert "2 of 2 answered into b.jsonl" in done.stdout
-    assert "0 of 2 answered" in run("--prompts", "a.txt", "--out", "b.jsonl").stdout
+
+    def run(*more: str):
+        return CliRunner().invoke(cli.app, [*given, *more])
+
+    assert "0 of 2 answered" in run(*file).stdout
     assert "Where is Anna?\n    '" in run().stdout
-    assert "adapter" not in run("--base").stdout
-    assert run("--prompts", "none.txt").returncode == 2
+    base = run("--base")
+    assert base.exit_code == 0
+    assert "adapter" not in base.stdout
+    assert run("--prompts", "none.txt").exit_code == 2
 
 
 def test_answers_go_into_a_file_and_into_nothing_else(tuned, tmp_path):

@@ -208,6 +208,7 @@ def names() -> str:
 # -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(11)
 @pytest.mark.parametrize(
     ("version", "said"),
     [(CPU, "a CPU build"), (CPU.replace("hip = None", "hip = '6.4'"), "AMD"),
@@ -294,6 +295,7 @@ def test_rehearsal_a_machine_without_cards_does_not_load_torch():
 SIX = (Card("a", "GPU-a1"), Card("b", "GPU-b1"), Card("c", "GPU-b2"))
 
 
+@pytest.mark.fault(11)
 @pytest.mark.parametrize(
     ("visible", "found"),
     [(None, "abc"), ("", ""), ("-1", ""), ("NoDevFiles", ""), ("2,0", "ca"), ("1, 0", "ba"), (" 2 ", "c"), ("0,-1,1", "a"),
@@ -571,6 +573,7 @@ def test_rehearsal_what_this_process_holds_counts_as_free(monkeypatch):
 # --------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(11)
 @pytest.mark.parametrize(
     ("name", "capability", "cuda", "codes", "who"),
     [("Tesla V100", (7, 0), "13.0", NEW, "torch"), ("Tesla P100", (6, 0), "13.0", OLD, "bitsandbytes"),

@@ -330,6 +330,7 @@ def undisturbed(tmp_path_factory):
     return result["losses"], adapter_of(model)
 
 
+@pytest.mark.fault(12)
 @pytest.mark.parametrize(
     ("place", "at", "save_steps"),
     [
@@ -415,6 +416,7 @@ ALLOCATORS = {
 }
 
 
+@pytest.mark.fault(12)
 @pytest.mark.parametrize(
     ("place", "who"),
     [

@@ -27,12 +27,36 @@ SMALL = {
 }
 
 
-def drive(folder, resume="no", hurt="none"):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(DRIVER), str(folder), resume, hurt]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env=environment, check=False
-    )
+class Driver:
+    """The program that forks for every run."""
+
+    def __init__(self, folder: Path):
+        self.out, self.err = folder / "out", folder / "err"
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        command = [sys.executable, str(DRIVER)]
+        self.process = subprocess.Popen(
+            command, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+
+    def run(self, folder, resume="no", hurt="none") -> subprocess.CompletedProcess:
+        """One run to its end, or to where it is hurt."""
+        asked = {
+            "folder": str(folder),
+            "resume": resume,
+            "hurt": hurt,
+            "out": str(self.out),
+            "err": str(self.err),
+        }
+        print(json.dumps(asked), file=self.process.stdin, flush=True)
+        code = int(self.process.stdout.readline())
+        return subprocess.CompletedProcess(asked, code, self.out.read_text(), self.err.read_text())
+
+
+@pytest.fixture(scope="module")
+def drive(tmp_path_factory):
+    driver = Driver(tmp_path_factory.mktemp("driver"))
+    yield driver.run
+    driver.process.communicate()
 
 
 def last(done):
@@ -41,12 +65,12 @@ def last(done):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(drive, tmp_path_factory):
     """What an uninterrupted run ends with."""
     return last(drive(tmp_path_factory.mktemp("whole")))
 
 
-def go_on(folder, whole):
+def go_on(drive, folder, whole):
     """Continue the run in a folder and compare its end with the uninterrupted one's; returns what
     it said.
     """
@@ -83,6 +107,7 @@ def lose(run):
     newest_file(run, 8, "rng_state.pth").unlink()
 
 
+@pytest.mark.fault(12, 18, 19, 22, 23)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("hurt", "status", "says"),
@@ -97,18 +122,19 @@ def lose(run):
         ("oom@7", 1, "going on after step 6"),
     ],
 )
-def test_a_hurt_run_ends_as_if_nothing_had_happened(tmp_path, whole, hurt, status, says):
+def test_a_hurt_run_ends_as_if_nothing_had_happened(drive, tmp_path, whole, hurt, status, says):
     hurt_run = drive(tmp_path, hurt=hurt)
     assert hurt_run.returncode == status, hurt_run.stderr[-1000:]
     told = runs.status_of(next((tmp_path / "tiny").iterdir()))
     assert told == {"int": "interrupted", "term": "interrupted", "kill": "died"}.get(
         hurt[:4].rstrip("@"), "failed"
     )
-    assert says in go_on(tmp_path, whole)
+    assert says in go_on(drive, tmp_path, whole)
 
 
+@pytest.mark.fault(16)
 @pytest.mark.slow
-def test_a_disk_that_fills_up_costs_nothing_that_was_written(small_disk, whole):
+def test_a_disk_that_fills_up_costs_nothing_that_was_written(drive, small_disk, whole):
     hurt = drive(small_disk, hurt="fill@6")
     assert hurt.returncode == 1
     said = hurt.stderr.strip().splitlines()[-1]
@@ -119,10 +145,11 @@ def test_a_disk_that_fills_up_costs_nothing_that_was_written(small_disk, whole):
     assert runs.status_of(run) in ("failed", "died"), "the last word may have found no room"
     assert seal.newest_checkpoint(run, say=lambda text: None).name == "checkpoint-4"
     (small_disk / "filler").unlink()
-    assert "going on after step 4" in go_on(small_disk, whole)
+    assert "going on after step 4" in go_on(drive, small_disk, whole)
 
 
-def test_a_disk_too_small_is_told_before_the_first_step(small_disk):
+@pytest.mark.fault(16)
+def test_a_disk_too_small_is_told_before_the_first_step(drive, small_disk):
     (small_disk / "filler").write_bytes(bytes(14_000_000))
     refused = drive(small_disk)
     assert refused.returncode == 1
@@ -130,13 +157,14 @@ def test_a_disk_too_small_is_told_before_the_first_step(small_disk):
 
 
 @pytest.fixture(scope="module")
-def killed_late(tmp_path_factory):
+def killed_late(drive, tmp_path_factory):
     """A run killed after step 10, with checkpoints of steps 4 and 8."""
     folder = tmp_path_factory.mktemp("late")
     assert drive(folder, hurt="kill@10").returncode == -signal.SIGKILL
     return folder
 
 
+@pytest.mark.fault(20)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "says"),
@@ -147,17 +175,18 @@ def killed_late(tmp_path_factory):
     ],
 )
 def test_a_damaged_checkpoint_is_left_out_and_the_one_before_taken(
-    tmp_path, whole, killed_late, damage, says
+    drive, tmp_path, whole, killed_late, damage, says
 ):
     shutil.copytree(killed_late / "tiny", tmp_path / "tiny")
     damage(next((tmp_path / "tiny").iterdir()))
-    said = go_on(tmp_path, whole)
+    said = go_on(drive, tmp_path, whole)
     assert f"checkpoint-8 is left out: {says}" in said
     assert "going on after step 4" in said
 
 
+@pytest.mark.fault(18)
 @pytest.mark.slow
-def test_hurt_twice(tmp_path, whole):
+def test_hurt_twice(drive, tmp_path, whole):
     assert drive(tmp_path, hurt="kill@6").returncode == -signal.SIGKILL
     assert drive(tmp_path, "latest", "kill@9").returncode == -signal.SIGKILL
     ended = last(drive(tmp_path, "latest"))
@@ -166,7 +195,7 @@ def test_hurt_twice(tmp_path, whole):
 
 
 @pytest.fixture(scope="module")
-def stopped(tmp_path_factory):
+def stopped(drive, tmp_path_factory):
     """A run that was killed after its checkpoint of step 4."""
     folder = tmp_path_factory.mktemp("stopped")
     drive(folder, hurt="kill@6")
@@ -186,6 +215,7 @@ def settings_of(folder, **values):
     )
 
 
+@pytest.mark.fault(21)
 def test_other_settings_are_refused_with_both_values(stopped, tmp_path):
     shutil.copytree(stopped / "tiny", tmp_path / "tiny")
     run = next((tmp_path / "tiny").iterdir())
@@ -224,6 +254,7 @@ OTHER |= {
 }
 
 
+@pytest.mark.fault(21)
 @pytest.mark.parametrize("name", OTHER)
 def test_each_setting_that_changes_what_is_trained_is_refused(stopped, name):
     folder = seal.newest_checkpoint(next((stopped / "tiny").iterdir()))
@@ -231,6 +262,7 @@ def test_each_setting_that_changes_what_is_trained_is_refused(stopped, name):
         checkpoints.require_same(folder, settings_of(stopped, **{name: OTHER[name]}))
 
 
+@pytest.mark.fault(21)
 def test_other_rows_are_refused(stopped):
     run = next((stopped / "tiny").iterdir())
     folder = seal.newest_checkpoint(run)
@@ -250,6 +282,7 @@ def test_which_run_is_meant(stopped, tmp_path):
     assert "a new one starts" in said[0]
 
 
+@pytest.mark.fault(24)
 def test_one_writer_at_a_time(tmp_path):
     with files.sole_writer(tmp_path):
         code = f"from qlora_nb.record import files; from pathlib import Path; files.sole_writer(Path({str(tmp_path)!r})).__enter__()"

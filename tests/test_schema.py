@@ -22,6 +22,7 @@ from qlora_nb.memory import preflight
 from qlora_nb.settings import PROFILES, Settings, validate
 
 
+@pytest.mark.fault(2)
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
@@ -52,6 +53,7 @@ def test_values_are_coerced(name, value, expected):
     assert type(resolved) is type(expected)
 
 
+@pytest.mark.fault(3, 4, 5, 6, 9, 31)
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -100,6 +102,7 @@ def test_bad_values_are_refused_by_name(name, value):
     assert "Do this:" in text or "Allowed:" in text
 
 
+@pytest.mark.fault(1)
 @pytest.mark.parametrize(
     ("wrong", "right"),
     [
@@ -165,6 +168,7 @@ CARD_24 = cards.Gpu("NVIDIA GeForce RTX 3090", 24 * cards.GIB, 24 * cards.GIB, (
 CARD_6 = cards.Gpu("small", 6 * cards.GIB, 6 * cards.GIB, (8, 6))
 
 
+@pytest.mark.fault(11)
 def test_the_12b_is_refused_without_a_gpu_before_any_download(monkeypatch):
     here(monkeypatch)
     with pytest.raises(
@@ -174,6 +178,7 @@ def test_the_12b_is_refused_without_a_gpu_before_any_download(monkeypatch):
     assert "tiny" in refused.value.remedy
 
 
+@pytest.mark.fault(11)
 def test_a_card_too_small_names_what_would_fit(monkeypatch):
     here(monkeypatch, [CARD_6])
     with pytest.raises(KitError, match=r"does not fit this GPU.*6\.0 GiB") as refused:
@@ -196,6 +201,7 @@ def test_the_judgement_is_about_the_model_not_the_profiles_name(monkeypatch):
         )
 
 
+@pytest.mark.fault(10)
 def test_t4_profile_fits_a_t4_and_has_no_bf16(monkeypatch):
     here(monkeypatch, [T4])
     preflight.refuse_what_cannot_run(validate({"profile": "t4"}))
@@ -222,6 +228,7 @@ def test_too_little_memory_and_unreachable_hub(monkeypatch, tmp_path):
             preflight.refuse_what_cannot_run(validate(values))
 
 
+@pytest.mark.fault(38)
 def test_a_loaded_or_wrong_version_is_named_with_its_remedy():
     version = machine.Version
     assert "restart" in version("torch", "2.13.0", ">=2.6", "2.12.0").problem

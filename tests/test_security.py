@@ -80,6 +80,7 @@ class Seen(HTMLParser):
         self.text += data
 
 
+@pytest.mark.fault(30)
 @pytest.mark.parametrize("evil", PAYLOADS)
 def test_hostile_text_is_inert_in_the_report(tmp_path, evil):
     outcome = {
@@ -129,6 +130,7 @@ def test_hostile_text_is_inert_in_the_report(tmp_path, evil):
     )
 
 
+@pytest.mark.fault(30)
 @pytest.mark.parametrize("evil", PAYLOADS)
 def test_hostile_text_is_inert_in_tables_and_masks(evil):
     names = {"model_id": evil[:60], "dataset": evil[:60], "prompts": [evil]}
@@ -141,6 +143,7 @@ def test_hostile_text_is_inert_in_tables_and_masks(evil):
     assert "\n" not in shown.papermill_line().replace(evil, "")
 
 
+@pytest.mark.fault(30)
 @pytest.mark.parametrize("evil", PAYLOADS)
 def test_hostile_text_cannot_break_a_figure(evil):
     import io
@@ -273,6 +276,7 @@ SECRETS = {
 }
 
 
+@pytest.mark.fault(33)
 @pytest.mark.slow
 def test_no_token_is_ever_written(toy, tmp_path, monkeypatch):
     """A run that trains and one whose notebook prints and raises secrets: every file they leave is
@@ -315,6 +319,7 @@ def test_no_token_is_ever_written(toy, tmp_path, monkeypatch):
     assert "[hidden]" in (Path(summary["folder"]) / "02_leaks.ipynb").read_text(encoding="utf-8")
 
 
+@pytest.mark.fault(33)
 def test_a_failing_run_hides_them_too(tmp_path, monkeypatch):
     odd = {
         "DB_PASSWORD": 'quote " back \\ slash',
@@ -353,6 +358,7 @@ def test_a_secret_that_is_a_word_of_the_format_breaks_nothing(toy, tmp_path, mon
     assert "[hidden] and" in executed
 
 
+@pytest.mark.fault(33)
 def test_an_endpoint_is_shown_without_its_password(monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://teacher:S3cretPassw0rd@127.0.0.1:9")
     assert sources.hub_endpoint() == "http://127.0.0.1:9"

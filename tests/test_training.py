@@ -21,7 +21,7 @@ from qlora_nb.record import files, runs, seal
 from qlora_nb.settings import validate
 from qlora_nb.train import attach, checkpoints, trainer
 
-SHORT = {"max_steps": 6, "train_rows": 96, "eval_rows": 24}
+SHORT = {"max_steps": 6, "train_rows": 96, "eval_rows": 24, "per_device_train_batch_size": 4}
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +106,7 @@ def test_response_loss_is_cross_entropy_over_labelled_tokens(trained):
     )
 
 
+@pytest.mark.fault(7, 8)
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -128,6 +129,7 @@ def fresh(tmp_path, **values):
     return settings, tokenizer, attach.attach_adapter(load.load_base(settings), settings), rows
 
 
+@pytest.mark.fault(25)
 def test_nan_stops_at_once_and_is_named(tmp_path):
     settings, tokenizer, model, rows = fresh(tmp_path)
     with torch.no_grad():
@@ -140,6 +142,7 @@ def test_nan_stops_at_once_and_is_named(tmp_path):
     assert not list(run.folder.rglob("checkpoint-*"))
 
 
+@pytest.mark.fault(25)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_gradient_that_is_no_number_leaves_the_last_good_checkpoint(tmp_path, bad):
     """It comes in the backward pass of step 3 alone, whose checkpoint is due: what is resumed is
@@ -166,6 +169,7 @@ def test_a_gradient_that_is_no_number_leaves_the_last_good_checkpoint(tmp_path, 
     assert all(map(math.isfinite, result["losses"]))
 
 
+@pytest.mark.fault(22, 36)
 def test_a_cell_that_was_stopped_goes_on_when_run_again(tmp_path, capsys):
     """■ and the same cell once more, in one kernel: the same bits as never stopped. A run that is
     done is not gone on with.
@@ -211,6 +215,7 @@ def test_a_cell_that_was_stopped_goes_on_when_run_again(tmp_path, capsys):
     assert first["losses"] == ended[False][0]
 
 
+@pytest.mark.fault(22)
 def test_interrupt_finishes_the_step_and_saves(tmp_path):
     settings, tokenizer, model, rows = fresh(tmp_path)
     run = runs.Run(settings, "stop")
@@ -257,6 +262,7 @@ def everything_in(folder):
     }
 
 
+@pytest.mark.fault(43)
 def test_a_refusal_changes_no_record_and_the_run_that_trained_is_done(tmp_path, monkeypatch):
     settings, tokenizer, model, rows = fresh(tmp_path, **QUICK)
 
@@ -312,6 +318,7 @@ def test_a_refusal_changes_no_record_and_the_run_that_trained_is_done(tmp_path, 
     assert again["ended"] == json.loads(before[folder / "manifest.json"])["ended"]
 
 
+@pytest.mark.fault(43)
 def test_a_refused_resume_leaves_the_stopped_run_as_it_is(tmp_path):
     settings, tokenizer, model, rows = fresh(tmp_path, **QUICK | {"max_steps": 4})
 
@@ -357,6 +364,7 @@ def test_a_refused_resume_leaves_the_stopped_run_as_it_is(tmp_path):
     assert runs.status_of(run.folder) == "done"
 
 
+@pytest.mark.fault(43)
 def test_a_run_without_checkpoints_is_not_gone_on_with_by_a_trained_adapter(tmp_path):
     settings, tokenizer, model, rows = fresh(tmp_path, **QUICK, resume="latest", warmup_steps=0)
 
@@ -377,6 +385,7 @@ def test_a_run_without_checkpoints_is_not_gone_on_with_by_a_trained_adapter(tmp_
     assert runs.status_of(folder) == "failed"
 
 
+@pytest.mark.fault(48)
 def test_a_launcher_of_one_process_changes_nothing(tmp_path, monkeypatch):
     """As torchrun starts a process alone, with an address that nobody answers at: no process group
     is set up.
@@ -402,6 +411,7 @@ def test_a_launcher_of_one_process_changes_nothing(tmp_path, monkeypatch):
     assert sorted((tmp_path / "tiny").iterdir()) == folders
 
 
+@pytest.mark.fault(44)
 def test_before_is_the_base_whether_or_not_an_adapter_is_on_it(trained):
     """Against transformers' own loss on the base as it was loaded."""
     settings, tokenizer, model, rows, *_ = trained
@@ -476,6 +486,7 @@ def test_stop_ends_an_answer(trained):
     assert seen < 30
 
 
+@pytest.mark.fault(31)
 def test_sampling_needs_temperature_and_repeats_with_the_seed(trained):
     settings, tokenizer, model, *_ = trained
     hot = settings.replace(temperature=1.5, top_p=1.0)
@@ -487,6 +498,7 @@ def test_sampling_needs_temperature_and_repeats_with_the_seed(trained):
     assert 2 <= len(said) <= 3
 
 
+@pytest.mark.fault(29)
 def test_prompts(trained):
     settings, tokenizer, model, *_ = trained
     assert generate.row_of("Do it.") == {"instruction": "Do it.", "input": ""}
@@ -512,6 +524,7 @@ def test_finding_adapters(trained, tmp_path):
     assert adapters.find_adapter(settings)[0] == folder
 
 
+@pytest.mark.fault(32)
 def test_adapter_for_another_model_is_refused(trained, tmp_path):
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
@@ -528,6 +541,7 @@ def test_adapter_for_another_model_is_refused(trained, tmp_path):
         adapters.load_adapter(other, trained[5]["adapter"])
 
 
+@pytest.mark.fault(14)
 def test_damaged_model_folder_is_refused(tmp_path):
     import shutil
 
@@ -590,6 +604,7 @@ def out_of_memory_in_pass(numbers):
     return hurt
 
 
+@pytest.mark.fault(12)
 @pytest.mark.parametrize(
     "passes", [{1}, {4}, {4, 5}], ids=["in the first step", "in the fourth", "twice"]
 )
@@ -608,6 +623,7 @@ def test_out_of_memory_halves_a_pass_and_keeps_the_step(tmp_path, passes, capsys
     ] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.fault(12)
 def test_out_of_memory_with_one_row_stops_with_a_lever(tmp_path):
     with pytest.raises(KitError, match=r"memory ran out.*held at that moment"):
         finetuned(tmp_path, out_of_memory_in_pass({3}), per_device_train_batch_size=1)

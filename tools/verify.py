@@ -66,9 +66,11 @@ def seeds() -> dict:
     }
 
 
-def one_thread() -> dict:
-    """All tests with a single thread: nothing may depend on how many there are."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+def two_threads() -> dict:
+    """All tests in one process with two threads; `make test` runs them in two with one each:
+    nothing may depend on that.
+    """
+    env = os.environ | {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"}
     done = subprocess.run(
         [sys.executable, "-m", "pytest"],
         cwd=ROOT,
@@ -78,6 +80,26 @@ def one_thread() -> dict:
         check=False,
     )
     return {"passed": done.returncode == 0, "closing_line": closing_line(done)}
+
+
+def nbval() -> dict:
+    """nbval itself runs all committed notebooks and compares their key results, as a teacher would
+    call it.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "--nbval-lax",
+        "--nbval-cell-timeout",
+        "900",
+        "notebooks",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    failed = re.findall(r"^FAILED .*", done.stdout, re.MULTILINE)
+    return {"passed": done.returncode == 0, "closing_line": closing_line(done), "failed": failed}
 
 
 def smollm2() -> dict:
@@ -118,6 +140,14 @@ def fuzz() -> dict:
         "became": found,
         "failed": failed,
     }
+
+
+def prompts() -> dict:
+    """Two hundred and ten prompts answered in batches and one by one: the same answers."""
+    env = os.environ | {"QLORA_NB_PROMPTS": "200"}
+    command = [sys.executable, "-m", "pytest", "tests/test_merging.py", "-k", "batched_answers"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    return {"passed": done.returncode == 0, "closing_line": closing_line(done)}
 
 
 def t4() -> dict:
@@ -211,9 +241,11 @@ def mutation() -> dict:
 
 CHECKS: dict[str, Callable[[], dict]] = {
     "seeds": seeds,
-    "one_thread": one_thread,
+    "two_threads": two_threads,
+    "nbval": nbval,
     "smollm2": smollm2,
     "fuzz": fuzz,
+    "prompts": prompts,
     "t4": t4,
     "mutation": mutation,
     "one_core": hosts.one_core,
