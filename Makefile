@@ -25,9 +25,9 @@ setup: $(READY)
 run: $(READY)
 	$(BIN)/qlora-nb run $(RUN_ARGS)
 
-# Two processes share the tests. Those that look at one expensive thing stay together, the longest begin (tests/conftest.py).
+# Two processes share the files of tests, the longest begin (tests/conftest.py).
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(TEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TEST_ARGS)
 
 lab: $(READY)
 	$(BIN)/qlora-nb lab

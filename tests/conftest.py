@@ -1,5 +1,5 @@
 """Shared by all tests: the repository, small notebooks made on the spot, one papermill pass over
-the real ones, the fault matrix, and which tests share a process.
+the real ones, the fault matrix, and which files begin.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ COLLECTED: pytest.StashKey[list[pytest.Item]] = pytest.StashKey()
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     config.stash[COLLECTED] = list(items)
-    share_among_workers(items)
+    longest_first(items)
 
 
 @pytest.fixture
@@ -57,35 +57,29 @@ def fault_tests(request) -> dict[int, set[str]]:
     return found
 
 
-# ---- several workers (pytest -n 2 --dist loadgroup)
-# ------------------------------------------------------------------
+# ---- several workers (pytest -n 2 --dist loadfile)
+# -------------------------------------------------------------------
 
-LONGEST = ("test_browser", "test_notebooks")
-"""Files that take minutes, the longest first: they begin, so that no worker is left alone with one
-at the end.
-"""
-TOGETHER = {"test_browser_chat": "test_browser"}
-"""Files that look at something expensive that another one has made: here JupyterLab and
-Chromium.
-"""
-APART = {"test_batch", "test_cli", "test_faults", "test_progress", "test_training"}
-"""Long files without an expensive fixture of their own: each worker takes whichever test is
-next.
+LONGEST = (
+    "test_browser",
+    "test_notebooks",
+    "test_resume",
+    "test_faults",
+    "test_training",
+    "test_rehearsal_training",
+)
+"""Files that take minutes, the longest first. A file stays in one process, so that what its tests
+share is made once.
 """
 
 
-def share_among_workers(items: list[pytest.Item]) -> None:
-    """The tests of a file stay in one process, for they share its fixtures; the longest files come
-    first.
+def longest_first(items: list[pytest.Item]) -> None:
+    """With several workers the longest files begin, so that none is left alone with one of them at
+    the end.
     """
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        return
-    for item in items:
-        group = TOGETHER.get(item.path.stem, item.path.stem)
-        if group not in APART and item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(group))
-    order = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: order.get(TOGETHER.get(item.path.stem, item.path.stem), len(order)))
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        order = {name: place for place, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 # ---- fixtures --------------------------------------------------------------------------------------------------------
