@@ -34,7 +34,7 @@ ARTISTS = PUBLIC - NO_DATA
 DATA_KEYWORDS = {"left", "bottom", "height", "width", "y2", "xerr", "yerr", "label", "labels"}
 
 
-def zero(value, scalar: bool = True):
+def zero(value, scalar: bool = True):  # noqa: PLR0911 (a line for each kind of value)
     """Other data of the same shape: numbers become 0 (and 0 becomes 1), text loses its digits.
 
     What is no data stays: colours (`#…`), formats (`{…}`), truth values, functions, artists.
@@ -196,7 +196,7 @@ def unlabelled(call: ast.Call) -> Callable[[], None]:
     return change
 
 
-def other_data(call: ast.Call, helpers: set[str]) -> Callable[[], None] | None:
+def other_data(call: ast.Call, helpers: set[str]) -> Callable[[], None] | None:  # noqa: PLR0911
     """What changes the data of a call that draws; None for any other call."""
     name = last_name(call)
     method = isinstance(call.func, ast.Attribute)
