@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from qlora_nb.memory import budget, dry_run, ledger, live_bytes, profiler
-from qlora_nb.model import configs, load, sliced_loss
+from qlora_nb.model import chunked_loss, configs, load
 from qlora_nb.settings import validate
 from qlora_nb.train import attach
 
@@ -48,7 +48,7 @@ def weigh_a_step(model, rows, tokens, loss_chunk):
 
     def step():
         inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-        with sliced_loss.sliced_head(model, loss_chunk) if loss_chunk else nullcontext() as loss:
+        with chunked_loss.chunked_head(model, loss_chunk) if loss_chunk else nullcontext() as loss:
             (
                 loss(model(**inputs), ids) if loss_chunk else model(**inputs, labels=ids).loss
             ).backward()

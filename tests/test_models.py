@@ -19,7 +19,15 @@ from qlora_nb import sources
 from qlora_nb.answer import adapters, evaluate, generate, merge
 from qlora_nb.errors import KitError
 from qlora_nb.memory import dry_run, ledger
-from qlora_nb.model import data, device, embeddings, generation_defaults, load, probes, sliced_loss
+from qlora_nb.model import (
+    batching,
+    chunked_loss,
+    device,
+    embeddings,
+    generation_defaults,
+    load,
+    probes,
+)
 from qlora_nb.pocket import MODEL_DIR
 from qlora_nb.record import runs
 from qlora_nb.settings import validate
@@ -109,8 +117,8 @@ def finetuned(folder, rows, **values):
 
 @torch.no_grad()
 def isolated(model, rows):
-    """Whether every row of a pack made by `data.pack` has the logits it has alone."""
-    pack = data.pack(rows, 128)[0]
+    """Whether every row of a pack made by `batching.pack` has the logits it has alone."""
+    pack = batching.pack(rows, 128)[0]
     packed = model(
         input_ids=torch.tensor([pack["input_ids"]]),
         position_ids=torch.tensor([pack["position_ids"]]),
@@ -221,7 +229,7 @@ def test_slices_are_used_only_where_they_give_the_models_own_loss(name):
     ids = torch.tensor(rows_of(40)["input_ids"])
     with torch.no_grad():
         own = own_loss(model, ids, labels)
-        with sliced_loss.sliced_head(model, 8) as loss:
+        with chunked_loss.chunked_head(model, 8) as loss:
             sliced = loss(model(input_ids=ids), labels).item()
     assert probes.head_is_last(model) == (abs(own - sliced) < 1e-3 * own)
 
@@ -687,8 +695,8 @@ def test_the_next_token_is_learnt_also_where_a_familys_own_loss_is_of_the_same_t
 def test_memory_that_runs_out_while_the_head_is_tried_is_no_sign_of_a_cap(monkeypatch):
     model = random_model("Llama")
     monkeypatch.setattr(
-        sliced_loss,
-        "sliced_head",
+        chunked_loss,
+        "chunked_head",
         lambda *_: (_ for _ in ()).throw(RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")),
     )
     with pytest.raises(RuntimeError, match="ALLOC_FAILED"):

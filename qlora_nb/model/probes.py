@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from qlora_nb.errors import KitError, is_out_of_memory
-from qlora_nb.model import sliced_loss
+from qlora_nb.model import chunked_loss
 
 TOKENS = 32
 """Tokens in the row that is tried."""
@@ -157,7 +157,7 @@ def head_is_last(model: nn.Module) -> bool:
         return False
     ids = _random_ids(model)
     labels = ids.clone()
-    labels[:, :5] = sliced_loss.IGNORED
+    labels[:, :5] = chunked_loss.IGNORED
     with _undisturbed(model):
         logits = model(input_ids=ids).logits
         largest = logits.abs().max().item()
@@ -168,8 +168,8 @@ def head_is_last(model: nn.Module) -> bool:
         factor = 2.0 ** round(math.log2(LARGE_LOGIT / largest))
         try:
             with _scaled(head, factor):
-                own = sliced_loss.logits_loss(model(input_ids=ids), labels)
-                with sliced_loss.sliced_head(model, TOKENS // 2) as loss:
+                own = chunked_loss.logits_cross_entropy(model(input_ids=ids), labels)
+                with chunked_loss.chunked_head(model, TOKENS // 2) as loss:
                     sliced = loss(model(input_ids=ids), labels)
         except RuntimeError as error:
             if is_out_of_memory(error):
@@ -197,7 +197,7 @@ def _scaled(head: nn.Module, factor: float) -> Iterator[None]:
     def scaled(hidden):
         return factor * forward(hidden)
 
-    with sliced_loss.replaced_forward(head, scaled):
+    with chunked_loss.replaced_forward(head, scaled):
         yield
 
 
