@@ -27,7 +27,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from qlora_nb.memory import live_bytes
-from qlora_nb.model import chunked_loss, embeddings
+from qlora_nb.model import chunked_loss, embeddings, load
 from qlora_nb.model.linear_layers import adapted_names, linear_layers
 
 
@@ -240,6 +240,7 @@ def _head_is_last(key: str) -> bool:
 
 
 @functools.lru_cache(maxsize=16)
+@load.without_checkpointing_warning()
 def _shell(n_layers: int, key: str, step: Step):
     """The model on *meta* with so few layers, its 4-bit layers stood in for and its adapter
     attached.
