@@ -3,11 +3,13 @@ families that do not grant it.
 """
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from bitsandbytes.functional import dequantize_4bit
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
@@ -28,8 +30,9 @@ from qlora_nb.model import (
     load,
     probes,
 )
+from qlora_nb.model.linear_layers import dense_weight, linear_layers
 from qlora_nb.pocket import MODEL_DIR
-from qlora_nb.record import runs
+from qlora_nb.record import runs, seal
 from qlora_nb.settings import validate
 from qlora_nb.train import attach, trainer
 
@@ -730,3 +733,38 @@ def test_a_tokenizer_without_an_end_token_is_refused(saved):
     tokenizer.save_pretrained(folder)
     with pytest.raises(KitError, match="no end token"):
         load.load_tokenizer(validate({"model_id": folder}))
+
+
+def test_gradient_checkpointing_warns_nobody_and_hides_no_other_warning(saved, tmp_path):
+    """PEFT asks for it by a name that is going away; nothing is filtered beyond these calls."""
+    settings = validate({"model_id": saved("Llama"), "gradient_checkpointing": True})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        model = attach.attach_adapter(load.load_base(settings), settings)
+        attach.save_adapter(model, tmp_path / "adapter")
+        seal.write_seal(tmp_path / "adapter")
+        adapters.load_adapter(load.load_base(settings), tmp_path / "adapter")
+        with pytest.raises(FutureWarning):
+            warnings.warn("gradient_checkpointing goes", FutureWarning, stacklevel=1)
+    patterns = [pattern.pattern for _, pattern, *_ in warnings.filters if pattern is not None]
+    assert not [pattern for pattern in patterns if "gradient_checkpointing" in pattern]
+
+
+@pytest.mark.parametrize("values", [{}, {"double_quant": False}, {"quant_type": "fp4"}, None])
+def test_a_dense_weight_is_what_bitsandbytes_unpacks(saved, values):
+    """The weight read twice, and what the layer computes stays as it is."""
+    four_bit = values is not None
+    model = load.load_base(validate({"model_id": saved("Llama"), **(values or {})}), four_bit)
+    layer = next(iter(linear_layers(model).values()))
+    vectors = torch.randn(3, layer.in_features)
+    before = layer(vectors)
+    if four_bit:
+        wanted = dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+    else:
+        wanted = layer.weight.detach().float()
+    for _ in range(2):
+        found = dense_weight(layer)
+        assert found.dtype == torch.float32
+        assert not found.requires_grad
+        assert torch.equal(found, wanted)
+    assert torch.equal(layer(vectors), before)
