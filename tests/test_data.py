@@ -826,6 +826,18 @@ def test_every_row_comes_once_in_each_pass_over_the_data(batch, accumulation, st
         assert sorted(seen[start : start + 100]) == list(range(10, 110))
 
 
+def test_order_and_packs_are_those_of_version_0_1():
+    """Recorded then: a run begun with that version is resumed on the same rows."""
+    sizes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "max_steps": 30}
+    rows = batching.in_training_order(encoded_rows(LENGTHS), validate(sizes))
+    first = [ids[0] - 10 for ids in rows["input_ids"]][:16]
+    assert first == [75, 15, 88, 67, 3, 76, 89, 42, 31, 44, 57, 70, 60, 0, 73, 26]
+    packs = batching.pack(encoded_rows(LENGTHS), 128)
+    held = [sorted({i - 10 for i in ids}) for ids in packs["input_ids"]]
+    assert len(held) == 28
+    assert held[:4] == [[0, 1, 2, 3, 13], [4, 5, 6, 7, 18], [8, 9, 10, 26, 60], [11, 12, 14]]
+
+
 def test_order_follows_from_the_seed_and_the_rows_in_a_step_alone():
     def order(**values):
         return batching.in_training_order(

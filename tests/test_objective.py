@@ -1,4 +1,4 @@
-"""The sliced loss against the plain one: value, gradient, and the memory it saves."""
+"""The loss in chunks of tokens against the plain one: value, gradient, and the memory it saves."""
 
 import pytest
 import torch
@@ -31,9 +31,9 @@ def test_value_and_gradient_are_those_of_the_plain_loss(chunk, seed):
         value = loss(hidden, labels, head)
         value.backward()
         found.append((value.detach(), hidden.grad))
-    (value, gradient), (sliced_value, sliced_gradient) = found
-    assert abs(value - sliced_value) < 1e-5
-    assert (gradient - sliced_gradient).abs().max() < 1e-5 * gradient.abs().max() + 1e-9
+    (value, gradient), (chunked_value, chunked_gradient) = found
+    assert abs(value - chunked_value) < 1e-5
+    assert (gradient - chunked_gradient).abs().max() < 1e-5 * gradient.abs().max() + 1e-9
 
 
 def test_sums_over_several_passes_divide_by_all_their_tokens():
@@ -96,7 +96,7 @@ def test_memory_is_a_quarter_or_less_at_pythias_vocabulary():
     assert peaks[1] <= peaks[0] / 4
 
 
-def test_training_with_slices_ends_where_plain_training_ends(tmp_path):
+def test_training_in_chunks_ends_where_plain_training_ends(tmp_path):
     base = {"max_steps": 6, "output_dir": str(tmp_path), "train_rows": 200, "eval_rows": 1}
     losses = []
     for chunk in (0, 16):

@@ -19,7 +19,6 @@ import json
 import lzma
 import math
 from collections import defaultdict
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TextIO
 
@@ -53,6 +52,7 @@ def read(name: str, columns: dict[str, str], asking: bool = False) -> datasets.D
         KitError: the data cannot be read, lacks a column, holds something other than text, or no
             conversation in it has an answer.
     """
+    needed = ["instruction"] if asking else ["instruction", "output"]
     rows = _renamed(_read_table(name), columns)
     talks = None
     if "instruction" not in rows.column_names:
@@ -63,25 +63,37 @@ def read(name: str, columns: dict[str, str], asking: bool = False) -> datasets.D
         reasons = talks["left_out"][:]
         numbers = talks["row"][:]
     else:
-        texts = _as_texts(rows, name, asking)
+        texts = _as_texts(rows, name, needed)
         reasons = [""] * len(texts)
         numbers = range(len(texts))
-    kept, left_out = _usable(texts, reasons, numbers, asking)
-    _say_left_out(left_out, len(texts), asking)
-    if talks and not kept and not asking:
-        reason = next(iter(left_out))
-        roles = ", ".join("/".join(words) for words in conversations.ROLES.values())
-        raise KitError(
-            f"the conversations cannot be read as questions and answers: {reason}",
-            value=Path(name).name,
-            allowed=f"turns with a role ({roles}) and a text",
-            remedy="look at its first row",
-        )
+    kept = []
+    left_out = defaultdict(list)
+    for i, row in enumerate(tqdm(texts, desc="checking", unit="row")):
+        is_whole = all(row[column].strip() for column in needed)
+        if is_whole and not reasons[i]:
+            kept.append(i)
+        else:
+            left_out[reasons[i]].append(numbers[i])
+    _say_left_out(left_out, len(texts), needed)
     if talks:
+        if not kept and not asking:
+            raise _no_exchange(name, next(iter(left_out)))
         conversations.say_what_is_taken(talks.select(kept), asking)
     else:
-        _say_unused(rows.column_names)
+        unused = sorted(set(rows.column_names) - set(COLUMNS))
+        if unused:
+            print(f"columns that are not used: {_first([repr(column) for column in unused])}")
     return texts.select(kept)
+
+
+def _no_exchange(name: str, reason: str) -> KitError:
+    roles = ", ".join("/".join(words) for words in conversations.ROLES.values())
+    return KitError(
+        f"the conversations cannot be read as questions and answers: {reason}",
+        value=Path(name).name,
+        allowed=f"turns with a role ({roles}) and a text",
+        remedy="look at its first row",
+    )
 
 
 def _read_table(name: str) -> datasets.Dataset:
@@ -190,17 +202,16 @@ def _renamed(rows: datasets.Dataset, columns: dict[str, str]) -> datasets.Datase
     return rows.remove_columns(replaced).rename_columns(new_names)
 
 
-def _as_texts(rows: datasets.Dataset, name: str, asking: bool) -> datasets.Dataset:
-    """The three columns of every row; whatever is not there is empty text.
+def _as_texts(rows: datasets.Dataset, name: str, needed: list[str]) -> datasets.Dataset:
+    """The three columns of every row; whatever is not there is empty text, and so is an answer that
+    is not needed.
 
     Raises:
-        KitError: a column is missing, or a value is something other than text.
+        KitError: a needed column is missing, or a value is something other than text.
     """
     there = rows.column_names
-    used = [column for column in COLUMNS if column in there]
-    if asking:
-        used = [column for column in used if column != "output"]
-    missing = [column for column in _needed(asking) if column not in there]
+    used = [column for column in there if column == "input" or column in needed]
+    missing = [column for column in needed if column not in there]
     if missing:
         raise KitError(
             f"the data has no column {' and '.join(missing)}",
@@ -237,30 +248,9 @@ def _texts_of(columns: dict[str, list], numbers: list[int], name: str) -> dict[s
     return texts
 
 
-def _needed(asking: bool) -> list[str]:
-    return ["instruction"] if asking else ["instruction", "output"]
-
-
-def _usable(
-    texts: datasets.Dataset, reasons: list[str], numbers: Iterable[int], asking: bool
-) -> tuple[list[int], dict[str, list[int]]]:
-    """Indices of the rows that can be used; and for each reason the numbers, in the file, of the
-    others.
-    """
-    kept = []
-    left_out = defaultdict(list)
-    for i, row in enumerate(tqdm(texts, desc="checking", unit="row")):
-        is_whole = all(row[column].strip() for column in _needed(asking))
-        if is_whole and not reasons[i]:
-            kept.append(i)
-        else:
-            left_out[reasons[i]].append(numbers[i])
-    return kept, left_out
-
-
-def _say_left_out(left_out: dict[str, list[int]], n_rows: int, asking: bool) -> None:
+def _say_left_out(left_out: dict[str, list[int]], n_rows: int, needed: list[str]) -> None:
     """One line for each reason: how many rows, which ones."""
-    lacking = "instruction" if asking else "instruction or no answer"
+    lacking = " or no ".join(needed).replace("output", "answer")
     reasons = list(left_out)
     for reason in reasons[:MOST_REASONS]:
         numbers = left_out[reason]
@@ -273,12 +263,6 @@ def _say_left_out(left_out: dict[str, list[int]], n_rows: int, asking: bool) -> 
     if others:
         n_others = sum(len(left_out[reason]) for reason in others)
         print(f"{n_others} more rows are left out for {len(others)} other reasons")
-
-
-def _say_unused(columns: list[str]) -> None:
-    unused = sorted(set(columns) - set(COLUMNS))
-    if unused:
-        print(f"columns that are not used: {_first([repr(name) for name in unused])}")
 
 
 def _first(items: list) -> str:
