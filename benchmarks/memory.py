@@ -28,7 +28,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from qlora_nb.memory import budget, ledger, profiler
-from qlora_nb.model import configs, load, sliced_loss
+from qlora_nb.model import chunked_loss, configs, load
 from qlora_nb.settings import validate
 from qlora_nb.train import attach
 
@@ -54,7 +54,7 @@ def weigh_a_step(model, rows: int, tokens: int, loss_chunk: int) -> int:
         inputs["attention_mask"][0, -3:] = 0
     with (
         profiler.measure_peak() as moved,
-        sliced_loss.sliced_head(model, loss_chunk) if loss_chunk else nullcontext() as loss,
+        chunked_loss.chunked_head(model, loss_chunk) if loss_chunk else nullcontext() as loss,
     ):
         (loss(model(**inputs), ids) if loss_chunk else model(**inputs, labels=ids).loss).backward()
     model.zero_grad(set_to_none=True)

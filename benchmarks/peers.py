@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from qlora_nb import sources
-from qlora_nb.model import configs, device, load, sliced_loss
+from qlora_nb.model import chunked_loss, configs, device, load
 from qlora_nb.record import runs
 from qlora_nb.settings import Settings
 from qlora_nb.train import attach, trainer
@@ -86,7 +86,7 @@ def recipe(
     )
     how = {"padding": "max_length", "max_length": settings.max_length} if pasted else {}
     pad, seen, clock = (
-        DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=sliced_loss.IGNORED, **how),
+        DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=chunked_loss.IGNORED, **how),
         [],
         _Clock(),
     )
@@ -154,6 +154,9 @@ def random_rows(
         length = min(longest, max(24, int(middle * random.lognormvariate(0, 0.6))))
         ids = [random.randrange(3, vocabulary - 1) for _ in range(length)]
         rows.append(
-            {"input_ids": ids, "labels": [sliced_loss.IGNORED] * (length // 2) + ids[length // 2 :]}
+            {
+                "input_ids": ids,
+                "labels": [chunked_loss.IGNORED] * (length // 2) + ids[length // 2 :],
+            }
         )
     return datasets.Dataset.from_list(rows)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXLayer
 
 from qlora_nb.memory import budget, dry_run, ledger, live_bytes, profiler
-from qlora_nb.model import configs, load, sliced_loss
+from qlora_nb.model import chunked_loss, configs, load
 from qlora_nb.settings import validate
 from qlora_nb.train import attach
 
@@ -50,7 +50,7 @@ def weigh_a_step(model, rows, tokens, loss_chunk):
 
     def step():
         inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-        with sliced_loss.sliced_head(model, loss_chunk) if loss_chunk else nullcontext() as loss:
+        with chunked_loss.chunked_head(model, loss_chunk) if loss_chunk else nullcontext() as loss:
             (
                 loss(model(**inputs), ids) if loss_chunk else model(**inputs, labels=ids).loss
             ).backward()

@@ -3,6 +3,7 @@
 import gzip
 import json
 import types
+from copy import deepcopy
 
 import micro_world
 import pytest
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 from qlora_nb import cli, pocket
 from qlora_nb.answer import evaluate, generate
 from qlora_nb.errors import KitError
-from qlora_nb.model import data, load, sliced_loss
+from qlora_nb.model import batching, chunked_loss, data, load
 from qlora_nb.settings import validate
 
 
@@ -40,12 +41,12 @@ def test_only_answer_and_end_token_train(tokenizer):
         trained = [
             i
             for i, label in zip(encoded["input_ids"], encoded["labels"], strict=True)
-            if label != sliced_loss.IGNORED
+            if label != chunked_loss.IGNORED
         ]
         assert trained[-1] == tokenizer.eos_token_id
         assert tokenizer.decode(trained[:-1]) == row["output"]
         assert all(
-            label in (sliced_loss.IGNORED, i)
+            label in (chunked_loss.IGNORED, i)
             for i, label in zip(encoded["input_ids"], encoded["labels"], strict=True)
         )
         assert tokenizer.decode(encoded["input_ids"][: -len(trained)]) == data.prompt_of(
@@ -58,11 +59,46 @@ def test_padding_never_trains_and_is_not_the_end_token(tokenizer):
     encoded = data.tokenize_rows(
         data.load(validate({"train_rows": 20}))[0], tokenizer, validate({})
     )
-    batch = data.collator(tokenizer)([encoded[i] for i in range(20)])
+    batch = batching.collator(tokenizer)([encoded[i] for i in range(20)])
     padding = batch["attention_mask"] == 0
     assert padding.any()
-    assert (batch["labels"][padding] == sliced_loss.IGNORED).all()
+    assert (batch["labels"][padding] == chunked_loss.IGNORED).all()
     assert (batch["input_ids"][padding] == tokenizer.pad_token_id).all()
+
+
+def padded_by_hand(rows, tokenizer):
+    """The batch that the collator must make, by plain loops."""
+    n = max(len(row["input_ids"]) for row in rows)
+    fill = {"input_ids": tokenizer.pad_token_id, "labels": -100}
+    if "position_ids" in rows[0]:
+        fill["position_ids"] = 0
+    else:
+        fill["attention_mask"] = 0
+        rows = [row | {"attention_mask": [1] * len(row["input_ids"])} for row in rows]
+    return {
+        name: torch.tensor([row[name] + [value] * (n - len(row[name])) for row in rows])
+        for name, value in fill.items()
+    }
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", ["pads on the right", "pads on the left", "wants no mask"])
+def test_the_collator_pads_on_the_right_whatever_the_tokenizer_does(tokenizer, packed, kind):
+    own = deepcopy(tokenizer)
+    own.padding_side = "left" if kind == "pads on the left" else "right"
+    if kind == "wants no mask":
+        own.model_input_names = ["input_ids"]
+    rows = encoded_rows([7, 3, 9, 4, 12])
+    if packed:
+        rows = batching.pack(rows, 16)
+    rows = list(rows)
+    batch = batching.collator(own)(rows)
+    wanted = padded_by_hand(rows, own)
+    assert batch.keys() == wanted.keys()
+    for name, values in wanted.items():
+        assert batch[name].dtype == values.dtype
+        assert torch.equal(batch[name], values), name
+    assert (own.padding_side == "left") == (kind == "pads on the left"), "it is left as it was"
 
 
 @pytest.mark.fault(27)
@@ -136,6 +172,14 @@ def test_what_a_csv_file_says_stays_as_it_is(tmp_path):
     rows = [row for split in data.load(settings_for(path)) for row in split]
     assert sorted(row["output"] for row in rows) == sorted(text or "-" for text in said)
     assert sorted(row["input"] for row in rows) == sorted(said)
+
+
+def test_a_csv_file_with_the_index_that_pandas_writes(tmp_path, capsys):
+    path = tmp_path / "rows.csv"
+    path.write_text(",instruction,output\n" + "".join(f"{n},Say {n}.,{n}\n" for n in range(9)))
+    rows = first_rows(path)
+    assert [row["output"] for row in rows] == [str(n) for n in range(9)]
+    assert "columns that are not used: 'Unnamed: 0'" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("n", [0, 1])
@@ -734,8 +778,6 @@ def test_the_same_row_in_both_halves_is_counted(tmp_path, capsys):
 @pytest.mark.parametrize("begins", [False, True])
 def test_a_special_token_in_the_text_is_counted(tokenizer, capsys, column, begins):
     """Also with a tokenizer that begins every prompt with a special token of its own."""
-    from copy import deepcopy
-
     from tokenizers.processors import TemplateProcessing
 
     if begins:
@@ -762,7 +804,7 @@ def encoded_rows(lengths, prompt=2):
     rows = [
         {
             "input_ids": [10 + i] * n,
-            "labels": [sliced_loss.IGNORED] * prompt + [10 + i] * (n - prompt),
+            "labels": [chunked_loss.IGNORED] * prompt + [10 + i] * (n - prompt),
         }
         for i, n in enumerate(lengths)
     ]
@@ -781,18 +823,30 @@ def test_every_row_comes_once_in_each_pass_over_the_data(batch, accumulation, st
         "gradient_accumulation_steps": accumulation,
         "max_steps": steps,
     }
-    rows = data.in_training_order(encoded_rows(LENGTHS), validate(sizes))
+    rows = batching.in_training_order(encoded_rows(LENGTHS), validate(sizes))
     seen = [ids[0] for ids in rows["input_ids"]]
     assert len(seen) == batch * accumulation * steps
     for start in range(0, len(seen) - 99, 100):
         assert sorted(seen[start : start + 100]) == list(range(10, 110))
 
 
+def test_order_and_packs_are_those_of_version_0_1():
+    """Recorded then: a run begun with that version is resumed on the same rows."""
+    sizes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "max_steps": 30}
+    rows = batching.in_training_order(encoded_rows(LENGTHS), validate(sizes))
+    first = [ids[0] - 10 for ids in rows["input_ids"]][:16]
+    assert first == [75, 15, 88, 67, 3, 76, 89, 42, 31, 44, 57, 70, 60, 0, 73, 26]
+    packs = batching.pack(encoded_rows(LENGTHS), 128)
+    held = [sorted({i - 10 for i in ids}) for ids in packs["input_ids"]]
+    assert len(held) == 28
+    assert held[:4] == [[0, 1, 2, 3, 13], [4, 5, 6, 7, 18], [8, 9, 10, 26, 60], [11, 12, 14]]
+
+
 def test_order_follows_from_the_seed_and_the_rows_in_a_step_alone():
     def order(**values):
-        return data.in_training_order(encoded_rows(LENGTHS), validate({"max_steps": 30, **values}))[
-            "input_ids"
-        ][:]
+        return batching.in_training_order(
+            encoded_rows(LENGTHS), validate({"max_steps": 30, **values})
+        )["input_ids"][:]
 
     four_by_one = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
     one_by_four = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
@@ -810,14 +864,14 @@ def test_hardly_any_padding_is_left_on_the_kits_own_rows(tokenizer):
         return 1 - sum(lengths) / padded
 
     assert padding(encoded) > 0.10
-    assert padding(data.in_training_order(encoded, settings)) < 0.03
+    assert padding(batching.in_training_order(encoded, settings)) < 0.03
 
 
 # --- packing ---
 
 
 def test_packs_hold_every_row_whole_and_once():
-    packs = data.pack(encoded_rows(LENGTHS), 128)
+    packs = batching.pack(encoded_rows(LENGTHS), 128)
     assert max(map(len, packs["input_ids"])) <= 128
     assert sum(map(len, packs["input_ids"])) > 0.9 * 128 * (len(packs) - 1)  # nearly full
     found = []
@@ -826,7 +880,7 @@ def test_packs_hold_every_row_whole_and_once():
         for start, end in zip(starts, [*starts[1:], len(pack["input_ids"])], strict=True):
             ids, labels = pack["input_ids"][start:end], pack["labels"][start:end]
             assert pack["position_ids"][start:end] == list(range(end - start))
-            assert labels == [sliced_loss.IGNORED] * 2 + ids[2:]
+            assert labels == [chunked_loss.IGNORED] * 2 + ids[2:]
             found.append((ids[0] - 10, len(ids)))
     assert sorted(found) == list(enumerate(LENGTHS))
 
@@ -836,15 +890,15 @@ def test_a_packed_row_is_computed_as_if_it_were_alone(tokenizer, packs_in_a_batc
     """Hidden states and loss of every row against the same row in a batch of its own."""
     import torch
 
-    from qlora_nb.model import load, sliced_loss
+    from qlora_nb.model import chunked_loss, load
 
     settings = validate({"train_rows": 24})
     model = load.load_base(settings)
     rows = data.tokenize_rows(data.load(settings)[0], tokenizer, settings)
-    packs, collate = data.pack(rows, 192), data.collator(tokenizer)
+    packs, collate = batching.pack(rows, 192), batching.collator(tokenizer)
     assert len(packs) < len(rows) / 2
     totals = {}
-    with torch.no_grad(), sliced_loss.sliced_head(model, 64) as loss:
+    with torch.no_grad(), chunked_loss.chunked_head(model, 64) as loss:
         for name, them, n in (("alone", rows, 1), ("packed", packs, packs_in_a_batch)):
             totals[name] = 0.0
             for start in range(0, len(them), n):

@@ -7,7 +7,7 @@ from test_activations import predicted_peak, weigh_a_step
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qlora_nb.memory import budget, ledger
-from qlora_nb.model import configs, device, embeddings, load, sliced_loss
+from qlora_nb.model import chunked_loss, configs, device, embeddings, load
 from qlora_nb.settings import validate
 from qlora_nb.train import attach
 
@@ -78,7 +78,7 @@ def test_no_slice_is_adapted_and_the_loss_hardly_moves():
             if "lora_" in name
         }
         assert adapted == {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
-        with torch.no_grad(), sliced_loss.sliced_head(model, 8) as loss:
+        with torch.no_grad(), chunked_loss.chunked_head(model, 8) as loss:
             losses.append(loss(model(input_ids=IDS), IDS).item())
     assert losses[0] != losses[1]
     assert abs(losses[0] - losses[1]) < 0.05 * losses[0]

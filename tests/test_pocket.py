@@ -9,7 +9,7 @@ import pytest
 from safetensors import safe_open
 
 from qlora_nb.answer import adapters, evaluate, generate
-from qlora_nb.model import configs, data, load, sliced_loss
+from qlora_nb.model import chunked_loss, configs, data, load
 from qlora_nb.pocket import ADAPTER_DIR, MODEL_DIR
 from qlora_nb.settings import validate
 
@@ -94,7 +94,7 @@ def test_four_bits_cost_something_where_the_answer_is_known(settings, tokenizer)
     """On facts learnt by heart the 4-bit model's loss is higher than the float32 model's."""
     rows = data.datasets.Dataset.from_list(
         [
-            {"input_ids": ids, "labels": [sliced_loss.IGNORED] * (len(ids) - 1) + ids[-1:]}
+            {"input_ids": ids, "labels": [chunked_loss.IGNORED] * (len(ids) - 1) + ids[-1:]}
             for ids in (
                 tokenizer(f"{prompt} {answer}")["input_ids"]
                 for prompt, answer in micro_world.almanac_prompts()

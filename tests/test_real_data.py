@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from qlora_nb.batch import sequence
-from qlora_nb.model import configs, data, load, sliced_loss
+from qlora_nb.model import chunked_loss, configs, data, load
 from qlora_nb.settings import validate
 
 DATA = Path(os.environ.get("QLORA_NB_DATA", "not given"))
@@ -74,7 +74,7 @@ def test_pythia_tokenizer_pads_with_its_own_padding_token(pythia_70m, alpaca):
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 1)
     encoded = data.tokenize_rows(data.load(settings)[1], tokenizer, settings)
     assert all(row["labels"][-1] == 0 for row in encoded)
-    assert all(row["labels"][0] == sliced_loss.IGNORED for row in encoded)
+    assert all(row["labels"][0] == chunked_loss.IGNORED for row in encoded)
 
 
 def test_other_scripts_survive(pythia_70m):

@@ -15,7 +15,7 @@ from peft import PeftModel
 from qlora_nb.answer import adapters, evaluate, generate
 from qlora_nb.errors import KitError
 from qlora_nb.memory import ledger
-from qlora_nb.model import data, fetch, load, sliced_loss
+from qlora_nb.model import chunked_loss, data, fetch, load
 from qlora_nb.model.linear_layers import linear_layers
 from qlora_nb.record import files, runs, seal
 from qlora_nb.settings import validate
@@ -99,7 +99,7 @@ def test_response_loss_is_cross_entropy_over_labelled_tokens(trained):
         for row in rows.select(range(12)):  # one by one, without padding, by the definition
             log = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)
             for at, label in enumerate(row["labels"]):
-                if label != sliced_loss.IGNORED:
+                if label != chunked_loss.IGNORED:
                     total, n = total - log[at - 1, label].item(), n + 1
     assert evaluate.response_loss(model, tokenizer, rows.select(range(12))) == pytest.approx(
         total / n, rel=1e-4
@@ -420,7 +420,7 @@ def test_before_is_the_base_whether_or_not_an_adapter_is_on_it(trained):
     with torch.no_grad():
         for row in some:
             labels = torch.tensor([row["labels"]])
-            found = (labels[:, 1:] != sliced_loss.IGNORED).sum().item()
+            found = (labels[:, 1:] != chunked_loss.IGNORED).sum().item()
             total += (
                 plain(input_ids=torch.tensor([row["input_ids"]]), labels=labels).loss.item() * found
             )

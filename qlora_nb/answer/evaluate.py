@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_nb.answer import generate
-from qlora_nb.model import data, probes, sliced_loss
+from qlora_nb.model import batching, chunked_loss, data, probes
 
 BATCH = 8
 """Rows in one forward pass."""
@@ -35,19 +35,19 @@ def row_losses(
     model computes something after its head (`probes.head_is_last`), its own logits count, and rows
     go one at a time.
     """
-    collate = data.collator(tokenizer)
+    collate = batching.collator(tokenizer)
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]["input_ids"]))
     found = torch.zeros(len(encoded), 2, dtype=torch.float64)
     in_slices = probes.head_is_last(model)
     rows_at_once = BATCH if in_slices else 1
     head = (
-        sliced_loss.sliced_head(model, chunk=256)
+        chunked_loss.chunked_head(model, chunk=256)
         if in_slices
-        else nullcontext(sliced_loss.logits_loss)
+        else nullcontext(chunked_loss.logits_cross_entropy)
     )
     with head as loss:
         for group in tqdm(
-            data.groups(order, rows_at_once), desc="held-out loss", unit="batch", leave=False
+            batching.groups(order, rows_at_once), desc="held-out loss", unit="batch", leave=False
         ):
             padded = collate([encoded[i] for i in group])
             outputs = model(
@@ -57,7 +57,7 @@ def row_losses(
                 found[i, 0] = loss(
                     SimpleNamespace(logits=vectors[None]), labels[None], num_items_in_batch=1
                 )
-                found[i, 1] = (labels[1:] != sliced_loss.IGNORED).sum()
+                found[i, 1] = (labels[1:] != chunked_loss.IGNORED).sum()
     return found
 
 

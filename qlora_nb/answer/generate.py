@@ -28,7 +28,7 @@ from transformers import (
 from qlora_nb import sources
 from qlora_nb.answer import adapters
 from qlora_nb.errors import KitError, refusing
-from qlora_nb.model import data, generation_defaults
+from qlora_nb.model import batching, data, generation_defaults
 from qlora_nb.progress import Bar
 from qlora_nb.record import files
 
@@ -246,7 +246,7 @@ def _in_batches(
         range(len(rows)), key=lambda i: len(data.prompt_of(rows[i], settings.prompt_template))
     )
     with Bar(total=len(order), unit="row", desc="answering", leave=False) as bar:
-        for group in data.groups(order, batch):
+        for group in batching.groups(order, batch):
             encoded = tokenize_prompts([rows[i] for i in group], tokenizer, model, settings)
             yield dict(
                 zip(group, _greedy(model, tokenizer, encoded, settings.max_new_tokens), strict=True)

@@ -27,7 +27,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from qlora_nb.memory import live_bytes
-from qlora_nb.model import embeddings, sliced_loss
+from qlora_nb.model import chunked_loss, embeddings, load
 from qlora_nb.model.linear_layers import adapted_names, linear_layers
 
 
@@ -189,7 +189,7 @@ def _count(n_layers: int, key: str, step: Step) -> dict[str, int]:
         leaf = hidden.detach().requires_grad_()
         if step.loss_chunk:
             # at worst every token trains
-            loss = sliced_loss.sum_in_slices(
+            loss = chunked_loss.summed_cross_entropy(
                 leaf.flatten(0, 1).clone(), ids.flatten(), head, step.loss_chunk
             )
         else:
@@ -211,7 +211,7 @@ def _given(model: nn.Module, hidden: torch.Tensor) -> Iterator[None]:
     def forward(*args, **kwargs):
         return BaseModelOutputWithPast(last_hidden_state=hidden)
 
-    with sliced_loss.replaced_forward(model.base_model, forward):
+    with chunked_loss.replaced_forward(model.base_model, forward):
         yield
 
 
@@ -233,13 +233,14 @@ def _head_is_last(key: str) -> bool:
     with (
         torch.no_grad(),
         _given(model, torch.zeros(1, 2, head.weight.shape[1])),
-        sliced_loss.replaced_forward(head, forward),
+        chunked_loss.replaced_forward(head, forward),
     ):
         factors = model(input_ids=torch.zeros(1, 2, dtype=torch.long)).logits.float() / logits
     return bool(factors.isclose(factors.mean(), rtol=1e-3).all())
 
 
 @functools.lru_cache(maxsize=16)
+@load.without_checkpointing_warning()
 def _shell(n_layers: int, key: str, step: Step):
     """The model on *meta* with so few layers, its 4-bit layers stood in for and its adapter
     attached.

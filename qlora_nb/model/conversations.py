@@ -9,15 +9,10 @@ data is published.
 - *OASST*: a tree with one message a row, tied by `parent_id`; its best-ranked replies (rank 0
   first) make the conversation.
 
-A row of this kit is one question and one answer. Only an assistant's turn is ever an answer; who
-speaks is told by the words in `ROLES`, large or small. All that the system and the user say before
-the first answer is the instruction, a blank line between
-two turns: a system prompt comes first, and of two turns of the user none is lost. A conversation
-that gives no row says why, and what stands outside the first exchange is counted, so that `data`
-can print both.
-
-To be asked, a conversation needs no answer: one that ends with the user's turn is asked that turn,
-with what was said before it as the input; one that ends with an answer is asked its first question.
+All that the system and the user say before the first answer of the assistant is the instruction, a
+blank line between two turns; that answer is the output. A conversation that gives no row says why,
+and what stands outside the first exchange is counted. To be asked, a conversation needs no answer:
+one that ends with the user's turn is asked that turn, with what was said before it as the input.
 """
 
 import math
@@ -32,19 +27,23 @@ ROLES = {
     "user": ("user", "human", "prompter"),
     "assistant": ("assistant", "gpt", "bot", "model", "ai", "chatbot", "chatgpt"),
 }
-"""Who speaks → the words for it in published data."""
+"""Who speaks → the words for it in published data, in capitals or not."""
+
+_TEXT = datasets.Value("string")
+
+_FLAG = datasets.Value("bool")
+
+_NUMBER = datasets.Value("int64")
 
 _FEATURES = datasets.Features(
-    {
-        "instruction": datasets.Value("string"),
-        "input": datasets.Value("string"),
-        "output": datasets.Value("string"),
-        "left_out": datasets.Value("string"),
-        "system": datasets.Value("bool"),
-        "earlier": datasets.Value("bool"),
-        "n_unused": datasets.Value("int64"),
-        "row": datasets.Value("int64"),
-    }
+    instruction=_TEXT,
+    input=_TEXT,
+    output=_TEXT,
+    left_out=_TEXT,
+    system=_FLAG,
+    earlier=_FLAG,
+    n_unused=_NUMBER,
+    row=_NUMBER,
 )
 
 _MARK = re.compile(r"### (Human|User|Assistant|System):", re.IGNORECASE)
@@ -83,32 +82,31 @@ def exchanges(rows: datasets.Dataset, asking: bool = False) -> datasets.Dataset 
     """
     names = set(rows.column_names)
     if {"message_id", "parent_id", "role", "text"} <= names:
-        found = []
-        there = {None, "", *rows["message_id"]}
-        for number, turns in _turns_of_trees(rows, there):
-            row = _exchange(turns[:1] if asking else turns, asking) | {"row": number}
-            if turns[0]["parent_id"] not in there:
-                row["left_out"] = "the message it replies to is not in the data"
-            found.append(row)
-        return datasets.Dataset.from_list(found, features=_FEATURES)
-    if columns := names & {"messages", "conversations"}:
-        column, read = min(columns, key=len), _listed
+        return _exchanges_of_trees(rows, asking)
+    if "messages" in names:
+        column = "messages"
+        turns_of = _listed
+    elif "conversations" in names:
+        column = "conversations"
+        turns_of = _listed
     elif "text" in names and _are_guanaco(rows["text"][:100]):
-        column, read = "text", _turns_of_text
+        column = "text"
+        turns_of = _turns_of_text
     elif asking and "prompt" in names:
-        column, read = "prompt", _prompted
+        column = "prompt"
+        turns_of = _prompted
     else:
         return None
 
     def convert(row: dict[str, object], number: int) -> dict[str, object]:
-        turns = read(row[column])
-        beside = row.get("system") or row.get("system_prompt")
-        if isinstance(beside, str) and not any(_turn(turn).who == "system" for turn in turns):
-            turns = [{"role": "system", "content": beside}, *turns]
-        found = _exchange(turns, asking) | {"row": number}
-        if column == "prompt" and isinstance(row.get("input"), str):
-            found["input"] = found["input"] or row["input"]
-        return found
+        turns = turns_of(row[column])
+        system = row.get("system") or row.get("system_prompt")
+        if isinstance(system, str) and not any(_turn(turn).who == "system" for turn in turns):
+            turns = [{"role": "system", "content": system}, *turns]
+        found = _exchange(turns, asking)
+        if column == "prompt" and not found["input"] and isinstance(row.get("input"), str):
+            found["input"] = row["input"]
+        return {**found, "row": number}
 
     return rows.map(
         convert, with_indices=True, remove_columns=rows.column_names, features=_FEATURES
@@ -122,20 +120,25 @@ def say_what_is_taken(talks: datasets.Dataset, asking: bool) -> None:
     Args:
         talks: what `exchanges` returned, without the rows that are left out.
     """
+    conversations = f"of {len(talks)} conversations"
     n_unused = [n for n in talks["n_unused"] if n]
     if n_unused:
         what = "not shown to the model" if asking else "not trained"
-        there = (
-            f"{len(n_unused)} of {len(talks)} conversations are longer than their first exchange"
-        )
-        print(f"{there}; turns {what}: {sum(n_unused)}")
-    if n_system := sum(talks["system"]):
         print(
-            f"{n_system} of {len(talks)} conversations have a system prompt: it stands at the beginning of the instruction"
+            f"{len(n_unused)} {conversations} are longer than their first exchange; "
+            f"turns {what}: {sum(n_unused)}"
         )
-    if n_earlier := sum(talks["earlier"]):
+    n_system = sum(talks["system"])
+    if n_system:
         print(
-            f"{n_earlier} of {len(talks)} conversations are asked their last question: what was said before is its input"
+            f"{n_system} {conversations} have a system prompt: "
+            "it stands at the beginning of the instruction"
+        )
+    n_earlier = sum(talks["earlier"])
+    if n_earlier:
+        print(
+            f"{n_earlier} {conversations} are asked their last question: "
+            "what was said before is its input"
         )
 
 
@@ -152,7 +155,8 @@ def _prompted(prompt: object) -> list:
 def _exchange(turns: list, asking: bool = False) -> dict[str, object]:
     """The columns of `exchanges` but `row`, for the turns of one conversation."""
     said = [_turn(turn) for turn in turns]
-    earlier, answer = [], None
+    earlier = []
+    answer = None
     if asking:
         earlier, before = _last_question(said)
     else:
@@ -161,7 +165,24 @@ def _exchange(turns: list, asking: bool = False) -> dict[str, object]:
         if n_before < len(said):
             answer = said[n_before]
     prompt = [turn for turn in before if turn.who != "assistant" and turn.text.strip()]
-    used = [*earlier, *before, *([answer] if answer else [])]
+    n_used = len(prompt) + len(earlier) + 1  # and the answer, if there is one
+    n_said = sum(not turn.is_blank() for turn in said)
+    return {
+        "instruction": "\n\n".join(turn.text for turn in prompt),
+        "input": "\n\n".join(f"{turn.who.capitalize()}: {turn.text.strip()}" for turn in earlier),
+        "output": answer.text if answer else "",
+        "left_out": _why_left_out(earlier + before, prompt, answer, asking),
+        "system": any(turn.who == "system" for turn in prompt),
+        "earlier": bool(earlier),
+        "n_unused": max(0, n_said - n_used),
+    }
+
+
+def _why_left_out(
+    before: list[_Turn], prompt: list[_Turn], answer: _Turn | None, asking: bool
+) -> str:
+    """The first reason why this is no exchange; nothing if it is one."""
+    used = [*before, answer] if answer else before
     problems = [turn.problem for turn in used if turn.problem]
     if not any(turn.who == "user" for turn in prompt):
         problems.append("no turn by a user")
@@ -171,16 +192,7 @@ def _exchange(turns: list, asking: bool = False) -> dict[str, object]:
         problems.append("the assistant's turn is empty")
     elif answer and not answer.trains:
         problems.append("the assistant's turn has weight 0: it is not to be trained")
-    n_used = len(prompt) + len(earlier) + 1  # and the answer, if there is one
-    return {
-        "instruction": "\n\n".join(turn.text for turn in prompt),
-        "input": "\n\n".join(f"{turn.who.capitalize()}: {turn.text.strip()}" for turn in earlier),
-        "output": answer.text if answer else "",
-        "left_out": problems[0] if problems else "",
-        "system": any(turn.who == "system" for turn in prompt),
-        "earlier": bool(earlier),
-        "n_unused": max(0, sum(not turn.is_blank() for turn in said) - n_used),
-    }
+    return problems[0] if problems else ""
 
 
 def _last_question(said: list[_Turn]) -> tuple[list[_Turn], list[_Turn]]:
@@ -217,7 +229,10 @@ def _turn(turn: object) -> _Turn:
         return _Turn("", "", "a turn is no record of role and content")
     role = turn.get("role") or turn.get("from")
     word = str(role).strip().lower()
-    who = next((who for who, words in ROLES.items() if word in words), "")
+    who = ""
+    for speaker, words in ROLES.items():
+        if word in words:
+            who = speaker
     text, problem = _text(turn)
     if not role:
         problem = "a turn has no role"
@@ -235,10 +250,9 @@ def _text(turn: dict[str, object]) -> tuple[str, str]:
     not text.
     """
     content = ""
-    for key in ("content", "value", "text"):
+    for key in ("text", "value", "content"):
         if turn.get(key) is not None:
             content = turn[key]
-            break
     text = ""
     for part in content if isinstance(content, list) else [content]:
         words = part.get("text") if isinstance(part, dict) else part
@@ -255,45 +269,54 @@ def _are_guanaco(texts: list[str | None]) -> bool:
 
 def _turns_of_text(text: str | None) -> list[dict[str, str]]:
     start, *parts = _MARK.split(text or "")
-    turns = [{"role": "system", "content": start.strip()}] if start.strip() else []
+    turns = []
+    if start.strip():
+        turns.append({"role": "system", "content": start.strip()})
     for role, said in zip(parts[::2], parts[1::2], strict=True):
         turns.append({"role": role, "content": said.strip()})
     return turns
 
 
-def _turns_of_trees(
-    rows: datasets.Dataset, there: set[str | None]
-) -> list[tuple[int, list[dict[str, object]]]]:
-    """(row number of the first message, messages along the best replies) of each tree.
-
-    Args:
-        there: all names of messages, and what stands for none.
-    """
-    roots, replies = [], defaultdict(list)
-    for number, row in enumerate(rows):
-        if row["parent_id"] != row["parent_id"]:
-            row["parent_id"] = None  # pandas writes NaN
-        if row["parent_id"] and row["parent_id"] in there:
-            replies[row["parent_id"]].append(row)
+def _exchanges_of_trees(rows: datasets.Dataset, asking: bool) -> datasets.Dataset:
+    """One row for each tree: its first message, and after it the best replies."""
+    names = {None, "", *rows["message_id"]}
+    roots = []
+    replies = defaultdict(list)
+    for number, message in enumerate(rows):
+        parent = message["parent_id"]
+        if isinstance(parent, float) and math.isnan(parent):
+            parent = None  # as pandas writes it
+        if parent and parent in names:
+            replies[parent].append(message)
         else:
-            roots.append((number, row))
-    return [(number, _best_turns(root, replies)) for number, root in roots]
+            roots.append((number, message, parent in names))
+    found = []
+    for number, root, is_whole in roots:
+        turns = [root] if asking else _best_turns(root, replies)
+        row = _exchange(turns, asking)
+        row["row"] = number
+        if not is_whole:
+            row["left_out"] = "the message it replies to is not in the data"
+        found.append(row)
+    return datasets.Dataset.from_list(found, features=_FEATURES)
 
 
 def _best_turns(root: dict[str, object], replies: dict[str, list[dict]]) -> list[dict[str, object]]:
+    """The messages from the root along the best-ranked reply of another speaker to each."""
+
     def rank(reply: dict[str, object]) -> float:
         known = reply.get("rank")
-        return float("inf") if known is None or math.isnan(known) else known
+        return math.inf if known is None or math.isnan(known) else known
 
-    turns, message = [], root
+    turns = []
+    message = root
     while message is not None:
         turns.append(message)
-        speaker, ranked = (
-            _turn(message).who,
-            sorted(replies.pop(message["message_id"], []), key=rank),
-        )
-        others = [
-            reply for reply in ranked if not reply.get("deleted") and _turn(reply).who != speaker
-        ]
-        message = others[0] if others else None
+        speaker = _turn(message).who
+        ranked = sorted(replies.pop(message["message_id"], []), key=rank)
+        message = None
+        for reply in ranked:
+            if not reply.get("deleted") and _turn(reply).who != speaker:
+                message = reply
+                break
     return turns

@@ -1,10 +1,13 @@
 """The two ends of a model: the input embedding and the head, which QLoRA leaves in 16 bit.
 
-In pythia-12b each of them is 50,688 × 5,120 numbers, half a GiB. The embedding is only looked up, a
-row a token, so it can stay in the host's memory: what crosses the bus is one vector a token. The
-head is a product like any other and can be stored in NF4; unpacked whole it would need a buffer as
-large as what was saved, so it is cut into slices of the vocabulary, each unpacked, applied and
-forgotten.
+In pythia-12b each of them is 50,688 × 5,120 numbers, half a GiB. Two options save that memory on
+the GPU:
+
+- The embedding is only looked up, a row a token, so it can stay in the host's memory: what crosses
+  the bus is one vector a token (`keep_embedding_on_cpu`).
+- The head is a product like any other and can be stored in NF4 (`quantize_head`). Dequantized whole
+  it would need a buffer as large as what was saved, so it is cut into slices of the vocabulary,
+  each dequantized, applied and forgotten.
 """
 
 import bitsandbytes as bnb
@@ -13,7 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 SLICE = 8192
-"""Rows of the vocabulary unpacked at a time: 80 MiB of pythia-12b in 16 bit."""
+"""Rows of the vocabulary dequantized at a time: 80 MiB of pythia-12b in 16 bit."""
 
 
 class SlicedHead(nn.Module):
@@ -48,23 +51,22 @@ def quantize_head(
 ) -> None:
     """Replace a model's head by a `SlicedHead` of 4-bit layers, in place."""
     head = model.get_output_embeddings()
-    where, parts = head.weight.device, []
+    storage = {"quant_type": quant_type, "compress_statistics": double_quant}
+    slices = []
     for rows in tqdm(head.weight.data.split(SLICE), desc="quantizing the head", unit="slice"):
-        how = {"quant_type": quant_type, "compress_statistics": double_quant}
-        part = bnb.nn.Linear4bit(
+        layer = bnb.nn.Linear4bit(
             head.in_features,
             len(rows),
             bias=False,
             compute_dtype=compute_dtype,
             device="meta",
-            **how,
+            **storage,
         )
-        part.weight = bnb.nn.Params4bit(rows.cpu(), requires_grad=False, **how).to(
-            where
-        )  # quantized on the way
-        part.support_avx512bf16_for_cpu = False  # as in models.load_base
-        parts.append(part)
-    model.set_output_embeddings(SlicedHead(parts).eval())
+        weight = bnb.nn.Params4bit(rows.cpu(), requires_grad=False, **storage)
+        layer.weight = weight.to(rows.device)  # bitsandbytes quantizes on the way
+        layer.support_avx512bf16_for_cpu = False  # as in the blocks, see `load`
+        slices.append(layer)
+    model.set_output_embeddings(SlicedHead(slices).eval())
 
 
 def keep_embedding_on_cpu(model: nn.Module, device: torch.device) -> None:
@@ -75,10 +77,17 @@ def keep_embedding_on_cpu(model: nn.Module, device: torch.device) -> None:
     the model, and transformers takes the place of the first parameter for the place of the whole
     model (`PreTrainedModel.device`): `generate` would then send everything to the CPU.
     """
+
+    def ids_to_cpu(module, args):
+        return tuple(ids.cpu() for ids in args)
+
+    def vectors_to_device(module, args, vectors):
+        return vectors.to(device)
+
     table = model.get_input_embeddings()
     table.to("cpu")
     weight = table.weight.detach()
     del table.weight
     table.weight = weight
-    table.register_forward_pre_hook(lambda module, args: tuple(ids.cpu() for ids in args))
-    table.register_forward_hook(lambda module, args, vectors: vectors.to(device))
+    table.register_forward_pre_hook(ids_to_cpu)
+    table.register_forward_hook(vectors_to_device)

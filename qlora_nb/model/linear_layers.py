@@ -1,22 +1,27 @@
-"""The linear layers of a model's blocks: the ones that QLoRA quantizes and adapts."""
+"""The linear layers of a model's blocks: the ones that QLoRA quantizes and adapts.
+
+The QLoRA paper (section 4, figure 2) finds that LoRA has to sit on every linear layer of the
+transformer's blocks to match full fine-tuning. Embedding and head are not among them: they stay in
+16 bit and get no adapter.
+"""
 
 from collections.abc import Sequence
 
 import torch
+from peft.utils.integrations import dequantize_module_weight
 from transformers import PreTrainedModel
 
 from qlora_nb.errors import KitError
 
 
 def linear_layers(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
-    """Name → module of every linear layer inside the blocks: the ones QLoRA quantizes and adapts
-    (the head is not one).
-    """
+    """Name → module of every linear layer inside the blocks: not the head, no adapter's matrix."""
     head = set(model.get_output_embeddings().modules())
-    linear = {
-        n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m not in head
-    }
-    return {n: m for n, m in linear.items() if "lora_" not in n}
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and module not in head and "lora_" not in name:
+            found[name] = module
+    return found
 
 
 def adapted_names(model: PreTrainedModel, target_modules: Sequence[str]) -> list[str]:
@@ -31,21 +36,16 @@ def adapted_names(model: PreTrainedModel, target_modules: Sequence[str]) -> list
     names = sorted({name.rsplit(".", 1)[-1] for name in linear_layers(model)})
     if list(target_modules) == ["all-linear"]:
         return names
-    if wrong := [target for target in target_modules if target not in names]:
-        allowed = f"all-linear alone, or any of {', '.join(names)}"
+    wrong = [target for target in target_modules if target not in names]
+    if wrong:
         raise KitError(
             "target_modules names layers this model does not have",
             value=", ".join(wrong),
-            allowed=allowed,
+            allowed=f"all-linear alone, or any of {', '.join(names)}",
         )
     return list(target_modules)
 
 
 def dense_weight(module: torch.nn.Module) -> torch.Tensor:
     """A linear layer's weight as float32 (out, in), dequantized if it is stored in 4 bit."""
-    weight = module.weight
-    if hasattr(weight, "quant_state"):
-        from bitsandbytes.functional import dequantize_4bit
-
-        return dequantize_4bit(weight.data, weight.quant_state).float()
-    return weight.detach().float()
+    return dequantize_module_weight(module).detach().float()

@@ -1,10 +1,16 @@
 """Loading: one call for the pocket model, SmolLM2 and every Pythia, in 4 bit or in full precision.
 
-transformers loads and bitsandbytes quantizes; what is ours is the choice of datatypes by hardware
-and the refusal of anything that is not safetensors. No code from a model's repository is ever run.
+transformers reads the files and bitsandbytes quantizes every linear layer of the blocks on the way
+(QLoRA paper, section 3: storage in NF4, arithmetic in 16 bit). What is ours is the choice of the
+datatypes by hardware, and everything that would otherwise go wrong silently: weights that are
+missing from the files, a model that is quantized already, logits that are NaN, generation defaults
+that decide in place of the parameters. Only safetensors are read, and no code from a model's
+repository is ever run.
 """
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from transformers import (
@@ -20,74 +26,89 @@ from qlora_nb import sources
 from qlora_nb.errors import KitError, refusing
 from qlora_nb.model import device, embeddings, generation_defaults, quantized, quantized_copy
 
-# PEFT asks transformers for gradient checkpointing by a name that is going away: nothing a reader
-# could mend.
-warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
+
+@contextmanager
+def without_checkpointing_warning() -> Iterator[None]:
+    """Inside, PEFT may ask transformers for gradient checkpointing by a name that is going away:
+    nothing a reader could mend.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
+        yield
+
+
+def loading(part: str, model_id: str):
+    """Context in which whatever a broken file makes a library say becomes a refusal."""
+    remedy = (
+        "needed are config.json, tokenizer and whole .safetensors files; "
+        "fetch the model again if one was cut short"
+    )
+    return refusing(f"the {part} cannot be loaded", model_id, remedy)
 
 
 def load_tokenizer(settings) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with a padding token that is not the end-of-text token.
 
     If both were the same, masking the padding would mask the end of every answer and the model
-    would never learn to stop.
-    The embedding is never resized: Pythia has 411 spare rows (12b), and id 1 is already
-        `<|padding|>`.
+    would never learn to stop. The embedding is never resized: Pythia has 411 spare rows (12b), and
+    id 1 is already `<|padding|>`.
+
+    Raises:
+        KitError: it cannot be read, has no end token, or none that it could pad with.
     """
     path = sources.model_path(settings.model_id)
     with loading("tokenizer", settings.model_id):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        if len(tokenizer) <= len(
-            tokenizer.all_special_ids
-        ):  # transformers makes an empty one where there is none
+        # transformers makes an empty one where there is none
+        if len(tokenizer) <= len(tokenizer.all_special_ids):
             raise ValueError("it is not there")
     if tokenizer.eos_token_id is None:
-        what = "the tokenizer has no end token: a model trained with it would never learn to stop"
         raise KitError(
-            what,
+            "the tokenizer has no end token: a model trained with it would never learn to stop",
             value=settings.model_id,
             remedy="name one in its tokenizer_config.json, or choose another model",
         )
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        known = tokenizer.get_vocab()
-        spare = [
-            t
-            for t in ("<|padding|>", "<|endoftext|>", tokenizer.unk_token)
-            if t in known and t != tokenizer.eos_token
-        ]
-        if not spare:
-            what = "the tokenizer has no token to pad with besides its end token"
-            raise KitError(what, value=settings.model_id, remedy="choose another model")
-        tokenizer.pad_token = spare[0]
-    return tokenizer
-
-
-def loading(part: str, model_id: str):
-    """Context in which whatever a broken file makes a library say becomes a refusal."""
-    remedy = "needed are config.json, tokenizer and whole .safetensors files; fetch the model again if one was cut short"
-    return refusing(f"the {part} cannot be loaded", model_id, remedy)
+    if tokenizer.pad_token_id not in (None, tokenizer.eos_token_id):
+        return tokenizer
+    known = tokenizer.get_vocab()
+    for token in ("<|padding|>", "<|endoftext|>", tokenizer.unk_token):
+        if token in known and token != tokenizer.eos_token:
+            tokenizer.pad_token = token
+            return tokenizer
+    raise KitError(
+        "the tokenizer has no token to pad with besides its end token",
+        value=settings.model_id,
+        remedy="choose another model",
+    )
 
 
 def quantization_config(settings) -> BitsAndBytesConfig:
     """What transformers passes on to bitsandbytes. Its own defaults would be fp4, float32 compute,
     no double quantization.
     """
-    how = {
-        "bnb_4bit_quant_type": settings.quant_type,
-        "bnb_4bit_use_double_quant": settings.double_quant,
-    }
     return BitsAndBytesConfig(
         load_in_4bit=True,
+        bnb_4bit_quant_type=settings.quant_type,
+        bnb_4bit_use_double_quant=settings.double_quant,
         bnb_4bit_compute_dtype=device.compute_dtype(settings.compute_dtype),
-        **how,
     )
 
 
 def load_base(settings, four_bit: bool = True) -> PreTrainedModel:
     """Load the base model, frozen weights in 4 bit or everything in the compute dtype.
 
+    Guarded on the way:
+
+    - a model that is saved quantized keeps its own storage, if that is 4 bit (`_own_config`);
+    - a 4-bit copy kept by an earlier run is used if it still holds (`quantized_copy`);
+    - every weight comes from the files, and none is repacked later (`_read`);
+    - the model computes numbers (`_require_finite`), and something is in 4 bit (`quantized`);
+    - its own generation defaults do not decide (`generation_defaults`);
+    - options for embedding and head are left alone where both are one tensor (`_place_ends`).
+
     Args:
         settings: the resolved parameters (`model_id`, `quant_type`, `double_quant`,
-            `compute_dtype`).
+            `compute_dtype`, `prequantized`, `head_4bit`, `embedding_on_cpu`).
         four_bit: False loads every weight in the compute dtype (float32 on a CPU).
 
     Returns:
@@ -95,62 +116,35 @@ def load_base(settings, four_bit: bool = True) -> PreTrainedModel:
 
     Raises:
         KitError: the weights are missing, damaged, or not safetensors; none of them can be stored
-            in 4 bit; or the model is saved
-            quantized: in 4 bit by bitsandbytes it is taken as it is, but has no other weights, and
-                other ways are not known here.
+            in 4 bit; or the model is saved quantized: in 4 bit by bitsandbytes it is taken as it
+            is, but has no other weights, and other ways are not known here.
     """
-    path, dtype = (
-        sources.model_path(settings.model_id),
-        device.compute_dtype(settings.compute_dtype),
-    )
-    config = own_config(settings, dtype, four_bit)
-    keep_copy = four_bit and settings.prequantized and not quantized.own_quantization(config)
-    copy = quantized_copy.find(path, settings, dtype) if keep_copy else None
-    how = {
-        "dtype": dtype,
-        "device_map": {"": device.compute_device()},
-        "use_safetensors": True,
-        "trust_remote_code": False,
-    }
-    if quantized.own_quantization(config):
-        how["config"] = config
-    elif four_bit and not copy:
-        how["quantization_config"] = quantization_config(settings)
-    with loading("model", settings.model_id):
-        model, told = AutoModelForCausalLM.from_pretrained(
-            copy or path, output_loading_info=True, **how
-        )
-        if lost := sorted(told["missing_keys"]) or sorted(told["mismatched_keys"]):
-            raise ValueError(f"{len(lost)} of its weights are not in the files, such as {lost[0]}")
-    for module in model.modules():
-        # On CPUs with bfloat16 units bitsandbytes repacks the weights at the first inference and
-        # computes in bfloat16 from then on; training after that fails, and the bytes are no longer
-        # those of the paper. One layout everywhere.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-    if not computes(model):
-        remedy = "its weights are damaged, or too large for float16: fetch it again, or set another compute_dtype"
-        raise KitError("the model computes NaN or infinity", value=settings.model_id, remedy=remedy)
-    model.name_or_path = model.config.name_or_path = path
+    path = sources.model_path(settings.model_id)
+    dtype = device.compute_dtype(settings.compute_dtype)
+    config = _own_config(settings, dtype, four_bit)
+    is_quantized = quantized.own_quantization(config) is not None
+    keeps_copy = four_bit and settings.prequantized and not is_quantized
+    copy = quantized_copy.find(path, settings, dtype) if keeps_copy else None
+    options = {}
+    if is_quantized:
+        options["config"] = config
+    elif four_bit and copy is None:
+        options["quantization_config"] = quantization_config(settings)
+    model = _read(copy or path, settings, dtype, options)
+    _require_finite(model, settings)
+    model.name_or_path = path
+    model.config.name_or_path = path
     if four_bit:
         quantized.require_four_bit(model)
-    generation_defaults.plain_generation(model, path)
-    if keep_copy and not copy:
-        quantized_copy.keep(model, path, settings, dtype)
-    levers = four_bit and (settings.head_4bit or settings.embedding_on_cpu)
-    if levers and embeddings.are_tied(model):
-        print(
-            "embedding and head are one tensor in this model: head_4bit and embedding_on_cpu leave it as it is"
-        )
-    elif levers:
-        if settings.head_4bit:
-            embeddings.quantize_head(model, settings.quant_type, settings.double_quant, dtype)
-        if settings.embedding_on_cpu and device.on_gpu():  # without a card it lies there anyway
-            embeddings.keep_embedding_on_cpu(model, device.compute_device())
+    generation_defaults.set_aside(model, path)
+    if keeps_copy and copy is None:
+        quantized_copy.save(model, path, settings, dtype)
+    if four_bit:
+        _place_ends(model, settings, dtype)
     return model.eval()
 
 
-def own_config(settings, dtype: torch.dtype, four_bit: bool = True):
+def _own_config(settings, dtype: torch.dtype, four_bit: bool):
     """The model's configuration; one of a model saved in 4 bit says so, and that it is to be
     computed in `dtype`.
 
@@ -158,19 +152,17 @@ def own_config(settings, dtype: torch.dtype, four_bit: bool = True):
         KitError: it is quantized in a way that is not trained here, or in 4 bit where unquantized
             weights are asked for.
     """
+    path = sources.model_path(settings.model_id)
     with loading("configuration", settings.model_id):
-        config = AutoConfig.from_pretrained(
-            sources.model_path(settings.model_id), trust_remote_code=False
-        )
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     own = quantized.own_quantization(config)
     if not own:
         return config
     if not four_bit:
-        remedy = 'load it in 4 bit; an adapter can be merged with way="dequantized"'
         raise KitError(
             "the model is saved in 4 bit, its original weights are not there",
             value=settings.model_id,
-            remedy=remedy,
+            remedy='load it in 4 bit; an adapter can be merged with way="dequantized"',
         )
     found = quantized.described(own.bnb_4bit_quant_type, own.bnb_4bit_use_double_quant)
     asked = quantized.described(settings.quant_type, settings.double_quant)
@@ -181,11 +173,59 @@ def own_config(settings, dtype: torch.dtype, four_bit: bool = True):
     return config
 
 
+def _read(source, settings, dtype: torch.dtype, options: dict[str, object]) -> PreTrainedModel:
+    """The model from its files: every weight is in them, and keeps its layout.
+
+    On CPUs with bfloat16 units bitsandbytes repacks the weights at the first inference and computes
+    in bfloat16 from then on; training after that fails, and the bytes are no longer those of the
+    paper. That is switched off: one layout everywhere.
+    """
+    how = {
+        "dtype": dtype,
+        "device_map": {"": device.compute_device()},
+        "use_safetensors": True,
+        "trust_remote_code": False,
+        "output_loading_info": True,
+    }
+    with loading("model", settings.model_id):
+        model, told = AutoModelForCausalLM.from_pretrained(source, **how, **options)
+        lost = sorted(told["missing_keys"]) or sorted(told["mismatched_keys"])
+        if lost:
+            raise ValueError(f"{len(lost)} of its weights are not in the files, such as {lost[0]}")
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def _require_finite(model: PreTrainedModel, settings) -> None:
+    if not computes(model):
+        raise KitError(
+            "the model computes NaN or infinity",
+            value=settings.model_id,
+            remedy="its weights are damaged, or too large for float16: "
+            "fetch it again, or set another compute_dtype",
+        )
+
+
 @torch.no_grad()
 def computes(model: torch.nn.Module) -> bool:
     """Whether every logit after one token is a number."""
-    return bool(
-        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device))
-        .logits.isfinite()
-        .all()
-    )
+    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    return bool(model(input_ids=token).logits.isfinite().all())
+
+
+def _place_ends(model: PreTrainedModel, settings, dtype: torch.dtype) -> None:
+    """Put the head in 4 bit and the embedding in the host's memory, where the settings say so."""
+    if not (settings.head_4bit or settings.embedding_on_cpu):
+        return
+    if embeddings.are_tied(model):
+        print(
+            "embedding and head are one tensor in this model: "
+            "head_4bit and embedding_on_cpu leave it as it is"
+        )
+        return
+    if settings.head_4bit:
+        embeddings.quantize_head(model, settings.quant_type, settings.double_quant, dtype)
+    if settings.embedding_on_cpu and device.on_gpu():  # without a card it lies there anyway
+        embeddings.keep_embedding_on_cpu(model, device.compute_device())

@@ -1,10 +1,11 @@
 """What the kit takes for granted of a model, tried on the model itself before the first training
 step.
 
-Two shortcuts are right for most causal language models and silently wrong for some: rows packed
-into one sequence (see `data.pack`) and the loss in slices (see `objective`). Whether a model bears
-them is no matter of its name. It is asked to compute one row of at most 32 tokens both ways,
-without gradients and in eval mode; its modes and the random state are put back.
+Two optimizations are right for most causal language models and silently wrong for some: rows packed
+into one sequence (`batching.pack`) needs attention that follows `position_ids`, and the loss in
+chunks (`chunked_loss`) needs a head after which nothing is computed. A model's name does not tell
+whether it bears them. So it is asked to compute one row of at most 32 tokens both ways, without
+gradients and in eval mode; its modes and the random state are restored.
 """
 
 import math
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from qlora_nb.errors import KitError, is_out_of_memory
-from qlora_nb.model import sliced_loss
+from qlora_nb.model import chunked_loss
 
 TOKENS = 32
 """Tokens in the row that is tried."""
@@ -30,7 +31,7 @@ def before_training(model: nn.Module, settings) -> int:
     """Try what a run with these settings relies on, and say in one line what is done differently.
 
     Returns:
-        Tokens in a slice of the loss, 0 where the plain loss must be used.
+        Tokens in a chunk of the loss, 0 where the plain loss must be used.
 
     Raises:
         KitError: a token sees those behind it, packed rows would see each other, or `max_length` is
@@ -38,18 +39,24 @@ def before_training(model: nn.Module, settings) -> int:
     """
     require_positions(model, settings.max_length)
     if not sees_no_future(model):
-        what = (
-            "in this model a token sees those behind it: it is not made to write from left to right"
-        )
-        raise KitError(what, value=model.config.model_type, remedy="choose a causal language model")
-    if settings.packing and not keeps_rows_apart(model):
-        what = "packing: in this model a row sees the rows packed before it, as its attention does not follow position_ids"
         raise KitError(
-            what, value=model.config.model_type, allowed="packing=False", remedy="set packing=False"
+            "in this model a token sees those behind it: "
+            "it is not made to write from left to right",
+            value=model.config.model_type,
+            remedy="choose a causal language model",
+        )
+    if settings.packing and not keeps_rows_apart(model):
+        raise KitError(
+            "packing: in this model a row sees the rows packed before it, "
+            "as its attention does not follow position_ids",
+            value=model.config.model_type,
+            allowed="packing=False",
+            remedy="set packing=False",
         )
     if settings.loss_chunk and not head_is_last(model):
         print(
-            "this model computes its loss from more than its head's logits: all are kept at once, as with loss_chunk=0"
+            "this model computes its loss from more than its head's logits: "
+            "all are kept at once, as with loss_chunk=0"
         )
         return 0
     return settings.loss_chunk
@@ -59,8 +66,7 @@ def require_positions(model: nn.Module, max_length: int) -> None:
     """Compare `max_length` with the positions that the model was made for.
 
     A rotary model computes on beyond them, which is said. One with a table of positions (an
-    embedding, or a buffer of sines) has
-    no row for them: on a GPU that would end the process.
+    embedding, or a buffer of sines) has no row for them: on a GPU that would end the process.
 
     Raises:
         KitError: the model has such a table and it is shorter than `max_length`.
@@ -69,12 +75,15 @@ def require_positions(model: nn.Module, max_length: int) -> None:
     if not limit or max_length <= limit:
         return
     if has_position_table(model, limit):
-        what = "max_length is more than the positions this model has a vector for"
         raise KitError(
-            what, value=max_length, allowed=f"{limit} or less", remedy=f"set max_length={limit}"
+            "max_length is more than the positions this model has a vector for",
+            value=max_length,
+            allowed=f"{limit} or less",
+            remedy=f"set max_length={limit}",
         )
     print(
-        f"max_length={max_length} is more than the {limit} positions this model was made for: beyond them it may write nonsense"
+        f"max_length={max_length} is more than the {limit} positions this model was made for: "
+        "beyond them it may write nonsense"
     )
 
 
@@ -84,48 +93,11 @@ def has_position_table(model: nn.Module, limit: int) -> bool:
     OPT's table has two rows more than positions, and fairseq's kinds of sines up to three.
     """
     words = model.get_input_embeddings()
-    tables = [
-        module.weight
-        for module in model.modules()
-        if isinstance(module, nn.Embedding) and module is not words
-    ]
-    tables += [buffer for buffer in model.buffers() if buffer.dim() == 2]
+    tables = [buffer for buffer in model.buffers() if buffer.dim() == 2]
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module is not words:
+            tables.append(module.weight)
     return any(limit <= len(table) <= limit + 3 for table in tables)
-
-
-def keeps_rows_apart(model: nn.Module) -> bool:
-    """Whether a row that is packed behind another gives the logits that it gives alone.
-
-    What rounding may do is measured on the same model: the row alone, and with a masked rest behind
-    it, which takes other kernels. Ten times that difference is allowed, and two units in the last
-    place of the largest logit. Seen on tiny random
-    models of 40 families: apart, at most twice the difference; not apart, in float32 over a
-        thousand times.
-    """
-    ids = _random_ids(model)
-    n = TOKENS // 2 - 1
-    before, row = ids[:, :n], ids[:, n:]
-    length = row.shape[1]
-    positions = torch.cat([torch.arange(n), torch.arange(length)])[None].to(ids.device)
-    mask = torch.ones_like(ids)
-    mask[:, length:] = 0
-    with _undisturbed(model):
-        try:
-            packed = model(input_ids=ids, position_ids=positions).logits[0, n:].float()
-        except TypeError:  # it takes no position_ids
-            return False
-        logits = model(input_ids=row).logits[0]
-        masked = (
-            model(input_ids=torch.cat([row, before], dim=1), attention_mask=mask)
-            .logits[0, :length]
-            .float()
-        )
-    alone = logits.float()
-    largest = alone.abs().max()
-    rounding = min((masked - alone).abs().max(), largest / 100)
-    allowed = 10 * rounding + 2 * torch.finfo(logits.dtype).eps * largest
-    apart = (packed - alone).abs().max()
-    return not apart > allowed  # NaN, which the training names, is no sign of the other row
 
 
 def sees_no_future(model: nn.Module) -> bool:
@@ -143,12 +115,44 @@ def sees_no_future(model: nn.Module) -> bool:
     return not change > 10 * torch.finfo(logits.dtype).eps * logits.abs().max()
 
 
+def keeps_rows_apart(model: nn.Module) -> bool:
+    """Whether a row that is packed behind another gives the logits that it gives alone.
+
+    What rounding may do is measured on the same model: the row alone, and with a masked rest behind
+    it, which takes other kernels. Ten times that difference is allowed, and two units in the last
+    place of the largest logit. Seen on tiny random models of 40 families: apart, at most twice the
+    difference; not apart, in float32 over a thousand times.
+    """
+    ids = _random_ids(model)
+    n = TOKENS // 2 - 1
+    before = ids[:, :n]
+    row = ids[:, n:]
+    length = TOKENS - n
+    positions = torch.cat([torch.arange(n), torch.arange(length)])[None].to(ids.device)
+    swapped = torch.cat([row, before], dim=1)
+    mask = torch.ones_like(ids)
+    mask[:, length:] = 0
+    with _undisturbed(model):
+        try:
+            packed = model(input_ids=ids, position_ids=positions).logits[0, n:].float()
+        except TypeError:  # it takes no position_ids
+            return False
+        logits = model(input_ids=row).logits[0]
+        masked = model(input_ids=swapped, attention_mask=mask).logits[0, :length].float()
+    alone = logits.float()
+    largest = alone.abs().max()
+    rounding = min((masked - alone).abs().max(), largest / 100)
+    allowed = 10 * rounding + 2 * torch.finfo(logits.dtype).eps * largest
+    apart = (packed - alone).abs().max()
+    return not apart > allowed  # NaN, which the training names, is no sign of the other row
+
+
 def head_is_last(model: nn.Module) -> bool:
     """Whether the model's logits are what its head makes of the last hidden state: then the loss
-    can be taken in slices.
+    can be taken in chunks.
 
     False where logits are capped or scaled after the head, a hook changes them, or the head is no
-    module that is called. The cross-entropy of next tokens, from the logits and in slices, may
+    module that is called. The cross entropy of next tokens, from the logits and in chunks, may
     differ by 1e-4 of its size in float32, by 1e-2 in 16 bit; those of a cap or a scale differ by
     its size.
     """
@@ -157,36 +161,31 @@ def head_is_last(model: nn.Module) -> bool:
         return False
     ids = _random_ids(model)
     labels = ids.clone()
-    labels[:, :5] = sliced_loss.IGNORED
+    labels[:, :5] = chunked_loss.IGNORED
     with _undisturbed(model):
         logits = model(input_ids=ids).logits
         largest = logits.abs().max().item()
-        if largest == 0 or not math.isfinite(
-            largest
-        ):  # nothing can be told apart; NaN the training names
-            return True
+        if largest == 0 or not math.isfinite(largest):
+            return True  # nothing can be told apart; the training names NaN
         factor = 2.0 ** round(math.log2(LARGE_LOGIT / largest))
         try:
             with _scaled(head, factor):
-                own = sliced_loss.logits_loss(model(input_ids=ids), labels)
-                with sliced_loss.sliced_head(model, TOKENS // 2) as loss:
-                    sliced = loss(model(input_ids=ids), labels)
+                own = chunked_loss.logits_cross_entropy(model(input_ids=ids), labels)
+                with chunked_loss.chunked_head(model, TOKENS // 2) as loss:
+                    chunked = loss(model(input_ids=ids), labels)
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
             return False  # the shapes do not fit: the head is not what is called
     allowed = 1e-4 if logits.dtype == torch.float32 else 1e-2
-    return not (own - sliced).abs() > allowed * own.abs()
+    return not (own - chunked).abs() > allowed * own.abs()
 
 
 def _random_ids(model: nn.Module) -> torch.Tensor:
     """(1, `TOKENS`) ids, always the same ones."""
-    drawn = torch.randint(
-        len(model.get_input_embeddings().weight),
-        (1, TOKENS),
-        generator=torch.Generator().manual_seed(0),
-    )
-    return drawn.to(model.device)
+    vocabulary = len(model.get_input_embeddings().weight)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(vocabulary, (1, TOKENS), generator=generator).to(model.device)
 
 
 @contextmanager
@@ -197,7 +196,7 @@ def _scaled(head: nn.Module, factor: float) -> Iterator[None]:
     def scaled(hidden):
         return factor * forward(hidden)
 
-    with sliced_loss.replaced_forward(head, scaled):
+    with chunked_loss.replaced_forward(head, scaled):
         yield
 
 

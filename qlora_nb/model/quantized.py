@@ -1,5 +1,9 @@
-"""What a model brings along and would decide silently: its own quantization, unquantized layers,
-generation defaults.
+"""How a model is quantized: by its makers already, or by this kit, and what of it is not.
+
+A model can be published in 4 bit by bitsandbytes (it is trained as it is) or in other ways (it is
+refused). And bitsandbytes quantizes nothing but torch's own linear layers: neither a family's own
+class of them nor experts kept together in one three-dimensional parameter. Such weights stay in 16
+bit, which the user is told, as the memory is then not what the paper promises.
 """
 
 from collections import Counter
@@ -8,15 +12,6 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from qlora_nb.errors import KitError
-from qlora_nb.model import generation_defaults
-
-generation_defaults._NO_DEFAULTS |= {
-    "output_attentions",
-    "output_hidden_states",
-    "output_scores",
-    "output_logits",
-    "return_dict_in_generate",
-}
 
 
 def own_quantization(config) -> BitsAndBytesConfig | None:
@@ -30,17 +25,17 @@ def own_quantization(config) -> BitsAndBytesConfig | None:
         return None
     if not isinstance(own, dict):
         own = own.to_dict()
-    is_four_bit = own.get("load_in_4bit") or own.get("_load_in_4bit")
-    if not is_four_bit:
-        method = own.get("quant_method") or "an unknown method"
-        if own.get("load_in_8bit") or own.get("_load_in_8bit"):
-            method = "bitsandbytes in 8 bit"
-        what = "the model is quantized already, in a way that is not trained here"
-        allowed = "a model in 16 or 32 bit, or in 4 bit by bitsandbytes"
-        raise KitError(
-            what, value=str(method), allowed=allowed, remedy="choose the model it was made from"
-        )
-    return BitsAndBytesConfig.from_dict(own)
+    if own.get("load_in_4bit") or own.get("_load_in_4bit"):
+        return BitsAndBytesConfig.from_dict(own)
+    method = own.get("quant_method") or "an unknown method"
+    if own.get("load_in_8bit") or own.get("_load_in_8bit"):
+        method = "bitsandbytes in 8 bit"
+    raise KitError(
+        "the model is quantized already, in a way that is not trained here",
+        value=str(method),
+        allowed="a model in 16 or 32 bit, or in 4 bit by bitsandbytes",
+        remedy="choose the model it was made from",
+    )
 
 
 def described(quant_type: str, double_quant: bool) -> str:
@@ -53,42 +48,40 @@ def described(quant_type: str, double_quant: bool) -> str:
 
 
 def require_four_bit(model: PreTrainedModel) -> None:
-    """Count what is packed; print in one line what of the blocks is not, and why.
+    """Count what is in 4 bit; print in one line what of the blocks is not, and why.
 
     Matrices outside the embeddings and the head are counted, whatever module holds them.
-    bitsandbytes packs the weights of linear
-    layers: neither a family's own class of them nor experts kept together in one three-dimensional
-        parameter.
 
     Raises:
-        KitError: nothing is packed.
+        KitError: nothing is in 4 bit.
     """
     head = model.get_output_embeddings()
     apart = set() if head is None else set(head.modules())
-    packed = 0
+    n_packed = 0
     left: Counter[str] = Counter()
     for path, module in model.named_modules():
         if module in apart or isinstance(module, nn.Embedding):
             continue
         for name, parameter in module.named_parameters(recurse=False):
             if hasattr(parameter, "quant_state"):
-                packed += parameter.quant_state.shape.numel()
+                n_packed += parameter.quant_state.shape.numel()
             elif sum(side > 1 for side in parameter.shape) >= 2:
                 left[_whose(path, name, module)] += parameter.numel()
-    shown = ", ".join(f"{n:,} in {whose}" for whose, n in left.most_common(3)) + (
-        ", …" if len(left) > 3 else ""
-    )
-    if not packed:
-        remedy = "choose a model whose blocks are made of torch's linear layers"
+    largest = [f"{n:,} in {whose}" for whose, n in left.most_common(3)]
+    if len(left) > 3:
+        largest.append("…")
+    shown = ", ".join(largest)
+    if not n_packed:
         raise KitError(
             f"no weight of this model can be stored in 4 bit ({shown})",
             value=model.config.model_type,
-            remedy=remedy,
+            remedy="choose a model whose blocks are made of torch's linear layers",
         )
     if left:
         dtype = str(model.dtype).removeprefix("torch.")
         print(
-            f"in 4 bit: {packed:,} weights of the blocks; {left.total():,} are not and stay in {dtype}: {shown}"
+            f"in 4 bit: {n_packed:,} weights of the blocks; "
+            f"{left.total():,} are not and stay in {dtype}: {shown}"
         )
 
 

@@ -1,7 +1,8 @@
 """A 4-bit copy of a model, kept once, so that no later run reads and rounds 16-bit weights again.
 
 pythia-12b is 24 GB on the hub and about 7 GB once its linear layers are packed. The copy lies in
-the kit's cache beside a note of what it was made from; it is used only if that still holds.
+the kit's cache, in one folder for each model and datatypes, beside a note of what it was made from:
+the source's files or commits, and the sizes of its own files. It is used only if both still hold.
 """
 
 import hashlib
@@ -30,15 +31,15 @@ def find(path: str, settings, dtype: torch.dtype) -> Path | None:
         note = json.loads((folder / NOTE).read_text())
     except (OSError, ValueError):
         return None
-    if note["source"] == _source(path) and note["files"] == _sizes(folder):
+    if note == _note(path, folder):
         print(f"loading the 4-bit copy kept in {folder.name}")
         return folder
     print("the 4-bit copy kept of this model is of another version or not whole: it is made anew")
     return None
 
 
-def keep(model, path: str, settings, dtype: torch.dtype) -> None:
-    """Save a model that was just packed; a disk that is full or closed costs the copy, not the
+def save(model, path: str, settings, dtype: torch.dtype) -> None:
+    """Keep a model that was just packed; a disk that is full or closed costs the copy, not the
     run.
     """
     folder = _folder(path, settings, dtype)
@@ -46,10 +47,8 @@ def keep(model, path: str, settings, dtype: torch.dtype) -> None:
     try:
         fetch.require_room(folder.parent, model.get_memory_footprint(), "the 4-bit copy")
         model.save_pretrained(temporary, max_shard_size="1GB")  # a step of the progress bar each
-        files.write_atomically(
-            temporary / NOTE,
-            json.dumps({"source": _source(path), "files": _sizes(temporary)}, indent=1),
-        )
+        note = json.dumps(_note(path, temporary), indent=1)
+        files.write_atomically(temporary / NOTE, note)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
     except (KitError, OSError, SafetensorError) as error:
@@ -59,23 +58,20 @@ def keep(model, path: str, settings, dtype: torch.dtype) -> None:
 
 
 def _folder(path: str, settings, dtype: torch.dtype) -> Path:
-    how = [path, settings.quant_type, settings.double_quant, str(dtype)]
-    return (
-        sources.CACHE
-        / "quantized"
-        / f"{Path(path).name}-{hashlib.sha256(json.dumps(how).encode()).hexdigest()[:12]}"
-    )
+    how = json.dumps([path, settings.quant_type, settings.double_quant, str(dtype)])
+    name = f"{Path(path).name}-{hashlib.sha256(how.encode()).hexdigest()[:12]}"
+    return sources.CACHE / "quantized" / name
 
 
-def _source(path: str) -> list:
-    """Name, size and time of a folder's weights; of a hub name the commits in the local cache."""
+def _note(path: str, copy: Path) -> dict[str, object]:
+    """`source`: name, size and time of a folder's weights, of a hub name the commits in the local
+    cache; `files`: the sizes of the copy's own files.
+    """
+    source = []
     if os.path.isdir(path):
-        return [
-            [f.name, f.stat().st_size, f.stat().st_mtime_ns]
-            for f in sorted(Path(path).glob("*.safetensors"))
-        ]
-    return sorted(f.read_text() for f in sources.hub_cache(path, "model").glob("refs/*"))
-
-
-def _sizes(folder: Path) -> dict[str, int]:
-    return {f.name: f.stat().st_size for f in sorted(folder.iterdir()) if f.name != NOTE}
+        for file in sorted(Path(path).glob("*.safetensors")):
+            source.append([file.name, file.stat().st_size, file.stat().st_mtime_ns])
+    else:
+        source = sorted(f.read_text() for f in sources.hub_cache(path, "model").glob("refs/*"))
+    sizes = {f.name: f.stat().st_size for f in copy.iterdir() if f.name != NOTE}
+    return {"source": source, "files": sizes}

@@ -9,10 +9,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from qlora_nb.errors import KitError
+from qlora_nb.model import load
 from qlora_nb.model.linear_layers import adapted_names, linear_layers
 from qlora_nb.record import files, seal
 
 
+@load.without_checkpointing_warning()
 def attach_adapter(model: PreTrainedModel, settings) -> PeftModel:
     """Freeze the base and put a LoRA adapter on the layers that `target_modules` names.
 

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from qlora_nb.answer import evaluate, generate
 from qlora_nb.errors import is_out_of_memory
 from qlora_nb.memory import ledger, out_of_memory, profiler
-from qlora_nb.model import device, sliced_loss
+from qlora_nb.model import chunked_loss, device
 
 SMALLEST_SCALE = 1.0
 """A gradient scaler that has come down to this has halved its scale sixteen times: the gradients
@@ -159,7 +159,7 @@ class Sample(TrainerCallback):
 
     def look(self, model: PeftModel, step: int) -> None:
         """Print and log what the model says after this step."""
-        with sliced_loss.whole_head(model):
+        with chunked_loss.whole_head(model):
             [said] = generate.answer_all(model, self.tokenizer, [self.row], self.settings)
             print(f"step {step}, asked {self.row['instruction']!r}: {said!r}")
             if self.held_out:

@@ -22,7 +22,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from qlora_nb.errors import KitError, is_out_of_memory
 from qlora_nb.memory import out_of_memory, preflight
-from qlora_nb.model import data, device, fetch, probes, sliced_loss
+from qlora_nb.model import batching, chunked_loss, device, fetch, probes
 from qlora_nb.record import files, interrupts, seal
 from qlora_nb.train import attach, callbacks, checkpoints, optimizers
 
@@ -59,7 +59,7 @@ class QLoRATrainer(Trainer):
     def _get_train_sampler(self, train_dataset=None):
         return SequentialSampler(
             train_dataset or self.train_dataset
-        )  # data.in_training_order has seen to it
+        )  # batching.in_training_order has seen to it
 
     def save_model(self, output_dir=None, _internal_call=False):
         attach.save_adapter(self.model, output_dir)
@@ -277,8 +277,8 @@ def _loss_for(model: PeftModel, settings, stack: ExitStack) -> Callable | None:
     """
     chunk = _probed(model, settings)
     if chunk:
-        return stack.enter_context(sliced_loss.sliced_head(model, chunk))
-    return sliced_loss.logits_loss if settings.loss_chunk else None
+        return stack.enter_context(chunked_loss.chunked_head(model, chunk))
+    return chunked_loss.logits_cross_entropy if settings.loss_chunk else None
 
 
 def _go_back(
@@ -303,16 +303,16 @@ def _go_back(
 def _counting_collator(
     tokenizer, n_tokens: list[int], shapes: list[tuple[int, int, int]]
 ) -> Callable:
-    """`data.collator` that notes of every batch its tokens without padding, and (rows, tokens,
+    """`batching.collator` that notes of every batch its tokens without padding, and (rows, tokens,
     tokens that train).
     """
-    pad = data.collator(tokenizer)
+    pad = batching.collator(tokenizer)
 
     def collate(batch):
         padded = pad(batch)
         n_tokens.append(sum(len(row["input_ids"]) for row in batch))
         shapes.append(
-            (*padded["input_ids"].shape, int((padded["labels"] != sliced_loss.IGNORED).sum()))
+            (*padded["input_ids"].shape, int((padded["labels"] != chunked_loss.IGNORED).sum()))
         )
         return padded
 
@@ -365,7 +365,7 @@ def finetune(
     Args:
         model: what `attach_adapter` returned.
         tokenizer: its tokenizer.
-        rows: what `data.encode` returned.
+        rows: what `data.tokenize_rows` returned.
         settings: the resolved parameters.
         run: the `runs.Run` whose folder takes `metrics.jsonl` and `adapter/`.
         report: called after each step with step, loss, learning_rate, tokens_per_s, seconds_left, …
@@ -405,8 +405,8 @@ def finetune(
     try:
         attach.require_adapter(model)
         first = [p.detach().to("cpu", copy=True) for p in model.parameters() if p.requires_grad]
-        rows = data.pack(rows, settings.max_length) if settings.packing else rows
-        rows = data.in_training_order(rows, settings)
+        rows = batching.pack(rows, settings.max_length) if settings.packing else rows
+        rows = batching.in_training_order(rows, settings)
         with interrupts.stop_on_interrupt() as stop, ExitStack() as stack:
             watch.stop = stop
             loss = _loss_for(model, settings, stack)
