@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import subprocess
 import sys
 from decimal import Decimal
@@ -127,6 +128,23 @@ def test_settings_show_what_was_set_and_escape_it():
     assert shown.changed() == {"model_id": "<b>x</b>", "r": 12}
     assert "<b>x</b>" not in shown._repr_html_()
     assert "set by you" in repr(shown)
+
+
+def test_the_papermill_line_repeats_the_settings():
+    """Read as a shell and papermill read it: words, of which -p takes two."""
+    given = {
+        "prompts": ["one, with a comma", "another 'one'"],
+        "columns": {"instruction": "question", "output": "answer"},
+        "target_modules": ["dense", "query_key_value"],
+        "model_id": "a folder",
+        "double_quant": False,
+        "learning_rate": 0.0002,
+    }
+    settings = validate(given)
+    words = shlex.split(settings.papermill_line("06_x"))
+    assert words[:3] == ["papermill", "notebooks/06_x.ipynb", "out.ipynb"]
+    assert set(words[3::3]) == {"-p"}
+    assert validate(dict(zip(words[4::3], words[5::3], strict=True))) == settings
 
 
 @given(st.dictionaries(st.sampled_from([*Settings.model_fields, "oops"]), st.one_of(
