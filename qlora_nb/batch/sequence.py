@@ -105,7 +105,7 @@ def run_sequence(
     for name in done:
         say(f"{name:28} is done already")
     chosen = [source for source in chosen if source.stem not in done]
-    summary = runs.beginning(folder, given, [version.package for version in machine.versions()])
+    summary = runs.new_record(folder, given, [version.package for version in machine.versions()])
     summary |= {"folder": str(folder), "profile": settings.profile, "chosen": list(hashes)}
     summary["started"] = before.get("started", summary["started"])
     outcomes, started, n_cells = [*done.values()], time.time(), [cells[source] for source in chosen]
