@@ -231,7 +231,7 @@ def copy_for_learning(source: Path, target: Path) -> list[Path]:
             if copy.exists():
                 print(f"kept your {copy.name} (remove it to get a fresh copy)")
                 continue
-            notebook = sequence.read_notebook(path)
+            notebook = one_notebook.read(path)
             for cell in notebook.cells:
                 if cell.cell_type == "code":
                     cell.outputs, cell.execution_count = [], None

@@ -16,7 +16,7 @@ import pytest
 from conftest import NOTEBOOKS, ROOT, Listener
 
 from qlora_nb import machine
-from qlora_nb.batch import report, sequence
+from qlora_nb.batch import one_notebook, report
 from qlora_nb.settings import Settings
 
 NAMES = [p.stem for p in sorted(NOTEBOOKS.glob("0*.ipynb"))]
@@ -114,7 +114,7 @@ def test_runs_to_the_end(name, outcomes):
 
 @each
 def test_no_stored_error(name, executed):
-    assert sequence.stored_errors(nbformat.read(executed[name], 4)) == []
+    assert one_notebook.stored_errors(nbformat.read(executed[name], 4)) == []
 
 
 @each
