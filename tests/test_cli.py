@@ -47,11 +47,11 @@ def _import_time(program: str) -> float:
     "module",
     [
         "cli",
-        "engine.profiles",
-        "engine.environment",
-        "engine.batch",
-        "engine.report",
-        "engine.fetch",
+        "settings",
+        "machine",
+        "batch.sequence",
+        "batch.report",
+        "model.fetch",
     ],
 )
 def test_no_torch_on_the_way_to_a_refusal(module):
