@@ -162,12 +162,12 @@ def why_unusable(torch, index: int = 0) -> str:
             from_on = f"from {oldest[0]}.{oldest[1]} on"
             return f"torch {torch.__version__} has no code for {card}, but {from_on}"
     cuda = torch.version.cuda or "0.0"
-    for since, oldest in OLDEST.items():
-        if Version(cuda).release >= since:
-            if capability < oldest:
-                from_on = f"from {oldest[0]}.{oldest[1]} on"
-                return f"bitsandbytes for CUDA {cuda} has no code for {card}, but {from_on}"
-            break
+    known = [since for since in OLDEST if since <= Version(cuda).release]
+    if known:
+        oldest = OLDEST[max(known)]
+        if capability < oldest:
+            from_on = f"from {oldest[0]}.{oldest[1]} on"
+            return f"bitsandbytes for CUDA {cuda} has no code for {card}, but {from_on}"
     return ""
 
 

@@ -247,6 +247,5 @@ def _end(number: int) -> None:
 def _line(outcome: one_notebook.Outcome) -> str:
     peak = f"{outcome.peak_bytes / 2**20:6.0f} MiB"
     lines = [f"{outcome.notebook:28} {outcome.status:8} {outcome.wall_s:6.1f} s  {peak}"]
-    for problem in outcome.problems:
-        lines.append(f"    {problem}")
+    lines += [f"    {problem}" for problem in outcome.problems]
     return "\n".join(lines)

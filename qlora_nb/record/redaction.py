@@ -19,10 +19,8 @@ def redact(value):
     >>> redact({"said": ["hf_" + 20 * "a"]})
     {'said': ['[hidden]']}
     """
-    secrets = []
-    for name, secret in os.environ.items():
-        if len(secret) >= 8 and _SECRET_NAME.search(name):
-            secrets.append(secret)
+    named = [secret for name, secret in os.environ.items() if _SECRET_NAME.search(name)]
+    secrets = [secret for secret in named if len(secret) >= 8]
 
     def clean(part):
         if isinstance(part, dict):
