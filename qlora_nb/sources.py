@@ -14,6 +14,8 @@ import functools
 import os
 import re
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, build_opener
 
 from qlora_nb.errors import KitError
 from qlora_nb.pocket import MODEL_DIR
@@ -129,13 +131,12 @@ def hub_is_reachable() -> bool:
 
 @functools.lru_cache(maxsize=8)
 def _reachable(endpoint: str) -> bool:
-    import httpx
-
+    opener = build_opener()  # with the proxies that the environment names
     try:
-        httpx.head(endpoint, timeout=1.0)
-    except (httpx.ReadError, httpx.ReadTimeout, httpx.RemoteProtocolError):
-        return True  # somebody is there, who answers late or not at all
-    except Exception:  # nobody is there, or this is no address, or no proxy
+        opener.open(Request(endpoint, method="HEAD"), timeout=1.0).close()
+    except (HTTPError, TimeoutError, ConnectionError):
+        return True  # somebody is there, who says no, or answers late or not at all
+    except Exception:  # URLError: no connection; or this is no address
         return False
     return True
 
