@@ -240,6 +240,32 @@ def test_too_little_memory_and_unreachable_hub(monkeypatch, tmp_path):
             preflight.refuse_what_cannot_run(validate(values))
 
 
+def test_a_name_is_the_kits_own_or_a_path_or_the_hubs(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("pocket", "latest", "mine", "a/b"):
+        Path(folder).mkdir(parents=True)
+    for name in ("pocket", "latest", "owner/model"):
+        assert sources.seen_from_anywhere(name) == name
+    for name in ("mine", "a/b"):
+        assert sources.seen_from_anywhere(name) == str(tmp_path / name)
+    assert [sources.is_here(n) for n in ("smollm2", "mine", "owner/model")] == [True, True, False]
+    monkeypatch.setattr(sources, "in_hub_cache", lambda name, what: name == "cached/one")
+    monkeypatch.setattr(sources, "hub_is_reachable", lambda: False)
+    for name in ("pocket", "cached/one"):
+        sources.require_reachable("model", name, "a model")
+    for name, words in (
+        ("owner/model", "cannot be reached"),
+        ("mine", "config.json"),
+        ("./nothing", "model not found"),
+        ("owner/rows.json", "model not found"),
+        ("nothing", "model not found"),
+    ):
+        with pytest.raises(KitError, match=words):
+            sources.require_reachable("model", name, "a model")
+    monkeypatch.setattr(sources, "hub_is_reachable", lambda: True)
+    sources.require_reachable("model", "owner/model", "a model")
+
+
 def test_a_loaded_or_wrong_version_is_named_with_its_remedy():
     version = machine.Version
     assert "restart" in version("torch", "2.13.0", ">=2.6", "2.12.0").problem
