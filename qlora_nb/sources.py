@@ -93,11 +93,13 @@ def require_reachable(what: str, name: str, allowed: str) -> None:
         KitError: a path where nothing lies, a folder that holds no model, or a hub name that is not
             in the local cache while the hub cannot be reached.
     """
+    if name in KITS_OWN:
+        return
     path = local_path(name)
     if what == "model" and path.is_dir() and not (path / "config.json").is_file():
         remedy = "give a folder made by save_pretrained"
         raise KitError("the model folder has no config.json", value=name, remedy=remedy)
-    if is_here(name):
+    if path.exists():
         return
     looks_local = name.startswith((".", "/", "~", "\\"))
     names_a_file = path.suffix in (".json", ".jsonl", ".csv", ".parquet")
