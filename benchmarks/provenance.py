@@ -37,7 +37,7 @@ def provenance(seeds: tuple[int, ...] = ()) -> dict:
     hardware = asdict(machine.this_machine(ROOT))
     return {
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "commit": runs._commit(),
+        "commit": runs.commit(),
         "clean": clean,  # False: the commit does not say all
         "hardware": {
             k: hardware[k] for k in ("cpu", "n_cores", "ram_bytes", "gpus", "python", "system")

@@ -1,24 +1,34 @@
 """A Jupyter kit that teaches QLoRA by taking it apart, then runs it for real.
 
-Rooms: `theory` (what is taught) ← `engine` (what is run) ← `ui` (what is seen); `pocket` is the
-small model that ships with the kit and `cli` the command line. Importing this package loads no
-torch.
+The rooms, each of which imports only from those before it (tests/test_rooms.py):
+
+- `errors`, `pythia`, `cards`, `machine`, `pocket`, `progress`, `sources`, `recorded`: the ground.
+  Refusals, model sizes, this machine, the small model that ships, what a name stands for.
+- `settings`: every parameter, its check and its default in each profile.
+- `theory`: QLoRA's arithmetic, written out in NumPy and plain torch.
+- `record`: what a run writes, whole and without secrets.
+- `model`, `memory`, `answer`, `train`: load a base, predict peak memory, generate, fine-tune.
+- `batch`, `ui`, `lessons`, `cli`: all notebooks at once, panels, figures, the command line.
+
+Importing the package loads no torch. It sets three environment variables, each only if it is not
+set yet (`OMP_WAIT_POLICY`, `TORCH_CPP_LOG_LEVEL`, `KINETO_LOG_LEVEL`), and the level of one logger
+(`bitsandbytes.backends.cpu.ops`); nothing else changes.
 """
 
 import logging
 import os
 
 # Two OpenMP threads that spin on a busy two-core machine are five to eight times slower than one
-# (measured); idle threads must sleep. The variable is read when torch loads, so it is set here,
-# before anything imports torch.
+# (measured), so idle threads must sleep. OpenMP reads this when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# torch's profiler weighs a training step (engine.activations) and would write its own bookkeeping
-# into the notebook.
-for name, level in {"TORCH_CPP_LOG_LEVEL": "ERROR", "KINETO_LOG_LEVEL": "99"}.items():
-    os.environ.setdefault(name, level)
+
+# torch's profiler measures the memory of a training step (memory.profiler); its log lines would
+# stand in the notebook.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 __version__ = "0.1.0"
 
-# bitsandbytes offers an optional kernel from the hub and warns, on CPUs with bfloat16 units, that
-# it is not installed. The kit does not use it: tiny must make no hub call.
+# On CPUs with bfloat16 units bitsandbytes warns that an optional kernel from the hub is not
+# installed. The kit does without: profile tiny makes no hub call.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

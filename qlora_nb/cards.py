@@ -1,32 +1,33 @@
-"""Which card is computed on: the one that torch calls cuda:0, found without importing torch where
-that can be.
+"""Which GPU is computed on: the one that torch calls cuda:0, found without importing torch.
 
-Three can be asked. torch/version.py, read as text, says what torch is built for. The driver's
-library (NVML) lists the cards in the order of the PCI bus; it knows neither what torch can use nor
-what CUDA_VISIBLE_DEVICES hides. torch.cuda knows
-all of it: it is asked as soon as torch is loaded, and where NVML is silent though a card seems to
-    be there.
+Three can be asked. `torch/version.py`, read as text, says what torch is built for. The driver's
+library NVML (package nvidia-ml-py, module `pynvml`) lists the cards in the order of the PCI bus; it
+knows neither what torch can use nor what CUDA_VISIBLE_DEVICES hides. `torch.cuda` knows all of it:
+it is asked as soon as torch is loaded, and where NVML is silent though a card seems to be there
+(containers, Jetson, WSL).
+
+Memory is always asked of NVML first: CUDA answers only after it has made a context, which takes
+about 0.45 GiB of the card itself. Source: CUDA C++ Programming Guide, "CUDA Environment Variables";
+NVML API reference; bitsandbytes' build matrix.
 """
 
-import ast
 import importlib.util
 import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from packaging.version import Version
 
 GIB = 2**30
 
 CONTEXT_BYTES = int(0.45 * GIB)
-"""What CUDA's driver and libraries take before the first tensor: assumed until it is measured on a
-GPU.
-"""
+"""What CUDA's driver and libraries take before the first tensor: assumed until it is measured."""
 
 OLDEST = {(13, 0): (7, 5), (12, 8): (7, 0), (11, 8): (6, 0)}
 """From this CUDA version of torch on → the oldest compute capability in the library that
@@ -36,10 +37,10 @@ bitsandbytes 0.50.2 takes for it.
 
 @dataclass(frozen=True)
 class Gpu:
-    """One card; sizes in bytes. `reserved` is the driver's own, `own` what this process holds
-    already, its CUDA context included.
+    """One card; sizes in bytes.
 
-    `problem` says why the kit cannot compute on it; empty if it can.
+    `reserved_bytes` is the driver's own part, `own_bytes` what this process holds already, its CUDA
+    context included. `problem` says why the kit cannot compute on it; empty if it can.
     """
 
     name: str
@@ -54,15 +55,13 @@ class Gpu:
 
     @property
     def has_bf16(self) -> bool:
-        """bfloat16 arithmetic exists from compute capability 8.0 (Ampere) on; a T4 (7.5) lacks
-        it.
-        """
+        """bfloat16 arithmetic exists from compute capability 8.0 (Ampere) on; a T4 has 7.5."""
         return self.compute_capability >= (8, 0)
 
     @property
     def usable_bytes(self) -> int:
-        """What a run of this process can take: never the driver's part, and what other programs
-        hold neither.
+        """What a run of this process can take: neither the driver's part nor what other programs
+        hold.
         """
         return min(self.total_bytes - self.reserved_bytes, self.free_bytes + self.own_bytes)
 
@@ -73,30 +72,20 @@ class Gpu:
 
 
 def torch_build() -> dict[str, str]:
-    """The texts in torch/version.py (`__version__`, `cuda`, `hip`, `xpu`, …), read without
-    importing torch; else empty.
+    """The texts in torch/version.py (`__version__`, `cuda`, `hip`, `xpu`, …), without importing
+    torch; empty where they cannot be read.
     """
     loaded = sys.modules.get("torch")
-    if loaded is not None and hasattr(loaded, "version"):
-        return {
-            name: value for name, value in vars(loaded.version).items() if isinstance(value, str)
-        }
-    build = {}
-    with suppress(ImportError, ValueError, OSError, SyntaxError):
+    if hasattr(loaded, "version"):
+        texts = vars(loaded.version).items()
+        return {name: value for name, value in texts if isinstance(value, str)}
+    with suppress(ImportError, ValueError, OSError):
         spec = importlib.util.find_spec("torch")
-        if spec is None or spec.origin is None:
-            return build
-        source = Path(spec.origin).with_name("version.py").read_text(encoding="utf-8")
-        for line in ast.parse(source).body:
-            value = getattr(line, "value", None)
-            if (
-                isinstance(line, ast.Assign | ast.AnnAssign)
-                and isinstance(value, ast.Constant)
-                and isinstance(value.value, str)
-            ):
-                target = line.target if isinstance(line, ast.AnnAssign) else line.targets[0]
-                build[getattr(target, "id", "")] = value.value
-    return build
+        if spec and spec.origin:
+            source = Path(spec.origin).with_name("version.py").read_text(encoding="utf-8")
+            # lines such as  cuda: Optional[str] = '13.0'
+            return dict(re.findall(r"""^(\w+)[^=\n]*= *['"](.*)['"]""", source, re.MULTILINE))
+    return {}
 
 
 def visible() -> list[Gpu]:
@@ -114,14 +103,19 @@ def visible() -> list[Gpu]:
             return []
         with suppress(ImportError, OSError):
             torch = importlib.import_module("torch")
-    return _torch_cards(torch) if hasattr(torch, "cuda") else []
+    if not hasattr(torch, "cuda") or not torch.cuda.is_available():
+        return []
+    seen = []
+    # up to the first card that does not answer
+    with suppress(RuntimeError, AssertionError), driver() as nvml:
+        for index in range(torch.cuda.device_count()):
+            seen.append(_as_torch_sees(torch, index, nvml))
+    return seen
 
 
 def why_none() -> tuple[str, str]:
     """What keeps torch from a card that is there, and the remedy; two empty texts if no card is
-    there.
-
-    Asked when `visible` gives no card to compute on.
+    there. Asked when `visible` gives no card to compute on.
     """
     seen = visible()
     if seen:
@@ -129,80 +123,80 @@ def why_none() -> tuple[str, str]:
     cards = driver_cards()
     if not cards:
         return "", ""
-    name, build = cards[0][1].name, torch_build()
-    version = build.get("__version__", "")
+    shows = f"the driver shows {cards[0][1].name}, but torch"
+    build = torch_build()
     if not build:
-        return (
-            f"the driver shows {name}, but torch cannot be loaded",
-            "see what python -c 'import torch' says",
-        )
+        return f"{shows} cannot be loaded", "see what python -c 'import torch' says"
+    version = build.get("__version__", "")
     if "cuda" not in build:
         kind = "a CPU build"
         if "xpu" in build:
             kind = "a build for Intel GPUs"
         if "hip" in build:
             kind = "a build for AMD GPUs"
-        remedy = "install a CUDA build of torch (PyTorch's install page gives the command for your system)"
-        return f"the driver shows {name}, but torch {version} is {kind}", remedy
+        remedy = "install a CUDA build of torch (PyTorch's install page gives the command)"
+        return f"{shows} {version} is {kind}", remedy
     if not _chosen(cards):
         value = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        return (
-            f"CUDA_VISIBLE_DEVICES={value!r:.80} hides {name}",
-            "unset it, or name a card that is there",
-        )
-    remedy = (
-        f"update the driver, or install a build of torch for an older CUDA than {build['cuda']}"
-    )
-    return f"the driver shows {name}, but torch {version} cannot use it", remedy
+        problem = f"CUDA_VISIBLE_DEVICES={value!r:.80} hides {cards[0][1].name}"
+        return problem, "unset it, or name a card that is there"
+    cuda = build["cuda"]
+    remedy = f"update the driver, or install a build of torch for an older CUDA than {cuda}"
+    return f"{shows} {version} cannot use it", remedy
 
 
 def why_unusable(torch, index: int = 0) -> str:
-    """What a card that torch sees is refused for: torch or bitsandbytes was compiled for later ones
-    only.
+    """Why a card that torch sees is refused: torch or bitsandbytes was compiled for later ones
+    only. Empty if it is not.
     """
     try:
         about = torch.cuda.get_device_properties(index)
     except (RuntimeError, AssertionError):  # it does not answer: torch will say so itself
         return ""
-    capability = about.major, about.minor
+    capability = (about.major, about.minor)
     card = f"{about.name} (compute capability {about.major}.{about.minor})"
-    compiled_for = [
-        int(number)
-        for number in re.findall(r"(?:sm|compute)_(\d+)", " ".join(torch.cuda.get_arch_list()))
-    ]
-    if compiled_for and 10 * about.major + about.minor < min(compiled_for):
-        return f"torch {torch.__version__} has no code for {card}, but from {min(compiled_for) / 10} on"
-    cuda = tuple(int(part) for part in (torch.version.cuda or "0.0").split(".")[:2])
-    for since, oldest in OLDEST.items():
-        if cuda >= since:
-            if capability < oldest:
-                return f"bitsandbytes for CUDA {torch.version.cuda} has no code for {card}, but from {oldest[0]}.{oldest[1]} on"
-            break
+    codes = re.findall(r"(?:sm|compute)_(\d+)", " ".join(torch.cuda.get_arch_list()))
+    if codes:
+        oldest = divmod(min(map(int, codes)), 10)
+        if capability < oldest:
+            from_on = f"from {oldest[0]}.{oldest[1]} on"
+            return f"torch {torch.__version__} has no code for {card}, but {from_on}"
+    cuda = torch.version.cuda or "0.0"
+    known = [since for since in OLDEST if since <= Version(cuda).release]
+    if known:
+        oldest = OLDEST[max(known)]
+        if capability < oldest:
+            from_on = f"from {oldest[0]}.{oldest[1]} on"
+            return f"bitsandbytes for CUDA {cuda} has no code for {card}, but {from_on}"
     return ""
 
 
 def _remedy_for(capability: tuple[int, int]) -> str:
     """What would reach a card of this capability, and how to do without it."""
     without = "set CUDA_VISIBLE_DEVICES to nothing to compute on the CPU"
+    before = ""
     for since, oldest in OLDEST.items():
         if capability >= oldest:
-            later = [version for version in OLDEST if version > since]
-            before = f", before {min(later)[0]}.{min(later)[1]}" if later else ""
-            return f"install a build of torch for CUDA {since[0]}.{since[1]} or later{before}; or {without}"
+            build = f"a build of torch for CUDA {since[0]}.{since[1]} or later{before}"
+            return f"install {build}; or {without}"
+        before = f", before {since[0]}.{since[1]}"
     return without
 
 
-def remarks(seen: list[Gpu] | tuple[Gpu, ...], system: str) -> list[str]:
+def remarks(seen: Sequence[Gpu], system: str) -> list[str]:
     """One sentence for each thing about this machine's cards that a table of sizes does not say.
 
     Args:
         seen: the cards, the one that is used first.
         system: operating system and processor, as "Darwin arm64".
     """
-    build, torch, lines = torch_build(), sys.modules.get("torch"), []
+    build = torch_build()
+    torch = sys.modules.get("torch")
+    lines = []
     if seen and seen[0].is_mig:
         lines.append(
-            "MIG: the card is shared out; what counts is the memory of this instance, not of the whole card"
+            "MIG: the card is shared out; what counts is the memory of this instance, "
+            "not of the whole card"
         )
     if seen and seen[0].is_integrated:
         lines.append(
@@ -210,17 +204,20 @@ def remarks(seen: list[Gpu] | tuple[Gpu, ...], system: str) -> list[str]:
         )
     if "hip" in build:
         lines.append(
-            f"ROCm {build['hip']}: torch calls an AMD GPU cuda, and the kit computes on it; the kit was never run there"
+            f"ROCm {build['hip']}: torch calls an AMD GPU cuda, and the kit computes on it; "
+            "the kit was never run there"
         )
     if "xpu" in build or (hasattr(torch, "xpu") and torch.xpu.is_available()):
         lines.append(
-            "XPU: this torch knows Intel's GPUs, but the kit does not use them: it computes on the CPU"
+            "XPU: this torch knows Intel's GPUs, but the kit does not use them: "
+            "it computes on the CPU"
         )
-    if system == "Darwin arm64" or (
-        hasattr(torch, "backends") and torch.backends.mps.is_available()
-    ):
-        own = "in code of your own on MPS take optim=adamw_torch: bitsandbytes' paged and 8-bit optimizers fail there"
-        lines.append(f"MPS: the kit does not use Apple's GPU, it computes on the CPU; {own}")
+    has_mps = hasattr(torch, "backends") and torch.backends.mps.is_available()
+    if has_mps or system == "Darwin arm64":
+        lines.append(
+            "MPS: the kit does not use Apple's GPU, it computes on the CPU; in code of your own on "
+            "MPS take optim=adamw_torch: bitsandbytes' paged and 8-bit optimizers fail there"
+        )
     return lines
 
 
@@ -252,20 +249,17 @@ def driver_cards() -> list[tuple[str, Gpu]]:
     """
     cards = []
     with driver() as nvml:
+        if nvml is None:
+            return cards
         count = 0
-        if nvml:
-            with suppress(nvml.NVMLError):
-                count = nvml.nvmlDeviceGetCount()
+        with suppress(nvml.NVMLError):
+            count = nvml.nvmlDeviceGetCount()
         for index in range(count):
             with suppress(nvml.NVMLError):
                 whole = nvml.nvmlDeviceGetHandleByIndex(index)
                 instances = _instances(nvml, whole)
-                cards.append(
-                    (
-                        _uuid(nvml, whole),
-                        _described(nvml, instances[0] if instances else whole, whole),
-                    )
-                )
+                first = instances[0] if instances else whole
+                cards.append((_uuid(nvml, whole), _described(nvml, first, whole)))
                 for instance in instances:
                     cards.append((_uuid(nvml, instance), _described(nvml, instance, whole)))
     return cards
@@ -303,41 +297,47 @@ def _described(nvml, handle, whole) -> Gpu:
     memory = nvml.nvmlDeviceGetMemoryInfo(handle)
     reserved = 0
     with suppress(nvml.NVMLError, TypeError):  # an older driver
-        reserved = getattr(
-            nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2), "reserved", 0
-        )
-    capability = tuple(nvml.nvmlDeviceGetCudaComputeCapability(whole))
-    name, is_mig = nvml.nvmlDeviceGetName(handle), handle is not whole
-    return Gpu(name, memory.total, memory.free, capability, reserved_bytes=reserved, is_mig=is_mig)
+        detailed = nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2)
+        reserved = getattr(detailed, "reserved", 0)
+    return Gpu(
+        name=nvml.nvmlDeviceGetName(handle),
+        total_bytes=memory.total,
+        free_bytes=memory.free,
+        compute_capability=tuple(nvml.nvmlDeviceGetCudaComputeCapability(whole)),
+        reserved_bytes=reserved,
+        is_mig=handle is not whole,
+    )
 
 
 def _chosen(cards: list[tuple[str, Gpu]]) -> list[Gpu]:
     """The cards that CUDA_VISIBLE_DEVICES leaves, in its order: what follows the first entry that
-    names no card is ignored.
+    names no card is ignored, and a card named twice leaves none.
 
     Numbers count in CUDA's order, which begins with the fastest card unless CUDA_DEVICE_ORDER is
     PCI_BUS_ID. Which one CUDA takes for the fastest is guessed here, by compute capability and
-    memory. A card named twice leaves none.
+    memory.
     """
+
+    def speed(entry: tuple[str, Gpu]) -> tuple:
+        return entry[1].compute_capability, entry[1].total_bytes
+
     numbered = [entry for entry in cards if not entry[0].startswith("MIG-")]
     if numbered and os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
-        fastest = max(
-            numbered, key=lambda entry: (entry[1].compute_capability, entry[1].total_bytes)
-        )
+        fastest = max(numbered, key=speed)
         numbered.sort(key=lambda entry: entry is not fastest)
     value = os.environ.get("CUDA_VISIBLE_DEVICES")
     if value is None:
         return [card for _, card in numbered]
-    kind, chosen = value.strip()[:4], []
+    kind = value.strip()[:4]
+    chosen = []
     for wanted in map(str.strip, value.split(",")):
+        number = re.match(r"[+-]?\d+", wanted)
+        found = []
         if kind in ("GPU-", "MIG-"):  # the beginning of a UUID is enough if it is one card's alone
-            found = [
-                entry for entry in cards if wanted.startswith(kind) and entry[0].startswith(wanted)
-            ]
-        else:
-            number = re.match(r"[+-]?\d+", wanted)
-            at = int(number[0]) if number else -1
-            found = numbered[at : at + 1] if at >= 0 else []
+            if wanted.startswith(kind):
+                found = [entry for entry in cards if entry[0].startswith(wanted)]
+        elif number and int(number[0]) >= 0:
+            found = numbered[int(number[0]) :][:1]
         if len(found) != 1:
             break
         if any(found[0] is entry for entry in chosen):
@@ -364,30 +364,20 @@ def _card_files() -> bool:
     return shutil.which("nvidia-smi") is not None
 
 
-def _torch_cards(torch) -> list[Gpu]:
-    """Every card as torch sees it, up to the first that does not answer."""
-    cards = []
-    if not torch.cuda.is_available():
-        return cards
-    with suppress(RuntimeError, AssertionError), driver() as nvml:
-        for index in range(torch.cuda.device_count()):
-            cards.append(_as_torch_sees(torch, index, nvml))
-    return cards
-
-
 def _as_torch_sees(torch, index: int, nvml) -> Gpu:
-    """One card: its memory as NVML counts it, for CUDA would take memory itself (a context) to
-    answer that.
+    """One card: its memory as NVML counts it.
 
     Where NVML does not know the card, or means another size by it (the whole of which this is an
     instance), CUDA is asked for cuda:0; of other cards the size alone is told. Integrated ones take
     from the system's memory.
     """
     about = torch.cuda.get_device_properties(index)
-    total, free, is_mig = about.total_memory, about.total_memory, False
+    total = about.total_memory
+    free = total
     is_integrated = bool(getattr(about, "is_integrated", False))
-    handle = handle_of(nvml, getattr(about, "uuid", None)) if nvml else None
+    is_mig = False
     told = None
+    handle = handle_of(nvml, getattr(about, "uuid", None)) if nvml else None
     if handle is not None:
         with suppress(nvml.NVMLError):
             is_mig = bool(nvml.nvmlDeviceIsMigDeviceHandle(handle))
@@ -396,21 +386,22 @@ def _as_torch_sees(torch, index: int, nvml) -> Gpu:
     if is_integrated:
         free = min(total, psutil.virtual_memory().available)
     elif told and abs(told.total - total) < 0.1 * total:
-        total, free = told.total, told.free
+        total = told.total
+        free = told.free
     elif index == 0:
         with suppress(RuntimeError):
             free, _ = torch.cuda.mem_get_info(index)
     own = torch.cuda.memory_reserved(index)
-    own = own + CONTEXT_BYTES if own else 0
-    capability, reserved = (about.major, about.minor), max(0, total - about.total_memory)
+    if own:
+        own += CONTEXT_BYTES
     return Gpu(
-        about.name,
-        total,
-        free,
-        capability,
-        reserved,
-        own,
-        is_mig,
-        is_integrated,
-        why_unusable(torch, index),
+        name=about.name,
+        total_bytes=total,
+        free_bytes=free,
+        compute_capability=(about.major, about.minor),
+        reserved_bytes=max(0, total - about.total_memory),
+        own_bytes=own,
+        is_mig=is_mig,
+        is_integrated=is_integrated,
+        problem=why_unusable(torch, index),
     )

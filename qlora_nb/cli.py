@@ -1,8 +1,8 @@
 """The command line: look at the machine, fetch ahead, plan the memory, run the notebooks.
 
-Every heavy import stands inside the command that needs it, so that `--help` and a misspelt name
-answer at once. A refusal (`KitError`) is printed as one paragraph on stderr and exits with 2; a
-failed notebook exits with 1.
+Each command is a thin door to a room. Every heavy import stands inside the command that needs it,
+so that `--help` and a misspelt name answer at once. A refusal (`KitError`) is printed as one
+paragraph on stderr and exits with 2; a failed notebook exits with 1; Ctrl-C with 130.
 """
 
 import importlib
@@ -30,21 +30,25 @@ class _Group(TyperGroup):
     def invoke(self, ctx):
         try:
             return super().invoke(ctx)
-        except (KitError, KeyboardInterrupt) as error:
-            said, code = (error, 2) if isinstance(error, KitError) else ("stopped by you", 130)
-            typer.echo(f"qlora-nb: {said}", err=True)
-            raise SystemExit(code) from None
+        except KitError as error:
+            typer.echo(f"qlora-nb: {error}", err=True)
+            raise SystemExit(2) from None
+        except KeyboardInterrupt:
+            typer.echo("qlora-nb: stopped by you", err=True)
+            raise SystemExit(130) from None
 
 
-_ABOUT = "Learn QLoRA by taking it apart, then run it: from an offline CPU to pythia-12b."
 app = typer.Typer(
     cls=_Group,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help=_ABOUT,
+    help="Learn QLoRA by taking it apart, then run it: from an offline CPU to pythia-12b.",
 )
-_PARAMETERS = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+TAKES_PARAMETERS = {"allow_extra_args": True, "ignore_unknown_options": True}
+"""For commands that take `-p NAME VALUE`: typer has no option of two values that repeats."""
+
 Profile = Annotated[str, typer.Option(help="tiny, smollm2, t4 or full")]
 
 
@@ -66,27 +70,42 @@ def doctor() -> None:
         print(line)
     constraints = sources.project_root() / "constraints.txt"
     pins = constraints.read_text() if constraints.is_file() else ""
-    versions = machine.versions()
-    for version in versions:
+    all_is_well = True
+    for version in machine.versions():
+        verdict = "ok"
         pin = re.search(rf"^{version.package}==([^\s;]+)", pins, re.MULTILINE)
-        tested = (
-            f"tested with {pin[1]}"
-            if pin and pin[1] != str(version.installed).split("+")[0]
-            else ""
-        )
-        print(
-            f"  {version.package:18} {version.installed or '-':12} {version.problem or tested or 'ok'}"
-        )
-    print(
-        f"hub: {sources.hub_endpoint()} {'can' if sources.hub_is_reachable() else 'cannot'} be reached"
-    )
+        if pin and pin[1] != str(version.installed).split("+")[0]:
+            verdict = f"tested with {pin[1]}"
+        if version.problem:
+            verdict = version.problem
+            all_is_well = False
+        print(f"  {version.package:18} {version.installed or '-':12} {verdict}")
+    can = "can" if sources.hub_is_reachable() else "cannot"
+    print(f"hub: {sources.hub_endpoint()} {can} be reached")
     print(f"take this profile: {_fitting_profile(here)}")
-    raise typer.Exit(1 if any(version.problem for version in versions) else 0)
+    raise typer.Exit(0 if all_is_well else 1)
+
+
+def _fitting_profile(here) -> str:
+    from qlora_nb.memory import preflight
+    from qlora_nb.settings import validate
+
+    if here.gpus:
+        for name in ("full", "t4"):
+            settings = validate({"profile": name})
+            with suppress(KitError):
+                preflight.require_fit(settings, here)
+                return f"{name} ({settings.model_id}), or any smaller one"
+    return "tiny (ships with the kit); smollm2 after `qlora-nb fetch smollm2`"
 
 
 @app.command()
-def fetch(what: Annotated[str, typer.Argument(help="smollm2, or a hub model such as EleutherAI/pythia-410m")],
-          dataset: Annotated[bool, typer.Option("--dataset", help="the name is a data set's")] = False) -> None:  # fmt: skip
+def fetch(
+    what: Annotated[
+        str, typer.Argument(help="smollm2, or a hub model such as EleutherAI/pythia-410m")
+    ],
+    dataset: Annotated[bool, typer.Option("--dataset", help="the name is a data set's")] = False,
+) -> None:
     """Download a model or a data set ahead. Run it again after a cut: whole files are kept."""
     from qlora_nb.model import fetch
 
@@ -96,10 +115,13 @@ def fetch(what: Annotated[str, typer.Argument(help="smollm2, or a hub model such
         fetch.fetch_repo(what, "dataset" if dataset else "model")
 
 
-@app.command(context_settings=_PARAMETERS)
-def plan(ctx: typer.Context, profile: Profile = "tiny",
-         gpu_gib: Annotated[float | None, typer.Option(help="memory of the card you mean (GiB)")] = None) -> None:  # fmt: skip
-    """Every byte of a run's fullest moment before anything is loaded, and what would lower it.
+@app.command(context_settings=TAKES_PARAMETERS)
+def plan(
+    ctx: typer.Context,
+    profile: Profile = "tiny",
+    gpu_gib: Annotated[float | None, typer.Option(help="memory of the card you mean (GiB)")] = None,
+) -> None:
+    """Every byte of a run's peak memory before anything is loaded, and what would lower it.
     Parameters: -p NAME VALUE.
     """
     from qlora_nb.settings import validate
@@ -109,89 +131,95 @@ def plan(ctx: typer.Context, profile: Profile = "tiny",
     from qlora_nb.memory import budget, estimates
     from qlora_nb.model import configs
 
-    config, on_gpu = configs.config_of(settings.model_id), gpu_gib is not None or None
-    train = budget.peak(budget.plan_of(settings, True, config, on_gpu))
-    print(
-        train, budget.peak(budget.plan_of(settings, False, config, on_gpu)), sep="\n\n", end="\n\n"
-    )
-    size = sources.download_bytes(settings.model_id)
-    print(
-        f"download and disk: {f'{size / 1e9:.1f} GB' if size else 'nothing, or known only to the hub'}"
-    )
-    print(
-        f"host memory while loading onto a GPU: {estimates.host_bytes(config) / 2**30:.1f} GiB (assumed)"
-    )
-    rate, where = (
-        estimates.operations_per_s(),
-        "here: operations over this device's measured float32 rate",
-    )
-    if gpu_gib is not None:
-        rate, where = (
-            estimates.T4_OPERATIONS_PER_S,
-            "on a T4: operations over a quarter (assumed) of its published rate",
-        )
-    least_s = (
-        settings.max_steps * estimates.step_flops(budget.plan_of(settings, True, config)) / rate
-    )
-    print(f"time: {settings.max_steps} steps take at least {least_s / 3600:.2g} h {where}")
+    config = configs.config_of(settings.model_id)
+    on_gpu = True if gpu_gib is not None else None  # None: as on this machine
+    training = budget.peak(budget.plan_of(settings, True, config, on_gpu))
+    answering = budget.peak(budget.plan_of(settings, False, config, on_gpu))
+    print(f"{training}\n\n{answering}\n")
+    n_bytes = sources.download_bytes(settings.model_id)
+    size = f"{n_bytes / 1e9:.1f} GB" if n_bytes else "nothing, or known only to the hub"
+    print(f"download and disk: {size}")
+    host_gib = estimates.host_bytes(config) / 2**30
+    print(f"host memory while loading onto a GPU: {host_gib:.1f} GiB (assumed)")
+    if gpu_gib is None:
+        rate = estimates.operations_per_s()
+        where = "here: operations over this device's measured float32 rate"
+    else:
+        rate = estimates.T4_OPERATIONS_PER_S
+        where = "on a T4: operations over a quarter (assumed) of its published rate"
+    operations = estimates.step_flops(budget.plan_of(settings, True, config))
+    hours = settings.max_steps * operations / rate / 3600
+    print(f"time: {settings.max_steps} steps take at least {hours:.2g} h {where}")
     print(budget.advice(settings, gpu_gib))
-    for lever in budget.options(settings, config, on_gpu):
-        print(f"  lever: {lever}")
+    for option in budget.options(settings, config, on_gpu):
+        print(f"  option: {option}")
     print(settings.papermill_line())
-    raise typer.Exit(1 if gpu_gib is not None and train.total_gib > gpu_gib else 0)
+    too_large = gpu_gib is not None and training.total_gib > gpu_gib
+    raise typer.Exit(1 if too_large else 0)
 
 
-@app.command(context_settings=_PARAMETERS)
-def generate(ctx: typer.Context, profile: Profile = "tiny",
-             prompts: Annotated[str, typer.Option(help="a .txt with a prompt a line, or a data file; else the profile's")] = "",
-             out: Annotated[str, typer.Option(help="a .jsonl for the answers; called again it goes on [printed]")] = "",
-             base: Annotated[bool, typer.Option("--base", help="without the adapter")] = False) -> None:  # fmt: skip
+@app.command(context_settings=TAKES_PARAMETERS)
+def generate(
+    ctx: typer.Context,
+    profile: Profile = "tiny",
+    prompts: Annotated[
+        str, typer.Option(help="a .txt with a prompt a line, or a data file; else the profile's")
+    ] = "",
+    out: Annotated[
+        str, typer.Option(help="a .jsonl for the answers; called again it resumes [printed]")
+    ] = "",
+    base: Annotated[bool, typer.Option("--base", help="without the adapter")] = False,
+) -> None:
     """Answer prompts greedily with the tuned model, in batches. Parameters: -p NAME VALUE, as -p
     adapter runs/…/adapter.
     """
     from qlora_nb.settings import resolve
 
     settings = resolve({"profile": profile, **_parameters(ctx.args)})
+    from qlora_nb import sources
     from qlora_nb.answer import adapters, generate
     from qlora_nb.model import load
 
-    rows = (
-        generate.read_rows(prompts, settings.columns)
-        if prompts
-        else [generate.row_of(p) for p in settings.prompts]
-    )
-    tokenizer, model = load.load_tokenizer(settings), load.load_base(settings)
+    if prompts:
+        rows = generate.read_rows(prompts, settings.columns)
+    else:
+        rows = [generate.row_of(prompt) for prompt in settings.prompts]
+    tokenizer = load.load_tokenizer(settings)
+    model = load.load_base(settings)
     if not base:
         folder, where_from = adapters.find_adapter(settings)
         model = adapters.load_adapter(model, folder)
         print(where_from)
     if out:
-        print(
-            f"{generate.answer_file(model, tokenizer, rows, Path(out), settings)} of {len(rows)} answered into {out}"
-        )
+        target = sources.local_path(out)
+        n_answered = generate.answer_file(model, tokenizer, rows, target, settings)
+        print(f"{n_answered} of {len(rows)} answered into {out}")
         return
-    for row, text in zip(rows, generate.answer_all(model, tokenizer, rows, settings), strict=True):
+    answers = generate.answer_all(model, tokenizer, rows, settings)
+    for row, text in zip(rows, answers, strict=True):
         print(f"{row['instruction']}\n    {text!r}")
 
 
-@app.command(context_settings=_PARAMETERS)
-def run(ctx: typer.Context, profile: Profile = "tiny",
-        only: Annotated[str, typer.Option(help="beginnings of notebook names, as 03,04")] = "",
-        out: Annotated[str | None, typer.Option(help="folder for everything written [runs]")] = None,
-        resume: Annotated[str, typer.Option(help="latest, or a sequence folder to go on with")] = "no") -> None:  # fmt: skip
+@app.command(context_settings=TAKES_PARAMETERS)
+def run(
+    ctx: typer.Context,
+    profile: Profile = "tiny",
+    only: Annotated[str, typer.Option(help="beginnings of notebook names, as 03,04")] = "",
+    out: Annotated[str | None, typer.Option(help="folder for everything written [runs]")] = None,
+    resume: Annotated[str, typer.Option(help="latest, or a sequence folder to resume")] = "no",
+) -> None:
     """Execute the notebooks in order and write a report. Parameters as papermill takes them: -p
     NAME VALUE.
     """
+    from qlora_nb import sources
     from qlora_nb.batch import sequence
 
-    given = {
-        "profile": profile,
-        **({"output_dir": str(Path(out).absolute())} if out else {}),
-        **_parameters(ctx.args),
-    }
-    summary = sequence.run_sequence(
-        given, [part.strip() for part in only.split(",")] if only else None, resume=resume
-    )
+    given = {"profile": profile}
+    if out:
+        given["output_dir"] = str(sources.local_path(out).absolute())
+    given.update(_parameters(ctx.args))
+    names = [part.strip() for part in only.split(",")] if only else None
+    summary = sequence.run_sequence(given, names, resume=resume)
     raise typer.Exit(0 if summary["status"] == "done" else 1)
 
 
@@ -209,21 +237,21 @@ def lab(
     root = sources.project_root()
     copy_for_learning(root / "notebooks", root / "my_notebooks")
     if not no_browser:
-        raise typer.Exit(
-            subprocess.call([sys.executable, "-m", "jupyter", "lab", "my_notebooks"], cwd=root)
-        )
+        command = [sys.executable, "-m", "jupyter", "lab", "my_notebooks"]
+        raise typer.Exit(subprocess.call(command, cwd=root))
 
 
 def copy_for_learning(source: Path, target: Path) -> list[Path]:
     """Copy notebooks without outputs; a copy that is already there is the learner's own and is
-    never touched.
+    never touched. Returns the fresh copies.
     """
     import nbformat
 
-    from qlora_nb.batch import sequence
+    from qlora_nb.batch import one_notebook, sequence
     from qlora_nb.record import files
 
-    notebooks, fresh = sequence.choose(source), []
+    notebooks = sequence.choose(source)
+    fresh = []
     with files.writing(target, "make room there, or remove what is in the way"):
         target.mkdir(exist_ok=True)
         for path in notebooks:
@@ -231,10 +259,11 @@ def copy_for_learning(source: Path, target: Path) -> list[Path]:
             if copy.exists():
                 print(f"kept your {copy.name} (remove it to get a fresh copy)")
                 continue
-            notebook = sequence.read_notebook(path)
+            notebook = one_notebook.read(path)
             for cell in notebook.cells:
                 if cell.cell_type == "code":
-                    cell.outputs, cell.execution_count = [], None
+                    cell.outputs = []
+                    cell.execution_count = None
             nbformat.write(notebook, copy)
             fresh.append(copy)
     print(f"{len(fresh)} fresh copies in {target}")
@@ -242,34 +271,19 @@ def copy_for_learning(source: Path, target: Path) -> list[Path]:
 
 
 def _parameters(args: list[str]) -> dict[str, object]:
-    """`-p NAME VALUE` as often as wanted; typer has no option of two values that repeats."""
-    match args:
-        case []:
-            return {}
-        case ["-p" | "--parameters", name, value, *rest] if name not in (
-            others := _parameters(rest)
-        ):
-            return {name: value} | others
-        case ["-p" | "--parameters", name, _, *_]:
+    """`-p NAME VALUE`, as often as wanted, as a dictionary."""
+    given = {}
+    for i in range(0, len(args), 3):
+        flag, *pair = args[i : i + 3]
+        if flag not in ("-p", "--parameters") or len(pair) != 2:
+            what = "this argument is not understood"
+            remedy = "see qlora-nb run --help"
+            raise KitError(what, value=flag, allowed="-p NAME VALUE", remedy=remedy)
+        name, value = pair
+        if name in given:
             raise KitError("this parameter is given twice", value=name, remedy="give it once")
-    raise KitError(
-        "this argument is not understood",
-        value=args[0],
-        allowed="-p NAME VALUE",
-        remedy="see qlora-nb run --help",
-    )
-
-
-def _fitting_profile(here) -> str:
-    from qlora_nb.memory import preflight
-    from qlora_nb.settings import validate
-
-    for name in ("full", "t4") if here.gpus else ():
-        settings = validate({"profile": name})
-        with suppress(KitError):
-            preflight.require_fit(settings, here)
-            return f"{name} ({settings.model_id}), or any smaller one"
-    return "tiny (ships with the kit); smollm2 after `qlora-nb fetch smollm2`"
+        given[name] = value
+    return given
 
 
 if __name__ == "__main__":

@@ -1,5 +1,13 @@
 """The one exception a user of the kit meets: what is wrong, with which value, what is allowed, what
 to do.
+
+A library's error speaks of the library's insides: forty frames and a tensor's shape. `KitError`
+speaks of the parameter, file or resource that a person can change, and ends with a remedy. In a
+notebook it is shown as one paragraph, because IPython asks an exception for its
+`_render_traceback_` first; the command line prints the same paragraph and exits with 2.
+
+`refusing` turns whatever a library says of a file that somebody brought into such a refusal. Memory
+that ran out is not refused there: training catches it and tries again with fewer rows.
 """
 
 from collections.abc import Iterator
@@ -7,8 +15,7 @@ from contextlib import contextmanager
 
 
 class KitError(ValueError):
-    """A refusal in four parts, short in a notebook (no traceback of library internals), complete as
-    `str(error)`.
+    """A refusal in four parts; `str(error)` is all of them in one paragraph.
 
     Args:
         what: the parameter, file or resource and what is wrong with it.
@@ -16,23 +23,30 @@ class KitError(ValueError):
         allowed: the allowed range or choices.
         remedy: what to do next.
 
-    >>> print(KitError("max_steps is too small", value=0, allowed="1 or more", remedy="leave it None for the profile's value"))
-    max_steps is too small (got 0). Allowed: 1 or more. Do this: leave it None for the profile's
-    value.
+    >>> print(KitError("r is too small", value=0, allowed="1 or more", remedy="leave it None"))
+    r is too small (got 0). Allowed: 1 or more. Do this: leave it None.
     """
 
     _NOTHING = object()
 
     def __init__(self, what: str, *, value: object = _NOTHING, allowed: str = "", remedy: str = ""):
-        self.what, self.allowed, self.remedy = what, allowed, remedy
-        self.value = None if value is self._NOTHING else value
-        shown = "" if value is self._NOTHING else f" (got {_short(value)})"
-        parts = [
-            f"{what}{shown}",
-            allowed and f"Allowed: {allowed}",
-            remedy and f"Do this: {remedy}",
-        ]
-        super().__init__(" ".join(p if p[-1] in ".?!" else f"{p}." for p in parts if p))
+        self.what = what
+        self.allowed = allowed
+        self.remedy = remedy
+        self.value = None
+        parts = [what]
+        if value is not self._NOTHING:
+            self.value = value
+            parts = [f"{what} (got {_short(value)})"]
+        if allowed:
+            parts.append(f"Allowed: {allowed}")
+        if remedy:
+            parts.append(f"Do this: {remedy}")
+        text = ""
+        for part in parts:
+            end = "" if part.endswith((".", "?", "!")) else "."
+            text += f"{part}{end} "
+        super().__init__(text.strip())
 
     def _render_traceback_(self) -> list[str]:
         """What IPython prints instead of a long traceback."""
@@ -41,19 +55,21 @@ class KitError(ValueError):
 
 @contextmanager
 def refusing(what: str, value: object, remedy: str) -> Iterator[None]:
-    """Inside, whatever a library says of what somebody brought (it can be any exception) becomes a
-    refusal: `what: reason`.
+    """Inside, any exception of a library becomes the refusal `what: first line of the reason`.
+
+    Raises:
+        KitError: in place of everything but a `KitError` and torch's OutOfMemoryError.
     """
     try:
         yield
     except Exception as error:
         if isinstance(error, KitError) or type(error).__name__ == "OutOfMemoryError":
             raise
-        reason = [
-            *str(error.__cause__ or error).strip().splitlines(),
-            f"nothing is there ({type(error).__name__})",
-        ][0][:200]
-        raise KitError(f"{what}: {reason}", value=value, remedy=remedy) from error
+        reason = str(error.__cause__ or error).strip()
+        if not reason:
+            reason = f"nothing is there ({type(error).__name__})"
+        first_line = reason.splitlines()[0][:200]
+        raise KitError(f"{what}: {first_line}", value=value, remedy=remedy) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -63,14 +79,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     if type(error).__name__ in ("OutOfMemoryError", "MemoryError"):
         return True
     words = ("ALLOC_FAILED", "out of memory", "can't allocate memory")
-    return isinstance(error, RuntimeError) and any(part in str(error) for part in words)
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def explain_missing_names(shell) -> None:
-    """From now on a notebook's cell that uses a name no cell has set yet says so in one sentence,
-    without a traceback.
+    """From now on a notebook's cell that uses a name no cell has set yet says so in one sentence.
 
     A name that is missing inside a function keeps its traceback: there the line matters.
+
+    Args:
+        shell: IPython's `InteractiveShell`.
     """
 
     def explain(shell, kind, error, trace, tb_offset=None):
@@ -78,12 +96,13 @@ def explain_missing_names(shell) -> None:
         while innermost.tb_next:
             innermost = innermost.tb_next
         frame = innermost.tb_frame
-        if frame.f_globals is shell.user_ns and frame.f_code.co_name.startswith(
-            "<"
-        ):  # <module>, <listcomp>, …
-            first = f"run the cell above that sets it first ({error.name} = …), or all cells above this one"
-            said = f"NameError: {error.name} is not there yet. Do this: {first}."
-            error._render_traceback_ = lambda: [said]
+        in_a_cell = frame.f_code.co_name.startswith("<")  # <module>, <listcomp>, …
+        if in_a_cell and frame.f_globals is shell.user_ns:
+            sentence = (
+                f"NameError: {error.name} is not there yet. Do this: run the cell above that sets "
+                f"it first ({error.name} = …), or all cells above this one."
+            )
+            error._render_traceback_ = lambda: [sentence]
         shell.showtraceback((kind, error, trace), tb_offset=tb_offset)
 
     shell.set_custom_exc((NameError,), explain)
@@ -93,5 +112,7 @@ def _short(value: object, limit: int = 80) -> str:
     try:
         text = repr(value)
     except ValueError:  # a number of more digits than Python writes
-        text = f"something too long to show ({type(value).__name__})"
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+        return f"something too long to show ({type(value).__name__})"
+    if len(text) > limit:
+        text = f"{text[: limit - 1]}…"
+    return text

@@ -1,8 +1,8 @@
 """What this machine is and what it can run, found out without importing torch.
 
-A notebook that asks for pythia-12b on a laptop must be told so in two seconds, before any download:
-the driver's own library (NVML) tells the GPUs, psutil the memory, the package metadata the
-versions, one short connection attempt whether the hub can be reached.
+A notebook that asks for pythia-12b on a laptop must be told so in two seconds, before any download.
+So only what answers at once is asked: `cards` (the driver's NVML) for the GPUs, psutil for memory
+and disk, the packages' metadata for their versions.
 """
 
 import importlib.metadata
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from qlora_nb import cards
 
@@ -42,13 +43,17 @@ class Machine:
 
 def this_machine(folder: str | Path = ".") -> Machine:
     """Look at this machine; `folder` is where the disk is measured."""
-    memory, found = psutil.virtual_memory(), gpus()
-    problem, remedy = ("", "") if found else cards.why_none()
+    memory = psutil.virtual_memory()
+    n_cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):  # a container may leave fewer
+        n_cores = len(os.sched_getaffinity(0))
+    found = gpus()
+    problem = remedy = ""
+    if not found:
+        problem, remedy = cards.why_none()
     return Machine(
         cpu=_cpu_name(),
-        n_cores=len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else (os.cpu_count() or 1),
+        n_cores=n_cores,
         ram_bytes=memory.total,
         ram_free_bytes=memory.available,
         disk_free_bytes=shutil.disk_usage(folder).free,
@@ -59,26 +64,32 @@ def this_machine(folder: str | Path = ".") -> Machine:
 
 
 def describe(here: Machine) -> dict[str, str]:
-    """The machine as a table: what it is → how much of it (sizes in GiB). The first GPU is the one
-    that is used.
-    """
-    used, others = card(here), ", ".join(gpu.name for gpu in here.gpus[1:])
-    gpu = f"none that can be used: {here.gpu_problem}" if here.gpu_problem else "none found"
-    gpu = f"{gpu}: profiles tiny and smollm2 run on the CPU"
+    """The machine as a table: what it is → how much of it (sizes in GiB)."""
+
+    def gib(n_bytes: int) -> str:
+        return f"{n_bytes / cards.GIB:.1f} GiB"
+
+    used = card(here)
     if used:
-        sizes = (
-            f"{used.total_bytes / cards.GIB:.1f} GiB, {used.free_bytes / cards.GIB:.1f} GiB free"
-        )
-        gpu = f"{used.name}, {sizes}, {'with' if used.has_bf16 else 'without'} bfloat16"
+        sizes = f"{gib(used.total_bytes)}, {gib(used.free_bytes)} free"
+        bf16 = "with bfloat16" if used.has_bf16 else "without bfloat16"
+        gpu = f"{used.name}, {sizes}, {bf16}"
+    else:
+        none = "none found"
+        if here.gpu_problem:
+            none = f"none that can be used: {here.gpu_problem}"
+        gpu = f"{none}: profiles tiny and smollm2 run on the CPU"
     table = {
         "processor": f"{here.cpu}, {here.n_cores} cores",
-        "memory": f"{here.ram_bytes / cards.GIB:.1f} GiB, {here.ram_free_bytes / cards.GIB:.1f} GiB free",
+        "memory": f"{gib(here.ram_bytes)}, {gib(here.ram_free_bytes)} free",
         "disk": f"{here.disk_free_bytes / cards.GIB:.0f} GiB free",
         "GPU": gpu,
     }
-    if others:
+    if len(here.gpus) > 1:
+        others = ", ".join(other.name for other in here.gpus[1:])
         table["other GPUs"] = f"{others}: not used; CUDA_VISIBLE_DEVICES chooses the card"
-    return table | {"Python": f"{here.python} on {here.system}"}
+    table["Python"] = f"{here.python} on {here.system}"
+    return table
 
 
 def gpus() -> tuple[cards.Gpu, ...]:
@@ -100,11 +111,10 @@ def card(here: Machine | None = None) -> cards.Gpu | None:
 
 
 def _cpu_name() -> str:
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(
-            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
-        )
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
 
 
@@ -122,14 +132,16 @@ class Version:
     @property
     def problem(self) -> str:
         """Empty if all is well, else one line with the remedy."""
+        install = f"pip install '{self.package}{self.allowed}'"
         if self.installed is None:
-            return f"not installed: pip install '{self.package}{self.allowed}'"
+            return f"not installed: {install}"
         if self.loaded and self.loaded.split("+")[0] != self.installed.split("+")[0]:
-            return f"{self.loaded} is loaded but {self.installed} is installed: restart the kernel (Colab: restart the runtime)"
-        if self.allowed and not Requirement(f"x{self.allowed}").specifier.contains(
-            self.installed, prereleases=True
-        ):
-            return f"outside {self.allowed}: pip install '{self.package}{self.allowed}'"
+            return (
+                f"{self.loaded} is loaded but {self.installed} is installed: restart the kernel "
+                "(Colab: restart the runtime)"
+            )
+        if not SpecifierSet(self.allowed).contains(self.installed, prereleases=True):
+            return f"outside {self.allowed}: {install}"
         return ""
 
 
@@ -142,10 +154,16 @@ def installed(package: str) -> str | None:
 def versions() -> list[Version]:
     """Every dependency in the kit's metadata with what is installed and loaded here."""
     found = []
-    for needed in map(Requirement, importlib.metadata.requires("qlora-nb") or []):
-        if not needed.marker or needed.marker.evaluate({"extra": ""}):
-            loaded = getattr(sys.modules.get(needed.name.replace("-", "_")), "__version__", None)
-            found.append(
-                Version(needed.name, installed(needed.name), str(needed.specifier), loaded)
-            )
+    for line in importlib.metadata.requires("qlora-nb") or []:
+        needed = Requirement(line)
+        if needed.marker and not needed.marker.evaluate({"extra": ""}):
+            continue
+        module = sys.modules.get(needed.name.replace("-", "_"))
+        version = Version(
+            package=needed.name,
+            installed=installed(needed.name),
+            allowed=str(needed.specifier),
+            loaded=getattr(module, "__version__", None),
+        )
+        found.append(version)
     return found

@@ -16,7 +16,7 @@ import nbformat
 import psutil
 import pytest
 
-from qlora_nb.batch import report, sequence
+from qlora_nb.batch import one_notebook, report, sequence
 from qlora_nb.errors import KitError
 from qlora_nb.record import runs
 
@@ -172,7 +172,7 @@ def test_report_escapes_everything(tmp_path):
 )
 def test_stored_errors(output, expected):
     plain = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("x", outputs=[output])])
-    assert [e in f for e, f in zip(expected, sequence.stored_errors(plain), strict=True)] == [
+    assert [e in f for e, f in zip(expected, one_notebook.stored_errors(plain), strict=True)] == [
         True
     ] * len(expected)
     state = {
@@ -181,18 +181,18 @@ def test_stored_errors(output, expected):
         }
     }
     hidden = nbformat.v4.new_notebook(metadata={"widgets": state})
-    assert len(sequence.stored_errors(hidden)) == len(expected)
+    assert len(one_notebook.stored_errors(hidden)) == len(expected)
     allowed = nbformat.v4.new_code_cell(
         "x", outputs=[output], metadata={"tags": ["raises-exception"]}
     )
-    assert sequence.stored_errors(nbformat.v4.new_notebook(cells=[allowed])) == []
+    assert one_notebook.stored_errors(nbformat.v4.new_notebook(cells=[allowed])) == []
 
 
 @pytest.mark.fault(17)
 def test_refusals_come_before_any_process(toy, tmp_path, monkeypatch):
     folder = toy("01_good", "1")
     monkeypatch.setattr(
-        sequence.subprocess, "Popen", lambda *a, **k: pytest.fail("a process was started")
+        one_notebook.subprocess, "Popen", lambda *a, **k: pytest.fail("a process was started")
     )
     (tmp_path / "a file").write_text("")
     for parameters, only, expected in (
@@ -237,13 +237,13 @@ def test_a_notebook_that_cannot_be_read_stops_nothing_but_is_told(toy, tmp_path)
     (folder / "02_broken.ipynb").write_text('{"cells": [')
     with pytest.raises(KitError, match="this is no notebook"):
         sequence.run_sequence({"output_dir": str(tmp_path)}, notebooks=folder)
-    outcome = sequence.Outcome("01_good", exit_code=-15)
+    outcome = one_notebook.Outcome("01_good", exit_code=-15)
     cut = tmp_path / "cut.ipynb"
     cut.write_text('{"cells": [')
-    sequence._take_out_secrets(cut, tmp_path / "none")
-    assert "cut.ipynb is cut off: papermill was ended while it wrote" in sequence._judge(
-        outcome, cut, tmp_path / "none", ""
-    )
+    one_notebook.take_out_secrets(cut, tmp_path / "none")
+    one_notebook.judge(outcome, cut, tmp_path / "none", [])
+    assert outcome.status == "failed"
+    assert "cut.ipynb is cut off: papermill was ended while it wrote" in outcome.problems
 
 
 def test_a_path_means_the_folder_the_user_is_in(toy, tmp_path, monkeypatch):
@@ -256,7 +256,7 @@ def test_a_path_means_the_folder_the_user_is_in(toy, tmp_path, monkeypatch):
 
 
 def test_a_foreign_kernel_is_refused(tmp_path, monkeypatch):
-    sequence.require_own_kernel()
+    one_notebook.require_own_kernel()
     spec = tmp_path / "kernels" / "python3"
     spec.mkdir(parents=True)
     (spec / "kernel.json").write_text(
@@ -265,7 +265,7 @@ def test_a_foreign_kernel_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "0")
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
     with pytest.raises(KitError, match="another Python"):
-        sequence.require_own_kernel()
+        one_notebook.require_own_kernel()
 
 
 def wait_for(condition, seconds=90):

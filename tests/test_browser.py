@@ -128,9 +128,9 @@ class Lab:
         raise TimeoutError(f"nothing after {seconds} s: {last}")
 
     def close(self) -> None:
-        from qlora_nb.batch import sequence
+        from qlora_nb.batch import one_notebook
 
-        sequence.stop_tree(self.process.pid)
+        one_notebook.stop_tree(self.process.pid)
         self.process.wait(10)
         self.log.close()
 

@@ -21,7 +21,7 @@ from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
 from qlora_nb import machine
-from qlora_nb.batch import report, sequence
+from qlora_nb.batch import one_notebook, report
 from qlora_nb.errors import KitError
 from qlora_nb.settings import Settings
 
@@ -115,7 +115,7 @@ def test_runs_to_the_end(name, outcomes):
 
 @each
 def test_no_stored_error(name, executed):
-    assert sequence.stored_errors(nbformat.read(executed[name], 4)) == []
+    assert one_notebook.stored_errors(nbformat.read(executed[name], 4)) == []
 
 
 @pytest.mark.fault(37)

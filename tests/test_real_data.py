@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from qlora_nb.batch import sequence
+from qlora_nb.batch import one_notebook
 from qlora_nb.model import chunked_loss, configs, data, load
 from qlora_nb.settings import validate
 
@@ -122,7 +122,7 @@ def test_notebooks_06_and_07_run_the_pythia_path(pythia_70m, alpaca, tmp_path, r
             [*line, *given, *more], capture_output=True, text=True, timeout=900, check=False
         )
         assert done.returncode == 0, done.stderr[-3000:]
-        assert not sequence.stored_errors(nbformat.read(out, as_version=4))
+        assert not one_notebook.stored_errors(nbformat.read(out, as_version=4))
     run = next((tmp_path / "runs" / "full").glob("06_*"))
     manifest = json.loads((run / "manifest.json").read_text())
     assert manifest["status"] == "done"

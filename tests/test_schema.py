@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import subprocess
 import sys
 from decimal import Decimal
@@ -132,6 +133,23 @@ def test_settings_show_what_was_set_and_escape_it():
     assert "set by you" in repr(shown)
 
 
+def test_the_papermill_line_repeats_the_settings():
+    """Read as a shell and papermill read it: words, of which -p takes two."""
+    given = {
+        "prompts": ["one, with a comma", "another 'one'"],
+        "columns": {"instruction": "question", "output": "answer"},
+        "target_modules": ["dense", "query_key_value"],
+        "model_id": "a folder",
+        "double_quant": False,
+        "learning_rate": 0.0002,
+    }
+    settings = validate(given)
+    words = shlex.split(settings.papermill_line("06_x"))
+    assert words[:3] == ["papermill", "notebooks/06_x.ipynb", "out.ipynb"]
+    assert set(words[3::3]) == {"-p"}
+    assert validate(dict(zip(words[4::3], words[5::3], strict=True))) == settings
+
+
 @given(st.dictionaries(st.sampled_from([*Settings.model_fields, "oops"]), st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=30), st.lists(st.text(max_size=5), max_size=3),
     st.binary(max_size=5), st.dictionaries(st.text(max_size=3), st.integers(), max_size=2)), max_size=5))  # fmt: skip
@@ -226,6 +244,32 @@ def test_too_little_memory_and_unreachable_hub(monkeypatch, tmp_path):
     ):
         with pytest.raises(KitError, match=words):
             preflight.refuse_what_cannot_run(validate(values))
+
+
+def test_a_name_is_the_kits_own_or_a_path_or_the_hubs(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("pocket", "latest", "mine", "a/b"):
+        Path(folder).mkdir(parents=True)
+    for name in ("pocket", "latest", "owner/model"):
+        assert sources.seen_from_anywhere(name) == name
+    for name in ("mine", "a/b"):
+        assert sources.seen_from_anywhere(name) == str(tmp_path / name)
+    assert [sources.is_here(n) for n in ("smollm2", "mine", "owner/model")] == [True, True, False]
+    monkeypatch.setattr(sources, "in_hub_cache", lambda name, what: name == "cached/one")
+    monkeypatch.setattr(sources, "hub_is_reachable", lambda: False)
+    for name in ("pocket", "cached/one"):
+        sources.require_reachable("model", name, "a model")
+    for name, words in (
+        ("owner/model", "cannot be reached"),
+        ("mine", "config.json"),
+        ("./nothing", "model not found"),
+        ("owner/rows.json", "model not found"),
+        ("nothing", "model not found"),
+    ):
+        with pytest.raises(KitError, match=words):
+            sources.require_reachable("model", name, "a model")
+    monkeypatch.setattr(sources, "hub_is_reachable", lambda: True)
+    sources.require_reachable("model", "owner/model", "a model")
 
 
 @pytest.mark.fault(38)

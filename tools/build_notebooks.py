@@ -145,7 +145,7 @@ def execute(notebook: nbformat.NotebookNode) -> list[str]:
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError
 
-    from qlora_nb.batch import sequence
+    from qlora_nb.batch import one_notebook
 
     with tempfile.TemporaryDirectory() as folder:
         os.environ["QLORA_NB_RESULTS"] = f"{folder}/results.json"
@@ -159,10 +159,10 @@ def execute(notebook: nbformat.NotebookNode) -> list[str]:
         try:
             client.execute()
         except CellExecutionError:
-            return sequence.stored_errors(notebook)
+            return one_notebook.stored_errors(notebook)
         finally:
             del os.environ["QLORA_NB_RESULTS"]
-    return sequence.stored_errors(notebook)
+    return one_notebook.stored_errors(notebook)
 
 
 def normalize(notebook: nbformat.NotebookNode) -> list[str]:
@@ -280,10 +280,10 @@ def drift(committed: nbformat.NotebookNode, fresh: nbformat.NotebookNode) -> lis
 
 def format_problems(path: Path, names: list[str]) -> list[str]:
     """Everything about a committed notebook that can be judged without running it."""
-    from qlora_nb.batch import sequence
+    from qlora_nb.batch import one_notebook
 
     notebook = nbformat.read(path, 4)
-    problems = sequence.stored_errors(notebook)
+    problems = one_notebook.stored_errors(notebook)
     expected = nbformat.from_dict(notebook)
     put_generated_cells(expected, path.stem, names)
 

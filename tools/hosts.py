@@ -33,12 +33,14 @@ COLAB_PYTHON = "3.13"
 # it and what that stands on. torch (2.11 there) and setuptools are left to this machine's index;
 # bitsandbytes and papermill are not in Colab.
 COLAB = """
-accelerate==1.14.0 click==8.4.2 datasets==4.0.0 filelock==3.32.3 fsspec==2025.3.0 huggingface-hub==1.27.0 ipykernel==6.17.1
-ipython==7.34.0 ipywidgets==7.7.1 jinja2==3.1.6 jupyter-client==7.4.9 jupyter-core==5.9.1 matplotlib==3.10.0
-nbclient==0.10.4 nbconvert==7.17.1 nbformat==5.11.1 numpy==2.1.3 nvidia-ml-py==13.610.43 packaging==26.3 pandas==2.2.3
-peft==0.20.0 pillow==11.3.0 protobuf==5.29.6 psutil==5.9.5 pyarrow==18.1.0 pydantic==2.13.4 pyyaml==6.0.3 pyzmq==26.2.1
-regex==2025.11.3 requests==2.32.4 rich==13.9.4 safetensors==0.8.0 tokenizers==0.22.2 tornado==6.5.7 tqdm==4.67.3 traitlets==5.7.1
-transformers==5.15.0 typer==0.27.1 widgetsnbextension==3.6.10
+accelerate==1.14.0 click==8.4.2 datasets==4.0.0 filelock==3.32.3 fsspec==2025.3.0
+huggingface-hub==1.27.0 ipykernel==6.17.1 ipython==7.34.0 ipywidgets==7.7.1 jinja2==3.1.6
+jupyter-client==7.4.9 jupyter-core==5.9.1 matplotlib==3.10.0 nbclient==0.10.4 nbconvert==7.17.1
+nbformat==5.11.1 numpy==2.1.3 nvidia-ml-py==13.610.43 packaging==26.3 pandas==2.2.3 peft==0.20.0
+pillow==11.3.0 protobuf==5.29.6 psutil==5.9.5 pyarrow==18.1.0 pydantic==2.13.4 pyyaml==6.0.3
+pyzmq==26.2.1 regex==2025.11.3 requests==2.32.4 rich==13.9.4 safetensors==0.8.0
+tokenizers==0.22.2 tornado==6.5.7 tqdm==4.67.3 traitlets==5.7.1 transformers==5.15.0
+typer==0.27.1 widgetsnbextension==3.6.10
 """.split()
 WIDGET_TESTS = ("test_panels", "test_quant_ui", "test_lora_paging_ui")
 
@@ -142,7 +144,6 @@ def one_core() -> dict:
 
 
 # ---- what these three share
-# ------------------------------------------------------------------------------------------
 
 
 def call(
@@ -247,13 +248,13 @@ def memory_limit(n_bytes: int) -> Iterator[tuple[Callable[[], None], str]]:
     kind ("" if there is none).
     """
     group, kind = _new_cgroup(n_bytes)
+
+    def join() -> None:
+        if group:
+            (group / "cgroup.procs").write_text(str(os.getpid()))
+
     try:
-        yield (
-            (lambda: (group / "cgroup.procs").write_text(str(os.getpid())) and None)
-            if group
-            else (lambda: None),
-            kind,
-        )
+        yield join, kind
     finally:
         if group:
             group.rmdir()

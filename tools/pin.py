@@ -22,13 +22,15 @@ ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "constraints.txt"
 EXTRAS = ("lab", "smollm2", "test")
 AUDITED = ROOT / "docs" / "dependencies.md"
-AUDIT_HEAD = """# What the kit stands on
-
-Written by `tools/pin.py` on {date}: the {n} packages of `constraints.txt`, whose versions were installed and tested on that day.
-To hold them against the known vulnerabilities, where their lists can be reached: `pip install pip-audit`, then
-`pip-audit -r constraints.txt --no-deps --disable-pip`. The result belongs to a day, so it is not kept here.
-
-"""
+AUDIT_HEAD = (
+    "# What the kit stands on\n\n"
+    "Written by `tools/pin.py` on {date}: the {n} packages of `constraints.txt`, whose versions "
+    "were installed and tested on that day.\n"
+    "To hold them against the known vulnerabilities, where their lists can be reached: "
+    "`pip install pip-audit`, then\n"
+    "`pip-audit -r constraints.txt --no-deps --disable-pip`. The result belongs to a day, so it "
+    "is not kept here.\n\n"
+)
 
 
 def closure(package: str, extras: tuple[str, ...] = ()) -> dict[str, str]:
@@ -82,34 +84,45 @@ def conda_file(name: str, why: str, conda: list[str], pip: list[str], kit: bool)
         "channels: [conda-forge]",
         "dependencies:",
     ]
-    lines += [f"  - {item}" for item in [*conda, "pip", "pip:"]] + [
-        f"      - {item}" for item in pip
-    ]
-    return "\n".join([*lines, *(["      - -e ."] if kit else [])]) + "\n"
+    lines += [f"  - {item}" for item in [*conda, "pip", "pip:"]]
+    lines += [f"      - {item}" for item in pip]
+    if kit:
+        lines.append("      - -e .")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    head = "# Written by tools/pin.py: exact versions the kit was tested with. pip install -c constraints.txt -e .\n"
     pins = closure("qlora-nb", EXTRAS)
-    lines = [
-        f"{name}=={version}{newer_python_only(name)}\n" for name, version in sorted(pins.items())
-    ]
+    lines = []
+    for name, version in sorted(pins.items()):
+        lines.append(f"{name}=={version}{newer_python_only(name)}\n")
+    head = (
+        "# Written by tools/pin.py: exact versions the kit was tested with. "
+        "pip install -c constraints.txt -e .\n"
+    )
     CONSTRAINTS.write_text(head + "".join(lines), encoding="utf-8")
-    AUDITED.write_text(
-        AUDIT_HEAD.format(date=time.strftime("%Y-%m-%d"), n=len(pins))
-        + "".join(f"- {line}" for line in lines)
+    head = AUDIT_HEAD.format(date=time.strftime("%Y-%m-%d"), n=len(pins))
+    AUDITED.write_text(head + "".join(f"- {line}" for line in lines))
+    text = conda_file(
+        "qlora-nb",
+        "For a GPU: torch comes from pip, because its Linux wheel brings the CUDA libraries that "
+        "bitsandbytes looks for.",
+        conda=["python=3.12"],
+        pip=[f"{name}=={pins[name]}" for name in direct(EXTRAS)],
+        kit=True,
     )
-    every = [f"{n}=={pins[n]}" for n in direct(EXTRAS)]
-    why = "For a GPU: torch comes from pip, because its Linux wheel brings the CUDA libraries that bitsandbytes looks for."
-    (ROOT / "environment.yml").write_text(
-        conda_file("qlora-nb", why, ["python=3.12"], every, kit=True), encoding="utf-8"
+    (ROOT / "environment.yml").write_text(text, encoding="utf-8")
+    by_conda = ("torch", "numpy")
+    rest = [f"{name}=={pins[name]}" for name in direct(("lab",)) if name not in by_conda]
+    text = conda_file(
+        "qlora-nb-binder",
+        "For Binder: no GPU and little memory, so torch without CUDA; postBuild installs the kit "
+        "itself.",
+        conda=["python=3.12", "pytorch-cpu>=2.6", "numpy>=1.26"],
+        pip=rest,
+        kit=False,
     )
-    rest = [f"{n}=={pins[n]}" for n in direct(("lab",)) if n not in ("torch", "numpy")]
-    why = "For Binder: no GPU and little memory, so torch without CUDA; postBuild installs the kit itself."
-    conda = ["python=3.12", "pytorch-cpu>=2.6", "numpy>=1.26"]
-    (ROOT / "binder" / "environment.yml").write_text(
-        conda_file("qlora-nb-binder", why, conda, rest, kit=False), encoding="utf-8"
-    )
+    (ROOT / "binder" / "environment.yml").write_text(text, encoding="utf-8")
     print(f"{len(pins)} pins in {CONSTRAINTS.name}; both conda files written")
 
 

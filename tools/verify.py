@@ -264,7 +264,7 @@ def tree_stamp(target: Path) -> dict:
     other = [line for line in status.splitlines() if not line.endswith(target.name)]
     return {
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "commit": runs._commit(),
+        "commit": runs.commit(),
         "clean": not other,
     }
 

@@ -6,7 +6,6 @@ figure carries the text that stands under it in the notebook, for readers who ca
 """
 
 import re
-from collections.abc import Iterator
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -33,48 +32,48 @@ def write(summary: dict, folder: Path) -> None:
 
 def page(summary: dict, folder: Path) -> str:
     """The report as HTML text."""
-    notebooks = {
-        outcome["notebook"]: _read(folder / f"{outcome['notebook']}.ipynb")
-        for outcome in summary["notebooks"]
-    }
-    return _TEMPLATES.get_template("report.html.j2").render(
-        summary=summary,
-        titles={name: _title(notebook) for name, notebook in notebooks.items()},
-        figures={name: list(figures(notebook)) for name, notebook in notebooks.items()},
-    )
+    titles = {}
+    pictures = {}
+    for outcome in summary["notebooks"]:
+        name = outcome["notebook"]
+        notebook = nbformat.v4.new_notebook()
+        with suppress(OSError, ValueError):  # it never started, or was cut off: its row says so
+            notebook = nbformat.read(folder / f"{name}.ipynb", 4)
+        titles[name] = _title(notebook)
+        pictures[name] = figures(notebook)
+    template = _TEMPLATES.get_template("report.html.j2")
+    return template.render(summary=summary, titles=titles, figures=pictures)
 
 
-def figures(notebook: nbformat.NotebookNode) -> Iterator[tuple[str, str]]:
+def figures(notebook: nbformat.NotebookNode) -> list[tuple[str, str]]:
     """(base64 PNG, caption) of every figure; the caption is the first paragraph under the
     figure.
     """
+    found = []
     for cell, below in pairwise([*notebook.cells, nbformat.v4.new_markdown_cell()]):
+        caption = _plain(below.source) if below.cell_type == "markdown" else ""
         for output in cell.get("outputs", []):
-            if png := output.get("data", {}).get("image/png"):
-                yield (
-                    "".join(png.split()),
-                    _plain(below.source) if below.cell_type == "markdown" else "",
-                )
-
-
-def _read(path: Path) -> nbformat.NotebookNode:
-    with suppress(OSError, ValueError):
-        return nbformat.read(path, 4)
-    return nbformat.v4.new_notebook()  # it never started, or was cut off: the row says so
+            png = output.get("data", {}).get("image/png")
+            if png:
+                found.append(("".join(png.split()), caption))
+    return found
 
 
 def _title(notebook: nbformat.NotebookNode) -> str:
-    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
-    match = re.search(r"^# (.+)$", text, re.MULTILINE)
-    return _plain(match[1]) if match else ""
+    for cell in notebook.cells:
+        heading = re.search(r"^# (.+)$", cell.source, re.MULTILINE)
+        if heading and cell.cell_type == "markdown":
+            return _plain(heading[1])
+    return ""
 
 
 def _plain(markdown: str) -> str:
     """The first paragraph without Markdown's marks; a heading is no caption."""
     paragraph = markdown.strip().split("\n\n")[0].replace("\n", " ")
-    if match := re.match(r"\*Alt text: (.+?)\*", paragraph):  # as the notebooks write it
-        return match[1]
+    alt_text = re.match(r"\*Alt text: (.+?)\*", paragraph)  # as the notebooks write it
+    if alt_text:
+        return alt_text[1]
     if paragraph.startswith(("#", "|", "<", "- ")):
         return ""
-    text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", paragraph)
-    return re.sub(r"[*_`$]+(?=\S)|(?<=\S)[*`$]+", "", text)[:500]
+    without_links = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", paragraph)
+    return re.sub(r"[*_`$]+(?=\S)|(?<=\S)[*`$]+", "", without_links)[:500]

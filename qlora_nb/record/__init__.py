@@ -1,1 +1,3 @@
-"""What a run leaves behind: its folder, sealed files, progress and no secrets."""
+"""What a run leaves behind: its folder and record (`runs`), files that are whole (`files`) and
+sealed (`seal`), a stop in good order (`interrupts`), and no secrets (`redaction`).
+"""

@@ -1,8 +1,15 @@
-"""Files that are whole or not there: written under another name and renamed, hashed, locked."""
+"""Files that are whole or not there: written under another name and renamed, hashed, locked.
+
+A process can be killed between any two instructions, and a disk can be full at any byte. So a text
+file is written under a temporary name in the same folder, flushed to the disk and then renamed:
+POSIX and Windows rename within a file system in one step, and a reader sees the old file or the new
+one, never half of one. Two processes that write into one folder are kept apart by an operating
+system's lock (package filelock), which goes with its process however that ends.
+"""
 
 import hashlib
 import os
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -16,21 +23,25 @@ def writing(path: Path, remedy: str = GO_ON) -> AbstractContextManager:
     """Context in which a disk that is full or closed becomes a refusal, whatever the library that
     writes says.
     """
-    return refusing(f"{path.name} cannot be written", str(path.parent), remedy)
+    return refusing(f"{path.name} cannot be written", value=str(path.parent), remedy=remedy)
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write under a temporary name in the same folder, then rename: a reader sees the old file or
-    the new one.
+    """Write a text file in UTF-8, so that a reader sees the old one or the new one.
+
+    Raises:
+        KitError: there is no room, or one may not write there; the old file is as it was.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with writing(path), ExitStack() as stack:
-        stack.callback(temporary.unlink, missing_ok=True)
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+    with writing(path):
+        try:
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def sha256(path: Path) -> str:
@@ -42,15 +53,18 @@ def sha256(path: Path) -> str:
 def sole_writer(path: Path) -> AbstractContextManager:
     """Hold a run folder, or a single file, for this process until the returned context ends.
 
-    The lock goes with the process, however it ends. It lies in the folder, or beside the file that
-    all its names lead to.
+    The lock lies in the folder, or beside the file that all its names lead to.
 
     Raises:
         KitError: another process holds it.
     """
-    lock, what = path / ".lock", "run folder"
-    if not path.is_dir():
-        lock, what = path.resolve().with_name(f".{path.resolve().name}.lock"), "file"
+    if path.is_dir():
+        what = "run folder"
+        lock = path / ".lock"
+    else:
+        what = "file"
+        file = path.resolve()
+        lock = file.with_name(f".{file.name}.lock")
     try:
         return FileLock(lock).acquire(blocking=False)
     except Timeout:

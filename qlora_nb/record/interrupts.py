@@ -1,4 +1,9 @@
-"""Stopping in good order: an interrupt finishes the running step first."""
+"""Stopping in good order: an interrupt finishes the running step first.
+
+■ in Jupyter and Ctrl-C send SIGINT, a cluster that wants its machine back sends SIGTERM. Python
+raises KeyboardInterrupt wherever it stands, which may be in the middle of an optimizer step; here
+the signal sets an event instead, and the training loop looks at it between two steps.
+"""
 
 import signal
 import threading
@@ -8,16 +13,18 @@ from contextlib import contextmanager
 
 @contextmanager
 def on_interrupt(handle: Callable[[int], None]) -> Iterator[None]:
-    """Inside, SIGINT (■, Ctrl-C) and SIGTERM (a cluster's pre-emption) are given to `handle` as
-    their numbers.
+    """Inside, SIGINT and SIGTERM are given to `handle` as their numbers.
 
     Only the main thread receives signals: in any other one nothing changes.
     """
-    mine = threading.current_thread() is threading.main_thread()
-    catch = lambda number, frame: handle(number)
-    before = {
-        number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM) if mine
-    }
+
+    def catch(number: int, frame) -> None:
+        handle(number)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, catch)
     try:
         yield
     finally:
@@ -27,12 +34,13 @@ def on_interrupt(handle: Callable[[int], None]) -> Iterator[None]:
 
 @contextmanager
 def stop_on_interrupt() -> Iterator[threading.Event]:
-    """Inside, ■ (or Ctrl-C) and SIGTERM set the event instead of ending things: the running step is
-    finished, everything saved.
+    """Inside, ■ (or Ctrl-C) and SIGTERM set the event: whoever watches it finishes its step and
+    saves everything.
 
     A SIGTERM is delivered again on the way out, when the folder is in order.
     """
-    asked, received = threading.Event(), []
+    asked = threading.Event()
+    received = []
 
     def note(number: int) -> None:
         received.append(number)

@@ -1,8 +1,10 @@
 """Run folders: one folder a run, written so that a killed run is seen to be one.
 
-`runs/<profile>/<notebook>-<time>/` holds `manifest.json` (parameters, versions, hardware, commit,
-metrics, status), `metrics.jsonl`, `adapter/`. Every file is written under a temporary name and
-renamed.
+`<output_dir>/<profile>/<notebook>-<time>/` holds `manifest.json` (parameters, versions, hardware,
+commit, metrics, status), `metrics.jsonl` (a line for each logged step), `adapter/` and
+`checkpoints/`. The manifest says "running" from the first moment and "done" only at the end; it
+also says which process wrote it. So a manifest that says "running" while that process is gone is a
+run that died, which no last word of the run itself could tell.
 """
 
 import json
@@ -28,6 +30,8 @@ SCHEMA_VERSION = 1
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "qlora-nb")
 
+_TIME = "%Y-%m-%dT%H:%M:%S%z"
+
 
 def key_results(results: dict[str, object]) -> dict[str, object]:
     """Round a notebook's key results for showing and comparing, and hand them to the batch run if
@@ -36,8 +40,11 @@ def key_results(results: dict[str, object]) -> dict[str, object]:
     Floats are rounded to four significant digits. `qlora-nb run` sets QLORA_NB_RESULTS to the file
     it reads afterwards; a notebook that did not get this far has no such file and counts as failed.
     """
-    rounded = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in results.items()}
-    if target := os.environ.get("QLORA_NB_RESULTS"):
+    rounded = {}
+    for name, value in results.items():
+        rounded[name] = float(f"{value:.4g}") if isinstance(value, float) else value
+    target = os.environ.get("QLORA_NB_RESULTS")
+    if target:
         files.write_atomically(Path(target), json.dumps(rounded, indent=1))
     return rounded
 
@@ -49,33 +56,30 @@ def new_folder(settings, name: str) -> Path:
     Raises:
         KitError: the place cannot be written to, or a file is in the way.
     """
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    with refusing(
-        "output_dir cannot be written to", settings.output_dir, "name a folder you may write to"
-    ):
+    stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    what = "output_dir cannot be written to"
+    with refusing(what, value=settings.output_dir, remedy="name a folder you may write to"):
         for n in count():
-            folder = sources.runs_root(settings) / f"{name}-{stamp}{f'-{n}' if n else ''}"
+            folder = sources.runs_root(settings) / (f"{stem}-{n}" if n else stem)
             with suppress(FileExistsError):
                 folder.mkdir(parents=True)
                 return folder
 
 
-def beginning(
+def new_record(
     folder: Path, parameters: dict[str, object], packages: Iterable[str]
 ) -> dict[str, object]:
     """What the record of a run says before anything has run: the time, the parameters, this
     machine, its packages.
     """
-    when = {
+    return {
         "schema_version": SCHEMA_VERSION,
         "status": "running",
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
-    here = {
+        "started": time.strftime(_TIME),
+        "parameters": parameters,
         "hardware": asdict(machine.this_machine(folder)),
         "versions": {package: machine.installed(package) for package in packages},
     }
-    return {**when, "parameters": parameters, **here}
 
 
 class Run:
@@ -87,10 +91,15 @@ class Run:
     """
 
     def __init__(self, settings, notebook: str, folder: Path | None = None):
-        self.settings, self.notebook, self.resumed = settings, notebook, folder is not None
+        self.settings = settings
+        self.notebook = notebook
+        self.resumed = folder is not None
         self.folder = folder or new_folder(settings, notebook)
-        about = {"notebook": notebook, "commit": _commit(), "pid": os.getpid(), "metrics": {}}
-        self.manifest = beginning(self.folder, settings.model_dump(), PACKAGES) | about
+        self.manifest = new_record(self.folder, settings.model_dump(), PACKAGES)
+        self.manifest["notebook"] = notebook
+        self.manifest["commit"] = commit()
+        self.manifest["pid"] = os.getpid()
+        self.manifest["metrics"] = {}
         if not self.resumed:
             self.begin()
 
@@ -105,8 +114,8 @@ class Run:
         if self.manifest["status"] != "running":
             return
         self.manifest["status"] = "refused"
-        files = {path.name for path in self.folder.rglob("*") if path.is_file()}
-        if not self.resumed and files <= {"manifest.json", ".lock"}:
+        written = {path.name for path in self.folder.rglob("*") if path.is_file()}
+        if not self.resumed and written <= {"manifest.json", ".lock"}:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def log(self, record: dict[str, object]) -> None:
@@ -121,27 +130,30 @@ class Run:
         path.touch()  # before the first logged step there is none
         kept = []
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with suppress(
-                ValueError, KeyError, TypeError
-            ):  # the last line of a killed run may be cut short
+            # the last line of a killed run may be cut short
+            with suppress(ValueError, KeyError, TypeError, AttributeError):
                 record = json.loads(line)
                 loss = record.get("loss", record.get("held_out_loss"))
-                kept += [record] if record["step"] <= step and math.isfinite(loss) else []
+                if record["step"] <= step and math.isfinite(loss):
+                    kept.append(record)
         files.write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
         return kept
 
     def finish(self, status: str = "done", **metrics: object) -> None:
         """Write metrics and status; the last thing a run does."""
-        self.manifest["metrics"] |= metrics
-        self.manifest |= {"status": status, "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        self.manifest["metrics"].update(metrics)
+        self.manifest["status"] = status
+        self.manifest["ended"] = time.strftime(_TIME)
         self._save()
 
     def add(self, **metrics: object) -> None:
         """Add measurements to the record as it stands now; what became of the run is not
         changed.
         """
-        self.manifest = manifest_of(self.folder)[0] or self.manifest
-        self.manifest["metrics"] |= metrics
+        written, _ = manifest_of(self.folder)
+        if written:
+            self.manifest = written
+        self.manifest["metrics"].update(metrics)
         self._save()
 
     def __enter__(self) -> Self:
@@ -151,27 +163,25 @@ class Run:
         if self.manifest["status"] == "refused":
             return
         if kind is not None:
-            self.finish(
-                "interrupted" if kind is KeyboardInterrupt else "failed",
-                error=f"{kind.__name__}: {error}"[:500],
-            )
+            status = "interrupted" if kind is KeyboardInterrupt else "failed"
+            self.finish(status, error=f"{kind.__name__}: {error}"[:500])
         elif self.manifest["status"] == "running":
             self.finish()
 
     def _save(self) -> None:
-        files.write_atomically(
-            self.folder / "manifest.json",
-            json.dumps(redaction.redact(self.manifest), indent=1, default=str) + "\n",
-        )
+        text = json.dumps(redaction.redact(self.manifest), indent=1, default=str)
+        files.write_atomically(self.folder / "manifest.json", text + "\n")
 
 
 def manifest_of(folder: Path) -> tuple[dict, bool]:
     """A run's manifest, and whether the process that wrote it is still there; ({}, False) if it
     cannot be read.
     """
-    manifest, there = {}, False
+    path = folder / "manifest.json"
+    manifest = {}
+    there = False
     with suppress(OSError, ValueError, KeyError, TypeError, psutil.NoSuchProcess):
-        manifest = dict(json.loads((path := folder / "manifest.json").read_text()))
+        manifest = dict(json.loads(path.read_text()))
         # a process that began after the last word of this one only has its number
         there = psutil.Process(manifest["pid"]).create_time() < path.stat().st_mtime + 1
     return manifest, there
@@ -181,27 +191,32 @@ def status_of(folder: Path) -> str:
     """running, done, failed, interrupted, or died (it says running but its process is gone)."""
     manifest, there = manifest_of(folder)
     status = manifest.get("status", "died")
-    return status if there or status != "running" else "died"
+    if status == "running" and not there:
+        return "died"
+    return status
 
 
 def newest_first(settings, notebook: str) -> list[Path]:
     """The folders of a notebook's runs in this profile."""
-    return sorted(
-        sources.runs_root(settings).glob(f"{notebook}-*"),
-        key=lambda f: f.lstat().st_mtime,
-        reverse=True,
-    )
+
+    def changed(folder: Path) -> float:
+        return folder.lstat().st_mtime
+
+    folders = sources.runs_root(settings).glob(f"{notebook}-*")
+    return sorted(folders, key=changed, reverse=True)
 
 
 def latest_done(settings, notebook: str) -> Path | None:
     """The newest finished run of a notebook in this profile that left an adapter, or None."""
-    folders = newest_first(settings, notebook)
-    return next((f for f in folders if status_of(f) == "done" and (f / "adapter").is_dir()), None)
+    for folder in newest_first(settings, notebook):
+        if status_of(folder) == "done" and (folder / "adapter").is_dir():
+            return folder
+    return None
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
+    """The commit that the repository stands at; None without git or without a repository."""
     command = ["git", "-C", str(sources.project_root()), "rev-parse", "HEAD"]
-    with suppress(OSError, subprocess.SubprocessError):  # no git, or no repository
-        return subprocess.check_output(
-            command, text=True, timeout=5, stderr=subprocess.DEVNULL
-        ).strip()
+    with suppress(OSError, subprocess.SubprocessError):
+        said = subprocess.check_output(command, text=True, timeout=5, stderr=subprocess.DEVNULL)
+        return said.strip()

@@ -1,5 +1,9 @@
 """A seal closes a checkpoint or an adapter: size and SHA-256 of every file, written last, verified
 first.
+
+A run that is killed while it saves leaves a folder that looks like a checkpoint. The seal tells the
+two apart: it is written when everything else is on the disk, so a folder without one is not whole,
+and a file that was changed since (a full disk, a bad copy, another hand) does not agree with it.
 """
 
 import json
@@ -10,42 +14,47 @@ from pathlib import Path
 from qlora_nb.errors import KitError
 from qlora_nb.record import files
 
-SEAL, KEEP = "seal.json", 2
+SEAL = "seal.json"
+
+KEEP = 2
+"""So many checkpoints of a run are kept: the newest, and one to fall back on."""
 
 
 def write_seal(folder: Path, **about: object) -> None:
     """Close a checkpoint or an adapter that is complete, then remove all checkpoints but the newest
     two.
+
+    Args:
+        folder: its files are sealed, but for README.md, which people edit.
+        about: written into the seal beside the list of files.
     """
-    contents = {
-        f.name: [f.stat().st_size, files.sha256(f)]
-        for f in sorted(folder.iterdir())
-        if f.name not in (SEAL, "README.md")
-    }
-    files.write_atomically(folder / SEAL, json.dumps(about | {"files": contents}, indent=1))
+    contents = {}
+    for path in sorted(folder.iterdir()):
+        if path.name not in (SEAL, "README.md"):
+            contents[path.name] = [path.stat().st_size, files.sha256(path)]
+    files.write_atomically(folder / SEAL, json.dumps({**about, "files": contents}, indent=1))
     for old in newest_first(folder.parent)[KEEP:]:
         shutil.rmtree(old, ignore_errors=True)
 
 
 def damage(folder: Path) -> str:
     """Why a checkpoint cannot be used; empty if it is what was sealed."""
+    sealed = []
     try:
-        sealed = [
-            (name, size, digest)
-            for name, (size, digest) in json.loads((folder / SEAL).read_text())["files"].items()
-        ]
+        contents = json.loads((folder / SEAL).read_text())["files"]
+        for name, (size, digest) in contents.items():
+            sealed.append((folder / name, size, digest))
     except FileNotFoundError:
         return "it has no seal: the run ended while it was being written"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "its seal cannot be read"
-    for name, size, digest in sealed:
-        path = folder / name
+    for path, size, digest in sealed:
         if not path.is_file():
-            return f"{name} is missing"
+            return f"{path.name} is missing"
         if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes, {size} were sealed"
+            return f"{path.name} has {path.stat().st_size} bytes, {size} were sealed"
         if files.sha256(path) != digest:
-            return f"{name} is damaged"
+            return f"{path.name} is damaged"
     return ""
 
 
@@ -53,7 +62,10 @@ def require_whole(adapter: Path) -> None:
     """Refuse an adapter that is not, byte for byte, the one that a run sealed; one from elsewhere
     has no seal.
     """
-    if (adapter / SEAL).exists() and (reason := damage(adapter)):
+    if not (adapter / SEAL).exists():
+        return
+    reason = damage(adapter)
+    if reason:
         remedy = "take another copy, or run notebook 06 again"
         raise KitError(f"the adapter is damaged: {reason}", value=adapter.name, remedy=remedy)
 
@@ -63,10 +75,10 @@ def newest_checkpoint(run_folder: Path, say: Callable[[str], None] = print) -> P
     None if there is none.
     """
     for folder in newest_first(run_folder / "checkpoints"):
-        if reason := damage(folder):
-            say(f"{folder.name} is left out: {reason}")
-        else:
+        reason = damage(folder)
+        if not reason:
             return folder
+        say(f"{folder.name} is left out: {reason}")
     return None
 
 
@@ -76,8 +88,6 @@ def step_of(folder: Path) -> int:
 
 
 def newest_first(folder: Path) -> list[Path]:
-    return sorted(
-        (f for f in folder.glob("checkpoint-*") if f.name.rsplit("-", 1)[1].isdigit()),
-        key=step_of,
-        reverse=True,
-    )
+    """The folders `checkpoint-<step>` in a folder, the latest step first."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.rsplit("-", 1)[1].isdigit()]
+    return sorted(found, key=step_of, reverse=True)

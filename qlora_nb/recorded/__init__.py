@@ -1,5 +1,8 @@
-"""Measurements made by the scripts in `benchmarks/`, with hardware, versions, commit and date, as
-package data.
+"""Measurements that a laptop cannot repeat, as package data.
+
+What needs a GPU or hours is measured once, by the scripts in `benchmarks/`, and stored here as JSON
+with hardware, versions, commit and date. A notebook shows such a number only with the line that
+says where it comes from.
 """
 
 import json
@@ -9,24 +12,20 @@ FOLDER = Path(__file__).parent
 
 
 def read(name: str) -> tuple[dict, str] | None:
-    """A recorded measurement and a line that says where it comes from.
-
-    None where the file is not: the notebook then says so. The files are written by the scripts in
-        `benchmarks/`.
+    """A recorded measurement and a line that says where it comes from; None where it was not made
+    yet.
     """
     path = FOLDER / f"{name}.json"
     if not path.is_file():
         return None
     record = json.loads(path.read_text(encoding="utf-8"))
-    hardware, versions = record["hardware"], record["versions"] or {}
-    on = (
-        ", ".join(gpu["name"] for gpu in hardware["gpus"])
-        or f"{hardware['n_cores']} cores of {hardware['cpu']}"
-    )
-    with_ = ", ".join(
-        f"{p} {versions.get(p, '(unknown)')}" for p in ("torch", "transformers", "bitsandbytes")
-    )
-    return (
-        record,
-        f"recorded {record['date'][:10]} on {on}, {with_}, commit {(record['commit'] or 'unknown')[:7]}",
-    )
+    hardware = record["hardware"]
+    versions = record["versions"] or {}
+    device = ", ".join(gpu["name"] for gpu in hardware["gpus"])
+    if not device:
+        device = f"{hardware['n_cores']} cores of {hardware['cpu']}"
+    source = f"recorded {record['date'][:10]} on {device}"
+    for package in ("torch", "transformers", "bitsandbytes"):
+        source += f", {package} {versions.get(package, '(unknown)')}"
+    commit = record["commit"] or "unknown"
+    return record, f"{source}, commit {commit[:7]}"
