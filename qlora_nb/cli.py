@@ -152,11 +152,11 @@ def generate(ctx: typer.Context, profile: Profile = "tiny",
     from qlora_nb.settings import resolve
 
     settings = resolve({"profile": profile, **_parameters(ctx.args)})
-    from qlora_nb.answer import adapters, generate
+    from qlora_nb.answer import adapters, generate, prompt_files
     from qlora_nb.model import load
 
     rows = (
-        generate.read_rows(prompts, settings.columns)
+        prompt_files.read_rows(prompts, settings.columns)
         if prompts
         else [generate.row_of(p) for p in settings.prompts]
     )
@@ -167,7 +167,7 @@ def generate(ctx: typer.Context, profile: Profile = "tiny",
         print(where_from)
     if out:
         print(
-            f"{generate.answer_file(model, tokenizer, rows, Path(out), settings)} of {len(rows)} answered into {out}"
+            f"{prompt_files.answer_file(model, tokenizer, rows, Path(out), settings)} of {len(rows)} answered into {out}"
         )
         return
     for row, text in zip(rows, generate.answer_all(model, tokenizer, rows, settings), strict=True):
