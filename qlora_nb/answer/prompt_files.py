@@ -46,7 +46,7 @@ def read_rows(name: str, columns: dict[str, str]) -> list[dict[str, str]]:
     with refusing(
         "the file of prompts cannot be read or is not in UTF-8", name, "save it as UTF-8"
     ):
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
         rows = [generate.row_of(line) for line in lines if line.strip()]
     if not rows:
         raise KitError(

@@ -50,6 +50,9 @@ class QLoRATrainer(Trainer):
         attach.save_adapter(self.model, output_dir)
 
     def _save_checkpoint(self, model, trial):
+        """Older checkpoints are removed by the seal, not by `save_total_limit`, which would remove
+        one before the new one is known to be whole.
+        """
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         with files.writing(folder):
             super()._save_checkpoint(model, trial)
