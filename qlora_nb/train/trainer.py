@@ -180,6 +180,7 @@ def finetune(
     measured = callbacks.MeasureOneStep(batches)
     sample = callbacks.Sample(tokenizer, settings, held_out, run)
     try:
+        # 1. the rows in the order in which they are trained
         attach.require_adapter(model)
         if settings.packing:
             rows = data.pack(rows, settings.max_length)
@@ -188,6 +189,7 @@ def finetune(
         trained = [p for p in model.parameters() if p.requires_grad]
         first_values = [p.detach().to("cpu", copy=True) for p in trained]
 
+        # 2. the trainer, which is made anew when memory runs out
         def seal_checkpoint(folder: Path) -> None:
             seal.write_seal(folder, settings=settings.model_dump(), rows=rows_hash)
 
@@ -212,6 +214,7 @@ def finetune(
             return checkpoint
 
         with interrupts.stop_on_interrupt() as stop, ExitStack() as stack:
+            # 3. what is in force while training works, undone in any case
             watch.stop = stop
             loss_function = _loss_function(model, settings, stack)
             stack.push(measured.measuring)
@@ -220,6 +223,7 @@ def finetune(
             stack.enter_context(files.sole_writer(run.folder))
             stack.callback(_note_interrupt, run, watch)
             _require_room(model, settings, run.folder)
+            # 4. train, from the first step or from a checkpoint
             checkpoint = _first_checkpoint(model, run, settings, rows_hash)
             if run.resumed:
                 step = _rewind(run, checkpoint, watch.losses, sample.losses)
@@ -231,6 +235,7 @@ def finetune(
                     remedy="lower learning_rate; on a GPU without bfloat16 choose a model trained "
                     "in float16 (not pythia-1b)",
                 )
+            # 5. save
             adapter = attach.save_sealed(model, run.folder / "adapter")
     except BaseException as error:  # the folder must say what became of the run
         if watch.begun:
