@@ -72,9 +72,7 @@ def peers_on_the_pocket_model() -> dict:
         started = time.perf_counter()
         _, model = quietly(getattr(peers, name), whole, rows, tokenizer)
         seconds = time.perf_counter() - started
-        found = quietly(
-            evaluate.exact_match_by_kind, model.eval(), tokenizer, data.load(whole)[1], whole
-        )
+        found = quietly(evaluate.held_out, model.eval(), tokenizer, data.load(whole)[1], whole)
         ends[name] = {
             "seconds": seconds,
             "held_out_loss": found["loss"],

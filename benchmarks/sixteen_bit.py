@@ -50,7 +50,7 @@ def trained(settings, four_bit: bool) -> dict[str, float]:
             run,
             lambda step: None,
         )
-        found = evaluate.exact_match_by_kind(model, tokenizer, held_out, settings)
+        found = evaluate.held_out(model, tokenizer, held_out, settings)
     return {
         "loss": found["loss"],
         **({"exact_match": found["exact_match"]["all"]} if found["exact_match"] else {}),

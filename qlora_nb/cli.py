@@ -177,11 +177,11 @@ def generate(
 
     settings = resolve({"profile": profile, **_parameters(ctx.args)})
     from qlora_nb import sources
-    from qlora_nb.answer import adapters, generate
+    from qlora_nb.answer import adapters, generate, prompt_files
     from qlora_nb.model import load
 
     if prompts:
-        rows = generate.read_rows(prompts, settings.columns)
+        rows = prompt_files.read_rows(prompts, settings.columns)
     else:
         rows = [generate.row_of(prompt) for prompt in settings.prompts]
     tokenizer = load.load_tokenizer(settings)
@@ -192,7 +192,7 @@ def generate(
         print(where_from)
     if out:
         target = sources.local_path(out)
-        n_answered = generate.answer_file(model, tokenizer, rows, target, settings)
+        n_answered = prompt_files.answer_file(model, tokenizer, rows, target, settings)
         print(f"{n_answered} of {len(rows)} answered into {out}")
         return
     answers = generate.answer_all(model, tokenizer, rows, settings)

@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from qlora_nb import cli, pocket
-from qlora_nb.answer import evaluate, generate
+from qlora_nb.answer import evaluate, generate, prompt_files
 from qlora_nb.errors import KitError
 from qlora_nb.model import batching, chunked_loss, data, load
 from qlora_nb.settings import validate
@@ -682,7 +682,7 @@ def test_a_tree_begins_with_a_question_that_is_there(tmp_path, capsys, root):
     ],
 )
 def test_a_row_without_an_answer_is_asked(tmp_path, row, asked):
-    rows = generate.read_rows(str(write(tmp_path / "a.json", [row])), {})
+    rows = prompt_files.read_rows(str(write(tmp_path / "a.json", [row])), {})
     assert rows == [{"instruction": asked[0], "input": asked[1]}]
 
 
@@ -691,7 +691,7 @@ def test_turns_that_are_not_shown_are_counted(tmp_path, capsys):
         talk("user: Far?", "assistant: Yes."),
         talk("user: Near?", "assistant: No.", "user: Sure?", "assistant: Yes."),
     ]
-    assert len(generate.read_rows(str(write(tmp_path / "a.json", rows)), {})) == 2
+    assert len(prompt_files.read_rows(str(write(tmp_path / "a.json", rows)), {})) == 2
     said = capsys.readouterr().out
     assert (
         said
@@ -701,7 +701,7 @@ def test_turns_that_are_not_shown_are_counted(tmp_path, capsys):
 
 def test_rows_that_cannot_be_asked_are_named_and_the_others_are_asked(tmp_path, capsys):
     path = write(tmp_path / "a.json", [{"prompt": " "}, {"prompt": "Far?"}, {"prompt": None}])
-    assert generate.read_rows(str(path), {}) == [{"instruction": "Far?", "input": ""}]
+    assert prompt_files.read_rows(str(path), {}) == [{"instruction": "Far?", "input": ""}]
     assert (
         "2 of 3 rows have no instruction (no turn by a user) and are left out: rows 0, 2"
         in capsys.readouterr().out
@@ -715,7 +715,7 @@ def test_rows_that_cannot_be_asked_are_named_and_the_others_are_asked(tmp_path, 
 def test_a_file_without_a_single_question_is_refused(tmp_path, row):
     path = write(tmp_path / "a.json", [row] * 2)
     with pytest.raises(KitError, match="no row of this file can be asked"):
-        generate.read_rows(str(path), {})
+        prompt_files.read_rows(str(path), {})
     done = CliRunner().invoke(
         cli.app, ["generate", "--prompts", str(path), "-p", "adapter", "pocket"]
     )
@@ -751,7 +751,7 @@ def test_nothing_in_an_optional_column_is_the_empty_text(tmp_path, tokenizer, no
         assert row["input"] in ("", "So.")
     evaluate.exact_match(evaluate.copy_baseline(list(train), list(held_out)), list(held_out))
     assert len(data.tokenize_rows(train, tokenizer, settings)) == len(train)
-    assert {row["input"] for row in generate.read_rows(str(path), {})} <= {"", "So."}
+    assert {row["input"] for row in prompt_files.read_rows(str(path), {})} <= {"", "So."}
 
 
 def test_an_answer_that_is_nothing_is_left_out_of_any_type(tmp_path, capsys):

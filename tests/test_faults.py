@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from qlora_nb import cards, cli, machine
-from qlora_nb.answer import adapters, generate
+from qlora_nb.answer import adapters, generate, prompt_files
 from qlora_nb.batch import sequence
 from qlora_nb.errors import KitError
 from qlora_nb.memory import preflight
@@ -469,10 +469,10 @@ def test_prompts_that_are_no_text(tmp_path):
         ("none.csv", b"", "cannot be read"),
     ):
         with pytest.raises(KitError, match=words):
-            generate.read_rows(str(put(tmp_path / name, content)), {})
+            prompt_files.read_rows(str(put(tmp_path / name, content)), {})
     for name in (str(tmp_path), "~nobody-of-that-name/a.txt", "a" * 5000, "a\0b"):
         with pytest.raises(KitError, match="no such file of prompts"):
-            generate.read_rows(name, {})
+            prompt_files.read_rows(name, {})
     assert generate.row_of("half a \ud83d and a whole \ud83d\ude00") == {
         "instruction": "half a \ufffd and a whole 😀",
         "input": "",

@@ -20,7 +20,7 @@ import torch
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
-from qlora_nb.answer import adapters, generate
+from qlora_nb.answer import adapters, generate, prompt_files
 from qlora_nb.errors import KitError
 from qlora_nb.memory import preflight
 from qlora_nb.model import data, load
@@ -346,7 +346,7 @@ def test_prompts(bases, tmp_path):
         if n % 3 == 0:  # a file of prompts
             path = tmp_path / "prompts.txt"
             path.write_bytes(damaged(prompt.encode("utf-8", "surrogatepass"), random))
-            tried("prompts", lambda path=path: generate.read_rows(str(path), {}))
+            tried("prompts", lambda path=path: prompt_files.read_rows(str(path), {}))
             continue
 
         def asked(prompt=prompt):

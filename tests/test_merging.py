@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from qlora_nb import cli
-from qlora_nb.answer import adapters, generate, merge
+from qlora_nb.answer import adapters, generate, merge, prompt_files
 from qlora_nb.errors import KitError
 from qlora_nb.memory import ledger, live_bytes
 from qlora_nb.model import data, load
@@ -168,25 +168,25 @@ def test_batched_answers_are_the_single_ones(tuned):
 def test_a_file_is_answered_and_gone_on_with(tuned, tmp_path):
     tokenizer, model = tuned
     rows, target = rows_of(20), tmp_path / "answers.jsonl"
-    assert generate.answer_file(model, tokenizer, rows, target, SETTINGS, batch=8) == 20
+    assert prompt_files.answer_file(model, tokenizer, rows, target, SETTINGS, batch=8) == 20
     whole = sorted(map(json.loads, target.read_text().splitlines()), key=lambda r: r["n"])
     assert [r["answer"] for r in whole] == generate.answer_all(model, tokenizer, rows, SETTINGS)
     assert [{k: r[k] for k in ("instruction", "input")} for r in whole] == rows
     lines = target.read_text().splitlines(keepends=True)
     target.write_text("".join(lines[:9]) + lines[9][:20])  # as a kill leaves it
-    assert generate.answer_file(model, tokenizer, rows, target, SETTINGS, batch=8) == 11
+    assert prompt_files.answer_file(model, tokenizer, rows, target, SETTINGS, batch=8) == 11
     assert sorted(map(json.loads, target.read_text().splitlines()), key=lambda r: r["n"]) == whole
-    assert generate.answer_file(model, tokenizer, rows, target, SETTINGS) == 0
+    assert prompt_files.answer_file(model, tokenizer, rows, target, SETTINGS) == 0
 
 
 def test_a_file_with_answers_to_other_rows_is_left_alone(tuned, tmp_path):
     tokenizer, model = tuned
     target = tmp_path / "answers.jsonl"
-    generate.answer_file(model, tokenizer, rows_of(3), target, SETTINGS)
+    prompt_files.answer_file(model, tokenizer, rows_of(3), target, SETTINGS)
     before = target.read_text()
     for other in (rows_of(2), [*rows_of(2), {"instruction": "Other?", "input": ""}]):
         with pytest.raises(KitError, match="answers to other rows"):
-            generate.answer_file(model, tokenizer, other, target, SETTINGS)
+            prompt_files.answer_file(model, tokenizer, other, target, SETTINGS)
     assert target.read_text() == before
 
 
@@ -209,7 +209,7 @@ def test_a_file_of_something_else_is_left_alone(tuned, tmp_path, content):
     with pytest.raises(
         KitError, match=r"is no file of answers|holds answers to other rows"
     ) as refused:
-        generate.answer_file(model, tokenizer, rows_of(2), target, SETTINGS)
+        prompt_files.answer_file(model, tokenizer, rows_of(2), target, SETTINGS)
     assert "name another file" in refused.value.remedy
     assert target.read_bytes() == content
 
@@ -218,17 +218,17 @@ def test_answers_of_another_model_are_not_mixed_in(tuned, tmp_path):
     tokenizer, model = tuned
     target = tmp_path / "not" / "there yet" / "answers.jsonl"
     with model.disable_adapter():
-        generate.answer_file(model.get_base_model(), tokenizer, rows_of(2), target, SETTINGS)
+        prompt_files.answer_file(model.get_base_model(), tokenizer, rows_of(2), target, SETTINGS)
     before = target.read_text()
     for settings in (SETTINGS, SETTINGS.replace(max_new_tokens=3)):
         with pytest.raises(KitError, match="by another model"):
-            generate.answer_file(model, tokenizer, rows_of(2), target, settings)
+            prompt_files.answer_file(model, tokenizer, rows_of(2), target, settings)
     assert target.read_text() == before
 
 
 def in_the_middle(monkeypatch, what):
     """Do something once, after the first batch was answered and before it is written."""
-    whole, done = generate._in_batches, []
+    whole, done = generate.in_batches, []
 
     def batches(*given):
         for found in whole(*given):
@@ -237,7 +237,7 @@ def in_the_middle(monkeypatch, what):
                 what()
             yield found
 
-    monkeypatch.setattr(generate, "_in_batches", batches)
+    monkeypatch.setattr(generate, "in_batches", batches)
 
 
 @pytest.mark.fault(47)
@@ -255,14 +255,14 @@ def test_a_second_writer_is_refused_under_any_name_of_the_file(tuned, tmp_path, 
 
     def second():
         with pytest.raises(KitError, match="another process writes into this file") as error:
-            generate.answer_file(model, tokenizer, rows, Path(name), SETTINGS)
+            prompt_files.answer_file(model, tokenizer, rows, Path(name), SETTINGS)
         refused.append(error.value)
 
     in_the_middle(monkeypatch, second)
-    assert generate.answer_file(model, tokenizer, rows, target, SETTINGS, batch=5) == 12
+    assert prompt_files.answer_file(model, tokenizer, rows, target, SETTINGS, batch=5) == 12
     assert len(refused) == 1
     assert {json.loads(line)["n"] for line in target.read_text().splitlines()} == set(range(12))
-    assert generate.answer_file(model, tokenizer, rows, Path(name), SETTINGS) == 0
+    assert prompt_files.answer_file(model, tokenizer, rows, Path(name), SETTINGS) == 0
     assert (tmp_path / "link.jsonl").is_symlink()
 
 
@@ -281,11 +281,11 @@ def test_a_file_that_somebody_touches_meanwhile_is_said_and_answered_again(
     }
     touch["written to"] = lambda: target.write_text(target.read_text()[:-1] + " \n")
     if how in ("emptied", "written to"):
-        generate.answer_file(model, tokenizer, rows[:1], target, SETTINGS)
+        prompt_files.answer_file(model, tokenizer, rows[:1], target, SETTINGS)
     in_the_middle(monkeypatch, touch[how])
     with pytest.raises(KitError, match=r"removed or changed .*call it again"):
-        generate.answer_file(model, tokenizer, rows, target, SETTINGS, batch=5)
-    generate.answer_file(model, tokenizer, rows, target, SETTINGS)
+        prompt_files.answer_file(model, tokenizer, rows, target, SETTINGS, batch=5)
+    prompt_files.answer_file(model, tokenizer, rows, target, SETTINGS)
     assert {json.loads(line)["n"] for line in target.read_text().splitlines()} == set(range(12))
 
 
@@ -293,7 +293,7 @@ def test_a_file_that_somebody_touches_meanwhile_is_said_and_answered_again(
 def test_answers_into_a_folder_that_is_closed(tuned, closed_folder):
     tokenizer, model = tuned
     with pytest.raises(KitError, match=r"answers\.jsonl cannot be written") as refused:
-        generate.answer_file(
+        prompt_files.answer_file(
             model, tokenizer, rows_of(1), closed_folder / "answers.jsonl", SETTINGS
         )
     assert "that you may write to" in refused.value.remedy
@@ -301,14 +301,14 @@ def test_answers_into_a_folder_that_is_closed(tuned, closed_folder):
 
 def test_prompts_come_from_text_and_data_files(tmp_path):
     (tmp_path / "a.txt").write_text("\ufeffSay hi.\n\nSay bye.\n", encoding="utf-8")
-    assert generate.read_rows(str(tmp_path / "a.txt"), {}) == [
+    assert prompt_files.read_rows(str(tmp_path / "a.txt"), {}) == [
         {"instruction": "Say hi.", "input": ""},
         {"instruction": "Say bye.", "input": ""},
     ]
     (tmp_path / "b.jsonl").write_text(
         '{"q": "Say hi.", "output": ""}\n{"q": "Say bye.", "output": ""}\n'
     )
-    rows = generate.read_rows(str(tmp_path / "b.jsonl"), {"instruction": "q", "output": "none"})
+    rows = prompt_files.read_rows(str(tmp_path / "b.jsonl"), {"instruction": "q", "output": "none"})
     assert [row["instruction"] for row in rows] == ["Say hi.", "Say bye."]
 
 
@@ -348,6 +348,6 @@ def test_answers_go_into_a_file_and_into_nothing_else(tuned, tmp_path):
     os.mkfifo(pipe)
     before = pipe.stat()
     with pytest.raises(KitError, match="this is no file"):
-        generate.answer_file(model, tokenizer, rows_of(2), pipe, SETTINGS)
+        prompt_files.answer_file(model, tokenizer, rows_of(2), pipe, SETTINGS)
     assert pipe.stat() == before
     assert os.listdir(tmp_path) == ["pipe"]

@@ -21,7 +21,7 @@ from qlora_nb.model import data, load
 from qlora_nb.model.linear_layers import linear_layers
 from qlora_nb.record import runs, seal
 from qlora_nb.settings import validate
-from qlora_nb.train import attach, checkpoints, trainer
+from qlora_nb.train import attach, checkpoints, retry, trainer
 
 SHORT = {
     "max_steps": 3,
@@ -352,7 +352,7 @@ def test_rehearsal_of_memory_that_runs_out_with_many_rows(
     rehearsal.card(monkeypatch, AMPERE)
     way = {"max_steps": 4, "compute_dtype": "float32", "save_steps": save_steps}
     alive, still = [], []
-    fewer = trainer.with_fewer_rows
+    fewer = retry.with_fewer_rows
 
     def look(settings):
         """Called when a step is to be done again: what it held must be gone by then."""
@@ -361,7 +361,7 @@ def test_rehearsal_of_memory_that_runs_out_with_many_rows(
         )
         return fewer(settings)
 
-    monkeypatch.setattr(trainer, "with_fewer_rows", look)
+    monkeypatch.setattr(retry, "with_fewer_rows", look)
     hurt = _hurt(monkeypatch, place, at, torch.OutOfMemoryError(OUT_OF_MEMORY), alive)
     _, _, model, run, result = finetuned(tmp_path / "hurt", hurt, **way)
     assert not still

@@ -15,7 +15,7 @@ from peft import PeftModel
 from qlora_nb.answer import adapters, evaluate, generate
 from qlora_nb.errors import KitError
 from qlora_nb.memory import ledger
-from qlora_nb.model import chunked_loss, data, fetch, load
+from qlora_nb.model import batching, chunked_loss, data, device, fetch, load
 from qlora_nb.model.linear_layers import linear_layers
 from qlora_nb.record import files, runs, seal
 from qlora_nb.settings import validate
@@ -462,7 +462,7 @@ def test_base_is_the_model_without_adapter(trained):
 def test_along_an_answer_the_first_position_is_the_next_token(trained):
     settings, tokenizer, model, *_ = trained
     row = dict(data.load(settings)[1][0])
-    found = generate.along(model, tokenizer, row, settings, "By the river.")
+    found = generate.next_tokens_along(model, tokenizer, row, settings, "By the river.")
     base, tuned, bits = generate.next_tokens(model, tokenizer, row, settings, k=3)
     assert found[0][3] == pytest.approx(bits, abs=1e-3)
     assert [t for t, _ in found[0][1]] == [t for t, _ in base]
@@ -713,7 +713,7 @@ def test_arithmetic_by_hardware(tmp_path, monkeypatch, dtype):
         return types.SimpleNamespace(n_gpu=2)
 
     monkeypatch.setattr(trainer, "TrainingArguments", on_two_cards)
-    monkeypatch.setattr(load, "compute_dtype", lambda choice: getattr(torch, dtype))
+    monkeypatch.setattr(device, "compute_dtype", lambda choice: getattr(torch, dtype))
     for cuda in (True, False):
         monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
         assert trainer.arguments(settings, tmp_path)._n_gpu == 1
@@ -721,6 +721,23 @@ def test_arithmetic_by_hardware(tmp_path, monkeypatch, dtype):
         assert seen["use_cpu"] == (not cuda)
         assert "bf16" not in seen
     assert not torch.is_autocast_cache_enabled()
+
+
+def test_rows_are_trained_in_the_order_in_which_they_come(tmp_path):
+    settings, tokenizer, model, rows = fresh(tmp_path)
+    collate = batching.collator(tokenizer)
+    made = trainer.QLoRATrainer(
+        lambda folder: None,
+        model=model,
+        args=trainer.arguments(settings, tmp_path),
+        train_dataset=rows,
+        data_collator=collate,
+    )
+    n = settings.per_device_train_batch_size
+    assert len(rows) > n
+    for number, batch in enumerate(made.get_train_dataloader()):
+        expected = collate([rows[i] for i in range(number * n, min(len(rows), (number + 1) * n))])
+        assert torch.equal(batch["input_ids"], expected["input_ids"])
 
 
 def test_tensorboard_is_asked_for_and_named_if_it_is_not_there(tmp_path, monkeypatch):

@@ -242,7 +242,7 @@ def build_adapter(out: Path = ADAPTER_DIR) -> dict[str, float]:
         "target_modules": sorted(config["target_modules"]),
     }  # no path of this machine
     (out / "adapter_config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
-    return evaluate.exact_match_by_kind(model, tokenizer, held_out, settings)["exact_match"]
+    return evaluate.held_out(model, tokenizer, held_out, settings)["exact_match"]
 
 
 def main() -> None:

@@ -1,22 +1,22 @@
 """Answers: one model, its adapter switched on or off, one prompt or many, streamed or counted.
 
-Base and tuned are the same 4-bit weights; the adapter is switched, so a comparison never holds two
-models.
+transformers' `generate` writes token by token: greedily the most probable one, or, with a
+temperature, one drawn from the most probable ones (nucleus sampling, arXiv 1904.09751). Base and
+tuned model are the same 4-bit weights; the adapter is switched, so that a comparison never holds
+two models. Many prompts go through the model together, padded on the left so that all answers begin
+at the same place; prompts of like length share a batch, so that little is computed on padding.
+Source: transformers, `generation/utils.py`.
 """
 
-import hashlib
-import json
 import math
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from threading import Event, Thread
-from typing import TextIO
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
+from torch.nn.functional import kl_div
 from transformers import (
     GenerationConfig,
     PreTrainedModel,
@@ -25,12 +25,10 @@ from transformers import (
     TextIteratorStreamer,
 )
 
-from qlora_nb import sources
 from qlora_nb.answer import adapters
-from qlora_nb.errors import KitError, refusing
+from qlora_nb.errors import KitError
 from qlora_nb.model import batching, data, generation_defaults
 from qlora_nb.progress import Bar
-from qlora_nb.record import files
 
 
 def row_of(prompt: str) -> dict[str, str]:
@@ -39,9 +37,8 @@ def row_of(prompt: str) -> dict[str, str]:
     >>> row_of("Where is Anna?\\nAnna went home.")
     {'instruction': 'Where is Anna?', 'input': 'Anna went home.'}
     """
-    whole = prompt.encode("utf-16", "surrogatepass").decode(
-        "utf-16", "replace"
-    )  # no tokenizer takes half a character
+    # no tokenizer takes half a character
+    whole = prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     instruction, _, rest = whole.strip().partition("\n")
     if not instruction:
         raise KitError(
@@ -50,37 +47,93 @@ def row_of(prompt: str) -> dict[str, str]:
     return {"instruction": instruction, "input": rest.strip()}
 
 
+def tokenize_prompts(
+    rows: list[dict], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, settings
+) -> dict[str, torch.Tensor]:
+    """Prompts of rows as `input_ids` and `attention_mask` (rows, tokens) on the model's device,
+    padded on the left.
+
+    Raises:
+        KitError: with the answer it would be longer than the model's context.
+    """
+    template = settings.prompt_template
+    prompts = [{"input_ids": data.prompt_ids(row, tokenizer, template)} for row in rows]
+    encoded = tokenizer.pad(
+        prompts, return_tensors="pt", padding_side="left", return_attention_mask=True
+    )
+    limit = getattr(model.config, "max_position_embeddings", None)
+    n_tokens = encoded["input_ids"].shape[1]
+    if limit and n_tokens + settings.max_new_tokens > limit:
+        raise KitError(
+            f"the prompt has {n_tokens} tokens; with max_new_tokens={settings.max_new_tokens} "
+            f"that is over the model's {limit}",
+            remedy="shorten the prompt or lower max_new_tokens",
+        )
+    return {name: tensor.to(model.device) for name, tensor in encoded.items()}
+
+
 def _config(
     model, tokenizer, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0, **more
 ) -> GenerationConfig:
     """Only what is said here, greedy unless a temperature is given; ends with the tokenizer's end
     token or the model's own.
 
-    A model's own sampling defaults are not mixed in: `models.load_base` has set them aside.
+    A model's own sampling defaults are not mixed in: `load.load_base` has set them aside.
     """
-    sampling = (
-        {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-        if temperature
-        else {}
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=generation_defaults.end_tokens(model, tokenizer),
+        **more,
     )
-    ends = {
-        "pad_token_id": tokenizer.pad_token_id,
-        "eos_token_id": generation_defaults.end_tokens(model, tokenizer),
-    }
-    return GenerationConfig(max_new_tokens=max_new_tokens, **sampling, **ends, **more)
+    if temperature:
+        config.do_sample = True
+        config.temperature = temperature
+        config.top_p = top_p
+        config.top_k = 0
+    return config
 
 
 def _greedy(model, tokenizer, encoded: dict[str, torch.Tensor], max_new_tokens: int) -> list[str]:
     """What a model writes after each encoded prompt when it always takes the most probable
     token.
     """
-    out = model.generate(**encoded, generation_config=_config(model, tokenizer, max_new_tokens))
-    return [
-        t.strip()
-        for t in tokenizer.batch_decode(
-            out[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True
-        )
-    ]
+    config = _config(model, tokenizer, max_new_tokens)
+    written = model.generate(**encoded, generation_config=config)
+    new = written[:, encoded["input_ids"].shape[1] :]
+    return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
+def continue_text(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, max_new_tokens: int
+) -> str:
+    """What a model writes on after a plain text, greedily, without any template."""
+    encoded = tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    return _greedy(model, tokenizer, encoded, max_new_tokens)[0]
+
+
+def in_batches(
+    model: PreTrainedModel, tokenizer, rows: list[dict], settings, batch: int
+) -> Iterator[dict[int, str]]:
+    """Greedy answers by row number, a batch of prompts of like length at a time."""
+    lengths = [len(data.prompt_of(row, settings.prompt_template)) for row in rows]
+    order = sorted(range(len(rows)), key=lambda i: lengths[i])
+    with Bar(total=len(rows), unit="row", desc="answering", leave=False) as bar:
+        for group in batching.groups(order, batch):
+            encoded = tokenize_prompts([rows[i] for i in group], tokenizer, model, settings)
+            said = _greedy(model, tokenizer, encoded, settings.max_new_tokens)
+            yield dict(zip(group, said, strict=True))
+            bar.update(len(group))
+
+
+def answer_all(
+    model: PreTrainedModel, tokenizer, rows: list[dict], settings, batch: int = 48
+) -> list[str]:
+    """Greedy answers to many rows, in the rows' order."""
+    said: dict[int, str] = {}
+    for answered in in_batches(model, tokenizer, rows, settings, batch):
+        said.update(answered)
+    return [said[i] for i in range(len(rows))]
 
 
 @dataclass
@@ -114,59 +167,70 @@ def stream(
 ) -> Iterator[Answer]:
     """Yield the growing answer token by token; the last one is complete. `stop` ends it after the
     current token.
+
+    `generate` works in a thread of its own and hands each token to the streamer, which is read
+    here. An error in that thread is raised here.
     """
     encoded = tokenize_prompts([row], tokenizer, model, settings)
+    config = _config(
+        model,
+        tokenizer,
+        settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        repetition_penalty=settings.repetition_penalty,
+        output_scores=True,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
     streamer = TextIteratorStreamer(
         tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=600
     )
-    ending, failure, made = stop or Event(), [], []
-    shown = {"output_scores": True, "output_logits": True, "return_dict_in_generate": True}
-    sampling = {
-        name: getattr(settings, name) for name in ("temperature", "top_p", "repetition_penalty")
-    }
-    stopped = lambda input_ids, scores, **_: torch.full(
-        (len(input_ids),), ending.is_set(), device=input_ids.device
-    )
+    generated = []
+    failure = []
+
+    def stopped(input_ids, scores, **_):
+        asked = stop is not None and stop.is_set()
+        return torch.full((len(input_ids),), asked, device=input_ids.device)
 
     def work():
         try:
             torch.manual_seed(settings.seed)
-            with adapters.base_or_tuned(model, tuned), torch.no_grad():
-                config = _config(model, tokenizer, settings.max_new_tokens, **sampling, **shown)
-                criteria = StoppingCriteriaList([stopped])
-                made.append(
-                    model.generate(
-                        **encoded,
-                        generation_config=config,
-                        streamer=streamer,
-                        stopping_criteria=criteria,
-                    )
+            with adapters.base_or_tuned(model, tuned):
+                found = model.generate(
+                    **encoded,
+                    generation_config=config,
+                    streamer=streamer,
+                    stopping_criteria=StoppingCriteriaList([stopped]),
                 )
-        except (
-            BaseException
-        ) as error:  # handed to the caller below; a silent thread would leave it waiting
+            generated.append(found)
+        except BaseException as error:  # a silent thread would leave the reader waiting
             failure.append(error)
             streamer.end()
 
     thread = Thread(target=work, daemon=True)
     started = time.perf_counter()
     thread.start()
-    text, first = "", 0.0
+    text = ""
+    first_token_s = 0.0
     for n_pieces, piece in enumerate(streamer, start=1):
-        first = first or time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        if n_pieces == 1:
+            first_token_s = seconds
         text += piece
-        yield Answer(text, n_pieces, first, time.perf_counter() - started)
+        yield Answer(text, n_pieces, first_token_s, seconds)
     thread.join()
     if failure:
         raise failure[0]
-    steps = list(zip(made[0].logits, made[0].scores, strict=True))
-    left = (
-        sum(scores.isfinite().sum().item() for _, scores in steps) / len(steps)
-        if settings.temperature
-        else 1.0
-    )
-    turned = sum(int(logits.argmax() != scores.argmax()) for logits, scores in steps)
-    yield Answer(text.strip(), len(steps), first, time.perf_counter() - started, left, turned)
+    [found] = generated
+    n_tokens = len(found.scores)
+    whole = Answer(text.strip(), n_tokens, first_token_s, time.perf_counter() - started)
+    if settings.temperature:
+        n_left = [scores.isfinite().sum().item() for scores in found.scores]
+        whole.left = sum(n_left) / n_tokens
+    for logits, scores in zip(found.logits, found.scores, strict=True):
+        whole.turned += int(logits.argmax() != scores.argmax())
+    yield whole
 
 
 def answer(
@@ -177,16 +241,6 @@ def answer(
     return last
 
 
-@torch.no_grad()
-def continue_text(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, max_new_tokens: int
-) -> str:
-    """What a model writes on after a plain text, greedily, without any template."""
-    encoded = tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(model.device)
-    return _greedy(model, tokenizer, encoded, max_new_tokens)[0]
-
-
-@torch.no_grad()
 def next_tokens(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, row: dict, settings, k: int = 5
 ):
@@ -197,12 +251,12 @@ def next_tokens(
         (base, tuned, divergence): two lists of (token text, probability) and KL(tuned ‖ base) in
         bits, over the whole vocabulary.
     """
-    _, *tops, divergence = along(model, tokenizer, row, settings, "", k)[0]
-    return *tops, divergence
+    [(_, base, tuned, divergence)] = next_tokens_along(model, tokenizer, row, settings, "", k)
+    return base, tuned, divergence
 
 
 @torch.no_grad()
-def along(
+def next_tokens_along(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, row: dict, settings, text: str, k: int = 3
 ) -> list[tuple]:
     """Both models' next tokens at every position of an answer, the end included.
@@ -211,211 +265,24 @@ def along(
         (token written there, base's `k` most probable ones, the tuned model's, KL(tuned ‖ base) in
         bits) for each position; probable tokens as (text, probability).
     """
-    prompt, more = (
-        tokenize_prompts([row], tokenizer, model, settings),
-        {"add_special_tokens": False, "return_tensors": "pt"},
-    )
-    written = (
-        tokenizer(text, **more)["input_ids"][:, : settings.max_new_tokens].long().to(model.device)
-    )
-    ids, start = torch.cat([prompt["input_ids"], written], dim=1), prompt["input_ids"].shape[1] - 1
-    logs = []
-    for tuned in (False, True):
-        with adapters.base_or_tuned(model, tuned):
-            logs.append(model(input_ids=ids).logits[0, start:].float().log_softmax(-1))
-    bits = ((logs[1].exp() * (logs[1] - logs[0])).sum(-1) / math.log(2)).tolist()
-    tops = []
-    for log in logs:
-        values, best = log.exp().topk(k)
-        tops.append(
-            [
-                [(tokenizer.decode([i]), p) for i, p in zip(*row)]
-                for row in zip(best.tolist(), values.tolist())
-            ]
-        )
-    tokens = [*(tokenizer.decode([i]) for i in written[0].tolist()), "(end)"]
-    return list(zip(tokens, *tops, bits, strict=True))
+    prompt = tokenize_prompts([row], tokenizer, model, settings)["input_ids"]
+    written = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    written = written[:, : settings.max_new_tokens].long().to(model.device)
+    ids = torch.cat([prompt, written], dim=1)
+    start = prompt.shape[1] - 1  # the last token of the prompt predicts the first of the answer
+    with adapters.base_or_tuned(model, tuned=False):
+        base = model(input_ids=ids).logits[0, start:].float().log_softmax(-1)
+    with adapters.base_or_tuned(model, tuned=True):
+        tuned = model(input_ids=ids).logits[0, start:].float().log_softmax(-1)
+    divergence = kl_div(base, tuned, reduction="none", log_target=True).sum(-1) / math.log(2)
 
+    def most_probable(log_probabilities: torch.Tensor) -> list[tuple[str, float]]:
+        values, best = log_probabilities.exp().topk(k)
+        return [(tokenizer.decode([i]), p) for i, p in zip(best.tolist(), values.tolist())]
 
-@torch.no_grad()
-def _in_batches(
-    model, tokenizer, rows: list[dict], settings, batch: int
-) -> Iterator[dict[int, str]]:
-    """Greedy answers by row number, a batch of like length at a time, padded on the left."""
-    order = sorted(
-        range(len(rows)), key=lambda i: len(data.prompt_of(rows[i], settings.prompt_template))
-    )
-    with Bar(total=len(order), unit="row", desc="answering", leave=False) as bar:
-        for group in batching.groups(order, batch):
-            encoded = tokenize_prompts([rows[i] for i in group], tokenizer, model, settings)
-            yield dict(
-                zip(group, _greedy(model, tokenizer, encoded, settings.max_new_tokens), strict=True)
-            )
-            bar.update(len(group))
-
-
-def answer_all(
-    model: PreTrainedModel, tokenizer, rows: list[dict], settings, batch: int = 48
-) -> list[str]:
-    """Greedy answers to many rows, in the rows' order."""
-    said = {
-        i: text
-        for found in _in_batches(model, tokenizer, rows, settings, batch)
-        for i, text in found.items()
-    }
-    return [said[i] for i in range(len(rows))]
-
-
-def read_rows(name: str, columns: dict[str, str]) -> list[dict[str, str]]:
-    """Rows with instruction and input: from a text file, a prompt a line, or from any data file (an
-    answer is not needed).
-    """
-    path = sources.local_path(name)
-    if not os.path.isfile(path):
-        raise KitError("there is no such file of prompts", value=name, remedy="check the path")
-    if not name.endswith(".txt"):
-        return data.questions(name, columns)
-    with refusing(
-        "the file of prompts cannot be read or is not in UTF-8", name, "save it as UTF-8"
-    ):
-        rows = [
-            row_of(line)
-            for line in Path(path).read_text(encoding="utf-8-sig").splitlines()
-            if line.strip()
-        ]
-    if not rows:
-        raise KitError(
-            "the file of prompts is empty", value=name, remedy="write a prompt on each line"
-        )
-    return rows
-
-
-def answer_file(
-    model,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: list[dict],
-    target: Path,
-    settings,
-    batch: int = 16,
-) -> int:
-    """Answer rows into a file of JSON lines (n, by, instruction, input, answer), batch by batch;
-    called again, it goes on.
-
-    `by` is a hash of whatever decides the answers: the model's name, how it is rounded and asked,
-    the adapter's numbers.
-
-    Returns:
-        How many rows were answered now.
-
-    Raises:
-        KitError: the file holds answers to other rows or by another model, or is no file of answers
-            at all; another process writes into it, or it was removed or changed in the meantime.
-    """
-    with files.writing(target, "name a file in a folder that you may write to"):
-        target = target.resolve()  # a link stays a link
-        if target.exists() and not target.is_file():
-            raise KitError(
-                "this is no file, and is left alone",
-                value=str(target),
-                remedy="name a file for the answers",
-            )
-        target.parent.mkdir(parents=True, exist_ok=True)
-        lock = files.sole_writer(target)
-    with lock:
-        before, by = _answers_in(target), _author(model, settings)
-        asked = [
-            {"n": n, "by": by, "instruction": row["instruction"], "input": row["input"]}
-            for n, row in enumerate(rows)
-        ]
-        if any(
-            n not in range(len(asked)) or record | asked[n] != record
-            for n, record in before.items()
-        ):
-            remedy = "name another file, or remove it"
-            raise KitError(
-                "this file holds answers to other rows or by another model",
-                value=target.name,
-                remedy=remedy,
-            )
-        files.write_atomically(
-            target, "".join(json.dumps(record) + "\n" for record in before.values())
-        )
-        left = [row for row in asked if row["n"] not in before]
-        with target.open("a", encoding="utf-8") as file:
-            for found in _in_batches(model, tokenizer, left, settings, batch):
-                _require_unchanged(target, file)
-                file.writelines(
-                    json.dumps(left[i] | {"answer": text}) + "\n" for i, text in found.items()
-                )
-                file.flush()
-            _require_unchanged(target, file)
-    return len(left)
-
-
-def _require_unchanged(target: Path, file: TextIO) -> None:
-    """Refuse to go on with a file that somebody removed, replaced or wrote to: its answers would be
-    lost or mixed.
-    """
-    opened = os.fstat(file.fileno())
-    there = target.stat() if target.exists() else None
-    if there is None or not os.path.samestat(there, opened) or opened.st_size != file.tell():
-        what = (
-            "the file of answers was removed or changed by somebody else while it was being written"
-        )
-        raise KitError(
-            what, value=target.name, remedy="call it again: what is missing is answered then"
-        )
-
-
-def _answers_in(target: Path) -> dict[int, dict]:
-    """The records of a file of answers by row; a last line that a killed call has cut short is left
-    out.
-    """
-    with refusing(
-        "this is no file of answers, and is left alone", target.name, "name another file"
-    ):
-        *lines, cut = target.read_text(encoding="utf-8").split("\n") if target.exists() else [""]
-        if not '{"n": '.startswith(cut[:6]):
-            raise ValueError("its last line is not one")
-        return {record["n"]: record for record in map(json.loads, lines)}
-
-
-def _author(model, settings) -> str:
-    how = {
-        "model_id",
-        "quant_type",
-        "double_quant",
-        "head_4bit",
-        "compute_dtype",
-        "prompt_template",
-        "max_new_tokens",
-    }
-    found = hashlib.sha256(settings.model_dump_json(include=how).encode())
-    for tensor in (
-        get_peft_model_state_dict(model, save_embedding_layers=False).values()
-        if isinstance(model, PeftModel)
-        else ()
-    ):
-        found.update(tensor.cpu().float().numpy().tobytes())
-    return found.hexdigest()[:12]
-
-
-def tokenize_prompts(rows: list[dict], tokenizer, model, settings) -> dict[str, torch.Tensor]:
-    """Prompts of rows as `input_ids` and `attention_mask` (rows, tokens) on the model's device,
-    padded on the left.
-
-    Raises:
-        KitError: with the answer it would be longer than the model's context.
-    """
-    prompts = [
-        {"input_ids": data.prompt_ids(row, tokenizer, settings.prompt_template)} for row in rows
-    ]
-    encoded = tokenizer.pad(
-        prompts, return_tensors="pt", padding_side="left", return_attention_mask=True
-    )
-    limit = getattr(model.config, "max_position_embeddings", None)
-    n = encoded["input_ids"].shape[1]
-    if limit and n + settings.max_new_tokens > limit:
-        what = f"the prompt has {n} tokens; with max_new_tokens={settings.max_new_tokens} that is over the model's {limit}"
-        raise KitError(what, remedy="shorten the prompt or lower max_new_tokens")
-    return {k: v.to(model.device) for k, v in encoded.items()}
+    tokens = [tokenizer.decode([i]) for i in written[0].tolist()]
+    steps = []
+    for position, token in enumerate([*tokens, "(end)"]):
+        tops = most_probable(base[position]), most_probable(tuned[position])
+        steps.append((token, *tops, divergence[position].item()))
+    return steps

@@ -5,7 +5,8 @@ An adapter was trained on top of what its 4-bit base computes. Merged into the *
 it gives the very model that was trained and measured, as a plain one. Merged into the *packed*
 weights, the sum is rounded to 4 bits again, and the adapter's small numbers partly vanish. Merged
 into the *original* weights it meets a base that it has never seen. How much each costs is measured
-in notebook 07.
+in notebook 07. Merging itself, W + (alpha / r) B A, is PEFT's `merge_and_unload`
+(`tuners/tuners_utils.py`).
 """
 
 import json
@@ -45,27 +46,30 @@ def merged(settings, adapter: Path, way: str = "dequantized") -> PreTrainedModel
     """
     if way not in WAYS:
         raise KitError("unknown way of merging", value=way, allowed=", ".join(WAYS))
-    base = (
-        dequantized(settings)
-        if way == "dequantized"
-        else load.load_base(settings, four_bit=way == "packed")
-    )
+    if way == "dequantized":
+        base = dequantized(settings)
+    else:
+        base = load.load_base(settings, four_bit=way == "packed")
     tuned = adapters.load_adapter(base, adapter)
     with refusing(
         "the adapter cannot be merged",
         adapter.name,
         "keep it beside its base, or merge it another way",
     ):
-        for name, layer in tuned.named_modules():
-            has_bias = any(
-                getattr(second, "bias", None) is not None
-                for second in getattr(layer, "lora_B", {}).values()
-            )
-            if has_bias and layer.get_base_layer().bias is None:
-                raise ValueError(
-                    f"it has a bias for {name.rsplit('.', 1)[-1]}, a layer that has no bias to add it to"
-                )
+        _require_room_for_biases(tuned)
         return tuned.merge_and_unload(progressbar=True)
+
+
+def _require_room_for_biases(tuned: PeftModel) -> None:
+    """Raise a ValueError for an adapter (`lora_bias`) whose bias has none in the base to be added
+    to.
+    """
+    for name, layer in tuned.named_modules():
+        for second in getattr(layer, "lora_B", {}).values():
+            has_bias = getattr(second, "bias", None) is not None
+            if has_bias and layer.get_base_layer().bias is None:
+                last = name.rsplit(".", 1)[-1]
+                raise ValueError(f"it has a bias for {last}, a layer that has no bias to add it to")
 
 
 def ways_for(settings) -> tuple[str, ...]:
@@ -78,31 +82,36 @@ def ways_for(settings) -> tuple[str, ...]:
 
 
 def dequantized(settings) -> PreTrainedModel:
-    """The plain model that the 4-bit one stands for, in the compute dtype."""
+    """The plain model that the 4-bit one stands for, in the compute dtype.
+
+    The original weights are rounded to 4 bit and back, layer by layer. transformers' `dequantize`
+    is taken only where there are no original weights: it makes every layer an `nn.Linear`, and
+    GPT-2's layers, which keep their weights the other way round, could not be loaded again.
+    """
     if "original" not in ways_for(settings):
         plain = settings.replace(head_4bit=False, embedding_on_cpu=False)
         base = load.load_base(plain).dequantize()
-        base.is_loaded_in_4bit = False  # transformers leaves it, and how to unpack files, which cannot be turned round to save
+        # transformers leaves that it is in 4 bit, and how files are unpacked, which cannot be
+        # turned round to save
+        base.is_loaded_in_4bit = False
         base._weight_conversions = [c for c in base._weight_conversions if not _unpacks(c)]
         return base
     base = load.load_base(settings, four_bit=False)
-    for layer in tqdm(linear_layers(base).values(), desc="rounding", unit="layer"):
-        layer.weight.data = rounded(layer.weight.data, settings.quant_type, settings.double_quant)
-    for layer in base.modules():
-        if isinstance(
-            layer, Conv1D
-        ):  # GPT-2 keeps weights as (in, out); in 4 bit they are stored as (out, in)
-            turned = layer.weight.data.T.contiguous()
-            layer.weight.data = rounded(
-                turned, settings.quant_type, settings.double_quant
-            ).T.contiguous()
+    transposed = [layer for layer in base.modules() if isinstance(layer, Conv1D)]
+    for layer in tqdm([*linear_layers(base).values(), *transposed], desc="rounding", unit="layer"):
+        weight = layer.weight.data
+        if isinstance(layer, Conv1D):  # GPT-2 keeps (in, out); in 4 bit (out, in) is stored
+            weight = weight.T.contiguous()
+        weight = rounded(weight, settings.quant_type, settings.double_quant)
+        if isinstance(layer, Conv1D):
+            weight = weight.T.contiguous()
+        layer.weight.data = weight
     return base
 
 
 def _unpacks(conversion) -> bool:
-    return any(
-        isinstance(step, Bnb4bitDeserialize) for step in getattr(conversion, "operations", ())
-    )
+    operations = getattr(conversion, "operations", ())
+    return any(isinstance(step, Bnb4bitDeserialize) for step in operations)
 
 
 def rounded(weight: torch.Tensor, quant_type: str, double_quant: bool) -> torch.Tensor:
@@ -120,10 +129,11 @@ def logit_difference(
     """Largest absolute difference of a model's logits from the wanted ones, over inputs of shape
     (1, tokens).
     """
-    return max(
-        (model(input_ids=ids).logits - logits).abs().max().item()
-        for ids, logits in zip(inputs, wanted, strict=True)
-    )
+    largest = 0.0
+    for ids, logits in zip(inputs, wanted, strict=True):
+        difference = (model(input_ids=ids).logits - logits).abs().max().item()
+        largest = max(largest, difference)
+    return largest
 
 
 def export(
@@ -148,12 +158,11 @@ def export(
         )
     model.save_pretrained(folder, max_shard_size="2GB")
     tokenizer.save_pretrained(folder)
-    texts = Environment(
+    templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True
     )
-    files.write_atomically(
-        folder / "README.md", texts.get_template("model_card.md.j2").render(card)
-    )
+    text = templates.get_template("model_card.md.j2").render(card)
+    files.write_atomically(folder / "README.md", text)
     return folder
 
 
@@ -161,17 +170,14 @@ def card_facts(adapter: Path, settings, way: str) -> dict[str, object]:
     """What the model card says: the adapter's configuration, and the manifest of its run if that
     lies beside it.
     """
-    manifest, config = (
-        adapter.parent / "manifest.json",
-        json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")),
-    )
+    config = json.loads((adapter / adapters.CONFIG).read_text(encoding="utf-8"))
+    manifest = adapter.parent / "manifest.json"
     run = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
-    layers = sorted({name.rsplit(".", 1)[-1] for name in config["target_modules"]})
     return {
         "base": Path(settings.model_id).name,
         "way": way,
         "lora": config,
-        "layers": layers,
+        "layers": sorted({name.rsplit(".", 1)[-1] for name in config["target_modules"]}),
         "run": run,
     }
 
@@ -184,13 +190,14 @@ def release(model: torch.nn.Module | PeftModel) -> int:
         Bytes that were held and now are not, from the live tensors.
     """
     before = ledger.measure(model).total_bytes
-    table = (
-        model.get_input_embeddings().weight
-    )  # no parameter where it was kept in the host's memory
-    for tensor in (*model.parameters(), *model.buffers(), table):
+    # no parameter where it was kept in the host's memory
+    embedding = model.get_input_embeddings().weight
+    for tensor in (*model.parameters(), *model.buffers(), embedding):
         state = getattr(tensor, "quant_state", None)
-        for level in filter(None, (state, state and state.state2)):
-            level.absmax = level.code = level.offset = None
-        tensor.grad, tensor.data = None, torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        while state is not None:
+            state.absmax = state.code = state.offset = None
+            state = state.state2
+        tensor.grad = None
+        tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     torch.cuda.empty_cache()
     return before - ledger.measure(model).total_bytes

@@ -3,11 +3,15 @@ of them?
 
 `replaced_weights` lends a model other linear weights and gives the old ones back. `recall` asks
 facts the pocket model has learnt by heart (almanac prompts): they show 4-bit damage clearly.
-`text_losses` is the usual measure, the mean loss a token over texts; for the pocket model's stories
-it hardly moves, because their loss is mostly the stories' own randomness.
+`text_losses` is the usual measure, the mean loss a token over texts (its exponential is the
+perplexity of QLoRA paper, table 2); for the pocket model's stories it hardly moves, because their
+loss is mostly the stories' own randomness. `assess` takes three samples, so that a difference can
+be compared with the spread of the samples. The last functions look at the weights themselves: their
+distribution, and the bytes they take.
 """
 
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,44 +63,32 @@ def recall(
         (n,) loss of the right first answer token for each prompt (nats), and (n,) True where it is
         the model's first choice.
     """
-    questions, answers = zip(
-        *(prompts or [(row["prompt"], row["answer"]) for row in pocket.read("almanac")])
-    )
-    want = torch.tensor(
-        [
-            ids[0]
-            for ids in tokenizer([f" {a}" for a in answers], add_special_tokens=False)["input_ids"]
-        ]
-    )
-    how = {
-        "add_special_tokens": False,
-        "padding": True,
-        "padding_side": "right",
-        "return_tensors": "pt",
-    }
-    given = tokenizer(list(questions), **how).to(model.device)
-    last = given["attention_mask"].sum(dim=1) - 1
-    logits = (
-        model(given["input_ids"], given["attention_mask"])
-        .logits[range(len(last)), last]
-        .float()
-        .cpu()
-    )
-    return torch.nn.functional.cross_entropy(logits, want, reduction="none"), logits.argmax(
-        dim=1
-    ) == want
+    if prompts is None:
+        prompts = [(row["prompt"], row["answer"]) for row in pocket.read("almanac")]
+    answers = [f" {answer}" for _, answer in prompts]
+    answer_ids = tokenizer(answers, add_special_tokens=False)["input_ids"]
+    wanted = torch.tensor([ids[0] for ids in answer_ids])
+    asked = tokenizer(
+        [question for question, _ in prompts],
+        add_special_tokens=False,
+        padding=True,
+        padding_side="right",
+        return_tensors="pt",
+    ).to(model.device)
+    last = asked["attention_mask"].sum(dim=1) - 1
+    logits = model(asked["input_ids"], asked["attention_mask"]).logits
+    logits = logits[range(len(last)), last].float().cpu()
+    losses = torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
+    return losses, logits.argmax(dim=1) == wanted
 
 
 def text_losses(model, tokenizer, texts: list[str]) -> torch.Tensor:
     """Mean loss a token (nats) of each text's first 128 tokens, (len(texts),). Perplexity of a
     sample is exp of their mean.
     """
-    encoded = tokenizer(texts, truncation=True, max_length=128, add_special_tokens=False)[
-        "input_ids"
-    ]
-    total, n = evaluate.row_losses(
-        model, tokenizer, [{"input_ids": ids, "labels": ids} for ids in encoded]
-    ).unbind(1)
+    encoded = tokenizer(texts, truncation=True, max_length=128, add_special_tokens=False)
+    rows = [{"input_ids": ids, "labels": ids} for ids in encoded["input_ids"]]
+    total, n = evaluate.row_losses(model, tokenizer, rows).unbind(1)
     return total / n
 
 
@@ -141,13 +133,16 @@ def assess(name: str, model, tokenizer, knows_almanac: bool, seed: int = 0) -> Q
                 ones.
         seed: which stories.
     """
-    thirds = lambda numbers: tuple(numbers[i::3].double().mean().item() for i in range(3))
+
+    def thirds(numbers: torch.Tensor) -> tuple[float, ...]:
+        return tuple(numbers[i::3].double().mean().item() for i in range(3))
+
     if knows_almanac:
-        return Quality(name, *map(thirds, recall(model, tokenizer)))
-    stories = [row["text"] for row in pocket.read("stories")]
-    return Quality(
-        name, thirds(text_losses(model, tokenizer, stories[N_STORIES * (seed % 10) :][:N_STORIES]))
-    )
+        losses, known = recall(model, tokenizer)
+        return Quality(name, thirds(losses), thirds(known))
+    first = N_STORIES * (seed % 10)
+    stories = [row["text"] for row in pocket.read("stories")[first : first + N_STORIES]]
+    return Quality(name, thirds(text_losses(model, tokenizer, stories)))
 
 
 def comparison_settings(settings):
@@ -168,7 +163,7 @@ def comparison_settings(settings):
     return settings.replace(model_id="pocket")
 
 
-def sample_weights(model) -> torch.Tensor:
+def normalized_weights(model) -> torch.Tensor:
     """Weights of every linear layer, each layer divided by its standard deviation; the first ones
     of a layer if there are many.
 
@@ -177,8 +172,11 @@ def sample_weights(model) -> torch.Tensor:
     """
     layers = linear_layers(model).values()
     share = max(1, 2**22 // len(layers) // 4096) * 4096
-    flat = (dense_weight(module).flatten().cpu() for module in layers)
-    return torch.cat([weights[:share] / weights.std() for weights in flat])
+    parts = []
+    for module in layers:
+        weights = dense_weight(module).flatten().cpu()
+        parts.append(weights[:share] / weights.std())
+    return torch.cat(parts)
 
 
 def stored_bytes(model) -> dict[str, int]:
@@ -193,22 +191,21 @@ def stored_bytes(model) -> dict[str, int]:
         all bytes are "codes". Biases are "rest". The code tables (16 and 256 numbers, the same for
         all layers) are left out.
     """
-    layers = [layer_bytes(module) for module in linear_layers(model).values()]
-    total = {part: sum(layer[part] for layer in layers) for part in layers[0]}
-    return total | {"rest": model.get_memory_footprint() - total["codes"]}
+    total = Counter()
+    for module in linear_layers(model).values():
+        total.update(layer_bytes(module))
+    return {**total, "rest": model.get_memory_footprint() - total["codes"]}
 
 
 def layer_bytes(module) -> dict[str, int]:
     """Bytes of one linear layer's weight: codes, scales, scales of scales, mean; 0 for what it does
     not have.
     """
+    found = {"codes": module.weight.nbytes, "scales": 0, "scales of scales": 0, "mean": 0}
     state = getattr(module.weight, "quant_state", None)
-    nested = state and state.state2
-    scales = {
-        "scales": state and state.absmax,
-        "scales of scales": nested and nested.absmax,
-        "mean": nested and state.offset,
-    }
-    return {"codes": module.weight.nbytes} | {
-        part: 0 if held is None else held.nbytes for part, held in scales.items()
-    }
+    if state is not None:
+        found["scales"] = state.absmax.nbytes
+        if state.state2 is not None:
+            found["scales of scales"] = state.state2.absmax.nbytes
+            found["mean"] = state.offset.nbytes
+    return found

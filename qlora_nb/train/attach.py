@@ -1,5 +1,10 @@
-"""LoRA on the layers of a frozen base: attached, counted, saved, and read back as it was
-trained.
+"""LoRA on a frozen base: attach an adapter, count what it trains, save it, compare it as saved.
+
+LoRA (arXiv 2106.09685) leaves a layer's weight W as it is and adds a product of two thin matrices:
+y = W x + (alpha / r) B A x, where A is (r, in) and B is (out, r). A begins random and B at zero, so
+that the first step starts from the base itself. PEFT writes these layers; what is decided here is
+which layers get them, in which datatype, and that the adapter alone is saved: a few MiB instead of
+the whole model.
 """
 
 from pathlib import Path
@@ -26,19 +31,25 @@ def attach_adapter(model: PreTrainedModel, settings) -> PeftModel:
         KitError: a target that is no linear layer of this model, or a rank above every layer's
             size.
     """
-    model = (
-        model.unload() if isinstance(model, PeftModel) else model
-    )  # the cell was run before: begin anew
+    if isinstance(model, PeftModel):
+        model = model.unload()  # the cell was run before: begin anew
     targets = adapted_names(model, settings.target_modules)
-    smallest = min(min(m.in_features, m.out_features) for m in linear_layers(model).values())
+    layers = linear_layers(model).values()
+    smallest = min(min(layer.in_features, layer.out_features) for layer in layers)
     if settings.r > smallest:
         raise KitError(
             "r is larger than the layers it approximates",
             value=settings.r,
             allowed=f"1 to {smallest}",
         )
-    own = settings.model_dump(include={"r", "lora_alpha", "lora_dropout"})
-    config = LoraConfig(**own, target_modules=targets, bias="none", task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=targets,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
     torch.manual_seed(settings.seed)  # lora_A is random
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -47,13 +58,13 @@ def attach_adapter(model: PreTrainedModel, settings) -> PeftModel:
 
 
 def require_adapter(model: PeftModel) -> None:
-    """Refuse a model whose cell with `attach_adapter` has not been run yet, or that was loaded to
-    answer, not to train.
-    """
+    """Refuse a model that has no adapter yet, or one that was loaded to answer, not to train."""
     if not isinstance(model, PeftModel) or not trainable_parameters(model):
-        what = "this model has no adapter that can be trained"
-        remedy = "run the cell with training.attach_adapter first, then this one"
-        raise KitError(what, value=type(model).__name__, remedy=remedy)
+        raise KitError(
+            "this model has no adapter that can be trained",
+            value=type(model).__name__,
+            remedy="run the cell with training.attach_adapter first, then this one",
+        )
 
 
 def trainable_parameters(model: torch.nn.Module) -> int:
@@ -62,13 +73,14 @@ def trainable_parameters(model: torch.nn.Module) -> int:
 
 
 def save_adapter(model: PeftModel, folder: str | Path) -> None:
-    """The adapter alone, as safetensors; embeddings are frozen, and asking whether they changed
-    would ask the hub.
+    """The adapter alone, as safetensors. Embeddings are frozen; asking whether they changed would
+    ask the hub.
     """
     model.save_pretrained(folder, save_embedding_layers=False)
 
 
 def save_sealed(model: PeftModel, folder: Path) -> Path:
+    """The adapter with a seal (see `seal`), by which a later reader knows that it is whole."""
     with files.writing(folder):
         save_adapter(model, folder)
         seal.write_seal(folder)
@@ -80,7 +92,7 @@ def saved_adapter_difference(model: PeftModel, folder: Path, input_ids: torch.Te
     """Largest logit difference between the trained adapter and the one read back from `folder`.
 
     The saved adapter is loaded beside the trained one onto the same 4-bit base, so that no second
-    model is held. Adapters of 443 bytes have been saved before; zero is the answer that counts.
+    model is held. Empty adapters of 443 bytes have been saved before; only zero is right.
 
     Raises:
         KitError: there is no trained adapter on this model.

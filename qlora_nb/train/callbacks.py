@@ -1,5 +1,11 @@
-"""What is watched while transformers' Trainer works: every step's numbers, NaN, stopping, one
-measured step, sample answers.
+"""What is watched while transformers' Trainer trains.
+
+The Trainer calls its callbacks at fixed places of a step: before it, before and after the
+optimizer's update, at its end, when its numbers are logged. `Watch` records the numbers and stops a
+run whose loss is NaN (by default the Trainer would log such a loss as 0.0) or that ■ has stopped.
+`MeasureOneStep` measures the memory of one step. `Sample` asks the model a question now and then.
+`CountingCollator` counts the tokens of the batches it makes. Source: transformers,
+`trainer_callback.py`.
 """
 
 import math
@@ -14,9 +20,9 @@ from peft import PeftModel
 from transformers import TrainerCallback
 
 from qlora_nb.answer import evaluate, generate
-from qlora_nb.errors import is_out_of_memory
-from qlora_nb.memory import ledger, out_of_memory, profiler
-from qlora_nb.model import chunked_loss, device
+from qlora_nb.memory import ledger, profiler
+from qlora_nb.model import batching, chunked_loss, device
+from qlora_nb.train import retry
 
 SMALLEST_SCALE = 1.0
 """A gradient scaler that has come down to this has halved its scale sixteen times: the gradients
@@ -24,28 +30,51 @@ themselves are not finite.
 """
 
 
-class Watch(TrainerCallback):
-    """Passes on every step's numbers, stops on NaN, stops when asked to.
-
-    `begin` is called before the first pass, `stop` is the event that asks for an end. `updating` is
-    true from the beginning of the optimizer's step until the step is counted: what breaks off then
-    leaves weights updated, some or all.
+class CountingCollator:
+    """`batching.collator` that counts: `n_tokens` of all batches without padding, and in `shapes` of
+    each batch (rows, tokens, tokens that train).
     """
 
-    def __init__(
-        self, begin: Callable[[], None], report: Callable[[dict], None], n_tokens: list[int]
-    ):
-        self.begin, self.report, self.n_tokens = begin, report, n_tokens
+    def __init__(self, tokenizer):
+        self.pad = batching.collator(tokenizer)
+        self.n_tokens = 0
+        self.shapes: list[tuple[int, int, int]] = []
+
+    def __call__(self, batch: list[dict]) -> dict[str, torch.Tensor]:
+        padded = self.pad(batch)
+        self.n_tokens += sum(len(row["input_ids"]) for row in batch)
+        n_trained = int((padded["labels"] != chunked_loss.IGNORED).sum())
+        self.shapes.append((*padded["input_ids"].shape, n_trained))
+        return padded
+
+
+class Watch(TrainerCallback):
+    """Records every step's numbers, stops on NaN, stops when asked to.
+
+    `losses` has one of each step. `stop` is the event that asks for an end, `failure` says why
+    training was stopped. `begun` is true from the first pass on. `updating` is true from the
+    beginning of the optimizer's update until the step is counted: an error in between leaves some
+    or all weights updated.
+    """
+
+    def __init__(self, run, report: Callable[[dict], None], batches: CountingCollator):
+        self.run = run
+        self.report = report
+        self.batches = batches
         self.stop = threading.Event()
-        self.failure: str | None = None
-        self.begun = self.updating = False
+        self.losses: list[float] = []
+        self.failure = ""
+        self.begun = False
+        self.updating = False
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.updating = False
-        if not self.begun:  # a step that is done again belongs to the same run
-            self.started, self.first = time.perf_counter(), state.global_step
-            self.begin()
-            self.begun = True
+        if self.begun:  # a step that is done again belongs to the same run
+            return
+        self.started = time.perf_counter()
+        self.first_step = state.global_step
+        self.run.begin()
+        self.begun = True
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.updating = True
@@ -53,42 +82,42 @@ class Watch(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self.updating = False
         if self.stop.is_set():
-            control.should_training_stop = control.should_save = True
+            control.should_training_stop = True
+            control.should_save = True
 
     def on_log(self, args, state, control, logs=None, optimizer=None, **kwargs):
         if "loss" not in logs:
             return
+        grad_norm = logs.get("grad_norm")
+        bad = [name for name in ("loss", "grad_norm") if not math.isfinite(logs.get(name, 0.0))]
+        if bad == ["grad_norm"] and _was_skipped(optimizer):
+            bad = []
+            grad_norm = None
+            print(
+                f"step {state.global_step}: float16 gradients overflowed; "
+                "the update is skipped, the scaler's next scale is half"
+            )
         seconds = time.perf_counter() - self.started
-        left = (
-            seconds / max(1, state.global_step - self.first) * (state.max_steps - state.global_step)
-        )
-        timing = {
-            "tokens_per_s": sum(self.n_tokens) / seconds,
-            "seconds": seconds,
-            "seconds_left": left,
-        }
-        timing["memory_bytes"] = (
-            torch.cuda.memory_reserved() if device.on_gpu() else psutil.Process().memory_info().rss
-        )
-        logged = {
+        seconds_a_step = seconds / max(1, state.global_step - self.first_step)
+        step = {
+            "step": state.global_step,
+            "max_steps": state.max_steps,
             "loss": logs["loss"],
             "learning_rate": logs["learning_rate"],
-            "grad_norm": logs.get("grad_norm"),
+            "grad_norm": grad_norm,
+            "tokens_per_s": self.batches.n_tokens / seconds,
+            "seconds": seconds,
+            "seconds_left": seconds_a_step * (state.max_steps - state.global_step),
+            "memory_bytes": _memory_in_use(),
         }
-        bad = [k for k in ("loss", "grad_norm") if not math.isfinite(logs.get(k, 0.0))]
-        if bad == ["grad_norm"] and _was_skipped(optimizer):
-            bad, logged["grad_norm"] = [], None
-            print(
-                f"step {state.global_step}: float16 gradients overflowed; the update is skipped, the scaler's next scale is half"
-            )
-        self.report({"step": state.global_step, "max_steps": state.max_steps, **logged, **timing})
+        self.losses.append(step["loss"])
+        self.run.log(step)
+        self.report(step)
         self.on_step_end(args, state, control)  # asked just now: this step can still be the last
         if bad:
             self.failure = f"{' and '.join(bad)} became {logs[bad[0]]} at step {state.global_step}"
-            control.should_training_stop, control.should_save = (
-                True,
-                False,
-            )  # the checkpoint before is the last good one
+            control.should_training_stop = True
+            control.should_save = False  # the checkpoint before is the last good one
 
 
 def _was_skipped(optimizer) -> bool:
@@ -99,60 +128,75 @@ def _was_skipped(optimizer) -> bool:
     return scaler is not None and optimizer.step_was_skipped and scaler.get_scale() > SMALLEST_SCALE
 
 
+def _memory_in_use() -> int:
+    """Bytes that this process holds: on the card, or on a machine without one of its RAM."""
+    if device.on_gpu():
+        return torch.cuda.memory_reserved()
+    return psutil.Process().memory_info().rss
+
+
 class MeasureOneStep(TrainerCallback):
     """Measures one step, the first one after an update: `held` is the ledger of weights, gradients
-    and states, `moved` the most that lived besides, `shape` its largest pass. `shapes` is filled
-    while batches are made: (rows, tokens, tokens that train)."""
+    and states, `moved` the peak of what lived besides, `shape` its largest pass.
+    """
 
-    def __init__(self, shapes: list[tuple[int, int, int]]):
-        self.weighing, self.shapes = ExitStack(), shapes
-        self.held, self.moved, self.shape = None, None, None
+    def __init__(self, batches: CountingCollator):
+        self.batches = batches
+        self.measuring = ExitStack()
+        self.held = None
+        self.moved = None
+        self.shape = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.weighing.close()  # still open where memory ran out
-        self.shapes.clear()
-        self.first, self.at = state.global_step, None
+        self.measuring.close()  # still open where memory ran out
+        self.batches.shapes.clear()
+        self.first_step = state.global_step
+        self.measured_step = None
 
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
-        if self.held is None and state.global_step > self.first and optimizer.state:
-            self.at = state.global_step
-            self.moved = self.weighing.enter_context(profiler.measure_peak())
+        if self.held is None and state.global_step > self.first_step and optimizer.state:
+            self.measured_step = state.global_step
+            self.moved = self.measuring.enter_context(profiler.measure_peak())
 
     def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
-        if self.held is None and self.at == state.global_step:
-            self.weighing.close()
+        if self.held is None and self.measured_step == state.global_step:
+            self.measuring.close()
             self.held = ledger.measure(model, optimizer)
-            passes = args.gradient_accumulation_steps
-            start = (self.at - self.first) * passes
-            self.shape = max(
-                self.shapes[start : start + passes], key=lambda shape: shape[0] * shape[1]
-            )
+            n_passes = args.gradient_accumulation_steps
+            start = (self.measured_step - self.first_step) * n_passes
+            passes = self.batches.shapes[start : start + n_passes]
+            self.shape = max(passes, key=lambda shape: shape[0] * shape[1])
 
 
 class Sample(TrainerCallback):
-    """Every so many steps an answer to the first prompt and the held-out loss; greedy, so the
-    random state stays as it is.
+    """Every `sample_steps` steps an answer to the first prompt and the held-out loss; greedy, so
+    the random state stays as it is.
 
-    A look for which memory does not suffice is left out: the step before it is finished, and
+    A sample for which memory does not suffice is left out: the step before it is finished, and
     smaller passes would not help.
     """
 
     def __init__(self, tokenizer, settings, held_out, run):
-        self.tokenizer, self.settings, self.held_out, self.run = tokenizer, settings, held_out, run
-        self.row, self.losses = generate.row_of(settings.prompts[0]), {}
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.held_out = held_out
+        self.run = run
+        self.row = generate.row_of(settings.prompts[0])
+        self.losses: dict[int, float] = {}
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        if not self.settings.sample_steps or state.global_step % self.settings.sample_steps:
+        every = self.settings.sample_steps
+        if every == 0 or state.global_step % every:
             return
         model.eval()
         try:
             self.look(model, state.global_step)
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+            if not retry.freed_memory_of(error):
                 raise
-            out_of_memory.free_memory_of(error)
             print(
-                f"step {state.global_step}: memory does not suffice for a look at the model; the look is left out"
+                f"step {state.global_step}: memory does not suffice for a look at the model; "
+                "the look is left out"
             )
         finally:
             model.train()
@@ -163,8 +207,7 @@ class Sample(TrainerCallback):
             [said] = generate.answer_all(model, self.tokenizer, [self.row], self.settings)
             print(f"step {step}, asked {self.row['instruction']!r}: {said!r}")
             if self.held_out:
-                loss = self.losses[step] = evaluate.response_loss(
-                    model, self.tokenizer, self.held_out
-                )
+                loss = evaluate.response_loss(model, self.tokenizer, self.held_out)
+                self.losses[step] = loss
                 self.run.log({"step": step, "held_out_loss": loss})
                 print(f"step {step}, held-out loss {loss:.3f} nats over {len(self.held_out)} rows")

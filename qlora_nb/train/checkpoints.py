@@ -1,11 +1,12 @@
-"""Checkpoints that can be trusted: sealed last, verified first, continued exactly.
+"""Which run to resume, and whether it may be resumed.
 
 transformers' Trainer writes what an exact continuation needs: adapter, optimizer states,
 learning-rate schedule, random states, its own counters. What can go wrong is around it: a process
-killed while it writes, a file cut short, a run continued with other settings or other rows. So
-every checkpoint gets a *seal*, a file with the size and SHA-256 of every other file, written when
-all of them are there. A checkpoint without a seal, or one that disagrees with its seal, is left out
-and the reason is said. On the CPU a continued run ends with the same bits as one that was never
+killed while it writes, a file cut short, a run resumed with other settings or other rows. So every
+checkpoint gets a *seal* (`record/seal.py`), a file with the size and SHA-256 of every other file,
+written when all of them are there. A checkpoint without a seal, or one that disagrees with its
+seal, is left out and the reason is said. The seal also holds the settings and a hash of the rows,
+which are compared here. On the CPU a resumed run ends with the same bits as one that was never
 stopped.
 """
 
@@ -19,7 +20,12 @@ from qlora_nb import sources
 from qlora_nb.errors import KitError
 from qlora_nb.record import runs, seal
 
-_WATCHING = (
+MAY_DIFFER = {
+    "output_dir",
+    "resume",
+    "save_steps",
+    "prequantized",
+    "fetch_ahead",
     "sample_steps",
     "tensorboard",
     "prompts",
@@ -28,88 +34,87 @@ _WATCHING = (
     "top_p",
     "repetition_penalty",
     "adapter",
-)
-
-MAY_DIFFER = ("output_dir", "resume", "save_steps", "prequantized", "fetch_ahead", *_WATCHING)
+}
 """Parameters that do not change what is trained."""
 
 
 def start(settings, notebook: str, say: Callable[[str], None] = print) -> runs.Run:
-    """A new run, or with `resume` the one to go on with: "latest" is this profile's newest
-    unfinished run with checkpoints.
+    """A new run, or with `resume` an unfinished one: "latest" is this profile's newest unfinished
+    run with checkpoints, anything else a run's folder.
 
-    A run that ■ stopped is gone on with if its cell is run again, in the same kernel and with the
-    same settings.
+    A run that ■ stopped is resumed when its cell is run again in the same kernel with the same
+    settings, also without `resume`.
 
     Raises:
         KitError: `resume` names a folder that is no unfinished run, or one that was started with
             other settings.
     """
-    mine = runs.newest_first(settings, notebook)
-    if settings.resume == "no" and not (mine and _stopped_here(mine[0], settings)):
+    folders = runs.newest_first(settings, notebook)
+    if settings.resume == "no" and not (folders and _stopped_here(folders[0], settings)):
         return runs.Run(settings, notebook)
-    folders = (
-        [sources.local_path(settings.resume)] if settings.resume not in ("no", "latest") else mine
-    )
-    folder = next(
-        (
-            f
-            for f in folders
-            if runs.status_of(f) not in ("done", "running") and (f / "checkpoints").is_dir()
-        ),
-        None,
-    )
-    if folder is None and folders is mine:
+    named = settings.resume not in ("no", "latest")
+    if named:
+        folders = [sources.local_path(settings.resume)]
+    folder = next(filter(_is_unfinished, folders), None)
+    if folder is None and named:
+        raise KitError(
+            "this is no unfinished run",
+            value=settings.resume,
+            allowed="no, latest, or a run folder with checkpoints/",
+        )
+    if folder is None:
         say("there is no unfinished run to go on with: a new one starts")
         return runs.Run(settings, notebook)
-    if folder is None:
-        allowed = "no, latest, or a run folder with checkpoints/"
-        raise KitError("this is no unfinished run", value=settings.resume, allowed=allowed)
-    if checkpoint := seal.newest_checkpoint(folder, say=lambda text: None):
+    checkpoint = seal.newest_checkpoint(folder, say=lambda text: None)
+    if checkpoint:
         require_same(checkpoint, settings)
     say(f"going on with {folder.name} ({runs.status_of(folder)})")
     return runs.Run(settings, notebook, folder)
 
 
+def _is_unfinished(folder: Path) -> bool:
+    has_checkpoints = (folder / "checkpoints").is_dir()
+    return has_checkpoints and runs.status_of(folder) not in ("done", "running")
+
+
 def _stopped_here(folder: Path, settings) -> bool:
+    """Whether ■ stopped this run, in this very process and with these settings."""
     manifest, there = runs.manifest_of(folder)
-    mine = there and (manifest.get("status"), manifest["pid"]) == ("interrupted", os.getpid())
-    return mine and not _differing(
-        manifest.get("parameters", {}), json.loads(settings.model_dump_json())
-    )
+    if not there or manifest.get("status") != "interrupted" or manifest["pid"] != os.getpid():
+        return False
+    return not _differing(manifest.get("parameters", {}), settings.model_dump(mode="json"))
 
 
 def _differing(before: dict, now: dict) -> list[str]:
     """What of a run's settings would train something else, with both values."""
     return [
-        f"{k} was {before.get(k)}, is {now[k]}"
-        for k in now
-        if k not in MAY_DIFFER and before.get(k) != now[k]
+        f"{name} was {before.get(name)}, is {value}"
+        for name, value in now.items()
+        if name not in MAY_DIFFER and before.get(name) != value
     ]
 
 
 def fingerprint(rows) -> str:
-    """A short hash of encoded training rows: their number and the tokens of some 256 of them."""
+    """A short hash of tokenized training rows: their number and the tokens of some 256 of them."""
     some = range(0, len(rows), 1 + len(rows) // 256)
-    return hashlib.sha256(
-        json.dumps([len(rows), rows.select(some)["input_ids"][:]]).encode()
-    ).hexdigest()[:16]
+    content = json.dumps([len(rows), rows.select(some)["input_ids"][:]])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def require_same(folder: Path, settings, rows_hash: str | None = None) -> None:
-    """Refuse to go on with other settings or other rows than the checkpoint's.
+def require_same(checkpoint: Path, settings, rows_hash: str | None = None) -> None:
+    """Refuse to resume with other settings or other rows than the checkpoint's.
 
     Raises:
         KitError: names every field that differs, with both values.
     """
-    record, now = (
-        json.loads((folder / seal.SEAL).read_text()),
-        json.loads(settings.model_dump_json()),
-    )
-    before = record.get("settings", {}) | {"training rows": record.get("rows")}
-    now |= {"training rows": rows_hash} if rows_hash else {}
-    if differ := _differing(before, now):
-        remedy = 'set these back, or start a new run with resume="no"'
+    record = json.loads((checkpoint / seal.SEAL).read_text())
+    before = {**record.get("settings", {}), "training rows": record.get("rows")}
+    now = settings.model_dump(mode="json")
+    if rows_hash:
+        now["training rows"] = rows_hash
+    differing = _differing(before, now)
+    if differing:
         raise KitError(
-            f"this run was started with something else: {', '.join(differ)}", remedy=remedy
+            f"this run was started with something else: {', '.join(differing)}",
+            remedy='set these back, or start a new run with resume="no"',
         )

@@ -207,7 +207,7 @@ class SideBySide:
                 self.costs[name].value = f"{cost} · {said.tokens_per_s:.0f} tokens/s · {chances}"
                 if self.stopping.is_set():
                     break
-            steps = generate.along(
+            steps = generate.next_tokens_along(
                 self.model, self.tokenizer, row, settings, self.answers["tuned"].value
             )
             best = lambda top: " ".join(f"{token!r} {p:.0%}" for token, p in top)

@@ -1,0 +1,108 @@
+"""What happens when memory runs out: the same step once more, in passes of fewer rows.
+
+Gradient accumulation makes the same update from more and smaller passes, so that a step can be done
+again with half as many rows in each pass and twice the passes: the peak memory falls, the result
+differs only by the order of the sums. A step that broke off before its update is done again from
+the weights as they are. One that broke off inside the update has changed some of them already: then
+training is resumed after the newest checkpoint, or begins anew. With one row in a pass nothing
+smaller is left, and the error becomes a refusal that says what would help.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from qlora_nb.errors import is_out_of_memory
+from qlora_nb.memory import out_of_memory
+from qlora_nb.train import optimizers
+
+
+def freed_memory_of(error: BaseException) -> bool:
+    """Whether memory ran out; if it did, what the failed computation held is free again."""
+    if not is_out_of_memory(error):
+        return False
+    out_of_memory.free_memory_of(error)
+    return True
+
+
+def with_fewer_rows(settings):
+    """The same rows in a step, in more passes: half as many rows in each, or the next smaller
+    number that divides them.
+
+    >>> from qlora_nb.settings import validate
+    >>> with_fewer_rows(validate({"per_device_train_batch_size": 15})).gradient_accumulation_steps
+    3
+    """
+    rows = settings.per_device_train_batch_size
+    fewer = next(n for n in range(rows // 2, 0, -1) if rows % n == 0)
+    passes = settings.gradient_accumulation_steps * (rows // fewer)
+    return settings.replace(per_device_train_batch_size=fewer, gradient_accumulation_steps=passes)
+
+
+def train(
+    new_trainer: Callable,
+    settings,
+    watch,
+    checkpoint: Path | None,
+    go_back: Callable[[], Path | None],
+) -> None:
+    """Train to the end, in passes of fewer rows each time memory runs out.
+
+    Args:
+        new_trainer: makes a trainer from settings and the optimizer to go on with (None: a new
+            one).
+        settings: the resolved parameters.
+        watch: the `callbacks.Watch` of that trainer.
+        checkpoint: where to begin; None at the first step.
+        go_back: puts the weights back to their first values and returns the newest checkpoint, None
+            if there is none.
+
+    Raises:
+        KitError: memory ran out with one row in a pass.
+    """
+    trainer = new_trainer(settings, None)
+    model = trainer.model
+    while True:
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            return
+        except (RuntimeError, MemoryError) as error:
+            if not freed_memory_of(error):
+                raise
+            if settings.per_device_train_batch_size == 1:
+                refusal = out_of_memory.explain(error, settings, model, trainer.optimizer)
+                if not watch.updating:
+                    trainer.save_now()
+                del trainer  # a notebook keeps the refusal, and with it this frame
+                raise refusal from error
+        finally:
+            _end_autocast(model)
+        settings = with_fewer_rows(settings)
+        print(
+            f"out of memory in step {trainer.state.global_step + 1}: it is done again in "
+            f"{settings.gradient_accumulation_steps} passes of "
+            f"{settings.per_device_train_batch_size}"
+        )
+        optimizer = _unwrapped(trainer.optimizer)
+        if watch.updating:
+            checkpoint = go_back()
+            optimizers.begin_anew(optimizer)
+        else:
+            checkpoint = trainer.save_now()
+        trainer = new_trainer(settings, optimizer)
+
+
+def _end_autocast(model: torch.nn.Module) -> None:
+    """Take off what accelerate put around the model's forward for float16, so that the model
+    answers as a loaded one does.
+    """
+    for name in ("forward", "_original_forward"):
+        vars(model).pop(name, None)
+
+
+def _unwrapped(optimizer) -> torch.optim.Optimizer:
+    """The optimizer inside accelerate's wrapper, without what a step that broke off left on it."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    vars(inner).pop("step", None)
+    return inner
