@@ -42,30 +42,38 @@ def plot_parts(ax, n_in: int, n_out: int, r: int):
     gap = 0.28 * unit
     thin = max(r, 0.012 * unit)  # no thinner than can be seen
 
-    def matrix(left: float, width: float, height: float, text: str, face: str, edge: str) -> None:
-        box = Rectangle((left, -height), width, height, facecolor=face, edgecolor=edge)
-        ax.add_patch(box)
+    def matrix(left, width, height, text, **colours):
+        ax.add_patch(Rectangle((left, -height), width, height, **colours))
+        middle = left + width / 2
         below = -height - 0.03 * unit
-        ax.text(left + width / 2, below, text, ha="center", va="top", fontsize=10)
+        ax.text(middle, below, text, ha="center", va="top", fontsize=10)
 
     b_left = n_in + gap
     a_left = n_in + 2 * gap + thin
-    matrix(0, n_in, n_out, f"W, frozen\n{n_out:,} × {n_in:,}", "#E6E6E6", "black")
-    matrix(b_left, thin, n_out, f"B\n{n_out:,} × {r}", COLOURS["LoRA"], "white")
-    matrix(a_left, n_in, thin, f"A\n{r} × {n_in:,}", COLOURS["LoRA"], "white")
+    frozen = {"facecolor": "#E6E6E6", "edgecolor": "black"}
+    trained = {"facecolor": COLOURS["LoRA"], "edgecolor": "white"}
+    matrix(0, n_in, n_out, f"W, frozen\n{n_out:,} × {n_in:,}", **frozen)
+    matrix(b_left, thin, n_out, f"B\n{n_out:,} × {r}", **trained)
+    matrix(a_left, n_in, thin, f"A\n{r} × {n_in:,}", **trained)
     sign = {"ha": "center", "va": "center", "fontsize": 22, "fontweight": "bold"}
     ax.text(b_left - gap / 2, -n_out / 2, "+", **sign)
     ax.text(a_left - gap / 2, -0.08 * unit, "·", **sign)
     ax.set_xlim(-0.02 * unit, a_left + n_in + 0.5 * thin + 0.05 * unit)
     ax.set_ylim(-n_out - 0.3 * unit, 0.03 * unit)
     ax.axis("off")
-    percent = 100 * lora.n_parameters(r, [(n_in, n_out)]) / (n_in * n_out)
+    n_trained = lora.n_parameters(r, [(n_in, n_out)])
+    percent = 100 * n_trained / (n_in * n_out)
     return f"Two thin matrices hold {percent:.2g} % as many numbers as W"
 
 
 @draws(legend="best", xlabel="step (1)", ylabel="mean squared error (1)")
-def plot_losses(ax, losses: dict[str, list[float]], title: str):
-    """Loss over steps, one line a way of starting A and B."""
+def plot_losses(ax, losses, title: str):
+    """Loss over steps, one line a way of starting A and B.
+
+    Args:
+        losses: {way of starting: loss of every step}.
+        title: the finding.
+    """
     for (name, values), line in zip(losses.items(), LINES()):
         ax.plot(values, **line, label=name, linewidth=2)
     ax.set_ylim(bottom=0)
@@ -73,7 +81,7 @@ def plot_losses(ax, losses: dict[str, list[float]], title: str):
 
 
 @draws(legend="best", xlabel="rank r (1)", ylabel="output size (std)")
-def plot_scales(ax, ranks: tuple[int, ...], lora_alpha: float, n_in: int, seed: int = 0):
+def plot_scales(ax, ranks, lora_alpha: float, n_in: int, seed: int = 0):
     """Size of the LoRA path's output over the rank, for three scales; entries of A and B
     independent.
 
@@ -85,26 +93,30 @@ def plot_scales(ax, ranks: tuple[int, ...], lora_alpha: float, n_in: int, seed: 
     """
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(64, n_in, generator=generator)
-    a = (torch.rand(max(ranks), n_in, generator=generator) * 2 - 1) / n_in**0.5
+    uniform = torch.rand(max(ranks), n_in, generator=generator) * 2 - 1
+    a = uniform / n_in**0.5
     b = torch.randn(max(ranks), 256, generator=generator) * 0.01
-    sizes = np.array([(x @ a[:r].T @ b[:r]).std().item() for r in ranks])
+    sizes = []
+    for r in ranks:
+        y = x @ a[:r].T @ b[:r]
+        sizes.append(y.std().item())
     plain = [lora.scale(lora_alpha, r) for r in ranks]
     rslora = [lora.scale(lora_alpha, r, rslora=True) for r in ranks]
 
-    def line(values, style: str, meaning: str, label: str) -> None:
-        drawn = {"color": COLOURS[meaning], "marker": MARKERS[meaning], "label": label}
-        ax.plot(ranks, values, style, **drawn)
+    def line(values, style, meaning, label):
+        mark = {"color": COLOURS[meaning], "marker": MARKERS[meaning]}
+        ax.plot(ranks, values, style, label=label, **mark)
 
     line(sizes, "-", "other", "no scale")
-    line(sizes * plain, "--", "LoRA", "alpha / r (LoRA)")
-    line(sizes * rslora, "-.", "16-bit", "alpha / √r (rsLoRA)")
+    line(np.multiply(sizes, plain), "--", "LoRA", "alpha / r (LoRA)")
+    line(np.multiply(sizes, rslora), "-.", "16-bit", "alpha / √r (rsLoRA)")
     log2_axis(ax, ranks)
     ax.set_yscale("log")
     return "At random B LoRA's path shrinks as 1/√r, rsLoRA's stays"
 
 
 @draws(legend="lower right", xlabel="rank r (1)", ylabel="captured (% of energy)", ylim=(0, 104))
-def plot_captured(ax, curves: dict[str, torch.Tensor], r: int):
+def plot_captured(ax, curves, r: int):
     """Share of an update that the best rank-r matrix holds, over r.
 
     Args:
@@ -115,12 +127,13 @@ def plot_captured(ax, curves: dict[str, torch.Tensor], r: int):
     for (name, curve), line in zip(curves.items(), LINES()):
         ranks = range(1, len(curve) + 1)
         ax.plot(ranks, 100 * curve, **line, label=name, linewidth=2)
-    first = next(iter(curves.values()))
+    first, *_ = curves.values()
     r = min(r, len(first))
     held = 100 * first[r - 1]
     ax.plot([r], [held], MARKERS["LoRA"], color=COLOURS["LoRA"], markersize=11)
     ax.axvline(r, color=COLOURS["other"], linewidth=1, linestyle=":")
-    log2_axis(ax, [2**i for i in range(len(first).bit_length())])
+    n_ticks = len(first).bit_length()
+    log2_axis(ax, [2**i for i in range(n_ticks)])
     return f"Rank {r} holds {held:.0f} % of this update"
 
 
@@ -129,9 +142,7 @@ def plot_captured(ax, curves: dict[str, torch.Tensor], r: int):
     grid={"ncols": 3, "sharey": True, **margins(0.07, 0.88, 0.11, 0.88, wspace=0.2)},
     xlabel="input (index)",
 )
-def plot_update(
-    axes, update: torch.Tensor, factors: tuple[torch.Tensor, torch.Tensor], r: int, size: int = 32
-):
+def plot_update(axes, update, factors, r: int, size: int = 32):
     """A corner of the update, of its best rank-r matrix, and what is left, in one colour scale.
 
     Args:
@@ -149,8 +160,9 @@ def plot_update(
     near = b[:size, :r] @ a[:r, :size]
     maps(axes, (corner, near, corner - near), 2, "change (std of ΔW)")
     titles = ("update ΔW", f"best of rank {r}", f"left over: {left:.0f} %")
+    ticks = [0, size // 2]
     for ax, title in zip(axes, titles):
-        ax.set(title=title, xticks=[0, size // 2], yticks=[0, size // 2])
+        ax.set(title=title, xticks=ticks, yticks=ticks)
     axes[0].set_ylabel("output (index)")
 
 
@@ -183,7 +195,8 @@ def plot_counts(ax, r: int, targets: str = "all-linear", highlight: str = "12b")
         trained = np.array([count(size, r, kind) for size in PYTHIA])
         percent = 100 * trained / [pythia.n_parameters for pythia in PYTHIA.values()]
         label = names.get(kind, kind)
-        bars = ax.bar(left, percent, width, align="edge", label=label, **look(meaning))
+        drawn = look(meaning)
+        bars = ax.bar(left, percent, width, align="edge", label=label, **drawn)
         ax.bar_label(bars, [f"{share:.2g}" for share in percent], fontsize=8)
         left = left + width
     ax.set_xticks(range(len(PYTHIA)), list(PYTHIA))
@@ -199,15 +212,12 @@ check_count = exercise(
 )
 """Exercise 1: trained numbers of rank 8 on a layer from 768 to 3072."""
 
+x = torch.tensor([1.0, 2.0])
+lora_a = torch.tensor([[1.0, 1.0]])
+lora_b = torch.tensor([[1.0], [-2.0]])
 check_output = exercise(
     "y",
-    want=lora.forward(
-        x=torch.tensor([1.0, 2.0]),
-        weight=torch.eye(2),
-        lora_a=torch.tensor([[1.0, 1.0]]),
-        lora_b=torch.tensor([[1.0], [-2.0]]),
-        lora_alpha=2,
-    ),
+    want=lora.forward(x, torch.eye(2), lora_a, lora_b, lora_alpha=2),
     hint="x Aᵀ is one number, 3; times B it is [3, -6]; scale that by alpha / r and add x",
 )
 """Exercise 2: y for x = [1, 2], W = identity, A = [[1, 1]], B = [[1], [-2]], alpha = 2."""

@@ -21,7 +21,7 @@ PAPER_TABLE_2 = {"Int4": 34.34, "FP4-E2M1": 31.07, "FP4-E3M0": 29.48, "NF4+DQ": 
 
 
 @draws((8.4, 3.6), xlabel="weight (standard deviations)", ylabel="density (1)", ylim=(0, 0.47))
-def plot_bell(ax, code: torch.Tensor, tail_quantile: float = codebooks.TAIL_QUANTILE):
+def plot_bell(ax, code, tail_quantile: float = codebooks.TAIL_QUANTILE):
     """The bell curve cut into the share of each code value (by midpoints), the code values below it
     as ticks.
 
@@ -41,12 +41,14 @@ def plot_bell(ax, code: torch.Tensor, tail_quantile: float = codebooks.TAIL_QUAN
         colour = COLOURS["NF4" if i % 2 else "NF4+DQ"]
         ax.fill_between(x, density, color=colour, alpha=0.55, linewidth=0)
     heights = [bell.pdf(point) for point in points.tolist()]
-    ax.vlines(points, 0, heights, color=COLOURS["16-bit"], linewidth=1)
+    ax.vlines(points, 0, heights, color="black", linewidth=1)
     mark = {"color": COLOURS["NF4"], "markersize": 6, "clip_on": False, "zorder": 5}
-    ax.plot(points, [0] * len(code), MARKERS["NF4"], **mark)
+    ax.plot(points, 0 * points, MARKERS["NF4"], **mark)
     font = {"textcoords": "offset points", "xytext": (0, 4), "fontsize": 9}
-    for i, side in {0: "right", 3: "right", 7: "center", 11: "left", 15: "left"}.items():
-        ax.annotate(f"{code[i]:.3f}", (points[i], heights[i]), ha=side, **font)
+    sides = {0: "right", 3: "right", 7: "center", 11: "left", 15: "left"}
+    for i, side in sides.items():
+        top = (points[i], heights[i])
+        ax.annotate(f"{code[i]:.3f}", top, ha=side, **font)
     values = f"{(code < 0).sum()} values below zero, {(code > 0).sum()} above"
     return f"{values}: slices of {shares.min():.1f} to {shares.max():.1f} % of the weights"
 
@@ -77,12 +79,12 @@ def plot_number_line(ax, weight: float, name: str):
             alpha = 1.0
             size = 8
             bold = "bold"
-        line = {"color": COLOURS[each], "linewidth": 0.8, "markersize": size}
-        ax.plot(values, [row] * len(values), MARKERS[each] + "-", alpha=alpha, **line)
-        way = {"color": COLOURS["16-bit"], "linewidth": 1.5}
-        ax.plot([weight, nearest], [row + 0.28, row], alpha=alpha, **way)
+        line = {"color": COLOURS[each], "linewidth": 0.8, "marker": MARKERS[each]}
+        ax.plot(values, [row] * len(values), alpha=alpha, markersize=size, **line)
+        path = [weight, nearest]
+        ax.plot(path, [row + 0.28, row], color="black", alpha=alpha, linewidth=1.5)
         ax.text(1.06, row, f"{nearest:+.3f}", va="center", fontsize=10, fontweight=bold)
-    ax.axvline(weight, color=COLOURS["16-bit"], linestyle=":", linewidth=1)
+    ax.axvline(weight, color="black", linestyle=":", linewidth=1)
     ax.set_yticks(range(3), list(errors))
     return f"{name} stores {weight:+.2f} with an error of {errors[name]:.3f}"
 
@@ -109,10 +111,11 @@ def plot_errors(ax, errors, blocksize: int, name: str, what: str = "a Gaussian")
         if each not in COLOURS:
             meaning = "other"
             size = 9
+        style = styles.get(each, "-")
         mark = {"color": COLOURS[meaning], "marker": MARKERS[meaning], "markersize": size}
-        ax.plot(by_size.keys(), by_size.values(), styles.get(each, "-"), label=each, **mark)
+        ax.plot(by_size.keys(), by_size.values(), style, label=each, **mark)
     error = errors[name][blocksize]
-    ring = {"markerfacecolor": "none", "markeredgecolor": COLOURS["16-bit"], "markeredgewidth": 1.6}
+    ring = {"markerfacecolor": "none", "markeredgecolor": "black", "markeredgewidth": 1.6}
     ax.plot([blocksize], [error], "o", markersize=17, **ring)
     sizes = sorted(set().union(*errors.values()))
     bits = {size: double_quant.bits_per_weight(size, None) for size in sizes}
@@ -131,9 +134,7 @@ def plot_errors(ax, errors, blocksize: int, name: str, what: str = "a Gaussian")
         **margins(0.07, 0.9, 0.11, 0.93, hspace=0.08),
     },
 )
-def plot_error_map(
-    axes, weight: torch.Tensor, blocksize: int, name: str, rows: int = 16, columns: int = 128
-):
+def plot_error_map(axes, weight, blocksize: int, name: str, rows: int = 16, columns: int = 128):
     """A corner of a layer's weights, what is left of it in 4 bits, and ten times the difference;
     thin lines separate the blocks.
 
@@ -148,8 +149,8 @@ def plot_error_map(
     for part in (weight, restored, 10 * (restored - weight)):
         corners.append(part[:rows, :columns])
     maps(axes, corners, 3, "std of the layer", aspect="auto")
-    position = torch.arange(weight.numel()).reshape(weight.shape)[:rows, :columns]
-    y, x = np.nonzero((position % blocksize == 0).numpy())
+    position = np.arange(weight.numel()).reshape(weight.shape)
+    y, x = np.nonzero(position[:rows, :columns] % blocksize == 0)
     for ax, label in zip(axes, ("weights", name, "10 × error")):
         ax.vlines(x - 0.5, y - 0.5, y + 0.5, color="black", linewidth=0.8)
         ax.set(ylabel=label, xticks=range(0, columns, 32), yticks=[0, rows // 2])
@@ -187,13 +188,14 @@ def plot_distributions(ax, errors):
         ax.bar_label(bars, labels, fontsize=9, padding=2)
         left = left + 0.27
     ax.set_xticks(range(len(errors)), list(errors))
-    ax.set_ylim(top=1.25 * max(max(row.values()) for row in errors.values()))
+    highest = max(max(row.values()) for row in errors.values())
+    ax.set_ylim(top=1.25 * highest)
     found = " · ".join(f"{distribution} {name}" for distribution, name in best.items())
     return f"Best datatype: {found}"
 
 
 @draws((8.4, 3.2), "best", xlabel="NF4 value (1)", ylabel="share of the weights (%)")
-def plot_usage(ax, share: torch.Tensor, code: torch.Tensor):
+def plot_usage(ax, share, code):
     """How often each code value is used, beside the even share that "each bin has equal
     probability" would give.
 
@@ -204,7 +206,7 @@ def plot_usage(ax, share: torch.Tensor, code: torch.Tensor):
     percent = 100 * share
     even = 100 / len(share)
     ax.bar(range(len(share)), percent, color=COLOURS["NF4"])
-    ax.axhline(even, color=COLOURS["16-bit"], linestyle="--", label=f"an even share, {even:.2f} %")
+    ax.axhline(even, color="black", linestyle="--", label=f"an even share, {even:.2f} %")
     names = [f"{value:.2f}" for value in code]
     ax.set_xticks(range(len(share)), names, rotation=45, fontsize=9)
     bits = blockwise.entropy_bits(share)
@@ -219,7 +221,7 @@ def plot_usage(ax, share: torch.Tensor, code: torch.Tensor):
     xlabel="position in the block",
     ylabel="error (standard deviations)",
 )
-def plot_outlier(ax, block: torch.Tensor, outlier: float, code: torch.Tensor):
+def plot_outlier(ax, block, outlier: float, code):
     """Errors of one block of weights, alone and after its first weight has become an outlier.
 
     Args:
@@ -231,9 +233,10 @@ def plot_outlier(ax, block: torch.Tensor, outlier: float, code: torch.Tensor):
     spoilt[0] = outlier
     x = range(1, len(block))
 
-    def errors(weights: torch.Tensor, meaning: str, size: int, label: str) -> torch.Tensor:
+    def errors(weights, meaning, size, label):
         """Draw and return the errors of all weights but the first."""
-        found = (blockwise.round_trip(weights, code, len(weights)) - weights)[1:]
+        restored = blockwise.round_trip(weights, code, len(weights))
+        found = (restored - weights)[1:]
         colour = COLOURS[meaning]
         ax.vlines(x, 0, found, color=colour, alpha=0.5, linewidth=1)
         ax.plot(x, found, MARKERS[meaning], color=colour, markersize=size, label=label)
@@ -241,13 +244,13 @@ def plot_outlier(ax, block: torch.Tensor, outlier: float, code: torch.Tensor):
 
     beside = errors(spoilt, "other", 9, f"with one weight of {outlier:g}")
     alone = errors(block, "NF4", 5, "without")
-    top = 1.45 * torch.cat([alone, beside]).abs().max().item()
+    top = 1.45 * float(torch.cat([alone, beside]).abs().max())
     ax.set_ylim(-top, top)
     times = beside.norm() / alone.norm()
     return f"One outlier of {outlier:g}: the other {len(x)} weights' error times {times:.1f}"
 
 
-def _labelled_bars(ax, heights: dict[str, float], meanings: list[str], form: str, errors=None):
+def _labelled_bars(ax, heights, meanings, form, errors=None):
     """Bars drawn by their meanings, the height on each (in this format), long names broken into
     lines.
     """
@@ -261,7 +264,7 @@ def _labelled_bars(ax, heights: dict[str, float], meanings: list[str], form: str
 
 
 @draws((10.2, 3.9))
-def plot_quality(ax, panels: dict[str, list]):
+def plot_quality(ax, panels):
     """The loss that each set of weights adds (mean and standard deviation over the samples) beside
     the paper's table 2.
 
@@ -283,9 +286,10 @@ def plot_quality(ax, panels: dict[str, list]):
             spreads.append(added.std(ddof=1))
             meanings.append(quality.name if quality.name in COLOURS else "other")
         _labelled_bars(panel, means, meanings, "{:+.2g}", errors=spreads)
-        panel.axhline(0, color=COLOURS["16-bit"], linewidth=0.8)
-        lowest = min(np.subtract(list(means.values()), spreads))
-        highest = max(np.add(list(means.values()), spreads))
+        panel.axhline(0, color="black", linewidth=0.8)
+        heights = list(means.values())
+        lowest = min(np.subtract(heights, spreads))
+        highest = max(np.add(heights, spreads))
         panel.set_ylim(min(1.1 * lowest, 0), 1.2 * max(highest, 1e-6))
         panel.set_ylabel("added loss (nat)")
         least = min(means, key=means.get)
@@ -298,7 +302,8 @@ def plot_quality(ax, panels: dict[str, list]):
 
 NF4 = codebooks.nf4_code()
 
-indices, _ = blockwise.quantize(torch.tensor([0.5, -1.0, 0.1, 0.0]), NF4, blocksize=4)
+block = torch.tensor([0.5, -1.0, 0.1, 0.0])
+indices, _ = blockwise.quantize(block, NF4, blocksize=4)
 check_indices = exercise(
     "indices",
     want=indices,
@@ -322,9 +327,10 @@ check_tail_quantile = exercise(
 )
 """Exercise 3: the tail quantile of an 8-value (3-bit) NormalFloat code, to four decimals."""
 
+widest_gap = NF4.diff().max().item()
 check_max_error = exercise(
     "largest error",
-    want=2 * NF4.diff().max().item() / 2,
+    want=2 * widest_gap / 2,
     hint="half of the widest gap between neighbouring values, times absmax; the widest gap is at "
     "the negative end",
     tolerance=2e-3,

@@ -7,7 +7,6 @@ of a model, layers alone and whole; the error that 8-bit scales add. The arithme
 """
 
 import numpy as np
-import torch
 
 from qlora_nb.theory import double_quant
 from qlora_nb.ui.checks import exercise
@@ -27,14 +26,14 @@ BLOCKSIZES = [2**k for k in range(3, 13)]
 
 
 @draws((8.4, 2.2), "lower right", xlabel="bits a weight beyond the four (bit)")
-def plot_ledger(ax, ledgers: dict[str, dict[str, float]]):
+def plot_ledger(ax, ledgers):
     """What a weight costs beyond its four bits, one bar a variant.
 
     Args:
         ledgers: {variant: `double_quant.ledger(...)`}, in bits a weight.
     """
 
-    def text(bits: float) -> str:
+    def text(bits):
         return f"  4 + {bits:.4g} = {4 + bits:.4g} bits"
 
     looks = {part: PARTS[part] for part in ("scales", "scales of scales")}
@@ -55,7 +54,7 @@ def plot_bits(ax, blocksize: int, second_blocksize: int):
         second_blocksize: scales that share a second-level scale.
     """
 
-    def line(second: int | None, meaning: str, label: str) -> float:
+    def line(second, meaning, label):
         """Draw bits over the block size; returns those of the block size that is read off."""
         bits = [double_quant.bits_per_weight(size, second) for size in BLOCKSIZES]
         ax.plot(BLOCKSIZES, bits, MARKERS[meaning] + "-", color=COLOURS[meaning], label=label)
@@ -63,7 +62,7 @@ def plot_bits(ax, blocksize: int, second_blocksize: int):
 
     plain = line(None, "NF4", "32-bit scales")
     double = line(second_blocksize, "NF4+DQ", f"8-bit scales, {second_blocksize} to a block")
-    ax.plot([blocksize, blocksize], [plain, double], color=COLOURS["16-bit"], linewidth=2)
+    ax.plot([blocksize, blocksize], [plain, double], color="black", linewidth=2)
     font = {"textcoords": "offset points", "fontsize": 10, "fontweight": "bold"}
     ax.annotate(f"{plain:.3f}", (blocksize, plain), xytext=(7, 5), **font)
     ax.annotate(f"{double:.3f}", (blocksize, double), xytext=(-7, -13), ha="right", **font)
@@ -73,7 +72,7 @@ def plot_bits(ax, blocksize: int, second_blocksize: int):
 
 
 @draws((8.4, 3.8), grid={"nrows": 2, "sharex": True, "height_ratios": [3, 1]})
-def plot_scales(axes, scaled: torch.Tensor, code: torch.Tensor):
+def plot_scales(axes, scaled, code):
     """The centred scales of a model beside the 256 values they may become.
 
     Args:
@@ -93,7 +92,7 @@ def plot_scales(axes, scaled: torch.Tensor, code: torch.Tensor):
 
 
 @draws((9.2, 3.4), grid={"ncols": 2, "sharey": True})
-def plot_model_bytes(axes, rows: dict[str, dict[str, int]], n_weights: int):
+def plot_model_bytes(axes, rows, n_weights: int):
     """Bytes of the quantized layers on the left, of the whole model on the right.
 
     Args:
@@ -104,22 +103,24 @@ def plot_model_bytes(axes, rows: dict[str, dict[str, int]], n_weights: int):
     left, right = axes
     unit = 2**20
     name = "MiB"
-    if max(sum(parts.values()) for parts in rows.values()) >= 2**30:
+    largest = max(sum(parts.values()) for parts in rows.values())
+    if largest >= 2**30:
         unit = 2**30
         name = "GiB"
 
-    def size(end: float) -> str:
+    def size(end):
         return f" {end:.3g} {name}"
 
-    def size_and_bits(end: float) -> str:
+    def size_and_bits(end):
         return f"{size(end)}, {8 * end * unit / n_weights:.4g} bits a weight"
 
-    colours = [COLOURS["16-bit"]] + [COLOURS["NF4"]] * (len(rows) - 1)
-    looks = {**PARTS, "codes": {**look("NF4"), "color": colours}}
+    first, *quantized = rows
+    colours = [COLOURS["16-bit"]] + [COLOURS["NF4"]] * len(quantized)
+    looks = dict(PARTS)
+    looks["codes"] = {**look("NF4"), "color": colours}
     whole = stacked_bars(right, rows, looks, unit, size, fontsize=9)
     looks.pop("rest")
     layers = stacked_bars(left, rows, looks, unit, size_and_bits, fontsize=9)
-    first = next(iter(rows))
     left.set_title(f"Layers: {layers[0] / layers[-1]:.1f} times smaller than {first}")
     left.set_xlim(0, 2 * max(layers))
     right.set_title(f"Whole model: {whole[0] / whole[-1]:.1f} times (rest dotted)")
@@ -129,7 +130,7 @@ def plot_model_bytes(axes, rows: dict[str, dict[str, int]], n_weights: int):
 
 
 @draws((9.2, 3.4), grid={"ncols": 2}, xlabel="layer")
-def plot_added_error(axes, rows: dict[str, tuple[float, float]]):
+def plot_added_error(axes, rows):
     """RMSE with 32-bit scales and with 8-bit scales, layer by layer, and their difference.
 
     Args:
@@ -138,14 +139,15 @@ def plot_added_error(axes, rows: dict[str, tuple[float, float]]):
     """
     plain, double = np.array(list(rows.values())).T
     added = (double - plain) * 1e6
-    drawn = {"color": COLOURS["NF4+DQ"], "markersize": 5}
+    blue = COLOURS["NF4"]
+    light = COLOURS["NF4+DQ"]
     left, right = axes
-    left.plot(plain, MARKERS["NF4"], color=COLOURS["NF4"], markersize=9, label="32-bit scales")
-    left.plot(double, MARKERS["NF4+DQ"], **drawn, label="8-bit scales")
+    left.plot(plain, MARKERS["NF4"], color=blue, markersize=9, label="32-bit scales")
+    left.plot(double, MARKERS["NF4+DQ"], color=light, markersize=5, label="8-bit scales")
     left.set(ylabel="RMSE (std of the layer)", ylim=(0, 1.35 * plain.max()))
     left.legend(loc="upper right", ncols=2)
-    right.vlines(range(len(added)), 0, added, color=COLOURS["NF4+DQ"], linewidth=1.5)
-    right.plot(added, MARKERS["NF4+DQ"], **drawn)
+    right.vlines(range(len(added)), 0, added, color=light, linewidth=1.5)
+    right.plot(added, MARKERS["NF4+DQ"], color=light, markersize=5)
     right.set_title(f"Added: at most {max(added.max(), 0):.1f} millionths")
     right.set_ylabel("added RMSE (millionths of std)")
     return f"Error of {len(rows)} layers: the same points"
@@ -159,22 +161,24 @@ check_bits_128 = exercise(
 )
 """Exercise 1: bits a weight with blocks of 128 and double quantization with 256."""
 
-plain_bytes = double_quant.storage_bytes(4096 * 4096, second_blocksize=None)
-double_bytes = double_quant.storage_bytes(4096 * 4096)
+plain_bytes = sum(double_quant.storage_bytes(4096**2, second_blocksize=None).values())
+double_bytes = sum(double_quant.storage_bytes(4096**2).values())
 
 check_saved_bytes = exercise(
     "bytes saved",
-    want=sum(plain_bytes.values()) - sum(double_bytes.values()),
+    want=plain_bytes - double_bytes,
     hint="count the blocks of 64 first: 4 bytes each before; then 1 byte each, 4 for every 256 of "
     "them, and 4 for the mean",
 )
 """Exercise 2: bytes that double quantization saves on one 4096 × 4096 matrix, the mean counted."""
 
-cheap = [size for size in (1, 2, 4, 8, 16, 32, 64) if double_quant.bits_per_weight(size) < 4.5]
+smallest = 1
+while double_quant.bits_per_weight(smallest) >= 4.5:
+    smallest *= 2
 
 check_same_bits = exercise(
     "block size",
-    want=cheap[0],
+    want=smallest,
     hint="8/blocksize alone must stay below 0.5, and 32/(256 · blocksize) comes on top",
 )
 """Exercise 3: the smallest power-of-two block size that with double quantization costs less than

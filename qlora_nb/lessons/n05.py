@@ -46,7 +46,8 @@ def plot_step(ax, pythia: str, r: int, tokens: int, gpu_gib: float, bits: int = 
         heights.append([moment.parts[part] / cards.GIB for moment in moments])
     colours, hatches = zip(*PARTS.values())
     drawn = {"colors": colours, "hatch": hatches, "edgecolor": "white", "linewidth": 0}
-    ax.stackplot(range(len(moments)), heights, labels=list(PARTS), step="mid", **drawn)
+    x = range(len(moments))
+    ax.stackplot(x, heights, labels=list(PARTS), step="mid", **drawn)
     peak = max(moments, key=lambda moment: moment.total)
     highest = peak.total / cards.GIB
     top = highest
@@ -170,12 +171,12 @@ def plot_run(axes, steps, gpu_gib: float, gb_per_s: float = 12.0):
         ax.set_xticks(x)
 
 
-def sweep_moved(n_pages: int, room: int, sweeps: int = 3) -> int:
-    """Pages moved (both ways) in the last of several passes over all pages, with room for so many
+def sweep_moved(n_pages: int, room: int) -> int:
+    """Pages moved (both ways) in the last of three passes over all pages, with room for so many
     on the card.
     """
     memory = paging.UnifiedMemory(room)
-    for _ in range(sweeps):
+    for _ in range(3):
         before = memory.pages_in + memory.pages_out
         for page in range(n_pages):
             memory.touch(page)
@@ -220,14 +221,14 @@ def plot_thrashing(ax, paged_bytes: int, gb_per_s: float):
 
 
 @draws((8.0, 3.2), "lower right", xlabel="states of one block (MiB)", ylabel="optimizer (name)")
-def plot_state_bytes(ax, measured: dict[str, dict[str, int]]):
+def plot_state_bytes(ax, measured):
     """Bytes of optimizer states by optimizer, stacked by kind.
 
     Args:
         measured: optimizer name → "states" and "scales of 8-bit states" → bytes.
     """
 
-    def text(total: float) -> str:
+    def text(total):
         return f" {total:.2f} MiB"
 
     looks = {"states": look("optimizer"), "scales of 8-bit states": look("other", "//")}
@@ -239,7 +240,7 @@ def plot_state_bytes(ax, measured: dict[str, dict[str, int]]):
 
 _check_paged = exercise(
     "[lora_A, lora_B] paged",
-    want=[int(paging.is_paged(16 * 5120)), int(paging.is_paged(16 * 20480))],
+    want=[int(paging.is_paged(16 * side)) for side in (5120, 20480)],
     hint="lora_A has r · in elements, lora_B has out · r; the rule is 100,000 elements",
 )
 
@@ -260,10 +261,12 @@ check_bytes_8bit = exercise(
 )
 """Exercise 2: bytes of both 8-bit Adam states of a tensor with 81,920 elements."""
 
-touches = [("touch", page) for page in (0, 1, 2, 0, 3, 1)]
+memory = paging.UnifiedMemory(budget_pages=3)
+for page in (0, 1, 2, 0, 3, 1):
+    memory.touch(page)
 check_faults = exercise(
     "faults",
-    want=paging.replay_spec(touches, budget_pages=3)[0],
+    want=memory.faults,
     hint="the second touch of page 0 makes page 1 the least recently used, so page 3 pushes out "
     "page 1",
 )
@@ -271,10 +274,9 @@ check_faults = exercise(
 recently used out first.
 """
 
-there_and_back = paging.StepRecord(0, True, bytes_in=12 * 10**8, bytes_out=12 * 10**8)
 check_overflow = exercise(
     "seconds",
-    want=there_and_back.seconds(gb_per_s=12),
+    want=2 * 1.2e9 / 12e9,
     hint="the pages travel twice: out for the spike, and back for the optimizer",
 )
 """Exercise 4: seconds to push 1.2 · 10^9 bytes out and bring them back over a bus of 12 · 10^9
