@@ -114,6 +114,7 @@ def widget_cells(name: str, **names) -> list:
         if "widgets.explore(" in c.source
     ]
     names |= {
+        "PYTHIA": PYTHIA,
         "cards": cards,
         "widgets": widgets,
         "partial": partial,
