@@ -27,7 +27,7 @@ def run_cells(device: str, **names: object) -> dict[str, object]:
         device: where the tensors are made.
         **names: stand-ins for `torch`, `bnb` or `recorded`.
     """
-    space = {"torch": torch, "bnb": bnb, "recorded": recorded.read, "device": device} | names
+    space = {"torch": torch, "bnb": bnb, "recorded": recorded, "device": device} | names
     for cell in nbformat.read(NOTEBOOK, 4).cells:
         if "avoided-oom" in cell.metadata.get("tags", []):
             exec(cell.source, space)

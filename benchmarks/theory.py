@@ -30,9 +30,10 @@ from bitsandbytes import functional as bnb
 
 from qlora_nb import cards
 from qlora_nb.lessons import n02, n03, n05
-from qlora_nb.memory import ledger, step_sizes
+from qlora_nb.memory import step_sizes
 from qlora_nb.model import load
 from qlora_nb.model.linear_layers import dense_weight, linear_layers
+from qlora_nb.pythia import PYTHIA
 from qlora_nb.settings import resolve
 from qlora_nb.theory import blockwise, codebooks, lora
 from qlora_nb.ui import widgets
@@ -95,7 +96,7 @@ def quantizers() -> dict:
 def widgets_of(notebook: str, names: dict[str, object]) -> list:
     """The widgets of a notebook, made by its own cells from these names."""
     (path,) = (provenance.ROOT / "notebooks").glob(f"{notebook}_*.ipynb")
-    made, names = [], names | {"widgets": widgets, "partial": partial, "ledger": ledger}
+    made, names = [], names | {"widgets": widgets, "partial": partial}
     for cell in nbformat.read(path, 4).cells:
         if cell.cell_type == "code" and "widgets.explore(" in cell.source:
             *before, last = ast.parse(cell.source).body
@@ -136,7 +137,7 @@ def panels() -> dict[str, object]:
         for n in (usual, usual, usual, spike, usual, usual)
     ]
     names |= {"own": step_sizes.step_sizes(settings.pythia, settings.r, 2048), "steps": steps}
-    names |= {"n02": n02, "n03": n03, "n05": n05}
+    names |= {"n02": n02, "n03": n03, "n05": n05, "cards": cards, "PYTHIA": PYTHIA}
     titles = {
         "02": ("what is left of an update", "trained numbers"),
         "03": ("number line", "error map"),

@@ -99,15 +99,15 @@ def no_gpu(monkeypatch):
 
 
 def test_without_a_gpu_and_a_record_it_says_so(no_gpu, capsys):
-    assert avoided_oom.run_cells("cpu", recorded=lambda name: None)["avoided"] is None
+    nothing = SimpleNamespace(read=lambda name: None)
+    assert avoided_oom.run_cells("cpu", recorded=nothing)["avoided"] is None
     assert capsys.readouterr().out.strip() == "not measured on a GPU yet"
 
 
 def test_without_a_gpu_the_recorded_run_is_shown(no_gpu, capsys):
     run = {"AdamW": {"finishes": False}}
-    space = avoided_oom.run_cells(
-        "cpu", recorded=lambda name: ({"avoided": run}, f"recorded {name}")
-    )
+    one = SimpleNamespace(read=lambda name: ({"avoided": run}, f"recorded {name}"))
+    space = avoided_oom.run_cells("cpu", recorded=one)
     assert space["avoided"] == run
     assert "recorded avoided_oom" in capsys.readouterr().out
 

@@ -12,6 +12,7 @@ from conftest import NOTEBOOKS
 from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM
 
+from qlora_nb import cards
 from qlora_nb.lessons import n01, n02, n03, n05
 from qlora_nb.memory import dry_run, ledger, step_sizes
 from qlora_nb.model import configs
@@ -113,6 +114,8 @@ def widget_cells(name: str, **names) -> list:
         if "widgets.explore(" in c.source
     ]
     names |= {
+        "PYTHIA": PYTHIA,
+        "cards": cards,
         "widgets": widgets,
         "partial": partial,
         "ledger": ledger,

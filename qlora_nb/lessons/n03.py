@@ -1,6 +1,12 @@
-"""Notebook 03: the figures and checkers of NF4."""
+"""Notebook 03: the figures of NF4 and the checkers of its exercises.
 
-from itertools import pairwise
+The figures: the bell curve cut into the share of each code value; where one weight lands on the
+number line of each datatype; RMSE over bits a weight and by distribution; a corner of a layer with
+what 4 bits leave of it; how often each code value is used; what an outlier does to its block; the
+loss that quantized weights add, beside the paper's table. The arithmetic is in
+`theory/codebooks.py` and `theory/blockwise.py`.
+"""
+
 from statistics import NormalDist
 
 import numpy as np
@@ -15,7 +21,7 @@ PAPER_TABLE_2 = {"Int4": 34.34, "FP4-E2M1": 31.07, "FP4-E3M0": 29.48, "NF4+DQ": 
 
 
 @draws((8.4, 3.6), xlabel="weight (standard deviations)", ylabel="density (1)", ylim=(0, 0.47))
-def plot_bell(ax, code: torch.Tensor, tail_quantile: float = codebooks.TAIL_QUANTILE) -> str:
+def plot_bell(ax, code, tail_quantile: float = codebooks.TAIL_QUANTILE):
     """The bell curve cut into the share of each code value (by midpoints), the code values below it
     as ticks.
 
@@ -24,43 +30,27 @@ def plot_bell(ax, code: torch.Tensor, tail_quantile: float = codebooks.TAIL_QUAN
         tail_quantile: probability that code value 1 stands for.
     """
     bell = NormalDist()
-    points = code.double().numpy() * bell.inv_cdf(tail_quantile)
-    heights = [bell.pdf(v) for v in points]
-    borders = (points[:-1] + points[1:]) / 2
-    shares = np.diff(
-        [0.0, *(bell.cdf(border) for border in borders), 1.0]
-    )  # whole tails, of which the figure cuts the ends off
-    for i, (low, high) in enumerate(pairwise([-3.2, *borders, 3.2])):
-        x = np.linspace(low, high, 60)
-        ax.fill_between(
-            x,
-            [bell.pdf(v) for v in x],
-            color=COLOURS["NF4" if i % 2 else "NF4+DQ"],
-            alpha=0.55,
-            linewidth=0,
-        )
-    ax.vlines(points, 0, heights, color=COLOURS["16-bit"], linewidth=1)
-    ax.plot(
-        points,
-        [0] * len(points),
-        MARKERS["NF4"],
-        color=COLOURS["NF4"],
-        markersize=6,
-        clip_on=False,
-        zorder=5,
-    )
-    for i, side in {0: "right", 3: "right", 7: "center", 11: "left", 15: "left"}.items():
-        ax.annotate(
-            f"{code[i]:.3f}",
-            (points[i], heights[i]),
-            textcoords="offset points",
-            xytext=(0, 4),
-            ha=side,
-            fontsize=9,
-        )
-    below, above = int((code < 0).sum()), int((code > 0).sum())
-    least, most = 100 * shares.min(), 100 * shares.max()
-    return f"{below} values below zero, {above} above: slices of {least:.1f} to {most:.1f} % of the weights"
+    points = code.double() * bell.inv_cdf(tail_quantile)
+    borders = blockwise.midpoints(points)[0].tolist()
+    below_border = [bell.cdf(border) for border in borders]
+    shares = 100 * np.diff([0, *below_border, 1])
+    edges = [-3.2, *borders, 3.2]  # the ends of the tails are outside the figure
+    for i in range(len(code)):
+        x = np.linspace(edges[i], edges[i + 1], 60)
+        density = [bell.pdf(v) for v in x]
+        colour = COLOURS["NF4" if i % 2 else "NF4+DQ"]
+        ax.fill_between(x, density, color=colour, alpha=0.55, linewidth=0)
+    heights = [bell.pdf(point) for point in points.tolist()]
+    ax.vlines(points, 0, heights, color="black", linewidth=1)
+    mark = {"color": COLOURS["NF4"], "markersize": 6, "clip_on": False, "zorder": 5}
+    ax.plot(points, 0 * points, MARKERS["NF4"], **mark)
+    font = {"textcoords": "offset points", "xytext": (0, 4), "fontsize": 9}
+    sides = {0: "right", 3: "right", 7: "center", 11: "left", 15: "left"}
+    for i, side in sides.items():
+        top = (points[i], heights[i])
+        ax.annotate(f"{code[i]:.3f}", top, ha=side, **font)
+    values = f"{(code < 0).sum()} values below zero, {(code > 0).sum()} above"
+    return f"{values}: slices of {shares.min():.1f} to {shares.max():.1f} % of the weights"
 
 
 @draws(
@@ -70,7 +60,7 @@ def plot_bell(ax, code: torch.Tensor, tail_quantile: float = codebooks.TAIL_QUAN
     xlim=(-1.06, 1.22),
     ylim=(-0.4, 2.5),
 )
-def plot_number_line(ax, weight: float, name: str) -> str:
+def plot_number_line(ax, weight: float, name: str):
     """Where one scaled weight lands on each code's number line; the chosen code is drawn strongly.
 
     Args:
@@ -79,28 +69,22 @@ def plot_number_line(ax, weight: float, name: str) -> str:
     """
     errors = {}
     for row, each in enumerate(("INT4", "FP4", "NF4")):
-        code = codebooks.code_by_name(each).unique()
-        nearest = code[(code - weight).abs().argmin()].item()
+        values = codebooks.code_by_name(each).unique()
+        nearest = values[(values - weight).abs().argmin()].item()
         errors[each] = abs(nearest - weight)
-        alpha, size, bold = (1.0, 8, "bold") if each == name else (0.35, 6, "normal")
-        ax.plot(
-            code,
-            [row] * len(code),
-            MARKERS[each] + "-",
-            color=COLOURS[each],
-            alpha=alpha,
-            linewidth=0.8,
-            markersize=size,
-        )
-        ax.plot(
-            [weight, nearest],
-            [row + 0.28, row],
-            color=COLOURS["16-bit"],
-            alpha=alpha,
-            linewidth=1.5,
-        )
+        alpha = 0.35
+        size = 6
+        bold = "normal"
+        if each == name:
+            alpha = 1.0
+            size = 8
+            bold = "bold"
+        line = {"color": COLOURS[each], "linewidth": 0.8, "marker": MARKERS[each]}
+        ax.plot(values, [row] * len(values), alpha=alpha, markersize=size, **line)
+        path = [weight, nearest]
+        ax.plot(path, [row + 0.28, row], color="black", alpha=alpha, linewidth=1.5)
         ax.text(1.06, row, f"{nearest:+.3f}", va="center", fontsize=10, fontweight=bold)
-    ax.axvline(weight, color=COLOURS["16-bit"], linestyle=":", linewidth=1)
+    ax.axvline(weight, color="black", linestyle=":", linewidth=1)
     ax.set_yticks(range(3), list(errors))
     return f"{name} stores {weight:+.2f} with an error of {errors[name]:.3f}"
 
@@ -112,9 +96,7 @@ def plot_number_line(ax, weight: float, name: str) -> str:
     xlabel="bits a weight, 32-bit scales included (bit)",
     ylabel="RMSE (standard deviations)",
 )
-def plot_errors(
-    ax, errors: dict[str, dict[int, float]], blocksize: int, name: str, what: str = "a Gaussian"
-) -> str:
+def plot_errors(ax, errors, blocksize: int, name: str, what: str = "a Gaussian"):
     """RMSE over bits a weight, one line a datatype; one point (datatype, blocksize) is ringed.
 
     Args:
@@ -122,33 +104,25 @@ def plot_errors(
         blocksize, name: the point that is ringed.
         what: the data, for the title.
     """
-    sizes = sorted({size for by_size in errors.values() for size in by_size})
+    styles = {"AF4": "--", "Lloyd-Max": ":"}
     for each, by_size in errors.items():
-        kind, line = (
-            each if each in COLOURS else "other",
-            {"AF4": "--", "Lloyd-Max": ":"}.get(each, "-"),
-        )
-        style = {
-            "color": COLOURS[kind],
-            "marker": MARKERS[kind],
-            "markersize": 9 if kind == "other" else 6,
-        }
-        ax.plot(list(by_size), list(by_size.values()), line, label=each, **style)
-    bits, y = double_quant.bits_per_weight(blocksize, None), errors[name][blocksize]
-    ax.plot(
-        [blocksize],
-        [y],
-        "o",
-        markersize=17,
-        markerfacecolor="none",
-        markeredgecolor=COLOURS["16-bit"],
-        markeredgewidth=1.6,
-    )
-    log2_axis(
-        ax, sizes, [f"{double_quant.bits_per_weight(size, None):.3g}\n({size})" for size in sizes]
-    )
+        meaning = each
+        size = 6
+        if each not in COLOURS:
+            meaning = "other"
+            size = 9
+        style = styles.get(each, "-")
+        mark = {"color": COLOURS[meaning], "marker": MARKERS[meaning], "markersize": size}
+        ax.plot(by_size.keys(), by_size.values(), style, label=each, **mark)
+    error = errors[name][blocksize]
+    ring = {"markerfacecolor": "none", "markeredgecolor": "black", "markeredgewidth": 1.6}
+    ax.plot([blocksize], [error], "o", markersize=17, **ring)
+    sizes = sorted(set().union(*errors.values()))
+    bits = {size: double_quant.bits_per_weight(size, None) for size in sizes}
+    log2_axis(ax, sizes, [f"{bits[size]:.3g}\n({size})" for size in sizes])
     ax.invert_xaxis()
-    return f"{name}, blocks of {blocksize}: {bits:.3f} bits a weight, RMSE {y:.4f} on {what}"
+    here = f"{name}, blocks of {blocksize}: {bits[blocksize]:.3f} bits a weight"
+    return f"{here}, RMSE {error:.4f} on {what}"
 
 
 @draws(
@@ -160,9 +134,7 @@ def plot_errors(
         **margins(0.07, 0.9, 0.11, 0.93, hspace=0.08),
     },
 )
-def plot_error_map(
-    axes, weight: torch.Tensor, blocksize: int, name: str, rows: int = 16, columns: int = 128
-) -> str:
+def plot_error_map(axes, weight, blocksize: int, name: str, rows: int = 16, columns: int = 128):
     """A corner of a layer's weights, what is left of it in 4 bits, and ten times the difference;
     thin lines separate the blocks.
 
@@ -173,16 +145,19 @@ def plot_error_map(
         rows, columns: size of the corner.
     """
     restored = blockwise.round_trip(weight, codebooks.code_by_name(name), blocksize)
-    at = torch.arange(weight.numel()).reshape(weight.shape)[:rows, :columns]
-    y, x = (at % blocksize == 0).nonzero().T.numpy()
-    parts = [part[:rows, :columns] for part in (weight, restored, 10 * (restored - weight))]
-    maps(axes, parts, 3, "std of the layer", aspect="auto")
+    corners = []
+    for part in (weight, restored, 10 * (restored - weight)):
+        corners.append(part[:rows, :columns])
+    maps(axes, corners, 3, "std of the layer", aspect="auto")
+    position = np.arange(weight.numel()).reshape(weight.shape)
+    y, x = np.nonzero(position[:rows, :columns] % blocksize == 0)
     for ax, label in zip(axes, ("weights", name, "10 × error")):
         ax.vlines(x - 0.5, y - 0.5, y + 0.5, color="black", linewidth=0.8)
         ax.set(ylabel=label, xticks=range(0, columns, 32), yticks=[0, rows // 2])
     axes[-1].set_xlabel("input (index); a row is an output")
+    bits = double_quant.bits_per_weight(blocksize, None)
     error = blockwise.rmse(weight, restored)
-    return f"{name}, blocks of {blocksize}: {double_quant.bits_per_weight(blocksize, None):.3f} bits a weight, RMSE {error:.4f}"
+    return f"{name}, blocks of {blocksize}: {bits:.3f} bits a weight, RMSE {error:.4f}"
 
 
 @draws(
@@ -192,37 +167,51 @@ def plot_error_map(
     xlabel="distribution of the weights",
     ylabel="RMSE (standard deviations)",
 )
-def plot_distributions(ax, errors: dict[str, dict[str, float]]) -> str:
+def plot_distributions(ax, errors):
     """Grouped bars: RMSE by distribution and datatype; the best datatype of each distribution is
     marked.
 
     Args:
         errors: {distribution: {datatype: rmse relative to the standard deviation}}.
     """
-    best = {d: min(row, key=row.get) for d, row in errors.items()}
-    for i, name in enumerate(next(iter(errors.values()))):
+    best = {}
+    for distribution, row in errors.items():
+        best[distribution] = min(row, key=row.get)
+    left = np.arange(len(errors)) - 0.27
+    for name in row:
         heights = [row[name] for row in errors.values()]
-        at = np.arange(len(errors)) + 0.27 * (i - 1)
-        bars = ax.bar(at, heights, 0.25, **look(name), label=name)
-        labels = [
-            ("best\n" if name == best[d] else "") + f"{h:.3f}" for h, d in zip(heights, errors)
-        ]
+        bars = ax.bar(left, heights, 0.25, label=name, **look(name))
+        labels = [f"{height:.3f}" for height in heights]
+        for i, winner in enumerate(best.values()):
+            if name == winner:
+                labels[i] = "best\n" + labels[i]
         ax.bar_label(bars, labels, fontsize=9, padding=2)
+        left = left + 0.27
     ax.set_xticks(range(len(errors)), list(errors))
-    ax.set_ylim(top=1.25 * max(max(row.values()) for row in errors.values()))
-    return "Best datatype: " + " · ".join(f"{d} {name}" for d, name in best.items())
+    highest = max(max(row.values()) for row in errors.values())
+    ax.set_ylim(top=1.25 * highest)
+    found = " · ".join(f"{distribution} {name}" for distribution, name in best.items())
+    return f"Best datatype: {found}"
 
 
 @draws((8.4, 3.2), "best", xlabel="NF4 value (1)", ylabel="share of the weights (%)")
-def plot_usage(ax, share: torch.Tensor, code: torch.Tensor) -> str:
+def plot_usage(ax, share, code):
     """How often each code value is used, beside the even share that "each bin has equal
     probability" would give.
+
+    Args:
+        share: (k,) shares of the weights, sum 1 (`blockwise.code_usage`).
+        code: (k,) code values.
     """
-    percent, even, bits = (100 * share).numpy(), 100 / len(share), blockwise.entropy_bits(share)
-    ax.bar(range(len(percent)), percent, color=COLOURS["NF4"])
-    ax.axhline(even, color=COLOURS["16-bit"], linestyle="--", label=f"an even share, {even:.2f} %")
-    ax.set_xticks(range(len(percent)), [f"{v:.2f}" for v in code.tolist()], rotation=45, fontsize=9)
-    return f"Used from {percent.min():.1f} to {percent.max():.1f} %: {bits:.2f} bits of information in 4"
+    percent = 100 * share
+    even = 100 / len(share)
+    ax.bar(range(len(share)), percent, color=COLOURS["NF4"])
+    ax.axhline(even, color="black", linestyle="--", label=f"an even share, {even:.2f} %")
+    names = [f"{value:.2f}" for value in code]
+    ax.set_xticks(range(len(share)), names, rotation=45, fontsize=9)
+    bits = blockwise.entropy_bits(share)
+    used = f"Used from {percent.min():.1f} to {percent.max():.1f} %"
+    return f"{used}: {bits:.2f} bits of information in 4"
 
 
 @draws(
@@ -232,7 +221,7 @@ def plot_usage(ax, share: torch.Tensor, code: torch.Tensor) -> str:
     xlabel="position in the block",
     ylabel="error (standard deviations)",
 )
-def plot_outlier(ax, block: torch.Tensor, outlier: float, code: torch.Tensor) -> str:
+def plot_outlier(ax, block, outlier: float, code):
     """Errors of one block of weights, alone and after its first weight has become an outlier.
 
     Args:
@@ -242,38 +231,40 @@ def plot_outlier(ax, block: torch.Tensor, outlier: float, code: torch.Tensor) ->
     """
     spoilt = block.clone()
     spoilt[0] = outlier
-    alone, beside = ((blockwise.round_trip(b, code, len(b)) - b)[1:] for b in (block, spoilt))
     x = range(1, len(block))
-    for e, kind, size, label in (
-        (beside, "other", 9, f"with one weight of {outlier:g}"),
-        (alone, "NF4", 5, "without"),
-    ):
-        ax.vlines(x, 0, e, color=COLOURS[kind], alpha=0.5, linewidth=1)
-        ax.plot(x, e, MARKERS[kind], color=COLOURS[kind], markersize=size, label=label)
-    top = 1.45 * max(e.abs().max().item() for e in (alone, beside))
+
+    def errors(weights, meaning, size, label):
+        """Draw and return the errors of all weights but the first."""
+        restored = blockwise.round_trip(weights, code, len(weights))
+        found = (restored - weights)[1:]
+        colour = COLOURS[meaning]
+        ax.vlines(x, 0, found, color=colour, alpha=0.5, linewidth=1)
+        ax.plot(x, found, MARKERS[meaning], color=colour, markersize=size, label=label)
+        return found
+
+    beside = errors(spoilt, "other", 9, f"with one weight of {outlier:g}")
+    alone = errors(block, "NF4", 5, "without")
+    top = 1.45 * float(torch.cat([alone, beside]).abs().max())
     ax.set_ylim(-top, top)
-    return f"One outlier of {outlier:g}: the other {len(x)} weights' error times {beside.norm() / alone.norm():.1f}"
+    times = beside.norm() / alone.norm()
+    return f"One outlier of {outlier:g}: the other {len(x)} weights' error times {times:.1f}"
 
 
-def _labelled_bars(
-    ax, heights: dict[str, float], meanings: list[str], form: str, **settings
-) -> None:
+def _labelled_bars(ax, heights, meanings, form, errors=None):
     """Bars drawn by their meanings, the height on each (in this format), long names broken into
     lines.
     """
     names = [name.replace("+", "\n+").replace("-", "\n") for name in heights]
-    drawn = {
-        "color": [COLOURS[m] for m in meanings],
-        "hatch": [HATCHES[m] for m in meanings],
-        "edgecolor": "white",
-    }
-    bars = ax.bar(names, heights.values(), **drawn, capsize=4, **settings)
+    colours = [COLOURS[meaning] for meaning in meanings]
+    hatches = [HATCHES[meaning] for meaning in meanings]
+    drawn = {"color": colours, "hatch": hatches, "edgecolor": "white"}
+    bars = ax.bar(names, heights.values(), yerr=errors, capsize=4, **drawn)
     ax.bar_label(bars, fmt=form, fontsize=8)
     ax.grid(axis="x", visible=False)
 
 
 @draws((10.2, 3.9))
-def plot_quality(ax, panels: dict[str, list]) -> None:
+def plot_quality(ax, panels):
     """The loss that each set of weights adds (mean and standard deviation over the samples) beside
     the paper's table 2.
 
@@ -284,25 +275,26 @@ def plot_quality(ax, panels: dict[str, list]) -> None:
     figure = ax.figure
     ax.remove()
     *axes, paper = figure.subplots(1, len(panels) + 1)
-    for panel, (title, (base, *quantized)) in zip(axes, panels.items()):
-        added = np.array([np.subtract(q.losses, base.losses) for q in quantized])
-        means, spreads = (
-            dict(zip((q.name for q in quantized), added.mean(axis=1))),
-            added.std(axis=1, ddof=1),
-        )
-        _labelled_bars(
-            panel, means, [n if n in COLOURS else "other" for n in means], "{:+.2g}", yerr=spreads
-        )
-        heights = np.array([*means.values()])
-        panel.axhline(0, color=COLOURS["16-bit"], linewidth=0.8)
-        panel.set(
-            ylim=(min(1.1 * min(heights - spreads), 0), 1.2 * max(*(heights + spreads), 1e-6)),
-            ylabel="added loss (nat)",
-        )
-        panel.set_title(
-            f"{title}:\nleast {min(means, key=means.get)}, most {max(means, key=means.get)}",
-            fontsize=10,
-        )
+    for panel, (title, qualities) in zip(axes, panels.items()):
+        base = qualities[0]
+        means = {}
+        spreads = []
+        meanings = []
+        for quality in qualities[1:]:
+            added = np.subtract(quality.losses, base.losses)
+            means[quality.name] = added.mean()
+            spreads.append(added.std(ddof=1))
+            meanings.append(quality.name if quality.name in COLOURS else "other")
+        _labelled_bars(panel, means, meanings, "{:+.2g}", errors=spreads)
+        panel.axhline(0, color="black", linewidth=0.8)
+        heights = list(means.values())
+        lowest = min(np.subtract(heights, spreads))
+        highest = max(np.add(heights, spreads))
+        panel.set_ylim(min(1.1 * lowest, 0), 1.2 * max(highest, 1e-6))
+        panel.set_ylabel("added loss (nat)")
+        least = min(means, key=means.get)
+        most = max(means, key=means.get)
+        panel.set_title(f"{title}:\nleast {least}, most {most}", fontsize=10)
     _labelled_bars(paper, PAPER_TABLE_2, ["INT4", "FP4", "FP4", "NF4+DQ"], "{:.2f}")
     paper.set(ylabel="mean perplexity (1)", ylim=(0, 40))
     paper.set_title("the paper, table 2:\nleast NF4+DQ, most Int4", fontsize=10)
@@ -310,28 +302,39 @@ def plot_quality(ax, panels: dict[str, list]) -> None:
 
 NF4 = codebooks.nf4_code()
 
-hint = "absmax is 1, so look for the nearest value in the table; indices count from 0 at -1"
-
+block = torch.tensor([0.5, -1.0, 0.1, 0.0])
+indices, _ = blockwise.quantize(block, NF4, blocksize=4)
 check_indices = exercise(
-    "indices", blockwise.quantize(torch.tensor([0.5, -1.0, 0.1, 0.0]), NF4, blocksize=4)[0], hint
+    "indices",
+    want=indices,
+    hint="absmax is 1, so look for the nearest value in the table; indices count from 0 at -1",
 )
-"""03, exercise 1: the NF4 indices of the block [0.5, -1.0, 0.1, 0.0]."""
+"""Exercise 1: the NF4 indices of the block [0.5, -1.0, 0.1, 0.0]."""
 
 check_byte = exercise(
     "byte",
-    blockwise.pack(torch.tensor([12, 5]))[0],
-    "the first index is the high nibble: it counts 16-fold",
+    want=blockwise.pack(torch.tensor([12, 5]))[0],
+    hint="the first index is the high nibble: it counts 16-fold",
 )
-"""03, exercise 2: the byte that holds the indices 12 and 5."""
+"""Exercise 2: the byte that holds the indices 12 and 5."""
 
-hint = "four bits: halves of 1/32 and 1/30, that is 2·16 and 2·15; three bits have 8 codes, so 2·8 and 2·7"
+check_tail_quantile = exercise(
+    "tail quantile",
+    want=1 - (1 / 16 + 1 / 14) / 2,
+    hint="four bits: halves of 1/32 and 1/30, that is 2·16 and 2·15; three bits have 8 codes, "
+    "so 2·8 and 2·7",
+    tolerance=1e-4,
+)
+"""Exercise 3: the tail quantile of an 8-value (3-bit) NormalFloat code, to four decimals."""
 
-check_tail_quantile = exercise("tail quantile", 1 - (1 / 16 + 1 / 14) / 2, hint, 1e-4)
-"""03, exercise 3: the tail quantile of an 8-value (3-bit) NormalFloat code, to four decimals."""
-
-hint = "half of the widest gap between neighbouring values, times absmax; the widest gap is at the negative end"
-
-check_max_error = exercise("largest error", 2 * NF4.diff().max().item() / 2, hint, 2e-3)
-"""03, exercise 4: the largest possible error of one weight in an NF4 block with absmax 2, to three
+widest_gap = NF4.diff().max().item()
+check_max_error = exercise(
+    "largest error",
+    want=2 * widest_gap / 2,
+    hint="half of the widest gap between neighbouring values, times absmax; the widest gap is at "
+    "the negative end",
+    tolerance=2e-3,
+)
+"""Exercise 4: the largest possible error of one weight in an NF4 block with absmax 2, to three
 decimals.
 """

@@ -1,3 +1,1 @@
-"""What is taught: pure functions on tensors, each written out by hand once and proven equal to the
-library.
-"""
+"""What is taught: pure functions, each written out by hand once and tested equal to the library."""

@@ -1,21 +1,18 @@
-"""One scale for a block: how a tensor becomes 4-bit indices and a few scales, and back.
+"""Block-wise quantization: a tensor becomes 4-bit indices and a few scales, and back.
 
 A code covers [-1, 1], weights do not. So a tensor is cut into blocks of `blocksize` consecutive
-numbers, each block is divided by its largest magnitude (`absmax`, stored as one float32), and every
-number becomes the index of the nearest code
-value. Nearest means: count the midpoints between neighbouring code values that lie below the
-number. Two indices share a byte, the first one in the high four bits ("nibble").
+numbers, each block is divided by its largest magnitude (`absmax`, one float32), and every number
+becomes the index of the nearest code value: the number of borders, midpoints between neighbouring
+code values, that lie below it. Two indices share a byte, the first in the high four bits.
 
-Back again: code[index] · absmax of the block. The error of one number is at most half the widest
-gap of the code times the block's absmax, which is why one outlier makes its whole block coarse, and
-why small blocks are better and dearer.
+Back again: code[index] · absmax. The error of one number is at most half the widest gap of the code
+times absmax; therefore one outlier makes its whole block coarse, and small blocks are more accurate
+and cost more scales.
 
-The arithmetic below repeats bitsandbytes' CPU version step by step, rounding included: a full block
-is *multiplied* by 1/absmax, a ragged last block is *divided* by absmax, scales below 1e-38 count as
-1e-38 so that zeros do not divide by zero. Therefore bytes and scales are equal bit for bit.
-
-Sources: QLoRA, arXiv 2305.14314, section 2 (equations 1 and 2);
-    bitsandbytes/backends/default/ops.py (`quantize_4bit`).
+Rounding follows bitsandbytes' CPU version: full blocks are multiplied by 1/absmax, a shorter last
+block is divided by absmax, scales below 1e-38 count as 1e-38. Bytes and scales are equal bit for
+bit. Source: QLoRA, arXiv 2305.14314, section 2, equations 1 and 2;
+bitsandbytes/backends/default/ops.py (`quantize_4bit`).
 """
 
 import math
@@ -63,25 +60,26 @@ def quantize(x: Tensor, code: Tensor, blocksize: int = 64) -> tuple[Tensor, Tens
     By hand: in [2, -4, 1] absmax is 4 and the scaled numbers are 0.5, -1, 0.25. With the code [-1,
     0, 1] (borders ±0.5; a number on a border goes down) the indices are 1, 0, 1.
 
-    >>> [t.tolist() for t in quantize(torch.tensor([2.0, -4, 1]), torch.tensor([-1.0, 0, 1]), blocksize=4)]
-    [[1, 0, 1], [4.0]]
+    >>> code = torch.tensor([-1.0, 0, 1])
+    >>> quantize(torch.tensor([2.0, -4, 1]), code, blocksize=4)
+    (tensor([1, 0, 1], dtype=torch.uint8), tensor([4.]))
     """
     flat = _checked(x, blocksize)
     n_full = flat.numel() // blocksize * blocksize
-    blocks, rest = flat[:n_full].reshape(-1, blocksize), flat[n_full:]
+    blocks = flat[:n_full].reshape(-1, blocksize)
     absmax = blocks.abs().amax(dim=1)
-    scaled = (blocks * (1.0 / absmax.clamp(min=SMALLEST_SCALE))[:, None]).reshape(-1)
+    factor = 1.0 / absmax.clamp(min=SMALLEST_SCALE)
+    scaled = (blocks * factor[:, None]).flatten()
+    rest = flat[n_full:]
     if rest.numel():
         absmax_rest = rest.abs().amax().clamp(min=SMALLEST_SCALE)
         absmax = torch.cat([absmax, absmax_rest[None]])
         scaled = torch.cat([scaled, rest / absmax_rest])
     borders, order = midpoints(code.to(flat.device))
-    index = torch.zeros(scaled.shape, dtype=torch.uint8, device=flat.device)
-    for (
-        border
-    ) in borders.tolist():  # fifteen comparisons, twice as fast as torch.bucketize's search
+    index = torch.zeros_like(scaled, dtype=torch.uint8)
+    for border in borders.tolist():  # twice as fast as torch.bucketize, which searches
         index += scaled > border
-    if not torch.equal(order, torch.arange(len(order), device=order.device)):
+    if not order.equal(order.sort().values):
         index = order.to(torch.uint8)[index.int()]
     return index, absmax
 
@@ -93,32 +91,29 @@ def quantize_spec(x: Tensor, code: Tensor, blocksize: int = 64) -> tuple[Tensor,
     Slow and in double precision, so it may differ from `quantize` for numbers within a rounding
     error of a border.
 
-    >>> [t.tolist() for t in quantize_spec(torch.tensor([2.0, -4, 1]), torch.tensor([-1.0, 0, 1]), blocksize=4)]
-    [[1, 0, 1], [4.0]]
+    >>> code = torch.tensor([-1.0, 0, 1])
+    >>> quantize_spec(torch.tensor([2.0, -4, 1]), code, blocksize=4)
+    (tensor([1, 0, 1], dtype=torch.uint8), tensor([4.]))
     """
-    numbers, values = _checked(x, blocksize).tolist(), code.tolist()
-    indices, scales = [], []
+    numbers = _checked(x, blocksize).tolist()
+    values = code.tolist()
+    indices = []
+    scales = []
     for start in range(0, len(numbers), blocksize):
         block = numbers[start : start + blocksize]
         absmax = max(abs(number) for number in block)
         scales.append(absmax)
         for number in block:
-            scaled = number / absmax if absmax > 0 else 0.0
-            indices.append(
-                min(range(len(values)), key=lambda i: (abs(values[i] - scaled), values[i], i))
-            )
+            scaled = 0.0
+            if absmax > 0:
+                scaled = number / absmax
+            # of two values that are as near the lower one, of two zeros the first
+            distances = [(abs(value - scaled), value) for value in values]
+            indices.append(distances.index(min(distances)))
     return torch.tensor(indices, dtype=torch.uint8), torch.tensor(scales, dtype=torch.float32)
 
 
-def dequantize(
-    index: Tensor,
-    absmax: Tensor,
-    code: Tensor,
-    blocksize: int = 64,
-    shape=None,
-    *,
-    dtype=torch.float32,
-) -> Tensor:
+def dequantize(index: Tensor, absmax: Tensor, code: Tensor, blocksize: int = 64) -> Tensor:
     """code[index] · absmax of its block.
 
     Args:
@@ -126,24 +121,29 @@ def dequantize(
         absmax: (ceil(n / blocksize),) float32.
         code: (k,) float32.
         blocksize: as in `quantize`.
-        shape: shape of the result (a tuple), (n,) if left out.
-        dtype: torch dtype of the result; the product is made in float32 and rounded once.
+
+    Returns:
+        (n,) float32.
 
     Raises:
         KitError: the number of scales does not fit the number of indices.
 
-    >>> dequantize(torch.tensor([1, 0, 1]), torch.tensor([4.0]), torch.tensor([-1.0, 0, 1]), blocksize=4).tolist()
+    >>> index = torch.tensor([1, 0, 1])
+    >>> dequantize(index, torch.tensor([4.0]), torch.tensor([-1.0, 0, 1]), blocksize=4).tolist()
     [0.0, -4.0, 0.0]
     """
-    n, n_blocks = index.numel(), math.ceil(index.numel() / blocksize)
+    n = index.numel()
+    n_blocks = math.ceil(n / blocksize)
     if absmax.numel() != n_blocks:
         allowed = f"{n_blocks} for {n} numbers in blocks of {blocksize}"
         raise KitError("absmax has the wrong length", value=absmax.numel(), allowed=allowed)
     out = code.to(index.device).index_select(0, index.flatten().int())
-    n_full = n // blocksize * blocksize
-    out[:n_full].view(-1, blocksize).mul_(absmax[: n_full // blocksize, None])
-    out[n_full:].mul_(absmax[n_full // blocksize :])
-    return out.reshape(shape if shape is not None else (n,)).to(dtype)
+    n_full = n // blocksize
+    full = out[: n_full * blocksize].view(n_full, blocksize)
+    full *= absmax[:n_full, None]
+    rest = out[n_full * blocksize :]
+    rest *= absmax[n_full:]
+    return out
 
 
 def pack(index: Tensor, filler: int = 0) -> Tensor:
@@ -164,10 +164,9 @@ def pack(index: Tensor, filler: int = 0) -> Tensor:
     >>> pack(torch.tensor([10, 3, 1], dtype=torch.uint8), filler=7).tolist()
     [163, 23]
     """
-    if index.numel() and int(index.max()) > 15:
-        raise KitError(
-            "an index does not fit in four bits", value=int(index.max()), allowed="0 to 15"
-        )
+    if (index > 15).any():
+        largest = int(index.max())
+        raise KitError("an index does not fit in four bits", value=largest, allowed="0 to 15")
     if index.numel() % 2:
         index = torch.cat([index, index.new_tensor([filler])])
     return (index[0::2] << 4) | index[1::2]
@@ -192,14 +191,16 @@ def quantize_4bit(x: Tensor, code: Tensor, blocksize: int = 64) -> tuple[Tensor,
         float32 absmax.
     """
     index, absmax = quantize(x, code, blocksize)
-    return pack(index, filler=int(code.abs().argmin()))[:, None], absmax  # filled up with zero
+    zero = int(code.abs().argmin())
+    return pack(index, filler=zero)[:, None], absmax
 
 
 def dequantize_4bit(
     packed: Tensor, absmax: Tensor, code: Tensor, blocksize: int, shape: tuple[int, ...]
 ) -> Tensor:
-    """`unpack` and `dequantize`, to float32."""
-    return dequantize(unpack(packed, math.prod(shape)), absmax, code, blocksize, shape)
+    """`unpack` and `dequantize`: float32 of this shape."""
+    index = unpack(packed, math.prod(shape))
+    return dequantize(index, absmax, code, blocksize).reshape(shape)
 
 
 def round_trip(x: Tensor, code: Tensor, blocksize: int = 64) -> Tensor:
@@ -209,12 +210,12 @@ def round_trip(x: Tensor, code: Tensor, blocksize: int = 64) -> Tensor:
     [0.0, -4.0, 0.0]
     """
     index, absmax = quantize(x, code, blocksize)
-    return dequantize(index, absmax, code, blocksize, tuple(x.shape), dtype=x.dtype)
+    return dequantize(index, absmax, code, blocksize).reshape(x.shape).to(x.dtype)
 
 
 def fitted_code(x: Tensor, blocksize: int = 64) -> Tensor:
-    """A Lloyd-Max code for `x` in blocks, from NF4 on: least squared error of the weights
-    themselves, nothing held fixed.
+    """A Lloyd-Max code for `x` in blocks, starting from NF4: least squared error of the weights
+    themselves, no value held fixed.
 
     Args:
         x: weights, as in `quantize`.
@@ -225,12 +226,10 @@ def fitted_code(x: Tensor, blocksize: int = 64) -> Tensor:
         ±absmax.
     """
     code = nf4_code()
-    absmax = (
-        quantize(x, code, blocksize)[1]
-        .clamp(min=SMALLEST_SCALE)
-        .repeat_interleave(blocksize)[: x.numel()]
-    )
-    return lloyd_max(x.detach().flatten().float() / absmax, code, weights=absmax.square())
+    _, absmax = quantize(x, code, blocksize)
+    scale = absmax.clamp(min=SMALLEST_SCALE).repeat_interleave(blocksize)[: x.numel()]
+    scaled = x.detach().flatten().float() / scale
+    return lloyd_max(scaled, code, weights=scale.square())
 
 
 def rmse(x: Tensor, y: Tensor) -> float:
@@ -248,7 +247,8 @@ def code_usage(index: Tensor, n_codes: int = 16) -> Tensor:
     >>> code_usage(torch.tensor([0, 1, 1, 1]), 2).tolist()
     [0.25, 0.75]
     """
-    return torch.bincount(index.flatten().int(), minlength=n_codes).double() / index.numel()
+    counts = torch.bincount(index.flatten().int(), minlength=n_codes)
+    return counts.double() / index.numel()
 
 
 def entropy_bits(share: Tensor) -> float:
@@ -261,12 +261,23 @@ def entropy_bits(share: Tensor) -> float:
     return -(used * used.log2()).sum().item()
 
 
+def check_blocksize(blocksize: int, name: str = "blocksize") -> None:
+    """Refuse what is not a number of values.
+
+    Raises:
+        KitError: not a whole number, or below 1.
+    """
+    if type(blocksize) is not int or blocksize < 1:
+        raise KitError(
+            f"{name} is a number of values that share one scale",
+            value=blocksize,
+            allowed="a whole number, 1 or more",
+        )
+
+
 def _checked(x: Tensor, blocksize: int) -> Tensor:
     """`x` flat and in float32, or a refusal."""
-    if isinstance(blocksize, bool) or not isinstance(blocksize, int) or blocksize < 1:
-        raise KitError(
-            "blocksize is a number of weights", value=blocksize, allowed="a whole number, 1 or more"
-        )
+    check_blocksize(blocksize)
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise KitError(
             "this dtype is not quantized",
@@ -276,13 +287,12 @@ def _checked(x: Tensor, blocksize: int) -> Tensor:
         )
     if x.numel() == 0:
         raise KitError("there is nothing to quantize: the tensor is empty")
-    flat = x.detach().reshape(-1).float()
+    flat = x.detach().flatten().float()
     if not flat.abs().amax().isfinite():
-        bad = int((~torch.isfinite(flat)).nonzero()[0])
-        what = f"a NaN or infinity cannot be quantized; the first is at flat position {bad}"
+        first = int((~flat.isfinite()).nonzero()[0])
         raise KitError(
-            what,
-            value=flat[bad].item(),
+            f"a NaN or infinity cannot be quantized; the first is at flat position {first}",
+            value=flat[first].item(),
             allowed="finite numbers",
             remedy="look for the layer that produced it",
         )

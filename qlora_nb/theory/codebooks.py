@@ -1,22 +1,19 @@
-"""Sixteen numbers: what a 4-bit code can say.
+"""Codebooks: the sixteen values that a 4-bit code can store.
 
-Four bits name one of sixteen values. A *code* is the list of those values, scaled so that the
-largest magnitude is 1; a weight is stored as the index of its nearest code value. Everything that
-tells NF4, FP4 and INT4 apart is *where the sixteen values lie*:
+Four bits name one of sixteen values, scaled so that the largest magnitude is 1; a weight is stored
+as the index of the nearest one. NF4, FP4 and INT4 differ only in where their values lie:
 
-* INT4 lies evenly: -7/7 … 7/7. Best for uniform data.
+* INT4 lies evenly, -7/7 … 7/7. Best for uniform data.
 * FP4 is a tiny floating-point format: two exponent bits, one bit of fraction. Coarse at the ends,
   and with a hole beside zero: bitsandbytes' has nothing between 0.005 and 0.167.
-* NF4 lies where a bell curve lies: its values are quantiles of N(0, 1). A weight matrix looks like
-    a bell curve.
+* NF4 lies at quantiles of N(0, 1); the weights of a layer look like a bell curve.
 * AF4 is fitted for the least mean *absolute* error of a Gaussian in blocks, each half by itself:
   NF4's is less all the same.
-* Lloyd-Max is fitted: the code with the least squared error on the samples it is given.
+* Lloyd-Max is fitted: the least squared error on given samples.
 
-The tail of a bell curve never ends, so NF4 has to stop somewhere: at the quantile t = 1 - (1/32 +
-1/30)/2 = 0.96770833. A 16-value code gives the outermost positive value the middle of 1/32 (half of
-one of 16 equal shares) and 1/30 (half of one of 15). bitsandbytes writes 0.9677083 and calls it
-"offset"; this kit calls it `tail_quantile`.
+A bell curve never ends, so NF4 stops at the quantile t = 1 - (1/32 + 1/30)/2 = 0.96770833: the
+middle of 1/32 (half of one of 16 equal shares) and 1/30 (half of one of 15). bitsandbytes writes
+0.9677083 and calls it "offset"; here it is `tail_quantile`.
 
 Sources: QLoRA, arXiv 2305.14314, section 3 and appendix E; bitsandbytes/functional.py
 (`create_normal_map`, `get_4bit_type`, `create_dynamic_map`); 8-bit optimizers, arXiv 2110.02861,
@@ -65,10 +62,12 @@ def nf4_values(tail_quantile: float = TAIL_QUANTILE) -> list[float]:
             value=tail_quantile,
             allowed="between 0.5 and 1",
         )
-    quantile, span = NormalDist().inv_cdf, tail_quantile - 0.5
+    quantile = NormalDist().inv_cdf
+    span = tail_quantile - 0.5
     positive = [quantile(tail_quantile - span * i / 8) for i in range(8)]
     negative = [-quantile(tail_quantile - span * i / 7) for i in range(7)]
-    return sorted(v / positive[0] for v in [*negative, 0.0, *positive])
+    values = sorted([*negative, 0.0, *positive])
+    return [value / positive[0] for value in values]
 
 
 def nf4_code() -> Tensor:
@@ -85,20 +84,21 @@ def nf4_code() -> Tensor:
     (0.07958, 0.0)
     """
 
-    def upper(
-        n: int,
-    ) -> list[
-        float
-    ]:  # quantiles at n evenly spaced probabilities from the tail down, one half left out
-        start, end = torch.tensor(LIBRARY_TAIL_QUANTILE), torch.tensor(0.5)
+    def upper(n: int) -> list[float]:
+        """Quantiles at n evenly spaced probabilities from the tail down to one half, left out."""
+        start = torch.tensor(LIBRARY_TAIL_QUANTILE)
+        end = torch.tensor(0.5)
         step = (end - start) / n
-        # the second half is counted from the end, as torch.linspace does
-        steps = [start + step * i if i < (n + 1) // 2 else end - step * (n - i) for i in range(n)]
-        return [NormalDist().inv_cdf(p.item()) for p in steps]
+        quantiles = []
+        for i in range(n):
+            probability = start + step * i
+            if 2 * i >= n:  # the second half is counted from the end, as torch.linspace does
+                probability = end - step * (n - i)
+            quantiles.append(NormalDist().inv_cdf(probability.item()))
+        return quantiles
 
-    values = (
-        torch.tensor([*(-q for q in upper(7)), 0.0, *upper(8)], dtype=torch.float32).sort().values
-    )
+    negative = [-quantile for quantile in upper(7)]
+    values = torch.tensor([*negative, 0.0, *upper(8)]).sort().values
     return values / values.max()
 
 
@@ -116,9 +116,8 @@ def fp4_code() -> Tensor:
     >>> [round(v, 4) for v in fp4_code()[:4].tolist()]
     [0.0, 0.0052, 0.6667, 1.0]
     """
-    magnitudes = [0.0, 0.0625] + [(1 + m / 2) * 2.0**e for e in (3, 2, 1) for m in (0, 1)]
-    values = torch.tensor(magnitudes + [-m if m else 0.0 for m in magnitudes])
-    return values / values.max()
+    magnitudes = torch.tensor([0, 0.0625, 8, 12, 4, 6, 2, 3])
+    return torch.cat([magnitudes, 0 - magnitudes]) / 12
 
 
 def int4_code() -> Tensor:
@@ -151,18 +150,23 @@ def af4_code(blocksize: int = 64) -> Tensor:
     >>> [round(v, 3) for v in af4_code()[7:11].tolist()]
     [0.0, 0.043, 0.129, 0.22]
     """
-    edges, x = (
-        torch.linspace(0, 6, 400, dtype=torch.float64),
-        torch.linspace(0, 1, 401, dtype=torch.float64),
-    )
-    within = lambda z: torch.special.erf(z / 2**0.5)  # share of a Gaussian in ±z
-    largest, chance = (edges[1:] + edges[:-1]) / 2, (within(edges) ** blocksize).diff()
+
+    def within(z: Tensor) -> Tensor:
+        """Share of a Gaussian in ±z."""
+        return torch.special.erf(z / 2**0.5)
+
+    edges = torch.linspace(0, 6, 400, dtype=torch.float64)
+    largest = (edges[1:] + edges[:-1]) / 2
+    chance = (within(edges) ** blocksize).diff()  # that the largest of a block is this
+    x = torch.linspace(0, 1, 401, dtype=torch.float64)
     cdf = (within(x[:, None] * largest) / within(largest) * chance).sum(dim=1)
 
     def half(n: int) -> np.ndarray:
+        """n values in (0, 1], each the median of the numbers that choose it."""
         code = np.arange(1, n + 1) / n
         for _ in range(200):
-            below = np.interp([0, *(code[:-1] + code[1:]) / 2], x, cdf)
+            borders = (code[:-1] + code[1:]) / 2
+            below = np.interp([0, *borders], x, cdf)
             code[:-1] = np.interp((below[:-1] + below[1:]) / 2, cdf, x)
         return code
 
@@ -175,8 +179,8 @@ def dynamic_code() -> Tensor:
 
     The further from 1, the fewer bits are left for the fraction: decade 10^0 has 64 values a side,
     10^-1 has 32, …, 10^-6 has one. In each decade the values are the centres of equal steps from
-    0.1 to 1. Add 0 and 1: 2·127 + 2 = 256. It is neither a floating-point format nor the FP8 of the
-        paper.
+    0.1 to 1. Add 0 and 1: 2·127 + 2 = 256. It is neither a floating-point format nor the FP8 of
+    the paper.
 
     Returns:
         (256,) float32, sorted, from -0.993 to 1.
@@ -187,10 +191,11 @@ def dynamic_code() -> Tensor:
     """
     values = [0.0, 1.0]
     for decade in range(7):
-        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
-        centres = (10 ** (decade - 6)) * ((edges[:-1] + edges[1:]) / 2)
-        values += centres.tolist() + (-centres).tolist()
-    return torch.tensor(sorted(values), dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, 2**decade + 1)
+        centres = 10 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)
+        values += centres.tolist()
+        values += (-centres).tolist()
+    return torch.tensor(sorted(values))
 
 
 def lloyd_max(
@@ -226,16 +231,21 @@ def lloyd_max(
     x, order = samples.flatten().double().sort()
     if x.numel() == 0 or not x.isfinite().all():
         raise KitError("lloyd_max needs at least one sample, all finite")
-    w = torch.ones_like(x) if weights is None else weights.flatten().double()[order]
-    mass, moment = (torch.nn.functional.pad(part.cumsum(0), (1, 0)) for part in (w, w * x))
+    w = torch.ones_like(x)
+    if weights is not None:
+        w = weights.flatten().double()[order]
+    # sums over an interval of sorted samples are differences of running sums
+    zero = x.new_zeros(1)
+    mass = torch.cat([zero, w.cumsum(0)])
+    moment = torch.cat([zero, (w * x).cumsum(0)])
     code = start.double().sort().values
     fixed = torch.isin(code, torch.tensor(keep, dtype=torch.float64))
     for _ in range(steps):
-        edges = torch.tensor(
-            [0, *torch.searchsorted(x, (code[:-1] + code[1:]) / 2).tolist(), len(x)]
-        )
+        borders = (code[:-1] + code[1:]) / 2
+        edges = torch.tensor([0, *torch.searchsorted(x, borders), len(x)])
         share = mass[edges].diff()
-        moved = torch.where((share > 0) & ~fixed, moment[edges].diff() / share, code)
+        mean = moment[edges].diff() / share
+        moved = torch.where((share > 0) & ~fixed, mean, code)
         if torch.equal(moved, code):
             break
         code = moved
@@ -249,6 +259,7 @@ def code_by_name(name: str) -> Tensor:
         KitError: any other name.
     """
     codes = {"NF4": nf4_code, "FP4": fp4_code, "INT4": int4_code, "AF4": af4_code}
-    if str(name).upper() not in codes:
+    make_code = codes.get(str(name).upper())
+    if make_code is None:
         raise KitError("unknown 4-bit code", value=name, allowed=", ".join(codes))
-    return codes[str(name).upper()]()
+    return make_code()

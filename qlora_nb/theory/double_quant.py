@@ -1,31 +1,29 @@
-"""Quantize the scales too: from 4.5 to 4.127 bits a weight.
+"""Double quantization: the scales are quantized too, from 4.5 to 4.127 bits a weight.
 
-A block of 64 weights has one float32 scale: 32/64 = 0.5 bit a weight. On a 65-billion-parameter
-model that is 4 GB of scales. Double quantization stores each scale in 8 bits. What that needs in
-turn:
+A block of 64 weights has one float32 scale: 32/64 = 0.5 bit a weight, 4 GB for a model of 65
+billion parameters. Double quantization stores each scale in 8 bits:
 
-* scales are positive, and 8-bit codes are symmetric around zero: subtract the mean first (one
+* scales are positive, and 8-bit codes are symmetric around zero: the mean is subtracted first (one
   float32 a tensor, `absmax_mean`; bitsandbytes calls it `offset`);
 * the centred scales are quantized block-wise again, 256 to a block, one float32 a block.
 
-Ledger of one weight: 4 + 8/64 + 32/(64 · 256) = 4.127 bits. The mean costs nothing worth counting.
+Together 4 + 8/64 + 32/(64 · 256) = 4.127 bits a weight.
 
 The paper writes FP8 for the second level. bitsandbytes uses its *dynamic 8-bit map*
 (`codebooks.dynamic_code`), and on a CPU not even the nearest value of it: [-1, 1] is cut into
-65,536 bins and a table says which code a bin means. Repeated here, so that codes and scales are
-equal bit for bit.
-
-Sources: QLoRA, arXiv 2305.14314, section 3 ("Double Quantization"); bitsandbytes/functional.py
-(`quantize_4bit` with `compress_statistics=True`, `quantize_blockwise`), csrc/cpu_ops.cpp.
+65,536 bins and a table says which value a bin means. This is repeated here, so that codes and
+scales are equal bit for bit. Sources: QLoRA, arXiv 2305.14314, section 3 ("Double Quantization");
+bitsandbytes/functional.py (`quantize_4bit` with `compress_statistics=True`), csrc/cpu_ops.cpp.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from qlora_nb.errors import KitError
-from qlora_nb.theory.blockwise import dequantize, quantize
+from qlora_nb.theory.blockwise import check_blocksize, dequantize, quantize
 from qlora_nb.theory.codebooks import dynamic_code, nf4_code
 
 SECOND_BLOCKSIZE = 256
@@ -57,17 +55,10 @@ def ledger(
     >>> ledger(64)
     {'codes': 4.0, 'scales': 0.125, 'scales of scales': 0.001953125}
     """
-    for name, value in (("blocksize", blocksize), ("second_blocksize", second_blocksize)):
-        if value is not None and (
-            isinstance(value, bool) or not isinstance(value, int) or value < 1
-        ):
-            raise KitError(
-                f"{name} is a number of values that share one scale",
-                value=value,
-                allowed="a whole number, 1 or more",
-            )
+    check_blocksize(blocksize)
     if second_blocksize is None:
         return {"codes": 4.0, "scales": 32 / blocksize, "scales of scales": 0.0}
+    check_blocksize(second_blocksize, "second_blocksize")
     return {
         "codes": 4.0,
         "scales": 8 / blocksize,
@@ -98,7 +89,7 @@ def storage_bytes(
         float32, the same for every tensor) are left out.
 
     By hand: 1000 weights are 500 bytes and 16 blocks; 16 · 4 = 64 bytes of scales, or 16 + 4 + 4
-        with double quantization.
+    with double quantization.
 
     >>> storage_bytes(1000, 64, None)
     {'codes': 500, 'scales': 64, 'scales of scales': 0, 'mean': 0}
@@ -106,15 +97,12 @@ def storage_bytes(
     {'codes': 500, 'scales': 16, 'scales of scales': 4, 'mean': 4}
     """
     ledger(blocksize, second_blocksize)  # refuses bad sizes
-    blocks, codes = -(-n_weights // blocksize), -(-n_weights // 2)
+    codes = math.ceil(n_weights / 2)
+    blocks = math.ceil(n_weights / blocksize)
     if second_blocksize is None:
         return {"codes": codes, "scales": 4 * blocks, "scales of scales": 0, "mean": 0}
-    return {
-        "codes": codes,
-        "scales": blocks,
-        "scales of scales": 4 * -(-blocks // second_blocksize),
-        "mean": 4,
-    }
+    second_blocks = math.ceil(blocks / second_blocksize)
+    return {"codes": codes, "scales": blocks, "scales of scales": 4 * second_blocks, "mean": 4}
 
 
 @dataclass(frozen=True)
@@ -151,9 +139,10 @@ def table_index(scaled: Tensor, code: Tensor) -> Tensor:
     >>> table_index(torch.tensor([-1.0, 0.0, 1.0]), dynamic_code()).tolist()
     [0, 131, 255]
     """
-    position = ((scaled.clamp(-1, 1) + 1) * 0.5 * (N_BINS - 1) + 0.5).to(torch.int32)
+    position = ((scaled.clamp(-1, 1) + 1) * 0.5 * (N_BINS - 1) + 0.5).int()
     centres = -1 + 2 * torch.arange(N_BINS, dtype=torch.float32, device=code.device) / (N_BINS - 1)
-    table = torch.bucketize(centres, (code[:-1] + code[1:]) / 2).to(torch.uint8)
+    borders = (code[:-1] + code[1:]) / 2
+    table = torch.bucketize(centres, borders).to(torch.uint8)
     return table[position]
 
 
@@ -177,16 +166,17 @@ def quantize_absmax(absmax: Tensor, blocksize: int = SECOND_BLOCKSIZE) -> Second
     """
     _check(absmax, blocksize)
     absmax_mean = absmax.mean()
-    centred, code = absmax - absmax_mean, dynamic_code().to(absmax.device)
-    blocks = centred.split(blocksize)
-    scales = torch.stack([block.abs().amax() for block in blocks])
-    scaled = torch.cat(
-        [
-            block / scale if scale > 0 else torch.full_like(block, -1)
-            for block, scale in zip(blocks, scales)
-        ]
-    )
-    return SecondLevel(table_index(scaled, code), scales, absmax_mean, blocksize)
+    scales = []
+    scaled = []
+    for block in (absmax - absmax_mean).split(blocksize):
+        scale = block.abs().amax()
+        scales.append(scale)
+        if scale > 0:
+            scaled.append(block / scale)
+        else:
+            scaled.append(torch.full_like(block, -1))
+    index = table_index(torch.cat(scaled), dynamic_code().to(absmax.device))
+    return SecondLevel(index, torch.stack(scales), absmax_mean, blocksize)
 
 
 def dequantize_absmax(second: SecondLevel) -> Tensor:
@@ -196,10 +186,8 @@ def dequantize_absmax(second: SecondLevel) -> Tensor:
     >>> [round(v, 3) for v in dequantize_absmax(quantize_absmax(torch.tensor([1.0, 3.0]))).tolist()]
     [1.007, 3.0]
     """
-    return (
-        dequantize(second.index, second.absmax, dynamic_code(), second.blocksize)
-        + second.absmax_mean
-    )
+    centred = dequantize(second.index, second.absmax, dynamic_code(), second.blocksize)
+    return centred + second.absmax_mean
 
 
 def quantize_absmax_spec(
@@ -215,26 +203,32 @@ def quantize_absmax_spec(
     ([0, 255], [1.0], 2.0)
     """
     _check(absmax, blocksize)
-    scales, code = absmax.tolist(), dynamic_code().tolist()
+    scales = absmax.tolist()
+    code = dynamic_code().tolist()
     mean = sum(scales) / len(scales)
-    indices, seconds = [], []
+    indices = []
+    seconds = []
     for start in range(0, len(scales), blocksize):
-        block = [s - mean for s in scales[start : start + blocksize]]
-        second = max(abs(s) for s in block)
+        block = [scale - mean for scale in scales[start : start + blocksize]]
+        second = max(abs(centred) for centred in block)
         seconds.append(second)
-        for s in block:
-            scaled = s / second if second else code[0]
-            indices.append(min(range(256), key=lambda i: (abs(code[i] - scaled), i)))
+        for centred in block:
+            scaled = code[0]
+            if second > 0:
+                scaled = centred / second
+            distances = [abs(value - scaled) for value in code]
+            indices.append(distances.index(min(distances)))
     return indices, seconds, mean
 
 
 def _check(absmax: Tensor, blocksize: int) -> None:
-    if absmax.dtype != torch.float32 or absmax.numel() == 0 or not torch.isfinite(absmax).all():
+    """Refuse scales that are not finite float32, no scales, and a bad blocksize."""
+    check_blocksize(blocksize, "second_blocksize")
+    if absmax.dtype != torch.float32 or absmax.numel() == 0 or not absmax.isfinite().all():
         raise KitError(
             "absmax must be float32, finite and not empty",
             value=f"{absmax.numel()} × {absmax.dtype}",
         )
-    ledger(1, blocksize)  # refuses a bad size
 
 
 def round_trip(x: Tensor, blocksize: int = 64) -> Tensor:
@@ -248,4 +242,4 @@ def round_trip(x: Tensor, blocksize: int = 64) -> Tensor:
     code = nf4_code().to(x.device)
     index, absmax = quantize(x, code, blocksize)
     restored = dequantize_absmax(quantize_absmax(absmax))
-    return dequantize(index, restored, code, blocksize, tuple(x.shape), dtype=x.dtype)
+    return dequantize(index, restored, code, blocksize).reshape(x.shape).to(x.dtype)

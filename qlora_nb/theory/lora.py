@@ -1,23 +1,18 @@
-"""LoRA: leave the big matrix alone and train two thin ones beside it.
+"""LoRA: the big matrix stays frozen, two thin ones beside it are trained.
 
 A linear layer computes y = x Wᵀ + b with W of shape (out, in). Fine-tuning would change W by some
-ΔW of the same shape: as many trained numbers as W has. LoRA (arXiv 2106.09685, section 4.1) writes
-ΔW = (alpha / r) · B A with A of shape (r, in) and B of shape (out, r). W stays frozen, only r · (in
-+ out) numbers are trained, and ΔW can have no rank above r.
+ΔW with as many trained numbers as W has. LoRA (arXiv 2106.09685, section 4.1) writes ΔW =
+(alpha / r) · B A with A of shape (r, in) and B of shape (out, r): only r · (in + out) numbers are
+trained, and ΔW has at most rank r.
 
-Three choices matter, and each can be checked by hand:
-
-- B starts at zero and A at random. B A is then zero, so training starts exactly at the base model.
-  Both at zero would never
-  move: the gradient of A is multiplied by B, the gradient of B by A.
-- The product is scaled by alpha / r. alpha is a second learning rate that stays put while r is
-  varied.
-- ΔW can be added into W once training is over (`merge`): the tuned model then costs nothing extra
-  to run.
+- B starts at zero and A at random: B A is zero, so training starts exactly at the base model. Both
+  at zero would never move: the gradient of A is multiplied by B, the gradient of B by A.
+- The product is scaled by alpha / r, so that r can be varied at the same learning rate.
+- After training ΔW can be added into W (`merge`): the tuned model then costs nothing extra to run.
 
 Two variants: rsLoRA (arXiv 2312.03732) scales by alpha / √r, so that high ranks still learn; DoRA
 (arXiv 2402.09353) trains the length of every row of W + ΔW apart from its direction. Conventions
-follow PEFT's `tuners/lora/layer.py`; everything here is tested equal to it.
+are those of PEFT's `tuners/lora/layer.py`; everything here is tested equal to it.
 """
 
 import math
@@ -40,7 +35,9 @@ def scale(lora_alpha: float, r: int, rslora: bool = False) -> float:
     """
     if r < 1:
         raise KitError("the rank is too small", value=r, allowed="1 or more")
-    return lora_alpha / (math.sqrt(r) if rslora else r)
+    if rslora:
+        return lora_alpha / math.sqrt(r)
+    return lora_alpha / r
 
 
 def forward(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, lora_alpha: float) -> Tensor:
@@ -62,7 +59,8 @@ def forward(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, lora_alph
     By hand: x = [1, 2], W = [[1, 0]], A = [[1, 1]], B = [[3]], alpha = 2, r = 1. x Wᵀ = 1, x Aᵀ =
     3, times B = 9, times 2 = 18: y = 19.
 
-    >>> forward(torch.tensor([1.0, 2.0]), torch.tensor([[1.0, 0.0]]), torch.ones(1, 2), torch.tensor([[3.0]]), 2)
+    >>> x, weight = torch.tensor([1.0, 2.0]), torch.tensor([[1.0, 0.0]])
+    >>> forward(x, weight, torch.tensor([[1.0, 1.0]]), torch.tensor([[3.0]]), lora_alpha=2)
     tensor([19.])
     """
     _check_shapes(weight, lora_a, lora_b)
@@ -71,7 +69,8 @@ def forward(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, lora_alph
             f"x has {x.shape[-1]} features, the layer takes {weight.shape[1]}",
             remedy="give x of shape (…, in)",
         )
-    return x @ weight.T + scale(lora_alpha, lora_a.shape[0]) * ((x @ lora_a.T) @ lora_b.T)
+    thin = x @ lora_a.T
+    return x @ weight.T + scale(lora_alpha, r=len(lora_a)) * (thin @ lora_b.T)
 
 
 def forward_spec(
@@ -80,12 +79,22 @@ def forward_spec(
     """`forward` for one input vector (in,), as plain loops: what the formula says, number by
     number.
     """
-    (n_out, n_in), r = weight.shape, lora_a.shape[0]
-    thin = [sum(x[i].item() * lora_a[k, i].item() for i in range(n_in)) for k in range(r)]
+
+    def product(matrix: list[list[float]], vector: list[float]) -> list[float]:
+        sums = []
+        for row in matrix:
+            total = 0.0
+            for entry, number in zip(row, vector):
+                total += entry * number
+            sums.append(total)
+        return sums
+
+    frozen = product(weight.tolist(), x.tolist())
+    thin = product(lora_a.tolist(), x.tolist())
+    learnt = product(lora_b.tolist(), thin)
     y = []
-    for o in range(n_out):
-        base = sum(x[i].item() * weight[o, i].item() for i in range(n_in))
-        y.append(base + lora_alpha / r * sum(thin[k] * lora_b[o, k].item() for k in range(r)))
+    for base, change in zip(frozen, learnt):
+        y.append(base + lora_alpha / len(lora_a) * change)
     return torch.tensor(y, dtype=x.dtype)
 
 
@@ -113,12 +122,13 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) → (…, out)."""
-        return self.base(x) + self.dropout(x) @ self.lora_A.T @ self.lora_B.T * self.scale
+        thin = self.dropout(x) @ self.lora_A.T
+        return self.base(x) + thin @ self.lora_B.T * self.scale
 
 
 def delta(lora_a: Tensor, lora_b: Tensor, lora_alpha: float) -> Tensor:
     """ΔW = (alpha / r) B A, shape (out, in)."""
-    return scale(lora_alpha, lora_a.shape[0]) * (lora_b @ lora_a)
+    return scale(lora_alpha, r=len(lora_a)) * (lora_b @ lora_a)
 
 
 def merge(weight: Tensor, lora_a: Tensor, lora_b: Tensor, lora_alpha: float) -> Tensor:
@@ -169,10 +179,9 @@ def best_rank(update: Tensor, r: int) -> tuple[Tensor, Tensor]:
         KitError: r outside 1 … min(out, in), or an update with NaN or inf.
     """
     _check_finite(update)
-    if not 1 <= r <= min(update.shape):
-        raise KitError(
-            "the rank does not fit the matrix", value=r, allowed=f"1 to {min(update.shape)}"
-        )
+    largest = min(update.shape)
+    if not 1 <= r <= largest:
+        raise KitError("the rank does not fit the matrix", value=r, allowed=f"1 to {largest}")
     u, s, v = torch.linalg.svd(update.float(), full_matrices=False)
     return v[:r], u[:, :r] * s[:r]
 
@@ -195,16 +204,17 @@ def dora_weight(
 
 
 def _check_shapes(weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
-    (n_out, n_in), r = weight.shape, lora_a.shape[0]
+    n_out, n_in = weight.shape
+    r = len(lora_a)
     if lora_a.shape != (r, n_in) or lora_b.shape != (n_out, r):
-        allowed = f"for W of {tuple(weight.shape)}: A ({r}, {n_in}) and B ({n_out}, {r})"
         raise KitError(
-            f"A is {tuple(lora_a.shape)} and B is {tuple(lora_b.shape)}", allowed=allowed
+            f"A is {tuple(lora_a.shape)} and B is {tuple(lora_b.shape)}",
+            allowed=f"for W of {tuple(weight.shape)}: A ({r}, {n_in}) and B ({n_out}, {r})",
         )
 
 
 def _check_finite(update: Tensor) -> None:
-    if not torch.isfinite(update).all():
+    if not update.isfinite().all():
         raise KitError(
             "the update holds NaN or inf",
             remedy="look at the training loss: it has probably diverged",

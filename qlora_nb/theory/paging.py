@@ -1,4 +1,4 @@
-"""Paged optimizers: let the part of memory that rests most of the time make room.
+"""Paged optimizers: optimizer states leave the card while activations need their room.
 
 A training step does not need all its memory at once. Weights stay; activations grow in the forward
 pass and shrink in the backward pass; Adam's two states are touched only at the very end. A batch
@@ -6,15 +6,14 @@ with long rows makes a short spike of activations, and a card that is full at th
 out-of-memory error while gigabytes of state lie idle.
 
 QLoRA (arXiv 2305.14314, section 3, "Paged Optimizers") puts those states into CUDA *unified
-memory*: pages that may live on the card or in the computer's RAM. The driver evicts pages that were
-not used for longest when ordinary memory is needed, and brings them back when they are touched (a
-*page fault*) or asked for ahead (a *prefetch*). bitsandbytes does this for every state with at
-least 100,000 elements on a GPU, NVIDIA's, AMD's or Intel's; where the trained tensors lie on a CPU
-it warns and pages nothing (`bitsandbytes/optim/optimizer.py`, `get_state_buffer`).
+memory*: pages that may live on the card or in the computer's RAM. The driver evicts the least
+recently used pages when ordinary memory is needed, and brings them back when they are touched (a
+*page fault*) or asked for ahead (a *prefetch*). bitsandbytes does so for every state with at least
+100,000 elements on a GPU, not on a CPU (`bitsandbytes/optim/optimizer.py`, `get_state_buffer`).
 
-`UnifiedMemory` is that driver in forty lines: whole pages, strict least-recently-used eviction,
-every evicted page written back. The real driver groups pages, overlaps transfers with work and is
-not strictly least-recently-used: read bytes as a model and seconds as an estimate.
+`UnifiedMemory` is a model of that driver: whole pages, strictly least recently used, every evicted
+page written back. The real driver groups pages and overlaps transfers with work: read bytes as a
+model and seconds as an estimate.
 """
 
 import math
@@ -26,14 +25,21 @@ from qlora_nb.errors import KitError
 
 PAGE_BYTES = 2 * 2**20
 """2 MiB, the largest unit in which CUDA's driver moves managed memory on x86."""
-MIN_PAGED, MIN_8BIT, BLOCK_8BIT = 100_000, 4096, 256
+MIN_PAGED = 100_000
+"""Elements from which on bitsandbytes pages a state."""
+MIN_8BIT = 4096
+"""Elements from which on a state is kept in 8 bits."""
+BLOCK_8BIT = 256
+"""Elements of an 8-bit state that share one scale."""
 
 
 def is_paged(numel: int, on_gpu: bool = True) -> bool:
     """Whether bitsandbytes' paged optimizers put a state of this many elements into pages: at least
     1e5, and not on a CPU.
 
-    >>> is_paged(16 * 5120), is_paged(64 * 5120), is_paged(64 * 5120, on_gpu=False)  # lora_A of pythia-12b at r 16, 64
+    By hand: a lora_A of pythia-12b has 16 · 5120 = 81,920 elements at r = 16, 327,680 at r = 64.
+
+    >>> is_paged(16 * 5120), is_paged(64 * 5120), is_paged(64 * 5120, on_gpu=False)
     (False, True, False)
     """
     return on_gpu and numel >= MIN_PAGED
@@ -50,7 +56,9 @@ def state_bytes(numel: int, bits: int = 32) -> int:
     Raises:
         KitError: other bits.
 
-    >>> state_bytes(4096, 32), state_bytes(4096, 8), state_bytes(4095, 8)  # 2·4·4096; 2·4096 + 2·4·16; too small
+    By hand: 2 · 4 · 4096 = 32768, and with 8 bits 2 · 4096 + 2 · 4 · 16 = 8320; 4095 are too few.
+
+    >>> state_bytes(4096, 32), state_bytes(4096, 8), state_bytes(4095, 8)
     (32768, 8320, 32760)
     """
     if bits not in {8, 32}:
@@ -67,8 +75,13 @@ def paged_bytes(numels: Sequence[int], bits: int = 32) -> tuple[int, int]:
     >>> paged_bytes([81_920, 327_680])
     (2621440, 655360)
     """
-    paged = sum(2 * n * (bits // 8) for n in numels if is_paged(n))
-    return paged, sum(state_bytes(n, bits) for n in numels) - paged
+    total = 0
+    paged = 0
+    for numel in numels:
+        total += state_bytes(numel, bits)
+        if is_paged(numel):
+            paged += 2 * numel * bits // 8
+    return paged, total - paged
 
 
 class UnifiedMemory:
@@ -88,10 +101,13 @@ class UnifiedMemory:
     """
 
     def __init__(self, budget_pages: int):
-        self.budget_pages, self.reserved = budget_pages, 0
+        self.budget_pages = budget_pages
+        self.reserved = 0
         self.resident: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self.known: set[int] = set()
-        self.faults = self.pages_in = self.pages_out = 0
+        self.faults = 0
+        self.pages_in = 0
+        self.pages_out = 0
 
     def reserve(self, pages: int) -> None:
         """Set ordinary memory to this many pages; managed pages make room.
@@ -106,7 +122,8 @@ class UnifiedMemory:
 
     def touch(self, page: int) -> None:
         """Use a page; if it is not on the card the kernel waits for it."""
-        self.faults += page not in self.resident
+        if page not in self.resident:
+            self.faults += 1
         self.prefetch(page)
 
     def prefetch(self, page: int) -> None:
@@ -117,7 +134,8 @@ class UnifiedMemory:
         """
         if page not in self.resident:
             self._make_room(1)
-            self.pages_in += page in self.known
+            if page in self.known:
+                self.pages_in += 1
             self.known.add(page)
             self.resident[page] = None
         self.resident.move_to_end(page)
@@ -138,18 +156,26 @@ def replay_spec(
 
     The card must have room: more pages of ordinary memory than it holds are an IndexError here.
     """
-    resident, known = [], []
-    reserved = faults = pages_in = pages_out = 0
+    resident = []  # least recently used first
+    known = []
+    reserved = 0
+    faults = 0
+    pages_in = 0
+    pages_out = 0
     for kind, n in events:
+        needed = 1
         if kind == "reserve":
             reserved = n
+            needed = 0
         elif n in resident:
             resident.remove(n)
         else:
-            faults += kind == "touch"
-            pages_in += n in known
+            if kind == "touch":
+                faults += 1
+            if n in known:
+                pages_in += 1
             known.append(n)
-        while len(resident) + reserved + (kind != "reserve") > budget_pages:
+        while len(resident) + reserved + needed > budget_pages:
             resident.pop(0)
             pages_out += 1
         if kind != "reserve":
@@ -202,30 +228,28 @@ def step_timeline(sizes: StepSizes) -> list[Moment]:
     >>> [m.total for m in step_timeline(StepSizes(2, 0, 0, 4, 0, 0, 1, 2, 5, 3))]
     [3, 4, 5, 7, 8, 4]
     """
-    s, n = sizes, sizes.n_layers
+    n = sizes.n_layers
 
     def moment(phase: str, layers: int, work: int, gradients: int) -> Moment:
-        states = {"states, paged": s.paged, "states, not paged": s.fixed}
-        now = {"kept for the backward pass": layers * s.kept, "working memory": work}
-        return Moment(
-            phase,
-            {
-                "frozen weights": s.weights,
-                "LoRA weights": s.adapter,
-                **states,
-                "gradients": gradients,
-                **now,
-            },
-        )
+        parts = {
+            "frozen weights": sizes.weights,
+            "LoRA weights": sizes.adapter,
+            "states, paged": sizes.paged,
+            "states, not paged": sizes.fixed,
+            "gradients": gradients,
+            "kept for the backward pass": layers * sizes.kept,
+            "working memory": work,
+        }
+        return Moment(phase, parts)
 
-    forward = [moment("forward", i + 1, s.forward, 0) for i in range(n)]
-    backward = [moment("backward", n - i, s.backward, s.gradients * i // n) for i in range(n)]
-    return [
-        *forward,
-        moment("loss", n, s.loss, 0),
-        *backward,
-        moment("optimizer", 0, 0, s.gradients),
-    ]
+    moments = []
+    for i in range(n):
+        moments.append(moment("forward", i + 1, sizes.forward, 0))
+    moments.append(moment("loss", n, sizes.loss, 0))
+    for i in range(n):
+        moments.append(moment("backward", n - i, sizes.backward, sizes.gradients * i // n))
+    moments.append(moment("optimizer", 0, 0, sizes.gradients))
+    return moments
 
 
 @dataclass(frozen=True)
@@ -282,11 +306,15 @@ def simulate(
             value=(page_bytes, budget_bytes),
             allowed="1 or more bytes",
         )
-    memory, records = UnifiedMemory(budget_bytes // page_bytes), []
+    memory = UnifiedMemory(budget_bytes // page_bytes)
+    records = []
     for sizes in steps:
-        ordinary = [m.total - sizes.paged for m in step_timeline(sizes)]
-        memory.faults = memory.pages_in = memory.pages_out = 0
-        survived = paging or max(ordinary) + sizes.paged <= budget_bytes
+        ordinary = [moment.total - sizes.paged for moment in step_timeline(sizes)]
+        peak = max(ordinary)
+        memory.faults = 0
+        memory.pages_in = 0
+        memory.pages_out = 0
+        survived = True
         if paging:
             try:
                 for reserved in ordinary:
@@ -297,8 +325,16 @@ def simulate(
                     memory.touch(page)
             except MemoryError:
                 survived = False
-        moved = memory.pages_in * page_bytes, memory.pages_out * page_bytes
-        records.append(StepRecord(max(ordinary), survived, memory.faults, *moved))
+        else:
+            survived = peak + sizes.paged <= budget_bytes
+        record = StepRecord(
+            ordinary=peak,
+            survived=survived,
+            faults=memory.faults,
+            bytes_in=memory.pages_in * page_bytes,
+            bytes_out=memory.pages_out * page_bytes,
+        )
+        records.append(record)
         if not survived:
             break
     return records
