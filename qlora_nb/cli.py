@@ -99,7 +99,7 @@ def fetch(what: Annotated[str, typer.Argument(help="smollm2, or a hub model such
 @app.command(context_settings=_PARAMETERS)
 def plan(ctx: typer.Context, profile: Profile = "tiny",
          gpu_gib: Annotated[float | None, typer.Option(help="memory of the card you mean (GiB)")] = None) -> None:  # fmt: skip
-    """Every byte of a run's fullest moment before anything is loaded, and what would lower it.
+    """Every byte at the peak of a run before anything is loaded, and what would lower it.
     Parameters: -p NAME VALUE.
     """
     from qlora_nb.settings import validate
@@ -107,13 +107,12 @@ def plan(ctx: typer.Context, profile: Profile = "tiny",
     settings = validate({"profile": profile, **_parameters(ctx.args), "gpu_gib": gpu_gib})
     from qlora_nb import sources
     from qlora_nb.memory import budget, estimates
+    from qlora_nb.memory.plan import plan_of
     from qlora_nb.model import configs
 
     config, on_gpu = configs.config_of(settings.model_id), gpu_gib is not None or None
-    train = budget.peak(budget.plan_of(settings, True, config, on_gpu))
-    print(
-        train, budget.peak(budget.plan_of(settings, False, config, on_gpu)), sep="\n\n", end="\n\n"
-    )
+    train = budget.peak(plan_of(settings, True, config, on_gpu))
+    print(train, budget.peak(plan_of(settings, False, config, on_gpu)), sep="\n\n", end="\n\n")
     size = sources.download_bytes(settings.model_id)
     print(
         f"download and disk: {f'{size / 1e9:.1f} GB' if size else 'nothing, or known only to the hub'}"
@@ -130,13 +129,11 @@ def plan(ctx: typer.Context, profile: Profile = "tiny",
             estimates.T4_OPERATIONS_PER_S,
             "on a T4: operations over a quarter (assumed) of its published rate",
         )
-    least_s = (
-        settings.max_steps * estimates.step_flops(budget.plan_of(settings, True, config)) / rate
-    )
+    least_s = settings.max_steps * estimates.step_flops(plan_of(settings, True, config)) / rate
     print(f"time: {settings.max_steps} steps take at least {least_s / 3600:.2g} h {where}")
     print(budget.advice(settings, gpu_gib))
-    for lever in budget.options(settings, config, on_gpu):
-        print(f"  lever: {lever}")
+    for option in budget.options(settings, config, on_gpu):
+        print(f"  option: {option}")
     print(settings.papermill_line())
     raise typer.Exit(1 if gpu_gib is not None and train.total_gib > gpu_gib else 0)
 

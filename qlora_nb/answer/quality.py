@@ -179,36 +179,3 @@ def sample_weights(model) -> torch.Tensor:
     share = max(1, 2**22 // len(layers) // 4096) * 4096
     flat = (dense_weight(module).flatten().cpu() for module in layers)
     return torch.cat([weights[:share] / weights.std() for weights in flat])
-
-
-def stored_bytes(model) -> dict[str, int]:
-    """Bytes of a model as it lies in memory: 4-bit layers item by item, and the rest.
-
-    `get_memory_footprint` counts parameters and buffers; the scales are neither, so it leaves them
-    out. Call this before the model has computed anything: on CPUs with AVX512-BF16 bitsandbytes
-    rearranges weights and scales at the first use.
-
-    Returns:
-        {"codes", "scales", "scales of scales", "mean", "rest"}; for a layer that is not quantized
-        all bytes are "codes". Biases are "rest". The code tables (16 and 256 numbers, the same for
-        all layers) are left out.
-    """
-    layers = [layer_bytes(module) for module in linear_layers(model).values()]
-    total = {part: sum(layer[part] for layer in layers) for part in layers[0]}
-    return total | {"rest": model.get_memory_footprint() - total["codes"]}
-
-
-def layer_bytes(module) -> dict[str, int]:
-    """Bytes of one linear layer's weight: codes, scales, scales of scales, mean; 0 for what it does
-    not have.
-    """
-    state = getattr(module.weight, "quant_state", None)
-    nested = state and state.state2
-    scales = {
-        "scales": state and state.absmax,
-        "scales of scales": nested and nested.absmax,
-        "mean": nested and state.offset,
-    }
-    return {"codes": module.weight.nbytes} | {
-        part: 0 if held is None else held.nbytes for part, held in scales.items()
-    }

@@ -143,7 +143,7 @@ def run_sequence(
                     from qlora_nb.memory import budget
 
                     outcomes[-1].problems.append(
-                        f"{budget.advice(settings, None)} Next lever: {budget.options(settings)[:1]}"
+                        f"{budget.advice(settings, None)} Next option: {budget.options(settings)[:1]}"
                     )
                 say(_line(outcomes[-1]))
             summary["status"] = "done" if all(o.status == "done" for o in outcomes) else "failed"
