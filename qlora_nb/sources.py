@@ -1,15 +1,19 @@
-"""Where things lie: a name such as pocket, smollm2, a hub name, a folder or `latest` becomes a path
-here, and nowhere else.
+"""Where things lie: a name that somebody wrote becomes a path here, and nowhere else.
+
+A parameter such as `model_id` or `dataset` takes four kinds of names: what ships with the kit
+(`pocket`), what the kit fetched itself (`smollm2`), a folder or file of the user's (with `~` for
+the home folder), and `owner/name` on the Hugging Face hub. A hub name stays a name, because
+transformers and datasets resolve it in the hub's cache (`<type>s--<owner>--<name>/snapshots`).
+`latest`, a run's newest adapter or checkpoint, needs the records of runs and is resolved there.
+
+Also here: whether the hub can be reached, asked once and for a second, so that a machine without a
+network is told so at once (the hub's library tries for 23 s), and where run folders go.
 """
 
 import functools
 import os
 import re
-import socket
-from contextlib import suppress
 from pathlib import Path
-from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
 
 from qlora_nb.errors import KitError
 from qlora_nb.pocket import MODEL_DIR
@@ -21,6 +25,9 @@ CACHE = Path(os.environ.get("QLORA_NB_CACHE") or "~/.cache/qlora-nb").expanduser
 SMOLLM2_DIR = CACHE / "SmolLM2-135M-Instruct"
 """Where `qlora-nb fetch smollm2` puts the converted model."""
 
+KITS_OWN = ("pocket", "smollm2")
+"""Names of models and data that never mean a folder, also where one of that name exists."""
+
 
 def local_path(name: str) -> Path:
     """The path that somebody wrote, with `~` for a home folder; whether anything lies there is not
@@ -29,78 +36,17 @@ def local_path(name: str) -> Path:
     return Path(name).expanduser()
 
 
-def download_bytes(model_id: str) -> int | None:
-    """Bytes of a model's weights: of a Pythia two for each parameter, of a folder what lies there;
-    None if only the hub knows.
-    """
-    if size := pythia_size(model_id):
-        return 2 * PYTHIA[size].n_parameters
-    folder = local_path(model_id)
-    return sum(f.stat().st_size for f in folder.glob("*.safetensors")) if folder.is_dir() else None
+def is_here(name: str) -> bool:
+    """Whether a model or a data set needs no hub: one of the kit's own, or a path that exists."""
+    return name in KITS_OWN or local_path(name).exists()
 
 
-def hub_endpoint() -> str:
-    """The hub's address, or the mirror that HF_ENDPOINT names, without a name and password in
-    it.
-    """
-    return re.sub("//[^/]*@", "//", os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
-
-
-@functools.lru_cache(maxsize=8)
-def _reachable(endpoint: str) -> bool:
-    with suppress(OSError, ValueError):  # nobody there, or no address
-        parts = urlsplit(endpoint)
-        proxy = getproxies().get(parts.scheme)
-        if proxy and not proxy_bypass(parts.hostname or ""):
-            parts = urlsplit(proxy if "//" in proxy else f"//{proxy}")
-        port = parts.port or (443 if parts.scheme == "https" else 80)
-        with socket.create_connection((parts.hostname or "", port), timeout=1.0):
-            return True
-    return False
-
-
-def hub_is_reachable() -> bool:
-    """One connection attempt of at most a second (asking the hub library itself takes 23 s to
-    fail).
-    """
-    return os.environ.get("HF_HUB_OFFLINE", "").lower() not in {
-        "1",
-        "true",
-        "yes",
-        "on",
-    } and _reachable(hub_endpoint())
-
-
-def in_hub_cache(repo_id: str, repo_type: str = "model") -> bool:
-    """True if a snapshot of this repository lies in the local cache."""
-    return any(hub_cache(repo_id, repo_type).glob("snapshots/*/*"))
-
-
-def hub_cache(repo_id: str, repo_type: str) -> Path:
-    """The folder of this repository in the local cache, whether it is there or not."""
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    return Path(HF_HUB_CACHE) / f"{repo_type}s--{repo_id.replace('/', '--')}"
-
-
-def project_root() -> Path:
-    """The folder of the repository a notebook runs in, else the current folder."""
-    here = Path.cwd()
-    return next(
-        (
-            p
-            for p in (here, *here.parents)
-            if (p / "notebooks").is_dir() and (p / "pyproject.toml").is_file()
-        ),
-        here,
-    )
-
-
-def runs_root(settings) -> Path:
-    """The folder that this profile's runs go into; a relative `output_dir` lies in the
-    repository.
-    """
-    return project_root() / local_path(settings.output_dir) / settings.profile
+def seen_from_anywhere(name: str) -> str:
+    """A path of the current folder made absolute; any other name as it is."""
+    path = local_path(name)
+    if name in (*KITS_OWN, "latest") or not path.exists():
+        return name
+    return str(path.absolute())
 
 
 def model_path(model_id: str) -> str:
@@ -113,9 +59,110 @@ def model_path(model_id: str) -> str:
         return str(MODEL_DIR)
     if model_id == "smollm2":
         if not (SMOLLM2_DIR / "config.json").is_file():
-            raise KitError(
-                "SmolLM2 is not on this machine yet", remedy="run: qlora-nb fetch smollm2"
-            )
+            what = "SmolLM2 is not on this machine yet"
+            raise KitError(what, remedy="run: qlora-nb fetch smollm2")
         return str(SMOLLM2_DIR)
     folder = local_path(model_id)
     return str(folder) if folder.is_dir() else model_id
+
+
+def download_bytes(model_id: str) -> int | None:
+    """Bytes of a model's weights: of a Pythia two for each parameter, of a folder what lies there;
+    None if only the hub knows.
+    """
+    size = pythia_size(model_id)
+    if size:
+        return 2 * PYTHIA[size].n_parameters
+    folder = local_path(model_id)
+    if folder.is_dir():
+        return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return None
+
+
+def require_reachable(what: str, name: str, allowed: str) -> None:
+    """Refuse a model or a data set that is neither here nor to be had.
+
+    Args:
+        what: "model" or "dataset".
+        name: what `model_id` or `dataset` says.
+        allowed: the kinds of names, for the refusal.
+
+    Raises:
+        KitError: a path where nothing lies, a folder that holds no model, or a hub name that is not
+            in the local cache while the hub cannot be reached.
+    """
+    path = local_path(name)
+    if what == "model" and path.is_dir() and not (path / "config.json").is_file():
+        remedy = "give a folder made by save_pretrained"
+        raise KitError("the model folder has no config.json", value=name, remedy=remedy)
+    if is_here(name):
+        return
+    looks_local = name.startswith((".", "/", "~", "\\"))
+    names_a_file = path.suffix in (".json", ".jsonl", ".csv", ".parquet")
+    if looks_local or names_a_file or name.count("/") != 1:
+        raise KitError(f"{what} not found", value=name, allowed=allowed, remedy="check the path")
+    if not in_hub_cache(name, what) and not hub_is_reachable():
+        raise KitError(
+            f"the {what} {name} is not in the local cache and {hub_endpoint()} cannot be reached",
+            remedy=(
+                "fetch it ahead on a machine with network (notebook 01, fetch_ahead=True), "
+                'or give a local path for it, or use profile="tiny"'
+            ),
+        )
+
+
+def hub_endpoint() -> str:
+    """The hub's address, or the mirror that HF_ENDPOINT names, without a name and password in
+    it.
+    """
+    return re.sub("//[^/]*@", "//", os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+
+
+def hub_is_reachable() -> bool:
+    """Whether somebody answers at the hub's address, directly or through the proxy that the
+    environment names; False if HF_HUB_OFFLINE is set.
+    """
+    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+        return False
+    return _reachable(hub_endpoint())
+
+
+@functools.lru_cache(maxsize=8)
+def _reachable(endpoint: str) -> bool:
+    import httpx
+
+    try:
+        httpx.head(endpoint, timeout=1.0)
+    except (httpx.ReadError, httpx.ReadTimeout, httpx.RemoteProtocolError):
+        return True  # somebody is there, who answers late or not at all
+    except Exception:  # nobody is there, or this is no address, or no proxy
+        return False
+    return True
+
+
+def hub_cache(repo_id: str, repo_type: str) -> Path:
+    """The folder of this repository in the local cache, whether it is there or not."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return Path(HF_HUB_CACHE) / f"{repo_type}s--{repo_id.replace('/', '--')}"
+
+
+def in_hub_cache(repo_id: str, repo_type: str = "model") -> bool:
+    """True if a snapshot of this repository lies in the local cache."""
+    return any(hub_cache(repo_id, repo_type).glob("snapshots/*/*"))
+
+
+def project_root() -> Path:
+    """The folder of the repository a notebook runs in, else the current folder."""
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / "notebooks").is_dir() and (folder / "pyproject.toml").is_file():
+            return folder
+    return here
+
+
+def runs_root(settings) -> Path:
+    """The folder that this profile's runs go into; a relative `output_dir` lies in the
+    repository.
+    """
+    return project_root() / local_path(settings.output_dir) / settings.profile

@@ -50,6 +50,10 @@ class Hub:
                     self.finish_with(b"")
                     return
                 path = self.path.split("?")[0]
+                if path == "/":  # whether the hub can be reached
+                    self.send_response(200)
+                    self.finish_with(b"")
+                    return
                 if path.startswith("/api/"):
                     siblings = [
                         {"rfilename": n, "size": len(c), "blobId": blob(c)}
