@@ -4,6 +4,7 @@ published figures.
 
 import itertools
 import time
+import weakref
 
 import nbformat
 import pandas
@@ -18,7 +19,7 @@ from typer.testing import CliRunner
 from qlora_nb import cards, machine
 from qlora_nb.cli import app
 from qlora_nb.errors import KitError
-from qlora_nb.memory import budget, estimates, ledger, preflight, published
+from qlora_nb.memory import budget, estimates, ledger, out_of_memory, preflight, published
 from qlora_nb.memory.plan import Plan, plan_of
 from qlora_nb.model import configs, load
 from qlora_nb.pythia import PYTHIA
@@ -188,6 +189,44 @@ def test_an_out_of_memory_error_becomes_a_ledger_and_an_option(tmp_path, monkeyp
     assert (
         model(input_ids=torch.tensor([[5, 6]])).logits.shape[-1] == model.config.vocab_size
     )  # the head is back
+
+
+class Large:
+    """Stands for the activations of a step: unlike a list it can be referred to weakly."""
+
+
+def test_memory_that_runs_out_is_caught_and_what_the_step_held_is_freed():
+    held = []
+
+    def step():
+        large = Large()
+        held.append(weakref.ref(large))
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    with out_of_memory.caught() as errors:
+        step()
+    [error] = errors
+    assert isinstance(error, torch.OutOfMemoryError)
+    assert held[0]() is None
+    with out_of_memory.caught() as errors:
+        pass
+    assert errors == []
+    with pytest.raises(RuntimeError, match="shapes"), out_of_memory.caught():
+        raise RuntimeError("shapes do not fit")
+
+
+def test_memory_that_runs_out_is_explained():
+    model = configs.meta_model(configs.pythia_config("1b"))
+    error = MemoryError("2.00 GiB")
+    with (
+        pytest.raises(KitError, match=r"memory ran out \(2\.00 GiB\); held at") as refused,
+        out_of_memory.explained(validate({}), model),
+    ):
+        raise error
+    assert refused.value.__cause__ is error
+    assert 16 * 12 * 2048**2 * 4 == 3 * cards.GIB  # float32 on meta: 12 · hidden² weights a layer
+    assert "linear weights 3.00" in str(refused.value)
+    assert "saves" in refused.value.remedy
 
 
 def test_predicted_is_measured_after_two_steps(tmp_path):

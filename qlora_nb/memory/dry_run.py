@@ -149,10 +149,11 @@ def _count(n_layers: int, plan: Plan) -> dict[str, int]:
     model.train(plan.train).zero_grad()
     trained = plan.train and plan.r > 0
     ids = torch.zeros(plan.batch, plan.length, dtype=torch.long, device="meta")
-    mask = torch.ones_like(ids)
     # several rows are padded: then the mask is needed
     with LiveBytes(model, all_true=plan.batch == 1) as count, torch.set_grad_enabled(trained):
-        hidden = base.base_model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+        hidden = base.base_model(
+            input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
+        )[0]
         kept = count.live
         found = {"kept": kept, "forward": count.peak - kept, "backward": 0}
         count.peak = kept

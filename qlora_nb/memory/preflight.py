@@ -35,8 +35,8 @@ def refuse_what_cannot_run(settings) -> None:
     if not here.gpus:
         refuse_on_cpu(settings.model_id, size or 0, here)
     models = "pocket, smollm2, a hub name like EleutherAI/pythia-410m, or a folder"
-    _refuse_unreachable("model", settings.model_id, models)
-    _refuse_unreachable("dataset", settings.dataset, "pocket, a hub name, or a file")
+    sources.require_reachable("model", settings.model_id, models)
+    sources.require_reachable("dataset", settings.dataset, "pocket, a hub name, or a file")
     if here.gpus and size:
         here = machine.this_machine()  # torch is loaded now and says itself what it can use
         if not here.gpus:
@@ -120,29 +120,6 @@ def refuse_on_cpu(model_id: str, bytes_16_bit: int, here: machine.Machine) -> No
         free = f"{here.ram_free_bytes / cards.GIB:.1f} GiB are free"
         what = f"{model_id} does not fit this machine's memory: {free}"
         raise KitError(what, remedy='close other kernels, or use profile="tiny"')
-
-
-def _refuse_unreachable(what: str, name: str, allowed: str) -> None:
-    """A local path must exist; a hub name must be cached or the hub reachable."""
-    path = sources.local_path(name)
-    if path.is_dir() and what == "model" and not (path / "config.json").is_file():
-        raise KitError(
-            "the model folder has no config.json",
-            value=name,
-            remedy="give a folder made by save_pretrained",
-        )
-    if name in ("pocket", "smollm2") or path.exists():
-        return
-    is_file = path.suffix in {".json", ".jsonl", ".csv", ".parquet"}
-    if is_file or name.startswith((".", "/", "~", "\\")) or name.count("/") != 1:
-        raise KitError(f"{what} not found", value=name, allowed=allowed, remedy="check the path")
-    if not sources.in_hub_cache(name, what) and not sources.hub_is_reachable():
-        raise KitError(
-            f"the {what} {name} is not in the local cache and {sources.hub_endpoint()} "
-            "cannot be reached",
-            remedy="fetch it ahead on a machine with network (notebook 01, fetch_ahead=True), "
-            'or give a local path for it, or use profile="tiny"',
-        )
 
 
 def require_fit(settings, here: machine.Machine, train: bool = True) -> None:

@@ -65,13 +65,13 @@ def _pythia_parts(pythia: str) -> tuple[int, list[int]]:
     return frozen, ledger.lora_numels(configs.meta_model(config), r=1)
 
 
-def longest_pass(pythia: str, r: int, budget_bytes: int, paged: bool, bits: int = 32) -> int:
+def longest_pass(pythia: str, r: int, budget_bytes: int, paged: bool) -> int:
     """Tokens in one forward pass that just fit a card, with or without paged optimizer states; 0 if
     not even one fits.
     """
 
     def needed(tokens: int) -> int:
-        sizes = step_sizes(pythia, r, tokens, bits)
+        sizes = step_sizes(pythia, r, tokens)
         peak = max(moment.total for moment in paging.step_timeline(sizes))
         return peak - sizes.paged if paged else peak
 
