@@ -224,7 +224,7 @@ def test_memory_that_runs_out_is_explained():
     ):
         raise error
     assert refused.value.__cause__ is error
-    assert 16 * 12 * 2048**2 * 4 == 3 * cards.GIB  # float32 on meta: 12 · hidden² weights a layer
+    # float32 on meta, 12 · hidden² weights in each of 16 layers: 16 · 12 · 2048² · 4 bytes = 3 GiB
     assert "linear weights 3.00" in str(refused.value)
     assert "saves" in refused.value.remedy
 
@@ -299,9 +299,11 @@ def test_plan_prints_the_ledger_the_options_and_the_line():
 
 def test_8_gb_are_enough_with_the_settings_that_the_readme_names():
     """A card sold with 8 GB offers about 7.6 GiB: no two of the settings are enough."""
-    gib = lambda *some: (
-        budget.peak(plan_of(validate({"profile": "full"} | dict(some)), on_gpu=True)).total_gib
-    )
+
+    def gib(*some):
+        chosen = validate({"profile": "full", **dict(some)})
+        return budget.peak(plan_of(chosen, on_gpu=True)).total_gib
+
     settings = [
         ("optim", "paged_adamw_8bit"),
         ("embedding_on_cpu", True),
