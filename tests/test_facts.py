@@ -197,15 +197,9 @@ def test_what_07_says_of_the_bytes_pythia_12b_reads_for_a_token(capsys):
         for cell in nbformat.read(NOTEBOOKS / "07_inference.ipynb", 4).cells
         if "936e9" in cell.source
     ]
-    exec(
-        source,
-        {
-            "ledger": ledger,
-            "Plan": Plan,
-            "torch": torch,
-            "runs": SimpleNamespace(recorded=lambda name: None),
-        },
-    )
+    none = SimpleNamespace(read=lambda name: None)
+    names = {"ledger": ledger, "Plan": Plan, "torch": torch, "configs": configs, "recorded": none}
+    exec(source, names)
     layers, hidden, _, vocab, total, *_ = TABLE["12b"]
     packed = 12 * layers * hidden**2
     weights = (
