@@ -1,4 +1,4 @@
-"""pythia-12b's true shape with random weights on a CUDA card: peaks by lever, speed against two
+"""pythia-12b's true shape with random weights on a CUDA card: peaks by option, speed against two
 recipes, loading, answering.
 
     python benchmarks/gpu.py                       into qlora_nb/recorded/gpu.json, which notebooks
@@ -14,6 +14,7 @@ random ones by their bytes; what a random model says means nothing.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
@@ -30,6 +31,7 @@ import torch
 
 from qlora_nb import cards
 from qlora_nb.memory import budget, ledger
+from qlora_nb.memory.plan import plan_of
 from qlora_nb.model import device, load
 from qlora_nb.settings import validate
 
@@ -43,12 +45,12 @@ PEAKS = {  # what is trained, three steps of full-length rows
     "r 64, 512 tokens, embedding on the CPU": {"embedding_on_cpu": True},
     "r 64, 512 tokens, 4-bit head": {"head_4bit": True},
     "r 64, 1280 tokens": {"max_length": 1280},
-    "r 64, 1280 tokens, every lever": {"max_length": 1280, **LOW},
-    "r 16, 512 tokens, every lever": {"r": 16, **LOW},
+    "r 64, 1280 tokens, every option": {"max_length": 1280, **LOW},
+    "r 16, 512 tokens, every option": {"r": 16, **LOW},
 }
 ANSWERS = {
     "1,024 tokens": {},
-    "1,024 tokens, every lever": {"head_4bit": True, "embedding_on_cpu": True},
+    "1,024 tokens, every option": {"head_4bit": True, "embedding_on_cpu": True},
 }
 SPEED = {
     "per_device_train_batch_size": 4,
@@ -121,7 +123,7 @@ def peak(folder: str, values: dict) -> dict:
     settings = settings_for(folder, **{"max_steps": 3, "gradient_accumulation_steps": 2, **values})
     ids = [3 + i % 900 for i in range(settings.max_length)]
     rows = peers.datasets.Dataset.from_list([{"input_ids": ids, "labels": ids}] * 6)
-    predicted = budget.peak(budget.plan_of(settings))
+    predicted = budget.peak(plan_of(settings))
     with _Watch() as watch:
         peers.kit(settings, rows, tokenizer_for())
         found = measured(watch)
@@ -173,8 +175,8 @@ def answer(folder: str, values: dict) -> dict:
                 model.generate(input_ids=ids, min_new_tokens=n, max_new_tokens=n, **how)
                 seconds[n] = time.perf_counter() - started
         found = measured(watch)
-    plan = budget.plan_of(settings, train=False)
-    without_adapter = budget.replace(plan, step=budget.replace(plan.step, r=0))
+    plan = plan_of(settings, train=False)
+    without_adapter = dataclasses.replace(plan, r=0)
     tokens_per_s = 63 / (seconds[64] - seconds[1])
     read = ledger.read_for_a_token(model).total_bytes + 992 * ledger.kv_cache_bytes(
         model.config, model.dtype

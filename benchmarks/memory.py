@@ -28,6 +28,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from qlora_nb.memory import budget, ledger, profiler
+from qlora_nb.memory.plan import plan_of
 from qlora_nb.model import chunked_loss, configs, load
 from qlora_nb.settings import validate
 from qlora_nb.train import attach
@@ -71,7 +72,7 @@ def peaks(model_id: str) -> list[dict]:
             "max_length": tokens,
         }
         settings = validate({"model_id": model_id, "per_device_train_batch_size": rows, **values})
-        lines = budget.peak(budget.plan_of(settings, on_gpu=False))
+        lines = budget.peak(plan_of(settings, on_gpu=False))
         predicted = lines.sum((ledger.GRADIENTS, budget.KEPT, budget.WORK))
         model = attach.attach_adapter(load.load_base(settings), settings).train()
         measured = weigh_a_step(model, rows, tokens, loss_chunk)
@@ -97,7 +98,7 @@ def static(model_id: str) -> list[dict]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a CPU has nothing to page
             optimizer.step()
-        measured, predicted = ledger.measure(model, optimizer), ledger.predict(settings)
+        measured, predicted = ledger.measure(model, optimizer), ledger.predict(plan_of(settings))
         apart = sum(abs(measured[name] - predicted[name]) for name in ledger.ORDER)
         row = {
             "double_quant": double_quant,

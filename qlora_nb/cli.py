@@ -129,12 +129,13 @@ def plan(
     settings = validate({"profile": profile, **_parameters(ctx.args), "gpu_gib": gpu_gib})
     from qlora_nb import sources
     from qlora_nb.memory import budget, estimates
+    from qlora_nb.memory.plan import plan_of
     from qlora_nb.model import configs
 
     config = configs.config_of(settings.model_id)
     on_gpu = True if gpu_gib is not None else None  # None: as on this machine
-    training = budget.peak(budget.plan_of(settings, True, config, on_gpu))
-    answering = budget.peak(budget.plan_of(settings, False, config, on_gpu))
+    training = budget.peak(plan_of(settings, True, config, on_gpu))
+    answering = budget.peak(plan_of(settings, False, config, on_gpu))
     print(f"{training}\n\n{answering}\n")
     n_bytes = sources.download_bytes(settings.model_id)
     size = f"{n_bytes / 1e9:.1f} GB" if n_bytes else "nothing, or known only to the hub"
@@ -147,7 +148,7 @@ def plan(
     else:
         rate = estimates.T4_OPERATIONS_PER_S
         where = "on a T4: operations over a quarter (assumed) of its published rate"
-    operations = estimates.step_flops(budget.plan_of(settings, True, config))
+    operations = estimates.step_flops(plan_of(settings, True, config))
     hours = settings.max_steps * operations / rate / 3600
     print(f"time: {settings.max_steps} steps take at least {hours:.2g} h {where}")
     print(budget.advice(settings, gpu_gib))

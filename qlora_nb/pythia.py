@@ -1,8 +1,8 @@
-"""How large the Pythias are, from four sizes each: arithmetic without torch, checked against the
-real modules in tests.
+"""How large the Pythias are, from four numbers each: arithmetic without torch.
 
-`ledger` counts any model exactly, tensor by tensor; this module answers in a millisecond, before
-torch is loaded.
+Pythia (arXiv 2304.01373, table 1) is the suite this kit fine-tunes: nine sizes of one architecture,
+GPT-NeoX. `memory.ledger` counts any model exactly, tensor by tensor; this module answers in a
+millisecond, before torch is loaded. Tests compare the two.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class Shape:
     @property
     def n_linear(self) -> int:
         """Weights that become 4-bit (biases and the head are not)."""
-        return self.n_layers * sum(i * o for i, o in self.linears)
+        return self.n_layers * sum(n_in * n_out for n_in, n_out in self.linears)
 
     @property
     def n_parameters(self) -> int:
@@ -36,15 +36,6 @@ class Shape:
         last norm, both ends.
         """
         return self.n_linear + self.hidden * (13 * self.n_layers + 2 + 2 * self.vocab)
-
-    def lora_parameters(self, r: int) -> int:
-        """Trained numbers with LoRA of rank `r` on every linear layer: r · (in + out) each."""
-        return self.n_layers * sum(r * (i + o) for i, o in self.linears)
-
-    def weight_bytes(self, double_quant: bool) -> int:
-        """4-bit weights with their scales and the rest in 16 bit: what inference loads."""
-        scales = self.n_linear / 64 * (1 + 4 / 256 if double_quant else 4)
-        return int(self.n_linear / 2 + scales + 2 * (self.n_parameters - self.n_linear))
 
 
 PYTHIA = {
@@ -58,10 +49,13 @@ PYTHIA = {
     "6.9b": Shape(n_layers=32, hidden=4096, heads=32, vocab=50432),
     "12b": Shape(n_layers=36, hidden=5120, heads=40, vocab=50688),
 }
-"""The Pythia suite (arXiv 2304.01373, table 1), smallest first."""
+"""The suite, smallest first."""
 
 
 def pythia_size(model_id: str) -> str | None:
     """The size in a hub name such as EleutherAI/pythia-1b-deduped; None if it is no Pythia."""
-    size = model_id.removeprefix("EleutherAI/pythia-").removesuffix("-deduped")
-    return size if model_id.startswith("EleutherAI/pythia-") and size in PYTHIA else None
+    prefix = "EleutherAI/pythia-"
+    size = model_id.removeprefix(prefix).removesuffix("-deduped")
+    if model_id.startswith(prefix) and size in PYTHIA:
+        return size
+    return None

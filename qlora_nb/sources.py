@@ -99,7 +99,7 @@ def require_reachable(what: str, name: str, allowed: str) -> None:
     if what == "model" and path.is_dir() and not (path / "config.json").is_file():
         remedy = "give a folder made by save_pretrained"
         raise KitError("the model folder has no config.json", value=name, remedy=remedy)
-    if path.exists():
+    if is_here(name):
         return
     looks_local = name.startswith((".", "/", "~", "\\"))
     names_a_file = path.suffix in (".json", ".jsonl", ".csv", ".parquet")

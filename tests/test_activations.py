@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXLayer
 
 from qlora_nb.memory import budget, dry_run, ledger, live_bytes, profiler
+from qlora_nb.memory.plan import Plan, plan_of
 from qlora_nb.model import chunked_loss, configs, load
 from qlora_nb.settings import validate
 from qlora_nb.train import attach
@@ -64,7 +65,7 @@ def weigh_a_step(model, rows, tokens, loss_chunk):
 
 def predicted_peak(settings, rows, tokens):
     settings = settings.replace(per_device_train_batch_size=rows, max_length=tokens)
-    lines = budget.peak(budget.plan_of(settings, on_gpu=False))
+    lines = budget.peak(plan_of(settings, on_gpu=False))
     return lines.sum((ledger.GRADIENTS, budget.KEPT, budget.WORK))
 
 
@@ -112,29 +113,27 @@ def test_kept_is_a_layers_input_by_hand_and_takes_no_time():
     config = configs.pythia_config("12b")
     dry_run._dry_run.cache_clear()
     with layers_run() as worked:
-        found = dry_run.dry_run(config, dry_run.Step(1, 512, 16))
+        found = dry_run.dry_run(Plan(config, length=512, r=16))
     assert worked == [torch.device("meta")]
     assert found.kept == 512 * 5120 * 2
     assert 36 * found.kept == 180 * 2**20
-    plain = dry_run.dry_run(config, dry_run.Step(1, 512, 16, checkpointing=False))
+    plain = dry_run.dry_run(Plan(config, length=512, r=16, checkpointing=False))
     assert plain.kept > 20 * found.kept
     assert found.loss >= 3 * 512 * 50_688 * 4  # three float32 copies of the logits
-    assert dry_run.dry_run(config, dry_run.Step(1, 512, 16, loss_chunk=128)).loss < found.loss / 3
+    sliced = dry_run.dry_run(Plan(config, length=512, r=16, loss_chunk=128))
+    assert sliced.loss < found.loss / 3
     largest_matrix = 4 * 5120**2 * 2
-    assert (
-        dry_run.dry_run(config, dry_run.Step(1, 1, train=False)).forward
-        >= largest_matrix
-        == 200 * 2**20
-    )
+    assert dry_run.dry_run(Plan(config, train=False)).forward >= largest_matrix == 200 * 2**20
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_each_further_layer_keeps_the_same(checkpointing):
     """What one layer, or the difference of two and one, says holds for more of them."""
     config = configs.config_of("pocket")
-    step = dry_run.Step(2, 96, 8, dtype=torch.float32, checkpointing=checkpointing)
-    kept = dry_run.dry_run(config, step).kept
-    counts = [dry_run._count(n, config.to_json_string(), step)["kept"] for n in (1, 2, 4, 8)]
+    how = {"dtype": torch.float32, "rest_dtype": torch.float32, "checkpointing": checkpointing}
+    plan = Plan(config, batch=2, length=96, r=8, **how)
+    kept = dry_run.dry_run(plan).kept
+    counts = [dry_run._count(n, plan)["kept"] for n in (1, 2, 4, 8)]
     assert [b - a for a, b in pairwise(counts)] == [kept, 2 * kept, 4 * kept]
 
 

@@ -1,8 +1,9 @@
-"""Will it fit: the peak's lines, levers, cards, refusals before a download, the doctor, and the
+"""Will it fit: the peak's lines, options, cards, refusals before a download, the doctor, and the
 published figures.
 """
 
 import itertools
+import weakref
 
 import nbformat
 import pandas
@@ -15,10 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, GPTNeoXConfig
 from typer.testing import CliRunner
 
-from qlora_nb import cards, machine, settings
+from qlora_nb import cards, machine
 from qlora_nb.cli import app
 from qlora_nb.errors import KitError
-from qlora_nb.memory import budget, dry_run, estimates, ledger, preflight, published
+from qlora_nb.memory import budget, dry_run, estimates, ledger, out_of_memory, preflight, published
+from qlora_nb.memory.plan import Plan, plan_of
 from qlora_nb.model import configs, load
 from qlora_nb.pythia import PYTHIA
 from qlora_nb.record import runs
@@ -47,7 +49,7 @@ def config():
 
 
 def test_12b_line_by_line_by_hand(config):
-    found = budget.peak(budget.plan_of(FULL, True, config, on_gpu=True))
+    found = budget.peak(plan_of(FULL, True, config, on_gpu=True))
     assert found.sum(ledger.QUANTIZED) == 5_842_022_400
     assert (
         found[ledger.LORA] == found[ledger.GRADIENTS] == 4 * 188_743_680
@@ -60,9 +62,7 @@ def test_12b_line_by_line_by_hand(config):
         10.0 < found.total_gib < 10.7
     )  # facts: 10.7 to 11.3 at r 16 and 1,280 tokens with whole logits
     assert all(line.source for line in found.lines)
-    answering = budget.peak(
-        budget.plan_of(FULL.replace(max_length=960), False, config, on_gpu=True)
-    )
+    answering = budget.peak(plan_of(FULL.replace(max_length=960), False, config, on_gpu=True))
     assert answering[ledger.STATES] == answering[ledger.GRADIENTS] == 0
     assert answering[budget.CACHE] in (960 * 737_280, 1024 * 737_280)
 
@@ -74,17 +74,17 @@ def test_the_ranges_of_the_reference_for_12b(config):
 
     def gib(**changes):
         return budget.peak(
-            budget.plan_of(validate({"profile": "full", **changes}), True, config, on_gpu=True)
+            plan_of(validate({"profile": "full", **changes}), True, config, on_gpu=True)
         ).total_gib
 
-    upcast = budget.plan_of(
+    upcast = plan_of(
         validate({"profile": "full", "max_length": 1280, "loss_chunk": 0}),
         True,
         config,
         on_gpu=True,
     )
-    step = dry_run.Step(1, 1280, 64, rest_dtype=torch.float32, dtype=torch.bfloat16)
-    whole = budget.peak(budget.Plan(config, step, accumulation=16)).total_gib
+    how = {"rest_dtype": torch.float32, "dtype": torch.bfloat16, "accumulation": 16}
+    whole = budget.peak(Plan(config, length=1280, r=64, **how)).total_gib
     assert 12.8 - 0.5 < whole < 13.4
     assert budget.peak(upcast).total_gib < whole - 0.9
     assert 8.1 - 0.5 < gib(r=16, optim="paged_adamw_8bit") < 8.7
@@ -95,28 +95,26 @@ def test_every_size_is_predicted_with_one_layer_and_no_memory():
     for size in PYTHIA:
         dry_run._dry_run.cache_clear()
         with layers_run() as worked:
-            found = budget.peak(
-                budget.plan_of(FULL, True, configs.pythia_config(size), on_gpu=True)
-            )
+            found = budget.peak(plan_of(FULL, True, configs.pythia_config(size), on_gpu=True))
         assert found.total_bytes > cards.CONTEXT_BYTES
         assert worked == [torch.device("meta")]
 
 
-def test_a_lever_saves_what_it_says(config):
+def test_an_option_saves_what_it_says(config):
     found = budget.options(FULL, config, on_gpu=True)
-    now = budget.peak(budget.plan_of(FULL, True, config, on_gpu=True)).total_bytes
+    now = budget.peak(plan_of(FULL, True, config, on_gpu=True)).total_bytes
     assert found
-    for lever in found:
-        changed = FULL.replace(**lever.changes)
+    for option in found:
+        changed = FULL.replace(**option.changes)
         assert (
-            now - budget.peak(budget.plan_of(changed, True, config, on_gpu=True)).total_bytes
-            == lever.saves
+            now - budget.peak(plan_of(changed, True, config, on_gpu=True)).total_bytes
+            == option.saves
             > 0
         )
     assert found[0].changes == {
         "optim": "paged_adamw_8bit"
-    }  # free levers first, then those that change the result
-    assert {"r": 16} in [lever.changes for lever in found[1:]]
+    }  # free options first, then those that change the result
+    assert {"r": 16} in [option.changes for option in found[1:]]
     greedy = validate(
         {
             "profile": "full",
@@ -131,17 +129,17 @@ def test_a_lever_saves_what_it_says(config):
     )
 
 
-def test_the_largest_pythia_for_a_card_and_its_levers():
+def test_the_largest_pythia_for_a_card_and_its_options():
     assert budget.largest_pythia(FULL, 8 * cards.GIB, train=True)[0] == "6.9b"
-    size, found, pulled = budget.largest_pythia(FULL, 8 * cards.GIB, train=True, pull=True)
+    size, found, taken = budget.largest_pythia(FULL, 8 * cards.GIB, train=True, with_options=True)
     assert size == "12b"
-    assert {"r": 16} in [lever.changes for lever in pulled]
+    assert {"r": 16} in [option.changes for option in taken]
     assert found.total_gib <= 8
     assert budget.largest_pythia(FULL, 0.1 * cards.GIB, train=False) is None
     assert budget.largest_pythia(FULL, 12 * cards.GIB, train=True)[0] == "12b"
 
 
-def test_a_run_that_cannot_fit_is_refused_with_the_levers_that_help():
+def test_a_run_that_cannot_fit_is_refused_with_the_options_that_help():
     preflight.require_fit(FULL, machine_with(24))
     with pytest.raises(
         KitError,
@@ -155,7 +153,7 @@ def test_a_run_that_cannot_fit_is_refused_with_the_levers_that_help():
     assert 'model_id="EleutherAI/pythia-' in refused.value.remedy
 
 
-def test_an_out_of_memory_error_becomes_a_ledger_and_a_lever(tmp_path, monkeypatch):
+def test_an_out_of_memory_error_becomes_a_ledger_and_an_option(tmp_path, monkeypatch):
     settings = validate(
         {"max_steps": 3, "output_dir": str(tmp_path), "per_device_train_batch_size": 4}
     )
@@ -195,6 +193,44 @@ def test_an_out_of_memory_error_becomes_a_ledger_and_a_lever(tmp_path, monkeypat
     )  # the head is back
 
 
+class Large:
+    """Stands for the activations of a step: unlike a list it can be referred to weakly."""
+
+
+def test_memory_that_runs_out_is_caught_and_what_the_step_held_is_freed():
+    held = []
+
+    def step():
+        large = Large()
+        held.append(weakref.ref(large))
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    with out_of_memory.caught() as errors:
+        step()
+    [error] = errors
+    assert isinstance(error, torch.OutOfMemoryError)
+    assert held[0]() is None
+    with out_of_memory.caught() as errors:
+        pass
+    assert errors == []
+    with pytest.raises(RuntimeError, match="shapes"), out_of_memory.caught():
+        raise RuntimeError("shapes do not fit")
+
+
+def test_memory_that_runs_out_is_explained():
+    model = configs.meta_model(configs.pythia_config("1b"))
+    error = MemoryError("2.00 GiB")
+    with (
+        pytest.raises(KitError, match=r"memory ran out \(2\.00 GiB\); held at") as refused,
+        out_of_memory.explained(validate({}), model),
+    ):
+        raise error
+    assert refused.value.__cause__ is error
+    # float32 on meta, 12 · hidden² weights in each of 16 layers: 16 · 12 · 2048² · 4 bytes = 3 GiB
+    assert "linear weights 3.00" in str(refused.value)
+    assert "saves" in refused.value.remedy
+
+
 def test_predicted_is_measured_after_two_steps(tmp_path):
     from qlora_nb.model import data
 
@@ -214,7 +250,7 @@ def test_predicted_is_measured_after_two_steps(tmp_path):
     )
     n_rows, tokens, answers = result["shape"]
     changes = {"per_device_train_batch_size": n_rows, "max_length": tokens, "loss_chunk": answers}
-    predicted = budget.peak(budget.plan_of(settings.replace(**changes), on_gpu=False))
+    predicted = budget.peak(plan_of(settings.replace(**changes), on_gpu=False))
     *still, moves, peak = budget.reconcile(predicted, result["held"], result["moved"])
     assert [(p, m) for _, p, m in still if p != m] == []
     assert abs(peak[1] / peak[2] - 1) < 0.15
@@ -243,14 +279,14 @@ def test_published_figures_follow_from_their_configurations():
     assert all(row["remark"] and row["source"] for row in found.values())
 
 
-def test_plan_prints_the_ledger_the_levers_and_the_line():
+def test_plan_prints_the_ledger_the_options_and_the_line():
     said = CliRunner().invoke(app, ["plan", "--profile", "full", "--gpu-gib", "8"])
     assert said.exit_code == 1
     for words in (
         "4-bit codes",
         "5.273 GiB",
         "does not fit",
-        "Pull first: optim='paged_adamw_8bit'",
+        "Change first: optim='paged_adamw_8bit'",
         "23.7 GB",
         "papermill notebooks/06",
     ):
@@ -267,9 +303,8 @@ def test_8_gb_are_enough_with_the_settings_that_the_readme_names():
     """A card sold with 8 GB offers about 7.6 GiB: no two of the settings are enough."""
 
     def gib(*some):
-        return budget.peak(
-            budget.plan_of(validate({"profile": "full"} | dict(some)), on_gpu=True)
-        ).total_gib
+        chosen = validate({"profile": "full", **dict(some)})
+        return budget.peak(plan_of(chosen, on_gpu=True)).total_gib
 
     settings = [
         ("optim", "paged_adamw_8bit"),
@@ -278,8 +313,8 @@ def test_8_gb_are_enough_with_the_settings_that_the_readme_names():
         ("r", 16),
     ]
     assert min(gib(*two) for two in itertools.combinations(settings, 2)) > 7.6
-    fits, pulled = budget.make_fit(FULL, 7.6 * cards.GIB)
-    assert len(pulled) == 3
+    fits, taken = budget.make_fit(FULL, 7.6 * cards.GIB)
+    assert len(taken) == 3
     assert (fits.optim, fits.embedding_on_cpu, fits.r) == ("paged_adamw_8bit", True, 16)
     [row] = [
         line
@@ -294,7 +329,7 @@ def test_8_gb_are_enough_with_the_settings_that_the_readme_names():
 def test_the_recipe_of_06_says_what_each_setting_saves_alone():
     cells = nbformat.read(NOTEBOOKS / "06_finetune_pythia_12b.ipynb", 4).cells
     i = next(i for i, cell in enumerate(cells) if cell.source.startswith("recipe = {"))
-    names = {"budget": budget, "profiles": settings, "pandas": pandas}
+    names = {"budget": budget, "plan_of": plan_of, "validate": validate, "pandas": pandas}
     exec(cells[i].source, names)
     numbers = {2: "Two", 3: "Three", 4: "Four", 5: "Five", 6: "Six"}
     assert f"{numbers[len(names['recipe'])]} settings take memory off" in cells[i - 1].source
@@ -345,20 +380,20 @@ def test_checkpointing_costs_half_as_many_operations_again():
         counts.append(counter.get_total_flops())
     assert 1.4 < counts[1] / counts[0] <= 1.5
     plain = validate({"profile": "full", "gradient_checkpointing": False})
-    lever = next(
-        lever
-        for lever in budget.options(plain, on_gpu=True)
-        if "gradient_checkpointing" in lever.changes
+    option = next(
+        option
+        for option in budget.options(plain, on_gpu=True)
+        if "gradient_checkpointing" in option.changes
     )
-    assert lever.costs == "up to half as many operations again"
+    assert option.costs == "up to half as many operations again"
     said = PROFILES["full"]["gradient_checkpointing"].reason
     without, with_it = (
-        budget.peak(budget.plan_of(chosen, on_gpu=True)).total_gib for chosen in (plain, FULL)
+        budget.peak(plan_of(chosen, on_gpu=True)).total_gib for chosen in (plain, FULL)
     )
     assert f"{without:.0f} GiB instead of {with_it:.0f}" in said
 
 
 def test_flops_by_hand():
     config = configs.pythia_config("12b")
-    plan = budget.Plan(config, dry_run.Step(1, 512, 16))
+    plan = Plan(config, length=512, r=16)
     assert estimates.step_flops(plan) == 2 * 512 * (3 * 11_324_620_800 + 2 * 50_688 * 5120)

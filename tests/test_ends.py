@@ -1,4 +1,6 @@
-"""The levers at both ends of a model: a 4-bit head in slices, an embedding in the host's memory."""
+"""Options at both ends of a model: a 4-bit head in slices, an embedding in the host's memory."""
+
+from dataclasses import replace
 
 import bitsandbytes.functional as bnb
 import pytest
@@ -7,6 +9,7 @@ from test_activations import predicted_peak, weigh_a_step
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qlora_nb.memory import budget, ledger
+from qlora_nb.memory.plan import plan_of
 from qlora_nb.model import chunked_loss, configs, device, embeddings, load
 from qlora_nb.settings import validate
 from qlora_nb.train import attach
@@ -50,10 +53,10 @@ def test_every_slice_is_bitsandbytes_own_rounding(wide, double_quant):
 def test_predicted_bytes_are_the_measured_ones(wide, values):
     settings = validate({"model_id": wide, "head_4bit": True, **values})
     model = attach.attach_adapter(load.load_base(settings), settings)
-    measured, predicted = ledger.measure(model), ledger.predict(settings)
+    measured, predicted = ledger.measure(model), ledger.predict(plan_of(settings))
     still = [name for name in ledger.ORDER if name not in (ledger.GRADIENTS, ledger.STATES)]
     assert {name: measured[name] for name in still} == {name: predicted[name] for name in still}
-    whole = ledger.predict(settings.replace(head_4bit=False))
+    whole = ledger.predict(plan_of(settings.replace(head_4bit=False)))
     assert predicted[ledger.EMBEDDINGS] == whole[ledger.EMBEDDINGS] // 2
     assert predicted.total_bytes < whole.total_bytes
 
@@ -98,7 +101,7 @@ def test_embedding_on_the_cpu_leaves_the_cards_ledger():
     table = 50_688 * 5120 * 2
     for train in (True, False):
         plain, moved = (
-            budget.peak(budget.plan_of(settings.replace(embedding_on_cpu=on), train, on_gpu=True))
+            budget.peak(plan_of(settings.replace(embedding_on_cpu=on), train, on_gpu=True))
             for on in (False, True)
         )
         assert (
@@ -106,7 +109,7 @@ def test_embedding_on_the_cpu_leaves_the_cards_ledger():
             == table
             == plain.total_bytes - moved.total_bytes
         )
-    here = budget.peak(budget.plan_of(settings.replace(embedding_on_cpu=True), on_gpu=False))
+    here = budget.peak(plan_of(settings.replace(embedding_on_cpu=True), on_gpu=False))
     assert here[ledger.EMBEDDINGS] == 2 * table * (
         2 if device.compute_dtype() is torch.float32 else 1
     )
@@ -126,4 +129,7 @@ def test_tied_ends_stay_as_they_are(tmp_path, capsys):
     model = load.load_base(settings)
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert "one tensor" in capsys.readouterr().out
-    assert ledger.predict(settings, r=0).total_bytes == ledger.measure(model).total_bytes
+    assert (
+        ledger.predict(replace(plan_of(settings), r=0)).total_bytes
+        == ledger.measure(model).total_bytes
+    )

@@ -16,7 +16,9 @@ from conftest import NOTEBOOKS, ROOT
 from transformers import GPTNeoXConfig, RepetitionPenaltyLogitsProcessor
 
 from qlora_nb import recorded
+from qlora_nb.lessons import n02
 from qlora_nb.memory import ledger
+from qlora_nb.memory.plan import Plan
 from qlora_nb.model import configs, load
 from qlora_nb.pythia import PYTHIA
 from qlora_nb.settings import Settings, validate
@@ -58,13 +60,13 @@ def test_parameters_and_bytes(size):
     made = config(*shape)
     model = configs.meta_model(made)
     assert sum(p.numel() for p in model.parameters()) == total
-    plain = ledger.predict(config=made, four_bit=False)
+    plain = ledger.predict(Plan(made, four_bit=False))
     assert plain.sum(FROZEN) == 2 * total
     assert round(100 * plain["linear weights"] / plain.sum(FROZEN), 1) == share
     if gib:
         small, upcast = (
-            ledger.predict(config=made),
-            ledger.predict(config=made, rest_dtype=torch.float32),
+            ledger.predict(Plan(made)),
+            ledger.predict(Plan(made, rest_dtype=torch.float32)),
         )
         assert tuple(round(found.sum(FROZEN) / GIB, 3) for found in (plain, small, upcast)) == gib
 
@@ -81,7 +83,9 @@ def test_the_kits_shapes_are_those_of_the_table(size):
     )
     assert made.num_attention_heads == heads
     assert round(100 * found.n_linear / found.n_parameters, 1) == share
-    assert sum(ledger.lora_numels(configs.meta_model(made), 16)) == found.lora_parameters(16)
+    assert sum(ledger.lora_numels(configs.meta_model(made), 16)) == n02.count(
+        size, 16, "all-linear"
+    )
 
 
 def test_every_pythia_of_the_kit_is_in_the_table():
@@ -106,7 +110,7 @@ def test_which_pythias_grow_with_the_rest_in_float32():
     for size in PYTHIA:
         layers, hidden, heads, vocab = TABLE[size][:4]
         made = config(layers, hidden, heads, vocab)
-        upcast = ledger.predict(config=made, rest_dtype=torch.float32).sum(FROZEN)
+        upcast = ledger.predict(Plan(made, rest_dtype=torch.float32)).sum(FROZEN)
         if upcast > 2 * TABLE[size][4]:
             growing.append(size)
     assert growing == ["14m", "70m", "160m"]
@@ -132,7 +136,7 @@ def test_from_which_pythia_on_the_trained_share_falls():
         shares[size] = (
             layers * 16 * hidden * 8 / total
         )  # sides of a block: 1 + 3, 1 + 1, 1 + 4, 4 + 1 times hidden; rank 8
-        assert shares[size] == pytest.approx(PYTHIA[size].lora_parameters(8) / total)
+        assert shares[size] == pytest.approx(n02.count(size, 8, "all-linear") / total)
     sizes = list(shares)
     falls = [
         later for earlier, later in itertools.pairwise(sizes) if shares[later] < shares[earlier]
@@ -145,7 +149,7 @@ def test_from_which_pythia_on_the_trained_share_falls():
 
 
 def test_the_title_of_02_names_the_rank_of_its_number():
-    assert 47e6 < PYTHIA["12b"].lora_parameters(16) < 48e6
+    assert 47e6 < n02.count("12b", 16, "all-linear") < 48e6
     assert "# 2 · LoRA: at rank 16, 47 million trained numbers" in text_of("02_lora")
 
 
@@ -193,10 +197,9 @@ def test_what_07_says_of_the_bytes_pythia_12b_reads_for_a_token(capsys):
         for cell in nbformat.read(NOTEBOOKS / "07_inference.ipynb", 4).cells
         if "936e9" in cell.source
     ]
-    exec(
-        source,
-        {"ledger": ledger, "torch": torch, "runs": SimpleNamespace(recorded=lambda name: None)},
-    )
+    none = SimpleNamespace(read=lambda name: None)
+    names = {"ledger": ledger, "Plan": Plan, "torch": torch, "configs": configs, "recorded": none}
+    exec(source, names)
     layers, hidden, _, vocab, total, *_ = TABLE["12b"]
     packed = 12 * layers * hidden**2
     weights = (

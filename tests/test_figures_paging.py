@@ -14,6 +14,7 @@ from pythias import PYTHIAS, adapter_numels, frozen_bytes, state_bytes
 
 from qlora_nb.lessons import n05
 from qlora_nb.memory import dry_run, step_sizes
+from qlora_nb.memory.plan import Plan
 from qlora_nb.model import configs
 from qlora_nb.theory import paging
 
@@ -45,7 +46,7 @@ def step_by_hand(size: str, r: int, tokens: int, bits: int) -> list[tuple[str, l
     What a layer needs while it works comes from the dry run.
     """
     n_layers, hidden, _ = PYTHIAS[size]
-    dry = dry_run.dry_run(configs.pythia_config(size), dry_run.Step(1, tokens, r))
+    dry = dry_run.dry_run(Plan(configs.pythia_config(size), length=tokens, r=r))
     weights = frozen_bytes(size)
     adapter = 4 * sum(adapter_numels(size, r))
     paged, fixed = state_bytes(size, r, bits)

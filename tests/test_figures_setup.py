@@ -17,7 +17,8 @@ from PIL import Image
 from qlora_nb import cards, machine, sources
 from qlora_nb.answer import adapters, generate
 from qlora_nb.lessons import n01
-from qlora_nb.memory import budget, dry_run, ledger
+from qlora_nb.memory import budget, ledger
+from qlora_nb.memory.plan import Plan
 from qlora_nb.model import configs, data, device, load
 from qlora_nb.pythia import PYTHIA
 from qlora_nb.settings import validate
@@ -45,29 +46,25 @@ SMALL = {
 }
 
 
-def plan(size: str, train: bool, on_gpu: bool = True, **changes) -> budget.Plan:
+def plan(size: str, train: bool, on_gpu: bool = True, **changes) -> Plan:
     """The plan of `SMALL` (with changes), field by field."""
     values = SMALL | {"gradient_checkpointing": True, "head_4bit": False} | changes
-    step = dry_run.Step(
+    return Plan(
+        config=configs.pythia_config(size),
+        train=train,
         batch=values["per_device_train_batch_size"] if train else 1,
         length=values["max_length"],
-        r=values["r"],
-        dtype=torch.float16,
-        lora_dropout=values["lora_dropout"],
-        checkpointing=values["gradient_checkpointing"],
-        loss_chunk=values["loss_chunk"],
-        head_4bit=values["head_4bit"],
-        train=train,
-    )
-    return budget.Plan(
-        config=configs.pythia_config(size),
-        step=step,
-        double_quant=values.get("double_quant", True),
-        optim=values["optim"],
         accumulation=values["gradient_accumulation_steps"],
         new_tokens=values["max_new_tokens"],
-        on_gpu=on_gpu,
+        double_quant=values.get("double_quant", True),
+        head_4bit=values["head_4bit"],
         embedding_on_cpu=values.get("embedding_on_cpu", False),
+        r=values["r"],
+        lora_dropout=values["lora_dropout"],
+        optim=values["optim"],
+        checkpointing=values["gradient_checkpointing"],
+        loss_chunk=values["loss_chunk"],
+        on_gpu=on_gpu,
     )
 
 
@@ -250,21 +247,26 @@ def card(gib: float) -> cards.Gpu:
 
 
 def profile_peaks() -> dict[str, float]:
-    """GiB at the fullest moment of the profiles that need no fetch, from plans written out."""
-    tiny = dry_run.Step(
-        batch=16,
-        length=192,
-        r=8,
-        dtype=device.compute_dtype("auto"),
-        checkpointing=False,
-        loss_chunk=128,
-    )
-    t4 = dry_run.Step(batch=4, length=512, r=16, lora_dropout=0.05, loss_chunk=128)
-    full = dry_run.Step(batch=1, length=512, r=64, lora_dropout=0.05, loss_chunk=128)
+    """GiB at the peak of the profiles that need no fetch, from plans written out."""
+    dtype = device.compute_dtype("auto")
+    pocket = configs.config_of("pocket")
+    medium = configs.pythia_config("2.8b")
+    large = configs.pythia_config("12b")
+    usual = {"length": 512, "lora_dropout": 0.05, "loss_chunk": 128}
     plans = {
-        "tiny": budget.Plan(configs.config_of("pocket"), tiny, accumulation=1, on_gpu=False),
-        "t4": budget.Plan(configs.pythia_config("2.8b"), t4, accumulation=4),
-        "full": budget.Plan(configs.pythia_config("12b"), full, accumulation=16),
+        "tiny": Plan(
+            pocket,
+            batch=16,
+            length=192,
+            r=8,
+            dtype=dtype,
+            rest_dtype=dtype,
+            checkpointing=False,
+            loss_chunk=128,
+            on_gpu=False,
+        ),
+        "t4": Plan(medium, batch=4, r=16, accumulation=4, **usual),
+        "full": Plan(large, batch=1, r=64, accumulation=16, **usual),
     }
     return {name: budget.peak(made).total_gib for name, made in plans.items()}
 

@@ -9,6 +9,10 @@ import sys
 import pytest
 import torch
 
+from qlora_nb import sources
+from qlora_nb.memory import ledger
+from qlora_nb.memory.plan import Plan
+from qlora_nb.model import configs
 from qlora_nb.settings import validate
 
 
@@ -28,7 +32,7 @@ def test_every_setting_of_it_is_valid(gpu):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["r 64, 512 tokens, as profile full", "r 16, 512 tokens, every lever"]
+    "name", ["r 64, 512 tokens, as profile full", "r 16, 512 tokens, every option"]
 )
 def test_a_peak(gpu, name):
     found = gpu.peak("pocket", gpu.PEAKS[name] | {"max_length": 64, "max_steps": 2})
@@ -46,20 +50,21 @@ def test_a_speed(gpu, monkeypatch, who):
 
 @pytest.mark.slow
 def test_an_answer_and_a_load(gpu, monkeypatch, tmp_path):
-    monkeypatch.setattr(gpu.models.prequantized, "CACHE", tmp_path)
+    monkeypatch.setattr(sources, "CACHE", tmp_path)
     found = gpu.answer("pocket", {"max_length": 96, "max_new_tokens": 8})
     assert found["first_token_s"] > 0
     assert found["predicted"] > 2_000_000
     assert {"tokens_per_s", "allocated", "reserved", "process"} < set(found)
-    config = gpu.ledger.config_of("pocket")
-    held = gpu.ledger.predict(config=config, rest_dtype=torch.float32)
+    config = configs.config_of("pocket")
+    held = ledger.predict(Plan(config, rest_dtype=torch.float32))
     cache = 992 * 2 * config.num_hidden_layers * config.hidden_size * 4
     assert (
         found["bytes_read_per_token"]
         == held.total_bytes - held["buffers"] - 4 * config.vocab_size * config.hidden_size + cache
     )
     assert found["share_of_limit"] > 0
-    assert gpu.load("pocket", True)["held"] == gpu.load("pocket", True)["held"] > 1_000_000
+    first = gpu.load_seconds("pocket", True)["held"]
+    assert first == gpu.load_seconds("pocket", True)["held"] > 1_000_000
 
 
 def test_a_failure_is_told_and_not_measured(gpu, root, monkeypatch):

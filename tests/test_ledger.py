@@ -1,6 +1,7 @@
 """The ledger against the published table, against PEFT, and against live objects, to the byte."""
 
 import warnings
+from dataclasses import replace
 
 import bitsandbytes as bnb
 import pytest
@@ -11,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from qlora_nb.errors import KitError
 from qlora_nb.memory import ledger, step_sizes
+from qlora_nb.memory.plan import Plan, plan_of
 from qlora_nb.model import configs, load
 from qlora_nb.pythia import PYTHIA
 from qlora_nb.settings import validate
@@ -56,9 +58,9 @@ def test_every_pythia_equals_the_table(size):
     total, share, all_16, nf4_dq, upcast = FACTS[size]
     config = configs.pythia_config(size)
     with MostBytes() as made:
-        plain = ledger.predict(config=config, four_bit=False)
-        small = ledger.predict(config=config)
-        large_rest = ledger.predict(config=config, rest_dtype=torch.float32)
+        plain = ledger.predict(Plan(config, four_bit=False))
+        small = ledger.predict(Plan(config))
+        large_rest = ledger.predict(Plan(config, rest_dtype=torch.float32))
     assert made.most < 2**20, "nothing as large as the smallest weight is made for a prediction"
     assert plain.sum(FROZEN) == 2 * total == 2 * PYTHIA[size].n_parameters
     assert plain["linear weights"] == 4 * small["4-bit codes"]
@@ -70,12 +72,12 @@ def test_every_pythia_equals_the_table(size):
 
 def test_pythia_12b_to_the_byte():
     config = configs.pythia_config("12b")
-    assert ledger.predict(config=config, double_quant=False).sum(ledger.QUANTIZED) == 6_370_099_200
-    assert ledger.predict(config=config).sum(ledger.QUANTIZED) == 5_842_022_400
+    assert ledger.predict(Plan(config, double_quant=False)).sum(ledger.QUANTIZED) == 6_370_099_200
+    assert ledger.predict(Plan(config)).sum(ledger.QUANTIZED) == 5_842_022_400
     model = configs.meta_model(config)
-    assert 2 * ledger.predict(config=config)["4-bit codes"] == 11_324_620_800
+    assert 2 * ledger.predict(Plan(config))["4-bit codes"] == 11_324_620_800
     assert sum(ledger.lora_numels(model, 16)) == 47_185_920
-    assert sum(ledger.lora_numels(model, 64)) == 188_743_680 == PYTHIA["12b"].lora_parameters(64)
+    assert sum(ledger.lora_numels(model, 64)) == 188_743_680
     assert {ledger.lora_numels(model, 16)[0], ledger.lora_numels(model, 16)[2]} == {81_920}
 
 
@@ -90,7 +92,7 @@ def test_neox_20b_and_a_tied_llama():
         vocab_size=50432,
     )
     sizes = [
-        ledger.predict(config=neox, **k).sum(FROZEN) / 2**30
+        ledger.predict(Plan(neox, **k)).sum(FROZEN) / 2**30
         for k in ({"four_bit": False}, {}, {"rest_dtype": torch.float32})
     ]
     assert [round(s, 3) for s in sizes] == [38.286, 10.737, 11.898]
@@ -102,11 +104,11 @@ def test_neox_20b_and_a_tied_llama():
         vocab_size=100,
         tie_word_embeddings=True,
     )
-    assert ledger.predict(config=tied, four_bit=False)["embedding and head"] == 2 * 6400
+    assert ledger.predict(Plan(tied, four_bit=False))["embedding and head"] == 2 * 6400
     meta = configs.meta_model(tied)  # the meta model measured is the float32 prediction
     assert (
         ledger.measure(meta).total_bytes
-        == ledger.predict(config=tied, four_bit=False, rest_dtype=torch.float32).total_bytes
+        == ledger.predict(Plan(tied, four_bit=False, rest_dtype=torch.float32)).total_bytes
     )
 
 
@@ -136,7 +138,7 @@ def test_predicted_is_measured_on_the_pocket_model(double_quant, optim, targets)
     )
     base = load.load_base(settings)
     bare = ledger.measure(base)
-    predicted_bare = ledger.predict(settings, r=0)
+    predicted_bare = ledger.predict(replace(plan_of(settings), r=0))
     assert {line.name: line.bytes for line in bare.lines} == {
         line.name: line.bytes for line in predicted_bare.lines
     }
@@ -144,7 +146,10 @@ def test_predicted_is_measured_on_the_pocket_model(double_quant, optim, targets)
     model = get_peft_model(
         base, LoraConfig(r=8, lora_alpha=16, target_modules=peft_targets, task_type="CAUSAL_LM")
     )
-    measured, predicted = ledger.measure(model, step(model, optim)), ledger.predict(settings)
+    measured, predicted = (
+        ledger.measure(model, step(model, optim)),
+        ledger.predict(plan_of(settings)),
+    )
     assert {line.name: line.bytes for line in measured.lines} == {
         line.name: line.bytes for line in predicted.lines
     }
@@ -155,7 +160,7 @@ def test_predicted_is_measured_on_the_pocket_model(double_quant, optim, targets)
 
 def test_unquantized_pocket_model():
     settings = validate({})
-    predicted = ledger.predict(settings, four_bit=False, r=0)
+    predicted = ledger.predict(replace(plan_of(settings), four_bit=False, r=0))
     assert (
         predicted.total_bytes
         == ledger.measure(load.load_base(settings, four_bit=False)).total_bytes
@@ -204,7 +209,7 @@ def test_what_the_reader_sees():
 
 def test_step_sizes_and_the_longest_pass():
     sizes = step_sizes.step_sizes("12b", 16, 512)
-    predicted = ledger.predict(config=configs.pythia_config("12b"), r=16)
+    predicted = ledger.predict(Plan(configs.pythia_config("12b"), r=16))
     assert sizes.adapter == sizes.gradients == predicted["LoRA weights"] == 4 * 47_185_920
     assert sizes.paged + sizes.fixed == predicted["optimizer states"]
     assert sizes.weights + 2 * sizes.adapter + sizes.paged + sizes.fixed == predicted.total_bytes

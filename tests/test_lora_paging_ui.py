@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from qlora_nb import cards
 from qlora_nb.lessons import n01, n02, n03, n05
 from qlora_nb.memory import dry_run, ledger, step_sizes
+from qlora_nb.memory.plan import Plan
 from qlora_nb.model import configs
 from qlora_nb.pythia import PYTHIA
 from qlora_nb.settings import PROFILES, resolve, validate
@@ -119,6 +120,7 @@ def widget_cells(name: str, **names) -> list:
         "widgets": widgets,
         "partial": partial,
         "ledger": ledger,
+        "Plan": Plan,
         "n02": n02,
         "n05": n05,
     }
@@ -273,7 +275,7 @@ def test_what_05_says_of_the_table_and_of_the_loss():
     assert "In a small model at a small rank" in text
     config = configs.pythia_config("410m")
     whole, sliced = (
-        dry_run.dry_run(config, dry_run.Step(1, 2048, 8, loss_chunk=n)).loss for n in (0, 128)
+        dry_run.dry_run(Plan(config, length=2048, r=8, loss_chunk=n)).loss for n in (0, 128)
     )
     assert 0 < sliced < whole, "a chunked loss cuts the needle down and does not remove it"
     assert all(

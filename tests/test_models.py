@@ -4,6 +4,7 @@ families that do not grant it.
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from qlora_nb import sources
 from qlora_nb.answer import adapters, evaluate, generate, merge
 from qlora_nb.errors import KitError
 from qlora_nb.memory import dry_run, ledger
+from qlora_nb.memory.plan import Plan, plan_of
 from qlora_nb.model import (
     batching,
     chunked_loss,
@@ -276,8 +278,9 @@ def test_a_model_with_a_cap_trains_on_its_own_loss(saved, tmp_path, monkeypatch,
 )
 def test_the_prediction_follows_the_loss_that_is_used(family, plain):
     config = random_model(family).config
-    steps = [dry_run.Step(2, 64, r=8, dtype=torch.float32, loss_chunk=chunk) for chunk in (0, 16)]
-    whole, sliced = (dry_run.dry_run(config, step).loss for step in steps)
+    plan = Plan(config, batch=2, length=64, r=8, dtype=torch.float32, rest_dtype=torch.float32)
+    whole = dry_run.dry_run(plan).loss
+    sliced = dry_run.dry_run(replace(plan, loss_chunk=16)).loss
     assert (whole == sliced) == plain
 
 
@@ -448,7 +451,10 @@ def test_its_own_quantization_is_honoured_and_shown(
     assert (layer.weight.quant_state.quant_type, layer.weight.quant_state.nested) == (kind, double)
     assert layer.compute_dtype == device.compute_dtype()
     assert not (tmp_path / "cache").exists()
-    assert ledger.predict(settings, r=0).total_bytes == ledger.measure(model).total_bytes
+    assert (
+        ledger.predict(replace(plan_of(settings), r=0)).total_bytes
+        == ledger.measure(model).total_bytes
+    )
 
 
 def test_an_adapter_is_merged_onto_what_its_4bit_base_stands_for(saved, tmp_path):
@@ -715,7 +721,7 @@ def test_an_adapter_that_repeats_layers_is_refused(saved, tmp_path):
 
 
 def test_an_out_of_memory_error_is_explained_for_any_family():
-    """The levers of a family whose activations cannot be counted are left out; the refusal still
+    """The options of a family whose activations cannot be counted are left out; the refusal still
     says what was held.
     """
     from qlora_nb.memory import out_of_memory

@@ -7,6 +7,7 @@ from qlora_nb import cards, machine, sources
 from qlora_nb.answer import adapters, generate
 from qlora_nb.lessons import n01, n06, n07
 from qlora_nb.memory import ledger
+from qlora_nb.memory.plan import Plan, plan_of
 from qlora_nb.model import configs, data, load
 from qlora_nb.pythia import PYTHIA
 from qlora_nb.settings import validate
@@ -45,7 +46,7 @@ def test_planner_answers_the_question_of_notebook_01():
     assert "fits: 10.26 of 12 GiB" in planner.advice.value
     planner.controls["gpu_gib"].value = 8.0
     assert "does not fit" in planner.advice.value
-    assert "Pull first: optim='paged_adamw_8bit' saves" in planner.advice.value
+    assert "Change first: optim='paged_adamw_8bit' saves" in planner.advice.value
     planner.controls["optim"].value, planner.controls["r"].value = "paged_adamw_8bit", 16
     assert "Fine-tuning fits" in planner.advice.value
 
@@ -196,8 +197,8 @@ def test_live_view_counts_and_draws(capsys):
 
 def test_figures_for_small_and_large_models():
     small, large = (
-        ledger.predict(validate({})),
-        ledger.predict(validate({}), config=configs.pythia_config("12b")),
+        ledger.predict(plan_of(validate({}))),
+        ledger.predict(Plan(configs.pythia_config("12b"))),
     )
     for one in (small, large):
         assert isinstance(charts.memory_bars({"model": one}, limit_gib=24.0), Figure)

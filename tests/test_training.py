@@ -15,6 +15,7 @@ from peft import PeftModel
 from qlora_nb.answer import adapters, evaluate, generate
 from qlora_nb.errors import KitError
 from qlora_nb.memory import ledger
+from qlora_nb.memory.plan import plan_of
 from qlora_nb.model import batching, chunked_loss, data, device, fetch, load
 from qlora_nb.model.linear_layers import linear_layers
 from qlora_nb.record import files, runs, seal
@@ -698,7 +699,7 @@ def test_levers_at_both_ends_train_and_answer(tmp_path):
     }
     losses, _, result = finetuned(tmp_path, **way)
     assert sum(losses[4:]) < sum(losses[:4])
-    assert ledger.predict(validate(way))["4-bit codes"] == result["held"]["4-bit codes"]
+    assert ledger.predict(plan_of(validate(way)))["4-bit codes"] == result["held"]["4-bit codes"]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])

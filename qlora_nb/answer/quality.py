@@ -11,7 +11,6 @@ distribution, and the bytes they take.
 """
 
 import statistics
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -177,35 +176,3 @@ def normalized_weights(model) -> torch.Tensor:
         weights = dense_weight(module).flatten().cpu()
         parts.append(weights[:share] / weights.std())
     return torch.cat(parts)
-
-
-def stored_bytes(model) -> dict[str, int]:
-    """Bytes of a model as it lies in memory: 4-bit layers item by item, and the rest.
-
-    `get_memory_footprint` counts parameters and buffers; the scales are neither, so it leaves them
-    out. Call this before the model has computed anything: on CPUs with AVX512-BF16 bitsandbytes
-    rearranges weights and scales at the first use.
-
-    Returns:
-        {"codes", "scales", "scales of scales", "mean", "rest"}; for a layer that is not quantized
-        all bytes are "codes". Biases are "rest". The code tables (16 and 256 numbers, the same for
-        all layers) are left out.
-    """
-    total = Counter()
-    for module in linear_layers(model).values():
-        total.update(layer_bytes(module))
-    return {**total, "rest": model.get_memory_footprint() - total["codes"]}
-
-
-def layer_bytes(module) -> dict[str, int]:
-    """Bytes of one linear layer's weight: codes, scales, scales of scales, mean; 0 for what it does
-    not have.
-    """
-    found = {"codes": module.weight.nbytes, "scales": 0, "scales of scales": 0, "mean": 0}
-    state = getattr(module.weight, "quant_state", None)
-    if state is not None:
-        found["scales"] = state.absmax.nbytes
-        if state.state2 is not None:
-            found["scales of scales"] = state.state2.absmax.nbytes
-            found["mean"] = state.offset.nbytes
-    return found

@@ -5,6 +5,7 @@ from matplotlib.figure import Figure
 from qlora_nb import cards, machine, sources
 from qlora_nb.errors import KitError
 from qlora_nb.memory import budget, preflight
+from qlora_nb.memory.plan import plan_of
 from qlora_nb.model import configs
 from qlora_nb.pythia import PYTHIA
 from qlora_nb.settings import PROFILES, validate
@@ -30,7 +31,7 @@ def profiles_here(here: machine.Machine) -> list[dict[str, str]]:
     for name, defaults in PROFILES.items():
         settings, need, verdict = validate({"profile": name}), "known after its fetch", "yes"
         try:
-            need = f"{budget.peak(budget.plan_of(settings, on_gpu=name in ('t4', 'full'))).total_gib:.2f}"
+            need = f"{budget.peak(plan_of(settings, on_gpu=name in ('t4', 'full'))).total_gib:.2f}"
             if not here.gpus:
                 preflight.refuse_on_cpu(
                     settings.model_id, sources.download_bytes(settings.model_id) or 0, here
@@ -105,7 +106,5 @@ def every_pythia(settings, gpu_gib: float) -> Figure:
     """Predicted peak of fine-tuning every Pythia with these settings, stacked by part, against a
     card.
     """
-    plans = {
-        n: budget.plan_of(settings, True, configs.pythia_config(n), on_gpu=True) for n in PYTHIA
-    }
+    plans = {n: plan_of(settings, True, configs.pythia_config(n), on_gpu=True) for n in PYTHIA}
     return charts.memory_bars({name: budget.peak(plan) for name, plan in plans.items()}, gpu_gib)

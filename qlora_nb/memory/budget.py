@@ -1,196 +1,125 @@
-"""Will it fit? The ledger of the worst moment of a run, the levers that lower it, and what each
-card can hold.
+"""Will it fit? Every byte at the peak of a run, the options that lower it, what a card can hold.
 
-`peak` adds to the static ledger what a step holds at its fullest (counted by `activations` on a dry
-run, arranged in time by `theory.paging`), the key-value cache of a generation, and what CUDA itself
-takes. The same constants serve every model and setting; none is fitted to a published figure.
+`peak` adds to the static ledger what a step holds besides: activations (counted in `dry_run`,
+arranged in time by `theory.paging`), the key-value cache of a generation, and what CUDA itself
+takes. The same constants serve every model and setting; none is fitted to a published figure
+(`published` compares).
 
-`SLACK` is the part of moving memory that the allocator's whole blocks waste. Like `CONTEXT_BYTES`
-it is an assumption until it is measured on a GPU.
+`SLACK` is the part of changing memory that the allocator's whole blocks waste. Like
+`cards.CONTEXT_BYTES` it is an assumption until it is measured on a GPU.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
-from qlora_nb import cards, machine
+from qlora_nb import cards
 from qlora_nb.memory import dry_run, ledger, profiler
-from qlora_nb.model import configs, device
+from qlora_nb.memory.plan import Plan, plan_of
+from qlora_nb.model import configs
 from qlora_nb.pythia import PYTHIA
 from qlora_nb.theory import paging
 
 SLACK = 0.05
 
-CACHE, KEPT, WORK, CUDA = (
-    "key-value cache",
-    "kept for the backward pass",
-    "working memory",
-    "CUDA context, slack (assumed)",
-)
+CACHE = "key-value cache"
+KEPT = "kept for the backward pass"
+WORK = "working memory"
+CUDA = "CUDA context, slack (assumed)"
 
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything that decides how much memory a run takes.
-
-    `config` is transformers' configuration, `step` one forward pass (rows, tokens, rank, dtypes,
-    levers). A generation (`step.train` False) adds `new_tokens` to each row. `accumulation` > 1
-    keeps gradients over several passes.
-    """
-
-    config: object
-    step: dry_run.Step
-    double_quant: bool = True
-    optim: str = "paged_adamw_32bit"
-    accumulation: int = 1
-    new_tokens: int = 0
-    on_gpu: bool = True
-    embedding_on_cpu: bool = False
-
-
-def plan_of(settings, train: bool = True, config=None, on_gpu: bool | None = None) -> Plan:
-    """The plan of a run of notebook 06 (`train`) or of answering the prompts of notebook 07.
-
-    Args:
-        settings: the resolved parameters.
-        config: the model's configuration; default: looked up for `settings.model_id`.
-        on_gpu: count what CUDA takes; default: whether this machine has a GPU.
-    """
-    on_gpu = bool(machine.this_machine().gpus) if on_gpu is None else on_gpu
-    elsewhere = on_gpu and not device.on_gpu()  # planned for a card that is not here
-    dtype = device.compute_dtype(
-        "bfloat16" if elsewhere and settings.compute_dtype == "auto" else settings.compute_dtype
-    )
-    step = settings.model_dump(include={"r", "lora_dropout", "loss_chunk", "head_4bit"})
-    step |= {
-        "target_modules": tuple(settings.target_modules),
-        "checkpointing": settings.gradient_checkpointing,
-        "dtype": dtype,
-    }
-    plan = settings.model_dump(include={"double_quant", "optim", "embedding_on_cpu"})
-    plan |= {
-        "accumulation": settings.gradient_accumulation_steps,
-        "new_tokens": settings.max_new_tokens,
-        "on_gpu": on_gpu,
-    }
-    step = dry_run.Step(
-        settings.per_device_train_batch_size if train else 1,
-        settings.max_length,
-        train=train,
-        **step,
-    )
-    return Plan(config or configs.config_of(settings.model_id), step, **plan)
+CHANGING = (ledger.GRADIENTS, KEPT, WORK, CACHE)
+"""The lines that come and go during a step or a generation; all others stay as they are."""
 
 
 def peak(plan: Plan) -> ledger.Ledger:
-    """Every byte at the fullest moment, line by line, before anything is loaded.
+    """Every byte at the peak, line by line, before anything is loaded.
 
     Attention is counted as fused (query, key, value and output are kept, scores are not).
     """
-    step, layers = plan.step, plan.config.num_hidden_layers
-    parts = {"r": step.r, "target_modules": step.target_modules, "head_4bit": step.head_4bit}
-    parts |= {
-        "double_quant": plan.double_quant,
-        "optim": plan.optim,
-        "embedding_on_cpu": plan.embedding_on_cpu and plan.on_gpu,
-    }
-    static = ledger.predict(config=plan.config, rest_dtype=step.rest_dtype or step.dtype, **parts)
-    now = dry_run.dry_run(plan.config, step)
-    if step.train and step.r:
-        gradients = static[ledger.GRADIENTS]
-        always = gradients if plan.accumulation > 1 else 0
-        sizes = paging.StepSizes(
-            layers,
-            0,
-            always,
-            gradients - always,
-            0,
-            0,
-            now.kept,
-            now.forward,
-            now.backward,
-            now.loss,
-        )
-        fullest = max(paging.step_timeline(sizes), key=lambda m: m.total)
-        held, kept, work = (
-            always + fullest.parts["gradients"],
-            fullest.parts[KEPT],
-            fullest.parts[WORK],
-        )
-        lines = [
-            replace(line, bytes=held) if line.name == ledger.GRADIENTS else line
-            for line in static.lines
-        ]
-        source = f"{-(-kept // max(now.kept, 1))} layers × {now.kept:,} bytes, {step.batch} × {step.length} tokens"
-        lines.append(ledger.Line(KEPT, kept, source))
-        when = f"fullest in the phase {fullest.phase}"
+    static = ledger.predict(plan)
+    lines = {line.name: line for line in static.lines}
+    if plan.train and plan.r:
+        changing = _at_the_peak_of_a_step(plan, static[ledger.GRADIENTS])
     else:
-        lines = [
-            line for line in static.lines if line.name not in (ledger.GRADIENTS, ledger.STATES)
-        ]
-        per_token, one = (
-            ledger.kv_cache_bytes(plan.config, step.dtype),
-            dry_run.dry_run(plan.config, replace(step, length=1)),
-        )
-        reading = (
-            max(now.forward, now.loss),
-            step.batch * step.length,
-            f"while {step.batch} × {step.length} tokens are read",
-        )
-        writing = (
-            max(one.forward, one.loss),
-            step.batch * (step.length + plan.new_tokens),
-            "while the last token is written",
-        )
-        work, n_tokens, when = max(
-            reading, writing, key=lambda phase: phase[0] + phase[1] * per_token
-        )
-        lines.append(
-            ledger.Line(CACHE, n_tokens * per_token, f"{n_tokens:,} tokens × {per_token:,} bytes")
-        )
-    lines.append(ledger.Line(WORK, work, f"{when}; dry run of one layer and the head"))
+        changing = _at_the_peak_of_a_generation(plan)
+    for line in changing:
+        lines[line.name] = line
     if plan.on_gpu:
-        moving = sum(
-            line.bytes for line in lines if line.name in (ledger.GRADIENTS, KEPT, WORK, CACHE)
-        )
-        lines.append(
-            ledger.Line(
-                CUDA,
-                cards.CONTEXT_BYTES + int(SLACK * moving),
-                f"0.45 GiB + {SLACK:.0%} of what moves",
-            )
-        )
-    return ledger.Ledger(
-        f"predicted peak, {'fine-tuning' if step.train else 'answering'}",
-        tuple(line for line in lines if line.bytes),
+        slack = int(SLACK * sum(line.bytes for line in changing))
+        source = f"0.45 GiB + {SLACK:.0%} of gradients, activations and cache"
+        lines[CUDA] = ledger.Line(CUDA, cards.CONTEXT_BYTES + slack, source)
+    kind = "fine-tuning" if plan.train else "answering"
+    found = tuple(line for line in lines.values() if line.bytes)
+    return ledger.Ledger(f"predicted peak, {kind}", found)
+
+
+def _at_the_peak_of_a_step(plan: Plan, gradients: int) -> list[ledger.Line]:
+    now = dry_run.dry_run(plan)
+    always = gradients if plan.accumulation > 1 else 0
+    sizes = paging.StepSizes(
+        n_layers=plan.config.num_hidden_layers,
+        weights=0,
+        adapter=0,
+        gradients=gradients - always,
+        paged=0,
+        fixed=0,
+        **asdict(now),
     )
+    moment = max(paging.step_timeline(sizes), key=lambda moment: moment.total)
+    kept = moment.parts[KEPT]
+    n_layers = -(-kept // max(now.kept, 1))
+    layers = f"{n_layers} layers × {now.kept:,} bytes, {plan.batch} × {plan.length} tokens"
+    work = f"at the peak, in the phase {moment.phase}; dry run of one layer and the head"
+    return [
+        ledger.Line(ledger.GRADIENTS, always + moment.parts["gradients"], "as the LoRA weights"),
+        ledger.Line(KEPT, kept, layers),
+        ledger.Line(WORK, moment.parts[WORK], work),
+    ]
+
+
+def _at_the_peak_of_a_generation(plan: Plan) -> list[ledger.Line]:
+    """The larger of two moments: all tokens are read at once, or the last one is written."""
+    per_token = ledger.kv_cache_bytes(plan.config, plan.dtype)
+    many = dry_run.dry_run(plan)
+    one = dry_run.dry_run(replace(plan, length=1))
+    reading = max(many.forward, many.loss)
+    writing = max(one.forward, one.loss)
+    n_read = plan.batch * plan.length
+    n_written = plan.batch * (plan.length + plan.new_tokens)
+    if reading + n_read * per_token >= writing + n_written * per_token:
+        n_tokens = n_read
+        work = reading
+        when = f"while {plan.batch} × {plan.length} tokens are read"
+    else:
+        n_tokens = n_written
+        work = writing
+        when = "while the last token is written"
+    cache = f"{n_tokens:,} tokens × {per_token:,} bytes"
+    return [
+        ledger.Line(CACHE, n_tokens * per_token, cache),
+        ledger.Line(WORK, work, f"{when}; dry run of one layer and the head"),
+    ]
 
 
 def reconcile(
     predicted: ledger.Ledger, held: ledger.Ledger | None, moved: profiler.PeakMemory
 ) -> list[tuple[str, int, int]]:
-    """(name, predicted, measured) bytes: what stays, line by line, then what moves, then the peak.
+    """(name, predicted, measured) bytes: what stays, line by line, then the rest, then the peak.
 
     Args:
-        predicted: `peak` for the rows and tokens that were weighed.
-        held: the ledger measured then; gradients count among what moves. None (nothing was weighed)
-            gives no rows.
-        moved: what `activations.weigh` found.
+        predicted: `peak` for the rows and tokens that were measured.
+        held: the ledger measured then; gradients are compared among the rest. None (nothing was
+            measured) gives no rows.
+        moved: what `profiler.measure_peak` found.
     """
     if held is None:
         return []
-    still = [
-        name
-        for name in ledger.ORDER
-        if name != ledger.GRADIENTS and (predicted[name] or held[name])
-    ]
-    rows = [(name, predicted[name], held[name]) for name in still]
-    rows.append(
-        (
-            "what moves, at its fullest",
-            predicted.sum((ledger.GRADIENTS, KEPT, WORK, CACHE)),
-            moved.peak_bytes,
-        )
-    )
-    return [*rows, ("peak", sum(p for _, p, _ in rows), sum(m for *_, m in rows))]
+    rows = []
+    for name in ledger.ORDER:
+        if name != ledger.GRADIENTS and (predicted[name] or held[name]):
+            rows.append((name, predicted[name], held[name]))
+    rows.append(("gradients, activations, cache", predicted.sum(CHANGING), moved.peak_bytes))
+    all_predicted = sum(row[1] for row in rows)
+    all_measured = sum(row[2] for row in rows)
+    return [*rows, ("peak", all_predicted, all_measured)]
 
 
 @dataclass(frozen=True)
@@ -202,88 +131,100 @@ class Option:
     costs: str
 
     def __repr__(self) -> str:
-        what = ", ".join(f"{k}={v!r}" for k, v in self.changes.items())
+        what = ", ".join(f"{name}={value!r}" for name, value in self.changes.items())
         return f"{what} saves {self.saves / cards.GIB:.2f} GiB ({self.costs})"
 
 
 def options(settings, config=None, on_gpu: bool | None = None) -> list[Option]:
-    """What would lower the training peak, each lever alone: first those that leave the result as it
-    is, largest first.
+    """What would lower the training peak, each option alone: first those that leave the result as
+    it is, largest first.
     """
-    config = config or configs.config_of(settings.model_id)
-    now = peak(plan_of(settings, True, config, on_gpu)).total_bytes
+    if config is None:
+        config = configs.config_of(settings.model_id)
     rows = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
-    candidates = [
-        ({"gradient_checkpointing": True}, "up to half as many operations again", False),
-        ({"loss_chunk": 128}, "same loss, same gradient", False),
-        (
-            {"per_device_train_batch_size": 1, "gradient_accumulation_steps": rows},
-            "same rows in a step, shorter products",
-            False,
-        ),
-        ({"double_quant": True}, "RMSE grows by less than 0.001", False),
-        ({"optim": "paged_adamw_8bit"}, "8-bit states", False),
-        ({"embedding_on_cpu": True}, "one vector a token crosses the bus", False),
-        ({"head_4bit": True}, "the head is rounded to NF4", True),
-        ({"max_length": min(512, settings.max_length)}, "longer answers are cut", True),
-        ({"r": min(16, settings.r)}, "a smaller adapter", True),
-        ({"max_length": min(256, settings.max_length)}, "longer answers are cut", True),
+    one_row = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": rows}
+    same_result = [
+        ({"gradient_checkpointing": True}, "up to half as many operations again"),
+        ({"loss_chunk": 128}, "same loss, same gradient"),
+        (one_row, "same rows in a step, shorter products"),
+        ({"double_quant": True}, "RMSE grows by less than 0.001"),
+        ({"optim": "paged_adamw_8bit"}, "8-bit states"),
+        ({"embedding_on_cpu": True}, "one vector a token crosses the bus"),
     ]
-    after = lambda changes: (
-        peak(plan_of(settings.replace(**changes), True, config, on_gpu)).total_bytes
-    )
-    found = [
-        (changes_result, Option(changes, now - after(changes), costs))
-        for changes, costs, changes_result in candidates
+    other_result = [
+        ({"head_4bit": True}, "the head is rounded to NF4"),
+        ({"max_length": min(512, settings.max_length)}, "longer answers are cut"),
+        ({"r": min(16, settings.r)}, "a smaller adapter"),
+        ({"max_length": min(256, settings.max_length)}, "longer answers are cut"),
     ]
-    found.sort(key=lambda item: (item[0], -item[1].saves))
-    return [lever for _, lever in found if lever.saves > 0.002 * now]
+
+    def bytes_with(changes: dict[str, object]) -> int:
+        changed = settings.replace(**changes)
+        return peak(plan_of(changed, config=config, on_gpu=on_gpu)).total_bytes
+
+    now = bytes_with({})
+
+    def worth_it(candidates: list[tuple[dict[str, object], str]]) -> list[Option]:
+        found = []
+        for changes, costs in candidates:
+            saves = now - bytes_with(changes)
+            if saves > 0.002 * now:
+                found.append(Option(changes, saves, costs))
+        return sorted(found, key=lambda option: -option.saves)
+
+    return worth_it(same_result) + worth_it(other_result)
 
 
 def make_fit(settings, card_bytes: float, config=None) -> tuple[object, list[Option]] | None:
-    """Pull one lever after another until fine-tuning fits a card; None if it never does.
+    """Take one option after another until fine-tuning fits a card; None if it never does.
 
     Returns:
-        (the settings that fit, the levers pulled).
+        (the settings that fit, the options taken).
     """
-    config, pulled = config or configs.config_of(settings.model_id), []
-    while peak(plan_of(settings, True, config, on_gpu=True)).total_bytes > card_bytes:
-        if not (more := options(settings, config, on_gpu=True)):
+    if config is None:
+        config = configs.config_of(settings.model_id)
+    taken = []
+    while peak(plan_of(settings, config=config, on_gpu=True)).total_bytes > card_bytes:
+        more = options(settings, config, on_gpu=True)
+        if not more:
             return None
-        pulled.append(more[0])
+        taken.append(more[0])
         settings = settings.replace(**more[0].changes)
-    return settings, pulled
+    return settings, taken
 
 
 def advice(settings, gpu_gib: float | None) -> str:
-    """One sentence on fine-tuning: what is left of a card, or the lever to pull first and all that
+    """One sentence on fine-tuning: what is left of a card, or the option to take first and all that
     make it fit.
     """
     needed = peak(plan_of(settings, on_gpu=gpu_gib is not None)).total_bytes
     if gpu_gib is None:
-        return f"Fine-tuning needs {needed / 2**20:,.0f} MiB of memory at its fullest, besides Python and torch themselves."
-    left = gpu_gib * cards.GIB - needed
-    if left >= 0:
-        return f"Fine-tuning fits: {needed / cards.GIB:.2f} of {gpu_gib:g} GiB, {left / cards.GIB:.2f} are left."
-    missing, fit = (
-        f"Fine-tuning does not fit: {-left / cards.GIB:.2f} GiB are missing",
-        make_fit(settings, gpu_gib * cards.GIB),
-    )
+        return (
+            f"Fine-tuning needs {needed / 2**20:,.0f} MiB of memory at its peak, "
+            "besides Python and torch themselves."
+        )
+    left_gib = gpu_gib - needed / cards.GIB
+    if left_gib >= 0:
+        used = f"{needed / cards.GIB:.2f} of {gpu_gib:g} GiB"
+        return f"Fine-tuning fits: {used}, {left_gib:.2f} are left."
+    missing = f"Fine-tuning does not fit: {-left_gib:.2f} GiB are missing"
+    fit = make_fit(settings, gpu_gib * cards.GIB)
     if fit is None:
-        return f"{missing}, more than all levers save. Take a smaller model."
-    return f"{missing}. Pull first: {'; then '.join(map(str, fit[1]))}."
+        return f"{missing}, more than all options save. Take a smaller model."
+    return f"{missing}. Change first: {'; then '.join(map(str, fit[1]))}."
 
 
 def largest_pythia(
-    settings, card_bytes: float, train: bool, pull: bool = False
+    settings, card_bytes: float, train: bool, with_options: bool = False
 ) -> tuple[str, ledger.Ledger, list[Option]] | None:
-    """The largest Pythia for a card: its size, its peak, and the levers pulled (none without
-    `pull`); None if none fits.
+    """The largest Pythia for a card: its size, its peak, and the options taken (none without
+    `with_options`); None if none fits.
     """
     for size in reversed(PYTHIA):
         config = configs.pythia_config(size)
-        own, pulled = (make_fit(settings, card_bytes, config) if pull else None) or (settings, [])
-        found = peak(plan_of(own, train, config, on_gpu=True))
+        fit = make_fit(settings, card_bytes, config) if with_options else None
+        chosen, taken = fit or (settings, [])
+        found = peak(plan_of(chosen, train, config, on_gpu=True))
         if found.total_bytes <= card_bytes:
-            return size, found, pulled
+            return size, found, taken
     return None

@@ -1,12 +1,15 @@
-"""How long a step takes at least, and how much host memory loading takes: arithmetic over a
-measured rate.
+"""How long a step takes at least, and how much host memory loading takes.
+
+Both are arithmetic over a count: floating-point operations divided by a rate that was measured (or
+published), and twice the largest tensor. They are lower bounds and orders of magnitude, not
+predictions to the second.
 """
 
 import torch
 from torch.utils import benchmark
 
 from qlora_nb import cards
-from qlora_nb.memory import budget
+from qlora_nb.memory.plan import Plan
 from qlora_nb.model import configs, device
 from qlora_nb.model.linear_layers import linear_layers
 
@@ -16,7 +19,7 @@ for a card that is not here.
 """
 
 
-def step_flops(plan: budget.Plan) -> float:
+def step_flops(plan: Plan) -> float:
     """Floating-point operations of one optimizer step: 2 for each weight and token, in every pass
     the weight takes part in.
 
@@ -25,33 +28,28 @@ def step_flops(plan: budget.Plan) -> float:
     the unpacking of weights come on top: read it as a lower bound.
     """
     model = configs.meta_model(plan.config)
-    linear = sum(m.weight.numel() for m in linear_layers(model).values())
-    tokens = plan.step.batch * plan.step.length * plan.accumulation
-    return (
-        2.0
-        * tokens
-        * (
-            linear * (3 if plan.step.checkpointing else 2)
-            + 2 * model.get_output_embeddings().weight.numel()
-        )
-    )
+    n_linear = sum(layer.weight.numel() for layer in linear_layers(model).values())
+    n_head = model.get_output_embeddings().weight.numel()
+    n_tokens = plan.batch * plan.length * plan.accumulation
+    passes = 3 if plan.checkpointing else 2
+    return 2.0 * n_tokens * (passes * n_linear + 2 * n_head)
 
 
 def operations_per_s(
     dtype: torch.dtype = torch.float32, n: int = 1024, least_s: float = 0.2
 ) -> float:
-    """Floating-point operations a second of large products on this device, right now: the basis of
-    every time estimate.
+    """Floating-point operations a second of products of n × n matrices on this device, right now:
+    the basis of every time estimate.
     """
     a = torch.ones(n, n, dtype=dtype, device=device.compute_device())
-    timer = benchmark.Timer(
-        "a @ a", globals={"a": a}, num_threads=torch.get_num_threads()
-    )  # waits for a GPU to be done
+    # the timer waits for a GPU to be done
+    timer = benchmark.Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())
     return 2 * n**3 / timer.blocked_autorange(min_run_time=least_s).mean
 
 
 def host_bytes(config) -> int:
     """Host memory while a model is loaded onto a GPU: 2 GiB for Python and torch and the largest
-    tensor twice (assumed).
+    tensor twice, in 16 bit (assumed).
     """
-    return 2 * cards.GIB + 4 * max(p.numel() for p in configs.meta_model(config).parameters())
+    largest = max(p.numel() for p in configs.meta_model(config).parameters())
+    return 2 * cards.GIB + 2 * 2 * largest

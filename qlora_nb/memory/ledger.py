@@ -5,53 +5,41 @@ no memory, so even pythia-12b is counted in a fraction of a second. `measure` wa
 live model and its optimizer. Both write the same lines, so a prediction can be laid beside a
 measurement, byte by byte.
 
-What bitsandbytes stores for a linear layer of n weights (QLoRA, arXiv 2305.14314, section 3;
-`bitsandbytes/functional.py`):
-
-- codes: two 4-bit codes in a byte, n/2 bytes;
-- scales: one float32 a block of 64, n/64 · 4 bytes; with double quantization one byte each, n/64
-  bytes, and
-- scales of the scales: one float32 for 256 of those bytes;
-- tables: the 16 code values (64 bytes); with double quantization also 256 values (1,024 bytes) and
-  one offset (4 bytes).
+How many bytes bitsandbytes stores for a linear layer is `theory.double_quant.storage_bytes` (QLoRA,
+arXiv 2305.14314, section 3; `bitsandbytes/functional.py`). With them come tables: the 16 code
+values (64 bytes), and with double quantization 256 more (1,024 bytes) and one mean (4 bytes).
 
 The published figures "5,842,022,400 bytes for pythia-12b" count codes and both kinds of scales, not
 the tables (0.26 MiB) and not the rest of the model. transformers' `get_memory_footprint()` leaves
-the scales out. What comes on top while a step runs is counted in `activations` and added up in
+the scales out. What is needed on top while a step runs is counted in `dry_run` and added up in
 `budget`.
 """
 
 import html
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from qlora_nb import cards
-from qlora_nb.model import configs, device, embeddings, quantized
+from qlora_nb.memory.plan import Plan
+from qlora_nb.model import configs, embeddings, quantized
 from qlora_nb.model.linear_layers import adapted_names, linear_layers
-from qlora_nb.theory import paging
+from qlora_nb.theory import double_quant, paging
 
-BLOCK, NESTED_BLOCK = 64, 256
-
-CODES, SCALES, NESTED, TABLES = (
-    "4-bit codes",
-    "scales (absmax)",
-    "scales of the scales",
-    "code tables and offsets",
-)
-
-LINEARS, EMBEDDINGS, SMALL, BUFFERS = (
-    "linear weights",
-    "embedding and head",
-    "biases and norms",
-    "buffers",
-)
-
-LORA, GRADIENTS, STATES = "LoRA weights", "gradients", "optimizer states"
-
-LOOKED_UP = "less: only looked up"
+CODES = "4-bit codes"
+SCALES = "scales (absmax)"
+NESTED = "scales of the scales"
+TABLES = "code tables and offsets"
+LINEARS = "linear weights"
+EMBEDDINGS = "embedding and head"
+SMALL = "biases and norms"
+BUFFERS = "buffers"
+LORA = "LoRA weights"
+GRADIENTS = "gradients"
+STATES = "optimizer states"
 
 ORDER = (
     CODES,
@@ -68,6 +56,8 @@ ORDER = (
 )
 
 QUANTIZED = (CODES, SCALES, NESTED)
+
+LOOKED_UP = "less: only looked up"
 
 
 @dataclass(frozen=True)
@@ -106,21 +96,25 @@ class Ledger:
     def table(self) -> list[tuple[str, int, float, str]]:
         """(name, bytes, GiB, source) for every line and the total."""
         rows = [(line.name, line.bytes, line.bytes / cards.GIB, line.source) for line in self.lines]
-        return [*rows, ("total", self.total_bytes, self.total_gib, "")]
+        rows.append(("total", self.total_bytes, self.total_gib, ""))
+        return rows
 
     def __repr__(self) -> str:
-        return "\n".join(
-            [self.title, *(f"{n:24} {b:>18,} B {g:9.3f} GiB  {s}" for n, b, g, s in self.table())]
-        )
+        text = [self.title]
+        for name, size, gib, source in self.table():
+            text.append(f"{name:24} {size:>18,} B {gib:9.3f} GiB  {source}")
+        return "\n".join(text)
 
     def _repr_html_(self) -> str:
-        cells = "<td style='text-align:left'>{}</td><td>{:,}</td><td>{:.3f}</td><td style='text-align:left'>{}</td>"
-        body = "".join(
-            f"<tr>{cells.format(html.escape(n), b, g, html.escape(s))}</tr>"
-            for n, b, g, s in self.table()
-        )
-        head = "<tr><th style='text-align:left'>what</th><th>bytes</th><th>GiB</th><th style='text-align:left'>from</th></tr>"
-        return f"<div><b>{html.escape(self.title)}</b><table>{head}{body}</table></div>"
+        left = "style='text-align:left'"
+        head = f"<th {left}>what</th><th>bytes</th><th>GiB</th><th {left}>from</th>"
+        rows = [f"<tr>{head}</tr>"]
+        for name, size, gib, source in self.table():
+            numbers = f"<td>{size:,}</td><td>{gib:.3f}</td>"
+            name_cell = f"<td {left}>{html.escape(name)}</td>"
+            source_cell = f"<td {left}>{html.escape(source)}</td>"
+            rows.append(f"<tr>{name_cell}{numbers}{source_cell}</tr>")
+        return f"<div><b>{html.escape(self.title)}</b><table>{''.join(rows)}</table></div>"
 
 
 def lora_numels(
@@ -130,59 +124,35 @@ def lora_numels(
     optimizer sees.
 
     Raises:
-        KitError: see `models.adapted_names`.
+        KitError: see `linear_layers.adapted_names`.
     """
     names = adapted_names(model, target_modules)
-    adapted = (m for name, m in linear_layers(model).items() if name.rsplit(".", 1)[-1] in names)
-    return [r * side for m in adapted for side in (m.in_features, m.out_features)]
+    numels = []
+    for path, layer in linear_layers(model).items():
+        if path.rsplit(".", 1)[-1] in names:
+            numels += [r * layer.in_features, r * layer.out_features]
+    return numels
 
 
 def optimizer_bytes(numels: Sequence[int], optim: str) -> int:
     """Bytes of Adam's two states for tensors of these sizes, as the optimizer named by Trainer's
     `optim` stores them.
 
-    torch: two float32 an element and a float32 step counter a tensor. bitsandbytes 32 bit: two
-    float32 an element. 8 bit: two bytes an element and two float32 a block of 256, two shared
-    tables of 256 float32; tensors under 4,096 elements stay 32 bit
+    torch: two float32 an element and a float32 step counter a tensor. bitsandbytes: see
+    `paging.state_bytes`; its 8-bit optimizers share two tables of 256 float32
     (`bitsandbytes/optim/optimizer.py`, `Optimizer2State.init_state`).
     """
     if optim == "adamw_torch":
         return sum(8 * n + 4 for n in numels)
-    bits = 8 if "8bit" in optim else 32
-    tables = 2048 if bits == 8 and any(n >= paging.MIN_8BIT for n in numels) else 0
-    return sum(paging.state_bytes(n, bits) for n in numels) + tables
+    if "8bit" not in optim:
+        return sum(paging.state_bytes(n) for n in numels)
+    tables = 2048 if any(n >= paging.MIN_8BIT for n in numels) else 0
+    return sum(paging.state_bytes(n, bits=8) for n in numels) + tables
 
 
-@dataclass(frozen=True)
-class Parts:
-    """What `predict` counts, by the names of the settings."""
-
-    double_quant: bool = True
-    r: int = 0
-    target_modules: Sequence[str] = ("all-linear",)
-    optim: str = "paged_adamw_32bit"
-    head_4bit: bool = False
-    embedding_on_cpu: bool = False
-
-
-def predict(
-    settings=None,
-    *,
-    config=None,
-    four_bit: bool = True,
-    rest_dtype: torch.dtype | None = None,
-    **changes,
-) -> Ledger:
-    """The ledger of a model before anything is loaded.
-
-    Args:
-        settings: resolved parameters, from which `Parts` is read; without them its defaults count.
-        config: a transformers configuration (for example `pythia_config("12b")`); default:
-            `settings.model_id`'s.
-        four_bit: False counts the linear weights in `rest_dtype` too.
-        rest_dtype: dtype of what is not quantized; default: the settings' compute dtype, without
-            settings float16. A run that calls `prepare_model_for_kbit_training` has float32 here.
-        **changes: fields of `Parts` that differ from the settings.
+def predict(plan: Plan) -> Ledger:
+    """The ledger of a model before anything is loaded, with gradients and optimizer states if it is
+    trained.
 
     Returns:
         Bytes by line. The datatype (NF4 or FP4) does not change them: both have sixteen codes.
@@ -193,62 +163,62 @@ def predict(
     Example, by hand: a linear layer of 128 × 64 weights, 8,192 in all, takes 4,096 bytes of codes
     and 128 scales; these are 512 bytes, or with double quantization 128 bytes and one float32.
     """
-    parts = Parts(
-        **(settings.model_dump(include=set(Parts.__annotations__)) if settings else {}) | changes
-    )
-    rest_dtype = rest_dtype or (
-        device.compute_dtype(settings.compute_dtype) if settings else torch.float16
-    )
-    config = config or configs.config_of(settings.model_id)
-    if own := quantized.own_quantization(config):
-        parts = replace(parts, double_quant=own.bnb_4bit_use_double_quant)
-    model = configs.meta_model(config)
-    weights = [m.weight.numel() for m in linear_layers(model).values()]
-    table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    outside = (
-        {"embedding": table.numel()}
-        if head is table
-        else {"embedding": table.numel(), "head": head.numel()}
-    )
-    small = sum(p.numel() for p in model.parameters()) - sum(weights) - sum(outside.values())
-    if four_bit and head is not table:
-        if parts.head_4bit:
-            weights += [rows * head.shape[1] for rows in embeddings.slice_rows(head.shape[0])]
-            del outside["head"]
-        if parts.embedding_on_cpu and ("embedding_on_cpu" in changes or device.on_gpu()):
-            del outside["embedding"]
-    packed, plain = (weights, []) if four_bit else ([], weights)
-    blocks = [-(-n // BLOCK) for n in packed]
-    nested, tables = (NESTED_BLOCK, 1092) if parts.double_quant else (0, 64)
-    name, item = str(rest_dtype).removeprefix("torch."), rest_dtype.itemsize
-    numels = lora_numels(model, parts.r, parts.target_modules) if parts.r else []
-    lines = (
-        Line(CODES, sum(-(-n // 2) for n in packed), f"{sum(packed):,} weights / 2"),
-        Line(
-            SCALES,
-            sum(blocks) * (1 if nested else 4),
-            f"weights / 64 × {'1 byte' if nested else '4 bytes'}",
-        ),
-        Line(
-            NESTED,
-            sum(-(-b // nested) * 4 for b in blocks) if nested else 0,
-            "scales / 256 × 4 bytes",
-        ),
-        Line(TABLES, len(packed) * tables, f"{len(packed)} layers × {tables} bytes"),
-        Line(LINEARS, sum(plain) * item, f"{sum(plain):,} × {name}"),
-        Line(EMBEDDINGS, sum(outside.values()) * item, f"{sum(outside.values()):,} × {name}"),
-        Line(SMALL, small * item, f"{small:,} × {name}"),
+    model = configs.meta_model(plan.config)
+    embedding = model.get_input_embeddings().weight
+    head = model.get_output_embeddings().weight
+    layers = [layer.weight.numel() for layer in linear_layers(model).values()]
+    tied = head is embedding
+    n_ends = embedding.numel()
+    if not tied:
+        n_ends += head.numel()
+    n_small = sum(p.numel() for p in model.parameters()) - sum(layers) - n_ends
+    if plan.four_bit and not tied:
+        if plan.head_4bit:
+            layers += [rows * head.shape[1] for rows in embeddings.slice_rows(head.shape[0])]
+            n_ends -= head.numel()
+        if plan.embedding_on_cpu and plan.on_gpu:
+            n_ends -= embedding.numel()
+    name = str(plan.rest_dtype).removeprefix("torch.")
+    size = plan.rest_dtype.itemsize
+    if plan.four_bit:
+        nested = plan.double_quant
+        own = quantized.own_quantization(plan.config)
+        if own:
+            nested = own.bnb_4bit_use_double_quant
+        title = f"predicted: 4-bit{' + double quantization' if nested else ''}, rest {name}"
+        lines = _packed_lines(layers, nested)
+    else:
+        title = f"predicted: all {name}"
+        lines = [Line(LINEARS, sum(layers) * size, f"{sum(layers):,} × {name}")]
+    lines += [
+        Line(EMBEDDINGS, n_ends * size, f"{n_ends:,} × {name}"),
+        Line(SMALL, n_small * size, f"{n_small:,} × {name}"),
         Line(BUFFERS, sum(b.nbytes for b in model.buffers()), "rotary frequencies, float32"),
-        Line(LORA, 4 * sum(numels), f"{sum(numels):,} × float32, r = {parts.r}"),
-        Line(GRADIENTS, 4 * sum(numels), "as the LoRA weights"),
-        Line(STATES, optimizer_bytes(numels, parts.optim), parts.optim),
-    )
-    kind = (
-        f"4-bit{' + double quantization' if nested else ''}, rest {name}"
-        if four_bit
-        else f"all {name}"
-    )
-    return Ledger(f"predicted: {kind}", tuple(line for line in lines if line.bytes))
+    ]
+    if plan.r:
+        numels = lora_numels(model, plan.r, plan.target_modules)
+        n_trained = sum(numels)
+        lines.append(Line(LORA, 4 * n_trained, f"{n_trained:,} × float32, r = {plan.r}"))
+        if plan.train:
+            lines.append(Line(GRADIENTS, 4 * n_trained, "as the LoRA weights"))
+            lines.append(Line(STATES, optimizer_bytes(numels, plan.optim), plan.optim))
+    return Ledger(title, tuple(line for line in lines if line.bytes))
+
+
+def _packed_lines(layers: list[int], nested: bool) -> list[Line]:
+    """The lines of 4-bit layers of so many weights."""
+    stored = Counter()
+    second = double_quant.SECOND_BLOCKSIZE if nested else None
+    for n_weights in layers:
+        stored.update(double_quant.storage_bytes(n_weights, second_blocksize=second))
+    tables = 64 + 1024 + 4 if nested else 64
+    scale = "1 byte" if nested else "4 bytes"
+    return [
+        Line(CODES, stored["codes"], f"{sum(layers):,} weights / 2"),
+        Line(SCALES, stored["scales"], f"weights / 64 × {scale}"),
+        Line(NESTED, stored["scales of scales"], "scales / 256 × 4 bytes"),
+        Line(TABLES, len(layers) * tables, f"{len(layers)} layers × {tables} bytes"),
+    ]
 
 
 def measure(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Ledger:
@@ -265,47 +235,82 @@ def measure(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
 
     On a CPU with AVX512-BF16 bitsandbytes repacks a frozen layer at its first forward pass in eval
     mode: the scales become bfloat16 and double quantization is undone (`nn/modules.py`,
-        `Linear4bit.forward`). Measure before that, or in train mode.
+    `Linear4bit.forward`). Measure before that, or in train mode.
     """
-    held: dict[int, tuple[str, int]] = {}  # by storage: what several tensors share counts once
+    total = Counter()
+    counted = set()
+    for line, tensor in _live_tensors(model, optimizer):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in counted:
+            counted.add(storage._cdata)
+            total[line] += storage.nbytes()
+    lines = [Line(name, total[name], "storages of live tensors") for name in ORDER if total[name]]
+    return Ledger("measured", tuple(lines))
 
-    def add(line: str, *tensors: torch.Tensor | None) -> None:
-        for storage in (tensor.untyped_storage() for tensor in tensors if tensor is not None):
-            held.setdefault(storage._cdata, (line, storage.nbytes()))
 
-    at_the_ends = {
-        id(m.weight)
-        for m in (model.get_input_embeddings(), model.get_output_embeddings())
-        if hasattr(m, "weight")
-    }
-    matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
-    for name, p in model.named_parameters():
-        state = getattr(p, "quant_state", None)
-        if state is not None:
-            add(CODES, p)
-            add(SCALES, state.absmax)
-            add(NESTED, state.state2 and state.state2.absmax)
-            add(TABLES, state.code, state.offset, state.state2 and state.state2.code)
+def _live_tensors(model: nn.Module, optimizer) -> Iterator[tuple[str, torch.Tensor]]:
+    """(line, tensor) for everything that a model and its optimizer hold."""
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    embedded = {id(getattr(module, "weight", None)) for module in ends}
+    matrices = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    for name, parameter in model.named_parameters():
+        if getattr(parameter, "quant_state", None) is not None:
+            yield from _packed_tensors(parameter)
+        elif "lora_" in name:
+            yield LORA, parameter
+        elif id(parameter) in embedded:
+            yield EMBEDDINGS, parameter
+        elif id(parameter) in matrices:
+            yield LINEARS, parameter
         else:
-            add(
-                LORA
-                if "lora_" in name
-                else EMBEDDINGS
-                if id(p) in at_the_ends
-                else LINEARS
-                if id(p) in matrices
-                else SMALL,
-                p,
-            )
-        add(GRADIENTS, p.grad)
-    add(BUFFERS, *model.buffers())
-    for state in optimizer.state.values() if optimizer is not None else ():
-        add(STATES, *(t for t in state.values() if torch.is_tensor(t)))
-    found = {name: sum(size for line, size in held.values() if line == name) for name in ORDER}
-    return Ledger(
-        "measured",
-        tuple(Line(name, n, "storages of live tensors") for name, n in found.items() if n),
-    )
+            yield SMALL, parameter
+        if parameter.grad is not None:
+            yield GRADIENTS, parameter.grad
+    for buffer in model.buffers():
+        yield BUFFERS, buffer
+    states = {} if optimizer is None else optimizer.state
+    for state in states.values():
+        for tensor in filter(torch.is_tensor, state.values()):
+            yield STATES, tensor
+
+
+def _packed_tensors(weight: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """(line, tensor) for one weight as bitsandbytes stores it (`QuantState`)."""
+    state = weight.quant_state
+    yield CODES, weight
+    yield SCALES, state.absmax
+    yield TABLES, state.code
+    if state.nested:
+        yield NESTED, state.state2.absmax
+        yield TABLES, state.state2.code
+        yield TABLES, state.offset
+
+
+def layer_bytes(layer: nn.Module) -> dict[str, int]:
+    """Bytes of one linear layer's weight as it lies in memory, item by item as in
+    `double_quant.storage_bytes`: without the code tables, which are the same for every layer.
+    """
+    found = {"codes": layer.weight.nbytes, "scales": 0, "scales of scales": 0, "mean": 0}
+    state = getattr(layer.weight, "quant_state", None)
+    if state is not None:
+        found["scales"] = state.absmax.nbytes
+        if state.nested:
+            found["scales of scales"] = state.state2.absmax.nbytes
+            found["mean"] = state.offset.nbytes
+    return found
+
+
+def stored_bytes(model: nn.Module) -> dict[str, int]:
+    """`layer_bytes` of all linear layers of the blocks together, and the "rest" of the model.
+
+    As for `measure`, call it before the model has computed anything in eval mode.
+    """
+    total = dict.fromkeys(("codes", "scales", "scales of scales", "mean"), 0)
+    for layer in linear_layers(model).values():
+        for part, size in layer_bytes(layer).items():
+            total[part] += size
+    total["rest"] = measure(model).sum((EMBEDDINGS, SMALL, BUFFERS))
+    return total
 
 
 def read_for_a_token(model: nn.Module) -> Ledger:

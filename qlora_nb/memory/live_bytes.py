@@ -1,4 +1,9 @@
-"""Bytes of every tensor while it lives, counted by a dispatch mode."""
+"""Bytes of every tensor while it lives, counted by a dispatch mode.
+
+torch hands every operation to the innermost `TorchDispatchMode`, which runs it and sees what comes
+out. A storage that was not there before is added; a weak reference takes it off when the last
+tensor on it is gone. That works on real tensors and on *meta* ones, which have no memory at all.
+"""
 
 import weakref
 
@@ -14,8 +19,9 @@ class LiveBytes(TorchDispatchMode):
 
     A new phase begins when `peak` is set to `live`.
 
-    Works on real tensors and on *meta* ones. The tensors of `model` are not counted; neither is
-    what a kernel allocates and frees inside itself, which is why real runs are measured by `weigh`.
+    The tensors of `model` are not counted; neither is what a kernel allocates and frees inside
+    itself, which is why real runs are measured by `profiler.measure_peak`. `all_true` is the answer
+    to "is this mask all ones?", which a tensor without values cannot give.
 
     >>> with LiveBytes() as count:
     ...     a = torch.zeros(1000)
@@ -26,29 +32,28 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self, model: nn.Module | None = None, all_true: bool = True):
         super().__init__()
-        self.live = self.peak = 0
-        held = (*model.parameters(), *model.buffers()) if model else ()
-        self.known = {
-            tensor.untyped_storage()._cdata: None for tensor in held
-        }  # a view of them is nothing new
+        self.live = 0
+        self.peak = 0
         self.all_true = all_true
+        self.known = {}  # by storage; a view of a known one is nothing new
+        if model is not None:
+            for tensor in (*model.parameters(), *model.buffers()):
+                self.known[tensor.untyped_storage()._cdata] = None
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
-            return (
-                self.all_true
-            )  # "is the attention mask all ones?" cannot be asked of a tensor without values
+            return self.all_true
         result = func(*args, **(kwargs or {}))
-        for tensor in (result,) if isinstance(result, torch.Tensor) else tree_leaves(result):
-            if (
-                isinstance(tensor, torch.Tensor)
-                and tensor.untyped_storage()._cdata not in self.known
-            ):
-                self._count(tensor.untyped_storage())
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                storage = leaf.untyped_storage()
+                if storage._cdata not in self.known:
+                    self._count(storage)
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
+        key = storage._cdata
+        size = storage.nbytes()
         self.live += size
         self.peak = max(self.peak, self.live)
 

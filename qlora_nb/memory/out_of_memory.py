@@ -1,15 +1,20 @@
 """When memory runs out after all: what was held, what to change, and how the memory of the failed
 step is freed.
+
+An exception keeps its traceback, the traceback its frames, and they keep the activations of the
+step that failed: until it is gone nothing can be tried again. `caught` frees it and goes on,
+`explained` turns it into a refusal with the next option to take.
 """
 
 import gc
 import traceback
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import torch
 
 from qlora_nb import cards
-from qlora_nb.errors import KitError
+from qlora_nb.errors import KitError, is_out_of_memory
 from qlora_nb.memory import budget, ledger
 
 
@@ -28,21 +33,44 @@ def free_memory_of(error: BaseException) -> None:
     torch.cuda.empty_cache()
 
 
+@contextmanager
+def caught() -> Iterator[list[BaseException]]:
+    """Inside, running out of memory ends the block without an exception; what the step held is
+    freed.
+
+    Yields:
+        A list: empty, or after the block with the error in it.
+    """
+    errors = []
+    try:
+        yield errors
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        free_memory_of(error)
+        errors.append(error)
+
+
+@contextmanager
+def explained(settings, model, optimizer: torch.optim.Optimizer | None = None) -> Iterator[None]:
+    """Inside, running out of memory becomes a `KitError` (see `explain`)."""
+    with caught() as errors:
+        yield
+    if errors:
+        raise explain(errors[0], settings, model, optimizer) from errors[0]
+
+
 def explain(error: BaseException, settings, model, optimizer) -> KitError:
-    """What an out-of-memory error becomes: the ledger of that moment and the next lever to pull.
+    """What an out-of-memory error becomes: the ledger of that moment and the next option to take.
     Gradients are freed.
     """
     held = ledger.measure(model, optimizer)
     model.zero_grad(set_to_none=True)
-    parts = ", ".join(
-        f"{line.name} {line.bytes / cards.GIB:.2f}"
-        for line in sorted(held.lines, key=lambda x: -x.bytes)[:4]
-    )
-    more = []
-    with suppress(Exception):  # a family whose activations cannot be counted: no lever is named
-        more = budget.options(settings, model.config)
+    largest = sorted(held.lines, key=lambda line: -line.bytes)[:4]
+    parts = ", ".join(f"{line.name} {line.bytes / cards.GIB:.2f}" for line in largest)
+    remedy = "choose a smaller model, or close other programs"
+    with suppress(Exception):  # a family whose activations cannot be counted: no option is named
+        remedy = str(budget.options(settings, model.config)[0])
     asked = str(error).split("GPU ")[0].splitlines()[0].strip().rstrip(".")[:120]
     what = f"memory ran out ({asked}); held at that moment {held.total_gib:.2f} GiB: {parts}"
-    return KitError(
-        what, remedy=str(more[0]) if more else "choose a smaller model, or close other programs"
-    )
+    return KitError(what, remedy=remedy)

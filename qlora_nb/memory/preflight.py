@@ -1,5 +1,10 @@
 """Refusals before a download: what this machine cannot run, judged by the resolved model, data and
 hardware.
+
+A notebook that runs out of memory after half an hour of downloading has wasted that time. So each
+one asks first: can the hub be reached for what is missing, does the model fit a CPU, is the
+predicted peak (`budget.peak`) within what the card can give. torch is loaded only where a card has
+to be compared.
 """
 
 import os
@@ -25,15 +30,13 @@ def refuse_what_cannot_run(settings) -> None:
     model is fine anywhere.
     """
     refuse_many_processes()
-    here, size = machine.this_machine(), sources.download_bytes(settings.model_id)
+    here = machine.this_machine()
+    size = sources.download_bytes(settings.model_id)
     if not here.gpus:
         refuse_on_cpu(settings.model_id, size or 0, here)
-    _refuse_unreachable(
-        "model",
-        settings.model_id,
-        "pocket, smollm2, a hub name like EleutherAI/pythia-410m, or a folder",
-    )
-    _refuse_unreachable("dataset", settings.dataset, "pocket, a hub name, or a file")
+    models = "pocket, smollm2, a hub name like EleutherAI/pythia-410m, or a folder"
+    sources.require_reachable("model", settings.model_id, models)
+    sources.require_reachable("dataset", settings.dataset, "pocket, a hub name, or a file")
     if here.gpus and size:
         here = machine.this_machine()  # torch is loaded now and says itself what it can use
         if not here.gpus:
@@ -71,22 +74,20 @@ def refuse_many_processes() -> None:
     A job of Slurm may hold many tasks (SLURM_NTASKS) and run one process in its shell or batch
     script: what counts is the step that `srun` starts.
     """
-    sizes = [*SIZES]
+    sizes = list(SIZES)
     if "SLURM_STEP_ID" in os.environ and "SLURM_STEP_NUM_TASKS" not in os.environ:
         sizes.append("SLURM_NTASKS")
-    alone = dict.fromkeys(sizes, 1) | dict.fromkeys(RANKS, 0)
+    alone = dict.fromkeys(sizes, 1)
+    alone.update(dict.fromkeys(RANKS, 0))
     for name, value in alone.items():
         given = os.environ.get(name, "").strip()
         if given.isdecimal() and int(given) > value:
             _refuse_process(f"{name}={given}")
     distributed = sys.modules.get("torch.distributed")
-    if (
-        distributed
-        and distributed.is_available()
-        and distributed.is_initialized()
-        and distributed.get_world_size() > 1
-    ):
-        _refuse_process(f"a process group of {distributed.get_world_size()}")
+    if distributed and distributed.is_available() and distributed.is_initialized():
+        n_processes = distributed.get_world_size()
+        if n_processes > 1:
+            _refuse_process(f"a process group of {n_processes}")
 
 
 def _refuse_process(sign: str) -> None:
@@ -100,51 +101,30 @@ def refuse_on_cpu(model_id: str, bytes_16_bit: int, here: machine.Machine) -> No
     quarter of 16-bit ones).
     """
     need = bytes_16_bit // 4
-    size = f"{bytes_16_bit / 2e9:.1f} billion parameters, {need / cards.GIB:.1f} GiB in 4 bit for the weights alone"
     if bytes_16_bit > 2 * CPU_LIMIT_PARAMETERS:
-        gpu = (
-            f"no GPU that can be used ({here.gpu_problem})" if here.gpu_problem else "no NVIDIA GPU"
+        gpu = "no NVIDIA GPU"
+        if here.gpu_problem:
+            gpu = f"no GPU that can be used ({here.gpu_problem})"
+        what = (
+            f"{model_id} needs a GPU: {bytes_16_bit / 2e9:.1f} billion parameters, "
+            f"{need / cards.GIB:.1f} GiB in 4 bit for the weights alone; this machine has {gpu}, "
+            f"{here.n_cores} CPU cores and {here.ram_bytes / cards.GIB:.1f} GiB of memory"
         )
-        has = f"{gpu}, {here.n_cores} CPU cores and {here.ram_bytes / cards.GIB:.1f} GiB of memory"
         remedy = (
             'profile="tiny" (in the kit) or profile="smollm2" runs here; every cell is the same'
         )
-        remedy = f"{here.gpu_remedy}; {remedy}" if here.gpu_remedy else remedy
-        raise KitError(f"{model_id} needs a GPU: {size}; this machine has {has}", remedy=remedy)
+        if here.gpu_remedy:
+            remedy = f"{here.gpu_remedy}; {remedy}"
+        raise KitError(what, remedy=remedy)
     if max(need, MIN_FREE_BYTES) > here.ram_free_bytes:
-        what = f"{model_id} does not fit this machine's memory: {here.ram_free_bytes / cards.GIB:.1f} GiB are free"
+        free = f"{here.ram_free_bytes / cards.GIB:.1f} GiB are free"
+        what = f"{model_id} does not fit this machine's memory: {free}"
         raise KitError(what, remedy='close other kernels, or use profile="tiny"')
 
 
-def _refuse_unreachable(what: str, name: str, allowed: str) -> None:
-    """A local path must exist; a hub name must be cached or the hub reachable."""
-    path = sources.local_path(name)
-    if path.is_dir() and what == "model" and not (path / "config.json").is_file():
-        raise KitError(
-            "the model folder has no config.json",
-            value=name,
-            remedy="give a folder made by save_pretrained",
-        )
-    if name in ("pocket", "smollm2") or path.exists():
-        return
-    if (
-        name.startswith((".", "/", "~", "\\"))
-        or path.suffix in {".json", ".jsonl", ".csv", ".parquet"}
-        or name.count("/") != 1
-    ):
-        raise KitError(f"{what} not found", value=name, allowed=allowed, remedy="check the path")
-    if not sources.in_hub_cache(name, what) and not sources.hub_is_reachable():
-        elsewhere = "fetch it ahead on a machine with network (notebook 01, fetch_ahead=True)"
-        remedy = f'{elsewhere}, or give a local path for it, or use profile="tiny"'
-        raise KitError(
-            f"the {what} {name} is not in the local cache and {sources.hub_endpoint()} cannot be reached",
-            remedy=remedy,
-        )
-
-
 def require_fit(settings, here: machine.Machine, train: bool = True) -> None:
-    """Refuse, before anything is downloaded, what cannot fit the GPU that is used; names the levers
-    that make it fit.
+    """Refuse, before anything is downloaded, what cannot fit the GPU that is used; names the
+    options that make it fit.
 
     The prediction is compared with what can be had of the card: all but the driver's part and what
     other programs hold. What this process holds counts as free, so that a cell can be run again.
@@ -156,29 +136,32 @@ def require_fit(settings, here: machine.Machine, train: bool = True) -> None:
     if gpu is None:
         return
     from qlora_nb.memory import budget  # loads torch: not before it is needed
-    from qlora_nb.model import configs
+    from qlora_nb.memory.plan import plan_of
 
-    config, limit = configs.config_of(settings.model_id), gpu.usable_bytes
-    needed = budget.peak(budget.plan_of(settings, train, config, on_gpu=True)).total_bytes
+    plan = plan_of(settings, train, on_gpu=True)
+    limit = gpu.usable_bytes
+    needed = budget.peak(plan).total_bytes
     if needed <= limit:
         return
-    fit = budget.make_fit(settings, limit, config) if train else None
-    largest = budget.largest_pythia(settings, limit, train, pull=train)
-    smaller = (
-        f'model_id="EleutherAI/pythia-{largest[0]}" fits'
-        if largest
-        else 'profile="tiny" runs anywhere'
-    )
-    remedy = "; ".join(map(str, fit[1])) if fit else smaller
-    what = f"{settings.model_id} does not fit this GPU: {'fine-tuning' if train else 'answering'} is predicted to need"
+    fit = budget.make_fit(settings, limit, plan.config) if train else None
+    largest = budget.largest_pythia(settings, limit, train, with_options=train)
+    if fit:
+        remedy = "; ".join(map(str, fit[1]))
+    elif largest:
+        remedy = f'model_id="EleutherAI/pythia-{largest[0]}" fits'
+    else:
+        remedy = 'profile="tiny" runs anywhere'
+    kind = "fine-tuning" if train else "answering"
     digits = 1 if needed - limit > 0.1 * cards.GIB else 2
-    sizes = f"{needed / cards.GIB:.{digits}f} GiB at its peak, the {gpu.name} has {gpu.total_bytes / cards.GIB:.1f} GiB"
+    what = (
+        f"{settings.model_id} does not fit this GPU: {kind} is predicted to need "
+        f"{needed / cards.GIB:.{digits}f} GiB at its peak, "
+        f"the {gpu.name} has {gpu.total_bytes / cards.GIB:.1f} GiB"
+    )
     if limit < gpu.total_bytes:
-        sizes = f"{sizes}, {limit / cards.GIB:.{digits}f} GiB of them to be had"
+        what += f", {limit / cards.GIB:.{digits}f} GiB of them to be had"
     if gpu.others_bytes > budget.SLACK * gpu.total_bytes:
-        sizes = (
-            f"{sizes}, {gpu.others_bytes / cards.GIB:.1f} GiB of them are held by other programs"
-        )
+        what += f", {gpu.others_bytes / cards.GIB:.1f} GiB of them are held by other programs"
         if needed <= limit + gpu.others_bytes:
             remedy = f"close the other programs on this GPU (nvidia-smi lists them); or {remedy}"
-    raise KitError(f"{what} {sizes}", remedy=remedy)
+    raise KitError(what, remedy=remedy)

@@ -1,4 +1,8 @@
-"""The peak of memory while a model works, measured by torch itself."""
+"""The peak of memory while a model works, measured by torch itself.
+
+On a GPU torch's allocator keeps the peak. On a CPU torch's profiler records every allocation and
+every release with its time; their running sum is the memory in use, its maximum the peak.
+"""
 
 import itertools
 from collections.abc import Iterator
@@ -13,7 +17,7 @@ from qlora_nb.model import device
 
 @dataclass
 class PeakMemory:
-    """The most bytes that lived at once besides what was there at the start; known when `weigh`
+    """The most bytes in use at once besides what was there at the start; known when `measure_peak`
     ends.
     """
 
@@ -22,9 +26,7 @@ class PeakMemory:
 
 @contextmanager
 def measure_peak() -> Iterator[PeakMemory]:
-    """Measure what moves while a model works: torch's allocator tells, on a GPU directly, on a CPU
-    through torch's profiler.
-    """
+    """Measure the peak of what is allocated inside the context, in bytes."""
     moved = PeakMemory()
     if device.on_gpu():
         torch.cuda.reset_peak_memory_stats()
@@ -34,8 +36,8 @@ def measure_peak() -> Iterator[PeakMemory]:
         return
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         yield moved
-    events = [
-        event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"
-    ]
-    sizes = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
-    moved.peak_bytes = max(itertools.accumulate(sizes), default=0)
+    events = profiler.profiler.kineto_results.events()
+    changes = [event for event in events if event.name() == "[memory]"]
+    changes.sort(key=lambda event: event.start_ns())
+    in_use = itertools.accumulate(event.nbytes() for event in changes)
+    moved.peak_bytes = max(in_use, default=0)

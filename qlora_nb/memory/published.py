@@ -1,5 +1,7 @@
-"""Published memory figures, each entered as a configuration and predicted with the same
-constants.
+"""Published memory figures, each entered as a configuration and predicted with the same constants.
+
+`published.toml` holds the QLoRA paper's figures, the write-up's and others'. A constant fitted to
+one of them would miss the others; the table in notebook 06 shows that none is.
 """
 
 import tomllib
@@ -8,40 +10,44 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
-from qlora_nb.memory import budget, dry_run
+from qlora_nb.memory import budget
+from qlora_nb.memory.plan import Plan
 from qlora_nb.model import configs
 
 
 def published_figures() -> list[dict[str, object]]:
-    """Every figure of `published.toml`, entered as a configuration and predicted with the same
-    constants.
+    """Every figure of `published.toml` beside its prediction.
 
     Returns:
         Rows with figure, published and predicted (both in 10^9 bytes), remark (why they differ) and
         source.
     """
+    text = Path(__file__).with_name("published.toml").read_text(encoding="utf-8")
     rows = []
-    for name, row in tomllib.loads(
-        (Path(__file__).parent / "published.toml").read_text(encoding="utf-8")
-    ).items():
-        shape = row["config"]
-        config = (
-            configs.pythia_config(shape["pythia"])
-            if "pythia" in shape
-            else AutoConfig.for_model(**shape)
-        )
-        if row["moment"] == "peak":
-            step = {
-                name: getattr(torch, value) if "dtype" in name else value
-                for name, value in row["step"].items()
+    for name, entry in tomllib.loads(text).items():
+        rows.append(
+            {
+                "figure": name,
+                "published": entry["published_gb"],
+                "predicted": _predicted_bytes(entry) / 1e9,
+                "remark": entry["why"],
+                "source": entry["source"],
             }
-            predicted = budget.peak(
-                budget.Plan(config, dry_run.Step(**step), **row.get("plan", {}))
-            ).total_bytes
-        else:  # all weights, alone or with everything that full fine-tuning keeps for each of them
-            predicted = row["bytes_per_parameter"] * sum(
-                p.numel() for p in configs.meta_model(config).parameters()
-            )
-        figures = {"figure": name, "published": row["published_gb"], "predicted": predicted / 1e9}
-        rows.append(figures | {"remark": row["why"], "source": row["source"]})
+        )
     return rows
+
+
+def _predicted_bytes(entry: dict) -> int:
+    shape = entry["config"]
+    if "pythia" in shape:
+        config = configs.pythia_config(shape["pythia"])
+    else:
+        config = AutoConfig.for_model(**shape)
+    if "bytes_per_parameter" in entry:
+        n_parameters = sum(p.numel() for p in configs.meta_model(config).parameters())
+        return entry["bytes_per_parameter"] * n_parameters
+    fields = dict(entry["plan"])
+    for name in ("dtype", "rest_dtype"):
+        if name in fields:
+            fields[name] = getattr(torch, fields[name])
+    return budget.peak(Plan(config, **fields)).total_bytes

@@ -1,5 +1,8 @@
 """Configurations: a Pythia from its known sizes, everything else from its config.json, and models
 of them without memory.
+
+A configuration is all that a prediction needs: it names the architecture and its sizes.
+transformers builds the modules from it; on torch's *meta* device they have shapes and no storage.
 """
 
 import torch
@@ -12,9 +15,8 @@ from qlora_nb.model import load
 from qlora_nb.pythia import PYTHIA, pythia_size
 
 
-def pythia_config(size: str):
-    """transformers' configuration of a Pythia size ("14m" … "12b"), from `shapes.PYTHIA`: no hub is
-    asked.
+def pythia_config(size: str) -> GPTNeoXConfig:
+    """transformers' configuration of a Pythia size ("14m" … "12b"); no hub is asked.
 
     Raises:
         KitError: a size that does not exist.
@@ -22,20 +24,23 @@ def pythia_config(size: str):
     if size not in PYTHIA:
         raise KitError("unknown Pythia size", value=size, allowed=", ".join(PYTHIA))
     shape = PYTHIA[size]
-    widths = {
-        "vocab_size": shape.vocab,
-        "hidden_size": shape.hidden,
-        "intermediate_size": 4 * shape.hidden,
-    }
-    counts = {"num_hidden_layers": shape.n_layers, "num_attention_heads": shape.heads}
-    return GPTNeoXConfig(**widths, **counts, bos_token_id=0, eos_token_id=0)
+    return GPTNeoXConfig(
+        vocab_size=shape.vocab,
+        hidden_size=shape.hidden,
+        intermediate_size=4 * shape.hidden,
+        num_hidden_layers=shape.n_layers,
+        num_attention_heads=shape.heads,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
 
 
 def config_of(model_id: str):
     """The configuration behind a `model_id`: a Pythia from its known sizes, everything else from
     its config.json.
     """
-    if size := pythia_size(model_id):
+    size = pythia_size(model_id)
+    if size:
         return pythia_config(size)
     with load.loading("configuration", model_id):
         return AutoConfig.from_pretrained(sources.model_path(model_id), trust_remote_code=False)

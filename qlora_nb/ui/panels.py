@@ -15,6 +15,7 @@ from IPython.core.pylabtools import print_figure
 from qlora_nb.answer import generate
 from qlora_nb.errors import KitError
 from qlora_nb.memory import budget
+from qlora_nb.memory.plan import plan_of
 from qlora_nb.pythia import PYTHIA
 from qlora_nb.ui import charts
 from qlora_nb.ui.widgets import CONTROL, LABEL, choice, choice_slider, explore, float_slider, naming
@@ -66,7 +67,7 @@ def plan_figure(settings, gpu_gib: float | None = None):
     varies.
     """
     name = settings.model_id.split("/")[-1].replace("$", r"\$")  # two would begin a formula
-    peak = lambda train: budget.peak(budget.plan_of(settings, train, on_gpu=bool(gpu_gib)))
+    peak = lambda train: budget.peak(plan_of(settings, train, on_gpu=bool(gpu_gib)))
     return charts.memory_bars(
         {f"fine-tuning\n{name}": peak(True), f"answering\n{name}": peak(False)}, gpu_gib
     )
