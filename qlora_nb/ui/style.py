@@ -57,11 +57,11 @@ LOOKS = {
     "LoRA weights": Look(GREEN, "||"),
     "gradients": Look(GREEN, "oo"),
     "optimizer states": Look(PINK, "++"),
-    "paged optimizer states": Look(PINK, "--"),
+    "paged optimizer states": Look(PINK, "**"),
     "kept for the backward pass": Look(ORANGE, "//"),
     "working memory": Look(VERMILION, "\\\\"),
     "key-value cache": Look(BROWN, "OO"),
-    "CUDA itself (assumed)": Look(GREY, "**"),
+    "CUDA itself (assumed)": Look(GREY, "--"),
 }
 """What is drawn → how, in all notebooks."""
 
