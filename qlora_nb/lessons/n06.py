@@ -51,20 +51,18 @@ def lengths(
     ax.axvline(longest, ymax=0.77, color=style.BLUE, linestyle="--", label=label)
     end = 1.05 * min(max_length, max(n_tokens))
     if peak_gib is not None:
-        _draw_peaks(ax.twinx(), [round(end * i / 6) for i in range(1, 7)], peak_gib)
-    room_for_legends = 1.3
-    ax.set(xlim=(0, end), ylim=(0, room_for_legends * ax.get_ylim()[1]))
+        at = [round(end * i / 6) for i in range(1, 7)]
+        found = [peak_gib(tokens) for tokens in at]
+        peaks = ax.twinx()
+        line = {"color": style.VERMILION, "clip_on": False}
+        peaks.plot(at, found, "D-", label="predicted peak (right)", **line)
+        peaks.set(ylabel="peak (GiB)", ylim=(0, 1.3 * max(found)))
+        peaks.grid(visible=False)
+        peaks.legend(loc="upper right")
+    highest = ax.get_ylim()[1]
+    ax.set(xlim=(0, end), ylim=(0, 1.3 * highest))  # room for the legends
     mean = sum(n_tokens) / len(n_tokens)
     return f"Rows have {mean:.0f} tokens on average; max_length allows {max_length}"
-
-
-def _draw_peaks(ax, n_tokens: list[int], peak_gib: Callable[[int], float]) -> None:
-    peaks = [peak_gib(tokens) for tokens in n_tokens]
-    line = {"color": style.VERMILION, "clip_on": False}
-    ax.plot(n_tokens, peaks, "D-", label="predicted peak (right)", **line)
-    ax.set(ylabel="peak (GiB)", ylim=(0, 1.3 * max(peaks)))
-    ax.grid(visible=False)
-    ax.legend(loc="upper right")
 
 
 @style.draws((8, 3.6), ylabel="exact match (%)", ylim=(0, 105))

@@ -17,7 +17,6 @@ from qlora_nb.errors import KitError
 from qlora_nb.memory import budget
 from qlora_nb.pythia import PYTHIA
 from qlora_nb.ui import charts, widgets
-from qlora_nb.ui.widgets import CONTROL
 
 
 class LiveTraining:
@@ -32,7 +31,9 @@ class LiveTraining:
     """
 
     def __init__(self, max_steps: int, n_lines: int = 8, redraw_s: float = 2.0):
-        self.bar = W.FloatProgress(0, min=0, max=max_steps, description="training", **CONTROL)
+        self.bar = W.FloatProgress(
+            0, min=0, max=max_steps, description="training", **widgets.CONTROL
+        )
         self.text = W.Label("waiting for the first step")
         self.curve = W.Image(format="png", layout=W.Layout(max_width="700px", display="none"))
         self.box = W.VBox([self.bar, self.text, self.curve])
@@ -102,7 +103,6 @@ def planner(settings, gpu_gib: float | None = None) -> W.VBox:
     Returns:
         `explore`'s box; `.controls` (name → widget) and `.advice` are for tests.
     """
-
     controls = {}
     if gpu_gib is not None:
         own = settings.model_id
@@ -148,18 +148,16 @@ class SideBySide:
         self.settings = settings
         self.stopping = threading.Event()
         self.worker = None
-
-        def slider(name: str, low: float, high: float, step: float) -> W.FloatSlider:
-            return widgets.float_slider(name, getattr(settings, name), low, high, step)
-
         self.prompt = widgets.text_box("prompt", height="7em", value=settings.prompts[0])
-        seed = W.BoundedIntText(settings.seed, min=0, max=2**31 - 1, description="seed", **CONTROL)
-        self.controls = {
-            "temperature": slider("temperature", 0, 2, 0.1),
-            "top_p": slider("top_p", 0.05, 1, 0.05),
-            "repetition_penalty": slider("repetition_penalty", 1, 2, 0.05),
-            "seed": seed,
-        }
+        controls = [
+            widgets.float_slider("temperature", settings.temperature, 0, 2, 0.1),
+            widgets.float_slider("top_p", settings.top_p, 0.05, 1, 0.05),
+            widgets.float_slider("repetition_penalty", settings.repetition_penalty, 1, 2, 0.05),
+            W.BoundedIntText(
+                settings.seed, min=0, max=2**31 - 1, description="seed", **widgets.CONTROL
+            ),
+        ]
+        self.controls = {control.description: control for control in controls}
         self.ask = W.Button(description="Ask both", button_style="primary", icon="play")
         self.ask.on_click(lambda _: self.start())
         self.stop_button = W.Button(description="Stop", icon="stop", disabled=True)

@@ -124,9 +124,9 @@ def maps(axes, parts: Sequence, limit: float, label: str, **settings) -> None:
     """Matrices (torch tensors) as colour maps, one on each of the axes, on one scale from -limit to
     limit with one colour bar.
     """
-    scale = {"cmap": "RdBu", "vmin": -limit, "vmax": limit}
+    settings.update(cmap="RdBu", vmin=-limit, vmax=limit, interpolation="nearest")
     for ax, part in zip(axes, parts):
-        image = ax.imshow(part.numpy(), interpolation="nearest", **scale, **settings)
+        image = ax.imshow(part.numpy(), **settings)
         ax.grid(visible=False)
     figure = image.figure
     bottom = axes[-1].get_position().y0
