@@ -72,7 +72,7 @@ def speeds(axes, answers: dict[str, list]) -> None:
     for i, said in enumerate(answers.values()):
         waits = [1000 * answer.first_token_s for answer in said]
         rates = [answer.tokens_per_s for answer in said]
-        look = style.look("LoRA", "..") if i % 2 else style.look("other", "")
+        look = style.look("LoRA") if i % 2 else style.look("other", "")
         for ax, values in ((left, waits), (right, rates)):
             median = statistics.median_high(values)
             ax.barh(i, median, **look)
