@@ -73,7 +73,8 @@ def guard_source() -> str:
     else:
         said = "The repository's address is not set yet: install qlora-nb here by hand."
         install = f'    print("{said}")'
-    return f"""# In Colab this installs the kit if it is missing there; anywhere else it does nothing.
+    return f"""\
+# In Colab this installs the kit if it is missing there; anywhere else it does nothing.
 import sys
 from importlib.util import find_spec
 
