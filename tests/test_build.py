@@ -214,10 +214,10 @@ def test_notebook_01_says_restart_when_an_install_changed_what_is_loaded(root, m
     (source,) = [
         c.source for c in notebook.cells if c.cell_type == "code" and "if v.problem]" in c.source
     ]
-    exec(source, {"environment": machine})
+    exec(source, {"machine": machine})
     assert "packages are in their ranges" in capsys.readouterr().out
     monkeypatch.setattr(numpy, "__version__", "1.99.0")
-    exec(source, {"environment": machine})
+    exec(source, {"machine": machine})
     said = capsys.readouterr().out
     assert "numpy: 1.99.0 is loaded but" in said
     assert "Colab: restart the runtime" in said

@@ -635,7 +635,7 @@ from pathlib import Path
 from IPython.core.interactiveshell import InteractiveShell
 cells = nbformat.read("notebooks/07_inference.ipynb", 4).cells
 first = next(i for i, c in enumerate(cells) if "parameters" in c.metadata.get("tags", []))
-last = next(i for i, c in enumerate(cells) if "generation.load_adapter(base" in c.source)
+last = next(i for i, c in enumerate(cells) if "adapters.load_adapter(base" in c.source)
 shell = InteractiveShell.instance()
 for _ in range(2):
     for cell in cells[first:last + 1]:

@@ -564,7 +564,7 @@ def side_by_side(monkeypatch, **values):
         return STEPS
 
     monkeypatch.setattr(generate, "stream", stream)
-    monkeypatch.setattr(generate, "along", along)
+    monkeypatch.setattr(generate, "next_tokens_along", along)
     settings = validate(values)
     return panels.SideBySide("a model", "a tokenizer", settings), asked, settings
 

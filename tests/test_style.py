@@ -14,7 +14,7 @@ from IPython.core.pylabtools import print_figure
 from matplotlib import colors
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from qlora_nb.ui import style, widgets
+from qlora_nb.ui import charts, style, widgets
 
 # Machado, Oliveira, Fernandes 2009, severity 1.0: what is left of linear sRGB when one kind of cone
 # is missing
@@ -67,7 +67,9 @@ def nearest(palette: dict[str, str], matrix) -> tuple[float, tuple[str, str]]:
 
 @pytest.mark.parametrize("eyes", SEEN_WITHOUT)
 def test_colours_stay_apart(eyes):
-    distance, pair = nearest(style.COLOURS | {"paper": "white"}, SEEN_WITHOUT[eyes])
+    palette = {colour: colour for colour in style.COLOURS.values()}
+    assert len(palette) == 9
+    distance, pair = nearest(palette | {"paper": "white"}, SEEN_WITHOUT[eyes])
     print(f"{eyes}: {distance:.1f} between {' and '.join(pair)}")
     assert distance >= LEAST, pair
 
@@ -79,14 +81,24 @@ def test_the_measure_would_find_a_bad_palette():
 
 
 def test_a_colour_is_never_the_only_difference():
-    assert style.COLOURS.keys() == style.MARKERS.keys() == style.HATCHES.keys()
-    assert len(set(style.MARKERS.values())) == len(style.MARKERS)
-    full = {meaning for meaning, hatch in style.HATCHES.items() if not hatch}
-    assert full == {"16-bit", "NF4"}, (
-        "without a hatch: only black and the darkest blue, told apart by lightness alone"
-    )
-    lightness = [lab(style.COLOURS[meaning], np.eye(3))[0] for meaning in sorted(full)]
+    assert style.COLOURS.keys() == style.HATCHES.keys() == style.LOOKS.keys()
+    lines = style.MARKERS.keys()
+    parts = style.LOOKS.keys() - lines
+    assert len(set(style.MARKERS.values())) == len(style.MARKERS) == 8
+    assert len(parts) == 12
+    for group in (lines, parts):
+        hatches = [style.HATCHES[meaning] for meaning in group if style.HATCHES[meaning]]
+        assert len(set(hatches)) == len(hatches), "also in grey every bar can be told"
+        full = {style.COLOURS[meaning] for meaning in group if not style.HATCHES[meaning]}
+        assert full == {style.BLACK, style.BLUE}, "without a hatch: told apart by lightness alone"
+    lightness = [lab(colour, np.eye(3))[0] for colour in (style.BLACK, style.BLUE)]
     assert lightness[1] - lightness[0] > 4 * LEAST / 2
+
+
+def test_parts_of_memory_are_told_apart_where_a_figure_stacks_them():
+    """Every part of the shared figure of memory has a look of its own in the table."""
+    looks = [style.LOOKS[part] for part in charts.PARTS]
+    assert len(set(looks)) == len(looks) == 10
 
 
 def test_a_figure_is_shown_in_full_and_leaves_no_trace():

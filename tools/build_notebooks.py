@@ -66,13 +66,15 @@ def guard_source() -> str:
         install = f'''    from importlib.metadata import version
     from pathlib import Path
 
-    Path("/tmp/keep.txt").write_text("".join(f"{{p}}=={{version(p)}}\\n" for p in ("torch", "numpy", "ipywidgets")))
+    Path("/tmp/keep.txt").write_text(
+        "".join(f"{{p}}=={{version(p)}}\\n" for p in ("torch", "numpy", "ipywidgets"))
+    )
     %pip install -q -c /tmp/keep.txt "qlora-nb @ git+{address}@v{version}"'''
     else:
-        install = (
-            '    print("The repository\'s address is not set yet: install qlora-nb here by hand.")'
-        )
-    return f"""# In Colab this installs the kit if it is missing there; anywhere else it does nothing.
+        said = "The repository's address is not set yet: install qlora-nb here by hand."
+        install = f'    print("{said}")'
+    return f"""\
+# In Colab this installs the kit if it is missing there; anywhere else it does nothing.
 import sys
 from importlib.util import find_spec
 

@@ -1,4 +1,11 @@
-"""Notebook 01: this machine, the profiles on it, every Pythia against a card; its checker."""
+"""Notebook 01, setup: what this machine can do, before anything is loaded.
+
+- `profiles_here`: table of the four profiles, each with its predicted peak, and why one is refused;
+- `downloads`: what would come from the hub;
+- `what_fits`: table of cards, each with the largest Pythia that answers and that fine-tunes on it;
+- `every_pythia`: figure of the peak of fine-tuning every Pythia, part by part, beside a card;
+- `check_weight_gib`: the exercise, GiB of 4-bit weights.
+"""
 
 from matplotlib.figure import Figure
 
@@ -9,102 +16,112 @@ from qlora_nb.memory.plan import plan_of
 from qlora_nb.model import configs
 from qlora_nb.pythia import PYTHIA
 from qlora_nb.settings import PROFILES, validate
-from qlora_nb.ui import charts
-from qlora_nb.ui.checks import verdict
-
-
-def check_weight_gib(stub, n_parameters: int, n_bits: int) -> bool:
-    """Memory of `n_parameters` weights of `n_bits` each, in GiB."""
-    hint = "eight bits are a byte, 2^30 bytes a GiB"
-    if isinstance(stub, (int, float)) and abs(stub - n_parameters * n_bits / 1e9 / 8) < 0.01:
-        hint = "that is GB of 10^9 bytes; a GiB has 2^30"
-    if isinstance(stub, (int, float)) and abs(stub - n_parameters * n_bits / 2**30) < 0.1:
-        hint = "that counts bytes where there are bits: 4 bit are half a byte"
-    return verdict(stub, n_parameters * n_bits / 8 / 2**30, "GiB of weights", hint, tolerance=0.01)
+from qlora_nb.ui import charts, checks
 
 
 def profiles_here(here: machine.Machine) -> list[dict[str, str]]:
-    """One row a profile: its model, the predicted peak of its fine-tuning, whether it runs on this
-    machine, and why not.
+    """One row a profile: its model, the predicted peak of its fine-tuning (GiB), and whether it
+    runs on this machine.
     """
     rows = []
-    for name, defaults in PROFILES.items():
-        settings, need, verdict = validate({"profile": name}), "known after its fetch", "yes"
+    for name in PROFILES:
+        settings = validate({"profile": name})
+        needed = "known after its fetch"
+        runs = "yes"
         try:
-            need = f"{budget.peak(plan_of(settings, on_gpu=name in ('t4', 'full'))).total_gib:.2f}"
+            on_gpu = name in ("t4", "full")
+            needed = f"{budget.peak(plan_of(settings, on_gpu=on_gpu)).total_gib:.2f}"
             if not here.gpus:
-                preflight.refuse_on_cpu(
-                    settings.model_id, sources.download_bytes(settings.model_id) or 0, here
-                )
+                size = sources.download_bytes(settings.model_id)
+                preflight.refuse_on_cpu(settings.model_id, size or 0, here)
             preflight.require_fit(settings, here)
         except KitError as error:
-            verdict = f"no: {error.what.split(':')[0].split(', this machine')[0]}"
-        rows.append(
-            {
-                "profile": name,
-                "model": defaults["model_id"].value,
-                "peak, fine-tuning (GiB)": need,
-                "runs here": verdict,
-            }
-        )
+            reason = error.what.split(":")[0].split(", this machine")[0]
+            runs = f"no: {reason}"
+        row = {
+            "profile": name,
+            "model": settings.model_id,
+            "peak, fine-tuning (GiB)": needed,
+            "runs here": runs,
+        }
+        rows.append(row)
     return rows
 
 
 def downloads(settings) -> list[str]:
-    """One sentence for model and data each: how much would come from the hub, or that nothing
-    would.
+    """One sentence for model, data and pythia-12b each: how much would come from the hub (GB of
+    10^9 bytes).
     """
     lines = []
     for what, name in (("model", settings.model_id), ("dataset", settings.dataset)):
+        size = sources.download_bytes(name)
         if name in ("pocket", "smollm2") or sources.local_path(name).exists():
-            lines.append(f"{what} {name}: already here, nothing to download")
+            said = "already here, nothing to download"
         elif sources.in_hub_cache(name, what):
-            lines.append(f"{what} {name}: in the local cache")
+            said = "in the local cache"
+        elif size is None:
+            said = "size known only to the hub to download"
         else:
-            size = sources.download_bytes(name)
-            lines.append(
-                f"{what} {name}: {f'about {size / 1e9:.1f} GB' if size else 'size known only to the hub'} to download"
-            )
-    size = 2 * PYTHIA["12b"].n_parameters / 1e9
-    return [
-        *lines,
-        f"for comparison, EleutherAI/pythia-12b: {size:.1f} GB (GB of 10^9 bytes, as disks are sold)",
-    ]
+            said = f"about {size / 1e9:.1f} GB to download"
+        lines.append(f"{what} {name}: {said}")
+    size = f"{2 * PYTHIA['12b'].n_parameters / 1e9:.1f} GB"
+    unit = "GB of 10^9 bytes, as disks are sold"
+    return [*lines, f"for comparison, EleutherAI/pythia-12b: {size} ({unit})"]
 
 
 def what_fits(
     settings, sizes_gib: tuple[float, ...] = (8.0, 12.0, 16.0, 24.0, 48.0)
 ) -> list[dict[str, str]]:
-    """One row a card: the largest Pythia that answers on it, fine-tunes with these settings, and
-    with levers pulled.
+    """One row a card: the largest Pythia that answers on it, that fine-tunes with these settings,
+    and that fine-tunes with options that save memory, which are named.
     """
     rows = []
-    for card in sizes_gib:
-        kinds = {
-            "answering": (False, False),
-            "fine-tuning": (True, False),
-            "fine-tuning with levers": (True, True),
-        }
-        found = {
-            kind: budget.largest_pythia(settings, card * cards.GIB, *how)
-            for kind, how in kinds.items()
-        }
+    for size_gib in sizes_gib:
+        card = size_gib * cards.GIB
+        answering = budget.largest_pythia(settings, card, False)
+        tuning = budget.largest_pythia(settings, card, True)
+        with_options = budget.largest_pythia(settings, card, True, True)
         row = {
-            kind: f"{fit[0]} ({fit[1].total_gib:.1f} GiB)" if fit else "none"
-            for kind, fit in found.items()
+            "card": f"{size_gib:g} GiB",
+            "answering": _size_and_peak(answering),
+            "fine-tuning": _size_and_peak(tuning),
+            "fine-tuning with levers": _size_and_peak(with_options),
+            "levers": "none is enough",
         }
-        options = "none is enough"
-        if found["fine-tuning with levers"]:
-            pulled = found["fine-tuning with levers"][2]
-            changes = [", ".join(f"{k}={v}" for k, v in lever.changes.items()) for lever in pulled]
-            options = "; ".join(changes) or "none needed"
-        rows.append({"card": f"{card:g} GiB", **row, "levers": options})
+        if with_options is not None:
+            taken = []
+            for option in with_options[2]:
+                taken.append(", ".join(f"{name}={new}" for name, new in option.changes.items()))
+            row["levers"] = "; ".join(taken) if taken else "none needed"
+        rows.append(row)
     return rows
 
 
+def _size_and_peak(fit: tuple | None) -> str:
+    """What `budget.largest_pythia` found, as "12b (10.3 GiB)"."""
+    if fit is None:
+        return "none"
+    size, peak, _ = fit
+    return f"{size} ({peak.total_gib:.1f} GiB)"
+
+
 def every_pythia(settings, gpu_gib: float) -> Figure:
-    """Predicted peak of fine-tuning every Pythia with these settings, stacked by part, against a
-    card.
-    """
-    plans = {n: plan_of(settings, True, configs.pythia_config(n), on_gpu=True) for n in PYTHIA}
-    return charts.memory_bars({name: budget.peak(plan) for name, plan in plans.items()}, gpu_gib)
+    """Predicted peak of fine-tuning every Pythia with these settings on a card of `gpu_gib` GiB."""
+    peaks = {}
+    for size in PYTHIA:
+        config = configs.pythia_config(size)
+        peaks[size] = budget.peak(plan_of(settings, config=config, on_gpu=True))
+    return charts.memory_bars(peaks, gpu_gib)
+
+
+def check_weight_gib(stub, n_parameters: int, n_bits: int) -> bool:
+    """Memory of `n_parameters` weights of `n_bits` each, in GiB."""
+    bits = n_parameters * n_bits
+    hint = "eight bits are a byte, 2^30 bytes a GiB"
+    if isinstance(stub, (int, float)):
+        if abs(stub - bits / 8 / 1e9) < 0.01:
+            hint = "that is GB of 10^9 bytes; a GiB has 2^30"
+        if abs(stub - bits / cards.GIB) < 0.1:
+            hint = "that counts bytes where there are bits: 4 bit are half a byte"
+    want = bits / 8 / cards.GIB
+    return checks.verdict(stub, want, "GiB of weights", hint, tolerance=0.01)

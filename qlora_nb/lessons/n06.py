@@ -1,112 +1,126 @@
-"""Notebook 06: the figures and checkers of fine-tuning."""
+"""Notebook 06, fine-tuning: its figures and exercises.
+
+- `label_mask`: a row of the data as HTML, the tokens that train marked;
+- `lengths`: histogram of the rows' lengths, under the predicted peak of a batch of such length;
+- `scores`: exact match by kind of question, of the baselines, the base and the tuned model;
+- `check_rows_in_a_step`, `check_bytes_per_trained_number`, `check_labels`: the exercises.
+"""
 
 import html
+import math
 from collections.abc import Callable
 
-from qlora_nb.ui.checks import verdict
-from qlora_nb.ui.style import COLOURS, draws, look
+from qlora_nb.ui import checks, style
 
-
-@draws((8, 2.8), "upper left", xlabel="length of a row (tokens)", ylabel="rows")
-def lengths(
-    ax, n_tokens: list[int], max_length: int, peak_gib: Callable[[int], float] | None = None
-) -> str:
-    """Histogram of row lengths in tokens, prompt and answer together, under the peak that a batch
-    of such length needs (GiB).
-    """
-    ax.hist(
-        n_tokens,
-        bins=min(40, max(n_tokens) - min(n_tokens) + 1),
-        color=COLOURS["other"],
-        edgecolor="white",
-    )
-    n_within = -(-19 * len(n_tokens) // 20)  # 95 % of the rows, rounded up
-    longest = sorted(n_tokens)[n_within - 1]
-    ax.axvline(
-        longest,
-        ymax=0.77,
-        color=COLOURS["NF4"],
-        ls="--",
-        label=f"95 % of rows are no longer than {longest}",
-    )
-    end = 1.05 * min(max_length, max(n_tokens))
-    if peak_gib:
-        peaks, at = ax.twinx(), [round(end * i / 6) for i in range(1, 7)]
-        found = [peak_gib(tokens) for tokens in at]
-        peaks.plot(
-            at, found, "D-", color=COLOURS["FP4"], label="predicted peak (right)", clip_on=False
-        )
-        peaks.set(ylabel="peak (GiB)", ylim=(0, 1.3 * max(found)))  # as below: room for the legends
-        peaks.grid(visible=False)
-        peaks.legend(loc="upper right")
-    ax.set(xlim=(0, end), ylim=(0, 1.3 * ax.get_ylim()[1]))
-    return f"Rows have {sum(n_tokens) / len(n_tokens):.0f} tokens on average; max_length allows {max_length}"
-
-
-@draws((8, 3.6), ylabel="exact match (%)", ylim=(0, 105))
-def scores(ax, results: dict[str, dict[str, float]]) -> str:
-    """Exact match by kind of question for several answerers (label → {kind: share}), "all" first.
-
-    A kind that an answerer has no share for has no bar; an answerer without any is left out.
-    """
-    results = {label: result for label, result in results.items() if result}
-    kinds = ["all"] if any("all" in result for result in results.values()) else []
-    for result in results.values():
-        kinds += [kind for kind in result if kind not in kinds]
-    looks = [look("other", ""), look("INT4"), look("16-bit", ".."), look("LoRA", "")]
-    width = 0.8 / len(results)
-    for i, (label, result) in enumerate(results.items()):
-        x = [kinds.index(kind) + (i - (len(results) - 1) / 2) * width for kind in result]
-        ax.bar(
-            x,
-            [100 * share for share in result.values()],
-            width,
-            **looks[i % len(looks)],
-            label=label,
-        )
-    ax.set_xticks(range(len(kinds)), kinds)
-    ax.figure.legend(loc="outside lower center", ncols=len(results))
-    if "all" not in result:
-        return f"{label}: not every kind of question was seen in training"
-    return f"{label}: {100 * result['all']:.0f} % of held-out answers exactly right"
+STYLES = {
+    True: f"background:{style.GREEN}33;border-bottom:2px solid {style.GREEN};white-space:pre-wrap",
+    False: "opacity:.65;white-space:pre-wrap",
+}
+"""CSS of a token: does it train?"""
 
 
 def label_mask(tokens: list[str], trains: list[bool]) -> str:
-    """HTML that shows a row's tokens, those that train both coloured and underlined; all text is
-    escaped.
+    """A row's tokens as HTML, those that train both coloured and underlined; text is escaped."""
+    cells = []
+    for token, train in zip(tokens, trains, strict=True):
+        text = html.escape(token).replace("\n", "⏎<br>")
+        cells.append(f"<span style='{STYLES[train]}'>{text}</span>")
+    return (
+        "<div style='font-family:monospace;line-height:1.7;max-width:60em'>"
+        f"{''.join(cells)}</div>"
+        f"<p>underlined and green: the {sum(trains)} tokens that train, of {len(tokens)}</p>"
+    )
+
+
+@style.draws((8, 2.8), "upper left", xlabel="length of a row (tokens)", ylabel="rows")
+def lengths(
+    ax, n_tokens: list[int], max_length: int, peak_gib: Callable[[int], float] | None = None
+) -> str:
+    """Histogram of row lengths, and the length that 95 % of the rows do not exceed.
+
+    Args:
+        n_tokens: tokens of each row, prompt and answer together.
+        max_length: tokens that are kept of a row.
+        peak_gib: tokens of a row → predicted peak (GiB), drawn on an axis on the right.
     """
-    looks = {True: "background:#009E7333;border-bottom:2px solid #009E73", False: "opacity:.65"}
-    cell = "<span style='{};white-space:pre-wrap'>{}</span>".format
-    cells = [
-        cell(looks[on], html.escape(token).replace("\n", "⏎<br>"))
-        for token, on in zip(tokens, trains, strict=True)
+    n_bins = min(40, max(n_tokens) - min(n_tokens) + 1)
+    ax.hist(n_tokens, bins=n_bins, color=style.GREY, edgecolor="white")
+    n_within = math.ceil(0.95 * len(n_tokens))
+    longest = sorted(n_tokens)[n_within - 1]
+    label = f"95 % of rows are no longer than {longest}"
+    ax.axvline(longest, ymax=0.77, color=style.BLUE, linestyle="--", label=label)
+    end = 1.05 * min(max_length, max(n_tokens))
+    if peak_gib is not None:
+        at = [round(end * i / 6) for i in range(1, 7)]
+        found = [peak_gib(tokens) for tokens in at]
+        peaks = ax.twinx()
+        line = {"color": style.VERMILION, "clip_on": False}
+        peaks.plot(at, found, "D-", label="predicted peak (right)", **line)
+        peaks.set(ylabel="peak (GiB)", ylim=(0, 1.3 * max(found)))
+        peaks.grid(visible=False)
+        peaks.legend(loc="upper right")
+    highest = ax.get_ylim()[1]
+    ax.set(xlim=(0, end), ylim=(0, 1.3 * highest))  # room for the legends
+    mean = sum(n_tokens) / len(n_tokens)
+    return f"Rows have {mean:.0f} tokens on average; max_length allows {max_length}"
+
+
+@style.draws((8, 3.6), ylabel="exact match (%)", ylim=(0, 105))
+def scores(ax, results: dict[str, dict[str, float]]) -> str:
+    """Exact match by kind of question for up to four answerers, "all" kinds together first.
+
+    Args:
+        results: answerer → {kind: share in [0, 1]}. A kind without a share has no bar, an answerer
+            without any is left out.
+
+    Returns:
+        The finding about the last answerer.
+    """
+    results = {label: shares for label, shares in results.items() if shares}
+    kinds = []
+    for shares in results.values():
+        for kind in shares:
+            if kind not in kinds:
+                kinds.append(kind)
+    kinds.sort(key=lambda kind: kind != "all")  # the others stay in their order
+    looks = [
+        style.look("other", ""),
+        style.look("INT4"),
+        style.look("16-bit", ".."),
+        style.look("LoRA", ""),
     ]
-    note = f"<p>underlined and green: the {sum(trains)} tokens that train, of {len(tokens)}</p>"
-    return f"<div style='font-family:monospace;line-height:1.7;max-width:60em'>{''.join(cells)}</div>{note}"
+    width = 0.8 / len(results)
+    for i, (label, shares) in enumerate(results.items()):
+        shift = (i - (len(results) - 1) / 2) * width
+        places = [kinds.index(kind) + shift for kind in shares]
+        percent = [100 * share for share in shares.values()]
+        ax.bar(places, percent, width, label=label, **looks[i % len(looks)])
+    ax.set_xticks(range(len(kinds)), kinds)
+    ax.figure.legend(loc="outside lower center", ncols=len(results))
+    if "all" not in shares:
+        return f"{label}: not every kind of question was seen in training"
+    return f"{label}: {100 * shares['all']:.0f} % of held-out answers exactly right"
 
 
 def check_rows_in_a_step(stub, settings) -> bool:
     """Rows in one optimizer step: batch size times accumulation."""
     want = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
-    return verdict(
-        stub, want, "rows in a step", "rows in a forward pass, times forward passes in a step"
-    )
+    hint = "rows in a forward pass, times forward passes in a step"
+    return checks.verdict(stub, want, "rows in a step", hint)
 
 
 def check_bytes_per_trained_number(stub) -> bool:
     """Weight, gradient and two Adam states in float32: 16 bytes."""
-    hint = (
-        "Adam keeps two states for each number"
-        if stub == 12
-        else "weight, gradient and two states, four bytes each"
-    )
-    return verdict(stub, 16, "bytes per trained number", hint)
+    hint = "weight, gradient and two states, four bytes each"
+    if stub == 12:
+        hint = "Adam keeps two states for each number"
+    return checks.verdict(stub, 16, "bytes per trained number", hint)
 
 
 def check_labels(stub, ids: list[int], n_prompt: int) -> bool:
-    """Prompt masked with -100, answer and end token labelled."""
+    """The prompt's tokens masked with -100, answer and end token labelled."""
     want = [-100] * n_prompt + ids[n_prompt:]
     hint = "the prompt must not train"
     if isinstance(stub, list) and len(stub) == len(ids) and stub[-1] == -100:
         hint = "the end token must train, or the model never stops"
-    return verdict(stub, want, "labels", hint)
+    return checks.verdict(stub, want, "labels", hint)

@@ -1,106 +1,123 @@
-"""Notebook 07: the figures and checkers of inference."""
+"""Notebook 07, inference: its figures and exercises.
 
-from itertools import accumulate
+- `next_tokens`: the most probable next tokens of the base and the tuned model;
+- `along`: how far their distributions differ, token by token of an answer;
+- `speeds`: time to the first token, and tokens a second;
+- `cache_growth`: bytes of the key-value cache, predicted and measured;
+- `check_cache_bytes`, `check_kept_by_top_p`: the exercises.
+"""
 
-from qlora_nb.ui.checks import verdict
-from qlora_nb.ui.style import COLOURS, draws, look
+import statistics
+
+from qlora_nb.ui import checks, style
 
 
-@draws((8, 2.6), grid={"ncols": 2})
-def speeds(axes, answers: dict[str, list]) -> None:
-    """Time to the first token and tokens a second, for each answerer (label → list of
-    `generation.Answer`).
+@style.draws((8, 2.8), grid={"ncols": 2, "sharex": True}, xlabel="probability (%)", xlim=(0, 100))
+def next_tokens(axes, base: list[tuple], tuned: list[tuple], divergence: float) -> None:
+    """The most probable next tokens of both models, side by side.
+
+    Args:
+        base: (token, probability), the most probable first.
+        tuned: the same of the tuned model.
+        divergence: of the two distributions (bits).
     """
-    shown = {
-        "time to first token (ms)": lambda a: 1000 * a.first_token_s,
-        "speed (tokens/s)": lambda a: a.tokens_per_s,
-    }
-    for ax, (label, pick) in zip(axes, shown.items()):
-        for i, said in enumerate(answers.values()):
-            middle = sorted(map(pick, said))[len(said) // 2]
-            ax.barh(i, middle, **look("LoRA" if i % 2 else "other", ".." if i % 2 else ""))
-            ax.text(middle, i, f" {middle:.0f}", va="center")
-        ax.set(xlabel=label, yticks=range(len(answers)), yticklabels=list(answers))
-        ax.margins(x=0.2)
-    _heading(axes, f"Median over {len(next(iter(answers.values())))} prompts")
-
-
-@draws((8, 2.8), grid={"ncols": 2, "sharex": True}, xlabel="probability (%)", xlim=(0, 100))
-def next_tokens(
-    axes, base: list[tuple[str, float]], tuned: list[tuple[str, float]], divergence: float
-) -> None:
-    """The most probable next tokens of both models, side by side, with the divergence between the
-    distributions (bits).
-    """
-    for ax, rows, name, drawn in zip(
-        axes, (base, tuned), ("base", "tuned"), (look("other", ""), look("LoRA"))
-    ):
-        ax.barh(range(len(rows)), [100 * p for _, p in rows], **drawn)
-        ax.set(
-            title=name,
-            yticks=range(len(rows)),
-            yticklabels=[repr(token)[1:-1] or "·" for token, _ in rows],
-        )
-        ax.invert_yaxis()
+    left, right = axes
+    _bars_of_tokens(left, "base", base, style.look("other", ""))
+    _bars_of_tokens(right, "tuned", tuned, style.look("LoRA"))
     _heading(axes, f"The two differ by {divergence:.2f} bits at this token")
+
+
+def _bars_of_tokens(ax, name: str, rows: list[tuple], look: dict) -> None:
+    places = range(len(rows))
+    tokens = [_visible(token) or "·" for token, _ in rows]
+    percent = [100 * probability for _, probability in rows]
+    ax.barh(places, percent, **look)
+    ax.set(title=name, yticks=places, yticklabels=tokens)
+    ax.invert_yaxis()
+
+
+def _visible(token: str) -> str:
+    """A token with its line breaks as \\n."""
+    return repr(token)[1:-1]
 
 
 def _heading(axes, text: str) -> None:
     axes[0].figure.suptitle(text, x=0.01, ha="left", fontsize=12, fontweight="bold")
 
 
-@draws((8, 2.8), xlabel="token of the tuned answer", ylabel="divergence (bits)")
+@style.draws((8, 2.8), xlabel="token of the tuned answer", ylabel="divergence (bits)")
 def along(ax, steps: list[tuple]) -> str:
-    """Divergence at every position of an answer (`generation.along`), the token written there under
-    its bar.
+    """Divergence at every position of an answer, the token written there under its bar.
+
+    Args:
+        steps: (token, top tokens of base, top tokens of tuned, bits), from `generate.next_tokens_along`.
     """
-    bits = [step[3] for step in steps]
-    ax.bar(range(len(steps)), bits, **look("LoRA"))
-    tokens, many = [repr(step[0])[1:-1] for step in steps], len(steps) > 12
-    ax.set_xticks(range(len(steps)), tokens, parse_math=False, rotation=45 if many else 0)
-    return (
-        f"The models differ by {max(bits):.1f} bits at most, {sum(bits) / len(bits):.1f} on average"
-    )
+    tokens = [_visible(token) for token, *_ in steps]
+    bits = [step[-1] for step in steps]
+    ax.bar(range(len(steps)), bits, **style.look("LoRA"))
+    rotation = 45 if len(steps) > 12 else 0
+    ax.set_xticks(range(len(steps)), tokens, parse_math=False, rotation=rotation)
+    mean = sum(bits) / len(bits)
+    return f"The models differ by {max(bits):.1f} bits at most, {mean:.1f} on average"
 
 
-@draws((8, 2.8), "upper left", xlabel="tokens", ylabel="cache (KiB)")
+@style.draws((8, 2.6), grid={"ncols": 2})
+def speeds(axes, answers: dict[str, list]) -> None:
+    """Time to the first token (ms) and tokens a second of each answerer, medians over the prompts.
+
+    Args:
+        answers: answerer → one `generate.Answer` for each prompt.
+    """
+    left, right = axes
+    for i, said in enumerate(answers.values()):
+        waits = [1000 * answer.first_token_s for answer in said]
+        rates = [answer.tokens_per_s for answer in said]
+        look = style.look("LoRA") if i % 2 else style.look("other", "")
+        for ax, values in ((left, waits), (right, rates)):
+            median = statistics.median_high(values)
+            ax.barh(i, median, **look)
+            ax.text(median, i, f" {median:.0f}", va="center")
+    for ax, label in ((left, "time to first token (ms)"), (right, "speed (tokens/s)")):
+        ax.set(xlabel=label, yticks=range(len(answers)), yticklabels=list(answers))
+        ax.margins(x=0.2)
+    _heading(axes, f"Median over {len(said)} prompts")
+
+
+@style.draws((8, 2.8), "upper left", xlabel="tokens", ylabel="cache (KiB)")
 def cache_growth(ax, predicted: dict[int, int], measured: dict[int, int]) -> str:
-    """Bytes of the key-value cache by tokens: the ledger's line, and what the real cache's tensors
-    hold.
+    """Size of the key-value cache over the number of tokens in it.
+
+    Args:
+        predicted: tokens → bytes by the ledger.
+        measured: tokens → bytes of the real cache's tensors.
     """
-    ax.plot(
-        list(predicted),
-        [n / 1024 for n in predicted.values()],
-        color=COLOURS["NF4+DQ"],
-        label="predicted",
-    )
-    ax.plot(
-        list(measured),
-        [n / 1024 for n in measured.values()],
-        "D",
-        color=COLOURS["NF4"],
-        label="measured",
-    )
+    kib = [size / 1024 for size in predicted.values()]
+    ax.plot(list(predicted), kib, color=style.SKY, label="predicted")
+    kib = [size / 1024 for size in measured.values()]
+    ax.plot(list(measured), kib, "D", color=style.BLUE, label="measured")
     ax.set(xlim=(0, None), ylim=(0, None))
-    return f"Every token adds {max(measured.values()) / max(measured):,.0f} bytes"
+    longest = max(measured)
+    return f"Every token adds {measured[longest] / longest:,.0f} bytes"
 
 
 def check_cache_bytes(stub, n_layers: int, hidden: int, bytes_per_value: int) -> bool:
-    """KV cache of one token: a key and a value of `hidden` numbers in every layer."""
+    """Bytes of one token in the cache: a key and a value of `hidden` numbers in every layer."""
     want = 2 * n_layers * hidden * bytes_per_value
-    hint = (
-        "each layer keeps a key and a value"
-        if stub == want // 2
-        else "2 × layers × hidden × bytes of one number"
-    )
-    return verdict(stub, want, "cache bytes per token", hint)
+    hint = "2 × layers × hidden × bytes of one number"
+    if stub == want // 2:
+        hint = "each layer keeps a key and a value"
+    return checks.verdict(stub, want, "cache bytes per token", hint)
 
 
 def check_kept_by_top_p(stub, probabilities: list[float], top_p: float) -> bool:
     """How many tokens nucleus sampling keeps: the fewest, largest first, that reach `top_p`
     together.
     """
-    sums = accumulate(sorted(probabilities, reverse=True))
-    kept = 1 + sum(total < top_p for total in sums)
+    kept = 0
+    together = 0.0
+    for probability in sorted(probabilities, reverse=True):
+        if together < top_p:
+            kept += 1
+            together += probability
     hint = "add the largest probabilities until top_p is reached; the one that reaches it stays"
-    return verdict(stub, kept, "tokens kept", hint)
+    return checks.verdict(stub, kept, "tokens kept", hint)

@@ -1,3 +1,3 @@
-"""What is seen: figures, widgets and exercise checkers. Nothing else in the package imports this
-room.
+"""What a reader sees: the look of all figures, figures that notebooks share, widgets, panels and
+checkers of exercises. Only `lessons` and the notebooks import this room.
 """

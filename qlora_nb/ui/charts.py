@@ -1,98 +1,108 @@
-"""Figures that several notebooks and panels share: memory line by line, and the loss of a run."""
+"""Two figures that several notebooks and panels share: memory part by part, and the loss of a run.
+
+`memory_bars` sums the lines of a ledger (`memory.ledger`, `memory.budget`) into ten parts, drawn as
+in all notebooks (`style.LOOKS`); `loss_curve` shows training loss with a running mean, and
+held-out loss where it was measured.
+"""
 
 from qlora_nb import cards
 from qlora_nb.memory import budget, ledger
-from qlora_nb.ui.style import COLOURS, draws, look, stacked_bars
+from qlora_nb.ui import style
 
 PARTS = {
-    "4-bit weights": (look("NF4"), (ledger.CODES,)),
-    "scales": (look("NF4+DQ"), (ledger.SCALES, ledger.NESTED, ledger.TABLES)),
-    "unquantized rest": (
-        look("16-bit"),
-        (ledger.LINEARS, ledger.EMBEDDINGS, ledger.SMALL, ledger.BUFFERS),
-    ),
-    "LoRA weights": (look("LoRA", ""), (ledger.LORA,)),
-    "gradients": (look("LoRA"), (ledger.GRADIENTS,)),
-    "optimizer states": (look("optimizer"), (ledger.STATES,)),
-    "kept for the backward pass": (look("INT4"), (budget.KEPT,)),
-    "working memory": (look("FP4"), (budget.WORK,)),
-    "key-value cache": (look("NF4+DQ", "//"), (budget.CACHE,)),
-    "CUDA itself (assumed)": (look("other"), (budget.CUDA,)),
+    "4-bit weights": (ledger.CODES,),
+    "scales": (ledger.SCALES, ledger.NESTED, ledger.TABLES),
+    "unquantized rest": (ledger.LINEARS, ledger.EMBEDDINGS, ledger.SMALL, ledger.BUFFERS),
+    "LoRA weights": (ledger.LORA,),
+    "gradients": (ledger.GRADIENTS,),
+    "optimizer states": (ledger.STATES,),
+    "kept for the backward pass": (budget.KEPT,),
+    "working memory": (budget.WORK,),
+    "key-value cache": (budget.CACHE,),
+    "CUDA itself (assumed)": (budget.CUDA,),
 }
+"""Part of a bar, named as in `style.LOOKS` → the ledger's lines in it, in the order of drawing."""
 
 
-@draws()
+@style.draws()
 def memory_bars(ax, ledgers: dict[str, ledger.Ledger], limit_gib: float | None = None) -> str:
-    """Stacked bars of what lies in memory, one bar a ledger, under a card's line if there is one.
+    """Peak memory as stacked bars, beside the size of a card if there is one.
 
     Args:
-        ledgers: label → ledger; the largest one is in the title.
-        limit_gib: a card's size.
+        ledgers: label of the bar → ledger. MiB are drawn if the largest is at most half a GiB.
+        limit_gib: memory of the card (GiB).
+
+    Returns:
+        What does not fit the card; without a card, the largest part of the largest bar.
     """
-    largest = max(ledgers, key=lambda name: ledgers[name].total_bytes)
-    top = ledgers[largest].total_bytes
-    scale, unit = (cards.GIB, "GiB") if top > 0.5 * cards.GIB else (2**20, "MiB")
+    rows = {}
+    for label, found in ledgers.items():
+        rows[label] = {part: found.sum(lines) for part, lines in PARTS.items()}
+    looks = {part: style.look(part) for part in PARTS}
+    largest = max(ledgers, key=lambda label: ledgers[label].total_bytes)
+    total = ledgers[largest].total_bytes
+    unit = 2**20
+    unit_name = "MiB"
+    if total > cards.GIB / 2:
+        unit = cards.GIB
+        unit_name = "GiB"
+
     ax.figure.set_size_inches(8.4, 1.9 + 0.45 * len(ledgers))
-    rows = {
-        row: {part: found.sum(names) for part, (_, names) in PARTS.items()}
-        for row, found in ledgers.items()
-    }
-    there = {
-        part: drawn
-        for part, (drawn, _) in PARTS.items()
-        if any(parts[part] for parts in rows.values())
-    }
-    stacked_bars(ax, rows, there, scale, text=lambda end: f" {end:.2f}")
-    if limit_gib is not None:
-        ax.axvline(
-            limit_gib * cards.GIB / scale,
-            color="black",
-            linestyle="--",
-            label=f"card of {limit_gib:g} GiB",
-        )
+    style.stacked_bars(ax, rows, looks, unit, text=lambda end: f" {end:.2f}")
+    ax.set_xlabel(f"memory at the fullest moment ({unit_name})")
     ax.invert_yaxis()
     ax.margins(x=0.12)
-    ax.set_xlabel(f"memory at the fullest moment ({unit})")
+    if limit_gib is not None:
+        card = limit_gib * cards.GIB
+        label = f"card of {limit_gib:g} GiB"
+        ax.axvline(card / unit, color=style.BLACK, linestyle="--", label=label)
     ax.figure.legend(loc="outside lower center", ncols=4, fontsize=9)
+
     if limit_gib is None:
-        part, size = max(rows[largest].items(), key=lambda item: item[1])
-        return f"The largest part: {part}, {100 * size / top:.0f} % of {top / scale:.2f} {unit}"
-    over = [name for name, found in ledgers.items() if found.total_bytes > limit_gib * cards.GIB]
-    return f"Over {limit_gib:g} GiB: {', '.join(over)}" if over else f"All fit {limit_gib:g} GiB"
+        part = max(PARTS, key=rows[largest].get)
+        percent = 100 * rows[largest][part] / total
+        return f"The largest part: {part}, {percent:.0f} % of {total / unit:.2f} {unit_name}"
+    over = [label for label, found in ledgers.items() if found.total_bytes > card]
+    if over:
+        return f"Over {limit_gib:g} GiB: {', '.join(over)}"
+    return f"All fit {limit_gib:g} GiB"
 
 
-@draws((8, 3.2), "best", xlabel="optimizer step", ylabel="loss (nats per answer token)")
+@style.draws((8, 3.2), "best", xlabel="optimizer step", ylabel="loss (nats per answer token)")
 def loss_curve(
-    ax, losses: list[float], before=None, after=None, held_out: dict[int, float] | None = None
+    ax,
+    losses: list[float],
+    before: float | None = None,
+    after: float | None = None,
+    held_out: dict[int, float] | None = None,
 ) -> str:
-    """Training loss a step with its running mean, and the held-out loss before, at the steps of
-    `held_out`, and after.
+    """Training loss of each step (nats per answer token) and its mean over a tenth of the steps.
+
+    Args:
+        losses: one a step.
+        before: held-out loss before training.
+        after: held-out loss after it; drawn with `before`, or neither.
+        held_out: optimizer step → held-out loss while training.
     """
     steps = range(1, len(losses) + 1)
-    ax.plot(
-        steps, losses, color=COLOURS["other"], linewidth=0.8, label="training loss of each step"
-    )
     window = max(1, len(losses) // 10)
-    mean = [
-        sum(losses[max(0, i - window) : i]) / len(losses[max(0, i - window) : i]) for i in steps
-    ]
-    ax.plot(
-        steps, mean, color=COLOURS["LoRA"], linewidth=2.2, label=f"mean of the last {window} steps"
-    )
-    finding = (
-        f"Training loss after {len(losses)} steps: {mean[-1] if mean else float('nan'):.2f} nats"
-    )
+    means = []
+    for step in steps:
+        latest = losses[max(0, step - window) : step]
+        means.append(sum(latest) / len(latest))
+    label = "training loss of each step"
+    ax.plot(steps, losses, color=style.GREY, linewidth=0.8, label=label)
+    label = f"mean of the last {window} steps"
+    ax.plot(steps, means, color=style.GREEN, linewidth=2.2, label=label)
+    mean = means[-1] if means else float("nan")
+    finding = f"Training loss after {len(losses)} steps: {mean:.2f} nats"
     if before is not None and after is not None:
-        seen = {0: before, **(held_out or {}), len(losses) + 1: after}
-        ax.plot(
-            list(seen),
-            list(seen.values()),
-            "D",
-            color=COLOURS["NF4"],
-            markersize=7,
-            label="held-out rows",
-            clip_on=False,
-        )
+        seen = {0: before}
+        if held_out is not None:
+            seen.update(held_out)
+        seen[len(losses) + 1] = after
+        points = {"color": style.BLUE, "markersize": 7, "clip_on": False}
+        ax.plot(list(seen), list(seen.values()), "D", label="held-out rows", **points)
         finding = f"Held-out loss goes from {before:.2f} to {after:.2f} nats"
     ax.set_ylim(bottom=0)
     return finding

@@ -1,24 +1,25 @@
-"""Exercise checkers: not attempted yet, then shape, then values, always with a sentence that
-teaches.
+"""Checkers of exercises: what the reader answered, beside the right answer, in one sentence.
 
-Every `check_*` prints one line and returns True only if the answer is right. `compare_guess` sets a
-reader's guess beside what was measured. Topic checkers (`lora_checks`, `quant_checks`,
-`paging_checks`, `training_checks`) are built from `verdict`.
+A checker (`verdict`, and what `exercise` makes of it) compares in the order in which a teacher
+would: not attempted yet, then the shape, then the values. It prints one line and returns True only
+if the answer is right. `compare_guess` sets a reader's guess beside what was measured; it grades
+nothing. The checkers of an exercise stand with the figures of their notebook, in `lessons`.
 """
 
-from functools import partial
+import math
+from collections.abc import Callable
 
 import numpy as np
 
 
 class Verdict(int):
-    """True or False that a notebook does not print under the sentence already printed."""
+    """True or False that a notebook does not show under the sentence already printed."""
 
     def __repr__(self) -> str:
         return str(bool(self))
 
     def _ipython_display_(self) -> None:
-        return None
+        """Show nothing."""
 
 
 def verdict(
@@ -27,11 +28,11 @@ def verdict(
     """Compare an exercise's answer with the right one and print what a teacher would say.
 
     Args:
-        stub: the reader's answer: None while not attempted, a number, a string, or a (nested)
-            sequence or tensor.
+        stub: the reader's answer: None while not attempted, a number, or a (nested) sequence or
+            tensor of numbers.
         want: the right answer, of the same kind.
         name: how the exercise calls the quantity.
-        hint: one sentence that is added when the values are wrong.
+        hint: one sentence that is added when the answer is wrong.
         tolerance: relative tolerance for numbers (absolute below 1).
 
     >>> verdict(None, 4.5, "bits per weight")
@@ -41,37 +42,48 @@ def verdict(
     bits per weight: right.
     True
     """
-    said = (
-        "not attempted yet. Replace None and run the cell again"
-        if stub is None
-        else _compare(stub, want, tolerance)
-    )
-    wrong = stub is not None and said != "right"
-    print(f"{name}: {said}.{' Hint: ' + hint if wrong and hint else ''}")
-    return Verdict(said == "right")
+    if stub is None:
+        print(f"{name}: not attempted yet. Replace None and run the cell again.")
+        return Verdict(False)
+    fault = _fault(stub, want, tolerance)
+    if not fault:
+        print(f"{name}: right.")
+        return Verdict(True)
+    if hint:
+        fault = f"{fault}. Hint: {hint}"
+    print(f"{name}: {fault}.")
+    return Verdict(False)
 
 
-def exercise(name: str, want: object, hint: str = "", tolerance: float = 1e-6) -> partial:
-    """A checker: `exercise(…)(answer)` is `verdict` with everything but the reader's answer."""
-    return partial(verdict, want=want, name=name, hint=hint, tolerance=tolerance)
+def exercise(name: str, want: object, hint: str = "", tolerance: float = 1e-6) -> Callable:
+    """A checker that needs the reader's answer only; see `verdict`."""
+
+    def check(stub: object) -> Verdict:
+        return verdict(stub, want, name, hint, tolerance)
+
+    return check
 
 
-def _compare(got, want, tolerance: float) -> str:
-    got, want = (value.tolist() if hasattr(value, "tolist") else value for value in (got, want))
-    if isinstance(want, (str, bool)):
-        return "right" if got == want else f"values wrong: {got!r} is not it"
-    got, want = (
-        np.array(value, dtype=object) for value in (got, want)
-    )  # of objects: a wrong kind can be named
+def _fault(got: object, want: object, tolerance: float) -> str:
+    """What is wrong with an answer, "" if nothing is."""
+    if hasattr(got, "tolist"):
+        got = got.tolist()
+    if hasattr(want, "tolist"):
+        want = want.tolist()
+    got = np.array(got, dtype=object)  # of objects: each keeps its type, so that it can be named
+    want = np.array(want, dtype=object)
     if got.shape != want.shape:
         return f"shape wrong: yours is {got.shape}, needed is {want.shape}"
-    for i, (g, w) in enumerate(zip(got.flat, want.flat)):
-        if not isinstance(g, (int, float)) or isinstance(g, bool):
-            return f"shape wrong: a number is needed, {g!r} is not one"
-        if not abs(g - w) <= tolerance * max(1.0, abs(w)):  # true of NaN too
-            where = f" at position {i}" if want.shape else ""
-            return f"values wrong{where}: {g:.6g} is {'too large' if g > w else 'too small' if g < w else 'not a number'}"
-    return "right"
+    for i, (mine, right) in enumerate(zip(got.flat, want.flat)):
+        if not isinstance(mine, (int, float)) or isinstance(mine, bool):
+            return f"shape wrong: a number is needed, {mine!r} is not one"
+        where = f" at position {i}" if want.shape else ""
+        if math.isnan(mine):
+            return f"values wrong{where}: nan is not a number"
+        if abs(mine - right) > tolerance * max(1.0, abs(right)):
+            size = "large" if mine > right else "small"
+            return f"values wrong{where}: {mine:.6g} is too {size}"
+    return ""
 
 
 def compare_guess(
@@ -82,24 +94,28 @@ def compare_guess(
     digits: int = 4,
     how: str = "measured",
 ) -> None:
-    """Print a guess beside the measured value; before a guess is made, say so and show the value
-    all the same.
+    """Print a guess and by how much it is off; without a guess the value is shown all the same.
 
-    `how` says where the value comes from: measured, calculated, predicted, simulated.
+    Args:
+        name: how the notebook calls the quantity.
+        guess: the reader's, or None.
+        found: the value; an integer is printed in full.
+        unit: of both.
+        digits: significant digits of a value that is not an integer.
+        how: where the value comes from: measured, calculated, predicted, simulated.
 
     >>> compare_guess("bits per weight", None, 4.127, "bits")
     bits per weight: no guess yet · measured 4.127 bits
     >>> compare_guess("bits per weight", 4.5, 4.127, "bits")
     bits per weight: your guess 4.5 bits · measured 4.127 bits · off by +9.0 %
     """
-    unit = f" {unit}" if unit else ""
-    shown = (
-        f"{how} {found:.{digits}g}{unit}" if isinstance(found, float) else f"{how} {found:,}{unit}"
-    )
-    said = "no guess yet" if guess is None else f"your guess {guess:,}{unit}"
-    off = (
-        f" · off by {100 * (guess - found) / abs(found):+.1f} %"
-        if guess is not None and found
-        else ""
-    )
-    print(f"{name}: {said} · {shown}{off}")
+    if unit:
+        unit = f" {unit}"
+    value = f"{found:.{digits}g}" if isinstance(found, float) else f"{found:,}"
+    said = "no guess yet"
+    off = ""
+    if guess is not None:
+        said = f"your guess {guess:,}{unit}"
+        if found:
+            off = f" · off by {100 * (guess - found) / abs(found):+.1f} %"
+    print(f"{name}: {said} · {how} {value}{unit}{off}")

@@ -1,9 +1,8 @@
-"""Panels around an engine call: watching a training run, planning one, and asking two models the
-same question.
+"""Panels of notebooks 01, 06 and 07: watch a training run, plan one, ask two models one question.
 
-Only traits are set while something runs: text goes into `Label` and `Textarea`, which never
-interpret it, so nothing a model says can run in the page. Work started by a button runs in one
-worker thread and stops by an Event.
+Each is a class or function around a call of the package. What it shows while something runs it
+sets as values of `Label` and `Textarea`, which never interpret text: nothing that a model writes
+can run in the page. Work that a button starts runs in one worker thread and stops by an Event.
 """
 
 import threading
@@ -12,226 +11,251 @@ import time
 import ipywidgets as W
 from IPython.core.pylabtools import print_figure
 
+from qlora_nb import cards
 from qlora_nb.answer import generate
 from qlora_nb.errors import KitError
 from qlora_nb.memory import budget
 from qlora_nb.memory.plan import plan_of
 from qlora_nb.pythia import PYTHIA
-from qlora_nb.ui import charts
-from qlora_nb.ui.widgets import CONTROL, LABEL, choice, choice_slider, explore, float_slider, naming
+from qlora_nb.ui import charts, widgets
 
 
 class LiveTraining:
-    """Progress bar, numbers and loss curve that move while a cell trains; plain lines for a batch
-    run.
+    """Progress bar, numbers and loss curve of a run while it trains; plain lines for a batch run.
 
-    `display(view.box)`, then pass `view` as `report` to `training.finetune`.
+    `display(view.box)`, then pass `view` as `report` to `trainer.finetune`.
+
+    Args:
+        max_steps: optimizer steps of the run.
+        n_lines: lines printed in a whole run; slow runs print one a minute.
+        redraw_s: seconds between two drawings of the curve.
     """
 
     def __init__(self, max_steps: int, n_lines: int = 8, redraw_s: float = 2.0):
-        self.bar = W.FloatProgress(0, min=0, max=max_steps, description="training", **CONTROL)
+        self.bar = W.FloatProgress(
+            0, min=0, max=max_steps, description="training", **widgets.CONTROL
+        )
         self.text = W.Label("waiting for the first step")
         self.curve = W.Image(format="png", layout=W.Layout(max_width="700px", display="none"))
         self.box = W.VBox([self.bar, self.text, self.curve])
         self.losses: list[float] = []
-        self.every, self.redraw_s, self.drawn, self.said = (
-            max(1, max_steps // n_lines),
-            redraw_s,
-            0.0,
-            time.perf_counter(),
-        )
+        self.every = max(1, max_steps // n_lines)
+        self.redraw_s = redraw_s
+        self.drawn = 0.0
+        self.said = time.perf_counter()
 
     def __call__(self, step: dict) -> None:
-        self.losses.append(step["loss"])
+        """Show one optimizer step, as `trainer.finetune` reports it."""
+        number = step["step"]
+        last = number == step["max_steps"]
+        now = time.perf_counter()
         line = (
-            f"step {step['step']}/{step['max_steps']} · loss {step['loss']:.3f} · learning rate {step['learning_rate']:.1e} · "
-            f"{step['tokens_per_s']:,.0f} tokens/s · {step['memory_bytes'] / 2**30:.2f} GiB · {step['seconds_left']:.0f} s left"
+            f"step {number}/{step['max_steps']} · loss {step['loss']:.3f} · "
+            f"learning rate {step['learning_rate']:.1e} · {step['tokens_per_s']:,.0f} tokens/s · "
+            f"{step['memory_bytes'] / cards.GIB:.2f} GiB · {step['seconds_left']:.0f} s left"
         )
-        self.bar.value, self.text.value = step["step"], line
-        last = step["step"] == step["max_steps"]
-        if (
-            step["step"] % self.every == 0 or last or time.perf_counter() - self.said > 60
-        ):  # a batch run shows these lines alone
+        self.losses.append(step["loss"])
+        self.bar.value = number
+        self.text.value = line
+        if last or number % self.every == 0 or now - self.said > 60:
             print(line)
-            self.said = time.perf_counter()
-        if last or time.perf_counter() - self.drawn > self.redraw_s:
-            self.curve.value = print_figure(
-                charts.loss_curve(self.losses), bbox_inches=None, dpi=80
-            )
+            self.said = now
+        if last or now - self.drawn > self.redraw_s:
+            figure = charts.loss_curve(self.losses)
+            self.curve.value = print_figure(figure, bbox_inches=None, dpi=80)
             self.curve.layout.display = "block"
             self.drawn = time.perf_counter()
 
 
 def plan_figure(settings, gpu_gib: float | None = None):
-    """The peaks of fine-tuning and of answering with these settings: the figure that the planner
-    varies.
+    """Predicted peak memory of fine-tuning and of answering: the figure that the planner varies.
+
+    Args:
+        settings: the resolved parameters.
+        gpu_gib: memory of a card (GiB), or None for a machine without one.
     """
     name = settings.model_id.split("/")[-1].replace("$", r"\$")  # two would begin a formula
-    peak = lambda train: budget.peak(plan_of(settings, train, on_gpu=bool(gpu_gib)))
-    return charts.memory_bars(
-        {f"fine-tuning\n{name}": peak(True), f"answering\n{name}": peak(False)}, gpu_gib
-    )
+    peaks = {}
+    for what, train in (("fine-tuning", True), ("answering", False)):
+        plan = plan_of(settings, train, on_gpu=gpu_gib is not None)
+        peaks[f"{what}\n{name}"] = budget.peak(plan)
+    return charts.memory_bars(peaks, gpu_gib)
+
+
+OFFERED = {
+    "r": [4, 8, 16, 32, 64],
+    "max_length": [128, 256, 512, 1024, 2048],
+    "per_device_train_batch_size": [1, 2, 4, 8, 16],
+    "optim": ["paged_adamw_32bit", "paged_adamw_8bit"],
+    "gradient_checkpointing": [True, False],
+    "loss_chunk": [0, 128],
+}
+"""What the planner offers of each parameter, besides the value it has."""
 
 
 def planner(settings, gpu_gib: float | None = None) -> W.VBox:
-    """Model × card × settings → the two peaks, the first lever to pull if it does not fit, and the
-    papermill line.
+    """Choose model, card and parameters; see both peaks, what helps if it does not fit, and the
+    papermill command.
 
-    Start values are the settings' own; without `gpu_gib` there is no card, and the model stays as
-    it is.
+    Args:
+        settings: the resolved parameters, where every control starts.
+        gpu_gib: memory of the card (GiB) to start with; None leaves card and model as they are.
+
+    Returns:
+        `explore`'s box; `.controls` (name → widget) and `.advice` are for tests.
     """
-    own = settings.model_id
-    choices = {
-        "model_id": [
-            own,
-            *(
-                f"EleutherAI/pythia-{n}"
-                for n in PYTHIA
-                if gpu_gib and not own.endswith(f"pythia-{n}")
-            ),
-        ],
-        "gpu_gib": sorted({6.0, 8.0, 12.0, 16.0, 24.0, 48.0, 80.0, gpu_gib}) if gpu_gib else [None],
-        "r": sorted({4, 8, 16, 32, 64, settings.r}),
-        "max_length": sorted({128, 256, 512, 1024, 2048, settings.max_length}),
-        "per_device_train_batch_size": sorted(
-            {1, 2, 4, 8, 16, settings.per_device_train_batch_size}
-        ),
-        "optim": sorted({"paged_adamw_32bit", "paged_adamw_8bit", settings.optim}),
-        "gradient_checkpointing": [True, False],
-        "loss_chunk": sorted({0, 128, settings.loss_chunk}),
-    }
-    start = settings.model_dump() | {"gpu_gib": gpu_gib}
-    kinds = dict.fromkeys(choices, choice) | dict.fromkeys(
-        ("gpu_gib", "r", "max_length"), choice_slider
-    )
-    controls = {
-        name: kinds[name](name, options, start[name])
-        for name, options in choices.items()
-        if len(options) > 1
-    }
-    advice = W.Textarea(
-        description="advice", disabled=True, layout=W.Layout(width="95%", height="6em"), style=LABEL
-    )
+    controls = {}
+    if gpu_gib is not None:
+        own = settings.model_id
+        models = [f"EleutherAI/pythia-{size}" for size in PYTHIA]
+        others = [model for model in models if not own.endswith(model.split("/")[1])]
+        cards_gib = sorted({6.0, 8.0, 12.0, 16.0, 24.0, 48.0, 80.0, gpu_gib})
+        controls["model_id"] = widgets.choice("model_id", [own, *others], own)
+        controls["gpu_gib"] = widgets.choice_slider("gpu_gib", cards_gib, gpu_gib)
+    for name, values in OFFERED.items():
+        own = getattr(settings, name)
+        options = values if own in values else sorted([*values, own])
+        control = widgets.choice_slider if name in ("r", "max_length") else widgets.choice
+        controls[name] = control(name, options, own)
+    advice = widgets.text_box("advice", height="6em", disabled=True)
 
     def plan(gpu_gib=gpu_gib, **values):
         chosen = settings.replace(**values)
-        advice.value = (
-            budget.advice(chosen, gpu_gib) + "\n" + chosen.papermill_line("06_finetune_pythia_12b")
-        )
+        command = chosen.papermill_line("06_finetune_pythia_12b")
+        advice.value = f"{budget.advice(chosen, gpu_gib)}\n{command}"
         return plan_figure(chosen, gpu_gib)
 
-    box = explore(plan, **controls)
+    box = widgets.explore(plan, **controls)
     box.children = (*controls.values(), advice, box.children[-1])
-    box.controls, box.advice = (
-        controls,
-        advice,
-    )  # for the tests, which drive every control to both ends
+    box.controls = controls
+    box.advice = advice
     return box
 
 
 class SideBySide:
     """One prompt, two answers: the base model and the tuned one, streamed into two text boxes.
 
-    One worker thread at a time; it sets traits only. Stop ends it after the current token.
+    One worker thread at a time; Stop ends it after the current token. `chat.box` is shown.
+
+    Args:
+        model: a `PeftModel`, whose adapter is switched off for the base model's answer.
+        tokenizer: its tokenizer.
+        settings: the resolved parameters, where prompt and controls start.
     """
 
     def __init__(self, model, tokenizer, settings):
-        self.model, self.tokenizer, self.settings = model, tokenizer, settings
-        wide = W.Layout(width="95%", height="7em")
-        self.prompt = W.Textarea(
-            settings.prompts[0], description="prompt", layout=wide, style=LABEL
-        )
+        self.model = model
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.stopping = threading.Event()
+        self.worker = None
+        self.prompt = widgets.text_box("prompt", height="7em", value=settings.prompts[0])
+        controls = [
+            widgets.float_slider("temperature", settings.temperature, 0, 2, 0.1),
+            widgets.float_slider("top_p", settings.top_p, 0.05, 1, 0.05),
+            widgets.float_slider("repetition_penalty", settings.repetition_penalty, 1, 2, 0.05),
+            W.BoundedIntText(
+                settings.seed, min=0, max=2**31 - 1, description="seed", **widgets.CONTROL
+            ),
+        ]
+        self.controls = {control.description: control for control in controls}
         self.ask = W.Button(description="Ask both", button_style="primary", icon="play")
+        self.ask.on_click(lambda _: self.start())
         self.stop_button = W.Button(description="Stop", icon="stop", disabled=True)
-        ranges = {
-            "temperature": (0, 2, 0.1),
-            "top_p": (0.05, 1, 0.05),
-            "repetition_penalty": (1, 2, 0.05),
-        }
-        sliders = {
-            name: float_slider(name, getattr(settings, name), *ends)
-            for name, ends in ranges.items()
-        }
-        self.controls = sliders | {
-            "seed": W.BoundedIntText(
-                settings.seed, min=0, max=2**31 - 1, description="seed", **CONTROL
-            )
-        }
+        self.stop_button.on_click(lambda _: self.stopping.set())
         self.note = W.Label(
             "first line: the instruction; the rest: the input; temperature 0 is greedy"
         )
-        self.history, self.positions = (
-            W.Textarea(disabled=True, description=name, layout=wide, style=LABEL)
-            for name in ("history", "token by token")
+        self.answers = {}
+        self.costs = {}
+        sides = []
+        for name in ("base", "tuned"):
+            box = widgets.text_box(f"{name} model", "8em", width="99%", disabled=True)
+            box.placeholder = "no answer yet"
+            self.answers[name] = box
+            self.costs[name] = W.Label("")
+            sides.append(W.VBox([box, self.costs[name]], layout=W.Layout(width="48%")))
+        self.positions = widgets.text_box("token by token", height="7em", disabled=True)
+        self.history = widgets.text_box("history", height="7em", disabled=True)
+        self.box = W.VBox(
+            [
+                self.prompt,
+                *self.controls.values(),
+                W.HBox([self.ask, self.stop_button]),
+                self.note,
+                W.HBox(sides, layout=W.Layout(width="97%")),
+                self.positions,
+                self.history,
+                widgets.naming(),
+            ]
         )
-        tall, half = W.Layout(width="99%", height="8em"), W.Layout(width="48%")
-        empty = {"disabled": True, "placeholder": "no answer yet", "layout": tall, "style": LABEL}
-        self.answers = {
-            name: W.Textarea(description=f"{name} model", **empty) for name in ("base", "tuned")
-        }
-        self.costs = {name: W.Label("") for name in self.answers}
-        sides = [W.VBox([box, self.costs[name]], layout=half) for name, box in self.answers.items()]
-        buttons, both = (
-            W.HBox([self.ask, self.stop_button]),
-            W.HBox(sides, layout=W.Layout(width="97%")),
-        )
-        texts = [self.note, both, self.positions, self.history]
-        self.box = W.VBox([self.prompt, *self.controls.values(), buttons, *texts, naming()])
         self.box.add_class("chat")
-        self.stopping, self.worker = threading.Event(), None
-        self.ask.on_click(lambda _: self.start())
-        self.stop_button.on_click(lambda _: self.stopping.set())
 
     def start(self) -> None:
         """Answer the prompt in a worker thread; ignored while one is at work."""
-        if self.worker and self.worker.is_alive():
+        if self.worker is not None and self.worker.is_alive():
             return
         self.stopping.clear()
-        self.ask.disabled, self.stop_button.disabled = True, False
+        self.ask.disabled = True
+        self.stop_button.disabled = False
         self.worker = threading.Thread(target=self._work, daemon=True)
         self.worker.start()
 
     def _work(self) -> None:
+        try:
+            self._answer_both()
+        except KitError as error:
+            self.note.value = str(error)
+        except Exception as error:  # a worker thread has nobody else to tell
+            self.note.value = f"{type(error).__name__}: {str(error)[:200]}"
+        finally:
+            self.ask.disabled = False
+            self.stop_button.disabled = True
+
+    def _answer_both(self) -> None:
+        """Stream both answers, compare the models along the tuned one, add all to the history."""
         chosen = {name: control.value for name, control in self.controls.items()}
         settings = self.settings.replace(**chosen)
         self.note.value = "answering"
-        try:
-            row = generate.row_of(self.prompt.value)
-            for name, box in self.answers.items():
-                box.value = self.costs[name].value = ""
-                for said in generate.stream(
-                    self.model, self.tokenizer, row, settings, name == "tuned", self.stopping
-                ):
-                    box.value = said.text
-                cost = f"{said.n_tokens} tokens · first after {1000 * said.first_token_s:.0f} ms"
-                chances = f"{said.left:.1f} tokens to choose from on average, {said.turned} choices turned by the penalty"
-                self.costs[name].value = f"{cost} · {said.tokens_per_s:.0f} tokens/s · {chances}"
-                if self.stopping.is_set():
-                    break
-            steps = generate.next_tokens_along(
-                self.model, self.tokenizer, row, settings, self.answers["tuned"].value
-            )
-            best = lambda top: " ".join(f"{token!r} {p:.0%}" for token, p in top)
-            lines = [
-                f"{t!r} · {bits:.1f} bits apart · base: {best(b)} · tuned: {best(a)}"
-                for t, b, a, bits in steps
-            ]
-            self.positions.value = "\n".join(lines)
-            first = "; ".join(
-                f"{n}: {top[0][0]!r} {top[0][1]:.0%}"
-                for n, top in zip(self.answers, steps[0][1:3], strict=True)
-            )
-            state = "stopped" if self.stopping.is_set() else "done"
-            self.note.value = f"{state} · first token {first} · {steps[0][3]:.1f} bits apart"
-            said = "".join(f"\n  {name}: {box.value}" for name, box in self.answers.items())
-            self.history.value = f"{self.prompt.value}\n  {chosen}{said}\n\n{self.history.value}"[
-                :20_000
-            ]
-        except Exception as error:  # a worker thread has nobody else to tell
-            self.note.value = (
-                str(error)
-                if isinstance(error, KitError)
-                else f"{type(error).__name__}: {str(error)[:200]}"
-            )
-        finally:
-            self.ask.disabled, self.stop_button.disabled = False, True
+        row = generate.row_of(self.prompt.value)
+        for name in self.answers:
+            self._answer(name, row, settings)
+            if self.stopping.is_set():
+                break
+        answer = self.answers["tuned"].value
+        steps = generate.next_tokens_along(self.model, self.tokenizer, row, settings, answer)
+
+        def best(top: list[tuple[str, float]]) -> str:
+            return " ".join(f"{token!r} {share:.0%}" for token, share in top)
+
+        lines = []
+        for token, base, tuned, bits in steps:
+            apart = f"{token!r} · {bits:.1f} bits apart"
+            lines.append(f"{apart} · base: {best(base)} · tuned: {best(tuned)}")
+        self.positions.value = "\n".join(lines)
+        _, base, tuned, bits = steps[0]
+        state = "stopped" if self.stopping.is_set() else "done"
+        first = f"base: {best(base[:1])}; tuned: {best(tuned[:1])}"
+        self.note.value = f"{state} · first token {first} · {bits:.1f} bits apart"
+        said = [self.prompt.value, f"  {chosen}"]
+        said += [f"  {name}: {box.value}" for name, box in self.answers.items()]
+        history = "\n".join([*said, "", self.history.value])
+        self.history.value = history[:20_000]
+
+    def _answer(self, name: str, row: dict, settings) -> None:
+        """Stream the answer of the "base" or the "tuned" model into its box, then what it cost."""
+        box = self.answers[name]
+        cost = self.costs[name]
+        box.value = ""
+        cost.value = ""
+        tuned = name == "tuned"
+        for said in generate.stream(
+            self.model, self.tokenizer, row, settings, tuned, self.stopping
+        ):
+            box.value = said.text
+        cost.value = (
+            f"{said.n_tokens} tokens · first after {1000 * said.first_token_s:.0f} ms · "
+            f"{said.tokens_per_s:.0f} tokens/s · "
+            f"{said.left:.1f} tokens to choose from on average, "
+            f"{said.turned} choices turned by the penalty"
+        )

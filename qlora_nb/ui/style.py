@@ -1,10 +1,18 @@
-"""One look for every figure: Okabe–Ito colours with a fixed meaning, markers beside them, titles
-that state the finding.
+"""One look for every figure of the seven notebooks: what a colour means, and how a figure is made.
+
+`LOOKS` is the only table of colours. A datatype, a method and each part of memory has one colour,
+one hatch and (what is drawn as a line) one marker, in all notebooks. The colours are those of Okabe
+and Ito (2008), chosen so that they stay apart for colour-blind eyes, and one dark brown; colour is
+never the only difference, so that a figure can also be read in grey.
+
+A plotting function draws on axes and returns its finding, a sentence that becomes the title.
+`draws` makes the figure around it, in the kit's matplotlib style (`kit.mplstyle`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -12,110 +20,136 @@ from matplotlib import rc_params_from_file
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
-COLOURS = {
-    "16-bit": "#000000",
-    "INT4": "#E69F00",
-    "FP4": "#D55E00",
-    "NF4": "#0072B2",
-    "NF4+DQ": "#56B4E9",
-    "LoRA": "#009E73",
-    "optimizer": "#CC79A7",
-    "other": "#606060",
+
+class Look(NamedTuple):
+    """How one thing is drawn. Parts of memory are bars and areas only: they have no marker."""
+
+    colour: str
+    hatch: str
+    marker: str = ""
+
+
+BLACK = "#000000"
+ORANGE = "#E69F00"
+VERMILION = "#D55E00"
+BLUE = "#0072B2"
+SKY = "#56B4E9"
+GREEN = "#009E73"
+PINK = "#CC79A7"
+GREY = "#606060"
+BROWN = "#7A3E00"
+
+LOOKS = {
+    # datatypes and methods
+    "16-bit": Look(BLACK, "", "o"),
+    "INT4": Look(ORANGE, "//", "s"),
+    "FP4": Look(VERMILION, "\\\\", "^"),
+    "NF4": Look(BLUE, "", "D"),
+    "NF4+DQ": Look(SKY, "xx", "v"),
+    "LoRA": Look(GREEN, "..", "P"),
+    "optimizer": Look(PINK, "++", "X"),
+    "other": Look(GREY, "--", "."),
+    # parts of memory
+    "4-bit weights": Look(BLUE, ""),
+    "scales": Look(SKY, "xx"),
+    "scales of scales": Look(BLACK, ""),
+    "unquantized rest": Look(GREY, ".."),
+    "LoRA weights": Look(GREEN, "||"),
+    "gradients": Look(GREEN, "oo"),
+    "optimizer states": Look(PINK, "++"),
+    "paged optimizer states": Look(PINK, "**"),
+    "kept for the backward pass": Look(ORANGE, "//"),
+    "working memory": Look(VERMILION, "\\\\"),
+    "key-value cache": Look(BROWN, "OO"),
+    "CUDA itself (assumed)": Look(GREY, "--"),
 }
-"""Colour by meaning; never the only difference (see MARKERS and HATCHES)."""
-MARKERS = {
-    "16-bit": "o",
-    "INT4": "s",
-    "FP4": "^",
-    "NF4": "D",
-    "NF4+DQ": "v",
-    "LoRA": "P",
-    "optimizer": "X",
-    "other": ".",
-}
-HATCHES = {
-    "16-bit": "",
-    "INT4": "//",
-    "FP4": "\\\\",
-    "NF4": "",
-    "NF4+DQ": "xx",
-    "LoRA": "..",
-    "optimizer": "++",
-    "other": "--",
-}
+"""What is drawn → how, in all notebooks."""
+
+COLOURS = {meaning: drawn.colour for meaning, drawn in LOOKS.items()}
+HATCHES = {meaning: drawn.hatch for meaning, drawn in LOOKS.items()}
+MARKERS = {meaning: drawn.marker for meaning, drawn in LOOKS.items() if drawn.marker}
 
 
 def look(meaning: str, hatch: str | None = None) -> dict[str, str]:
-    """Keyword arguments of a bar with this meaning: colour, hatch (the meaning's own unless given)
-    and a white edge.
+    """Keyword arguments of a bar: its colour, its hatch (the meaning's own unless given) and a
+    white edge.
     """
-    return {
-        "color": COLOURS[meaning],
-        "hatch": HATCHES[meaning] if hatch is None else hatch,
-        "edgecolor": "white",
-    }
+    if hatch is None:
+        hatch = HATCHES[meaning]
+    return {"color": COLOURS[meaning], "hatch": hatch, "edgecolor": "white"}
 
 
 def stacked_bars(
-    ax, rows: Mapping[str, Mapping], looks: Mapping[str, dict], unit: float = 1, text=None, **font
+    ax,
+    rows: Mapping[str, Mapping],
+    looks: Mapping[str, dict],
+    unit: float = 1,
+    text: Callable[[float], str] | None = None,
+    **font,
 ) -> np.ndarray:
-    """Horizontal bars, one a row of parts (name → part → size), stacked in the order of `looks`
-    (part → how it is drawn).
+    """Horizontal stacked bars, one a row, its parts in the order of `looks`.
 
     Args:
+        rows: label of the bar → {part: size}; a part that is missing has size 0.
+        looks: part → keyword arguments of `ax.barh`. A part that no row has is left out.
         unit: sizes are divided by it.
-        text: where a bar ends (in `unit`s) → what is written there.
+        text: the length of a bar (in `unit`s) → what is written at its end.
         **font: how it is written (`fontsize`).
 
     Returns:
-        Where each bar ends, in `unit`s.
+        (rows,) length of each bar, in `unit`s.
     """
     ends = np.zeros(len(rows))
     for part, drawn in looks.items():
         widths = np.array([parts.get(part, 0) / unit for parts in rows.values()])
-        ax.barh(list(rows), widths, left=ends, **drawn, label=part)
-        ends += widths
-    for row, end in enumerate(ends if text else ()):
-        ax.text(end, row, text(end), va="center", **font)
+        if widths.any():
+            ax.barh(list(rows), widths, left=ends, label=part, **drawn)
+            ends += widths
+    if text is not None:
+        for row, end in enumerate(ends):
+            ax.text(end, row, text(end), va="center", **font)
     return ends
 
 
-def log2_axis(ax, ticks: Sequence[int], labels: Sequence[str] = ()) -> None:
-    """A logarithmic x axis with labels (plain numbers if left out) at these powers of two."""
+def log2_axis(ax, ticks: Sequence[int], labels: Sequence[str] | None = None) -> None:
+    """A logarithmic x axis with a label (its number unless given) at each of these powers of 2."""
     ax.set_xscale("log", base=2)
-    ax.set_xticks(ticks, labels or [str(tick) for tick in ticks])
+    if labels is None:
+        labels = [str(tick) for tick in ticks]
+    ax.set_xticks(ticks, labels)
     ax.minorticks_off()
 
 
 def maps(axes, parts: Sequence, limit: float, label: str, **settings) -> None:
-    """Matrices as colour maps, one on each of the axes, on one scale from -limit to limit with one
-    colour bar (`label`).
+    """Matrices (torch tensors) as colour maps, one on each of the axes, on one scale from -limit to
+    limit with one colour bar.
     """
+    settings.update(cmap="RdBu", vmin=-limit, vmax=limit, interpolation="nearest")
     for ax, part in zip(axes, parts):
-        image = ax.imshow(
-            part.numpy(), cmap="RdBu", vmin=-limit, vmax=limit, interpolation="nearest", **settings
-        )
+        image = ax.imshow(part.numpy(), **settings)
         ax.grid(visible=False)
-    bottom, top = axes[-1].get_position().y0, axes[0].get_position().y1
-    bar = image.figure.add_axes((0.91, bottom, 0.015, top - bottom))
-    image.figure.colorbar(image, cax=bar, label=label, ticks=[-limit, 0, limit])
+    figure = image.figure
+    bottom = axes[-1].get_position().y0
+    top = axes[0].get_position().y1
+    bar = figure.add_axes((0.91, bottom, 0.015, top - bottom))
+    figure.colorbar(image, cax=bar, label=label, ticks=[-limit, 0, limit])
 
 
 KIT_STYLE = rc_params_from_file(
     Path(__file__).with_name("kit.mplstyle"), use_default_template=False
 )
-"""The kit's look; figures are drawn inside `plt.rc_context(KIT_STYLE)`, which leaves the reader's
-own settings alone.
-"""
+"""Used inside `plt.rc_context` alone, which leaves the reader's own settings as they are."""
 
 
 class WholeFigure(Figure):
-    """Shown as large as it was made: a notebook would cut off white edges, and a static figure
-    would not be its widget's twin.
+    """Shown as large as it was made.
+
+    Jupyter saves figures with `bbox_inches="tight"`, which would cut off white edges: a static
+    figure would differ from the same figure under its widget.
     """
 
     def get_tightbbox(self, *_args, **_kwargs) -> Bbox:
-        """The whole figure (inches), less the edge that is added again when it is saved."""
+        """The whole figure (inches), less the padding that is added again when it is saved."""
         return self.bbox_inches.padded(-plt.rcParams["savefig.pad_inches"])
 
 
@@ -126,58 +160,47 @@ def draws(
     grid: Mapping = {},
     **axes,
 ) -> Callable:
-    """`@draws(figsize, …)` above `plot(ax, data)` gives `plot(data)`, which draws on new axes in
-    the kit's look.
+    """Turn `plot(ax, data)`, which draws on axes, into `plot(data)`, which returns a figure.
 
-    `plot` returns its finding, a sentence or a number, which becomes the title of the (first) axes;
-    None if there is none.
+    What `plot` returns becomes the title of the first axes: its finding, or None.
 
     Args:
         figsize: width and height (inches).
-        legend: where the legend lies ("best", "lower right", …); left out, there is none.
+        legend: where the legend lies ("best", "lower right", …); without it there is none.
         columns: columns of the legend.
-        grid: what else `plt.subplots` takes (`nrows`, `ncols`, `sharey`, …); if there are several
-            axes they come as an array. The layout is "constrained" if left out, which takes as long
-            to compute as the drawing: a figure under a widget has `margins`.
+        grid: what else `plt.subplots` takes (`nrows`, `ncols`, `sharey`, …). Several axes come as
+            an array. The layout is "constrained" unless given, which takes as long to compute as
+            the drawing: a figure under a widget has `margins`.
         **axes: what `ax.set` takes and does not depend on the data: `xlabel` and `ylabel` (the
-            quantity and, in brackets, its unit), `xlim`, `ylim`, …
+            quantity and its unit in brackets), `xlim`, `ylim`, …
 
     Returns:
-        A decorator; what it makes returns a figure that is already closed in pyplot and so shows
-        exactly once.
+        A decorator. Its figures are closed in pyplot, so that a notebook shows each exactly once.
     """
-
-    settings = {
-        "FigureClass": WholeFigure,
-        "layout": "constrained",
-        "figsize": figsize,
-        "subplot_kw": axes,
-        **grid,
-    }
+    settings = {"layout": "constrained", "figsize": figsize, **grid}
 
     def decorate(plot: Callable) -> Callable[..., Figure]:
         @wraps(plot)
         def drawn(*data, **options) -> Figure:
             with plt.rc_context(KIT_STYLE):
-                fig, ax = plt.subplots(**settings)
-                plt.close(fig)
-                if finding := plot(ax, *data, **options):
-                    fig.axes[0].set_title(finding)
+                figure, ax = plt.subplots(FigureClass=WholeFigure, subplot_kw=axes, **settings)
+                plt.close(figure)
+                finding = plot(ax, *data, **options)
+                if finding:
+                    figure.axes[0].set_title(finding)
                 if legend:
                     ax.legend(loc=legend, ncols=columns)
-            return fig
+            return figure
 
-        del drawn.__wrapped__  # its signature has the axes, which nobody passes
+        del drawn.__wrapped__  # help() would show the signature of `plot`, with its axes
         return drawn
 
     return decorate
 
 
 def margins(left: float, right: float, bottom: float, top: float, **between: float) -> dict:
-    """A `grid` for `draws` that fixes where the axes lie (shares of the figure; `between`: wspace,
+    """A `grid` for `draws` with fixed places of the axes (shares of the figure; `between`: wspace,
     hspace).
     """
-    return {
-        "layout": None,
-        "gridspec_kw": {"left": left, "right": right, "bottom": bottom, "top": top, **between},
-    }
+    places = {"left": left, "right": right, "bottom": bottom, "top": top, **between}
+    return {"layout": None, "gridspec_kw": places}

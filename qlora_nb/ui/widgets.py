@@ -1,7 +1,8 @@
-"""Controls around a plot: one function, one static figure, one widget that varies it.
+"""Controls above a figure: one plotting function, and one widget that varies its arguments.
 
-Only the widget API common to ipywidgets 7.7.1 (Colab) and 8.1 is used. A widget does no arithmetic
-of its own and nothing in a notebook reads a value from it.
+`explore` is what a notebook calls. A widget computes nothing and no cell reads a value from it; the
+same figure with the start values stands in a cell before it, for readers without a kernel. Only the
+API common to ipywidgets 7.7.1 (Colab) and 8.1 is used.
 """
 
 import base64
@@ -17,42 +18,38 @@ from matplotlib.figure import Figure
 LABEL = {"description_width": "initial"}
 CONTROL = {"style": LABEL, "layout": W.Layout(width="min(460px, 95%)")}
 """How every control looks: the whole description, and no wider than a phone."""
-NAMES_SLIDERS = (
-    f'onload="{Path(__file__).with_name("name_sliders.js").read_text(encoding="utf-8")}"'
-)
-"""For screen readers, in an `<img>`: ipywidgets names no slider, and tells the place of a choice
-instead of the choice.
+NAMES_SLIDERS = Path(__file__).with_name("name_sliders.js").read_text(encoding="utf-8")
+"""For screen readers, run when an `<img>` has loaded: ipywidgets names no slider, and tells the
+place of a choice instead of the choice.
 """
 NO_PICTURE = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7"
 
 
 def explore(plot: Callable[..., Figure], **controls: W.Widget) -> W.VBox:
-    """Controls over `plot(**values)`, which is redrawn whenever one of them moves; the last cell
-    line shows the box.
+    """Controls above `plot(**values)`, drawn anew whenever one of them changes.
 
-    Not ipywidgets' own `interactive`, which shows figures in an `Output`: nbclient sends the kernel
-    messages about that while it waits for others, and papermill then waits for ever, once in some
-    fifty cells. About an `HTML` nothing is sent.
+    The figure is shown in an `HTML` and not in an `Output` (ipywidgets' own `interactive`): about
+    an `Output` nbclient sends messages to the kernel while it waits for others, and papermill then
+    hung in one of some fifty cells.
 
     Args:
         plot: returns a closed Figure (see `style.draws`); its arguments are the controls' names.
-        **controls: one widget an argument. Their start values are the static twin's arguments.
+        **controls: one widget for each argument, with the start values of the static figure.
 
     Returns:
-        The box; `.result` is the last Figure, which is what the tests look at, `.redraw()` draws it
-        anew.
+        The box, to be shown. `.result` is the last Figure, `.redraw()` draws anew.
     """
     shown = W.HTML()
     panel = W.VBox([*controls.values(), shown])
     panel.add_class("explore")
 
     def redraw(_change=None) -> None:
+        values = {name: control.value for name, control in controls.items()}
         try:
-            panel.result = plot(**{name: control.value for name, control in controls.items()})
+            panel.result = plot(**values)
             shown.value = picture(panel.result)
-        except (
-            Exception
-        ) as error:  # what is raised while a control moves, only the kernel's log would tell
+        except Exception as error:
+            # what a callback raises is otherwise seen in the kernel's log alone
             shown.value = f"<pre>{html.escape(str(error))}</pre>"
             raise
 
@@ -63,30 +60,30 @@ def explore(plot: Callable[..., Figure], **controls: W.Widget) -> W.VBox:
     return panel
 
 
-def naming() -> W.HTML:
-    """Names the sliders of a box without a figure; nothing is seen of it."""
-    return W.HTML(
-        f'<img alt="" src="{NO_PICTURE}" {NAMES_SLIDERS}>', layout=W.Layout(display="none")
-    )
-
-
 def picture(figure: Figure) -> str:
-    """A figure as HTML, drawn in one pass (displaying it costs three), that a screen reader tells
-    by its titles.
+    """A figure as HTML, its titles as the text for screen readers.
+
+    Drawn once, without the search for its bounding box that displaying it costs.
     """
-    png, titles = (
-        io.BytesIO(),
-        " · ".join(filter(None, (ax.get_title(loc="left") for ax in figure.axes))),
-    )
+    titles = [ax.get_title(loc="left") for ax in figure.axes]
+    text = html.escape(" · ".join(filter(None, titles)))
+    png = io.BytesIO()
     FigureCanvasAgg(figure).print_png(png)
-    source = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
+    source = base64.b64encode(png.getvalue()).decode()
     return (
-        f'<img alt="{html.escape(titles)}" src="{source}" style="max-width:100%" {NAMES_SLIDERS}>'
+        f'<img alt="{text}" src="data:image/png;base64,{source}" style="max-width:100%" '
+        f'onload="{NAMES_SLIDERS}">'
     )
+
+
+def naming() -> W.HTML:
+    """Names the sliders of a box that has no figure; invisible."""
+    image = f'<img alt="" src="{NO_PICTURE}" onload="{NAMES_SLIDERS}">'
+    return W.HTML(image, layout=W.Layout(display="none"))
 
 
 def slider(kind: type, description: str, value, **limits) -> W.Widget:
-    """A slider of this kind that redraws when let go."""
+    """A slider of this kind (`W.FloatSlider`, …) that redraws when let go."""
     made = kind(value=value, description=description, continuous_update=False, **limits, **CONTROL)
     made.tooltip = description  # without one ipywidgets 8 shows "null" under the mouse
     return made
@@ -107,3 +104,9 @@ def choice_slider(description: str, options: list, value) -> W.SelectionSlider:
 def choice(description: str, options: list, value) -> W.Dropdown:
     """A drop-down list."""
     return W.Dropdown(options=options, value=value, description=description, **CONTROL)
+
+
+def text_box(description: str, height: str, width: str = "95%", **options) -> W.Textarea:
+    """A box of plain text, which is never interpreted as HTML; sizes as in CSS ("7em", "95%")."""
+    layout = W.Layout(width=width, height=height)
+    return W.Textarea(description=description, layout=layout, style=LABEL, **options)
