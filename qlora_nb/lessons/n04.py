@@ -13,11 +13,11 @@ from qlora_nb.ui.checks import exercise
 from qlora_nb.ui.style import COLOURS, MARKERS, draws, log2_axis, look, stacked_bars
 
 PARTS = {
-    "codes": look("NF4"),
-    "scales": look("other", "//"),
-    "scales of scales": look("16-bit"),
-    "mean": look("16-bit"),
-    "rest": {"color": "#D0D0D0", "hatch": "..", "edgecolor": "white"},
+    "codes": look("4-bit weights"),
+    "scales": look("scales"),
+    "scales of scales": look("scales of scales"),
+    "mean": look("scales of scales"),
+    "rest": look("unquantized rest"),
 }
 """How each part of a 4-bit layer is drawn, and what is not quantized."""
 

@@ -15,18 +15,18 @@ from qlora_nb.memory import step_sizes
 from qlora_nb.pythia import PYTHIA
 from qlora_nb.theory import paging
 from qlora_nb.ui.checks import exercise
-from qlora_nb.ui.style import COLOURS, MARKERS, draws, look, margins, stacked_bars
+from qlora_nb.ui.style import COLOURS, HATCHES, MARKERS, draws, look, margins, stacked_bars
 
 PARTS = {
-    "frozen weights": (COLOURS["NF4+DQ"], ""),
-    "LoRA weights": (COLOURS["LoRA"], ".."),
-    "gradients": (COLOURS["LoRA"], "xx"),
-    "states, not paged": (COLOURS["optimizer"], "++"),
-    "states, paged": (COLOURS["optimizer"], ""),
-    "kept for the backward pass": (COLOURS["other"], "--"),
-    "working memory": (COLOURS["INT4"], "//"),
+    "frozen weights": "4-bit weights",
+    "LoRA weights": "LoRA weights",
+    "gradients": "gradients",
+    "states, not paged": "optimizer states",
+    "states, paged": "paged optimizer states",
+    "kept for the backward pass": "kept for the backward pass",
+    "working memory": "working memory",
 }
-"""Colour and hatch of each part of a step's memory, bottom to top."""
+"""Each part of a step's memory, bottom to top, and its name in the table of looks."""
 
 
 @draws((8.8, 4.2), grid=margins(0.09, 0.74, 0.125, 0.93), xlabel="one step (layer by layer)")
@@ -44,7 +44,8 @@ def plot_step(ax, pythia: str, r: int, tokens: int, gpu_gib: float, bits: int = 
     heights = []
     for part in PARTS:
         heights.append([moment.parts[part] / cards.GIB for moment in moments])
-    colours, hatches = zip(*PARTS.values())
+    colours = [COLOURS[meaning] for meaning in PARTS.values()]
+    hatches = [HATCHES[meaning] for meaning in PARTS.values()]
     drawn = {"colors": colours, "hatch": hatches, "edgecolor": "white", "linewidth": 0}
     x = range(len(moments))
     ax.stackplot(x, heights, labels=list(PARTS), step="mid", **drawn)
