@@ -50,7 +50,8 @@ def along(ax, steps: list[tuple]) -> str:
     """Divergence at every position of an answer, the token written there under its bar.
 
     Args:
-        steps: (token, top tokens of base, top tokens of tuned, bits), from `generate.next_tokens_along`.
+        steps: (token, top tokens of base, top tokens of tuned, bits), from
+            `generate.next_tokens_along`.
     """
     tokens = [_visible(token) for token, *_ in steps]
     bits = [step[-1] for step in steps]

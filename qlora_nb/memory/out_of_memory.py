@@ -2,8 +2,8 @@
 step is freed.
 
 An exception keeps its traceback, the traceback its frames, and they keep the activations of the
-step that failed: until it is gone nothing can be tried again. `caught` frees it and goes on,
-`explained` turns it into a refusal with the next option to take.
+step that failed: until it is gone nothing can be tried again. `freed_memory_of` lets go of it,
+`explained` turns the error into a refusal with the next option to take.
 """
 
 import gc
@@ -18,46 +18,32 @@ from qlora_nb.errors import KitError, is_out_of_memory
 from qlora_nb.memory import budget, ledger
 
 
-def free_memory_of(error: BaseException) -> None:
-    """Free what an error keeps alive: its traceback holds the activations of the step that failed,
-    in frames and in closures.
+def freed_memory_of(error: BaseException) -> bool:
+    """Whether memory ran out; if it did, what the failed computation held is free again.
 
-    A notebook keeps its last error, so the memory would stay taken until the next one. The error
-    loses its traceback.
+    The error loses its traceback, whose frames and closures hold the activations of the step that
+    failed: a notebook keeps its last error, and with it they would stay until the next one.
     """
+    if not is_out_of_memory(error):
+        return False
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error.__traceback__ = None
         error = error.__cause__ or error.__context__
     gc.collect()
     torch.cuda.empty_cache()
+    return True
 
 
 @contextmanager
-def caught() -> Iterator[list[BaseException]]:
-    """Inside, running out of memory ends the block without an exception; what the step held is
-    freed.
-
-    Yields:
-        A list: empty, or after the block with the error in it.
-    """
-    errors = []
-    try:
-        yield errors
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        free_memory_of(error)
-        errors.append(error)
-
-
-@contextmanager
-def explained(settings, model, optimizer: torch.optim.Optimizer | None = None) -> Iterator[None]:
+def explained(settings, model) -> Iterator[None]:
     """Inside, running out of memory becomes a `KitError` (see `explain`)."""
-    with caught() as errors:
+    try:
         yield
-    if errors:
-        raise explain(errors[0], settings, model, optimizer) from errors[0]
+    except (RuntimeError, MemoryError) as error:
+        if not freed_memory_of(error):
+            raise
+        raise explain(error, settings, model, None) from error
 
 
 def explain(error: BaseException, settings, model, optimizer) -> KitError:

@@ -73,31 +73,6 @@ def forward(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, lora_alph
     return x @ weight.T + scale(lora_alpha, r=len(lora_a)) * (thin @ lora_b.T)
 
 
-def forward_spec(
-    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, lora_alpha: float
-) -> Tensor:
-    """`forward` for one input vector (in,), as plain loops: what the formula says, number by
-    number.
-    """
-
-    def product(matrix: list[list[float]], vector: list[float]) -> list[float]:
-        sums = []
-        for row in matrix:
-            total = 0.0
-            for entry, number in zip(row, vector):
-                total += entry * number
-            sums.append(total)
-        return sums
-
-    frozen = product(weight.tolist(), x.tolist())
-    thin = product(lora_a.tolist(), x.tolist())
-    learnt = product(lora_b.tolist(), thin)
-    y = []
-    for base, change in zip(frozen, learnt):
-        y.append(base + lora_alpha / len(lora_a) * change)
-    return torch.tensor(y, dtype=x.dtype)
-
-
 class LoRALinear(nn.Module):
     """A frozen linear layer with a trained low-rank path beside it.
 

@@ -20,9 +20,8 @@ from peft import PeftModel
 from transformers import TrainerCallback
 
 from qlora_nb.answer import evaluate, generate
-from qlora_nb.memory import ledger, profiler
+from qlora_nb.memory import ledger, out_of_memory, profiler
 from qlora_nb.model import batching, chunked_loss, device
-from qlora_nb.train import retry
 
 SMALLEST_SCALE = 1.0
 """A gradient scaler that has come down to this has halved its scale sixteen times: the gradients
@@ -31,8 +30,8 @@ themselves are not finite.
 
 
 class CountingCollator:
-    """`batching.collator` that counts: `n_tokens` of all batches without padding, and in `shapes` of
-    each batch (rows, tokens, tokens that train).
+    """`batching.collator` that counts: `n_tokens` of all batches without padding, and in `shapes`
+    of each batch (rows, tokens, tokens that train).
     """
 
     def __init__(self, tokenizer):
@@ -192,7 +191,7 @@ class Sample(TrainerCallback):
         try:
             self.look(model, state.global_step)
         except (RuntimeError, MemoryError) as error:
-            if not retry.freed_memory_of(error):
+            if not out_of_memory.freed_memory_of(error):
                 raise
             print(
                 f"step {state.global_step}: memory does not suffice for a look at the model; "

@@ -13,17 +13,8 @@ from pathlib import Path
 
 import torch
 
-from qlora_nb.errors import is_out_of_memory
 from qlora_nb.memory import out_of_memory
 from qlora_nb.train import optimizers
-
-
-def freed_memory_of(error: BaseException) -> bool:
-    """Whether memory ran out; if it did, what the failed computation held is free again."""
-    if not is_out_of_memory(error):
-        return False
-    out_of_memory.free_memory_of(error)
-    return True
 
 
 def with_fewer_rows(settings):
@@ -68,7 +59,7 @@ def train(
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             return
         except (RuntimeError, MemoryError) as error:
-            if not freed_memory_of(error):
+            if not out_of_memory.freed_memory_of(error):
                 raise
             if settings.per_device_train_batch_size == 1:
                 refusal = out_of_memory.explain(error, settings, model, trainer.optimizer)

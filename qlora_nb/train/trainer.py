@@ -269,12 +269,8 @@ def _loss_function(model: PeftModel, settings, stack: ExitStack) -> Callable | N
     Raises:
         KitError: the model does not do what these settings rely on, or memory runs out already.
     """
-    try:
+    with out_of_memory.explained(settings, model):
         chunk = probes.before_training(model, settings)
-    except (RuntimeError, MemoryError) as error:
-        if not retry.freed_memory_of(error):
-            raise
-        raise out_of_memory.explain(error, settings, model, None) from error
     if chunk:
         return stack.enter_context(chunked_loss.chunked_head(model, chunk))
     if settings.loss_chunk:
