@@ -240,6 +240,8 @@ def measure(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
     total = Counter()
     counted = set()
     for line, tensor in _live_tensors(model, optimizer):
+        if tensor is None:  # given back by `merge.release`
+            continue
         storage = tensor.untyped_storage()
         if storage._cdata not in counted:
             counted.add(storage._cdata)
@@ -248,7 +250,7 @@ def measure(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
     return Ledger("measured", tuple(lines))
 
 
-def _live_tensors(model: nn.Module, optimizer) -> Iterator[tuple[str, torch.Tensor]]:
+def _live_tensors(model: nn.Module, optimizer) -> Iterator[tuple[str, torch.Tensor | None]]:
     """(line, tensor) for everything that a model and its optimizer hold."""
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     embedded = {id(getattr(module, "weight", None)) for module in ends}
@@ -274,7 +276,7 @@ def _live_tensors(model: nn.Module, optimizer) -> Iterator[tuple[str, torch.Tens
             yield STATES, tensor
 
 
-def _packed_tensors(weight: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+def _packed_tensors(weight: torch.Tensor) -> Iterator[tuple[str, torch.Tensor | None]]:
     """(line, tensor) for one weight as bitsandbytes stores it (`QuantState`)."""
     state = weight.quant_state
     yield CODES, weight
