@@ -1,4 +1,4 @@
-"""The ledger against live objects: what stays, to the byte, and the fullest moment of a step, as
+"""The ledger against live objects: what stays, to the byte, and the peak memory of a step, as
 torch's profiler sees it.
 
     python benchmarks/memory.py [pocket smollm2 70m 410m]      into benchmarks/results/memory.json

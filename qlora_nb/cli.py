@@ -178,6 +178,9 @@ def generate(
 
     settings = resolve({"profile": profile, **_parameters(ctx.args)})
     from qlora_nb import sources
+    from qlora_nb.memory import preflight
+
+    preflight.refuse_what_cannot_run(settings)
     from qlora_nb.answer import adapters, generate, prompt_files
     from qlora_nb.model import load
 

@@ -193,36 +193,36 @@ def test_what_fits_is_the_largest_that_fits(monkeypatch):
                 assert row[kind] == f"{fitting[-1]} ({needs[fitting[-1]]:.1f} GiB)"
             else:
                 assert row[kind] == "none"
-        check_levers(row, card)
+        check_options(row, card)
     assert [row["fine-tuning"].split()[0] for row in rows] == ["none", "70m", "160m"]
-    with_levers = [row["fine-tuning with levers"].split()[0] for row in rows]
-    assert with_levers[1:] == ["160m", "160m"]
-    assert rows[1]["levers"] != "none needed"
-    assert rows[2]["levers"] == "none needed"
+    with_options = [row["fine-tuning with options"].split()[0] for row in rows]
+    assert with_options[1:] == ["160m", "160m"]
+    assert rows[1]["options"] != "none needed"
+    assert rows[2]["options"] == "none needed"
 
 
 def test_what_fits_a_card_too_small_for_all(monkeypatch):
     only_these_pythias(monkeypatch, {"70m": PYTHIA["70m"]})
     [row] = n01.what_fits(validate(SMALL), (0.25,))
-    kinds = ("answering", "fine-tuning", "fine-tuning with levers")
-    assert row == {"card": "0.25 GiB", **dict.fromkeys(kinds, "none"), "levers": "none is enough"}
+    kinds = ("answering", "fine-tuning", "fine-tuning with options")
+    assert row == {"card": "0.25 GiB", **dict.fromkeys(kinds, "none"), "options": "none is enough"}
 
 
-def check_levers(row: dict[str, str], card: float) -> None:
+def check_options(row: dict[str, str], card: float) -> None:
     """With the changes that the row names this model fits the card, and it needs what the row
     says.
     """
-    if row["fine-tuning with levers"] == "none":
+    if row["fine-tuning with options"] == "none":
         return
-    size = row["fine-tuning with levers"].split()[0]
+    size = row["fine-tuning with options"].split()[0]
     changes = {}
-    if row["levers"] != "none needed":
-        for word in row["levers"].replace(";", ",").split(", "):
+    if row["options"] != "none needed":
+        for word in row["options"].replace(";", ",").split(", "):
             name, value = word.split("=")
             changes[name] = type(getattr(validate(SMALL), name))(value)
     need = budget.peak(plan(size, train=True, **changes)).total_gib
     assert need <= card
-    assert row["fine-tuning with levers"] == f"{size} ({need:.1f} GiB)"
+    assert row["fine-tuning with options"] == f"{size} ({need:.1f} GiB)"
 
 
 def only_these_pythias(monkeypatch, sizes: dict) -> None:
@@ -369,7 +369,7 @@ def check_planner(box, size: str, card_gib: float | None, changes: dict[str, obj
     said, line = box.advice.value.split("\n")
     need = peaks[0].total_bytes
     if card_gib is None:
-        start = f"Fine-tuning needs {need / 2**20:,.0f} MiB of memory at its fullest"
+        start = f"Fine-tuning needs {need / 2**20:,.0f} MiB of memory at its peak"
     elif need <= card_gib * GIB:
         left = card_gib - need / GIB
         start = f"Fine-tuning fits: {need / GIB:.2f} of {card_gib:g} GiB, {left:.2f} are left."

@@ -77,7 +77,7 @@ def test_budget_of_a_small_model():
     figure = charts.memory_bars({name: book(sizes) for name, sizes in ledgers.items()})
     [ax] = figure.axes
     check_stack(ax, ledgers, MIB)
-    assert ax.get_xlabel() == "memory at the fullest moment (MiB)"
+    assert ax.get_xlabel() == "peak memory (MiB)"
     assert drawn.legend(figure) == list(SHOWN_AS)
     looks = drawn.fills(ax)
     assert len(set(looks)) == len(looks) == len(SHOWN_AS), "no two parts look the same"
@@ -109,7 +109,7 @@ def test_budget_against_a_card(limit, title):
     figure = charts.memory_bars({name: book(sizes) for name, sizes in ledgers.items()}, limit)
     [ax] = figure.axes
     check_stack(ax, ledgers, gib)
-    assert ax.get_xlabel() == "memory at the fullest moment (GiB)"
+    assert ax.get_xlabel() == "peak memory (GiB)"
     assert drawn.title(ax) == title
     if limit is None:
         assert len(ax.lines) == 0

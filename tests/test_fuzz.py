@@ -302,7 +302,7 @@ def test_checkpoints(tmp_path, capsys):
                 "checkpoints",
                 lambda: (
                     runs.status_of(run.folder),
-                    run.cut(8),
+                    run.truncate_log(8),
                     checkpoints.start(chosen, run.notebook),
                 ),
             )

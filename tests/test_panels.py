@@ -56,7 +56,7 @@ def test_what_fits_names_a_size_for_every_card():
     assert [row["card"] for row in rows] == ["8 GiB", "48 GiB"]
     assert rows[0]["fine-tuning"].startswith("6.9b")
     assert rows[1]["fine-tuning"].startswith("12b")
-    assert rows[1]["levers"] == "none needed"
+    assert rows[1]["options"] == "none needed"
     figure = n01.every_pythia(validate({"profile": "full"}), 8.0)
     assert figure.axes[0].get_title(loc="left") == "Over 8 GiB: 12b"
 

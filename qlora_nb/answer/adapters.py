@@ -116,8 +116,8 @@ def _base_name(path: str) -> str:
 
 
 def base_or_tuned(model: PreTrainedModel | PeftModel, tuned: bool) -> AbstractContextManager:
-    """Context in which the model answers with its adapter (`tuned`) or without; a base that has
-    none yet is the base.
+    """Context in which the model answers with its adapter (`tuned`) or with the adapter switched
+    off. A model without an adapter is taken as it is.
 
     Raises:
         KitError: the tuned model is asked for, and no adapter is on it.

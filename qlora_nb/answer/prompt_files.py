@@ -38,9 +38,10 @@ def read_rows(name: str, columns: dict[str, str]) -> list[dict[str, str]]:
     """Rows with instruction and input: from a text file, a prompt a line, or from any data file (an
     answer is not needed).
     """
-    path = sources.local_path(name)
-    if not os.path.isfile(path):
-        raise KitError("there is no such file of prompts", value=name, remedy="check the path")
+    with refusing("there is no such file of prompts", name, "check the path"):
+        path = sources.local_path(name)  # of a person who is not here, or no path at all
+        if not path.is_file():
+            raise FileNotFoundError("no file lies there")
     if not name.endswith(".txt"):
         return data.questions(name, columns)
     with refusing(

@@ -230,7 +230,7 @@ def _advice(settings) -> str:
     from qlora_nb.memory import budget
 
     options = budget.options(settings)[:1]
-    return f"{budget.advice(settings, None)} Next lever: {options}"
+    return f"{budget.advice(settings, None)} Next option: {options}"
 
 
 def _end(number: int) -> None:

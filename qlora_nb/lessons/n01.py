@@ -85,14 +85,14 @@ def what_fits(
             "card": f"{size_gib:g} GiB",
             "answering": _size_and_peak(answering),
             "fine-tuning": _size_and_peak(tuning),
-            "fine-tuning with levers": _size_and_peak(with_options),
-            "levers": "none is enough",
+            "fine-tuning with options": _size_and_peak(with_options),
+            "options": "none is enough",
         }
         if with_options is not None:
             taken = []
             for option in with_options[2]:
                 taken.append(", ".join(f"{name}={new}" for name, new in option.changes.items()))
-            row["levers"] = "; ".join(taken) if taken else "none needed"
+            row["options"] = "; ".join(taken) if taken else "none needed"
         rows.append(row)
     return rows
 

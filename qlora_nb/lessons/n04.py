@@ -27,10 +27,10 @@ BLOCKSIZES = [2**k for k in range(3, 13)]
 
 @draws((8.4, 2.2), "lower right", xlabel="bits a weight beyond the four (bit)")
 def plot_ledger(ax, ledgers):
-    """What a weight costs beyond its four bits, one bar a variant.
+    """What the scales cost beyond a weight's four bits, one stacked bar for each way to store them.
 
     Args:
-        ledgers: {variant: `double_quant.ledger(...)`}, in bits a weight.
+        ledgers: {way: `double_quant.ledger(...)`}, in bits a weight.
     """
 
     def text(bits):

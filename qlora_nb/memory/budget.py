@@ -30,7 +30,10 @@ CHANGING = (ledger.GRADIENTS, KEPT, WORK, CACHE)
 
 
 def peak(plan: Plan) -> ledger.Ledger:
-    """Every byte at the peak, line by line, before anything is loaded.
+    """Predicted memory at the peak of a training step, or of a generation, a line for each part.
+
+    What is stored comes from `ledger.predict`, the activations from a dry run, CUDA's own share is
+    assumed. Nothing is loaded.
 
     Attention is counted as fused (query, key, value and output are kept, scores are not).
     """

@@ -70,12 +70,12 @@ def quantize_head(
 
 
 def keep_embedding_on_cpu(model: nn.Module, device: torch.device) -> None:
-    """Move the input embedding to the host's memory: token ids go there, looked-up vectors come to
-    `device`.
+    """Move the input embedding to the host's memory: token ids are looked up there, the vectors
+    are sent to `device`. Tied embeddings are left alone by the caller.
 
-    The table becomes a plain attribute of its module. As a parameter it would be the first one of
-    the model, and transformers takes the place of the first parameter for the place of the whole
-    model (`PreTrainedModel.device`): `generate` would then send everything to the CPU.
+    The weight becomes a plain attribute of its module, out of `parameters()`. As a parameter it
+    would be the model's first, and transformers takes the device of the first parameter for that
+    of the whole model (`PreTrainedModel.device`): `generate` would send everything to the CPU.
     """
 
     def ids_to_cpu(module, args):

@@ -124,8 +124,8 @@ class Run:
         with files.writing(path), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(redaction.redact(record)) + "\n")
 
-    def cut(self, step: int) -> list[dict]:
-        """Forget what was logged after a step; returns the records that stay."""
+    def truncate_log(self, step: int) -> list[dict]:
+        """Remove from metrics.jsonl what was logged after a step; returns the records that stay."""
         path = self.folder / "metrics.jsonl"
         path.touch()  # before the first logged step there is none
         kept = []

@@ -357,7 +357,7 @@ def _rewind(run, checkpoint: Path | None, losses: list[float], held_out: dict[in
     step = seal.step_of(checkpoint) if checkpoint else 0
     losses.clear()
     held_out.clear()
-    for record in run.cut(step):
+    for record in run.truncate_log(step):
         if "loss" in record:
             losses.append(record["loss"])
         if "held_out_loss" in record:

@@ -49,7 +49,7 @@ def memory_bars(ax, ledgers: dict[str, ledger.Ledger], limit_gib: float | None =
 
     ax.figure.set_size_inches(8.4, 1.9 + 0.45 * len(ledgers))
     style.stacked_bars(ax, rows, looks, unit, text=lambda end: f" {end:.2f}")
-    ax.set_xlabel(f"memory at the fullest moment ({unit_name})")
+    ax.set_xlabel(f"peak memory ({unit_name})")
     ax.invert_yaxis()
     ax.margins(x=0.12)
     if limit_gib is not None:
