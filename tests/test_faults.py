@@ -467,6 +467,7 @@ def test_prompts_that_are_no_text(tmp_path):
     for name, content, words in (
         ("latin.txt", "Grüß".encode("latin-1"), "not in UTF-8"),
         ("none.csv", b"", "cannot be read"),
+        ("blank.txt", b"\n  \n", "the file of prompts is empty"),
     ):
         with pytest.raises(KitError, match=words):
             prompt_files.read_rows(str(put(tmp_path / name, content)), {})

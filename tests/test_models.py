@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 import transformers
 from bitsandbytes.functional import dequantize_4bit
@@ -16,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from qlora_nb import sources
 from qlora_nb.answer import adapters, evaluate, generate, merge
@@ -774,3 +775,23 @@ def test_a_dense_weight_is_what_bitsandbytes_unpacks(saved, values):
         assert not found.requires_grad
         assert torch.equal(found, wanted)
     assert torch.equal(layer(vectors), before)
+
+
+def test_a_tokenizer_without_a_second_token_to_pad_with_is_refused(saved):
+    """Padded with its end token, no answer would ever learn to end."""
+    folder = saved("Llama")
+    rows = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "</s>": 2}))
+    bare = PreTrainedTokenizerFast(tokenizer_object=rows, eos_token="</s>")
+    bare.save_pretrained(folder)
+    with pytest.raises(KitError, match="no token to pad with besides its end token"):
+        load.load_tokenizer(validate({"model_id": folder}))
+
+
+def test_an_adapter_that_trained_biases_is_refused(tmp_path):
+    """Switched off, it would leave its biases in the base."""
+    settings = validate({})
+    config = LoraConfig(r=4, target_modules=["query_key_value"], bias="lora_only")
+    model = get_peft_model(load.load_base(settings), config)
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(KitError, match="it trained biases too"):
+        adapters.load_adapter(load.load_base(settings), tmp_path / "adapter")

@@ -293,3 +293,11 @@ def test_a_refusal_in_a_notebook_is_one_line():
     shown = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
     assert len(shown) == 1
     assert "did you mean max_steps" in shown[0]
+
+
+def test_smollm2_is_refused_until_it_is_fetched(monkeypatch, tmp_path):
+    monkeypatch.setattr(sources, "SMOLLM2_DIR", tmp_path)
+    with pytest.raises(KitError, match=r"not on this machine yet.*qlora-nb fetch smollm2"):
+        sources.model_path("smollm2")
+    (tmp_path / "config.json").write_text("{}")
+    assert sources.model_path("smollm2") == str(tmp_path)
