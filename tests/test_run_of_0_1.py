@@ -94,3 +94,10 @@ def test_the_adapter_of_a_finished_run_is_found_and_changes_what_the_base_comput
         with adapters.base_or_tuned(model, tuned=False):
             base = model(input_ids=ids).logits
     assert (tuned - base).abs().max() > 0.01
+
+
+def test_a_folder_that_is_no_run_is_not_resumed(tmp_path):
+    settings = validate({"resume": str(tmp_path), "output_dir": str(tmp_path / "runs")})
+    with pytest.raises(KitError, match="this is no unfinished run"):
+        checkpoints.start(settings, "06_finetune_pythia_12b")
+    assert list(tmp_path.iterdir()) == []
