@@ -7,6 +7,7 @@ predicted peak (`budget.peak`) within what the card can give. torch is loaded on
 to be compared.
 """
 
+import importlib
 import os
 import sys
 
@@ -38,7 +39,8 @@ def refuse_what_cannot_run(settings) -> None:
     sources.require_reachable("model", settings.model_id, models)
     sources.require_reachable("dataset", settings.dataset, "pocket, a hub name, or a file")
     if here.gpus and size:
-        here = machine.this_machine()  # torch is loaded now and says itself what it can use
+        importlib.import_module("torch")  # once loaded it says itself which cards it can use
+        here = machine.this_machine()
         if not here.gpus:
             refuse_on_cpu(settings.model_id, size, here)
         require_fit(settings, here, train=False)
