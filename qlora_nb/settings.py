@@ -227,6 +227,11 @@ class Settings(
         """
         return self.model_copy(update=changes)
 
+    @property
+    def rows_in_a_step(self) -> int:
+        """Rows in one optimizer step: those of a forward pass, times passes."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
     def table(self) -> list[tuple[str, object, str]]:
         """(name, value, where the value comes from) for every parameter."""
         rows = []

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from resume_driver import SMALL
 
 from qlora_nb.errors import KitError
 from qlora_nb.record import files, runs, seal
@@ -18,13 +19,6 @@ from qlora_nb.settings import validate
 from qlora_nb.train import checkpoints
 
 DRIVER = Path(__file__).parent / "resume_driver.py"
-SMALL = {
-    "max_steps": 12,
-    "per_device_train_batch_size": 2,
-    "gradient_accumulation_steps": 2,
-    "train_rows": 48,
-    "max_length": 96,
-}
 
 
 class Driver:

@@ -55,7 +55,7 @@ def downloads(settings) -> list[str]:
     lines = []
     for what, name in (("model", settings.model_id), ("dataset", settings.dataset)):
         size = sources.download_bytes(name)
-        if name in ("pocket", "smollm2") or sources.local_path(name).exists():
+        if sources.is_here(name):
             said = "already here, nothing to download"
         elif sources.in_hub_cache(name, what):
             said = "in the local cache"

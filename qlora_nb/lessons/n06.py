@@ -104,9 +104,8 @@ def scores(ax, results: dict[str, dict[str, float]]) -> str:
 
 def check_rows_in_a_step(stub, settings) -> bool:
     """Rows in one optimizer step: batch size times accumulation."""
-    want = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
     hint = "rows in a forward pass, times forward passes in a step"
-    return checks.verdict(stub, want, "rows in a step", hint)
+    return checks.verdict(stub, settings.rows_in_a_step, "rows in a step", hint)
 
 
 def check_bytes_per_trained_number(stub) -> bool:

@@ -144,8 +144,10 @@ def options(settings, config=None, on_gpu: bool | None = None) -> list[Option]:
     """
     if config is None:
         config = configs.config_of(settings.model_id)
-    rows = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
-    one_row = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": rows}
+    one_row = {
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": settings.rows_in_a_step,
+    }
     same_result = [
         ({"gradient_checkpointing": True}, "up to half as many operations again"),
         ({"loss_chunk": 128}, "same loss, same gradient"),

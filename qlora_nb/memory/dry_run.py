@@ -123,7 +123,7 @@ def dry_run(plan: Plan) -> Activations:
 
 @functools.lru_cache(maxsize=4096)
 def _dry_run(plan: Plan) -> Activations:
-    if plan.loss_chunk and not _head_is_last(plan):
+    if plan.loss_chunk and not _head_is_last(Plan(plan.config, checkpointing=False)):
         plan = replace(plan, loss_chunk=0)  # as `probes.before_training` does with a loaded model
     one = _count(1, plan)
     if not plan.train:
@@ -190,14 +190,15 @@ def _given(model: nn.Module, hidden: torch.Tensor) -> Iterator[None]:
         yield
 
 
+@functools.lru_cache(maxsize=256)
 def _head_is_last(plan: Plan) -> bool:
     """Whether the logits are what the head gives, up to a constant factor: then the loss can be
-    taken in slices.
+    taken in slices. Of a plan its configuration alone counts.
 
     Blocks and head are left out and large logits are given, which is all that a model without
     weights can be asked. `probes.head_is_last` asks the loaded one.
     """
-    model = _model_on_meta(1, Plan(plan.config, checkpointing=False))
+    model = _model_on_meta(1, plan)
     head = model.get_output_embeddings()
     n_vocabulary, width = head.weight.shape
     logits = torch.linspace(1, 200, n_vocabulary).expand(1, 2, -1)
@@ -247,10 +248,7 @@ def _model_on_meta(n_layers: int, plan: Plan):
         model.is_loaded_in_4bit = True  # PEFT asks
         model.requires_grad_(False)
         if plan.train and plan.checkpointing:
-            model.gradient_checkpointing_enable(
-                gradient_checkpointing_kwargs={"use_reentrant": False}
-            )
-            model.enable_input_require_grads()
+            load.enable_checkpointing(model)
         if plan.r:
             lora = LoraConfig(
                 r=plan.r,

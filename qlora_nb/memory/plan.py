@@ -61,7 +61,7 @@ class Plan:
     config_text: str = field(init=False, repr=False)
 
     def __post_init__(self):
-        object.__setattr__(self, "config_text", self.config.to_json_string())
+        object.__setattr__(self, "config_text", self.config.to_json_string(use_diff=False))
 
 
 def plan_of(settings, train: bool = True, config=None, on_gpu: bool | None = None) -> Plan:

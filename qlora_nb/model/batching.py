@@ -39,7 +39,7 @@ def in_training_order(rows: datasets.Dataset, settings) -> datasets.Dataset:
     The shuffled rows are sorted by length, but only within `SORTED_STEPS` steps at a time, and the
     steps are shuffled again: a long row still meets different company in every pass over the data.
     """
-    rows_in_a_step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+    rows_in_a_step = settings.rows_in_a_step
     n_rows = settings.max_steps * rows_in_a_step
     lengths = [len(ids) for ids in rows["input_ids"]]
     random = Random(settings.seed)

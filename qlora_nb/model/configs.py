@@ -7,9 +7,8 @@ transformers builds the modules from it; on torch's *meta* device they have shap
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig
+from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
-from qlora_nb import sources
 from qlora_nb.errors import KitError
 from qlora_nb.model import load
 from qlora_nb.pythia import PYTHIA, pythia_size
@@ -42,8 +41,7 @@ def config_of(model_id: str):
     size = pythia_size(model_id)
     if size:
         return pythia_config(size)
-    with load.loading("configuration", model_id):
-        return AutoConfig.from_pretrained(sources.model_path(model_id), trust_remote_code=False)
+    return load.saved_config(model_id)
 
 
 def meta_model(config) -> nn.Module:

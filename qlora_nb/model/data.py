@@ -60,8 +60,7 @@ def load(settings) -> tuple[datasets.Dataset, datasets.Dataset]:
         train = rows.skip(settings.eval_rows)
     n_train = settings.train_rows
     if not settings.packing:
-        rows_in_a_step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
-        n_train = min(n_train, settings.max_steps * rows_in_a_step)
+        n_train = min(n_train, settings.max_steps * settings.rows_in_a_step)
     train = train.shuffle(seed=settings.seed)
     train = train.take(min(len(train), n_train))
     held_out = held_out.take(min(len(held_out), settings.eval_rows))

@@ -46,7 +46,7 @@ def fetch_ahead(settings, say=print) -> list[Path]:
     for name, repo_type in ((settings.model_id, "model"), (settings.dataset, "dataset")):
         if name == "smollm2":
             fetched.append(fetch_smollm2(say=say))
-        elif name == "pocket" or sources.local_path(name).exists():
+        elif sources.is_here(name):
             say(f"{name}: nothing to fetch")
         else:
             fetched.append(fetch_repo(name, repo_type, say=say))

@@ -46,6 +46,21 @@ def loading(part: str, model_id: str):
     return refusing(f"the {part} cannot be loaded", model_id, remedy)
 
 
+def saved_config(model_id: str):
+    """transformers' configuration of a model, from its config.json."""
+    path = sources.model_path(model_id)
+    with loading("configuration", model_id):
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+
+
+def enable_checkpointing(model: PreTrainedModel) -> None:
+    """Let a frozen model recompute activations in the backward pass; its inputs then ask for
+    gradients, because none of its own weights does.
+    """
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+
+
 def load_tokenizer(settings) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with a padding token that is not the end-of-text token.
 
@@ -152,9 +167,7 @@ def _own_config(settings, dtype: torch.dtype, four_bit: bool):
         KitError: it is quantized in a way that is not trained here, or in 4 bit where unquantized
             weights are asked for.
     """
-    path = sources.model_path(settings.model_id)
-    with loading("configuration", settings.model_id):
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    config = saved_config(settings.model_id)
     own = quantized.own_quantization(config)
     if not own:
         return config

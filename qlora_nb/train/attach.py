@@ -52,8 +52,7 @@ def attach_adapter(model: PreTrainedModel, settings) -> PeftModel:
     )
     torch.manual_seed(settings.seed)  # lora_A is random
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()
+        load.enable_checkpointing(model)
     return get_peft_model(model, config)
 
 
