@@ -25,13 +25,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import bitsandbytes as bnb
 import provenance
 import torch
+from provenance import open_cells
 from transformers import AutoModelForCausalLM
 
 from qlora_nb.memory import budget, ledger, profiler
 from qlora_nb.memory.plan import plan_of
 from qlora_nb.model import chunked_loss, configs, load
 from qlora_nb.settings import validate
-from qlora_nb.train import attach
 
 TARGET = provenance.ROOT / "benchmarks" / "results" / "memory.json"
 SHAPES = [(1, 64), (4, 128), (1, 512)]
@@ -74,7 +74,7 @@ def peaks(model_id: str) -> list[dict]:
         settings = validate({"model_id": model_id, "per_device_train_batch_size": rows, **values})
         lines = budget.peak(plan_of(settings, on_gpu=False))
         predicted = lines.sum((ledger.GRADIENTS, budget.KEPT, budget.WORK))
-        model = attach.attach_adapter(load.load_base(settings), settings).train()
+        model = open_cells.attach_adapter(load.load_base(settings), settings).train()
         measured = weigh_a_step(model, rows, tokens, loss_chunk)
         found.append(
             {"rows": rows, "tokens": tokens, **values, "predicted": predicted, "measured": measured}
@@ -91,7 +91,7 @@ def static(model_id: str) -> list[dict]:
     found = []
     for double_quant, (optim, kind) in itertools.product((True, False), OPTIMIZERS.items()):
         settings = validate({"model_id": model_id, "double_quant": double_quant, "optim": optim})
-        model = attach.attach_adapter(load.load_base(settings), settings).train()
+        model = open_cells.attach_adapter(load.load_base(settings), settings).train()
         optimizer = kind([p for p in model.parameters() if p.requires_grad])
         ids = torch.arange(5, 17).reshape(1, 12)
         model(input_ids=ids, labels=ids).loss.backward()

@@ -17,6 +17,7 @@ from random import Random
 import datasets
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from provenance import open_cells
 from transformers import (
     AutoModelForCausalLM,
     DataCollatorForSeq2Seq,
@@ -29,7 +30,6 @@ from qlora_nb import sources
 from qlora_nb.model import chunked_loss, configs, device, load
 from qlora_nb.record import runs
 from qlora_nb.settings import Settings
-from qlora_nb.train import attach, trainer
 
 OPTIONS = {
     "optim",
@@ -56,11 +56,11 @@ class _Clock(TrainerCallback):
 
 
 def kit(settings: Settings, rows: datasets.Dataset, tokenizer) -> tuple[float, torch.nn.Module]:
-    """Tokens a second of `training.finetune` (with its record keeping), and the trained model."""
-    model = attach.attach_adapter(load.load_base(settings), settings)
+    """Tokens a second of notebook 06 (with its record keeping), and the trained model."""
+    model = open_cells.attach_adapter(load.load_base(settings), settings)
     with tempfile.TemporaryDirectory() as folder:
         run = runs.Run(settings.replace(output_dir=folder), "peers")
-        result = trainer.finetune(model, tokenizer, rows, settings, run, lambda step: None)
+        result = open_cells.finetune(model, tokenizer, rows, settings, run, lambda step: None)
     return result["tokens_per_s"], model
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 import time
 from contextlib import suppress
 from dataclasses import asdict
@@ -16,6 +17,9 @@ from qlora_nb import machine
 from qlora_nb.record import files, runs
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "tools"))
+
+import open_cells  # noqa: E402, F401
 
 
 def provenance(seeds: tuple[int, ...] = ()) -> dict:

@@ -24,12 +24,12 @@ import tempfile
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import provenance
+from provenance import open_cells
 
 from qlora_nb.answer import evaluate
 from qlora_nb.model import data, load
 from qlora_nb.record import runs
 from qlora_nb.settings import validate
-from qlora_nb.train import attach, trainer
 
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 """Student's t for a two-sided 95 % interval, by degrees of freedom."""
@@ -39,10 +39,10 @@ def trained(settings, four_bit: bool) -> dict[str, float]:
     """Held-out loss and exact match (where there is one) after a whole training."""
     tokenizer, base = load.load_tokenizer(settings), load.load_base(settings, four_bit=four_bit)
     rows, held_out = data.load(settings)
-    model = attach.attach_adapter(base, settings)
+    model = open_cells.attach_adapter(base, settings)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         run = runs.Run(settings.replace(output_dir=folder), "sixteen_bit")
-        trainer.finetune(
+        open_cells.finetune(
             model,
             tokenizer,
             data.tokenize_rows(rows, tokenizer, settings),

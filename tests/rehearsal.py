@@ -18,12 +18,12 @@ from types import SimpleNamespace
 import accelerate
 import bitsandbytes.functional
 import torch
+import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qlora_nb import cards, machine
 from qlora_nb.model import device
-from qlora_nb.train import trainer
 
 GIB = 2**30
 
@@ -68,7 +68,7 @@ def card(
     monkeypatch.setattr(device, "on_gpu", lambda: True)
     monkeypatch.setattr(device, "compute_device", lambda: torch.device("cpu"))
 
-    arguments_class = trainer.TrainingArguments
+    arguments_class = transformers.TrainingArguments
 
     def arguments(**options):
         made = arguments_class(**options)
@@ -77,7 +77,7 @@ def card(
         )  # what transformers finds on such a machine
         return made
 
-    monkeypatch.setattr(trainer, "TrainingArguments", arguments)
+    monkeypatch.setattr(transformers, "TrainingArguments", arguments)
 
     begin = accelerate.Accelerator.__init__
 

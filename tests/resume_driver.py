@@ -22,11 +22,12 @@ import signal
 import sys
 from contextlib import suppress
 
+import open_cells
 import torch
 
 from qlora_nb.model import data, load
 from qlora_nb.settings import validate
-from qlora_nb.train import attach, checkpoints, trainer
+from qlora_nb.train import checkpoints, trainer
 
 SMALL = {
     "max_steps": 12,
@@ -51,7 +52,7 @@ def main(folder: str, resume: str, hurt: str) -> None:
         }
     )
     tokenizer, model = load.load_tokenizer(settings), load.load_base(settings)
-    model = attach.attach_adapter(model, settings)
+    model = open_cells.attach_adapter(model, settings)
     rows = data.tokenize_rows(data.load(settings)[0], tokenizer, settings)
     run = checkpoints.start(settings, "06_resume")
 
@@ -90,7 +91,7 @@ def main(folder: str, resume: str, hurt: str) -> None:
         return save(self, output_dir)
 
     trainer.QLoRATrainer._save_rng_state = save_and_hurt
-    result = trainer.finetune(model, tokenizer, rows, settings, run, report)
+    result = open_cells.finetune(model, tokenizer, rows, settings, run, report)
     weights = b"".join(
         p.detach().numpy().tobytes() for n, p in sorted(model.named_parameters()) if p.requires_grad
     )

@@ -6,6 +6,7 @@ import itertools
 import weakref
 
 import nbformat
+import open_cells
 import pandas
 import pytest
 import torch
@@ -25,7 +26,6 @@ from qlora_nb.model import configs, load
 from qlora_nb.pythia import PYTHIA
 from qlora_nb.record import runs
 from qlora_nb.settings import PROFILES, validate
-from qlora_nb.train import attach, trainer
 
 FULL = validate({"profile": "full"})
 
@@ -158,7 +158,7 @@ def test_an_out_of_memory_error_becomes_a_ledger_and_an_option(tmp_path, monkeyp
         {"max_steps": 3, "output_dir": str(tmp_path), "per_device_train_batch_size": 4}
     )
     tokenizer = load.load_tokenizer(settings)
-    model = attach.attach_adapter(load.load_base(settings), settings)
+    model = open_cells.attach_adapter(load.load_base(settings), settings)
     from qlora_nb.model import data
 
     rows, calls = data.tokenize_rows(data.load(settings)[0], tokenizer, settings), []
@@ -179,7 +179,7 @@ def test_an_out_of_memory_error_becomes_a_ledger_and_an_option(tmp_path, monkeyp
     with pytest.raises(
         KitError, match=r"memory ran out.*Tried to allocate 2.00 GiB.*held at that moment"
     ) as refused:
-        trainer.finetune(model, tokenizer, rows, settings, run, lambda step: None)
+        open_cells.finetune(model, tokenizer, rows, settings, run, lambda step: None)
     assert "per_device_train_batch_size" not in refused.value.remedy  # that was done already
     assert "saves" in refused.value.remedy
     assert isinstance(refused.value.__cause__, torch.OutOfMemoryError)
@@ -239,9 +239,9 @@ def test_predicted_is_measured_after_two_steps(tmp_path):
         }
     )
     tokenizer = load.load_tokenizer(settings)
-    model = attach.attach_adapter(load.load_base(settings), settings)
+    model = open_cells.attach_adapter(load.load_base(settings), settings)
     rows = data.tokenize_rows(data.load(settings)[0], tokenizer, settings)
-    result = trainer.finetune(
+    result = open_cells.finetune(
         model, tokenizer, rows, settings, runs.Run(settings, "06_test"), lambda step: None
     )
     n_rows, tokens, answers = result["shape"]

@@ -805,6 +805,7 @@ def encoded_rows(lengths, prompt=2):
         {
             "input_ids": [10 + i] * n,
             "labels": [chunked_loss.IGNORED] * prompt + [10 + i] * (n - prompt),
+            "row": i,
         }
         for i, n in enumerate(lengths)
     ]

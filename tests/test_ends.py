@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import bitsandbytes.functional as bnb
+import open_cells
 import pytest
 import torch
 from test_activations import predicted_peak, weigh_a_step
@@ -12,7 +13,6 @@ from qlora_nb.memory import budget, ledger
 from qlora_nb.memory.plan import plan_of
 from qlora_nb.model import chunked_loss, configs, device, embeddings, load
 from qlora_nb.settings import validate
-from qlora_nb.train import attach
 
 IDS = torch.arange(5, 45).reshape(2, 20)
 
@@ -52,7 +52,7 @@ def test_every_slice_is_bitsandbytes_own_rounding(wide, double_quant):
 )
 def test_predicted_bytes_are_the_measured_ones(wide, values):
     settings = validate({"model_id": wide, "head_4bit": True, **values})
-    model = attach.attach_adapter(load.load_base(settings), settings)
+    model = open_cells.attach_adapter(load.load_base(settings), settings)
     measured, predicted = ledger.measure(model), ledger.predict(plan_of(settings))
     still = [name for name in ledger.ORDER if name not in (ledger.GRADIENTS, ledger.STATES)]
     assert {name: measured[name] for name in still} == {name: predicted[name] for name in still}
@@ -64,7 +64,7 @@ def test_predicted_bytes_are_the_measured_ones(wide, values):
 @pytest.mark.parametrize("loss_chunk", [0, 64])
 def test_predicted_peak_with_a_4bit_head(wide, loss_chunk):
     settings = validate({"model_id": wide, "head_4bit": True, "loss_chunk": loss_chunk})
-    model = attach.attach_adapter(load.load_base(settings), settings).train()
+    model = open_cells.attach_adapter(load.load_base(settings), settings).train()
     assert (
         abs(predicted_peak(settings, 2, 128) / weigh_a_step(model, 2, 128, loss_chunk) - 1) < 0.08
     )  # as test_activations
@@ -74,7 +74,7 @@ def test_no_slice_is_adapted_and_the_loss_hardly_moves():
     plain, sliced = (validate({"head_4bit": on}) for on in (False, True))
     losses = []
     for settings in (plain, sliced):
-        model = attach.attach_adapter(load.load_base(settings), settings)
+        model = open_cells.attach_adapter(load.load_base(settings), settings)
         adapted = {
             name.split(".lora_")[0].rsplit(".", 1)[-1]
             for name, _ in model.named_parameters()

@@ -663,7 +663,7 @@ from IPython.core.interactiveshell import InteractiveShell
 cells = [c for c in nbformat.read("notebooks/06_finetune_pythia_12b.ipynb", 4).cells if c.cell_type == "code"]
 number = lambda text: next(i for i, c in enumerate(cells) if text in c.source)
 start, load, measure, attach = map(number, ("from typing", "load_base(", "before = evaluate", "attach_adapter(model"))
-train, finish, last = map(number, ("trainer.finetune(", "run.folder.parent", "n06.check_"))
+train, finish, last = map(number, ("open_cells.finetune(", "run.folder.parent", "n06.check_"))
 shell, runs = InteractiveShell.instance(), Path(sys.argv[1]) / "tiny"
 cells[start].source += f"\nmax_steps, per_device_train_batch_size, eval_rows, output_dir = 4, 2, 20, {sys.argv[1]!r}"
 def run(*wanted):

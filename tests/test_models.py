@@ -7,6 +7,7 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import open_cells
 import pytest
 import tokenizers
 import torch
@@ -37,7 +38,7 @@ from qlora_nb.model.linear_layers import dense_weight, linear_layers
 from qlora_nb.pocket import MODEL_DIR
 from qlora_nb.record import runs, seal
 from qlora_nb.settings import validate
-from qlora_nb.train import attach, trainer
+from qlora_nb.train import attach
 
 SHAPE = {
     "vocab_size": 1088,
@@ -114,9 +115,9 @@ def rows_of(*lengths):
 
 def finetuned(folder, rows, **values):
     settings = validate({"model_id": folder, "max_steps": 1, "lora_dropout": 0.0, **values})
-    model = attach.attach_adapter(load.load_base(settings), settings)
+    model = open_cells.attach_adapter(load.load_base(settings), settings)
     run = runs.Run(settings, "06_test")
-    return trainer.finetune(
+    return open_cells.finetune(
         model, load.load_tokenizer(settings), rows, settings, run, lambda step: None
     )
 
@@ -460,7 +461,7 @@ def test_its_own_quantization_is_honoured_and_shown(
 
 def test_an_adapter_is_merged_onto_what_its_4bit_base_stands_for(saved, tmp_path):
     settings = validate({"model_id": in_4_bit(saved("Llama"), tmp_path, bnb_4bit_quant_type="fp4")})
-    model = attach.attach_adapter(load.load_base(settings), settings).eval()
+    model = open_cells.attach_adapter(load.load_base(settings), settings).eval()
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -617,7 +618,7 @@ def test_what_a_token_reads_is_what_the_operations_take(saved, name):
         embeddings.keep_embedding_on_cpu(model, model.device)
     for step in ("base", "tuned"):
         if step == "tuned":
-            model = attach.attach_adapter(model, settings).eval()
+            model = open_cells.attach_adapter(model, settings).eval()
         cache = model(input_ids=torch.arange(5, 25)[None], use_cache=True).past_key_values
         with Reads() as reads:
             model(input_ids=torch.tensor([[25]]), past_key_values=cache)
@@ -641,7 +642,7 @@ def test_an_adapter_that_cannot_be_merged_is_refused_in_a_sentence(saved, tmp_pa
 
 def test_gpt2s_turned_weights_are_rounded_before_merging(saved, tmp_path):
     settings = validate({"model_id": saved("GPT2")})
-    model = attach.attach_adapter(load.load_base(settings), settings).eval()
+    model = open_cells.attach_adapter(load.load_base(settings), settings).eval()
     attach.save_adapter(model, tmp_path / "adapter")
     ids = torch.arange(5, 25)[None]
     with torch.no_grad():
@@ -747,7 +748,7 @@ def test_gradient_checkpointing_warns_nobody_and_hides_no_other_warning(saved, t
     settings = validate({"model_id": saved("Llama"), "gradient_checkpointing": True})
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
-        model = attach.attach_adapter(load.load_base(settings), settings)
+        model = open_cells.attach_adapter(load.load_base(settings), settings)
         attach.save_adapter(model, tmp_path / "adapter")
         seal.write_seal(tmp_path / "adapter")
         adapters.load_adapter(load.load_base(settings), tmp_path / "adapter")

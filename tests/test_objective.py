@@ -1,5 +1,6 @@
 """The loss in chunks of tokens against the plain one: value, gradient, and the memory it saves."""
 
+import open_cells
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -8,7 +9,6 @@ from qlora_nb.memory import profiler
 from qlora_nb.model import chunked_loss, data, load
 from qlora_nb.record import runs
 from qlora_nb.settings import validate
-from qlora_nb.train import attach, trainer
 
 
 def plain(hidden, labels, head, n_items=None):
@@ -50,7 +50,7 @@ def test_sums_over_several_passes_divide_by_all_their_tokens():
 
 def test_whole_model_and_the_head_comes_back():
     settings = validate({"lora_dropout": 0.0})
-    model = attach.attach_adapter(load.load_base(settings), settings)
+    model = open_cells.attach_adapter(load.load_base(settings), settings)
     head = model.get_base_model().get_output_embeddings()
     ids = torch.randint(2, 1000, (2, 30))
     labels = ids.clone()
@@ -102,9 +102,9 @@ def test_training_in_chunks_ends_where_plain_training_ends(tmp_path):
     for chunk in (0, 16):
         settings = validate({**base, "loss_chunk": chunk})
         tokenizer = load.load_tokenizer(settings)
-        model = attach.attach_adapter(load.load_base(settings), settings)
+        model = open_cells.attach_adapter(load.load_base(settings), settings)
         rows = data.tokenize_rows(data.load(settings)[0], tokenizer, settings)
-        result = trainer.finetune(
+        result = open_cells.finetune(
             model, tokenizer, rows, settings, runs.Run(settings, "06_test"), lambda step: None
         )
         losses.append(result["losses"])

@@ -2,6 +2,7 @@
 
 import json
 
+import open_cells
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -10,7 +11,6 @@ from qlora_nb import sources
 from qlora_nb.memory import ledger
 from qlora_nb.model import configs, fetch, load, quantized_copy
 from qlora_nb.settings import validate
-from qlora_nb.train import attach
 
 IDS = torch.arange(5, 45).reshape(2, 20)
 
@@ -59,7 +59,7 @@ def test_the_copy_holds_the_same_bits_and_is_smaller(source, tmp_path, capsys, v
 def test_an_adapter_trained_on_the_copy_names_the_original(source):
     settings = settings_for(source)
     for _ in range(2):
-        model = attach.attach_adapter(load.load_base(settings), settings)
+        model = open_cells.attach_adapter(load.load_base(settings), settings)
         assert model.peft_config["default"].base_model_name_or_path == str(source)
 
 

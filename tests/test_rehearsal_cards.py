@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import bitsandbytes
+import open_cells
 import pynvml
 import pytest
 import torch
@@ -28,7 +29,6 @@ from qlora_nb.errors import KitError
 from qlora_nb.memory import budget, preflight
 from qlora_nb.model import device
 from qlora_nb.settings import validate
-from qlora_nb.train import trainer
 
 NEW = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120")
 OLD = ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90")
@@ -692,13 +692,11 @@ def test_rehearsal_doctor_names_the_card_and_the_others(monkeypatch):
     assert any(line.startswith("take this profile: full") for line in lines)
 
 
-def test_rehearsal_training_stays_on_the_cpu_beside_apples_gpu(monkeypatch, tmp_path):
+def test_rehearsal_training_stays_on_the_cpu_beside_apples_gpu(monkeypatch):
     """transformers would take MPS by itself; the kit's own model lies on the CPU."""
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert (
-        trainer.arguments(validate({}), tmp_path).device
-        == device.compute_device()
-        == torch.device("cpu")
+        open_cells.arguments(validate({})).device == device.compute_device() == torch.device("cpu")
     )
 
 

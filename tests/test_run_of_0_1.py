@@ -10,6 +10,7 @@ import json
 import tarfile
 from pathlib import Path
 
+import open_cells
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,7 +20,7 @@ from qlora_nb.errors import KitError
 from qlora_nb.model import data, load
 from qlora_nb.record import runs
 from qlora_nb.settings import validate
-from qlora_nb.train import attach, checkpoints, trainer
+from qlora_nb.train import checkpoints
 
 ARCHIVE = Path(__file__).parent / "data" / "run_of_0.1.tar.gz"
 NOTEBOOK = "06_finetune_pythia_12b"
@@ -47,10 +48,10 @@ def folder(tmp_path):
 
 def trained(settings):
     tokenizer = load.load_tokenizer(settings)
-    model = attach.attach_adapter(load.load_base(settings), settings)
+    model = open_cells.attach_adapter(load.load_base(settings), settings)
     rows = data.tokenize_rows(data.load(settings)[0], tokenizer, settings)
     run = checkpoints.start(settings, NOTEBOOK)
-    return trainer.finetune(model, tokenizer, rows, settings, run, lambda step: None)
+    return open_cells.finetune(model, tokenizer, rows, settings, run, lambda step: None)
 
 
 def logged_losses(run_folder):

@@ -14,6 +14,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import nbformat
+import open_cells
 import pytest
 
 import qlora_nb
@@ -285,14 +286,15 @@ def test_no_token_is_ever_written(toy, tmp_path, monkeypatch):
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
     train = (
+        f"import sys\nsys.path.append({str(Path(open_cells.__file__).parent)!r})\nimport open_cells\n"
         "from qlora_nb.model import data, load\nfrom qlora_nb.record import runs\n"
-        "from qlora_nb.settings import resolve\nfrom qlora_nb.train import attach, trainer\n"
+        "from qlora_nb.settings import resolve\n"
         "s = resolve({'output_dir': output_dir, 'max_steps': 1, 'train_rows': 4, 'eval_rows': 1, 'save_steps': 1,\n"
         "  'per_device_train_batch_size': 1, 'gradient_accumulation_steps': 1})\n"
-        "tokenizer, model = load.load_tokenizer(s), attach.attach_adapter(load.load_base(s), s)\n"
+        "tokenizer, model = load.load_tokenizer(s), open_cells.attach_adapter(load.load_base(s), s)\n"
         "rows = data.tokenize_rows(data.load(s)[0], tokenizer, s)\n"
         "with runs.Run(s, '06_x') as run:\n"
-        "    _ = trainer.finetune(model, tokenizer, rows, s, run, print)"
+        "    _ = open_cells.finetune(model, tokenizer, rows, s, run, print)"
     )
     toy("01_train", train)
     prints = "import os, sys\nfor v in (os.environ[n] for n in {}):\n    print(v)\n    print('url?token=' + v, file=sys.stderr)"

@@ -5,22 +5,23 @@ import math
 import os
 import signal
 import threading
-import types
 
+import open_cells
 import pytest
 import torch
+import transformers
 from accelerate import PartialState
 from peft import PeftModel
 
 from qlora_nb.answer import adapters, evaluate, generate
 from qlora_nb.errors import KitError
-from qlora_nb.memory import ledger
+from qlora_nb.memory import ledger, preflight
 from qlora_nb.memory.plan import plan_of
-from qlora_nb.model import batching, chunked_loss, data, device, fetch, load
+from qlora_nb.model import batching, chunked_loss, data, device, fetch, load, probes
 from qlora_nb.model.linear_layers import linear_layers
 from qlora_nb.record import files, runs, seal
 from qlora_nb.settings import validate
-from qlora_nb.train import attach, checkpoints, trainer
+from qlora_nb.train import attach, callbacks, checkpoints, trainer
 
 SHORT = {"max_steps": 6, "train_rows": 96, "eval_rows": 24, "per_device_train_batch_size": 4}
 
@@ -33,10 +34,10 @@ def trained(tmp_path_factory):
     settings = validate({**SHORT, "output_dir": str(tmp_path_factory.mktemp("runs"))})
     tokenizer, model = load.load_tokenizer(settings), load.load_base(settings)
     rows = data.tokenize_rows(data.load(settings)[0], tokenizer, settings)
-    model = attach.attach_adapter(model, settings)
+    model = open_cells.attach_adapter(model, settings)
     steps = []
     with runs.Run(settings, "06_finetune_pythia_12b") as run:
-        result = trainer.finetune(model, tokenizer, rows, settings, run, steps.append)
+        result = open_cells.finetune(model, tokenizer, rows, settings, run, steps.append)
     return settings, tokenizer, model, rows, run, result, steps
 
 
@@ -120,14 +121,14 @@ def test_response_loss_is_cross_entropy_over_labelled_tokens(trained):
 def test_wrong_targets_and_ranks_are_refused(values, message):
     settings = validate(values)
     with pytest.raises(KitError, match=message):
-        attach.attach_adapter(load.load_base(settings), settings)
+        open_cells.attach_adapter(load.load_base(settings), settings)
 
 
 def fresh(tmp_path, **values):
     settings = validate({**SHORT, "output_dir": str(tmp_path), **values})
     tokenizer = load.load_tokenizer(settings)
     rows = data.tokenize_rows(data.load(settings)[0], tokenizer, settings)
-    return settings, tokenizer, attach.attach_adapter(load.load_base(settings), settings), rows
+    return settings, tokenizer, open_cells.attach_adapter(load.load_base(settings), settings), rows
 
 
 @pytest.mark.fault(25)
@@ -137,7 +138,7 @@ def test_nan_stops_at_once_and_is_named(tmp_path):
         next(p for n, p in model.named_parameters() if "lora_A" in n).fill_(float("nan"))
     steps = []
     with pytest.raises(KitError, match="became nan at step 1"), runs.Run(settings, "nan") as run:
-        trainer.finetune(model, tokenizer, rows, settings, run, steps.append)
+        open_cells.finetune(model, tokenizer, rows, settings, run, steps.append)
     assert len(steps) == 1
     assert runs.status_of(run.folder) == "failed"
     assert not list(run.folder.rglob("checkpoint-*"))
@@ -161,11 +162,11 @@ def test_a_gradient_that_is_no_number_leaves_the_last_good_checkpoint(tmp_path, 
         pytest.raises(KitError, match=r"grad_norm became (nan|inf) at step 3"),
         runs.Run(settings, "06_bad") as run,
     ):
-        trainer.finetune(model, tokenizer, rows, settings, run, lambda step: None)
+        open_cells.finetune(model, tokenizer, rows, settings, run, lambda step: None)
     assert runs.status_of(run.folder) == "failed"
     assert seal.newest_checkpoint(run.folder).name == "checkpoint-2"
     resumed = checkpoints.start(settings.replace(resume="latest"), "06_bad")
-    result = trainer.finetune(model, tokenizer, rows, settings, resumed, lambda step: None)
+    result = open_cells.finetune(model, tokenizer, rows, settings, resumed, lambda step: None)
     assert len(result["losses"]) == settings.max_steps
     assert all(map(math.isfinite, result["losses"]))
 
@@ -183,7 +184,7 @@ def test_a_cell_that_was_stopped_goes_on_when_run_again(tmp_path, capsys):
             return os.kill(os.getpid(), signal.SIGINT) if step["step"] == 2 and stops else None  # noqa: B023
 
         run = checkpoints.start(settings, "06_cell")
-        result = trainer.finetune(model, tokenizer, rows, settings, run, asked)
+        result = open_cells.finetune(model, tokenizer, rows, settings, run, asked)
         if stops:
             os.utime(
                 run.folder / "manifest.json", (1e9, 1e9)
@@ -196,7 +197,7 @@ def test_a_cell_that_was_stopped_goes_on_when_run_again(tmp_path, capsys):
             assert "going on with" in capsys.readouterr().out
             run, result = (
                 again,
-                trainer.finetune(model, tokenizer, rows, settings, again, lambda step: None),
+                open_cells.finetune(model, tokenizer, rows, settings, again, lambda step: None),
             )
         run.finish("done")
         weights = [p.detach() for n, p in sorted(model.named_parameters()) if p.requires_grad]
@@ -206,11 +207,11 @@ def test_a_cell_that_was_stopped_goes_on_when_run_again(tmp_path, capsys):
     other = checkpoints.start(settings, "06_cell")
     assert other.folder != run.folder
     with pytest.raises(KitError, match="trained before") as refused:
-        trainer.finetune(model, tokenizer, rows, settings, other, lambda step: None)
-    assert "attach it once more" in refused.value.remedy
-    once_more = attach.attach_adapter(model, settings)
+        open_cells.finetune(model, tokenizer, rows, settings, other, lambda step: None)
+    assert "get_peft_model once more" in refused.value.remedy
+    once_more = open_cells.attach_adapter(model, settings)
     assert attach.trainable_parameters(once_more) == sum(w.numel() for w in weights)
-    first = trainer.finetune(
+    first = open_cells.finetune(
         once_more, tokenizer, rows, settings, runs.Run(settings, "06_cell"), lambda step: None
     )
     assert first["losses"] == ended[False][0]
@@ -224,7 +225,7 @@ def test_interrupt_finishes_the_step_and_saves(tmp_path):
     def stop_at_two(step):
         return os.kill(os.getpid(), signal.SIGINT) if step["step"] == 2 else None
 
-    result = trainer.finetune(model, tokenizer, rows, settings, run, stop_at_two)
+    result = open_cells.finetune(model, tokenizer, rows, settings, run, stop_at_two)
     assert result["stopped"]
     assert 2 <= len(result["losses"]) <= 3
     assert (result["adapter"] / "adapter_model.safetensors").stat().st_size > 10_000
@@ -235,7 +236,7 @@ def test_same_seed_same_losses(tmp_path):
     for _ in range(2):
         settings, tokenizer, model, rows = fresh(tmp_path, max_steps=3, lora_dropout=0.1)
         losses.append(
-            trainer.finetune(
+            open_cells.finetune(
                 model, tokenizer, rows, settings, runs.Run(settings, "seed"), lambda s: None
             )["losses"]
         )
@@ -271,7 +272,7 @@ def test_a_refusal_changes_no_record_and_the_run_that_trained_is_done(tmp_path, 
         return checkpoints.start(settings, "06_finetune_pythia_12b")
 
     def train(model, run):
-        return trainer.finetune(model, tokenizer, rows, settings, run, lambda step: None)
+        return open_cells.finetune(model, tokenizer, rows, settings, run, lambda step: None)
 
     result = train(model, begin())
     [folder] = (tmp_path / "tiny").iterdir()
@@ -293,20 +294,18 @@ def test_a_refusal_changes_no_record_and_the_run_that_trained_is_done(tmp_path, 
         assert list((tmp_path / "tiny").iterdir()) == [folder]
     loaded = adapters.load_adapter(load.load_base(settings), folder / "adapter")
     for wrong in (load.load_base(settings), loaded, None):
-        with pytest.raises(
-            KitError, match=r"no adapter that can be trained.*training.attach_adapter first"
-        ):
+        with pytest.raises(KitError, match=r"no adapter that can be trained.*get_peft_model first"):
             train(wrong, begin())
         with pytest.raises(KitError, match="no adapter that can be trained"), begin() as run:
             train(wrong, run)
         assert list((tmp_path / "tiny").iterdir()) == [folder]
 
-    model = attach.attach_adapter(model, settings)
+    model = open_cells.attach_adapter(model, settings)
 
     def no_room(*given):
         raise KitError("no room")
 
-    for module, name in ((fetch, "require_room"), (trainer, "arguments")):
+    for module, name in ((fetch, "require_room"), (probes, "before_training")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, no_room)
             with pytest.raises(KitError, match="no room"):
@@ -327,10 +326,10 @@ def test_a_refused_resume_leaves_the_stopped_run_as_it_is(tmp_path):
         return os.kill(os.getpid(), signal.SIGINT) if step["step"] == 2 else None
 
     run = checkpoints.start(settings, "06_stopped")
-    assert trainer.finetune(model, tokenizer, rows, settings, run, stop)["stopped"]
+    assert open_cells.finetune(model, tokenizer, rows, settings, run, stop)["stopped"]
     before = everything_in(tmp_path)
     with pytest.raises(KitError, match="training rows was"):
-        trainer.finetune(
+        open_cells.finetune(
             model,
             tokenizer,
             rows.select(range(4)),
@@ -342,7 +341,7 @@ def test_a_refused_resume_leaves_the_stopped_run_as_it_is(tmp_path):
     assert runs.status_of(run.folder) == "interrupted"
     latest = settings.replace(resume="latest")
     with files.sole_writer(run.folder), pytest.raises(KitError, match="another process writes"):
-        trainer.finetune(
+        open_cells.finetune(
             model,
             tokenizer,
             rows,
@@ -351,7 +350,7 @@ def test_a_refused_resume_leaves_the_stopped_run_as_it_is(tmp_path):
             lambda step: None,
         )
     assert everything_in(tmp_path) == before
-    result = trainer.finetune(
+    result = open_cells.finetune(
         model,
         tokenizer,
         rows,
@@ -373,14 +372,14 @@ def test_a_run_without_checkpoints_is_not_gone_on_with_by_a_trained_adapter(tmp_
         raise RuntimeError("in the midst of it")
 
     with pytest.raises(RuntimeError):
-        trainer.finetune(
+        open_cells.finetune(
             model, tokenizer, rows, settings, checkpoints.start(settings, "06_x"), fail
         )
     assert not model.training
     [folder] = (tmp_path / "tiny").iterdir()
     (folder / "checkpoints").mkdir(exist_ok=True)
     with pytest.raises(KitError, match="trained before"):
-        trainer.finetune(
+        open_cells.finetune(
             model, tokenizer, rows, settings, checkpoints.start(settings, "06_x"), lambda step: None
         )
     assert runs.status_of(folder) == "failed"
@@ -402,13 +401,13 @@ def test_a_launcher_of_one_process_changes_nothing(tmp_path, monkeypatch):
     for name, value in launched.items():
         monkeypatch.setenv(name, value)
     PartialState._reset_state()
+    preflight.refuse_many_processes()
     assert finetuned(tmp_path, **QUICK)[0] == plain
     assert not torch.distributed.is_initialized()
-    assert os.environ["LOCAL_RANK"] == "0"
     monkeypatch.setenv("WORLD_SIZE", "2")
     folders = sorted((tmp_path / "tiny").iterdir())
     with pytest.raises(KitError, match="one of several processes"):
-        finetuned(tmp_path, **QUICK)
+        preflight.refuse_what_cannot_run(validate({}))
     assert sorted((tmp_path / "tiny").iterdir()) == folders
 
 
@@ -427,7 +426,7 @@ def test_before_is_the_base_whether_or_not_an_adapter_is_on_it(trained):
             )
             n += found
     tuned = evaluate.response_loss(model, tokenizer, some)
-    for measured in (plain, model, attach.attach_adapter(load.load_base(settings), settings)):
+    for measured in (plain, model, open_cells.attach_adapter(load.load_base(settings), settings)):
         with adapters.base_or_tuned(measured, tuned=False):
             assert evaluate.response_loss(measured, tokenizer, some) == pytest.approx(
                 total / n, rel=1e-5
@@ -564,7 +563,7 @@ def finetuned(tmp_path, before=lambda model: None, held_out=None, **values):
     """
     settings, tokenizer, model, rows = fresh(tmp_path, **values)
     before(model)
-    result = trainer.finetune(
+    result = open_cells.finetune(
         model, tokenizer, rows, settings, runs.Run(settings, "ways"), lambda step: None, held_out
     )
     return (
@@ -703,21 +702,18 @@ def test_levers_at_both_ends_train_and_answer(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_arithmetic_by_hardware(tmp_path, monkeypatch, dtype):
-    """A scaler for float16 on a GPU alone, and no second copy of the adapter with it; of two cards
-    one is used.
-    """
+def test_arithmetic_by_hardware(monkeypatch, dtype):
+    """A scaler for float16 on a GPU alone, and no second copy of the adapter with it."""
     settings, seen = validate({"compute_dtype": dtype}), {}
 
-    def on_two_cards(**given):
+    def note(**given):
         seen.update(given)
-        return types.SimpleNamespace(n_gpu=2)
 
-    monkeypatch.setattr(trainer, "TrainingArguments", on_two_cards)
+    monkeypatch.setattr(transformers, "TrainingArguments", note)
     monkeypatch.setattr(device, "compute_dtype", lambda choice: getattr(torch, dtype))
     for cuda in (True, False):
         monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
-        assert trainer.arguments(settings, tmp_path)._n_gpu == 1
+        open_cells.arguments(settings)
         assert seen["fp16"] == (cuda and dtype == "float16")
         assert seen["use_cpu"] == (not cuda)
         assert "bf16" not in seen
@@ -727,12 +723,21 @@ def test_arithmetic_by_hardware(tmp_path, monkeypatch, dtype):
 def test_rows_are_trained_in_the_order_in_which_they_come(tmp_path):
     settings, tokenizer, model, rows = fresh(tmp_path)
     collate = batching.collator(tokenizer)
+    batches = callbacks.CountingCollator(tokenizer)
+    run = runs.Run(settings, "06_order")
+    watched = [
+        callbacks.Watch(run, print, batches),
+        callbacks.MeasureOneStep(batches),
+        callbacks.Sample(tokenizer, settings, None, run),
+    ]
     made = trainer.QLoRATrainer(
-        lambda folder: None,
+        run,
+        settings,
         model=model,
-        args=trainer.arguments(settings, tmp_path),
+        args=open_cells.arguments(settings),
         train_dataset=rows,
         data_collator=collate,
+        callbacks=watched,
     )
     n = settings.per_device_train_batch_size
     assert len(rows) > n
@@ -741,11 +746,12 @@ def test_rows_are_trained_in_the_order_in_which_they_come(tmp_path):
         assert torch.equal(batch["input_ids"], expected["input_ids"])
 
 
-def test_tensorboard_is_asked_for_and_named_if_it_is_not_there(tmp_path, monkeypatch):
+def test_tensorboard_is_asked_for_and_named_if_it_is_not_there(monkeypatch):
     settings = validate({"tensorboard": True})
-    monkeypatch.setattr(trainer, "find_spec", lambda name: None)
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
     with pytest.raises(KitError, match="tensorboard is not installed"):
-        trainer.arguments(settings, tmp_path)
-    monkeypatch.setattr(trainer, "find_spec", lambda name: True)
-    assert trainer.arguments(settings, tmp_path).report_to == ["tensorboard"]
-    assert trainer.arguments(validate({}), tmp_path).report_to == []
+        preflight.refuse_what_cannot_run(settings)
+    monkeypatch.setattr(preflight, "find_spec", lambda name: True)
+    preflight.refuse_what_cannot_run(settings)
+    assert open_cells.arguments(settings).report_to == ["tensorboard"]
+    assert open_cells.arguments(validate({})).report_to == []

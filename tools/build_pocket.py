@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import micro_world
+import open_cells
 import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
@@ -30,7 +31,6 @@ from qlora_nb.model import data, load
 from qlora_nb.pocket import ADAPTER_DIR, DATA_DIR, MODEL_DIR
 from qlora_nb.record import runs
 from qlora_nb.settings import validate
-from qlora_nb.train import attach, trainer
 
 
 def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -228,11 +228,11 @@ def build_adapter(out: Path = ADAPTER_DIR) -> dict[str, float]:
     settings = validate({})
     tokenizer, model = load.load_tokenizer(settings), load.load_base(settings)
     train, held_out = data.load(settings)
-    model = attach.attach_adapter(model, settings)
+    model = open_cells.attach_adapter(model, settings)
     with tempfile.TemporaryDirectory() as folder:
         with runs.Run(settings.replace(output_dir=folder), "pocket_adapter") as run:
             rows = data.tokenize_rows(train, tokenizer, settings)
-            result = trainer.finetune(model, tokenizer, rows, settings, run, lambda step: None)
+            result = open_cells.finetune(model, tokenizer, rows, settings, run, lambda step: None)
         out.mkdir(parents=True, exist_ok=True)
         weights = load_file(result["adapter"] / "adapter_model.safetensors")
         save_file(weights, out / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -161,9 +161,10 @@ def t4() -> dict:
     from qlora_nb.answer import generate
     from qlora_nb.model import configs, data, load
     from qlora_nb.settings import validate
-    from qlora_nb.train import attach, checkpoints, trainer
+    from qlora_nb.train import checkpoints
 
     sys.path.insert(0, str(ROOT / "tests"))
+    import open_cells
     import rehearsal
 
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patches:
@@ -192,10 +193,10 @@ def t4() -> dict:
         def finetuned(resume: str):
             settings = validate({"profile": "t4", "output_dir": folder, "resume": resume, **few})
             tokenizer, base = load.load_tokenizer(settings), load.load_base(settings)
-            model = attach.attach_adapter(base, settings)
+            model = open_cells.attach_adapter(base, settings)
             rows = data.tokenize_rows(data.load(settings)[0], tokenizer, settings)
             run = checkpoints.start(settings, "06_rehearsed")
-            result = trainer.finetune(model, tokenizer, rows, settings, run, lambda step: None)
+            result = open_cells.finetune(model, tokenizer, rows, settings, run, lambda step: None)
             return (
                 settings,
                 tokenizer,

@@ -59,7 +59,6 @@ def find_adapter(settings) -> tuple[Path, str]:
     return folder, f"the adapter in {folder.name}"
 
 
-@load.without_checkpointing_warning()
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     """Put a saved adapter on a base model.
 

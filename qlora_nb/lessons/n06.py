@@ -9,6 +9,11 @@
 import html
 import math
 from collections.abc import Callable
+from pathlib import Path
+
+import pandas
+from IPython.display import HTML, Code
+from pandas.io.formats.style import Styler
 
 from qlora_nb.ui import checks, style
 
@@ -123,3 +128,18 @@ def check_labels(stub, ids: list[int], n_prompt: int) -> bool:
     if isinstance(stub, list) and len(stub) == len(ids) and stub[-1] == -100:
         hint = "the end token must train, or the model never stops"
     return checks.verdict(stub, want, "labels", hint)
+
+
+def answers(prompts: list[str], **said: list[str]) -> Styler:
+    """A table of prompts and what was said to them, one column for each keyword; text is
+    escaped.
+    """
+    table = pandas.DataFrame({"prompt": prompts, **said})
+    look = {"text-align": "left", "white-space": "pre-wrap", "vertical-align": "top"}
+    return table.style.format(escape="html").hide(axis="index").set_properties(**look)
+
+
+def folded(path: Path) -> HTML:
+    """A program's text behind a line that unfolds it."""
+    text = Code(filename=str(path), language="python")._repr_html_()
+    return HTML(f"<details><summary>{html.escape(path.name)}</summary>{text}</details>")

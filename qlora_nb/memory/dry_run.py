@@ -217,11 +217,11 @@ def _head_is_last(plan: Plan) -> bool:
 
 
 @functools.lru_cache(maxsize=16)
-@load.without_checkpointing_warning()
 def _model_on_meta(n_layers: int, plan: Plan):
     """The model on *meta* with so few layers, its 4-bit layers and its attention replaced and its
     adapter attached.
     """
+    load.ignore_checkpointing_warning()
     AttentionInterface.register("fused_on_meta", _attention)
     AttentionMaskInterface.register("fused_on_meta", sdpa_mask)
     config = copy.deepcopy(plan.config)

@@ -10,6 +10,7 @@ to be compared.
 import importlib
 import os
 import sys
+from importlib.util import find_spec
 
 from qlora_nb import cards, machine, sources
 from qlora_nb.errors import KitError
@@ -31,6 +32,11 @@ def refuse_what_cannot_run(settings) -> None:
     model is fine anywhere.
     """
     refuse_many_processes()
+    if settings.tensorboard and not find_spec("tensorboard"):
+        raise KitError(
+            "the package tensorboard is not installed",
+            remedy="pip install tensorboard, or tensorboard=False",
+        )
     here = machine.this_machine()
     size = sources.download_bytes(settings.model_id)
     if not here.gpus:
@@ -73,6 +79,9 @@ def refuse_many_processes() -> None:
     """Raise `KitError` if a launcher started this program several times at once: each would train a
     run of its own.
 
+    One that was started alone loses LOCAL_RANK, by which accelerate would set up a process group
+    and wait for others.
+
     A job of Slurm may hold many tasks (SLURM_NTASKS) and run one process in its shell or batch
     script: what counts is the step that `srun` starts.
     """
@@ -90,6 +99,7 @@ def refuse_many_processes() -> None:
         n_processes = distributed.get_world_size()
         if n_processes > 1:
             _refuse_process(f"a process group of {n_processes}")
+    os.environ.pop("LOCAL_RANK", None)
 
 
 def _refuse_process(sign: str) -> None:

@@ -74,12 +74,13 @@ def pack(rows: datasets.Dataset, max_length: int) -> datasets.Dataset:
             if len(pack["input_ids"]) + n_tokens <= max_length:
                 break
         else:
-            pack = {"input_ids": [], "labels": [], "position_ids": []}
+            pack = {"input_ids": [], "labels": [], "position_ids": [], "row": []}
             packs.append(pack)
         pack["input_ids"] += row["input_ids"]
         # no row predicts the first token of the next one
         pack["labels"] += [chunked_loss.IGNORED, *row["labels"][1:]]
         pack["position_ids"] += range(n_tokens)
+        pack["row"].append(row["row"])
     return datasets.Dataset.from_list(packs)
 
 

@@ -143,8 +143,8 @@ def prompt_ids(row: dict[str, str], tokenizer: PreTrainedTokenizerBase, template
 def tokenize_rows(
     rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, settings
 ) -> datasets.Dataset:
-    """Rows → `input_ids` and `labels` of equal length: prompt labels are -100, the end token is
-    labelled.
+    """Rows → `input_ids` and `labels` of equal length, and `row`, the number of the row they come
+    from: prompt labels are -100, the end token is labelled.
 
     A row longer than `max_length` tokens loses the end of its answer but keeps its end token, so
     that the model still learns to stop; how many rows that hits is printed. A row whose prompt
@@ -160,6 +160,7 @@ def tokenize_rows(
     special.discard(tokenizer.unk_token_id)  # any unknown character becomes this one
     encoded = rows.map(
         _encode_row,
+        with_indices=True,
         fn_kwargs={
             "tokenizer": tokenizer,
             "max_length": max_length,
@@ -189,11 +190,11 @@ def tokenize_rows(
             value=max_length,
             remedy="raise max_length",
         )
-    return whole.select_columns(["input_ids", "labels"])
+    return whole.select_columns(["input_ids", "labels", "row"])
 
 
 def _encode_row(
-    row: dict[str, str], tokenizer, max_length: int, template: str, special: set[int]
+    row: dict[str, str], number: int, tokenizer, max_length: int, template: str, special: set[int]
 ) -> dict[str, object]:
     prompt = prompt_ids(row, tokenizer, template)
     written = tokenizer(row["output"], add_special_tokens=False)["input_ids"]
@@ -210,6 +211,7 @@ def _encode_row(
     return {
         "input_ids": prompt + answer,
         "labels": [chunked_loss.IGNORED] * len(prompt) + answer,
+        "row": number,
         "cut": is_cut,
         "too_long": room < 2,
         "special": tokenizer.convert_ids_to_tokens(in_text[0]) if in_text else "",

@@ -27,23 +27,27 @@ from qlora_nb.errors import KitError, refusing
 from qlora_nb.model import device, embeddings, generation_defaults, quantized, quantized_copy
 
 
-@contextmanager
-def without_checkpointing_warning() -> Iterator[None]:
-    """Inside, PEFT may ask transformers for gradient checkpointing by a name that is going away:
-    nothing a reader could mend.
+def ignore_checkpointing_warning() -> None:
+    """From here on, PEFT may ask transformers for gradient checkpointing by a name that is going
+    away: nothing that a reader could mend.
     """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
-        yield
+    warnings.filterwarnings("ignore", ".*gradient_checkpointing.* deprecated", FutureWarning)
 
 
-def loading(part: str, model_id: str):
-    """Context in which whatever a broken file makes a library say becomes a refusal."""
+@contextmanager
+def loading(part: str, model_id: str) -> Iterator[None]:
+    """Context in which whatever a broken file makes a library say becomes a refusal.
+
+    transformers' warning that a model saved in 4 bit keeps its own storage is left out:
+    `weights_of` has said so.
+    """
     remedy = (
         "needed are config.json, tokenizer and whole .safetensors files; "
         "fetch the model again if one was cut short"
     )
-    return refusing(f"the {part} cannot be loaded", model_id, remedy)
+    with warnings.catch_warnings(), refusing(f"the {part} cannot be loaded", model_id, remedy):
+        warnings.filterwarnings("ignore", "You passed `quantization_config`")
+        yield
 
 
 def saved_config(model_id: str):
@@ -110,108 +114,100 @@ def quantization_config(settings) -> BitsAndBytesConfig:
 
 
 def load_base(settings, four_bit: bool = True) -> PreTrainedModel:
-    """Load the base model, frozen weights in 4 bit or everything in the compute dtype.
-
-    Guarded on the way:
-
-    - a model that is saved quantized keeps its own storage, if that is 4 bit (`_own_config`);
-    - a 4-bit copy kept by an earlier run is used if it still holds (`quantized_copy`);
-    - every weight comes from the files, and none is repacked later (`_read`);
-    - the model computes numbers (`_require_finite`), and something is in 4 bit (`quantized`);
-    - its own generation defaults do not decide (`generation_defaults`);
-    - options for embedding and head are left alone where both are one tensor (`_place_ends`).
+    """The base model as notebooks 06 and 07 load it in view: frozen weights in 4 bit, or everything
+    in the compute dtype.
 
     Args:
-        settings: the resolved parameters (`model_id`, `quant_type`, `double_quant`,
-            `compute_dtype`, `prequantized`, `head_4bit`, `embedding_on_cpu`).
+        settings: the resolved parameters.
         four_bit: False loads every weight in the compute dtype (float32 on a CPU).
 
     Returns:
         The model in eval mode on the first GPU or on the CPU.
 
     Raises:
-        KitError: the weights are missing, damaged, or not safetensors; none of them can be stored
-            in 4 bit; or the model is saved quantized: in 4 bit by bitsandbytes it is taken as it
-            is, but has no other weights, and other ways are not known here.
+        KitError: see `weights_of` and `prepared`.
     """
-    path = sources.model_path(settings.model_id)
-    dtype = device.compute_dtype(settings.compute_dtype)
-    config = _own_config(settings, dtype, four_bit)
-    is_quantized = quantized.own_quantization(config) is not None
-    keeps_copy = four_bit and settings.prequantized and not is_quantized
-    copy = quantized_copy.find(path, settings, dtype) if keeps_copy else None
-    options = {}
-    if is_quantized:
-        options["config"] = config
-    elif four_bit and copy is None:
-        options["quantization_config"] = quantization_config(settings)
-    model = _read(copy or path, settings, dtype, options)
-    _require_finite(model, settings)
-    model.name_or_path = path
-    model.config.name_or_path = path
-    if four_bit:
-        quantized.require_four_bit(model)
-    generation_defaults.set_aside(model, path)
-    if keeps_copy and copy is None:
-        quantized_copy.save(model, path, settings, dtype)
-    if four_bit:
-        _place_ends(model, settings, dtype)
-    return model.eval()
+    with loading("model", settings.model_id):
+        model, loading_info = AutoModelForCausalLM.from_pretrained(
+            weights_of(settings, four_bit),
+            quantization_config=quantization_config(settings) if four_bit else None,
+            dtype=device.compute_dtype(settings.compute_dtype),
+            device_map={"": device.compute_device()},
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    return prepared(model, settings, loading_info)
 
 
-def _own_config(settings, dtype: torch.dtype, four_bit: bool):
-    """The model's configuration; one of a model saved in 4 bit says so, and that it is to be
-    computed in `dtype`.
+def weights_of(settings, four_bit: bool = True) -> str:
+    """What `from_pretrained` reads the weights of `model_id` from: a folder, a name on the hub, or
+    the 4-bit copy that an earlier run has kept (`quantized_copy`).
 
     Raises:
-        KitError: it is quantized in a way that is not trained here, or in 4 bit where unquantized
-            weights are asked for.
+        KitError: the model is saved quantized in a way that is not trained here, or in 4 bit where
+            unquantized weights are asked for.
     """
-    config = saved_config(settings.model_id)
-    own = quantized.own_quantization(config)
-    if not own:
-        return config
+    path = sources.model_path(settings.model_id)
+    own = quantized.own_quantization(saved_config(settings.model_id))
     if not four_bit:
-        raise KitError(
-            "the model is saved in 4 bit, its original weights are not there",
-            value=settings.model_id,
-            remedy='load it in 4 bit; an adapter can be merged with way="dequantized"',
-        )
-    found = quantized.described(own.bnb_4bit_quant_type, own.bnb_4bit_use_double_quant)
-    asked = quantized.described(settings.quant_type, settings.double_quant)
-    instead = "" if found == asked else f" ({asked} was asked for)"
-    print(f"the model is saved in 4 bit and stays as it is: {found}{instead}")
-    own.bnb_4bit_compute_dtype = dtype
-    config.quantization_config = own.to_dict()
-    return config
+        if own:
+            raise KitError(
+                "the model is saved in 4 bit, its original weights are not there",
+                value=settings.model_id,
+                remedy='load it in 4 bit; an adapter can be merged with way="dequantized"',
+            )
+        return path
+    if own:
+        found = quantized.described(own.bnb_4bit_quant_type, own.bnb_4bit_use_double_quant)
+        asked = quantized.described(settings.quant_type, settings.double_quant)
+        instead = "" if found == asked else f" ({asked} was asked for)"
+        print(f"the model is saved in 4 bit and stays as it is: {found}{instead}")
+        return path
+    if settings.prequantized:
+        dtype = device.compute_dtype(settings.compute_dtype)
+        copy = quantized_copy.find(path, settings, dtype)
+        if copy:
+            return str(copy)
+    return path
 
 
-def _read(source, settings, dtype: torch.dtype, options: dict[str, object]) -> PreTrainedModel:
-    """The model from its files: every weight is in them, and keeps its layout.
+def prepared(model: PreTrainedModel, settings, loading_info: dict[str, object]) -> PreTrainedModel:
+    """A loaded model, guarded against what would go wrong without a word.
 
-    On CPUs with bfloat16 units bitsandbytes repacks the weights at the first inference and computes
-    in bfloat16 from then on; training after that fails, and the bytes are no longer those of the
-    paper. That is switched off: one layout everywhere.
+    - Every weight came from the files: transformers would fill in random numbers.
+    - bitsandbytes keeps the layout of the paper. On CPUs with bfloat16 units it would repack the
+      weights at the first inference and compute in bfloat16 from then on, after which training
+      fails.
+    - A model that was saved in 4 bit computes in the dtype asked for.
+    - The model computes numbers, and something of it is in 4 bit (`quantized`).
+    - Its own generation defaults do not decide (`generation_defaults`).
+    - The 4-bit weights are kept for the next time, where `prequantized` says so.
+    - `head_4bit` and `embedding_on_cpu` are carried out, and left alone where embedding and head
+      are one tensor (`embeddings`).
+    - A warning that PEFT is about to set off is switched off (`ignore_checkpointing_warning`).
+
+    Args:
+        model: from `from_pretrained`, in 4 bit or not.
+        settings: the resolved parameters.
+        loading_info: what `from_pretrained` found out while it read (`output_loading_info=True`).
+
+    Returns:
+        The same model, in eval mode.
+
+    Raises:
+        KitError: weights are missing or damaged, or nothing of the model can be stored in 4 bit.
     """
-    how = {
-        "dtype": dtype,
-        "device_map": {"": device.compute_device()},
-        "use_safetensors": True,
-        "trust_remote_code": False,
-        "output_loading_info": True,
-    }
-    with loading("model", settings.model_id):
-        model, told = AutoModelForCausalLM.from_pretrained(source, **how, **options)
-        lost = sorted(told["missing_keys"]) or sorted(told["mismatched_keys"])
-        if lost:
+    ignore_checkpointing_warning()
+    lost = sorted(loading_info["missing_keys"]) or sorted(loading_info["mismatched_keys"])
+    if lost:
+        with loading("model", settings.model_id):
             raise ValueError(f"{len(lost)} of its weights are not in the files, such as {lost[0]}")
+    dtype = device.compute_dtype(settings.compute_dtype)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    return model
-
-
-def _require_finite(model: PreTrainedModel, settings) -> None:
+            module.compute_dtype = dtype
     if not computes(model):
         raise KitError(
             "the model computes NaN or infinity",
@@ -219,6 +215,22 @@ def _require_finite(model: PreTrainedModel, settings) -> None:
             remedy="its weights are damaged, or too large for float16: "
             "fetch it again, or set another compute_dtype",
         )
+    path = sources.model_path(settings.model_id)
+    came_from = model.name_or_path
+    model.name_or_path = path
+    model.config.name_or_path = path
+    generation_defaults.set_aside(model, path)
+    if getattr(model, "is_loaded_in_4bit", False):
+        quantized.require_four_bit(model)
+        if settings.prequantized and came_from == path and not was_quantized(settings):
+            quantized_copy.save(model, path, settings, dtype)
+        _place_ends(model, settings, dtype)
+    return model.eval()
+
+
+def was_quantized(settings) -> bool:
+    """Whether the model is saved in 4 bit by its makers."""
+    return quantized.own_quantization(saved_config(settings.model_id)) is not None
 
 
 @torch.no_grad()

@@ -50,7 +50,8 @@ class CountingCollator:
 class Watch(TrainerCallback):
     """Records every step's numbers, stops on NaN, stops when asked to.
 
-    `losses` has one of each step. `stop` is the event that asks for an end, `failure` says why
+    `losses` has one of each step; `seconds` and `tokens_per_s` (no padding counted) are there at
+    the end. `stop` is the event that asks for an end, `failure` says why
     training was stopped. `begun` is true from the first pass on. `updating` is true from the
     beginning of the optimizer's update until the step is counted: an error in between leaves some
     or all weights updated.
@@ -83,6 +84,13 @@ class Watch(TrainerCallback):
         if self.stop.is_set():
             control.should_training_stop = True
             control.should_save = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.seconds = time.perf_counter() - self.started
+        self.tokens_per_s = self.batches.n_tokens / self.seconds
+        self.run.manifest["metrics"].update(
+            tokens_per_s=self.tokens_per_s, train_seconds=self.seconds
+        )
 
     def on_log(self, args, state, control, logs=None, optimizer=None, **kwargs):
         if "loss" not in logs:

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from transformers import Trainer
+from transformers.trainer_utils import TrainOutput
 
 from qlora_nb.memory import out_of_memory
 from qlora_nb.train import optimizers
@@ -31,20 +33,11 @@ def with_fewer_rows(settings):
     return settings.replace(per_device_train_batch_size=fewer, gradient_accumulation_steps=passes)
 
 
-def train(
-    new_trainer: Callable,
-    settings,
-    watch,
-    checkpoint: Path | None,
-    go_back: Callable[[], Path | None],
-) -> None:
+def train(trainer, checkpoint: Path | None, go_back: Callable[[], Path | None]) -> TrainOutput:
     """Train to the end, in passes of fewer rows each time memory runs out.
 
     Args:
-        new_trainer: makes a trainer from settings and the optimizer to go on with (None: a new
-            one).
-        settings: the resolved parameters.
-        watch: the `callbacks.Watch` of that trainer.
+        trainer: a `trainer.QLoRATrainer`; it is made anew for each size of a pass.
         checkpoint: where to begin; None at the first step.
         go_back: puts the weights back to their first values and returns the newest checkpoint, None
             if there is none.
@@ -52,23 +45,23 @@ def train(
     Raises:
         KitError: memory ran out with one row in a pass.
     """
-    trainer = new_trainer(settings, None)
-    model = trainer.model
+    settings = trainer.settings
+    watch = trainer.watch
     while True:
         try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            return
+            start = str(checkpoint) if checkpoint else None
+            return Trainer.train(trainer, resume_from_checkpoint=start)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory.freed_memory_of(error):
                 raise
             if settings.per_device_train_batch_size == 1:
-                refusal = out_of_memory.explain(error, settings, model, trainer.optimizer)
+                refusal = out_of_memory.explain(error, settings, trainer.model, trainer.optimizer)
                 if not watch.updating:
                     trainer.save_now()
-                del trainer  # a notebook keeps the refusal, and with it this frame
+                trainer.let_go()  # a notebook keeps its trainer
                 raise refusal from error
         finally:
-            _end_autocast(model)
+            _end_autocast(trainer.model)
         settings = with_fewer_rows(settings)
         print(
             f"out of memory in step {trainer.state.global_step + 1}: it is done again in "
@@ -81,7 +74,7 @@ def train(
             optimizers.begin_anew(optimizer)
         else:
             checkpoint = trainer.save_now()
-        trainer = new_trainer(settings, optimizer)
+        trainer.make(settings, optimizer)
 
 
 def _end_autocast(model: torch.nn.Module) -> None:

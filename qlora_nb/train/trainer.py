@@ -1,29 +1,27 @@
-"""QLoRA fine-tuning: a frozen 4-bit base, a trained adapter, a paged optimizer, and transformers'
-own Trainer.
+"""transformers' own Trainer, and what a long run needs besides.
 
 The Trainer runs the loop: batches, forward and backward passes, accumulation, clipping, learning
-rate, checkpoints. What is ours around it is small: which layers are adapted (`attach`), a loss that
-never holds all logits (`model/chunked_loss.py`), a stop on NaN and on ■ (`callbacks`), checkpoints
-that are sealed and verified (`checkpoints`), and smaller passes where memory runs out (`retry`).
-`finetune` is read from top to bottom: check, arguments, trainer, train, save. The method is that of
-the QLoRA paper (arXiv 2305.14314), sections 3 and 4.
+rate, checkpoints. Notebook 06 makes it in a cell, from `TrainingArguments` and a list of callbacks,
+as any script does. What is added here is small: a loss that never holds all logits
+(`model/chunked_loss.py`), checkpoints that are sealed and verified (`checkpoints`), smaller passes
+where memory runs out (`retry`), and a record of how the run ended. The method is that of the QLoRA
+paper (arXiv 2305.14314), sections 3 and 4.
 """
 
+import copy
 import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from datasets import Dataset
 from peft import PeftModel
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer
+from transformers.trainer_utils import TrainOutput
 
 from qlora_nb.errors import KitError
-from qlora_nb.memory import out_of_memory, preflight
-from qlora_nb.model import batching, chunked_loss, device, fetch, probes
+from qlora_nb.memory import out_of_memory
+from qlora_nb.model import chunked_loss, device, fetch, probes
 from qlora_nb.record import files, interrupts, seal
 from qlora_nb.train import attach, callbacks, checkpoints, optimizers, retry
 
@@ -32,14 +30,53 @@ BYTES_A_PARAMETER = 12
 
 
 class QLoRATrainer(Trainer):
-    """Saves the adapter alone and closes every checkpoint with `seal`, which is given its
-    folder.
+    """A Trainer for a run that may be stopped, killed, resumed, or run out of memory.
+
+    Args:
+        run: the `runs.Run` whose folder takes the checkpoints.
+        settings: the resolved parameters.
+        options: those of `Trainer`, by name. Among the callbacks are one `callbacks.Watch`, one
+            `MeasureOneStep` and one `Sample`; without `compute_loss_func` the loss is taken in
+            slices of `loss_chunk` tokens.
+
+    Raises:
+        KitError: the model has no adapter that can be trained. What is refused before the first
+            pass leaves no folder and changes no record.
     """
 
-    def __init__(self, seal: Callable[[Path], None], **options):
-        super().__init__(**options)
-        self.seal = seal
+    def __init__(self, run, settings, **options):
+        self.run = run
+        self.settings = settings
+        self.options = options
+        by_class = {type(callback): callback for callback in options["callbacks"]}
+        self.watch = by_class[callbacks.Watch]
+        self.measured = by_class[callbacks.MeasureOneStep]
+        self.sample = by_class[callbacks.Sample]
+        try:
+            attach.require_adapter(options["model"])
+            self.rows_hash = checkpoints.fingerprint(options["train_dataset"])
+            self.make(settings, optimizer=None)
+        except BaseException:
+            run.withdraw()
+            raise
+
+    def make(self, settings, optimizer: torch.optim.Optimizer | None) -> None:
+        """Make the Trainer, or make it anew with fewer rows in a pass and the optimizer it has."""
+        args = copy.copy(self.options["args"])
+        args.per_device_train_batch_size = settings.per_device_train_batch_size
+        args.gradient_accumulation_steps = settings.gradient_accumulation_steps
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.run.folder / "tensorboard")
+        args._n_gpu = min(args.n_gpu, 1)  # of several cards one is used
+        super().__init__(**{**self.options, "args": args, "optimizers": (optimizer, None)})
         self.remove_callback(PrinterCallback)  # it would print every step's numbers a second time
+
+    def let_go(self) -> None:
+        """Give back the optimizer's memory, although the notebook keeps this trainer."""
+        self.accelerator.free_memory()
+        self.optimizer = None
+        self.lr_scheduler = None
+        self.callback_handler.optimizer = None
+        self.callback_handler.lr_scheduler = None
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         made = super().create_optimizer(model)
@@ -47,7 +84,10 @@ class QLoRATrainer(Trainer):
         return made
 
     def save_model(self, output_dir=None, _internal_call=False):
-        attach.save_adapter(self.model, output_dir)
+        """The adapter alone. Embeddings are frozen; asking whether they changed would ask the
+        hub.
+        """
+        self.model.save_pretrained(output_dir, save_embedding_layers=False)
 
     def _save_checkpoint(self, model, trial):
         """Older checkpoints are removed by the seal, not by `save_total_limit`, which would remove
@@ -56,7 +96,7 @@ class QLoRATrainer(Trainer):
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         with files.writing(folder):
             super()._save_checkpoint(model, trial)
-            self.seal(folder)
+            seal.write_seal(folder, settings=self.settings.model_dump(), rows=self.rows_hash)
         return folder
 
     def get_batch_samples(self, *args):
@@ -85,215 +125,119 @@ class QLoRATrainer(Trainer):
             return None
         return self._save_checkpoint(self.model, trial=None)
 
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Inside, ■, Ctrl-C and SIGTERM finish the running step and save; this process alone writes
+        into the run's folder; and its record says how the run ended: done, interrupted, failed.
 
-def arguments(settings, folder: Path) -> TrainingArguments:
-    """The Trainer's arguments for a run into `folder`.
+        A run that is refused before its first pass leaves no folder and changes no record.
 
-    The base computes in its own dtype and PEFT the adapter in float32: bfloat16 and float32 need no
-    more. float16 has too few exponents for small gradients, so there the Trainer's scaler and
-    autocast come in, without autocast's second copy of the adapter.
+        Raises:
+            KitError: another process writes into the folder.
+        """
+        try:
+            with interrupts.stop_on_interrupt() as stop, ExitStack() as stack:
+                self.watch.stop = stop
+                stack.enter_context(files.sole_writer(self.run.folder))
+                # before the lock is given back: a SIGTERM ends this process right after
+                stack.callback(self._note_interrupt)
+                yield
+        except BaseException as error:
+            if self.watch.begun:
+                self.run.finish("failed", error=f"{type(error).__name__}: {error}"[:500])
+            else:
+                self.run.withdraw()
+            raise
+        if not stop.is_set():
+            self.run.finish("done")
 
-    Raises:
-        KitError: `tensorboard` is asked for and not installed.
-    """
-    on_gpu = device.on_gpu()
-    dtype = device.compute_dtype(settings.compute_dtype)
-    torch.set_autocast_cache_enabled(False)
-    report_to = "none"
-    if settings.tensorboard:
-        if not find_spec("tensorboard"):
-            raise KitError(
-                "the package tensorboard is not installed",
-                remedy="pip install tensorboard, or tensorboard=False",
-            )
-        os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
-        report_to = "tensorboard"
-    made = TrainingArguments(
-        output_dir=str(folder / "checkpoints"),
-        seed=settings.seed,
-        # the steps
-        max_steps=settings.max_steps,
-        per_device_train_batch_size=settings.per_device_train_batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        train_sampling_strategy="sequential",  # batching.in_training_order has shuffled the rows
-        remove_unused_columns=False,
-        # the optimizer
-        optim=settings.optim,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type=settings.lr_scheduler_type,
-        warmup_steps=settings.warmup_steps,
-        max_grad_norm=settings.max_grad_norm,
-        # the hardware
-        fp16=on_gpu and dtype is torch.float16,
-        use_cpu=not on_gpu,
-        dataloader_pin_memory=on_gpu,
-        # what is logged and saved
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        report_to=report_to,
-        disable_tqdm=True,
-        save_strategy="steps" if settings.save_steps else "no",
-        save_steps=max(1, settings.save_steps),
-    )
-    # Of several cards one is used: the Trainer would count rows and loss once for each.
-    made._n_gpu = min(made.n_gpu, 1)
-    return made
+    def _note_interrupt(self) -> None:
+        if self.watch.stop.is_set():
+            self.run.finish("interrupted")
 
+    def newest_checkpoint(self) -> Path | None:
+        """The checkpoint to begin from, None where training begins at the first step.
 
-def finetune(
-    model: PeftModel,
-    tokenizer,
-    rows: Dataset,
-    settings,
-    run,
-    report: Callable[[dict], None],
-    held_out: Dataset | None = None,
-) -> dict[str, object]:
-    """Train the adapter on tokenized rows, in the calling thread; a resumed run goes on after its
-    newest good checkpoint.
+        Raises:
+            KitError: the run is over, was started with other settings or rows, the disk has no room
+                for its checkpoints, or a new run would begin with an adapter that is trained
+                already.
+        """
+        if self.run.manifest["status"] != "running":
+            name = self.run.folder.name
+            raise KitError("this run is over", value=name, remedy="start another one")
+        _require_room(self.model, self.settings, self.run.folder)
+        checkpoint = seal.newest_checkpoint(self.run.folder) if self.run.resumed else None
+        if checkpoint:
+            checkpoints.require_same(checkpoint, self.settings, self.rows_hash)
+        else:
+            _require_untrained(self.model)
+        return checkpoint
 
-    Args:
-        model: what `attach_adapter` returned.
-        tokenizer: its tokenizer.
-        rows: what `data.tokenize_rows` returned.
-        settings: the resolved parameters.
-        run: the `runs.Run` whose folder takes `metrics.jsonl` and `adapter/`.
-        report: called after each step with step, loss, learning_rate, tokens_per_s, seconds_left, …
-        held_out: tokenized rows whose loss is measured every `sample_steps` steps.
+    def train(self, resume_from_checkpoint: Path | None = None) -> TrainOutput:
+        """Train to the end, from the first step or from a checkpoint; what was logged after that is
+        forgotten.
 
-    Returns:
-        A dictionary: `losses` (one a step, those before a resume included), `held_out` ({step:
-        loss}), `seconds`, `tokens_per_s` (no padding counted), `stopped` (by ■), `adapter`
-        (folder), `run` (whose record is closed: done, or interrupted by ■); of the first step after
-        an update `held` (`ledger.Ledger`), `moved` (`profiler.PeakMemory`) and `shape` (rows,
-        tokens, tokens that train) of its largest pass, None where there was no such step.
-
-    Raises:
-        KitError: loss or gradient became NaN or infinite, the GPU's memory ran out, the run was
-            started with other settings or rows, no adapter is attached, that of a new run is
-            trained already, another process writes into the folder, or the model does not do what
-            these settings rely on (`probes.before_training`). What is refused before the first pass
-            leaves no folder and changes no record.
-    """
-    batches = callbacks.CountingCollator(tokenizer)
-    watch = callbacks.Watch(run, report, batches)
-    measured = callbacks.MeasureOneStep(batches)
-    sample = callbacks.Sample(tokenizer, settings, held_out, run)
-    try:
-        # 1. the rows in the order in which they are trained
-        attach.require_adapter(model)
-        if settings.packing:
-            rows = batching.pack(rows, settings.max_length)
-        rows = batching.in_training_order(rows, settings)
-        rows_hash = checkpoints.fingerprint(rows)
-        trained = [p for p in model.parameters() if p.requires_grad]
+        Raises:
+            KitError: loss or gradient became NaN or infinite, memory ran out with one row in a
+                pass, or the model does not do what these settings rely on
+                (`probes.before_training`).
+        """
+        trained = [p for p in self.model.parameters() if p.requires_grad]
         first_values = [p.detach().to("cpu", copy=True) for p in trained]
 
-        # 2. the trainer, which is made anew when memory runs out
-        def seal_checkpoint(folder: Path) -> None:
-            seal.write_seal(folder, settings=settings.model_dump(), rows=rows_hash)
-
-        def new_trainer(settings, optimizer) -> QLoRATrainer:
-            return QLoRATrainer(
-                seal_checkpoint,
-                model=model,
-                args=arguments(settings, run.folder),
-                train_dataset=rows,
-                data_collator=batches,
-                compute_loss_func=loss_function,
-                callbacks=[watch, measured, sample],
-                optimizers=(optimizer, None),
-            )
-
         def go_back() -> Path | None:
-            checkpoint = seal.newest_checkpoint(run.folder)
-            step = _rewind(run, checkpoint, watch.losses, sample.losses)
+            checkpoint = seal.newest_checkpoint(self.run.folder)
+            step = self._rewind(checkpoint)
             print(f"the update had begun: training is resumed after step {step}")
             for parameter, value in zip(trained, first_values, strict=True):
                 parameter.data.copy_(value)
             return checkpoint
 
-        with interrupts.stop_on_interrupt() as stop, ExitStack() as stack:
-            # 3. what is in force while training works, undone in any case
-            watch.stop = stop
-            loss_function = _loss_function(model, settings, stack)
-            stack.push(measured.measuring)
-            stack.enter_context(_one_process())
-            stack.enter_context(_without_cache(model))
-            stack.enter_context(files.sole_writer(run.folder))
-            stack.callback(_note_interrupt, run, watch)
-            _require_room(model, settings, run.folder)
-            # 4. train, from the first step or from a checkpoint
-            checkpoint = _first_checkpoint(model, run, settings, rows_hash)
-            if run.resumed:
-                step = _rewind(run, checkpoint, watch.losses, sample.losses)
-                print(f"going on after step {step}")
-            retry.train(new_trainer, settings, watch, checkpoint, go_back)
-            if watch.failure:
-                raise KitError(
-                    watch.failure,
-                    remedy="lower learning_rate; on a GPU without bfloat16 choose a model trained "
-                    "in float16 (not pythia-1b)",
-                )
-            # 5. save
-            adapter = attach.save_sealed(model, run.folder / "adapter")
-    except BaseException as error:  # the folder must say what became of the run
-        if watch.begun:
-            run.finish("failed", error=f"{type(error).__name__}: {error}"[:500])
+        with ExitStack() as stack:
+            self._choose_loss(stack)
+            stack.push(self.measured.measuring)
+            stack.enter_context(_without_cache(self.model))
+            if self.run.resumed:
+                print(f"going on after step {self._rewind(resume_from_checkpoint)}")
+            ended = retry.train(self, resume_from_checkpoint, go_back)
+        if self.watch.failure:
+            raise KitError(
+                self.watch.failure,
+                remedy="lower learning_rate; on a GPU without bfloat16 choose a model trained "
+                "in float16 (not pythia-1b)",
+            )
+        return ended
+
+    def _choose_loss(self, stack: ExitStack) -> None:
+        """The loss in slices while `stack` is open; of all logits where the model does not bear
+        slices.
+
+        Raises:
+            KitError: the model does not do what these settings rely on, or memory runs out already.
+        """
+        with out_of_memory.explained(self.settings, self.model):
+            chunk = probes.before_training(self.model, self.settings)
+        if chunk:
+            loss = stack.enter_context(chunked_loss.chunked_head(self.model, chunk))
+        elif self.settings.loss_chunk:
+            loss = chunked_loss.logits_cross_entropy
         else:
-            run.withdraw()
-        raise
-    seconds = time.perf_counter() - watch.started
-    tokens_per_s = batches.n_tokens / seconds
-    stopped = watch.stop.is_set()
-    status = "interrupted" if stopped else "done"
-    run.finish(status, tokens_per_s=tokens_per_s, train_seconds=seconds)
-    return {
-        "losses": watch.losses,
-        "held_out": sample.losses,
-        "seconds": seconds,
-        "tokens_per_s": tokens_per_s,
-        "stopped": stopped,
-        "adapter": adapter,
-        "run": run,
-        "held": measured.held,
-        "moved": measured.moved,
-        "shape": measured.shape,
-    }
+            loss = None  # the model's own
+        self.options["compute_loss_func"] = loss
+        self.compute_loss_func = loss
 
-
-def _loss_function(model: PeftModel, settings, stack: ExitStack) -> Callable | None:
-    """The loss in slices while `stack` is open; of all logits where the model does not bear slices;
-    None: the model's own.
-
-    Raises:
-        KitError: the model does not do what these settings rely on, or memory runs out already.
-    """
-    with out_of_memory.explained(settings, model):
-        chunk = probes.before_training(model, settings)
-    if chunk:
-        return stack.enter_context(chunked_loss.chunked_head(model, chunk))
-    if settings.loss_chunk:
-        return chunked_loss.logits_cross_entropy
-    return None
-
-
-@contextmanager
-def _one_process() -> Iterator[None]:
-    """Inside, the Trainer sets up no process group, also where a launcher started this one process
-    alone.
-
-    Raises:
-        KitError: this is one of several processes.
-    """
-    preflight.refuse_many_processes()
-    # What accelerate goes by; without an address it fails, with one it may wait.
-    rank = os.environ.pop("LOCAL_RANK", None)
-    try:
-        yield
-    finally:
-        if rank is not None:
-            os.environ["LOCAL_RANK"] = rank
+    def _rewind(self, checkpoint: Path | None) -> int:
+        """Forget what was logged after a checkpoint; returns its step, 0 without one."""
+        step = seal.step_of(checkpoint) if checkpoint else 0
+        self.watch.losses.clear()
+        self.sample.losses.clear()
+        for record in self.run.truncate_log(step):
+            if "loss" in record:
+                self.watch.losses.append(record["loss"])
+            if "held_out_loss" in record:
+                self.sample.losses[record["step"]] = record["held_out_loss"]
+        return step
 
 
 @contextmanager
@@ -309,14 +253,6 @@ def _without_cache(model: PeftModel) -> Iterator[None]:
         model.eval()
 
 
-def _note_interrupt(run, watch: callbacks.Watch) -> None:
-    """Close the record of a run that is stopped before the lock is given back: a SIGTERM ends this
-    process right after.
-    """
-    if watch.stop.is_set():
-        run.finish("interrupted")
-
-
 def _require_room(model: PeftModel, settings, folder: Path) -> None:
     """Refuse to begin where the disk has no room for the adapter, the checkpoints that are kept and
     the one being written.
@@ -328,38 +264,10 @@ def _require_room(model: PeftModel, settings, folder: Path) -> None:
     fetch.require_room(folder, needed, "this run")
 
 
-def _first_checkpoint(model: PeftModel, run, settings, rows_hash: str) -> Path | None:
-    """The checkpoint to begin from; None where training begins at the first step.
-
-    Raises:
-        KitError: the run is over, was started with other settings or rows, or a new run would begin
-            with an adapter that is trained already.
-    """
-    if run.manifest["status"] != "running":
-        raise KitError("this run is over", value=run.folder.name, remedy="start another one")
-    checkpoint = seal.newest_checkpoint(run.folder) if run.resumed else None
-    if checkpoint:
-        checkpoints.require_same(checkpoint, settings, rows_hash)
-        return checkpoint
+def _require_untrained(model: PeftModel) -> None:
     for name, parameter in model.named_parameters():
         if "lora_B" in name and parameter.any():
             raise KitError(
                 "this adapter was trained before",
-                remedy="attach it once more: then a new run begins at zero",
+                remedy="run the cell with get_peft_model once more: then a new run begins at zero",
             )
-    return None
-
-
-def _rewind(run, checkpoint: Path | None, losses: list[float], held_out: dict[int, float]) -> int:
-    """Forget what was logged after a checkpoint; `losses` and `held_out` become what was logged up
-    to it. Returns its step, 0 without one.
-    """
-    step = seal.step_of(checkpoint) if checkpoint else 0
-    losses.clear()
-    held_out.clear()
-    for record in run.truncate_log(step):
-        if "loss" in record:
-            losses.append(record["loss"])
-        if "held_out_loss" in record:
-            held_out[record["step"]] = record["held_out_loss"]
-    return step

@@ -1,0 +1,120 @@
+"""Notebook 06's own cells as functions: what tests, benchmarks and tools train with is what the
+reader sees.
+
+The cells are found by their tags and executed in a namespace that holds what the cells before them
+would have made.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+from contextlib import redirect_stdout
+from pathlib import Path
+from types import CodeType, SimpleNamespace
+
+import nbformat
+import peft
+import torch
+import transformers
+
+from qlora_nb.model import batching, device
+from qlora_nb.record import files, seal
+from qlora_nb.train import attach, callbacks
+from qlora_nb.train.trainer import QLoRATrainer
+
+NOTEBOOK = Path(__file__).resolve().parent.parent / "notebooks" / "06_finetune_pythia_12b.ipynb"
+
+
+class View:
+    """The panel of the cell, without a widget: each step's numbers are passed on."""
+
+    box = None
+
+    def __init__(self, report):
+        self.report = report
+
+    def __call__(self, step: dict) -> None:
+        self.report(step)
+
+
+@functools.cache
+def cell(tag: str) -> CodeType:
+    """The one cell of notebook 06 with this tag, compiled."""
+    cells = nbformat.read(NOTEBOOK, 4).cells
+    [source] = [c.source for c in cells if tag in c.metadata.get("tags", [])]
+    return compile(source, f"06, {tag}", "exec")
+
+
+def attach_adapter(model, settings):
+    """The cell that makes the adapter; returns the model with it."""
+    names = {
+        "model": model,
+        "settings": settings,
+        "attach": attach,
+        "torch": torch,
+        "LoraConfig": peft.LoraConfig,
+        "PeftModel": peft.PeftModel,
+        "get_peft_model": peft.get_peft_model,
+    }
+    with redirect_stdout(io.StringIO()):  # how many numbers train
+        exec(cell("attach-adapter"), names)
+    return names["model"]
+
+
+def arguments(settings) -> transformers.TrainingArguments:
+    """The cell of `TrainingArguments`."""
+    names = {
+        "settings": settings,
+        "device": device,
+        "torch": torch,
+        "dtype": device.compute_dtype(settings.compute_dtype),
+        "TrainingArguments": transformers.TrainingArguments,
+    }
+    exec(cell("training-arguments"), names)
+    return names["args"]
+
+
+def finetune(model, tokenizer, train, settings, run, report, held_out=None) -> dict[str, object]:
+    """The cells from the rows to the saved adapter.
+
+    Args:
+        model: with its adapter.
+        train: tokenized rows, not in order yet.
+        run: the `runs.Run` to train in.
+        report: called after each step with its numbers.
+        held_out: tokenized rows whose loss is measured every `sample_steps` steps.
+    """
+    rows = batching.pack(train, settings.max_length) if settings.packing else train
+    rows = batching.in_training_order(rows, settings)
+    names = {
+        "model": model,
+        "tokenizer": tokenizer,
+        "rows": rows,
+        "settings": settings,
+        "args": arguments(settings),
+        "watched": held_out,
+        "guess_seconds": None,
+        "callbacks": callbacks,
+        "files": files,
+        "seal": seal,
+        "QLoRATrainer": QLoRATrainer,
+        "panels": SimpleNamespace(LiveTraining=lambda max_steps: View(report)),
+        "checkpoints": SimpleNamespace(start=lambda settings, notebook: run),
+        "display": lambda box: None,
+        "compare_guess": lambda *args, **options: None,
+    }
+    exec(cell("train"), names)
+    watch, measured, sample = names["watch"], names["measured"], names["sample"]
+    return {
+        "losses": watch.losses,
+        "held_out": sample.losses,
+        "seconds": watch.seconds,
+        "tokens_per_s": watch.tokens_per_s,
+        "stopped": watch.stop.is_set(),
+        "adapter": names["adapter_folder"],
+        "run": run,
+        "held": measured.held,
+        "moved": measured.moved,
+        "shape": measured.shape,
+    }
