@@ -63,6 +63,7 @@ class QLoRATrainer(Trainer):
     def make(self, settings, optimizer: torch.optim.Optimizer | None) -> None:
         """Make the Trainer, or make it anew with fewer rows in a pass and the optimizer it has."""
         args = copy.copy(self.options["args"])
+        args.output_dir = str(self.run.folder / "checkpoints")
         args.per_device_train_batch_size = settings.per_device_train_batch_size
         args.gradient_accumulation_steps = settings.gradient_accumulation_steps
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.run.folder / "tensorboard")
