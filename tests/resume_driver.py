@@ -21,9 +21,12 @@ import resource
 import signal
 import sys
 from contextlib import suppress
+from pathlib import Path
 
-import open_cells
 import torch
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tools"))
+import open_cells
 
 from qlora_nb.model import data, load
 from qlora_nb.settings import validate
