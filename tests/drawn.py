@@ -35,8 +35,12 @@ def lines(ax) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def texts(ax) -> list[tuple[float, float, str]]:
-    """(x, y, text) of everything written into the axes."""
-    return [(*text.get_position(), text.get_text()) for text in ax.texts]
+    """(x, y, text) of everything written into the axes; of a label of a bar, the bar's end."""
+    found = []
+    for text in ax.texts:
+        place = text.xy if hasattr(text, "xy") else text.get_position()
+        found.append((*place, text.get_text()))
+    return found
 
 
 def x_ticks(ax) -> list[tuple[float, str]]:

@@ -134,7 +134,7 @@ ANSWERS = {  # notebook → for each exercise: the answer by hand, and wrong one
                 "4 * 11.8e9 / 2**30": "too large. Hint: that counts bytes where there are bits",
                 "11.8e9 / 2**30": "too large. Hint: eight bits are a byte, 2^30 bytes a GiB",
                 "0": "too small. Hint: eight bits are a byte",
-                "float('nan')": "not a number. Hint: eight bits are a byte",
+                "float('nan')": "a number is needed, nan is not one. Hint: eight bits are a byte",
                 "'5.5'": "shape wrong: a number is needed, '5.5' is not one. Hint: ",
                 "[5.49]": "shape wrong: yours is (1,), needed is (). Hint: ",
             },
@@ -146,7 +146,7 @@ ANSWERS = {  # notebook → for each exercise: the answer by hand, and wrong one
             {
                 "1": "too small. Hint: rows in a forward pass, times forward passes in a step",
                 "17": "too large. Hint: rows in a forward pass",
-                "True": "shape wrong: a number is needed, True is not one. Hint: ",
+                "True": "too small. Hint: rows in a forward pass",
             },
         ),
         (

@@ -322,8 +322,18 @@ def test_downloads_are_counted(monkeypatch, tmp_path):
             "already here, nothing to download",
         ),
         ("smollm2", rows, "already here, nothing to download", "already here, nothing to download"),
-        (there, "org/rows", "already here, nothing to download", "in the local cache"),
-        ("org/cached", "org/other", "in the local cache", "size known only to the hub to download"),
+        (
+            there,
+            "org/rows",
+            "already here, nothing to download",
+            "already here, nothing to download",
+        ),
+        (
+            "org/cached",
+            "org/other",
+            "already here, nothing to download",
+            "size known only to the hub to download",
+        ),
         (
             "EleutherAI/pythia-410m",
             "pocket",
@@ -484,13 +494,14 @@ def watched(monkeypatch) -> tuple[Clock, list]:
 
 
 def test_live_view_says_and_draws_every_step(monkeypatch, capsys):
-    _, figures = watched(monkeypatch)
-    view = panels.LiveTraining(12, n_lines=12, redraw_s=-1)
+    clock, figures = watched(monkeypatch)
+    view = panels.LiveTraining(12)
     assert view.text.value == "waiting for the first step"
     assert (view.bar.min, view.bar.max, view.bar.value) == (0, 12, 0)
     assert view.box.children == (view.bar, view.text, view.curve)
     assert view.curve.layout.display == "none", "no picture yet"
     for number, line in enumerate(LINES, start=1):
+        clock.now += 2.5
         view(step(number, 12))
         assert view.text.value == line
         assert capsys.readouterr().out == f"{line}\n"
@@ -516,21 +527,21 @@ def test_live_view_says_and_draws_every_step(monkeypatch, capsys):
 
 def test_live_view_is_quiet_in_between(monkeypatch, capsys):
     clock, figures = watched(monkeypatch)
-    view = panels.LiveTraining(12, n_lines=4, redraw_s=2.0)
+    view = panels.LiveTraining(24)
     said, drawn_at = [], []
-    for number in range(1, 13):
+    for number in range(1, 25):
         clock.now += 0.75
         before = len(figures)
-        view(step(number, 12))
+        view(step(number, 24))
         if capsys.readouterr().out:
             said.append(number)
         if len(figures) > before:
             drawn_at.append(number)
-    assert said == [3, 6, 9, 12], "four lines for a batch run"
-    assert drawn_at == [1, 4, 7, 10, 12], "every two seconds, and at the end"
+    assert said == [3, 6, 9, 12, 15, 18, 21, 24], "eight lines for a batch run"
+    assert drawn_at == [1, 4, 7, 10, 13, 16, 19, 22, 24], "every two seconds, and at the end"
     clock.now += 61
-    view(step(13, 99))
-    assert capsys.readouterr().out.startswith("step 13/99"), "a line a minute where steps are slow"
+    view(step(25, 99))
+    assert capsys.readouterr().out.startswith("step 25/99"), "a line a minute where steps are slow"
 
 
 # --- two models side by side ---
@@ -676,7 +687,7 @@ def test_side_by_side_tells_of_errors(monkeypatch):
 
     monkeypatch.setattr(generate, "stream", broken)
     ask(chat)
-    assert chat.note.value == f"ValueError: {'x' * 200}"
+    assert chat.note.value == f"ValueError: {'x' * 300}"
     assert chat.history.value == chat.positions.value == ""
 
 

@@ -142,8 +142,7 @@ LENGTHS = [
     "n_tokens", LENGTHS, ids=["few", "all the same", "many", "one of each", "wide"]
 )
 def test_lengths_counts_rows(n_tokens):
-    figure = n06.lengths(n_tokens, 500)
-    [ax] = figure.axes
+    ax, _ = n06.lengths(n_tokens, 500, float).axes
     bins = [
         (patch.get_x(), patch.get_x() + patch.get_width(), patch.get_height())
         for patch in ax.patches
@@ -178,7 +177,7 @@ def test_lengths_counts_rows(n_tokens):
     "n_tokens", LENGTHS, ids=["few", "all the same", "many", "one of each", "wide"]
 )
 def test_lengths_marks_the_length_that_95_percent_do_not_exceed(n_tokens):
-    [ax] = n06.lengths(n_tokens, 500).axes
+    ax, _ = n06.lengths(n_tokens, 500, float).axes
     [(name, (x, y))] = drawn.lines(ax).items()
     at = x[0]
     assert x.tolist() == [at, at]
@@ -241,7 +240,7 @@ def test_loss_curve_before_the_first_step():
     assert [len(x) for x, _ in drawn.lines(ax).values()] == [0, 0]
 
 
-@pytest.mark.parametrize("on_the_way", [None, {}, {5: 3.25, 10: 2.125}])
+@pytest.mark.parametrize("on_the_way", [{}, {5: 3.25, 10: 2.125}])
 def test_loss_curve_with_held_out_rows(on_the_way):
     losses = curve(12)
     [ax] = charts.loss_curve(losses, 4.5, 0.125, on_the_way).axes

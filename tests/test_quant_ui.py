@@ -45,11 +45,10 @@ def drive(panel: W.VBox) -> None:
     for control in controls:
         pictures = set()
         for value in ends(control):
+            if control.value == value:  # go away and come back
+                control.value = next(other for other in ends(control) if other != value)
             panel.result = None
-            if control.value == value:
-                panel.redraw()
-            else:
-                control.value = value
+            control.value = value
             assert isinstance(panel.result, Figure), (control.description, value)
             assert panel.result.axes[0].get_title(loc="left")
             pictures.add(shown.value)

@@ -81,15 +81,15 @@ def test_the_measure_would_find_a_bad_palette():
 
 
 def test_a_colour_is_never_the_only_difference():
-    assert style.COLOURS.keys() == style.HATCHES.keys() == style.LOOKS.keys()
-    lines = style.MARKERS.keys()
-    parts = style.LOOKS.keys() - lines
-    assert len(set(style.MARKERS.values())) == len(style.MARKERS) == 8
+    assert {meaning: drawn.colour for meaning, drawn in style.LOOKS.items()} == style.COLOURS
+    lines = [drawn for drawn in style.LOOKS.values() if drawn.marker]
+    parts = [drawn for drawn in style.LOOKS.values() if not drawn.marker]
+    assert len({drawn.marker for drawn in lines}) == len(lines) == 8
     assert len(parts) == 12
     for group in (lines, parts):
-        hatches = [style.HATCHES[meaning] for meaning in group if style.HATCHES[meaning]]
+        hatches = [drawn.hatch for drawn in group if drawn.hatch]
         assert len(set(hatches)) == len(hatches), "also in grey every bar can be told"
-        full = {style.COLOURS[meaning] for meaning in group if not style.HATCHES[meaning]}
+        full = {drawn.colour for drawn in group if not drawn.hatch}
         assert full == {style.BLACK, style.BLUE}, "without a hatch: told apart by lightness alone"
     lightness = [lab(colour, np.eye(3))[0] for colour in (style.BLACK, style.BLUE)]
     assert lightness[1] - lightness[0] > 4 * LEAST / 2
@@ -104,7 +104,9 @@ def test_parts_of_memory_are_told_apart_where_a_figure_stacks_them():
 def test_a_figure_is_shown_in_full_and_leaves_no_trace():
     before = dict(plt.rcParams)
 
-    @style.draws((3, 2), grid=style.margins(0.3, 0.7, 0.3, 0.7), xlabel="x", ylabel="y")
+    @style.draws(
+        (3, 2), grid=style.margins(left=0.3, right=0.7, bottom=0.3, top=0.7), xlabel="x", ylabel="y"
+    )
     def plot(ax, height):
         """A bar."""
         ax.bar([0], [height], **style.look("LoRA"))

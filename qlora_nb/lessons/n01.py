@@ -29,8 +29,8 @@ def profiles_here(here: machine.Machine) -> list[dict[str, str]]:
         needed = "known after its fetch"
         runs = "yes"
         try:
-            on_gpu = name in ("t4", "full")
-            needed = f"{budget.peak(plan_of(settings, on_gpu=on_gpu)).total_gib:.2f}"
+            plan = plan_of(settings, on_gpu=name in ("t4", "full"))
+            needed = f"{budget.peak(plan).total_gib:.2f}"
             if not here.gpus:
                 size = sources.download_bytes(settings.model_id)
                 preflight.refuse_on_cpu(settings.model_id, size or 0, here)
@@ -38,13 +38,14 @@ def profiles_here(here: machine.Machine) -> list[dict[str, str]]:
         except KitError as error:
             reason = error.what.split(":")[0].split(", this machine")[0]
             runs = f"no: {reason}"
-        row = {
-            "profile": name,
-            "model": settings.model_id,
-            "peak, fine-tuning (GiB)": needed,
-            "runs here": runs,
-        }
-        rows.append(row)
+        rows.append(
+            {
+                "profile": name,
+                "model": settings.model_id,
+                "peak, fine-tuning (GiB)": needed,
+                "runs here": runs,
+            }
+        )
     return rows
 
 
@@ -55,10 +56,8 @@ def downloads(settings) -> list[str]:
     lines = []
     for what, name in (("model", settings.model_id), ("dataset", settings.dataset)):
         size = sources.download_bytes(name)
-        if sources.is_here(name):
+        if sources.is_here(name) or sources.in_hub_cache(name, what):
             said = "already here, nothing to download"
-        elif sources.in_hub_cache(name, what):
-            said = "in the local cache"
         elif size is None:
             said = "size known only to the hub to download"
         else:
@@ -77,32 +76,26 @@ def what_fits(
     """
     rows = []
     for size_gib in sizes_gib:
-        card = size_gib * cards.GIB
-        answering = budget.largest_pythia(settings, card, False)
-        tuning = budget.largest_pythia(settings, card, True)
-        with_options = budget.largest_pythia(settings, card, True, True)
-        row = {
-            "card": f"{size_gib:g} GiB",
-            "answering": _size_and_peak(answering),
-            "fine-tuning": _size_and_peak(tuning),
-            "fine-tuning with options": _size_and_peak(with_options),
-            "options": "none is enough",
+        row = {"card": f"{size_gib:g} GiB"}
+        ways = {
+            "answering": (False, False),
+            "fine-tuning": (True, False),
+            "fine-tuning with options": (True, True),
         }
-        if with_options is not None:
+        for way, (train, with_options) in ways.items():
+            fit = budget.largest_pythia(settings, size_gib * cards.GIB, train, with_options)
+            row[way] = "none"
+            if fit is not None:
+                size, peak, options = fit
+                row[way] = f"{size} ({peak.total_gib:.1f} GiB)"
+        row["options"] = "none is enough"
+        if fit is not None:
             taken = []
-            for option in with_options[2]:
+            for option in options:
                 taken.append(", ".join(f"{name}={new}" for name, new in option.changes.items()))
             row["options"] = "; ".join(taken) if taken else "none needed"
         rows.append(row)
     return rows
-
-
-def _size_and_peak(fit: tuple | None) -> str:
-    """What `budget.largest_pythia` found, as "12b (10.3 GiB)"."""
-    if fit is None:
-        return "none"
-    size, peak, _ = fit
-    return f"{size} ({peak.total_gib:.1f} GiB)"
 
 
 def every_pythia(settings, gpu_gib: float) -> Figure:

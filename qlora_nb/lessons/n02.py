@@ -14,12 +14,21 @@ from matplotlib.patches import Rectangle
 from qlora_nb.pythia import PYTHIA
 from qlora_nb.theory import lora
 from qlora_nb.ui.checks import exercise
-from qlora_nb.ui.style import COLOURS, MARKERS, draws, log2_axis, look, maps, margins
+from qlora_nb.ui.style import (
+    COLOURS,
+    draws,
+    grouped_bars,
+    log2_axis,
+    look,
+    maps,
+    margins,
+    mark,
+)
 
 LINES = cycler(
     color=[COLOURS["LoRA"], COLOURS["16-bit"], COLOURS["other"]], linestyle=["-", "--", "-."]
 )
-"""`LINES()` gives how to draw one line after another, from the first again after the last."""
+"""How one line after another is drawn, from the first again after the last."""
 
 TARGETS = {
     "query_key_value": slice(0, 1),
@@ -66,7 +75,7 @@ def plot_parts(ax, n_in: int, n_out: int, r: int):
     return f"Two thin matrices hold {percent:.2g} % as many numbers as W"
 
 
-@draws(legend="best", xlabel="step (1)", ylabel="mean squared error (1)")
+@draws(legend="best", prop_cycle=LINES, xlabel="step (1)", ylabel="mean squared error (1)")
 def plot_losses(ax, losses, title: str):
     """Loss over steps, one line a way of starting A and B.
 
@@ -74,8 +83,8 @@ def plot_losses(ax, losses, title: str):
         losses: {way of starting: loss of every step}.
         title: the finding.
     """
-    for (name, values), line in zip(losses.items(), LINES()):
-        ax.plot(values, **line, label=name, linewidth=2)
+    for name, values in losses.items():
+        ax.plot(values, label=name, linewidth=2)
     ax.set_ylim(bottom=0)
     return title
 
@@ -104,8 +113,7 @@ def plot_scales(ax, ranks, lora_alpha: float, n_in: int, seed: int = 0):
     rslora = [lora.scale(lora_alpha, r, rslora=True) for r in ranks]
 
     def line(values, style, meaning, label):
-        mark = {"color": COLOURS[meaning], "marker": MARKERS[meaning]}
-        ax.plot(ranks, values, style, label=label, **mark)
+        ax.plot(ranks, values, style, label=label, **mark(meaning))
 
     line(sizes, "-", "other", "no scale")
     line(np.multiply(sizes, plain), "--", "LoRA", "alpha / r (LoRA)")
@@ -115,7 +123,13 @@ def plot_scales(ax, ranks, lora_alpha: float, n_in: int, seed: int = 0):
     return "At random B LoRA's path shrinks as 1/√r, rsLoRA's stays"
 
 
-@draws(legend="lower right", xlabel="rank r (1)", ylabel="captured (% of energy)", ylim=(0, 104))
+@draws(
+    legend="lower right",
+    prop_cycle=LINES,
+    xlabel="rank r (1)",
+    ylabel="captured (% of energy)",
+    ylim=(0, 104),
+)
 def plot_captured(ax, curves, r: int):
     """Share of an update that the best rank-r matrix holds, over r.
 
@@ -124,13 +138,13 @@ def plot_captured(ax, curves, r: int):
             others are for comparison.
         r: the rank to mark.
     """
-    for (name, curve), line in zip(curves.items(), LINES()):
+    for name, curve in curves.items():
         ranks = range(1, len(curve) + 1)
-        ax.plot(ranks, 100 * curve, **line, label=name, linewidth=2)
+        ax.plot(ranks, 100 * curve, label=name, linewidth=2)
     first, *_ = curves.values()
     r = min(r, len(first))
     held = 100 * first[r - 1]
-    ax.plot([r], [held], MARKERS["LoRA"], color=COLOURS["LoRA"], markersize=11)
+    ax.plot([r], [held], **mark("LoRA"), markersize=11)
     ax.axvline(r, color=COLOURS["other"], linewidth=1, linestyle=":")
     n_ticks = len(first).bit_length()
     log2_axis(ax, [2**i for i in range(n_ticks)])
@@ -139,30 +153,29 @@ def plot_captured(ax, curves, r: int):
 
 @draws(
     (8.4, 3.2),
-    grid={"ncols": 3, "sharey": True, **margins(0.07, 0.88, 0.11, 0.88, wspace=0.2)},
+    grid={"ncols": 3, "sharey": True, **margins()},
     xlabel="input (index)",
 )
-def plot_update(axes, update, factors, r: int, size: int = 32):
-    """A corner of the update, of its best rank-r matrix, and what is left, in one colour scale.
+def plot_update(axes, update, factors, r: int):
+    """A corner of the update (32 rows and columns), of its best rank-r matrix, and what is left, in
+    one colour scale.
 
     Args:
         update: (out, in) ΔW, in units of its standard deviation.
         factors: (A, B) of `lora.best_rank` at full rank; their first r rows and columns are the
             best of rank r.
         r: rank of the approximation; more than the matrix has counts as all.
-        size: rows and columns shown.
     """
     a, b = factors
     r = min(r, len(a))
     energy = (b**2).sum(dim=0)
     left = 100 * energy[r:].sum() / energy.sum()
-    corner = update[:size, :size]
-    near = b[:size, :r] @ a[:r, :size]
+    corner = update[:32, :32]
+    near = b[:32, :r] @ a[:r, :32]
     maps(axes, (corner, near, corner - near), 2, "change (std of ΔW)")
     titles = ("update ΔW", f"best of rank {r}", f"left over: {left:.0f} %")
-    ticks = [0, size // 2]
     for ax, title in zip(axes, titles):
-        ax.set(title=title, xticks=ticks, yticks=ticks)
+        ax.set(title=title, xticks=[0, 16], yticks=[0, 16])
     axes[0].set_ylabel("output (index)")
 
 
@@ -175,7 +188,7 @@ def count(size: str, r: int, targets: str) -> int:
 @draws(
     (8.4, 3.8),
     "best",
-    grid=margins(0.08, 0.99, 0.14, 0.92),
+    grid=margins(),
     xlabel="Pythia (size)",
     ylabel="trained (% of all parameters)",
 )
@@ -187,21 +200,19 @@ def plot_counts(ax, r: int, targets: str = "all-linear", highlight: str = "12b")
         targets: a key of `TARGETS`.
         highlight: the size whose numbers are in the title.
     """
-    meanings = {"query_key_value": "other", targets: "LoRA"}
+    looks = {"query_key_value": look("other"), targets: look("LoRA")}
     names = {"query_key_value": "query_key_value (PEFT's default)"}
-    width = 0.8 / len(meanings)
-    left = np.arange(len(PYTHIA)) - 0.4
-    for kind, meaning in meanings.items():
-        trained = np.array([count(size, r, kind) for size in PYTHIA])
-        percent = 100 * trained / [pythia.n_parameters for pythia in PYTHIA.values()]
-        label = names.get(kind, kind)
-        drawn = look(meaning)
-        bars = ax.bar(left, percent, width, align="edge", label=label, **drawn)
-        ax.bar_label(bars, [f"{share:.2g}" for share in percent], fontsize=8)
-        left = left + width
-    ax.set_xticks(range(len(PYTHIA)), list(PYTHIA))
+    shares = {}
+    for kind in looks:
+        percent = {}
+        for size, pythia in PYTHIA.items():
+            percent[size] = 100 * count(size, r, kind) / pythia.n_parameters
+        shares[names.get(kind, kind)] = percent
+    grouped_bars(ax, list(PYTHIA), shares, looks.values())
+    for bars in ax.containers:
+        ax.bar_label(bars, fmt="{:.2g}", fontsize=8)
     n_trained = count(highlight, r, targets)
-    share = 100 * n_trained / PYTHIA[highlight].n_parameters
+    share = percent[highlight]
     return f"pythia-{highlight}, r = {r}, {targets}: {n_trained:,} trained ({share:.2g} %)"
 
 

@@ -10,11 +10,22 @@ loss that quantized weights add, beside the paper's table. The arithmetic is in
 from statistics import NormalDist
 
 import numpy as np
+import pandas
 import torch
 
 from qlora_nb.theory import blockwise, codebooks, double_quant
 from qlora_nb.ui.checks import exercise
-from qlora_nb.ui.style import COLOURS, HATCHES, MARKERS, draws, log2_axis, look, maps, margins
+from qlora_nb.ui.style import (
+    COLOURS,
+    LOOKS,
+    draws,
+    grouped_bars,
+    log2_axis,
+    look,
+    maps,
+    margins,
+    mark,
+)
 
 PAPER_TABLE_2 = {"Int4": 34.34, "FP4-E2M1": 31.07, "FP4-E3M0": 29.48, "NF4+DQ": 27.41}
 """Mean perplexity on Pile Common Crawl, models from 125M to 13B (QLoRA paper, table 2)."""
@@ -30,6 +41,7 @@ def plot_bell(ax, code, tail_quantile: float = codebooks.TAIL_QUANTILE):
         tail_quantile: probability that code value 1 stands for.
     """
     bell = NormalDist()
+    pdf = np.vectorize(bell.pdf)
     points = code.double() * bell.inv_cdf(tail_quantile)
     borders = blockwise.midpoints(points)[0].tolist()
     below_border = [bell.cdf(border) for border in borders]
@@ -37,13 +49,12 @@ def plot_bell(ax, code, tail_quantile: float = codebooks.TAIL_QUANTILE):
     edges = [-3.2, *borders, 3.2]  # the ends of the tails are outside the figure
     for i in range(len(code)):
         x = np.linspace(edges[i], edges[i + 1], 60)
-        density = [bell.pdf(v) for v in x]
         colour = COLOURS["NF4" if i % 2 else "NF4+DQ"]
-        ax.fill_between(x, density, color=colour, alpha=0.55, linewidth=0)
-    heights = [bell.pdf(point) for point in points.tolist()]
+        ax.fill_between(x, pdf(x), color=colour, alpha=0.55, linewidth=0)
+    heights = pdf(points)
     ax.vlines(points, 0, heights, color="black", linewidth=1)
-    mark = {"color": COLOURS["NF4"], "markersize": 6, "clip_on": False, "zorder": 5}
-    ax.plot(points, 0 * points, MARKERS["NF4"], **mark)
+    marks = {"linestyle": "none", "clip_on": False, "zorder": 5}
+    ax.plot(points, 0 * points, **mark("NF4"), **marks)
     font = {"textcoords": "offset points", "xytext": (0, 4), "fontsize": 9}
     sides = {0: "right", 3: "right", 7: "center", 11: "left", 15: "left"}
     for i, side in sides.items():
@@ -55,7 +66,7 @@ def plot_bell(ax, code, tail_quantile: float = codebooks.TAIL_QUANTILE):
 
 @draws(
     (8.4, 2.9),
-    grid=margins(0.07, 0.99, 0.17, 0.91),
+    grid=margins(bottom=0.17, top=0.91),
     xlabel="weight / absmax (1)",
     xlim=(-1.06, 1.22),
     ylim=(-0.4, 2.5),
@@ -79,12 +90,12 @@ def plot_number_line(ax, weight: float, name: str):
             alpha = 1.0
             size = 8
             bold = "bold"
-        line = {"color": COLOURS[each], "linewidth": 0.8, "marker": MARKERS[each]}
-        ax.plot(values, [row] * len(values), alpha=alpha, markersize=size, **line)
+        line = {"alpha": alpha, "linewidth": 0.8, "markersize": size}
+        ax.plot(values, [row] * len(values), **mark(each), **line)
         path = [weight, nearest]
-        ax.plot(path, [row + 0.28, row], color="black", alpha=alpha, linewidth=1.5)
+        ax.plot(path, [row + 0.28, row], alpha=alpha)
         ax.text(1.06, row, f"{nearest:+.3f}", va="center", fontsize=10, fontweight=bold)
-    ax.axvline(weight, color="black", linestyle=":", linewidth=1)
+    ax.axvline(weight, linestyle=":", linewidth=1)
     ax.set_yticks(range(3), list(errors))
     return f"{name} stores {weight:+.2f} with an error of {errors[name]:.3f}"
 
@@ -106,54 +117,42 @@ def plot_errors(ax, errors, blocksize: int, name: str, what: str = "a Gaussian")
     """
     styles = {"AF4": "--", "Lloyd-Max": ":"}
     for each, by_size in errors.items():
-        meaning = each
-        size = 6
-        if each not in COLOURS:
-            meaning = "other"
-            size = 9
-        style = styles.get(each, "-")
-        mark = {"color": COLOURS[meaning], "marker": MARKERS[meaning], "markersize": size}
-        ax.plot(by_size.keys(), by_size.values(), style, label=each, **mark)
+        if each in styles:
+            line = {"linestyle": styles[each], "markersize": 9, **mark("other")}
+        else:
+            line = mark(each)
+        ax.plot(by_size.keys(), by_size.values(), label=each, **line)
     error = errors[name][blocksize]
     ring = {"markerfacecolor": "none", "markeredgecolor": "black", "markeredgewidth": 1.6}
     ax.plot([blocksize], [error], "o", markersize=17, **ring)
     sizes = sorted(set().union(*errors.values()))
     bits = {size: double_quant.bits_per_weight(size, None) for size in sizes}
-    log2_axis(ax, sizes, [f"{bits[size]:.3g}\n({size})" for size in sizes])
+    log2_axis(ax, sizes, [f"{cost:.3g}\n({size})" for size, cost in bits.items()])
     ax.invert_xaxis()
     here = f"{name}, blocks of {blocksize}: {bits[blocksize]:.3f} bits a weight"
     return f"{here}, RMSE {error:.4f} on {what}"
 
 
-@draws(
-    (8.4, 4.6),
-    grid={
-        "nrows": 3,
-        "sharex": True,
-        "sharey": True,
-        **margins(0.07, 0.9, 0.11, 0.93, hspace=0.08),
-    },
-)
-def plot_error_map(axes, weight, blocksize: int, name: str, rows: int = 16, columns: int = 128):
-    """A corner of a layer's weights, what is left of it in 4 bits, and ten times the difference;
-    thin lines separate the blocks.
+@draws((8.4, 4.6), grid={"nrows": 3, "sharex": True, "sharey": True, **margins(hspace=0.08)})
+def plot_error_map(axes, weight, blocksize: int, name: str):
+    """A corner of a layer's weights (16 rows, 128 columns), what is left of it in 4 bits, and ten
+    times the difference; thin lines separate the blocks.
 
     Args:
         weight: (out, in), in units of its standard deviation; a block is `blocksize` neighbours in
             reading order.
         blocksize, name: how it is quantized.
-        rows, columns: size of the corner.
     """
     restored = blockwise.round_trip(weight, codebooks.code_by_name(name), blocksize)
     corners = []
     for part in (weight, restored, 10 * (restored - weight)):
-        corners.append(part[:rows, :columns])
+        corners.append(part[:16, :128])
     maps(axes, corners, 3, "std of the layer", aspect="auto")
     position = np.arange(weight.numel()).reshape(weight.shape)
-    y, x = np.nonzero(position[:rows, :columns] % blocksize == 0)
+    y, x = np.nonzero(position[:16, :128] % blocksize == 0)
     for ax, label in zip(axes, ("weights", name, "10 × error")):
         ax.vlines(x - 0.5, y - 0.5, y + 0.5, color="black", linewidth=0.8)
-        ax.set(ylabel=label, xticks=range(0, columns, 32), yticks=[0, rows // 2])
+        ax.set(ylabel=label, xticks=range(0, 128, 32), yticks=[0, 8])
     axes[-1].set_xlabel("input (index); a row is an output")
     bits = double_quant.bits_per_weight(blocksize, None)
     error = blockwise.rmse(weight, restored)
@@ -174,22 +173,16 @@ def plot_distributions(ax, errors):
     Args:
         errors: {distribution: {datatype: rmse relative to the standard deviation}}.
     """
-    best = {}
-    for distribution, row in errors.items():
-        best[distribution] = min(row, key=row.get)
-    left = np.arange(len(errors)) - 0.27
-    for name in row:
-        heights = [row[name] for row in errors.values()]
-        bars = ax.bar(left, heights, 0.25, label=name, **look(name))
-        labels = [f"{height:.3f}" for height in heights]
-        for i, winner in enumerate(best.values()):
-            if name == winner:
-                labels[i] = "best\n" + labels[i]
-        ax.bar_label(bars, labels, fontsize=9, padding=2)
-        left = left + 0.27
-    ax.set_xticks(range(len(errors)), list(errors))
-    highest = max(max(row.values()) for row in errors.values())
-    ax.set_ylim(top=1.25 * highest)
+    frame = pandas.DataFrame(errors)
+    looks = [look(name) for name in frame.index]
+    grouped_bars(ax, list(errors), frame.T.to_dict(), looks)
+    best = frame.idxmin()
+    labels = frame.map("{:.3f}".format)
+    for distribution, name in best.items():
+        labels.loc[name, distribution] = f"best\n{frame.loc[name, distribution]:.3f}"
+    for bars, texts in zip(ax.containers, labels.values):
+        ax.bar_label(bars, texts, fontsize=9, padding=2)
+    ax.set_ylim(top=1.25 * frame.max(axis=None))
     found = " · ".join(f"{distribution} {name}" for distribution, name in best.items())
     return f"Best datatype: {found}"
 
@@ -206,7 +199,7 @@ def plot_usage(ax, share, code):
     percent = 100 * share
     even = 100 / len(share)
     ax.bar(range(len(share)), percent, color=COLOURS["NF4"])
-    ax.axhline(even, color="black", linestyle="--", label=f"an even share, {even:.2f} %")
+    ax.axhline(even, linestyle="--", label=f"an even share, {even:.2f} %")
     names = [f"{value:.2f}" for value in code]
     ax.set_xticks(range(len(share)), names, rotation=45, fontsize=9)
     bits = blockwise.entropy_bits(share)
@@ -237,9 +230,9 @@ def plot_outlier(ax, block, outlier: float, code):
         """Draw and return the errors of all weights but the first."""
         restored = blockwise.round_trip(weights, code, len(weights))
         found = (restored - weights)[1:]
-        colour = COLOURS[meaning]
-        ax.vlines(x, 0, found, color=colour, alpha=0.5, linewidth=1)
-        ax.plot(x, found, MARKERS[meaning], color=colour, markersize=size, label=label)
+        ax.vlines(x, 0, found, color=COLOURS[meaning], alpha=0.5, linewidth=1)
+        line = {"linestyle": "none", "markersize": size, "label": label}
+        ax.plot(x, found, **mark(meaning), **line)
         return found
 
     beside = errors(spoilt, "other", 9, f"with one weight of {outlier:g}")
@@ -255,8 +248,7 @@ def _labelled_bars(ax, heights, meanings, form, errors=None):
     lines.
     """
     names = [name.replace("+", "\n+").replace("-", "\n") for name in heights]
-    colours = [COLOURS[meaning] for meaning in meanings]
-    hatches = [HATCHES[meaning] for meaning in meanings]
+    colours, hatches, _ = zip(*[LOOKS[meaning] for meaning in meanings])
     drawn = {"color": colours, "hatch": hatches, "edgecolor": "white"}
     bars = ax.bar(names, heights.values(), yerr=errors, capsize=4, **drawn)
     ax.bar_label(bars, fmt=form, fontsize=8)
@@ -276,24 +268,20 @@ def plot_quality(ax, panels):
     ax.remove()
     *axes, paper = figure.subplots(1, len(panels) + 1)
     for panel, (title, qualities) in zip(axes, panels.items()):
-        base = qualities[0]
-        means = {}
-        spreads = []
-        meanings = []
-        for quality in qualities[1:]:
-            added = np.subtract(quality.losses, base.losses)
-            means[quality.name] = added.mean()
-            spreads.append(added.std(ddof=1))
-            meanings.append(quality.name if quality.name in COLOURS else "other")
-        _labelled_bars(panel, means, meanings, "{:+.2g}", errors=spreads)
-        panel.axhline(0, color="black", linewidth=0.8)
-        heights = list(means.values())
-        lowest = min(np.subtract(heights, spreads))
-        highest = max(np.add(heights, spreads))
+        losses = pandas.DataFrame({quality.name: quality.losses for quality in qualities})
+        base, *names = losses
+        added = losses[names].sub(losses[base], axis=0)
+        means = added.mean()
+        spreads = added.std()
+        meanings = [name if name in COLOURS else "other" for name in names]
+        _labelled_bars(panel, means.to_dict(), meanings, "{:+.2g}", errors=spreads)
+        panel.axhline(0, linewidth=0.8)
+        lowest = (means - spreads).min()
+        highest = (means + spreads).max()
         panel.set_ylim(min(1.1 * lowest, 0), 1.2 * max(highest, 1e-6))
         panel.set_ylabel("added loss (nat)")
-        least = min(means, key=means.get)
-        most = max(means, key=means.get)
+        least = means.idxmin()
+        most = means.idxmax()
         panel.set_title(f"{title}:\nleast {least}, most {most}", fontsize=10)
     _labelled_bars(paper, PAPER_TABLE_2, ["INT4", "FP4", "FP4", "NF4+DQ"], "{:.2f}")
     paper.set(ylabel="mean perplexity (1)", ylim=(0, 40))
@@ -327,10 +315,9 @@ check_tail_quantile = exercise(
 )
 """Exercise 3: the tail quantile of an 8-value (3-bit) NormalFloat code, to four decimals."""
 
-widest_gap = NF4.diff().max().item()
 check_max_error = exercise(
     "largest error",
-    want=2 * widest_gap / 2,
+    want=NF4.diff().max(),  # half of it, times absmax 2
     hint="half of the widest gap between neighbouring values, times absmax; the widest gap is at "
     "the negative end",
     tolerance=2e-3,

@@ -10,7 +10,7 @@ import numpy as np
 
 from qlora_nb.theory import double_quant
 from qlora_nb.ui.checks import exercise
-from qlora_nb.ui.style import COLOURS, MARKERS, draws, log2_axis, look, stacked_bars
+from qlora_nb.ui.style import COLOURS, draws, log2_axis, look, mark, stacked_bars
 
 PARTS = {
     "codes": look("4-bit weights"),
@@ -37,8 +37,7 @@ def plot_ledger(ax, ledgers):
         return f"  4 + {bits:.4g} = {4 + bits:.4g} bits"
 
     looks = {part: PARTS[part] for part in ("scales", "scales of scales")}
-    ends = stacked_bars(ax, ledgers, looks, text=text, fontsize=10)
-    ax.set(xlim=(0, 1.5 * max(ends)), ylim=(len(ledgers) - 0.4, -0.6))
+    ends = stacked_bars(ax, ledgers, looks, text, room=1.5, fontsize=10)
     return f"The scales cost {ends[0]:.3g} bits a weight; quantized too, {ends[-1]:.3g}"
 
 
@@ -57,12 +56,12 @@ def plot_bits(ax, blocksize: int, second_blocksize: int):
     def line(second, meaning, label):
         """Draw bits over the block size; returns those of the block size that is read off."""
         bits = [double_quant.bits_per_weight(size, second) for size in BLOCKSIZES]
-        ax.plot(BLOCKSIZES, bits, MARKERS[meaning] + "-", color=COLOURS[meaning], label=label)
+        ax.plot(BLOCKSIZES, bits, label=label, **mark(meaning))
         return double_quant.bits_per_weight(blocksize, second)
 
     plain = line(None, "NF4", "32-bit scales")
     double = line(second_blocksize, "NF4+DQ", f"8-bit scales, {second_blocksize} to a block")
-    ax.plot([blocksize, blocksize], [plain, double], color="black", linewidth=2)
+    ax.plot([blocksize, blocksize], [plain, double], linewidth=2)
     font = {"textcoords": "offset points", "fontsize": 10, "fontweight": "bold"}
     ax.annotate(f"{plain:.3f}", (blocksize, plain), xytext=(7, 5), **font)
     ax.annotate(f"{double:.3f}", (blocksize, double), xytext=(-7, -13), ha="right", **font)
@@ -116,17 +115,14 @@ def plot_model_bytes(axes, rows, n_weights: int):
 
     first, *quantized = rows
     colours = [COLOURS["16-bit"]] + [COLOURS["NF4"]] * len(quantized)
-    looks = dict(PARTS)
-    looks["codes"] = {**look("NF4"), "color": colours}
-    whole = stacked_bars(right, rows, looks, unit, size, fontsize=9)
+    looks = {**PARTS, "codes": look("NF4", color=colours)}
+    whole = stacked_bars(right, rows, looks, size, unit, 1.35, fontsize=9)
     looks.pop("rest")
-    layers = stacked_bars(left, rows, looks, unit, size_and_bits, fontsize=9)
+    layers = stacked_bars(left, rows, looks, size_and_bits, unit, 2, fontsize=9)
     left.set_title(f"Layers: {layers[0] / layers[-1]:.1f} times smaller than {first}")
-    left.set_xlim(0, 2 * max(layers))
     right.set_title(f"Whole model: {whole[0] / whole[-1]:.1f} times (rest dotted)")
-    right.set_xlim(0, 1.35 * max(whole))
     for ax in axes:
-        ax.set(xlabel=f"size ({name})", ylim=(len(rows) - 0.4, -0.6))
+        ax.set_xlabel(f"size ({name})")
 
 
 @draws((9.2, 3.4), grid={"ncols": 2}, xlabel="layer")
@@ -139,15 +135,14 @@ def plot_added_error(axes, rows):
     """
     plain, double = np.array(list(rows.values())).T
     added = (double - plain) * 1e6
-    blue = COLOURS["NF4"]
-    light = COLOURS["NF4+DQ"]
+    points = {"linestyle": "none", "markersize": 5, **mark("NF4+DQ")}
     left, right = axes
-    left.plot(plain, MARKERS["NF4"], color=blue, markersize=9, label="32-bit scales")
-    left.plot(double, MARKERS["NF4+DQ"], color=light, markersize=5, label="8-bit scales")
+    left.plot(plain, linestyle="none", markersize=9, label="32-bit scales", **mark("NF4"))
+    left.plot(double, label="8-bit scales", **points)
     left.set(ylabel="RMSE (std of the layer)", ylim=(0, 1.35 * plain.max()))
     left.legend(loc="upper right", ncols=2)
-    right.vlines(range(len(added)), 0, added, color=light, linewidth=1.5)
-    right.plot(added, MARKERS["NF4+DQ"], color=light, markersize=5)
+    right.vlines(range(len(added)), 0, added, color=points["color"])
+    right.plot(added, **points)
     right.set_title(f"Added: at most {max(added.max(), 0):.1f} millionths")
     right.set_ylabel("added RMSE (millionths of std)")
     return f"Error of {len(rows)} layers: the same points"
@@ -172,13 +167,9 @@ check_saved_bytes = exercise(
 )
 """Exercise 2: bytes that double quantization saves on one 4096 × 4096 matrix, the mean counted."""
 
-smallest = 1
-while double_quant.bits_per_weight(smallest) >= 4.5:
-    smallest *= 2
-
 check_same_bits = exercise(
     "block size",
-    want=smallest,
+    want=min(size for size in BLOCKSIZES if double_quant.bits_per_weight(size) < 4.5),
     hint="8/blocksize alone must stay below 0.5, and 32/(256 · blocksize) comes on top",
 )
 """Exercise 3: the smallest power-of-two block size that with double quantization costs less than

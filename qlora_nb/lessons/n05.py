@@ -9,13 +9,14 @@ simulation is in `theory/paging.py`, the sizes of a Pythia's step in `memory/ste
 import math
 
 import numpy as np
+from matplotlib.patches import Rectangle
 
 from qlora_nb import cards
 from qlora_nb.memory import step_sizes
 from qlora_nb.pythia import PYTHIA
 from qlora_nb.theory import paging
 from qlora_nb.ui.checks import exercise
-from qlora_nb.ui.style import COLOURS, HATCHES, MARKERS, draws, look, margins, stacked_bars
+from qlora_nb.ui.style import LOOKS, draws, look, margins, mark, stacked_bars
 
 PARTS = {
     "frozen weights": "4-bit weights",
@@ -29,7 +30,12 @@ PARTS = {
 """Each part of a step's memory, bottom to top, and its name in the table of looks."""
 
 
-@draws((8.8, 4.2), grid=margins(0.09, 0.74, 0.125, 0.93), xlabel="one step (layer by layer)")
+@draws(
+    (8.8, 4.2),
+    grid=margins(right=0.74),
+    xlabel="one step (layer by layer)",
+    ylabel="memory (GiB)",
+)
 def plot_step(ax, pythia: str, r: int, tokens: int, gpu_gib: float, bits: int = 32):
     """Memory through one step, stacked by part, under the card's line.
 
@@ -44,8 +50,7 @@ def plot_step(ax, pythia: str, r: int, tokens: int, gpu_gib: float, bits: int = 
     heights = []
     for part in PARTS:
         heights.append([moment.parts[part] / cards.GIB for moment in moments])
-    colours = [COLOURS[meaning] for meaning in PARTS.values()]
-    hatches = [HATCHES[meaning] for meaning in PARTS.values()]
+    colours, hatches, _ = zip(*[LOOKS[meaning] for meaning in PARTS.values()])
     drawn = {"colors": colours, "hatch": hatches, "edgecolor": "white", "linewidth": 0}
     x = range(len(moments))
     ax.stackplot(x, heights, labels=list(PARTS), step="mid", **drawn)
@@ -54,18 +59,16 @@ def plot_step(ax, pythia: str, r: int, tokens: int, gpu_gib: float, bits: int = 
     top = highest
     if gpu_gib < 1.5 * highest:
         top = max(highest, gpu_gib)
-        label = f"card {gpu_gib:g} GiB"
-        ax.axhline(gpu_gib, color="black", linewidth=1.5, linestyle="--", label=label)
+        ax.axhline(gpu_gib, linestyle="--", label=f"card {gpu_gib:g} GiB")
     weights = moments[0].parts["frozen weights"] / cards.GIB
     bottom = 0.0
-    ax.set_ylabel("memory (GiB)")
     if weights > 0.5 * highest:
         bottom = 0.9 * min(weights, gpu_gib)
         ax.set_ylabel("memory (GiB), axis cut")
     ax.set_ylim(bottom, bottom + 1.1 * (1.02 * top - bottom))
     n = PYTHIA[pythia].n_layers
     for start in (n, n + 1, 2 * n + 1):
-        ax.axvline(start - 0.5, color="black", linewidth=0.6, linestyle=":")
+        ax.axvline(start - 0.5, linewidth=0.6, linestyle=":")
     middles = [n / 2 - 0.5, n, n + 0.5 + n / 2, 2 * n + 1]
     ax.set_xticks(middles, ["forward", "loss ", "backward", "  optimizer"])
     ax.set_xlim(-0.5, len(moments) - 0.5)
@@ -73,8 +76,7 @@ def plot_step(ax, pythia: str, r: int, tokens: int, gpu_gib: float, bits: int = 
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9, reverse=True)
     fits = "fits" if highest <= gpu_gib else "does not fit"
     words = f"pythia-{pythia}, r = {r}, {tokens:,} tokens: peak {highest:.2f} GiB ({peak.phase})"
-    # the height is given: looking for a free one takes a seventh of the drawing
-    ax.set_title(f"{words}, {fits} {gpu_gib:g} GiB", y=1.0)
+    return f"{words}, {fits} {gpu_gib:g} GiB"
 
 
 def paged_shares(ranks) -> np.ndarray:
@@ -104,11 +106,8 @@ def plot_paged_share(ax, ranks, pythia: str, r: int):
         ax.text(j, i, f"{share:.0f}", ha="center", va="center", color=colour)
     row = list(PYTHIA).index(pythia)
     if r in ranks:
-        x = list(ranks).index(r) - 0.5
-        y = row - 0.5
-        corners_x = [x, x + 1, x + 1, x, x]
-        corners_y = [y, y, y + 1, y + 1, y]
-        ax.plot(corners_x, corners_y, color="black", linewidth=2.5)
+        corner = (list(ranks).index(r) - 0.5, row - 0.5)
+        ax.add_patch(Rectangle(corner, 1, 1, fill=False, linewidth=2.5))
     ax.set_xticks(range(len(ranks)), ranks)
     ax.set_yticks(range(len(PYTHIA)), PYTHIA)
     ax.grid(visible=False)
@@ -116,9 +115,7 @@ def plot_paged_share(ax, ranks, pythia: str, r: int):
     return f"pythia-{pythia}, r = {r}: {share:.0f} % of the state bytes are paged"
 
 
-@draws(
-    (9.0, 3.8), grid={"ncols": 2, **margins(0.08, 0.99, 0.14, 0.92, wspace=0.22)}, xlabel="step (1)"
-)
+@draws((9.0, 3.8), grid={"ncols": 2, **margins(wspace=0.22)}, xlabel="step (1)")
 def plot_run(axes, steps, gpu_gib: float, gb_per_s: float = 12.0):
     """A run of steps with and without paging: memory wanted beside the card, and bytes moved.
 
@@ -138,10 +135,10 @@ def plot_run(axes, steps, gpu_gib: float, gb_per_s: float = 12.0):
         wanted.append(max(moment.total for moment in paging.step_timeline(sizes)))
     wanted = np.array(wanted) / cards.GIB
     states = np.array([sizes.paged for sizes in steps]) / cards.GIB
-    left.bar(x, wanted, label="wanted at the peak", **look("other", ""))
+    left.bar(x, wanted, label="wanted at the peak", **look("other", hatch=""))
     label = "of it states that can be paged"
-    left.bar(x, states, bottom=wanted - states, label=label, **look("optimizer", ""))
-    left.axhline(gpu_gib, color="black", linestyle="--", label=f"card {gpu_gib:.2f} GiB")
+    left.bar(x, states, bottom=wanted - states, label=label, **look("optimizer", hatch=""))
+    left.axhline(gpu_gib, linestyle="--", label=f"card {gpu_gib:.2f} GiB")
     low = min(*wanted, gpu_gib)
     high = max(*wanted, gpu_gib)
     floor = low - max(2 * max(states), high - low, 0.05 * high)
@@ -154,7 +151,7 @@ def plot_run(axes, steps, gpu_gib: float, gb_per_s: float = 12.0):
     done = x[: len(paged)]  # there is no record after a step that does not fit
     moved_out = [record.bytes_out / 2**20 for record in paged]
     moved_in = [record.bytes_in / 2**20 for record in paged]
-    right.bar(done - 0.2, moved_out, 0.4, label="to RAM (evicted)", **look("optimizer", "//"))
+    right.bar(done - 0.2, moved_out, 0.4, label="to RAM (evicted)", **look("optimizer", hatch="//"))
     right.bar(done + 0.2, moved_in, 0.4, label="to the card (faults)", **look("NF4"))
     right.set_ylim(0, 1.5 * max(*moved_in, *moved_out, 1))
     right.set(xlim=(0.4, len(steps) + 0.6), ylabel="moved (MiB)")
@@ -199,18 +196,15 @@ def plot_thrashing(ax, paged_bytes: int, gb_per_s: float):
         gb_per_s: bandwidth (10^9 bytes a second).
     """
     n_pages = max(1, math.ceil(paged_bytes / paging.PAGE_BYTES))
-    rooms = {max(1, n_pages - 1)}
-    for twentieths in range(1, 23):
-        rooms.add(max(1, round(twentieths * n_pages / 20)))
-    rooms = np.array(sorted(rooms))
+    rooms = np.round(np.arange(1, 23) * n_pages / 20).astype(int)
+    rooms = np.unique(np.maximum(1, [*rooms, n_pages - 1]))
     page_gib = paged_bytes / n_pages / cards.GIB
     moved = page_gib * np.array([sweep_moved(n_pages, room) for room in rooms])
     least = page_gib * 2 * np.maximum(0, n_pages - rooms)
     percent = 100 * rooms / n_pages
-    line = {"color": COLOURS["optimizer"], "label": "least recently used"}
-    ax.plot(percent, moved, MARKERS["optimizer"] + "-", **line)
-    line = {"color": COLOURS["16-bit"], "label": "only what does not fit"}
-    ax.plot(percent, least, "o--", markersize=3, **line)
+    ax.plot(percent, moved, label="least recently used", **mark("optimizer"))
+    line = {"linestyle": "--", "markersize": 3, "label": "only what does not fit"}
+    ax.plot(percent, least, **mark("16-bit"), **line)
     most = max(moved)
     ax.set_ylim(0, 1.15 * max(most, 1e-9))
     if not paged_bytes:
@@ -228,32 +222,19 @@ def plot_state_bytes(ax, measured):
     Args:
         measured: optimizer name → "states" and "scales of 8-bit states" → bytes.
     """
-
-    def text(total):
-        return f" {total:.2f} MiB"
-
-    looks = {"states": look("optimizer"), "scales of 8-bit states": look("other", "//")}
-    totals = stacked_bars(ax, measured, looks, 2**20, text)
-    ax.set_xlim(0, 1.2 * max(totals))
-    ax.invert_yaxis()
+    looks = {"states": look("optimizer"), "scales of 8-bit states": look("other", hatch="//")}
+    totals = stacked_bars(ax, measured, looks, " {:.2f} MiB".format, 2**20, room=1.2)
     return f"8-bit states are {max(totals) / min(totals):.2f} times smaller, scales counted"
 
 
-_check_paged = exercise(
+check_paged = exercise(
     "[lora_A, lora_B] paged",
-    want=[int(paging.is_paged(16 * side)) for side in (5120, 20480)],
+    want=[paging.is_paged(16 * side) for side in (5120, 20480)],
     hint="lora_A has r · in elements, lora_B has out · r; the rule is 100,000 elements",
 )
-
-
-def check_paged(answer: object) -> bool:
-    """Exercise 1: which states of pythia-12b's dense_h_to_4h (5120 → 20480) are paged at r = 16:
-    [lora_A, lora_B], as numbers or bools.
-    """
-    if isinstance(answer, (list, tuple)):
-        answer = [int(part) if isinstance(part, bool) else part for part in answer]
-    return _check_paged(answer)
-
+"""Exercise 1: which states of pythia-12b's dense_h_to_4h (5120 → 20480) are paged at r = 16:
+[lora_A, lora_B], as numbers or bools.
+"""
 
 check_bytes_8bit = exercise(
     "bytes",

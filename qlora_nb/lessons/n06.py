@@ -7,13 +7,15 @@
 """
 
 import html
-import math
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
 import pandas
 from IPython.display import HTML, Code
 from pandas.io.formats.style import Styler
+
+import numpy as np
 
 from qlora_nb.ui import checks, style
 
@@ -38,9 +40,7 @@ def label_mask(tokens: list[str], trains: list[bool]) -> str:
 
 
 @style.draws((8, 2.8), "upper left", xlabel="length of a row (tokens)", ylabel="rows")
-def lengths(
-    ax, n_tokens: list[int], max_length: int, peak_gib: Callable[[int], float] | None = None
-) -> str:
+def lengths(ax, n_tokens: list[int], max_length: int, peak_gib: Callable[[int], float]) -> str:
     """Histogram of row lengths, and the length that 95 % of the rows do not exceed.
 
     Args:
@@ -50,24 +50,21 @@ def lengths(
     """
     n_bins = min(40, max(n_tokens) - min(n_tokens) + 1)
     ax.hist(n_tokens, bins=n_bins, color=style.GREY, edgecolor="white")
-    n_within = math.ceil(0.95 * len(n_tokens))
-    longest = sorted(n_tokens)[n_within - 1]
+    longest = np.quantile(n_tokens, 0.95, method="inverted_cdf")
     label = f"95 % of rows are no longer than {longest}"
     ax.axvline(longest, ymax=0.77, color=style.BLUE, linestyle="--", label=label)
     end = 1.05 * min(max_length, max(n_tokens))
-    if peak_gib is not None:
-        at = [round(end * i / 6) for i in range(1, 7)]
-        found = [peak_gib(tokens) for tokens in at]
-        peaks = ax.twinx()
-        line = {"color": style.VERMILION, "clip_on": False}
-        peaks.plot(at, found, "D-", label="predicted peak (right)", **line)
-        peaks.set(ylabel="peak (GiB)", ylim=(0, 1.3 * max(found)))
-        peaks.grid(visible=False)
-        peaks.legend(loc="upper right")
+    at = [round(end * i / 6) for i in range(1, 7)]
+    found = [peak_gib(tokens) for tokens in at]
+    peaks = ax.twinx()
+    line = {"color": style.VERMILION, "clip_on": False}
+    peaks.plot(at, found, "D-", label="predicted peak (right)", **line)
+    peaks.set(ylabel="peak (GiB)", ylim=(0, 1.3 * max(found)))
+    peaks.grid(visible=False)
+    peaks.legend(loc="upper right")
     highest = ax.get_ylim()[1]
     ax.set(xlim=(0, end), ylim=(0, 1.3 * highest))  # room for the legends
-    mean = sum(n_tokens) / len(n_tokens)
-    return f"Rows have {mean:.0f} tokens on average; max_length allows {max_length}"
+    return f"Rows have {np.mean(n_tokens):.0f} tokens on average; max_length allows {max_length}"
 
 
 @style.draws((8, 3.6), ylabel="exact match (%)", ylim=(0, 105))
@@ -81,30 +78,24 @@ def scores(ax, results: dict[str, dict[str, float]]) -> str:
     Returns:
         The finding about the last answerer.
     """
-    results = {label: shares for label, shares in results.items() if shares}
-    kinds = []
-    for shares in results.values():
-        for kind in shares:
-            if kind not in kinds:
-                kinds.append(kind)
-    kinds.sort(key=lambda kind: kind != "all")  # the others stay in their order
+    percent = {}
+    for label, shares in results.items():
+        if shares:
+            percent[label] = {kind: 100 * share for kind, share in shares.items()}
+            last = label
+    kinds = dict.fromkeys(itertools.chain(*percent.values()))
+    kinds = sorted(kinds, key=lambda kind: kind != "all")  # the others stay in their order
     looks = [
-        style.look("other", ""),
+        style.look("other", hatch=""),
         style.look("INT4"),
-        style.look("16-bit", ".."),
-        style.look("LoRA", ""),
+        style.look("16-bit", hatch=".."),
+        style.look("LoRA", hatch=""),
     ]
-    width = 0.8 / len(results)
-    for i, (label, shares) in enumerate(results.items()):
-        shift = (i - (len(results) - 1) / 2) * width
-        places = [kinds.index(kind) + shift for kind in shares]
-        percent = [100 * share for share in shares.values()]
-        ax.bar(places, percent, width, label=label, **looks[i % len(looks)])
-    ax.set_xticks(range(len(kinds)), kinds)
-    ax.figure.legend(loc="outside lower center", ncols=len(results))
-    if "all" not in shares:
-        return f"{label}: not every kind of question was seen in training"
-    return f"{label}: {100 * shares['all']:.0f} % of held-out answers exactly right"
+    style.grouped_bars(ax, kinds, percent, looks)
+    ax.figure.legend(loc="outside lower center", ncols=len(percent))
+    if "all" not in percent[last]:
+        return f"{last}: not every kind of question was seen in training"
+    return f"{last}: {percent[last]['all']:.0f} % of held-out answers exactly right"
 
 
 def check_rows_in_a_step(stub, settings) -> bool:
@@ -125,7 +116,7 @@ def check_labels(stub, ids: list[int], n_prompt: int) -> bool:
     """The prompt's tokens masked with -100, answer and end token labelled."""
     want = [-100] * n_prompt + ids[n_prompt:]
     hint = "the prompt must not train"
-    if isinstance(stub, list) and len(stub) == len(ids) and stub[-1] == -100:
+    if isinstance(stub, list) and stub[-1:] == [-100]:
         hint = "the end token must train, or the model never stops"
     return checks.verdict(stub, want, "labels", hint)
 

@@ -7,7 +7,10 @@
 - `check_cache_bytes`, `check_kept_by_top_p`: the exercises.
 """
 
+import itertools
 import statistics
+
+import pandas
 
 from qlora_nb.ui import checks, style
 
@@ -21,28 +24,16 @@ def next_tokens(axes, base: list[tuple], tuned: list[tuple], divergence: float) 
         tuned: the same of the tuned model.
         divergence: of the two distributions (bits).
     """
-    left, right = axes
-    _bars_of_tokens(left, "base", base, style.look("other", ""))
-    _bars_of_tokens(right, "tuned", tuned, style.look("LoRA"))
-    _heading(axes, f"The two differ by {divergence:.2f} bits at this token")
-
-
-def _bars_of_tokens(ax, name: str, rows: list[tuple], look: dict) -> None:
-    places = range(len(rows))
-    tokens = [_visible(token) or "·" for token, _ in rows]
-    percent = [100 * probability for _, probability in rows]
-    ax.barh(places, percent, **look)
-    ax.set(title=name, yticks=places, yticklabels=tokens)
-    ax.invert_yaxis()
-
-
-def _visible(token: str) -> str:
-    """A token with its line breaks as \\n."""
-    return repr(token)[1:-1]
-
-
-def _heading(axes, text: str) -> None:
-    axes[0].figure.suptitle(text, x=0.01, ha="left", fontsize=12, fontweight="bold")
+    looks = {"base": style.look("other", hatch=""), "tuned": style.look("LoRA")}
+    for ax, rows, (name, look) in zip(axes, (base, tuned), looks.items()):
+        places = range(len(rows))
+        tokens = [repr(token)[1:-1] or "·" for token, _ in rows]  # line breaks as \n
+        percent = [100 * probability for _, probability in rows]
+        ax.barh(places, percent, **look)
+        ax.set(title=name, yticks=places, yticklabels=tokens)
+        ax.invert_yaxis()
+    heading = f"The two differ by {divergence:.2f} bits at this token"
+    ax.figure.suptitle(heading, x=0.01, ha="left")
 
 
 @style.draws((8, 2.8), xlabel="token of the tuned answer", ylabel="divergence (bits)")
@@ -53,12 +44,12 @@ def along(ax, steps: list[tuple]) -> str:
         steps: (token, top tokens of base, top tokens of tuned, bits), from
             `generate.next_tokens_along`.
     """
-    tokens = [_visible(token) for token, *_ in steps]
+    tokens = [repr(token)[1:-1] for token, *_ in steps]  # line breaks as \n
     bits = [step[-1] for step in steps]
     ax.bar(range(len(steps)), bits, **style.look("LoRA"))
     rotation = 45 if len(steps) > 12 else 0
     ax.set_xticks(range(len(steps)), tokens, parse_math=False, rotation=rotation)
-    mean = sum(bits) / len(bits)
+    mean = statistics.fmean(bits)
     return f"The models differ by {max(bits):.1f} bits at most, {mean:.1f} on average"
 
 
@@ -69,19 +60,17 @@ def speeds(axes, answers: dict[str, list]) -> None:
     Args:
         answers: answerer → one `generate.Answer` for each prompt.
     """
-    left, right = axes
-    for i, said in enumerate(answers.values()):
+    looks = itertools.cycle([style.look("other", hatch=""), style.look("LoRA")])
+    for i, (said, look) in enumerate(zip(answers.values(), looks)):
         waits = [1000 * answer.first_token_s for answer in said]
         rates = [answer.tokens_per_s for answer in said]
-        look = style.look("LoRA") if i % 2 else style.look("other", "")
-        for ax, values in ((left, waits), (right, rates)):
-            median = statistics.median_high(values)
-            ax.barh(i, median, **look)
-            ax.text(median, i, f" {median:.0f}", va="center")
-    for ax, label in ((left, "time to first token (ms)"), (right, "speed (tokens/s)")):
+        for ax, values in zip(axes, (waits, rates)):
+            bars = ax.barh(i, statistics.median_high(values), **look)
+            ax.bar_label(bars, fmt=" {:.0f}")
+    for ax, label in zip(axes, ("time to first token (ms)", "speed (tokens/s)")):
         ax.set(xlabel=label, yticks=range(len(answers)), yticklabels=list(answers))
         ax.margins(x=0.2)
-    _heading(axes, f"Median over {len(said)} prompts")
+    ax.figure.suptitle(f"Median over {len(said)} prompts", x=0.01, ha="left")
 
 
 @style.draws((8, 2.8), "upper left", xlabel="tokens", ylabel="cache (KiB)")
@@ -92,10 +81,8 @@ def cache_growth(ax, predicted: dict[int, int], measured: dict[int, int]) -> str
         predicted: tokens → bytes by the ledger.
         measured: tokens → bytes of the real cache's tensors.
     """
-    kib = [size / 1024 for size in predicted.values()]
-    ax.plot(list(predicted), kib, color=style.SKY, label="predicted")
-    kib = [size / 1024 for size in measured.values()]
-    ax.plot(list(measured), kib, "D", color=style.BLUE, label="measured")
+    ax.plot(pandas.Series(predicted) / 1024, color=style.SKY, label="predicted")
+    ax.plot(pandas.Series(measured) / 1024, "D", color=style.BLUE, label="measured")
     ax.set(xlim=(0, None), ylim=(0, None))
     longest = max(measured)
     return f"Every token adds {measured[longest] / longest:,.0f} bytes"

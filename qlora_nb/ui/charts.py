@@ -5,6 +5,10 @@ in all notebooks (`style.LOOKS`); `loss_curve` shows training loss with a runnin
 held-out loss where it was measured.
 """
 
+from collections.abc import Mapping
+
+import pandas
+
 from qlora_nb import cards
 from qlora_nb.memory import budget, ledger
 from qlora_nb.ui import style
@@ -48,14 +52,12 @@ def memory_bars(ax, ledgers: dict[str, ledger.Ledger], limit_gib: float | None =
         unit_name = "GiB"
 
     ax.figure.set_size_inches(8.4, 1.9 + 0.45 * len(ledgers))
-    style.stacked_bars(ax, rows, looks, unit, text=lambda end: f" {end:.2f}")
+    style.stacked_bars(ax, rows, looks, " {:.2f}".format, unit)
     ax.set_xlabel(f"peak memory ({unit_name})")
-    ax.invert_yaxis()
-    ax.margins(x=0.12)
     if limit_gib is not None:
         card = limit_gib * cards.GIB
-        label = f"card of {limit_gib:g} GiB"
-        ax.axvline(card / unit, color=style.BLACK, linestyle="--", label=label)
+        ax.axvline(card / unit, linestyle="--", label=f"card of {limit_gib:g} GiB")
+        ax.set_xlim(right=1.12 * max(card, total) / unit)
     ax.figure.legend(loc="outside lower center", ncols=4, fontsize=9)
 
     if limit_gib is None:
@@ -74,7 +76,7 @@ def loss_curve(
     losses: list[float],
     before: float | None = None,
     after: float | None = None,
-    held_out: dict[int, float] | None = None,
+    held_out: Mapping[int, float] = {},
 ) -> str:
     """Training loss of each step (nats per answer token) and its mean over a tenth of the steps.
 
@@ -86,21 +88,14 @@ def loss_curve(
     """
     steps = range(1, len(losses) + 1)
     window = max(1, len(losses) // 10)
-    means = []
-    for step in steps:
-        latest = losses[max(0, step - window) : step]
-        means.append(sum(latest) / len(latest))
-    label = "training loss of each step"
-    ax.plot(steps, losses, color=style.GREY, linewidth=0.8, label=label)
+    means = pandas.Series(losses, dtype=float).rolling(window, min_periods=1).mean()
+    ax.plot(steps, losses, color=style.GREY, linewidth=0.8, label="training loss of each step")
     label = f"mean of the last {window} steps"
     ax.plot(steps, means, color=style.GREEN, linewidth=2.2, label=label)
-    mean = means[-1] if means else float("nan")
-    finding = f"Training loss after {len(losses)} steps: {mean:.2f} nats"
+    last = means.tail(1).mean()  # nan before the first step
+    finding = f"Training loss after {len(losses)} steps: {last:.2f} nats"
     if before is not None and after is not None:
-        seen = {0: before}
-        if held_out is not None:
-            seen.update(held_out)
-        seen[len(losses) + 1] = after
+        seen = {0: before, **held_out, len(losses) + 1: after}
         points = {"color": style.BLUE, "markersize": 7, "clip_on": False}
         ax.plot(list(seen), list(seen.values()), "D", label="held-out rows", **points)
         finding = f"Held-out loss goes from {before:.2f} to {after:.2f} nats"

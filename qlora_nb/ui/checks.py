@@ -22,9 +22,7 @@ class Verdict(int):
         """Show nothing."""
 
 
-def verdict(
-    stub: object, want: object, name: str, hint: str = "", tolerance: float = 1e-6
-) -> Verdict:
+def verdict(stub: object, want: object, name: str, hint: str, tolerance: float = 1e-6) -> Verdict:
     """Compare an exercise's answer with the right one and print what a teacher would say.
 
     Args:
@@ -35,27 +33,27 @@ def verdict(
         hint: one sentence that is added when the answer is wrong.
         tolerance: relative tolerance for numbers (absolute below 1).
 
-    >>> verdict(None, 4.5, "bits per weight")
+    >>> verdict(None, 4.5, "bits per weight", "count the scales too")
     bits per weight: not attempted yet. Replace None and run the cell again.
     False
-    >>> verdict(4.5, 4.5, "bits per weight")
+    >>> verdict(4, 4.5, "bits per weight", "count the scales too")
+    bits per weight: values wrong: 4 is too small. Hint: count the scales too.
+    False
+    >>> verdict(4.5, 4.5, "bits per weight", "count the scales too")
     bits per weight: right.
     True
     """
-    if stub is None:
-        print(f"{name}: not attempted yet. Replace None and run the cell again.")
-        return Verdict(False)
-    fault = _fault(stub, want, tolerance)
-    if not fault:
-        print(f"{name}: right.")
-        return Verdict(True)
-    if hint:
-        fault = f"{fault}. Hint: {hint}"
-    print(f"{name}: {fault}.")
-    return Verdict(False)
+    said = "not attempted yet. Replace None and run the cell again"
+    right = False
+    if stub is not None:
+        fault = _fault(stub, want, tolerance)
+        right = not fault
+        said = "right" if right else f"{fault}. Hint: {hint}"
+    print(f"{name}: {said}.")
+    return Verdict(right)
 
 
-def exercise(name: str, want: object, hint: str = "", tolerance: float = 1e-6) -> Callable:
+def exercise(name: str, want: object, hint: str, tolerance: float = 1e-6) -> Callable:
     """A checker that needs the reader's answer only; see `verdict`."""
 
     def check(stub: object) -> Verdict:
@@ -75,12 +73,10 @@ def _fault(got: object, want: object, tolerance: float) -> str:
     if got.shape != want.shape:
         return f"shape wrong: yours is {got.shape}, needed is {want.shape}"
     for i, (mine, right) in enumerate(zip(got.flat, want.flat)):
-        if not isinstance(mine, (int, float)) or isinstance(mine, bool):
+        if not isinstance(mine, (int, float)) or math.isnan(mine):
             return f"shape wrong: a number is needed, {mine!r} is not one"
-        where = f" at position {i}" if want.shape else ""
-        if math.isnan(mine):
-            return f"values wrong{where}: nan is not a number"
         if abs(mine - right) > tolerance * max(1.0, abs(right)):
+            where = f" at position {i}" if want.shape else ""
             size = "large" if mine > right else "small"
             return f"values wrong{where}: {mine:.6g} is too {size}"
     return ""

@@ -13,7 +13,6 @@ from IPython.core.pylabtools import print_figure
 
 from qlora_nb import cards
 from qlora_nb.answer import generate
-from qlora_nb.errors import KitError
 from qlora_nb.memory import budget
 from qlora_nb.memory.plan import plan_of
 from qlora_nb.pythia import PYTHIA
@@ -26,21 +25,17 @@ class LiveTraining:
     `display(view.box)`, then pass `view` as `report` to `trainer.finetune`.
 
     Args:
-        max_steps: optimizer steps of the run.
-        n_lines: lines printed in a whole run; slow runs print one a minute.
-        redraw_s: seconds between two drawings of the curve.
+        max_steps: optimizer steps of the run. Eight of them are printed, and one a minute where
+            steps are slow; the curve is drawn every two seconds.
     """
 
-    def __init__(self, max_steps: int, n_lines: int = 8, redraw_s: float = 2.0):
-        self.bar = W.FloatProgress(
-            0, min=0, max=max_steps, description="training", **widgets.CONTROL
-        )
+    def __init__(self, max_steps: int):
+        self.bar = W.FloatProgress(max=max_steps, description="training", **widgets.CONTROL)
         self.text = W.Label("waiting for the first step")
-        self.curve = W.Image(format="png", layout=W.Layout(max_width="700px", display="none"))
+        self.curve = W.Image(layout=W.Layout(max_width="700px", display="none"))
         self.box = W.VBox([self.bar, self.text, self.curve])
         self.losses: list[float] = []
-        self.every = max(1, max_steps // n_lines)
-        self.redraw_s = redraw_s
+        self.every = max(1, max_steps // 8)
         self.drawn = 0.0
         self.said = time.perf_counter()
 
@@ -60,7 +55,7 @@ class LiveTraining:
         if last or number % self.every == 0 or now - self.said > 60:
             print(line)
             self.said = now
-        if last or now - self.drawn > self.redraw_s:
+        if last or now - self.drawn > 2:
             figure = charts.loss_curve(self.losses)
             self.curve.value = print_figure(figure, bbox_inches=None, dpi=80)
             self.curve.layout.display = "block"
@@ -107,10 +102,9 @@ def planner(settings, gpu_gib: float | None = None) -> W.VBox:
     controls = {}
     if gpu_gib is not None:
         own = settings.model_id
-        models = [f"EleutherAI/pythia-{size}" for size in PYTHIA]
-        others = [model for model in models if not own.endswith(model.split("/")[1])]
+        models = dict.fromkeys([own, *(f"EleutherAI/pythia-{size}" for size in PYTHIA)])
         cards_gib = sorted({6.0, 8.0, 12.0, 16.0, 24.0, 48.0, 80.0, gpu_gib})
-        controls["model_id"] = widgets.choice("model_id", [own, *others], own)
+        controls["model_id"] = widgets.choice("model_id", list(models), own)
         controls["gpu_gib"] = widgets.choice_slider("gpu_gib", cards_gib, gpu_gib)
     for name, values in OFFERED.items():
         own = getattr(settings, name)
@@ -148,15 +142,12 @@ class SideBySide:
         self.tokenizer = tokenizer
         self.settings = settings
         self.stopping = threading.Event()
-        self.worker = None
-        self.prompt = widgets.text_box("prompt", height="7em", value=settings.prompts[0])
+        self.prompt = widgets.text_box("prompt", value=settings.prompts[0])
         controls = [
             widgets.float_slider("temperature", settings.temperature, 0, 2, 0.1),
             widgets.float_slider("top_p", settings.top_p, 0.05, 1, 0.05),
             widgets.float_slider("repetition_penalty", settings.repetition_penalty, 1, 2, 0.05),
-            W.BoundedIntText(
-                settings.seed, min=0, max=2**31 - 1, description="seed", **widgets.CONTROL
-            ),
+            W.BoundedIntText(settings.seed, max=2**31 - 1, description="seed", **widgets.CONTROL),
         ]
         self.controls = {control.description: control for control in controls}
         self.ask = W.Button(description="Ask both", button_style="primary", icon="play")
@@ -170,13 +161,13 @@ class SideBySide:
         self.costs = {}
         sides = []
         for name in ("base", "tuned"):
-            box = widgets.text_box(f"{name} model", "8em", width="99%", disabled=True)
-            box.placeholder = "no answer yet"
+            said = {"placeholder": "no answer yet", "disabled": True}
+            box = widgets.text_box(f"{name} model", "8em", width="99%", **said)
             self.answers[name] = box
             self.costs[name] = W.Label("")
             sides.append(W.VBox([box, self.costs[name]], layout=W.Layout(width="48%")))
-        self.positions = widgets.text_box("token by token", height="7em", disabled=True)
-        self.history = widgets.text_box("history", height="7em", disabled=True)
+        self.positions = widgets.text_box("token by token", disabled=True)
+        self.history = widgets.text_box("history", disabled=True)
         self.box = W.VBox(
             [
                 self.prompt,
@@ -193,7 +184,7 @@ class SideBySide:
 
     def start(self) -> None:
         """Answer the prompt in a worker thread; ignored while one is at work."""
-        if self.worker is not None and self.worker.is_alive():
+        if self.ask.disabled:
             return
         self.stopping.clear()
         self.ask.disabled = True
@@ -204,10 +195,8 @@ class SideBySide:
     def _work(self) -> None:
         try:
             self._answer_both()
-        except KitError as error:
-            self.note.value = str(error)
         except Exception as error:  # a worker thread has nobody else to tell
-            self.note.value = f"{type(error).__name__}: {str(error)[:200]}"
+            self.note.value = f"{type(error).__name__}: {error}"
         finally:
             self.ask.disabled = False
             self.stop_button.disabled = True
@@ -239,8 +228,7 @@ class SideBySide:
         self.note.value = f"{state} · first token {first} · {bits:.1f} bits apart"
         said = [self.prompt.value, f"  {chosen}"]
         said += [f"  {name}: {box.value}" for name, box in self.answers.items()]
-        history = "\n".join([*said, "", self.history.value])
-        self.history.value = history[:20_000]
+        self.history.value = "\n".join([*said, "", self.history.value])
 
     def _answer(self, name: str, row: dict, settings) -> None:
         """Stream the answer of the "base" or the "tuned" model into its box, then what it cost."""

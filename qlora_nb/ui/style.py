@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib import rc_params_from_file
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
@@ -66,34 +65,39 @@ LOOKS = {
 """What is drawn → how, in all notebooks."""
 
 COLOURS = {meaning: drawn.colour for meaning, drawn in LOOKS.items()}
-HATCHES = {meaning: drawn.hatch for meaning, drawn in LOOKS.items()}
-MARKERS = {meaning: drawn.marker for meaning, drawn in LOOKS.items() if drawn.marker}
 
 
-def look(meaning: str, hatch: str | None = None) -> dict[str, str]:
-    """Keyword arguments of a bar: its colour, its hatch (the meaning's own unless given) and a
-    white edge.
+def look(meaning: str, **instead) -> dict:
+    """Keyword arguments of a bar: its colour, its hatch and a white edge, or what is given
+    instead.
     """
-    if hatch is None:
-        hatch = HATCHES[meaning]
-    return {"color": COLOURS[meaning], "hatch": hatch, "edgecolor": "white"}
+    drawn = LOOKS[meaning]
+    return {"color": drawn.colour, "hatch": drawn.hatch, "edgecolor": "white", **instead}
+
+
+def mark(meaning: str) -> dict[str, str]:
+    """Keyword arguments of a line: its colour and its marker."""
+    drawn = LOOKS[meaning]
+    return {"color": drawn.colour, "marker": drawn.marker}
 
 
 def stacked_bars(
     ax,
     rows: Mapping[str, Mapping],
     looks: Mapping[str, dict],
+    text: Callable[[float], str],
     unit: float = 1,
-    text: Callable[[float], str] | None = None,
+    room: float = 1.12,
     **font,
 ) -> np.ndarray:
-    """Horizontal stacked bars, one a row, its parts in the order of `looks`.
+    """Horizontal stacked bars, the first row on top, its parts in the order of `looks`.
 
     Args:
         rows: label of the bar → {part: size}; a part that is missing has size 0.
         looks: part → keyword arguments of `ax.barh`. A part that no row has is left out.
-        unit: sizes are divided by it.
         text: the length of a bar (in `unit`s) → what is written at its end.
+        unit: sizes are divided by it.
+        room: how long the axis is, the longest bar being 1.
         **font: how it is written (`fontsize`).
 
     Returns:
@@ -103,19 +107,37 @@ def stacked_bars(
     for part, drawn in looks.items():
         widths = np.array([parts.get(part, 0) / unit for parts in rows.values()])
         if widths.any():
-            ax.barh(list(rows), widths, left=ends, label=part, **drawn)
+            bars = ax.barh(list(rows), widths, left=ends, label=part, **drawn)
             ends += widths
-    if text is not None:
-        for row, end in enumerate(ends):
-            ax.text(end, row, text(end), va="center", **font)
+    ax.bar_label(bars, [text(end) for end in ends], **font)
+    ax.set(xlim=(0, room * max(ends)), ylim=(len(rows) - 0.4, -0.6))
     return ends
 
 
-def log2_axis(ax, ticks: Sequence[int], labels: Sequence[str] | None = None) -> None:
+def grouped_bars(
+    ax, ticks: Sequence[str], groups: Mapping[str, Mapping[str, float]], looks: Sequence[dict]
+) -> None:
+    """Bars side by side around each tick, one of each group that has a height there.
+
+    Args:
+        ticks: what stands under the bars.
+        groups: label of the group → {tick: height}.
+        looks: keyword arguments of `ax.bar`, one for each group.
+    """
+    width = 0.8 / len(groups)
+    left = -0.4
+    for (label, heights), drawn in zip(groups.items(), looks):
+        places = [ticks.index(tick) + left for tick in heights]
+        ax.bar(places, heights.values(), width, align="edge", label=label, **drawn)
+        left += width
+    ax.set_xticks(range(len(ticks)), ticks)
+
+
+def log2_axis(ax, ticks: Sequence[int], labels: Sequence | None = None) -> None:
     """A logarithmic x axis with a label (its number unless given) at each of these powers of 2."""
     ax.set_xscale("log", base=2)
     if labels is None:
-        labels = [str(tick) for tick in ticks]
+        labels = ticks
     ax.set_xticks(ticks, labels)
     ax.minorticks_off()
 
@@ -124,21 +146,15 @@ def maps(axes, parts: Sequence, limit: float, label: str, **settings) -> None:
     """Matrices (torch tensors) as colour maps, one on each of the axes, on one scale from -limit to
     limit with one colour bar.
     """
-    settings.update(cmap="RdBu", vmin=-limit, vmax=limit, interpolation="nearest")
     for ax, part in zip(axes, parts):
-        image = ax.imshow(part.numpy(), **settings)
+        image = ax.imshow(part.numpy(), vmin=-limit, vmax=limit, **settings)
         ax.grid(visible=False)
-    figure = image.figure
-    bottom = axes[-1].get_position().y0
-    top = axes[0].get_position().y1
-    bar = figure.add_axes((0.91, bottom, 0.015, top - bottom))
-    figure.colorbar(image, cax=bar, label=label, ticks=[-limit, 0, limit])
+    place = {"ax": axes, "fraction": 0.08, "pad": 0.03, "aspect": 30}
+    ax.figure.colorbar(image, label=label, ticks=[-limit, 0, limit], **place)
 
 
-KIT_STYLE = rc_params_from_file(
-    Path(__file__).with_name("kit.mplstyle"), use_default_template=False
-)
-"""Used inside `plt.rc_context` alone, which leaves the reader's own settings as they are."""
+KIT_STYLE = Path(__file__).with_name("kit.mplstyle")
+"""Used inside `plt.style.context` alone, which leaves the reader's own settings as they are."""
 
 
 class WholeFigure(Figure):
@@ -177,13 +193,14 @@ def draws(
     Returns:
         A decorator. Its figures are closed in pyplot, so that a notebook shows each exactly once.
     """
-    settings = {"layout": "constrained", "figsize": figsize, **grid}
 
     def decorate(plot: Callable) -> Callable[..., Figure]:
         @wraps(plot)
         def drawn(*data, **options) -> Figure:
-            with plt.rc_context(KIT_STYLE):
-                figure, ax = plt.subplots(FigureClass=WholeFigure, subplot_kw=axes, **settings)
+            with plt.style.context(KIT_STYLE):
+                figure, ax = plt.subplots(
+                    FigureClass=WholeFigure, figsize=figsize, subplot_kw=axes, **grid
+                )
                 plt.close(figure)
                 finding = plot(ax, *data, **options)
                 if finding:
@@ -198,9 +215,8 @@ def draws(
     return decorate
 
 
-def margins(left: float, right: float, bottom: float, top: float, **between: float) -> dict:
-    """A `grid` for `draws` with fixed places of the axes (shares of the figure; `between`: wspace,
-    hspace).
+def margins(**places: float) -> dict:
+    """A `grid` for `draws` with fixed places of the axes (shares of the figure): those of the kit's
+    style, and what differs (`left`, `right`, `bottom`, `top`; `wspace`, `hspace` between axes).
     """
-    places = {"left": left, "right": right, "bottom": bottom, "top": top, **between}
-    return {"layout": None, "gridspec_kw": places}
+    return {"layout": "none", "gridspec_kw": places}

@@ -37,7 +37,7 @@ def explore(plot: Callable[..., Figure], **controls: W.Widget) -> W.VBox:
         **controls: one widget for each argument, with the start values of the static figure.
 
     Returns:
-        The box, to be shown. `.result` is the last Figure, `.redraw()` draws anew.
+        The box, to be shown. `.result` is the last Figure.
     """
     shown = W.HTML()
     panel = W.VBox([*controls.values(), shown])
@@ -55,7 +55,6 @@ def explore(plot: Callable[..., Figure], **controls: W.Widget) -> W.VBox:
 
     for control in controls.values():
         control.observe(redraw, "value")
-    panel.redraw = redraw
     redraw()
     return panel
 
@@ -106,7 +105,7 @@ def choice(description: str, options: list, value) -> W.Dropdown:
     return W.Dropdown(options=options, value=value, description=description, **CONTROL)
 
 
-def text_box(description: str, height: str, width: str = "95%", **options) -> W.Textarea:
+def text_box(description: str, height: str = "7em", width: str = "95%", **options) -> W.Textarea:
     """A box of plain text, which is never interpreted as HTML; sizes as in CSS ("7em", "95%")."""
     layout = W.Layout(width=width, height=height)
     return W.Textarea(description=description, layout=layout, style=LABEL, **options)
