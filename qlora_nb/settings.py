@@ -318,11 +318,11 @@ def resolve(values: dict[str, object]) -> Settings:
         KitError: an unknown name or a bad value.
     """
     progress.use_text_bars()
-    if not isinstance(values.get("In"), list):
-        return validate(values)
     if "get_ipython" in values:
         explain_missing_names(values["get_ipython"]())
-    return validate(_parameters(values))
+    if "In" in values:
+        values = _parameters(values)
+    return validate(values)
 
 
 def validate(values: dict[str, object]) -> Settings:
@@ -347,29 +347,21 @@ def validate(values: dict[str, object]) -> Settings:
 
 def _parameters(values: dict[str, object]) -> dict[str, object]:
     """The parameters among a notebook's globals: those of the schema wherever they were set, and
-    whatever the parameter cells set, so that `validate` can refuse a misspelt one.
+    whatever the parameters cell (it assigns `profile`) or papermill's injected one sets, so that
+    `validate` can refuse a misspelt one.
     """
-    typed = _assigned_in_parameter_cells(values["In"])
-    known = typed.union(Settings.model_fields)
-    return {name: value for name, value in values.items() if name in known}
-
-
-def _assigned_in_parameter_cells(cells: list[str]) -> set[str]:
-    """Names assigned at top level in the parameters cell (it assigns `profile`) or in papermill's
-    injected one.
-    """
-    names = set()
-    for source in cells:
-        own = set()
+    names = set(Settings.model_fields)
+    for source in values["In"]:
+        assigned = set()
         with suppress(SyntaxError, ValueError):  # a magic, or not Python
             for statement in ast.parse(source).body:
                 if isinstance(statement, ast.Assign | ast.AnnAssign):
                     for node in ast.walk(statement):
                         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-                            own.add(node.id)
-        if "profile" in own or source.lstrip().startswith("# Parameters"):
-            names |= own
-    return names
+                            assigned.add(node.id)
+        if "profile" in assigned or source.lstrip().startswith("# Parameters"):
+            names |= assigned
+    return {name: value for name, value in values.items() if name in names}
 
 
 def _suggest(name: str, known: Iterable[str]) -> str:
