@@ -115,7 +115,10 @@ def why_unusable(torch: ModuleType, index: int = 0) -> str:
     """Why a card that torch sees is refused: torch or bitsandbytes was compiled for later ones
     only. Empty if it is not.
     """
-    about = torch.cuda.get_device_properties(index)
+    try:
+        about = torch.cuda.get_device_properties(index)
+    except (RuntimeError, AssertionError):  # it does not answer: torch will say so itself
+        return ""
     from_on = {}
     codes = re.findall(r"(?:sm|compute)_(\d+)", " ".join(torch.cuda.get_arch_list()))
     if codes:
