@@ -79,15 +79,13 @@ class _Watch:
     def _sample(self):
         if self.uuid is None:
             return
-        with cards.driver() as nvml:
-            card = cards.handle_of(nvml, self.uuid) if nvml else None
-            if card is None:
-                return
-            before = nvml.nvmlDeviceGetMemoryInfo(
-                card
-            ).used  # in a container the driver does not know our process number
-            while not self.ended.wait(0.02):
-                self.peak = max(self.peak, nvml.nvmlDeviceGetMemoryInfo(card).used - before)
+        before = cards.driver_memory(self.uuid)
+        if before is None:
+            return
+        while not self.ended.wait(0.02):
+            # in a container the driver does not know our process number
+            used = cards.driver_memory(self.uuid).used - before.used
+            self.peak = max(self.peak, used)
 
 
 def measured(watch: _Watch) -> dict[str, int]:

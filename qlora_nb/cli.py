@@ -60,7 +60,7 @@ def doctor() -> None:
     from qlora_nb import cards, machine, sources
 
     with suppress(ImportError, OSError):
-        importlib.import_module("torch")  # once loaded it says itself which cards it can use
+        importlib.import_module("torch")  # so that `remarks` can say what it is built for
     here = machine.this_machine()
     for what, how_much in machine.describe(here).items():
         print(f"{what:10} {how_much}")

@@ -19,7 +19,7 @@ class KitError(ValueError):
 
     Args:
         what: the parameter, file or resource and what is wrong with it.
-        value: the offending value, shown with `repr`; leave out where there is none.
+        value: the offending value, shown with `repr`; None where there is none.
         allowed: the allowed range or choices.
         remedy: what to do next.
 
@@ -27,26 +27,18 @@ class KitError(ValueError):
     r is too small (got 0). Allowed: 1 or more. Do this: leave it None.
     """
 
-    _NOTHING = object()
-
-    def __init__(self, what: str, *, value: object = _NOTHING, allowed: str = "", remedy: str = ""):
+    def __init__(self, what: str, *, value: object = None, allowed: str = "", remedy: str = ""):
         self.what = what
+        self.value = value
         self.allowed = allowed
         self.remedy = remedy
-        self.value = None
-        parts = [what]
-        if value is not self._NOTHING:
-            self.value = value
-            parts = [f"{what} (got {_short(value)})"]
+        got = "" if value is None else f" (got {_short(value)})"
+        text = _sentence(f"{what}{got}")
         if allowed:
-            parts.append(f"Allowed: {allowed}")
+            text += _sentence(f" Allowed: {allowed}")
         if remedy:
-            parts.append(f"Do this: {remedy}")
-        text = ""
-        for part in parts:
-            end = "" if part.endswith((".", "?", "!")) else "."
-            text += f"{part}{end} "
-        super().__init__(text.strip())
+            text += _sentence(f" Do this: {remedy}")
+        super().__init__(text)
 
     def _render_traceback_(self) -> list[str]:
         """What IPython prints instead of a long traceback."""
@@ -106,6 +98,10 @@ def explain_missing_names(shell) -> None:
         shell.showtraceback((kind, error, trace), tb_offset=tb_offset)
 
     shell.set_custom_exc((NameError,), explain)
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith((".", "?", "!")) else f"{text}."
 
 
 def _short(value: object, limit: int = 80) -> str:

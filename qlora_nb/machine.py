@@ -1,8 +1,8 @@
-"""What this machine is and what it can run, found out without importing torch.
+"""What this machine is and what it can run, found out before anything heavy.
 
 A notebook that asks for pythia-12b on a laptop must be told so in two seconds, before any download.
-So only what answers at once is asked: `cards` (the driver's NVML) for the GPUs, psutil for memory
-and disk, the packages' metadata for their versions.
+So only what answers at once is asked: psutil for memory and disk, the packages' metadata for their
+versions, and torch for the GPUs only where there seems to be one (`cards`).
 """
 
 import importlib.metadata
@@ -25,8 +25,9 @@ from qlora_nb import cards
 class Machine:
     """CPU, memory, disk and GPUs of this machine; sizes in bytes.
 
-    `gpus` are those that torch can use, the one that is used first. If there is none of them
-    although the driver shows a card, `gpu_problem` says why and `gpu_remedy` what to do.
+    `gpus` are the cards that torch sees, the one that is used first; empty if that one cannot be
+    used. If there is none although the driver shows a card, `gpu_problem` says why and `gpu_remedy`
+    what to do.
     """
 
     cpu: str
@@ -99,7 +100,7 @@ def gpus() -> tuple[cards.Gpu, ...]:
     seen = cards.visible()
     if seen and seen[0].problem:
         return ()
-    return tuple(gpu for gpu in seen if not gpu.problem)
+    return tuple(seen)
 
 
 def card(here: Machine | None = None) -> cards.Gpu | None:

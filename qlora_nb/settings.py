@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError
+from pydantic_core import from_json
 
 from qlora_nb import progress, sources
 from qlora_nb.errors import KitError, explain_missing_names
@@ -42,33 +43,20 @@ def _not_bool(value: Any) -> Any:
     return value
 
 
-def _json_list(text: str) -> list:
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("a list in so many lists") from None
-
-
-def _names(value: Any) -> Any:
-    """'q, k' or '["q", "k"]' or a list → a list of names."""
-    names = value
-    if isinstance(value, str):
-        if value.strip().startswith("["):
-            names = _json_list(value)
-        else:
-            names = [name.strip() for name in value.split(",")]
-    if isinstance(names, list):
-        names = [name for name in names if name != ""]
-    return names
-
-
 def _prompts(value: Any) -> Any:
     """A single prompt, a JSON list of prompts, or a list → a list of prompts."""
     if not isinstance(value, str):
         return value
     if value.strip().startswith("["):
-        return _json_list(value)
+        return from_json(value)
     return [value]
+
+
+def _names(value: Any) -> Any:
+    """'q, k' or '["q", "k"]' or a list → a list of names."""
+    if isinstance(value, str) and not value.strip().startswith("["):
+        return [name.strip() for name in value.split(",") if name.strip()]
+    return _prompts(value)
 
 
 def _mapping(value: Any) -> Any:
@@ -330,11 +318,11 @@ def resolve(values: dict[str, object]) -> Settings:
         KitError: an unknown name or a bad value.
     """
     progress.use_text_bars()
-    if not isinstance(values.get("In"), list):
-        return validate(values)
     if "get_ipython" in values:
         explain_missing_names(values["get_ipython"]())
-    return validate(_parameters(values))
+    if "In" in values:
+        values = _parameters(values)
+    return validate(values)
 
 
 def validate(values: dict[str, object]) -> Settings:
@@ -346,10 +334,10 @@ def validate(values: dict[str, object]) -> Settings:
             remedy = _suggest(name, Settings.model_fields)
             raise KitError(f"unknown parameter {name!r:.80}", remedy=remedy)
     given = {name: value for name, value in values.items() if value is not None}
-    profile = given.setdefault("profile", "tiny")
-    if not isinstance(profile, str) or profile not in PROFILES:
-        remedy = _suggest(str(profile), PROFILES)
-        raise KitError("unknown profile", value=profile, allowed=", ".join(PROFILES), remedy=remedy)
+    profile = str(given.get("profile", "tiny"))
+    given["profile"] = profile
+    if profile not in PROFILES:
+        raise KitError("unknown profile", value=profile, remedy=_suggest(profile, PROFILES))
     defaults = {name: default.value for name, default in PROFILES[profile].items()}
     try:
         return Settings(**{**defaults, **given})
@@ -358,43 +346,22 @@ def validate(values: dict[str, object]) -> Settings:
 
 
 def _parameters(values: dict[str, object]) -> dict[str, object]:
-    """The parameters among a notebook's globals; a misspelt one is among them, so that `validate`
-    can refuse it.
-
-    A cell that is run twice must not trip over the variables that the notebook has made since: the
-    second time only the names of the parameter cells count.
+    """The parameters among a notebook's globals: those of the schema wherever they were set, and
+    whatever the parameters cell (it assigns `profile`) or papermill's injected one sets, so that
+    `validate` can refuse a misspelt one.
     """
-    first_time = "_qlora_nb_resolved" not in values
-    values["_qlora_nb_resolved"] = True
-    typed = _assigned_in_parameter_cells(values["In"])
-    plain = (str, int, float, bool, list, tuple, dict, type(None))
-    found = {}
-    for name, value in values.items():
-        if name in Settings.model_fields:
-            found[name] = value  # of any type: a wrong one is refused, not left out
-        elif name.startswith("_") or name in ("In", "Out"):
-            continue
-        elif isinstance(value, plain) and (first_time or name in typed):
-            found[name] = value
-    return found
-
-
-def _assigned_in_parameter_cells(cells: list[str]) -> set[str]:
-    """Names assigned at top level in the parameters cell (it assigns `profile`) or in papermill's
-    injected one.
-    """
-    names = set()
-    for source in cells:
-        own = set()
+    names = set(Settings.model_fields)
+    for source in values["In"]:
+        assigned = set()
         with suppress(SyntaxError, ValueError):  # a magic, or not Python
             for statement in ast.parse(source).body:
                 if isinstance(statement, ast.Assign | ast.AnnAssign):
                     for node in ast.walk(statement):
                         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-                            own.add(node.id)
-        if "profile" in own or source.lstrip().startswith("# Parameters"):
-            names |= own
-    return names
+                            assigned.add(node.id)
+        if "profile" in assigned or source.lstrip().startswith("# Parameters"):
+            names |= assigned
+    return {name: value for name, value in values.items() if name in names}
 
 
 def _suggest(name: str, known: Iterable[str]) -> str:
@@ -413,9 +380,7 @@ def _explain(error: ValidationError, defaults: dict[str, Default]) -> KitError:
     others = sorted({str(problem["loc"][0]) for problem in more} - {name})
     if others:
         what += f"; also bad: {', '.join(others)}"
-    remedy = "choose one of these"
-    if name in defaults:
-        remedy = f"leave it None for this profile's value ({defaults[name].value})"
+    remedy = f"leave it None for this profile's value ({defaults[name].value})"
     return KitError(what, value=first["input"], allowed=_allowed(field), remedy=remedy)
 
 

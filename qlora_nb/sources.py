@@ -101,9 +101,9 @@ def require_reachable(what: str, name: str, allowed: str) -> None:
         raise KitError("the model folder has no config.json", value=name, remedy=remedy)
     if is_here(name):
         return
-    looks_local = name.startswith((".", "/", "~", "\\"))
+    is_hub_name = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)
     names_a_file = path.suffix in (".json", ".jsonl", ".csv", ".parquet")
-    if looks_local or names_a_file or name.count("/") != 1:
+    if names_a_file or not is_hub_name:
         raise KitError(f"{what} not found", value=name, allowed=allowed, remedy="check the path")
     if not in_hub_cache(name, what) and not hub_is_reachable():
         raise KitError(

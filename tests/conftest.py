@@ -184,11 +184,12 @@ def papermill_pass(tmp_path_factory):
     listener = Listener()
     out = tmp_path_factory.mktemp("pass")
     home = out / "hub"  # an empty cache: nothing that was fetched earlier can help
+    environment = listener.environment() | {"HF_HOME": str(home)}
     try:
-        summary = sequence.run_sequence(
-            {"profile": "tiny", "output_dir": str(out)},
-            extra_env=listener.environment() | {"HF_HOME": str(home)},
-        )
+        with pytest.MonkeyPatch.context() as inherited:
+            for name, value in environment.items():
+                inherited.setenv(name, value)
+            summary = sequence.run_sequence({"profile": "tiny", "output_dir": str(out)})
     finally:
         listener.close()
     summary["calls"] = listener.calls

@@ -240,7 +240,7 @@ def test_a_notebook_that_cannot_be_read_stops_nothing_but_is_told(toy, tmp_path)
     outcome = one_notebook.Outcome("01_good", exit_code=-15)
     cut = tmp_path / "cut.ipynb"
     cut.write_text('{"cells": [')
-    one_notebook.take_out_secrets(cut, tmp_path / "none")
+    one_notebook.take_out_secrets(cut)
     one_notebook.judge(outcome, cut, tmp_path / "none", [])
     assert outcome.status == "failed"
     assert "cut.ipynb is cut off: papermill was ended while it wrote" in outcome.problems

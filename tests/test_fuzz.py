@@ -303,7 +303,7 @@ def test_checkpoints(tmp_path, capsys):
                 lambda: (
                     runs.status_of(run.folder),
                     run.truncate_log(8),
-                    checkpoints.start(chosen, run.notebook),
+                    checkpoints.start(chosen, run.manifest["notebook"]),
                 ),
             )
             path.write_bytes(whole)

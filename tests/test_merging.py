@@ -254,7 +254,7 @@ def test_a_second_writer_is_refused_under_any_name_of_the_file(tuned, tmp_path, 
     refused = []
 
     def second():
-        with pytest.raises(KitError, match="another process writes into this file") as error:
+        with pytest.raises(KitError, match="another process writes here") as error:
             prompt_files.answer_file(model, tokenizer, rows, Path(name), SETTINGS)
         refused.append(error.value)
 

@@ -72,7 +72,7 @@ def require_own_kernel() -> None:
         raise KitError(what, value=str(program), remedy=remedy)
 
 
-def run(source: Path, folder: Path, outcome: Outcome, bar: Bar, extra_env: dict[str, str]) -> None:
+def run(source: Path, folder: Path, outcome: Outcome, bar: Bar) -> None:
     """Run one notebook and write into `outcome` what the witnesses say.
 
     Args:
@@ -80,14 +80,13 @@ def run(source: Path, folder: Path, outcome: Outcome, bar: Bar, extra_env: dict[
         folder: where `parameters.yaml` lies and the executed notebook goes.
         outcome: filled in, also if this is interrupted.
         bar: moved on by the cells that have run.
-        extra_env: environment variables besides the inherited ones.
     """
     executed = folder / source.name
     results = folder / f"{source.stem}.results.json"
     log = folder / f".{source.stem}.log"
     started = time.time()
     cells_before = bar.n
-    process = _start_papermill(source, folder, log, {**extra_env, "QLORA_NB_RESULTS": str(results)})
+    process = _start_papermill(source, folder, log, results)
     try:
         while process.poll() is None:
             outcome.peak_bytes = max(outcome.peak_bytes, _resident_bytes(process.pid))
@@ -103,16 +102,14 @@ def run(source: Path, folder: Path, outcome: Outcome, bar: Bar, extra_env: dict[
         stop_tree(process.pid)
         outcome.exit_code = process.poll()
         outcome.wall_s = round(time.time() - started, 1)
-        take_out_secrets(executed, results)
+        take_out_secrets(executed)
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
         log.unlink()
     said = [line for line in lines if line.strip() and not _PROGRESS.search(line)]
     judge(outcome, executed, results, said)
 
 
-def _start_papermill(
-    source: Path, folder: Path, log: Path, extra_env: dict[str, str]
-) -> subprocess.Popen:
+def _start_papermill(source: Path, folder: Path, log: Path, results: Path) -> subprocess.Popen:
     root = sources.project_root()
     command = [sys.executable, "-m", "papermill", str(source), str(folder / source.name)]
     command += ["--kernel", "python3", "--cwd", str(root), "-f", str(folder / "parameters.yaml")]
@@ -126,7 +123,7 @@ def _start_papermill(
     with open(log, "wb") as stderr:
         return subprocess.Popen(
             command,
-            env={**os.environ, **extra_env, "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, "QLORA_NB_RESULTS": str(results), "PYTHONUNBUFFERED": "1"},
             cwd=root,
             stdout=subprocess.DEVNULL,
             stderr=stderr,
@@ -138,10 +135,9 @@ def _start_papermill(
 def _resident_bytes(pid: int) -> int:
     """Resident memory of the kernel and its children. Pages they share are counted for each."""
     n_bytes = 0
-    with suppress(psutil.Error):  # it has ended by itself
+    with suppress(psutil.Error):  # one has ended by itself
         for child in psutil.Process(pid).children(recursive=True):
-            with suppress(psutil.Error):
-                n_bytes += child.memory_info().rss
+            n_bytes += child.memory_info().rss
     return n_bytes
 
 
@@ -161,22 +157,19 @@ def stop_tree(pid: int) -> None:
                 process.kill()
 
 
-def take_out_secrets(executed: Path, results: Path) -> None:
-    """Redact what a notebook has left; a notebook that was cut off is no JSON any more and redacted
-    as it stands.
+def take_out_secrets(executed: Path) -> None:
+    """Redact what a notebook has left; one that was cut off is no JSON any more and redacted as it
+    stands.
     """
-    for path in (executed, results):
-        if not path.is_file():
-            continue
-        text = path.read_text(encoding="utf-8", errors="replace")
-        try:
-            if path == executed:  # nbformat joins texts that are cut into lines
-                text = nbformat.writes(redaction.redact(nbformat.reads(text, 4)))
-            else:
-                text = json.dumps(redaction.redact(json.loads(text)), indent=1)
-        except ValueError:
-            text = redaction.redact(text)
-        files.write_atomically(path, text)
+    if not executed.is_file():
+        return
+    text = executed.read_text(encoding="utf-8", errors="replace")
+    try:
+        # nbformat joins texts that are cut into lines
+        text = nbformat.writes(redaction.redact(nbformat.reads(text, 4)))
+    except ValueError:
+        text = redaction.redact(text)
+    files.write_atomically(executed, text)
 
 
 def judge(outcome: Outcome, executed: Path, results: Path, said: list[str]) -> None:

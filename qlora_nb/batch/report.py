@@ -13,8 +13,6 @@ from pathlib import Path
 import nbformat
 from jinja2 import Environment, FileSystemLoader
 
-from qlora_nb.record import files
-
 _TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent),
     autoescape=True,
@@ -23,15 +21,10 @@ _TEMPLATES = Environment(
 )
 
 
-def write(summary: dict, folder: Path) -> None:
-    """Write `report.html` into a sequence folder from its summary and the executed notebooks beside
-    it.
-    """
-    files.write_atomically(folder / "report.html", page(summary, folder))
-
-
 def page(summary: dict, folder: Path) -> str:
-    """The report as HTML text."""
+    """The report as HTML text, from a sequence's summary and the executed notebooks in its
+    folder.
+    """
     titles = {}
     pictures = {}
     for outcome in summary["notebooks"]:

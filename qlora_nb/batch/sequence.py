@@ -34,7 +34,6 @@ def run_sequence(
     only: list[str] | None = None,
     notebooks: Path | None = None,
     say: Callable[[str], None] = print,
-    extra_env: dict[str, str] | None = None,
     resume: str = "no",
 ) -> dict[str, object]:
     """Execute the notebooks in order.
@@ -44,7 +43,6 @@ def run_sequence(
         only: beginnings of notebook names, such as `["03", "04"]`; None means all.
         notebooks: the folder they lie in; None means the repository's.
         say: called with each line for the reader.
-        extra_env: environment variables for the notebooks' processes besides the inherited ones.
         resume: "no", "latest" (this profile's newest sequence that is not done) or the folder of a
             sequence to resume.
 
@@ -74,7 +72,7 @@ def run_sequence(
     if folder is None:
         folder = runs.new_folder(settings, "sequence")
     say(f"{len(chosen)} notebooks, profile {settings.profile}, into {folder}")
-    record = _Record(folder, settings.profile, given, chosen, before)
+    record = _Record(folder, given, chosen, before)
     for name in record.outcomes:
         say(f"{name:28} is done already")
     to_run = [path for path in chosen if path.stem not in record.outcomes]
@@ -91,7 +89,7 @@ def run_sequence(
                 outcome = record.begin(path.stem)
                 bar.set_description(path.stem)
                 cells_after = bar.n + n_cells[path]
-                one_notebook.run(path, folder, outcome, bar, extra_env or {})
+                one_notebook.run(path, folder, outcome, bar)
                 bar.update(cells_after - bar.n)  # also the cells that a failed notebook left out
                 bar.clear()
                 if outcome.status == "died":
@@ -104,7 +102,7 @@ def run_sequence(
             raise
         finally:
             record.save()
-            report.write(record.summary, folder)
+            files.write_atomically(folder / "report.html", report.page(record.summary, folder))
     say(record.last_words())
     return record.summary
 
@@ -114,7 +112,7 @@ class _Record:
     end. `before` is the record of a sequence that is resumed; what it calls done is kept.
     """
 
-    def __init__(self, folder: Path, profile: str, given: dict, chosen: list[Path], before: dict):
+    def __init__(self, folder: Path, given: dict, chosen: list[Path], before: dict):
         self.folder = folder
         self.hashes = {path.stem: files.sha256(path) for path in chosen}
         self.started = time.time() - before.get("wall_s", 0)
@@ -127,7 +125,7 @@ class _Record:
         packages = [version.package for version in machine.versions()]
         self.summary = runs.new_record(folder, given, packages)
         self.summary["folder"] = str(folder)
-        self.summary["profile"] = profile
+        self.summary["profile"] = given["profile"]
         self.summary["chosen"] = list(self.hashes)
         self.summary["started"] = before.get("started", self.summary["started"])
 
@@ -179,13 +177,13 @@ def _for_the_notebooks(settings, parameters: dict[str, object]) -> dict[str, obj
     """What was given, resolved; a path of the user's folder is made absolute, for the notebooks run
     in the repository's.
     """
-    given = {}
+    given = {"profile": settings.profile}
     for name, value in parameters.items():
         if value is not None:
             given[name] = getattr(settings, name)
-        if name in ("model_id", "dataset", "adapter") and name in given:
+    for name in ("model_id", "dataset", "adapter"):
+        if name in given:
             given[name] = sources.seen_from_anywhere(given[name])
-    given["profile"] = settings.profile
     return given
 
 
@@ -200,13 +198,12 @@ def _unfinished(settings, which: str, given: dict[str, object]) -> tuple[Path, d
     if which == "latest":
         folders = sorted(sources.runs_root(settings).glob("sequence-*"), reverse=True)
     for folder in folders:
-        record = None
-        with suppress(OSError, ValueError):
+        then = None
+        with suppress(OSError, ValueError, KeyError, TypeError):
             record = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        if not isinstance(record, dict) or record.get("status") == "done":
-            continue
-        then = record.get("parameters")
-        if not isinstance(then, dict):
+            if record["status"] != "done":
+                then = dict(record["parameters"])
+        if then is None:
             continue
         differences = []
         for name in sorted({*then, *given} - {"resume"}):

@@ -58,15 +58,12 @@ def sole_writer(path: Path) -> AbstractContextManager:
     Raises:
         KitError: another process holds it.
     """
+    file = path.resolve()
+    lock = file.with_name(f".{file.name}.lock")
     if path.is_dir():
-        what = "run folder"
         lock = path / ".lock"
-    else:
-        what = "file"
-        file = path.resolve()
-        lock = file.with_name(f".{file.name}.lock")
     try:
         return FileLock(lock).acquire(blocking=False)
     except Timeout:
-        what = f"another process writes into this {what}"
+        what = "another process writes here"
         raise KitError(what, value=path.name, remedy="wait for it, or stop it") from None

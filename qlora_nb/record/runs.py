@@ -45,7 +45,7 @@ def key_results(results: dict[str, object]) -> dict[str, object]:
         rounded[name] = float(f"{value:.4g}") if isinstance(value, float) else value
     target = os.environ.get("QLORA_NB_RESULTS")
     if target:
-        files.write_atomically(Path(target), json.dumps(rounded, indent=1))
+        files.write_atomically(Path(target), json.dumps(redaction.redact(rounded), indent=1))
     return rounded
 
 
@@ -91,8 +91,6 @@ class Run:
     """
 
     def __init__(self, settings, notebook: str, folder: Path | None = None):
-        self.settings = settings
-        self.notebook = notebook
         self.resumed = folder is not None
         self.folder = folder or new_folder(settings, notebook)
         self.manifest = new_record(self.folder, settings.model_dump(), PACKAGES)

@@ -9,6 +9,7 @@ and a file that was changed since (a full disk, a bad copy, another hand) does n
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from qlora_nb.errors import KitError
@@ -31,7 +32,7 @@ def write_seal(folder: Path, **about: object) -> None:
     contents = {}
     for path in sorted(folder.iterdir()):
         if path.name not in (SEAL, "README.md"):
-            contents[path.name] = [path.stat().st_size, files.sha256(path)]
+            contents[path.name] = _size_and_hash(path)
     files.write_atomically(folder / SEAL, json.dumps({**about, "files": contents}, indent=1))
     for old in newest_first(folder.parent)[KEEP:]:
         shutil.rmtree(old, ignore_errors=True)
@@ -39,23 +40,20 @@ def write_seal(folder: Path, **about: object) -> None:
 
 def damage(folder: Path) -> str:
     """Why a checkpoint cannot be used; empty if it is what was sealed."""
-    sealed = []
-    try:
-        contents = json.loads((folder / SEAL).read_text())["files"]
-        for name, (size, digest) in contents.items():
-            sealed.append((folder / name, size, digest))
-    except FileNotFoundError:
-        return "it has no seal: the run ended while it was being written"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return "its seal cannot be read"
-    for path, size, digest in sealed:
-        if not path.is_file():
-            return f"{path.name} is missing"
-        if path.stat().st_size != size:
-            return f"{path.name} has {path.stat().st_size} bytes, {size} were sealed"
-        if files.sha256(path) != digest:
-            return f"{path.name} is damaged"
+    sealed = {}
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        sealed = dict(json.loads((folder / SEAL).read_text())["files"])
+    if not sealed:
+        return "it has no seal that can be read: the run ended while it was being written"
+    for name, size_and_hash in sealed.items():
+        path = folder / name
+        if not path.is_file() or _size_and_hash(path) != size_and_hash:
+            return f"{name} is missing or damaged"
     return ""
+
+
+def _size_and_hash(path: Path) -> list:
+    return [path.stat().st_size, files.sha256(path)]
 
 
 def require_whole(adapter: Path) -> None:
