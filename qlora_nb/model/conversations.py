@@ -118,12 +118,8 @@ def say_what_is_taken(talks: datasets.Dataset) -> None:
 
 
 def _listed(turns: object) -> list:
-    """A list of turns as it is; a single text is the user's."""
-    if turns is None:
-        return []
-    if isinstance(turns, str):
-        return [{"role": "user", "content": turns}]
-    return turns if isinstance(turns, list) else [turns]
+    """A list of turns as it is; what stands alone is said by the user."""
+    return turns if isinstance(turns, list) else [{"role": "user", "content": turns}]
 
 
 def _turns_of_text(text: str | None) -> list[dict[str, str]]:
@@ -242,8 +238,8 @@ def _exchanges_of_trees(rows: datasets.Dataset, asking: bool) -> datasets.Datase
         ranked = ranked.sort_values("rank", kind="stable")
     replies = {name: group.to_dict("records") for name, group in ranked.groupby("parent_id")}
     found = []
-    for number, root in messages[~is_reply].iterrows():
-        turns = [root.to_dict()] if asking else _best_turns(root.to_dict(), replies)
+    for number, root in messages[~is_reply].to_dict("index").items():
+        turns = [root] if asking else _best_turns(root, replies)
         row = _exchange(turns, asking)
         row["row"] = number
         if has_parent[number]:

@@ -64,10 +64,7 @@ def require_four_bit(model: PreTrainedModel) -> None:
                 n_packed += parameter.quant_state.shape.numel()
             elif sum(side > 1 for side in parameter.shape) >= 2:
                 left[_whose(path, name, module)] += parameter.numel()
-    largest = [f"{n:,} in {whose}" for whose, n in left.most_common(3)]
-    if len(left) > 3:
-        largest.append("…")
-    shown = ", ".join(largest)
+    shown = ", ".join(f"{n:,} in {whose}" for whose, n in left.most_common(3))
     if not n_packed:
         raise KitError(
             f"no weight of this model can be stored in 4 bit ({shown})",
