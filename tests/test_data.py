@@ -141,10 +141,7 @@ def test_rows_without_an_answer_are_named_and_left_out(tmp_path, capsys):
     path = write(tmp_path / "rows.json", [*ROWS, {"instruction": "x", "input": "", "output": "  "}])
     train, test = data.load(settings_for(path))
     assert len(train) + len(test) == len(ROWS)
-    assert (
-        "1 of 9 rows have no instruction or no answer and are left out: rows 8"
-        in capsys.readouterr().out
-    )
+    assert "1 of 9 rows are left out (no output): rows 8" in capsys.readouterr().out
 
 
 @pytest.mark.fault(26)
@@ -207,7 +204,7 @@ def test_broken_and_unknown_files_are_refused(tmp_path):
         data.load(settings_for(broken))
     other = tmp_path / "rows.txt"
     other.write_text("a")
-    with pytest.raises(KitError, match="unknown kind of data file"):
+    with pytest.raises(KitError, match=r"cannot be read: it is no file that ends in \.json"):
         data.load(settings_for(other))
 
 
@@ -391,7 +388,7 @@ def test_a_question_nobody_answered_is_named_and_left_out(tmp_path, capsys):
         },
     ]
     assert len(first_rows(write(tmp_path / "a.json", rows))) == 4
-    assert "1 of 5 rows have no instruction or no answer" in capsys.readouterr().out
+    assert "1 of 5 rows are left out (no turn by an assistant" in capsys.readouterr().out
 
 
 def test_any_other_text_is_not_a_conversation(tmp_path):
@@ -485,14 +482,14 @@ CALL = [{"id": "1", "type": "function", "function": {"name": "look", "arguments"
             [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A", "weight": 0}],
             "weight 0",
         ),
-        ([{"role": "user", "content": "Q"}, {"content": "A"}], "a turn has no role"),
+        ([{"role": "user", "content": "Q"}, {"content": "A"}], "the role 'none'"),
         (
             [{"role": "user", "content": None}, {"role": "assistant", "content": "A"}],
             "no turn by a user",
         ),
         (
             [{"role": "user", "content": "Q"}, {"role": "assistant", "content": None}],
-            "the assistant's turn is empty",
+            "one that is empty",
         ),
         (
             [
@@ -505,8 +502,8 @@ CALL = [{"id": "1", "type": "function", "function": {"name": "look", "arguments"
             [{"role": "user", "content": 3}, {"role": "assistant", "content": "A"}],
             "other than text",
         ),
-        (["Q", "A"], "no record of role and content"),
-        ("Q", "no record of role and content"),
+        (["Q", "A"], "the role 'none'"),
+        ("Q", "no turn by an assistant"),
         ([], "no turn by a user"),
         (None, "no turn by a user"),
     ],
@@ -516,9 +513,9 @@ def test_a_conversation_without_an_answer_is_left_out_and_the_reason_said(
 ):
     row, said = loaded_with(tmp_path / "a.json", {"messages": turns}, capsys)
     assert row is None
-    assert "1 of 4 rows have no instruction or no answer (" in said
+    assert "1 of 4 rows are left out (" in said
     assert reason in said
-    assert said.rstrip().endswith("are left out: rows 3")
+    assert said.rstrip().endswith("): rows 3")
 
 
 def test_reasons_are_counted_each_and_are_no_more_than_a_screen(tmp_path, capsys):
@@ -530,7 +527,7 @@ def test_reasons_are_counted_each_and_are_no_more_than_a_screen(tmp_path, capsys
     ]
     data.load(settings_for(write(tmp_path / "a.json", rows)))
     said = capsys.readouterr().out
-    assert "2 of 25 rows have no instruction or no answer (the role 'n0'" in said
+    assert "2 of 25 rows are left out (the role 'n0'" in said
     assert "rows 3, 24" in said
     assert "13 more rows are left out for 13 other reasons" in said
     assert len(said.splitlines()) <= 10
@@ -542,7 +539,7 @@ def test_turns_that_do_not_train_and_system_prompts_are_counted(tmp_path, capsys
     train, held_out = data.load(settings_for(write(tmp_path / "a.json", rows)))
     assert "Rhyme.\n\nQ?" in {row["instruction"] for row in [*train, *held_out]}
     said = capsys.readouterr().out
-    assert "2 of 5 conversations are longer than their first exchange; turns not trained: 3" in said
+    assert "2 of 5 conversations are longer than what is taken of them; turns: 3" in said
     assert "1 of 5 conversations have a system prompt" in said
 
 
@@ -579,7 +576,7 @@ def test_guanaco_texts_keep_who_spoke(tmp_path, capsys, text, instruction, outpu
     assert found == (
         [{"instruction": instruction, "input": "", "output": output}] if instruction else []
     )
-    assert ("left out: rows 0" in capsys.readouterr().out) == (instruction is None)
+    assert ("): rows 0" in capsys.readouterr().out) == (instruction is None)
 
 
 def message(name, parent, role, text, rank=None, deleted=False):
@@ -628,7 +625,7 @@ def test_the_best_reply_in_a_tree_is_an_assistants(tmp_path, capsys, tree, outpu
     assert [row["output"] for row in [*train, *held_out] if row["instruction"] == "Far?"] == (
         [output] if output else []
     )
-    assert ("left out: rows 12" in capsys.readouterr().out) == (output is None)
+    assert ("): rows 12" in capsys.readouterr().out) == (output is None)
 
 
 @pytest.mark.parametrize(
@@ -693,19 +690,13 @@ def test_turns_that_are_not_shown_are_counted(tmp_path, capsys):
     ]
     assert len(prompt_files.read_rows(str(write(tmp_path / "a.json", rows)), {})) == 2
     said = capsys.readouterr().out
-    assert (
-        said
-        == "1 of 2 conversations are longer than their first exchange; turns not shown to the model: 2\n"
-    )
+    assert said == "1 of 2 conversations are longer than what is taken of them; turns: 2\n"
 
 
 def test_rows_that_cannot_be_asked_are_named_and_the_others_are_asked(tmp_path, capsys):
     path = write(tmp_path / "a.json", [{"prompt": " "}, {"prompt": "Far?"}, {"prompt": None}])
     assert prompt_files.read_rows(str(path), {}) == [{"instruction": "Far?", "input": ""}]
-    assert (
-        "2 of 3 rows have no instruction (no turn by a user) and are left out: rows 0, 2"
-        in capsys.readouterr().out
-    )
+    assert "2 of 3 rows are left out (no turn by a user): rows 0, 2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -714,7 +705,7 @@ def test_rows_that_cannot_be_asked_are_named_and_the_others_are_asked(tmp_path, 
 )
 def test_a_file_without_a_single_question_is_refused(tmp_path, row):
     path = write(tmp_path / "a.json", [row] * 2)
-    with pytest.raises(KitError, match="no row of this file can be asked"):
+    with pytest.raises(KitError, match="no row of it can be asked"):
         prompt_files.read_rows(str(path), {})
     done = CliRunner().invoke(
         cli.app, ["generate", "--prompts", str(path), "-p", "adapter", "pocket"]
@@ -761,7 +752,7 @@ def test_an_answer_that_is_nothing_is_left_out_of_any_type(tmp_path, capsys):
     pandas.DataFrame([row | {"output": float("nan")} for row in ROWS]).to_parquet(path)
     with pytest.raises(KitError, match="too few"):
         data.load(settings_for(path))
-    assert "8 of 8 rows have no instruction or no answer" in capsys.readouterr().out
+    assert "8 of 8 rows are left out (no output)" in capsys.readouterr().out
 
 
 # --- what is counted and said ---

@@ -175,18 +175,18 @@ def test_data_that_is_odd_works(tmp_path, name, content):
         ("a field too few.csv", CSV + "\na,b", "line 10 has 2 fields, the first line 3"),
         ("no gzip.json.gz", json.dumps(ROWS), "cannot be read"),
         ("no.parquet", json.dumps(ROWS), "cannot be read"),
-        ("rows.xlsx", "x", "unknown kind of data file"),
-        ("turns.json", json.dumps([{"messages": "hi"}] * 4), "cannot be read"),
-        ("no turns.json", json.dumps([{"messages": [None]}] * 4), "cannot be read"),
+        ("rows.xlsx", "x", "no file that ends in"),
+        ("turns.json", json.dumps([{"messages": "hi"}] * 4), "0 usable rows"),
+        ("no turns.json", json.dumps([{"messages": [None]}] * 4), "0 usable rows"),
         (
             "parts.json",
             json.dumps([{"messages": [{"role": "user", "content": [{"type": "text"}]}] * 2}] * 4),
-            "cannot be read",
+            "0 usable rows",
         ),
         (
             "tree.json",
             json.dumps([{"message_id": ["a"], "parent_id": None, "role": "x", "text": ""}] * 4),
-            "cannot be read",
+            "0 usable rows",
         ),
     ],
 )
@@ -249,7 +249,7 @@ def test_a_folder_as_data(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(KitError, match="cannot be read"):
         loaded(tmp_path / "empty")
-    with pytest.raises(KitError, match="unknown kind of data file"):
+    with pytest.raises(KitError, match="no file that ends in"):
         loaded("/dev/null")
 
 
@@ -465,14 +465,14 @@ def test_an_adapter_that_is_a_file_or_a_loop(tmp_path):
 
 def test_prompts_that_are_no_text(tmp_path):
     for name, content, words in (
-        ("latin.txt", "Grüß".encode("latin-1"), "not in UTF-8"),
+        ("latin.txt", "Grüß".encode("latin-1"), "in UTF-8"),
         ("none.csv", b"", "cannot be read"),
-        ("blank.txt", b"\n  \n", "the file of prompts is empty"),
+        ("blank.txt", b"\n  \n", "no row of it can be asked"),
     ):
         with pytest.raises(KitError, match=words):
             prompt_files.read_rows(str(put(tmp_path / name, content)), {})
     for name in (str(tmp_path), "~nobody-of-that-name/a.txt", "a" * 5000, "a\0b"):
-        with pytest.raises(KitError, match="no such file of prompts"):
+        with pytest.raises(KitError, match="the file of prompts cannot be read"):
             prompt_files.read_rows(name, {})
     assert generate.row_of("half a \ud83d and a whole \ud83d\ude00") == {
         "instruction": "half a \ufffd and a whole 😀",

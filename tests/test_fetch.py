@@ -273,14 +273,19 @@ def test_a_proxy_is_the_way_out(monkeypatch):
 def test_fetch_ahead_leaves_local_things_alone(tmp_path, monkeypatch):
     from qlora_nb.settings import validate
 
-    monkeypatch.setattr(fetch, "fetch_repo", lambda name, kind, say: f"{kind}:{name}")
+    fetched = []
+    monkeypatch.setattr(
+        fetch, "fetch_repo", lambda name, kind, say: fetched.append(f"{kind}:{name}")
+    )
 
     def quiet(line):
         return None
 
-    assert fetch.fetch_ahead(validate({}), quiet) == []
+    fetch.fetch_ahead(validate({}), quiet)
+    assert fetched == []
     full = validate({"profile": "full", "model_id": str(tmp_path)})
-    assert fetch.fetch_ahead(full, quiet) == ["dataset:tatsu-lab/alpaca"]
+    fetch.fetch_ahead(full, quiet)
+    assert fetched == ["dataset:tatsu-lab/alpaca"]
 
 
 # ---- a real hub library against a hub on loopback that fails

@@ -98,11 +98,11 @@ def _require_usable(tuned: PeftModel, weights: Path) -> None:
             if not file.get_slice(name).get_dtype().startswith(("F", "BF")):
                 raise ValueError(f"{name} holds whole numbers")
     for config in tuned.peft_config.values():
-        if getattr(config, "bias", "none") != "none":
-            raise ValueError("it trained biases too, which cannot be switched off to ask the base")
-        if getattr(config, "layer_replication", None):
+        has_biases = getattr(config, "bias", "none") != "none"
+        if has_biases or getattr(config, "layer_replication", None):
             raise ValueError(
-                "it repeats layers (layer_replication), which cannot be undone to ask the base"
+                "it trained biases too or repeats layers (layer_replication), "
+                "which cannot be switched off to ask the base"
             )
     if not load.computes(tuned):
         raise ValueError("with it the model computes NaN or infinity")

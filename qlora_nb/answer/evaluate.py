@@ -64,11 +64,10 @@ def row_losses(
     with head as loss:
         for group in tqdm(groups, desc="held-out loss", unit="batch", leave=False):
             padded = collate([encoded[i] for i in group])
-            batch = model(
-                input_ids=padded["input_ids"].to(model.device),
-                attention_mask=padded["attention_mask"].to(model.device),
-            ).logits  # in slices these are hidden states, to which `loss` applies the head
-            for i, logits, labels in zip(group, batch, padded["labels"], strict=True):
+            wanted = padded.pop("labels")
+            # in slices these are hidden states, to which `loss` applies the head
+            batch = model(**padded.to(model.device)).logits
+            for i, logits, labels in zip(group, batch, wanted, strict=True):
                 row = SimpleNamespace(logits=logits[None])
                 found[i, 0] = loss(row, labels[None], num_items_in_batch=1)
                 found[i, 1] = (labels[1:] != chunked_loss.IGNORED).sum()
@@ -131,13 +130,9 @@ def exact_match(said: list[str | None], rows: list[dict]) -> dict[str, float]:
     by_kind = defaultdict(list)
     for text, row in zip(said, rows, strict=True):
         is_right = None if text is None else text.strip() == row["output"].strip()
+        by_kind["all"].append(is_right)
         by_kind[row.get("kind", "all rows")].append(is_right)
-    answered = {kind: found for kind, found in by_kind.items() if None not in found}
-    shares = {kind: sum(found) / len(found) for kind, found in answered.items()}
-    if rows and answered == by_kind:
-        n_right = sum(sum(found) for found in answered.values())
-        return {"all": n_right / len(rows), **shares}
-    return shares
+    return {kind: sum(found) / len(found) for kind, found in by_kind.items() if None not in found}
 
 
 def held_out(
@@ -148,14 +143,14 @@ def held_out(
 
     Returns:
         `loss` (nats a token), `rows` (`row_losses`), `exact_match` ({kind: share}, empty for open
-        answers), `said` (the answers).
+        answers).
     """
     losses = row_losses(model, tokenizer, data.tokenize_rows(rows, tokenizer, settings))
-    found = {"loss": mean_loss(losses).item(), "rows": losses, "exact_match": {}, "said": []}
+    found = {"loss": mean_loss(losses).item(), "rows": losses, "exact_match": {}}
     if "kind" in rows.column_names:
         asked = list(rows)
-        found["said"] = generate.answer_all(model, tokenizer, asked, settings)
-        found["exact_match"] = exact_match(found["said"], asked)
+        said = generate.answer_all(model, tokenizer, asked, settings)
+        found["exact_match"] = exact_match(said, asked)
     return found
 
 

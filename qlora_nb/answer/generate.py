@@ -72,26 +72,17 @@ def tokenize_prompts(
     return {name: tensor.to(model.device) for name, tensor in encoded.items()}
 
 
-def _config(
-    model, tokenizer, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0, **more
-) -> GenerationConfig:
-    """Only what is said here, greedy unless a temperature is given; ends with the tokenizer's end
-    token or the model's own.
+def _config(model, tokenizer, max_new_tokens: int, **more) -> GenerationConfig:
+    """Greedy unless more is said; an answer ends with the tokenizer's end token or the model's own.
 
     A model's own sampling defaults are not mixed in: `load.load_base` has set them aside.
     """
-    config = GenerationConfig(
+    return GenerationConfig(
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=generation_defaults.end_tokens(model, tokenizer),
         **more,
     )
-    if temperature:
-        config.do_sample = True
-        config.temperature = temperature
-        config.top_p = top_p
-        config.top_k = 0
-    return config
 
 
 def _greedy(model, tokenizer, encoded: dict[str, torch.Tensor], max_new_tokens: int) -> list[str]:
@@ -172,22 +163,26 @@ def stream(
     here. An error in that thread is raised here.
     """
     encoded = tokenize_prompts([row], tokenizer, model, settings)
+    sampling = {}
+    if settings.temperature:
+        sampling["do_sample"] = True
+        sampling["temperature"] = settings.temperature
+        sampling["top_p"] = settings.top_p
+        sampling["top_k"] = 0
     config = _config(
         model,
         tokenizer,
         settings.max_new_tokens,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
         repetition_penalty=settings.repetition_penalty,
         output_scores=True,
         output_logits=True,
         return_dict_in_generate=True,
+        **sampling,
     )
     streamer = TextIteratorStreamer(
         tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=600
     )
-    generated = []
-    failure = []
+    outcome = []
 
     def stopped(input_ids, scores, **_):
         asked = stop is not None and stop.is_set()
@@ -203,9 +198,9 @@ def stream(
                     streamer=streamer,
                     stopping_criteria=StoppingCriteriaList([stopped]),
                 )
-            generated.append(found)
+            outcome.append(found)
         except BaseException as error:  # a silent thread would leave the reader waiting
-            failure.append(error)
+            outcome.append(error)
             streamer.end()
 
     thread = Thread(target=work, daemon=True)
@@ -220,9 +215,9 @@ def stream(
         text += piece
         yield Answer(text, n_pieces, first_token_s, seconds)
     thread.join()
-    if failure:
-        raise failure[0]
-    [found] = generated
+    [found] = outcome
+    if isinstance(found, BaseException):
+        raise found
     n_tokens = len(found.scores)
     whole = Answer(text.strip(), n_tokens, first_token_s, time.perf_counter() - started)
     if settings.temperature:
@@ -270,10 +265,12 @@ def next_tokens_along(
     written = written[:, : settings.max_new_tokens].long().to(model.device)
     ids = torch.cat([prompt, written], dim=1)
     start = prompt.shape[1] - 1  # the last token of the prompt predicts the first of the answer
-    with adapters.base_or_tuned(model, tuned=False):
-        base = model(input_ids=ids).logits[0, start:].float().log_softmax(-1)
-    with adapters.base_or_tuned(model, tuned=True):
-        tuned = model(input_ids=ids).logits[0, start:].float().log_softmax(-1)
+    found = []
+    for is_tuned in (False, True):
+        with adapters.base_or_tuned(model, is_tuned):
+            logits = model(input_ids=ids).logits[0, start:]
+        found.append(logits.float().log_softmax(-1))
+    base, tuned = found
     divergence = kl_div(base, tuned, reduction="none", log_target=True).sum(-1) / math.log(2)
 
     def most_probable(log_probabilities: torch.Tensor) -> list[tuple[str, float]]:

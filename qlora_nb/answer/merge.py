@@ -14,7 +14,7 @@ from pathlib import Path
 
 import bitsandbytes.functional as bnb
 import torch
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import StrictUndefined, Template
 from peft import PeftModel
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,7 +26,7 @@ from qlora_nb.errors import KitError, refusing
 from qlora_nb.memory import ledger
 from qlora_nb.model import configs, load, quantized
 from qlora_nb.model.linear_layers import linear_layers
-from qlora_nb.record import files
+from qlora_nb.record import files, runs
 
 WAYS = ("dequantized", "packed", "original")
 
@@ -65,11 +65,11 @@ def _require_room_for_biases(tuned: PeftModel) -> None:
     to.
     """
     for name, layer in tuned.named_modules():
-        for second in getattr(layer, "lora_B", {}).values():
-            has_bias = getattr(second, "bias", None) is not None
-            if has_bias and layer.get_base_layer().bias is None:
-                last = name.rsplit(".", 1)[-1]
-                raise ValueError(f"it has a bias for {last}, a layer that has no bias to add it to")
+        has_bias = any(getattr(layer, "lora_bias", {}).values())
+        if has_bias and layer.get_base_layer().bias is None:
+            raise ValueError(
+                f"{name} has no bias in the base to which the adapter's could be added"
+            )
 
 
 def ways_for(settings) -> tuple[str, ...]:
@@ -97,15 +97,13 @@ def dequantized(settings) -> PreTrainedModel:
         base._weight_conversions = [c for c in base._weight_conversions if not _unpacks(c)]
         return base
     base = load.load_base(settings, four_bit=False)
-    transposed = [layer for layer in base.modules() if isinstance(layer, Conv1D)]
-    for layer in tqdm([*linear_layers(base).values(), *transposed], desc="rounding", unit="layer"):
-        weight = layer.weight.data
+    how = {"quant_type": settings.quant_type, "double_quant": settings.double_quant}
+    for layer in tqdm(linear_layers(base).values(), desc="rounding", unit="layer"):
+        layer.weight.data = rounded(layer.weight.data, **how)
+    for layer in base.modules():
         if isinstance(layer, Conv1D):  # GPT-2 keeps (in, out); in 4 bit (out, in) is stored
-            weight = weight.T.contiguous()
-        weight = rounded(weight, settings.quant_type, settings.double_quant)
-        if isinstance(layer, Conv1D):
-            weight = weight.T.contiguous()
-        layer.weight.data = weight
+            turned = layer.weight.data.T.contiguous()
+            layer.weight.data = rounded(turned, **how).T.contiguous()
     return base
 
 
@@ -158,11 +156,9 @@ def export(
         )
     model.save_pretrained(folder, max_shard_size="2GB")
     tokenizer.save_pretrained(folder)
-    templates = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True
-    )
-    text = templates.get_template("model_card.md.j2").render(card)
-    files.write_atomically(folder / "README.md", text)
+    source = Path(__file__).with_name("model_card.md.j2").read_text(encoding="utf-8")
+    template = Template(source, undefined=StrictUndefined, trim_blocks=True)
+    files.write_atomically(folder / "README.md", template.render(card))
     return folder
 
 
@@ -171,8 +167,7 @@ def card_facts(adapter: Path, settings, way: str) -> dict[str, object]:
     lies beside it.
     """
     config = json.loads((adapter / adapters.CONFIG).read_text(encoding="utf-8"))
-    manifest = adapter.parent / "manifest.json"
-    run = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
+    run, _ = runs.manifest_of(adapter.parent)
     return {
         "base": Path(settings.model_id).name,
         "way": way,

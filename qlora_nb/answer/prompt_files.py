@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from qlora_nb import sources
 from qlora_nb.answer import generate
 from qlora_nb.errors import KitError, refusing
-from qlora_nb.model import data
+from qlora_nb.model import reading
 from qlora_nb.record import files
 
 DECIDES_ANSWERS = {
@@ -37,22 +37,28 @@ DECIDES_ANSWERS = {
 def read_rows(name: str, columns: dict[str, str]) -> list[dict[str, str]]:
     """Rows with instruction and input: from a text file, a prompt a line, or from any data file (an
     answer is not needed).
+
+    Raises:
+        KitError: the file cannot be read, or no row of it can be asked.
     """
-    with refusing("there is no such file of prompts", name, "check the path"):
+    with refusing(
+        "the file of prompts cannot be read",
+        name,
+        "check the path; a text file in UTF-8 holds a prompt on each line, a data file an "
+        "instruction, a prompt or a conversation in each row",
+    ):
         path = sources.local_path(name)  # of a person who is not here, or no path at all
         if not path.is_file():
             raise FileNotFoundError("no file lies there")
-    if not name.endswith(".txt"):
-        return data.questions(name, columns)
-    with refusing(
-        "the file of prompts cannot be read or is not in UTF-8", name, "save it as UTF-8"
-    ):
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-        rows = [generate.row_of(line) for line in lines if line.strip()]
-    if not rows:
-        raise KitError(
-            "the file of prompts is empty", value=name, remedy="write a prompt on each line"
-        )
+        if name.endswith(".txt"):
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+            rows = [generate.row_of(line) for line in lines if line.strip()]
+        else:
+            needed = {column: own for column, own in columns.items() if column != "output"}
+            asked = reading.read(name, needed, asking=True)
+            rows = list(asked.select_columns(["instruction", "input"]))
+        if not rows:
+            raise ValueError("no row of it can be asked")
     return rows
 
 
@@ -77,20 +83,13 @@ def answer_file(
     with files.writing(target, "name a file in a folder that you may write to"):
         target = target.resolve()  # a link stays a link
         if target.exists() and not target.is_file():
-            raise KitError(
-                "this is no file, and is left alone",
-                value=str(target),
-                remedy="name a file for the answers",
-            )
+            raise ValueError("this is no file, and is left alone")
         target.parent.mkdir(parents=True, exist_ok=True)
         lock = files.sole_writer(target)
     with lock:
         answered = _answers_in(target)
         by = _author(model, settings)
-        asked = [
-            {"n": n, "by": by, "instruction": row["instruction"], "input": row["input"]}
-            for n, row in enumerate(rows)
-        ]
+        asked = [{"n": n, "by": by, **row} for n, row in enumerate(rows)]
         for n, record in answered.items():
             if n not in range(len(asked)) or not asked[n].items() <= record.items():
                 raise KitError(

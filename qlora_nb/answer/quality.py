@@ -87,8 +87,8 @@ def text_losses(model, tokenizer, texts: list[str]) -> torch.Tensor:
     """
     encoded = tokenizer(texts, truncation=True, max_length=128, add_special_tokens=False)
     rows = [{"input_ids": ids, "labels": ids} for ids in encoded["input_ids"]]
-    total, n = evaluate.row_losses(model, tokenizer, rows).unbind(1)
-    return total / n
+    losses = evaluate.row_losses(model, tokenizer, rows)
+    return evaluate.mean_loss(losses[:, None])
 
 
 @dataclass(frozen=True)

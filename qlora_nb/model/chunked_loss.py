@@ -78,12 +78,10 @@ def logits_cross_entropy(
     """The same loss from a model's whole logits (rows, tokens, vocabulary), for a model whose head
     cannot be applied apart.
     """
-
-    def as_they_are(logits):
-        return logits
-
-    n_tokens = labels.numel()
-    return chunked_cross_entropy(outputs.logits, labels, as_they_are, n_tokens, num_items_in_batch)
+    head = nn.Identity()
+    return chunked_cross_entropy(
+        outputs.logits, labels, head, chunk=labels.numel(), n_items=num_items_in_batch
+    )
 
 
 @contextmanager
@@ -138,9 +136,6 @@ def whole_head(model: nn.Module) -> Iterator[None]:
     two steps.
     """
     head = model.get_output_embeddings()
-    forward = getattr(head, "forward", None)
-    if hasattr(forward, "instead_of"):
-        with replaced_forward(head, forward.instead_of):
-            yield
-    else:
+    forward = getattr(head.forward, "instead_of", head.forward)
+    with replaced_forward(head, forward):
         yield

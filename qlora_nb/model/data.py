@@ -9,8 +9,6 @@ The micro-world that ships with the kit has its own held-out split; of any other
 `eval_rows` of a fixed shuffle are held out. Caching and mapping are the work of `datasets`.
 """
 
-from pathlib import Path
-
 import datasets
 from transformers import PreTrainedTokenizerBase
 
@@ -22,14 +20,13 @@ _WITH_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Res
 
 _WITHOUT_INPUT = "### Instruction:\n{instruction}\n\n### Response:\n"
 
-_TASK = "Below is an instruction that describes a task"
-
-_CONTEXT = ", paired with an input that provides further context"
-
-_REQUEST = ". Write a response that appropriately completes the request.\n\n"
-
 TEMPLATES = {
-    "alpaca": (_TASK + _CONTEXT + _REQUEST + _WITH_INPUT, _TASK + _REQUEST + _WITHOUT_INPUT),
+    "alpaca": (
+        "Below is an instruction that describes a task, paired with an input that provides further "
+        "context. Write a response that appropriately completes the request.\n\n" + _WITH_INPUT,
+        "Below is an instruction that describes a task. Write a response that appropriately "
+        "completes the request.\n\n" + _WITHOUT_INPUT,
+    ),
     "alpaca_short": (_WITH_INPUT, _WITHOUT_INPUT),
 }
 """Template → prompt with an input and without: Stanford Alpaca's own, and the same without its
@@ -51,7 +48,7 @@ def load(settings) -> tuple[datasets.Dataset, datasets.Dataset]:
     """
     if settings.dataset == "pocket":
         train = datasets.Dataset.from_list(pocket.read("train"))
-        held_out = datasets.Dataset.from_list(pocket.read("test"))
+        held_out = datasets.Dataset.from_list(pocket.read("test")[: settings.eval_rows])
     else:
         rows = reading.read(settings.dataset, settings.columns)
         _require_enough(len(rows), settings)
@@ -63,7 +60,6 @@ def load(settings) -> tuple[datasets.Dataset, datasets.Dataset]:
         n_train = min(n_train, settings.max_steps * settings.rows_in_a_step)
     train = train.shuffle(seed=settings.seed)
     train = train.take(min(len(train), n_train))
-    held_out = held_out.take(min(len(held_out), settings.eval_rows))
     _say_overlap(train, held_out)
     return train, held_out
 
@@ -83,36 +79,13 @@ def _require_enough(n_rows: int, settings) -> None:
 
 
 def _say_overlap(train: datasets.Dataset, held_out: datasets.Dataset) -> None:
-    trained = set(_texts(train))
-    n_same = sum(row in trained for row in _texts(held_out))
+    trained = train.to_pandas().drop_duplicates()
+    n_same = len(held_out.to_pandas().merge(trained))
     if n_same:
         print(
             f"{n_same} of {len(held_out)} held-out rows are training rows too, word for word: "
             "they measure memory"
         )
-
-
-def _texts(rows: datasets.Dataset) -> list[tuple[str, ...]]:
-    columns = rows.select_columns(list(reading.COLUMNS))[:]
-    return list(zip(*columns.values(), strict=True))
-
-
-def questions(name: str, columns: dict[str, str]) -> list[dict[str, str]]:
-    """Instructions and inputs of a file whose rows need no answer.
-
-    Raises:
-        KitError: the file cannot be read, or no row of it can be asked.
-    """
-    asked = {column: own for column, own in columns.items() if column != "output"}
-    rows = reading.read(name, asked, asking=True)
-    if not len(rows):
-        raise KitError(
-            "no row of this file can be asked",
-            value=Path(name).name,
-            allowed="an instruction or a prompt in a row, or a conversation in which a user speaks",
-            remedy="look at its rows",
-        )
-    return list(rows.select_columns(["instruction", "input"]))
 
 
 def prompt_of(row: dict[str, str], template: str = "alpaca") -> str:
@@ -131,12 +104,9 @@ def prompt_ids(row: dict[str, str], tokenizer: PreTrainedTokenizerBase, template
     """Token ids of a row's prompt. Some tokenizers put the end token behind every text: not behind
     a text that is to be continued.
     """
-    text = prompt_of(row, template)
-    ids = tokenizer(text)["input_ids"]
-    own = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if own[-1] != tokenizer.eos_token_id:
-        while len(ids) > len(own) and ids[-1] == tokenizer.eos_token_id:
-            ids = ids[:-1]
+    ids = tokenizer(prompt_of(row, template))["input_ids"]
+    while ids[-1] == tokenizer.eos_token_id:
+        ids.pop()
     return ids
 
 
@@ -156,7 +126,6 @@ def tokenize_rows(
     """
     max_length = settings.max_length
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special.update(tokenizer.all_special_ids)
     special.discard(tokenizer.unk_token_id)  # any unknown character becomes this one
     encoded = rows.map(
         _encode_row,
@@ -198,10 +167,9 @@ def _encode_row(
 ) -> dict[str, object]:
     prompt = prompt_ids(row, tokenizer, template)
     written = tokenizer(row["output"], add_special_tokens=False)["input_ids"]
-    start = 0
-    while start < len(prompt) and prompt[start] in special:
-        start += 1  # what some tokenizers put before every text
-    in_text = [i for i in prompt[start:] + written if i in special]
+    # without what some tokenizers put before every text
+    asked = tokenizer(prompt_of(row, template), add_special_tokens=False)["input_ids"]
+    in_text = [i for i in asked + written if i in special]
     end = [tokenizer.eos_token_id]
     room = max_length - len(prompt)
     answer = written + end

@@ -36,12 +36,11 @@ def compute_dtype(choice: str = "auto") -> torch.dtype:
     """The dtype of the arithmetic. `auto` is bfloat16 where the GPU has it, float16 on older GPUs,
     float32 on a CPU; bfloat16 asked for on a GPU that lacks it becomes float16, with a notice.
     """
-    card = machine.card() if on_gpu() else None
-    if choice == "auto" and card is None:
-        return torch.float32
-    if choice == "auto":
-        return torch.bfloat16 if card.has_bf16 else torch.float16
-    if choice == "bfloat16" and card is not None and not card.has_bf16:
+    best = torch.float32
+    if on_gpu():
+        card = machine.card()
+        best = torch.bfloat16 if card.has_bf16 else torch.float16
+    if choice == "bfloat16" and best == torch.float16:
         print(f"{card.name} has no bfloat16: computing in float16 instead")
-        return torch.float16
-    return getattr(torch, choice)
+        choice = "auto"
+    return best if choice == "auto" else getattr(torch, choice)

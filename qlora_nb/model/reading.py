@@ -18,12 +18,12 @@ import gzip
 import json
 import lzma
 import math
-from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
 import datasets
-from tqdm import tqdm
+import pandas
 
 from qlora_nb import sources
 from qlora_nb.errors import KitError, refusing
@@ -49,51 +49,23 @@ def read(name: str, columns: dict[str, str], asking: bool = False) -> datasets.D
         asking: the rows are to be asked, so they need no answer; `output` is empty.
 
     Raises:
-        KitError: the data cannot be read, lacks a column, holds something other than text, or no
-            conversation in it has an answer.
+        KitError: the data cannot be read, lacks a column, or holds something other than text.
     """
-    needed = ["instruction"] if asking else ["instruction", "output"]
     rows = _renamed(_read_table(name), columns)
     talks = None
     if "instruction" not in rows.column_names:
         with _reading(name):  # the turns can be of any type
             talks = conversations.exchanges(rows, asking)
+    found = talks if talks else _as_texts(rows, name, asking)
+    reasons = found.select_columns(["left_out", "row"]).to_pandas()
+    _say_left_out(reasons[reasons["left_out"] != ""], len(found))
+    kept = found.filter(lambda row: not row["left_out"], desc="checking")
+    unused = sorted(set(rows.column_names) - set(COLUMNS))
     if talks:
-        texts = talks.select_columns(list(COLUMNS))
-        reasons = talks["left_out"][:]
-        numbers = talks["row"][:]
-    else:
-        texts = _as_texts(rows, name, needed)
-        reasons = [""] * len(texts)
-        numbers = range(len(texts))
-    kept = []
-    left_out = defaultdict(list)
-    for i, row in enumerate(tqdm(texts, desc="checking", unit="row")):
-        is_whole = all(row[column].strip() for column in needed)
-        if is_whole and not reasons[i]:
-            kept.append(i)
-        else:
-            left_out[reasons[i]].append(numbers[i])
-    _say_left_out(left_out, len(texts), needed)
-    if talks:
-        if not kept and not asking:
-            raise _no_exchange(name, next(iter(left_out)))
-        conversations.say_what_is_taken(talks.select(kept), asking)
-    else:
-        unused = sorted(set(rows.column_names) - set(COLUMNS))
-        if unused:
-            print(f"columns that are not used: {_first([repr(column) for column in unused])}")
-    return texts.select(kept)
-
-
-def _no_exchange(name: str, reason: str) -> KitError:
-    roles = ", ".join("/".join(words) for words in conversations.ROLES.values())
-    return KitError(
-        f"the conversations cannot be read as questions and answers: {reason}",
-        value=Path(name).name,
-        allowed=f"turns with a role ({roles}) and a text",
-        remedy="look at its first row",
-    )
+        conversations.say_what_is_taken(kept)
+    elif unused:
+        print(f"columns that are not used: {_first([repr(column) for column in unused])}")
+    return kept.select_columns(list(COLUMNS))
 
 
 def _read_table(name: str) -> datasets.Dataset:
@@ -117,12 +89,7 @@ def _read_file(path: Path) -> datasets.Dataset:
     uncompressed = path.with_suffix("") if is_compressed else path
     suffix = uncompressed.suffix.lower()
     if suffix not in _READERS or not path.is_file():
-        raise KitError(
-            "unknown kind of data file",
-            value=path.name,
-            allowed=f"a file that ends in {', '.join(_READERS)}",
-            remedy="convert it to one of these",
-        )
+        raise ValueError(f"it is no file that ends in {', '.join(_READERS)}")
     options = {}
     if suffix != ".parquet" and path.suffix != ".zst":
         opener = _OPENERS.get(path.suffix, open)
@@ -162,53 +129,46 @@ def _check_json(file: TextIO) -> None:
     """Name the first line that is not JSON, or the first row that has no named columns."""
     is_list = file.read(4096).lstrip().startswith("[")
     file.seek(0)
-    if is_list:
-        rows = _parsed(file.read())
-    else:
-        rows = (_parsed(line, n) for n, line in enumerate(file) if line.strip())
+    rows = json.load(file) if is_list else _json_lines(file)
     for i, row in enumerate(rows):
         if not isinstance(row, dict):
             raise ValueError(f"row {i} has no named columns: {row!r:.60}")
 
 
-def _parsed(text: str, lines_before: int = 0) -> object:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = lines_before + error.lineno
-        raise ValueError(f"line {line}: {error.msg} at character {error.colno}") from None
+def _json_lines(file: TextIO) -> Iterator[object]:
+    for n, line in enumerate(file, start=1):
+        try:
+            if line.strip():
+                yield json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {n}: {error.msg} at character {error.colno}") from None
 
 
 def _renamed(rows: datasets.Dataset, columns: dict[str, str]) -> datasets.Dataset:
     """Call the data's own columns what the kit calls them; a column that had such a name before
     goes.
     """
+    there = rows.column_names
     theirs = set(columns.values())
-    unknown = sorted(theirs - set(rows.column_names))
-    if unknown:
+    if len(theirs & set(there)) < len(columns):
         raise KitError(
-            "columns names what the data does not have",
-            value=", ".join(unknown),
-            allowed=", ".join(rows.column_names),
-        )
-    if len(theirs) < len(columns):
-        raise KitError(
-            "columns names one column of the data twice",
+            "columns names what the data does not have, or one column of the data twice",
             value=columns,
-            allowed="another one for each",
+            allowed=f"{', '.join(there)}, each once",
         )
-    replaced = [name for name in columns if name in rows.column_names and name not in theirs]
+    replaced = [name for name in columns if name in there and name not in theirs]
     new_names = {own: column for column, own in columns.items() if own != column}
     return rows.remove_columns(replaced).rename_columns(new_names)
 
 
-def _as_texts(rows: datasets.Dataset, name: str, needed: list[str]) -> datasets.Dataset:
-    """The three columns of every row; whatever is not there is empty text, and so is an answer that
-    is not needed.
+def _as_texts(rows: datasets.Dataset, name: str, asking: bool) -> datasets.Dataset:
+    """The three columns of every row, `left_out` (why it cannot be used, or nothing) and `row`, its
+    number. Whatever is not there is empty text, and so is an answer that is not needed.
 
     Raises:
         KitError: a needed column is missing, or a value is something other than text.
     """
+    needed = ["instruction"] if asking else ["instruction", "output"]
     there = rows.column_names
     used = [column for column in there if column == "input" or column in needed]
     missing = [column for column in needed if column not in there]
@@ -220,48 +180,43 @@ def _as_texts(rows: datasets.Dataset, name: str, needed: list[str]) -> datasets.
             "or a conversation (messages, OASST, Guanaco)",
             remedy="name them, as columns=instruction=question,output=answer",
         )
+
+    how = {"name": Path(name).name, "needed": needed}
     with _reading(name):
         return rows.select_columns(used).map(
-            _texts_of,
-            batched=True,
-            with_indices=True,
-            fn_kwargs={"name": Path(name).name},
-            features=datasets.Features(dict.fromkeys(COLUMNS, datasets.Value("string"))),
+            _as_text, with_indices=True, fn_kwargs=how, features=conversations.ROW
         )
 
 
-def _texts_of(columns: dict[str, list], numbers: list[int], name: str) -> dict[str, list[str]]:
-    """Some rows' columns as text: a column, a null or the NaN that pandas writes becomes empty."""
-    texts = {}
+def _as_text(row: dict, number: int, name: str, needed: list[str]) -> dict[str, object]:
+    """A row as text: a column, a null or the NaN that pandas writes becomes empty."""
+    found = {"left_out": "", "row": number}
     for column in COLUMNS:
-        texts[column] = [""] * len(numbers)
-        for i, value in enumerate(columns.get(column, [])):
-            if isinstance(value, str):
-                texts[column][i] = value
-            elif value is not None and not (isinstance(value, float) and math.isnan(value)):
-                raise KitError(
-                    f"column {column} is not text in row {numbers[i]}",
-                    value=value,
-                    allowed="text",
-                    remedy=f"look at {name}",
-                )
-    return texts
+        value = row.get(column)
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            value = ""
+        if not isinstance(value, str):
+            raise KitError(
+                f"column {column} is not text in row {number}",
+                value=value,
+                allowed="text",
+                remedy=f"look at {name}",
+            )
+        if column in needed and not value.strip():
+            found["left_out"] = f"no {column}"
+        found[column] = value
+    return found
 
 
-def _say_left_out(left_out: dict[str, list[int]], n_rows: int, needed: list[str]) -> None:
+def _say_left_out(left_out: pandas.DataFrame, n_rows: int) -> None:
     """One line for each reason: how many rows, which ones."""
-    lacking = " or no ".join(needed).replace("output", "answer")
-    reasons = list(left_out)
-    for reason in reasons[:MOST_REASONS]:
-        numbers = left_out[reason]
-        why = f" ({reason})" if reason else ""
+    by_reason = left_out.groupby("left_out", sort=False)["row"].apply(list)
+    for reason, numbers in by_reason.head(MOST_REASONS).items():
         rows = _first(numbers)
-        print(
-            f"{len(numbers)} of {n_rows} rows have no {lacking}{why} and are left out: rows {rows}"
-        )
-    others = reasons[MOST_REASONS:]
-    if others:
-        n_others = sum(len(left_out[reason]) for reason in others)
+        print(f"{len(numbers)} of {n_rows} rows are left out ({reason}): rows {rows}")
+    others = by_reason.iloc[MOST_REASONS:]
+    if len(others):
+        n_others = others.map(len).sum()
         print(f"{n_others} more rows are left out for {len(others)} other reasons")
 
 
