@@ -475,13 +475,13 @@ def test_rehearsal_states_are_paged_again_after_a_resume_and_a_retry(tmp_path, m
         def on_step_end(self, args, state, control, optimizer=None, **kwargs):
             counted.append(rehearsal.paged_states(optimizer))
 
-    begin = trainer.QLoRATrainer.__init__
+    make = trainer.QLoRATrainer.make
 
-    def begin_counting(self, *args, **options):
-        begin(self, *args, **options)
+    def make_counting(self, *args, **options):
+        make(self, *args, **options)
         self.add_callback(Count())
 
-    monkeypatch.setattr(trainer.QLoRATrainer, "__init__", begin_counting)
+    monkeypatch.setattr(trainer.QLoRATrainer, "make", make_counting)
     *_, whole, _, expected = finetuned(tmp_path / "whole", **way)
     should = counted[0][1]
     assert should
@@ -572,13 +572,14 @@ def test_rehearsal_of_memory_that_runs_out_keeps_the_finished_steps(tmp_path, mo
     """
     rehearsal.card(monkeypatch, AMPERE)
     made = []
-    begin = trainer.QLoRATrainer.__init__
+    create = trainer.QLoRATrainer.create_optimizer
 
-    def begin_noting(self, *args, **options):
-        begin(self, *args, **options)
-        made.append(weakref.ref(self))
+    def create_noting(self, model=None):
+        optimizer = create(self, model)
+        made.append(weakref.ref(optimizer))
+        return optimizer
 
-    monkeypatch.setattr(trainer.QLoRATrainer, "__init__", begin_noting)
+    monkeypatch.setattr(trainer.QLoRATrainer, "create_optimizer", create_noting)
 
     def hurt(model):
         _raise_in_pass(model, {4}, torch.OutOfMemoryError(OUT_OF_MEMORY))
