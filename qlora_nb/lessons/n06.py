@@ -11,11 +11,10 @@ import itertools
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pandas
 from IPython.display import HTML, Code
 from pandas.io.formats.style import Styler
-
-import numpy as np
 
 from qlora_nb.ui import checks, style
 
