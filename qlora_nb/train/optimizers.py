@@ -11,6 +11,8 @@ there are any. For pythia-12b with rank 64 that is 1.4 GiB, needed just when mem
 import torch
 from bitsandbytes.optim.optimizer import Optimizer8bit
 
+from qlora_nb.model import device
+
 STATES = ("state1", "state2")
 """Adam's two running means, as bitsandbytes names them."""
 
@@ -19,6 +21,9 @@ def keep_paged(optimizer: torch.optim.Optimizer) -> None:
     """Let a bitsandbytes optimizer load states into pages; any other optimizer is left as it is."""
     if not isinstance(optimizer, Optimizer8bit):
         return
+    if optimizer.is_paged and not device.on_gpu():
+        print("no GPU here: there is nothing to page, the optimizer's states lie in main memory")
+        optimizer._cpu_paged_warned = True  # bitsandbytes' own warning of that
 
     def load_state_dict(state_dict: dict) -> None:
         before = dict(optimizer.state)

@@ -77,6 +77,7 @@ def loss_curve(
     before: float | None = None,
     after: float | None = None,
     held_out: Mapping[int, float] = {},
+    max_steps: int = 0,
 ) -> str:
     """Training loss of each step (nats per answer token) and its mean over a tenth of the steps.
 
@@ -85,6 +86,7 @@ def loss_curve(
         before: held-out loss before training.
         after: held-out loss after it; drawn with `before`, or neither.
         held_out: optimizer step → held-out loss while training.
+        max_steps: where the axis ends while training goes on.
     """
     steps = range(1, len(losses) + 1)
     window = max(1, len(losses) // 10)
@@ -100,4 +102,6 @@ def loss_curve(
         ax.plot(list(seen), list(seen.values()), "D", label="held-out rows", **points)
         finding = f"Held-out loss goes from {before:.2f} to {after:.2f} nats"
     ax.set_ylim(bottom=0)
+    if max_steps:
+        ax.set_xlim(0, max_steps + 1)
     return finding

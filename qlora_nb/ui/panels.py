@@ -5,6 +5,7 @@ sets as values of `Label` and `Textarea`, which never interpret text: nothing th
 can run in the page. Work that a button starts runs in one worker thread and stops by an Event.
 """
 
+import math
 import threading
 import time
 
@@ -22,7 +23,7 @@ from qlora_nb.ui import charts, widgets
 class LiveTraining:
     """Progress bar, numbers and loss curve of a run while it trains; plain lines for a batch run.
 
-    `display(view.box)`, then pass `view` as `report` to `trainer.finetune`.
+    `display(view.box)`, then give `view` to `callbacks.Watch`, which calls it after each step.
 
     Args:
         max_steps: optimizer steps of the run. Eight of them are printed, and one a minute where
@@ -40,7 +41,7 @@ class LiveTraining:
         self.said = time.perf_counter()
 
     def __call__(self, step: dict) -> None:
-        """Show one optimizer step, as `trainer.finetune` reports it."""
+        """Show the numbers of one optimizer step."""
         number = step["step"]
         last = number == step["max_steps"]
         now = time.perf_counter()
@@ -49,6 +50,8 @@ class LiveTraining:
             f"learning rate {step['learning_rate']:.1e} · {step['tokens_per_s']:,.0f} tokens/s · "
             f"{step['memory_bytes'] / cards.GIB:.2f} GiB · {step['seconds_left']:.0f} s left"
         )
+        if not self.losses:  # a resumed run: what came before is not drawn
+            self.losses = [math.nan] * (number - 1)
         self.losses.append(step["loss"])
         self.bar.value = number
         self.text.value = line
@@ -56,7 +59,7 @@ class LiveTraining:
             print(line)
             self.said = now
         if last or now - self.drawn > 2:
-            figure = charts.loss_curve(self.losses)
+            figure = charts.loss_curve(self.losses, max_steps=step["max_steps"])
             self.curve.value = print_figure(figure, bbox_inches=None, dpi=80)
             self.curve.layout.display = "block"
             self.drawn = time.perf_counter()
