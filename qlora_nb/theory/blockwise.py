@@ -222,8 +222,8 @@ def entropy_bits(share: Tensor) -> float:
     >>> entropy_bits(torch.full((16,), 1 / 16))
     4.0
     """
-    nats = torch.special.entr(share).sum().item()
-    return nats / math.log(2)
+    used = share[share > 0]
+    return -(used * used.log2()).sum().item()
 
 
 def check_blocksize(blocksize: int, name: str = "blocksize") -> None:
