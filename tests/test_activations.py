@@ -133,7 +133,7 @@ def test_each_further_layer_keeps_the_same(checkpointing):
     how = {"dtype": torch.float32, "rest_dtype": torch.float32, "checkpointing": checkpointing}
     plan = Plan(config, batch=2, length=96, r=8, **how)
     kept = dry_run.dry_run(plan).kept
-    counts = [dry_run._count(n, plan)["kept"] for n in (1, 2, 4, 8)]
+    counts = [dry_run._count(n, plan).kept for n in (1, 2, 4, 8)]
     assert [b - a for a, b in pairwise(counts)] == [kept, 2 * kept, 4 * kept]
 
 

@@ -143,7 +143,7 @@ def test_a_run_that_cannot_fit_is_refused_with_the_options_that_help():
     preflight.require_fit(FULL, machine_with(24))
     with pytest.raises(
         KitError,
-        match=r"pythia-12b does not fit this GPU: fine-tuning is predicted to need 10\.\d GiB",
+        match=r"pythia-12b does not fit this GPU: fine-tuning is predicted to need 10\.\d\d GiB",
     ) as refused:
         preflight.require_fit(FULL, machine_with(8))
     assert "r=16" in refused.value.remedy

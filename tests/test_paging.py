@@ -102,7 +102,7 @@ def test_refusals():
     with pytest.raises(KitError, match="positive"):
         paging.simulate([sizes()], 0)
     with pytest.raises(KitError, match="bandwidth"):
-        paging.StepRecord(1, True).seconds(0)
+        paging.StepRecord(True).seconds(0)
     with pytest.raises(KitError, match="8, 32"):
         paging.state_bytes(10, 16)
 

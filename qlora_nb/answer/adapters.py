@@ -9,7 +9,8 @@ completely (trained biases, repeated layers). Source: PEFT, `peft_model.py`.
 """
 
 import json
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from peft import PeftModel, get_peft_model_state_dict
@@ -60,30 +61,64 @@ def find_adapter(settings) -> tuple[Path, str]:
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """Put a saved adapter on a base model.
+    """Put a saved adapter on a base model, as notebook 07 does it in view.
 
     Raises:
-        KitError: it was made for a model of another shape, or its files are damaged.
+        KitError: see `loading` and `checked`.
+    """
+    with loading(model, folder):
+        tuned = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
+    return checked(tuned, folder)
+
+
+@contextmanager
+def loading(model: PreTrainedModel, folder: Path) -> Iterator[None]:
+    """Context in which whatever an adapter that does not fit makes a library say becomes a refusal.
+
+    Raises:
+        KitError: it was made for a model of another shape, or its files are not those that were
+            sealed.
     """
     seal.require_whole(folder)
-    own = _base_name(model.config.name_or_path)
-    made_for = "another model"
-    with suppress(ValueError, AttributeError, OSError):
-        config = json.loads((folder / CONFIG).read_text())
-        made_for = _base_name(str(config.get("base_model_name_or_path")))
     with refusing(
-        f"the adapter does not fit: it was made for {made_for}, the model here is {own}",
+        f"the adapter does not fit: it was made for {_made_for(folder)}, "
+        f"the model here is {_base_name(model.config.name_or_path)}",
         folder.name,
         "load the base the adapter was trained on, or take another copy of the adapter",
     ):
-        tuned = PeftModel.from_pretrained(model, str(folder), is_trainable=False).eval()
+        yield
+
+
+def checked(tuned: PeftModel, folder: Path) -> PeftModel:
+    """A model with its adapter, in eval mode, guarded against what PEFT accepts without a word.
+
+    - Configuration and weights of the adapter name the same layers, and the weights are real
+      numbers.
+    - Nothing of it stays on when it is switched off (trained biases, repeated layers).
+    - With it the model computes numbers.
+    - An adapter that was made for a base of another name is said to be.
+
+    Raises:
+        KitError: one of these does not hold.
+    """
+    tuned.eval()
+    with loading(tuned, folder):
         _require_usable(tuned, folder / WEIGHTS)
-    if made_for != own:
+    own = _base_name(tuned.config.name_or_path)
+    if _made_for(folder) != own:
         print(
-            f"the adapter was made for {made_for}, the model here is {own}: "
+            f"the adapter was made for {_made_for(folder)}, the model here is {own}: "
             "if these are two models, its answers mean nothing"
         )
     return tuned
+
+
+def _made_for(folder: Path) -> str:
+    """The name of the base an adapter was trained on, as its configuration says."""
+    with suppress(ValueError, AttributeError, OSError):
+        config = json.loads((folder / CONFIG).read_text())
+        return _base_name(str(config.get("base_model_name_or_path")))
+    return "another model"
 
 
 def _require_usable(tuned: PeftModel, weights: Path) -> None:

@@ -10,6 +10,7 @@ in notebook 07. Merging itself, W + (alpha / r) B A, is PEFT's `merge_and_unload
 """
 
 import json
+import warnings
 from pathlib import Path
 
 import bitsandbytes.functional as bnb
@@ -57,6 +58,7 @@ def merged(settings, adapter: Path, way: str = "dequantized") -> PreTrainedModel
         "keep it beside its base, or merge it another way",
     ):
         _require_room_for_biases(tuned)
+        warnings.filterwarnings("ignore", "Merge lora module to 4-bit")  # notebook 07 measures that
         return tuned.merge_and_unload(progressbar=True)
 
 

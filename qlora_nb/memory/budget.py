@@ -38,15 +38,13 @@ def peak(plan: Plan) -> ledger.Ledger:
     Attention is counted as fused (query, key, value and output are kept, scores are not).
     """
     static = ledger.predict(plan)
-    lines = {line.name: line for line in static.lines}
     if plan.train and plan.r:
         changing = _at_the_peak_of_a_step(plan, static[ledger.GRADIENTS])
     else:
         changing = _at_the_peak_of_a_generation(plan)
-    for line in changing:
-        lines[line.name] = line
+    lines = {line.name: line for line in (*static.lines, *changing.lines)}
     if plan.on_gpu:
-        slack = int(SLACK * sum(line.bytes for line in changing))
+        slack = int(SLACK * changing.total_bytes)
         source = f"0.45 GiB + {SLACK:.0%} of gradients, activations and cache"
         lines[CUDA] = ledger.Line(CUDA, cards.CONTEXT_BYTES + slack, source)
     kind = "fine-tuning" if plan.train else "answering"
@@ -54,7 +52,7 @@ def peak(plan: Plan) -> ledger.Ledger:
     return ledger.Ledger(f"predicted peak, {kind}", found)
 
 
-def _at_the_peak_of_a_step(plan: Plan, gradients: int) -> list[ledger.Line]:
+def _at_the_peak_of_a_step(plan: Plan, gradients: int) -> ledger.Ledger:
     now = dry_run.dry_run(plan)
     always = gradients if plan.accumulation > 1 else 0
     sizes = paging.StepSizes(
@@ -71,35 +69,31 @@ def _at_the_peak_of_a_step(plan: Plan, gradients: int) -> list[ledger.Line]:
     n_layers = -(-kept // max(now.kept, 1))
     layers = f"{n_layers} layers × {now.kept:,} bytes, {plan.batch} × {plan.length} tokens"
     work = f"at the peak, in the phase {moment.phase}; dry run of one layer and the head"
-    return [
+    lines = (
         ledger.Line(ledger.GRADIENTS, always + moment.parts["gradients"], "as the LoRA weights"),
         ledger.Line(KEPT, kept, layers),
         ledger.Line(WORK, moment.parts[WORK], work),
-    ]
+    )
+    return ledger.Ledger(moment.phase, lines)
 
 
-def _at_the_peak_of_a_generation(plan: Plan) -> list[ledger.Line]:
+def _at_the_peak_of_a_generation(plan: Plan) -> ledger.Ledger:
     """The larger of two moments: all tokens are read at once, or the last one is written."""
     per_token = ledger.kv_cache_bytes(plan.config, plan.dtype)
-    many = dry_run.dry_run(plan)
-    one = dry_run.dry_run(replace(plan, length=1))
-    reading = max(many.forward, many.loss)
-    writing = max(one.forward, one.loss)
-    n_read = plan.batch * plan.length
-    n_written = plan.batch * (plan.length + plan.new_tokens)
-    if reading + n_read * per_token >= writing + n_written * per_token:
-        n_tokens = n_read
-        work = reading
-        when = f"while {plan.batch} × {plan.length} tokens are read"
-    else:
-        n_tokens = n_written
-        work = writing
-        when = "while the last token is written"
-    cache = f"{n_tokens:,} tokens × {per_token:,} bytes"
-    return [
-        ledger.Line(CACHE, n_tokens * per_token, cache),
-        ledger.Line(WORK, work, f"{when}; dry run of one layer and the head"),
-    ]
+    read = f"while {plan.batch} × {plan.length} tokens are read"
+    written = "while the last token is written"
+    moments = []
+    for when, at_once, new_tokens in ((read, plan.length, 0), (written, 1, plan.new_tokens)):
+        now = dry_run.dry_run(replace(plan, length=at_once))
+        n_tokens = plan.batch * (plan.length + new_tokens)
+        cache = f"{n_tokens:,} tokens × {per_token:,} bytes"
+        work = f"{when}; dry run of one layer and the head"
+        lines = (
+            ledger.Line(CACHE, n_tokens * per_token, cache),
+            ledger.Line(WORK, max(now.forward, now.loss), work),
+        )
+        moments.append(ledger.Ledger(when, lines))
+    return max(moments, key=lambda moment: moment.total_bytes)
 
 
 def reconcile(
@@ -142,8 +136,7 @@ def options(settings, config=None, on_gpu: bool | None = None) -> list[Option]:
     """What would lower the training peak, each option alone: first those that leave the result as
     it is, largest first.
     """
-    if config is None:
-        config = configs.config_of(settings.model_id)
+    plan = plan_of(settings, config=config, on_gpu=on_gpu)
     one_row = {
         "per_device_train_batch_size": 1,
         "gradient_accumulation_steps": settings.rows_in_a_step,
@@ -163,21 +156,17 @@ def options(settings, config=None, on_gpu: bool | None = None) -> list[Option]:
         ({"max_length": min(256, settings.max_length)}, "longer answers are cut"),
     ]
 
-    def bytes_with(changes: dict[str, object]) -> int:
-        changed = settings.replace(**changes)
-        return peak(plan_of(changed, config=config, on_gpu=on_gpu)).total_bytes
-
-    now = bytes_with({})
-
-    def worth_it(candidates: list[tuple[dict[str, object], str]]) -> list[Option]:
-        found = []
+    now = peak(plan).total_bytes
+    found = []
+    for candidates in (same_result, other_result):
+        worth_it = []
         for changes, costs in candidates:
-            saves = now - bytes_with(changes)
+            changed = plan_of(settings.replace(**changes), config=plan.config, on_gpu=plan.on_gpu)
+            saves = now - peak(changed).total_bytes
             if saves > 0.002 * now:
-                found.append(Option(changes, saves, costs))
-        return sorted(found, key=lambda option: -option.saves)
-
-    return worth_it(same_result) + worth_it(other_result)
+                worth_it.append(Option(changes, saves, costs))
+        found += sorted(worth_it, key=lambda option: -option.saves)
+    return found
 
 
 def make_fit(settings, card_bytes: float, config=None) -> tuple[object, list[Option]] | None:
@@ -227,8 +216,11 @@ def largest_pythia(
     """
     for size in reversed(PYTHIA):
         config = configs.pythia_config(size)
+        chosen = settings
+        taken = []
         fit = make_fit(settings, card_bytes, config) if with_options else None
-        chosen, taken = fit or (settings, [])
+        if fit:
+            chosen, taken = fit
         found = peak(plan_of(chosen, train, config, on_gpu=True))
         if found.total_bytes <= card_bytes:
             return size, found, taken

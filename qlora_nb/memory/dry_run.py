@@ -131,17 +131,17 @@ def _dry_run(plan: Plan) -> Activations:
     elif plan.checkpointing:
         kept = plan.batch * plan.length * plan.config.hidden_size * plan.rest_dtype.itemsize
     else:
-        kept = _count(2, plan)["kept"] - one["kept"]
-    shared = one["kept"] - kept
+        kept = _count(2, plan).kept - one.kept
+    shared = one.kept - kept
     return Activations(
         kept=kept,
-        forward=one["forward"] + shared,
-        backward=one["backward"] + shared,
-        loss=one["loss"] + shared,
+        forward=one.forward + shared,
+        backward=one.backward + shared,
+        loss=one.loss + shared,
     )
 
 
-def _count(n_layers: int, plan: Plan) -> dict[str, int]:
+def _count(n_layers: int, plan: Plan) -> Activations:
     """Bytes kept after the forward pass of so many layers, and how much more each phase needs."""
     model = _model_on_meta(n_layers, replace(plan, batch=1, length=1, loss_chunk=0))
     base = model.get_base_model() if plan.r else model
@@ -155,12 +155,11 @@ def _count(n_layers: int, plan: Plan) -> dict[str, int]:
             input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
         )[0]
         kept = count.live
-        found = {"kept": kept, "forward": count.peak - kept, "backward": 0}
+        forward = count.peak - kept
         count.peak = kept
         if not trained:
             head(hidden[:, -1:]).float()
-            found["loss"] = count.peak - kept
-            return found
+            return Activations(kept, forward, backward=0, loss=count.peak - kept)
         leaf = hidden.detach().requires_grad_()
         if plan.loss_chunk:  # at worst every token trains
             tokens = leaf.flatten(0, 1).clone()
@@ -170,13 +169,12 @@ def _count(n_layers: int, plan: Plan) -> dict[str, int]:
             with _given(base, leaf):  # what the model computes after its head counts too
                 loss = base(input_ids=ids, labels=ids).loss
         loss.backward()
-        found["loss"] = count.peak - kept
+        loss_and_back = count.peak - kept
         del loss
         count.peak = count.live
         hidden.backward(leaf.grad)
     gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
-    found["backward"] = count.peak - kept - gradients
-    return found
+    return Activations(kept, forward, count.peak - kept - gradients, loss_and_back)
 
 
 @contextmanager

@@ -144,10 +144,11 @@ def optimizer_bytes(numels: Sequence[int], optim: str) -> int:
     """
     if optim == "adamw_torch":
         return sum(8 * n + 4 for n in numels)
-    if "8bit" not in optim:
-        return sum(paging.state_bytes(n) for n in numels)
-    tables = 2048 if any(n >= paging.MIN_8BIT for n in numels) else 0
-    return sum(paging.state_bytes(n, bits=8) for n in numels) + tables
+    bits = 8 if "8bit" in optim else 32
+    states = sum(paging.state_bytes(n, bits) for n in numels)
+    if bits == 8 and max(numels, default=0) >= paging.MIN_8BIT:
+        states += 2048
+    return states
 
 
 def predict(plan: Plan) -> Ledger:
@@ -167,12 +168,9 @@ def predict(plan: Plan) -> Ledger:
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings().weight
     layers = [layer.weight.numel() for layer in linear_layers(model).values()]
-    tied = head is embedding
-    n_ends = embedding.numel()
-    if not tied:
-        n_ends += head.numel()
+    n_ends = sum(weight.numel() for weight in {embedding, head})  # tied they are one
     n_small = sum(p.numel() for p in model.parameters()) - sum(layers) - n_ends
-    if plan.four_bit and not tied:
+    if plan.four_bit and head is not embedding:
         if plan.head_4bit:
             layers += [rows * head.shape[1] for rows in embeddings.slice_rows(head.shape[0])]
             n_ends -= head.numel()
@@ -253,16 +251,16 @@ def measure(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
 def _live_tensors(model: nn.Module, optimizer) -> Iterator[tuple[str, torch.Tensor | None]]:
     """(line, tensor) for everything that a model and its optimizer hold."""
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-    embedded = {id(getattr(module, "weight", None)) for module in ends}
-    matrices = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    embedded = {getattr(module, "weight", None) for module in ends}
+    matrices = {module.weight for module in model.modules() if isinstance(module, nn.Linear)}
     for name, parameter in model.named_parameters():
         if getattr(parameter, "quant_state", None) is not None:
             yield from _packed_tensors(parameter)
         elif "lora_" in name:
             yield LORA, parameter
-        elif id(parameter) in embedded:
+        elif parameter in embedded:
             yield EMBEDDINGS, parameter
-        elif id(parameter) in matrices:
+        elif parameter in matrices:
             yield LINEARS, parameter
         else:
             yield SMALL, parameter
@@ -307,10 +305,9 @@ def stored_bytes(model: nn.Module) -> dict[str, int]:
 
     As for `measure`, call it before the model has computed anything in eval mode.
     """
-    total = dict.fromkeys(("codes", "scales", "scales of scales", "mean"), 0)
+    total = Counter()
     for layer in linear_layers(model).values():
-        for part, size in layer_bytes(layer).items():
-            total[part] += size
+        total.update(layer_bytes(layer))
     total["rest"] = measure(model).sum((EMBEDDINGS, SMALL, BUFFERS))
     return total
 

@@ -90,22 +90,23 @@ def refuse_many_processes() -> None:
         sizes.append("SLURM_NTASKS")
     alone = dict.fromkeys(sizes, 1)
     alone.update(dict.fromkeys(RANKS, 0))
+    signs = []
     for name, value in alone.items():
         given = os.environ.get(name, "").strip()
         if given.isdecimal() and int(given) > value:
-            _refuse_process(f"{name}={given}")
+            signs.append(f"{name}={given}")
     distributed = sys.modules.get("torch.distributed")
     if distributed and distributed.is_available() and distributed.is_initialized():
         n_processes = distributed.get_world_size()
         if n_processes > 1:
-            _refuse_process(f"a process group of {n_processes}")
+            signs.append(f"a process group of {n_processes}")
+    if signs:
+        raise KitError(
+            "this is one of several processes started together, and the kit runs in one alone",
+            value=", ".join(signs),
+            remedy="start it once, without torchrun, accelerate launch, mpirun or srun -n",
+        )
     os.environ.pop("LOCAL_RANK", None)
-
-
-def _refuse_process(sign: str) -> None:
-    what = "this is one of several processes started together, and the kit runs in one alone"
-    remedy = "start it once, without torchrun, accelerate launch, mpirun or srun -n"
-    raise KitError(what, value=sign, remedy=remedy)
 
 
 def refuse_on_cpu(model_id: str, bytes_16_bit: int, here: machine.Machine) -> None:
@@ -164,14 +165,13 @@ def require_fit(settings, here: machine.Machine, train: bool = True) -> None:
     else:
         remedy = 'profile="tiny" runs anywhere'
     kind = "fine-tuning" if train else "answering"
-    digits = 1 if needed - limit > 0.1 * cards.GIB else 2
     what = (
         f"{settings.model_id} does not fit this GPU: {kind} is predicted to need "
-        f"{needed / cards.GIB:.{digits}f} GiB at its peak, "
+        f"{needed / cards.GIB:.2f} GiB at its peak, "
         f"the {gpu.name} has {gpu.total_bytes / cards.GIB:.1f} GiB"
     )
     if limit < gpu.total_bytes:
-        what += f", {limit / cards.GIB:.{digits}f} GiB of them to be had"
+        what += f", {limit / cards.GIB:.2f} GiB of them to be had"
     if gpu.others_bytes > budget.SLACK * gpu.total_bytes:
         what += f", {gpu.others_bytes / cards.GIB:.1f} GiB of them are held by other programs"
         if needed <= limit + gpu.others_bytes:

@@ -18,7 +18,7 @@ bitsandbytes/backends/default/ops.py (`quantize_4bit`).
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qlora_nb.errors import KitError
 from qlora_nb.theory.codebooks import lloyd_max, nf4_code
@@ -39,8 +39,8 @@ def midpoints(code: Tensor) -> tuple[Tensor, Tensor]:
     >>> midpoints(torch.tensor([-1.0, 0, 1]))[0].tolist()
     [-0.5, 0.5]
     """
-    order = torch.argsort(code, stable=True)
-    return (code[order[:-1]] + code[order[1:]]) / 2, order
+    ordered, order = code.sort(stable=True)
+    return (ordered[:-1] + ordered[1:]) / 2, order
 
 
 def quantize(x: Tensor, code: Tensor, blocksize: int = 64) -> tuple[Tensor, Tensor]:
@@ -65,52 +65,21 @@ def quantize(x: Tensor, code: Tensor, blocksize: int = 64) -> tuple[Tensor, Tens
     (tensor([1, 0, 1], dtype=torch.uint8), tensor([4.]))
     """
     flat = _checked(x, blocksize)
-    n_full = flat.numel() // blocksize * blocksize
-    blocks = flat[:n_full].reshape(-1, blocksize)
+    n = flat.numel()
+    blocks = nn.functional.pad(flat, (0, -n % blocksize)).reshape(-1, blocksize)
     absmax = blocks.abs().amax(dim=1)
-    factor = 1.0 / absmax.clamp(min=SMALLEST_SCALE)
-    scaled = (blocks * factor[:, None]).flatten()
-    rest = flat[n_full:]
-    if rest.numel():
-        absmax_rest = rest.abs().amax().clamp(min=SMALLEST_SCALE)
-        absmax = torch.cat([absmax, absmax_rest[None]])
-        scaled = torch.cat([scaled, rest / absmax_rest])
+    divisor = absmax.clamp(min=SMALLEST_SCALE)
+    scaled = blocks * (1.0 / divisor)[:, None]
+    if n % blocksize:
+        absmax[-1] = divisor[-1]
+        scaled[-1] = blocks[-1] / divisor[-1]
+    scaled = scaled.flatten()[:n]
     borders, order = midpoints(code.to(flat.device))
     index = torch.zeros_like(scaled, dtype=torch.uint8)
     for border in borders.tolist():  # twice as fast as torch.bucketize, which searches
         index += scaled > border
-    if not order.equal(order.sort().values):
-        index = order.to(torch.uint8)[index.int()]
+    index = order.to(torch.uint8).index_select(0, index.int())
     return index, absmax
-
-
-def quantize_spec(x: Tensor, code: Tensor, blocksize: int = 64) -> tuple[Tensor, Tensor]:
-    """`quantize` as plain loops over plain numbers: for every number try every code value and keep
-    the nearest.
-
-    Slow and in double precision, so it may differ from `quantize` for numbers within a rounding
-    error of a border.
-
-    >>> code = torch.tensor([-1.0, 0, 1])
-    >>> quantize_spec(torch.tensor([2.0, -4, 1]), code, blocksize=4)
-    (tensor([1, 0, 1], dtype=torch.uint8), tensor([4.]))
-    """
-    numbers = _checked(x, blocksize).tolist()
-    values = code.tolist()
-    indices = []
-    scales = []
-    for start in range(0, len(numbers), blocksize):
-        block = numbers[start : start + blocksize]
-        absmax = max(abs(number) for number in block)
-        scales.append(absmax)
-        for number in block:
-            scaled = 0.0
-            if absmax > 0:
-                scaled = number / absmax
-            # of two values that are as near the lower one, of two zeros the first
-            distances = [(abs(value - scaled), value) for value in values]
-            indices.append(distances.index(min(distances)))
-    return torch.tensor(indices, dtype=torch.uint8), torch.tensor(scales, dtype=torch.float32)
 
 
 def dequantize(index: Tensor, absmax: Tensor, code: Tensor, blocksize: int = 64) -> Tensor:
@@ -138,11 +107,7 @@ def dequantize(index: Tensor, absmax: Tensor, code: Tensor, blocksize: int = 64)
         allowed = f"{n_blocks} for {n} numbers in blocks of {blocksize}"
         raise KitError("absmax has the wrong length", value=absmax.numel(), allowed=allowed)
     out = code.to(index.device).index_select(0, index.flatten().int())
-    n_full = n // blocksize
-    full = out[: n_full * blocksize].view(n_full, blocksize)
-    full *= absmax[:n_full, None]
-    rest = out[n_full * blocksize :]
-    rest *= absmax[n_full:]
+    out *= absmax.repeat_interleave(blocksize)[:n]
     return out
 
 
@@ -278,15 +243,13 @@ def check_blocksize(blocksize: int, name: str = "blocksize") -> None:
 def _checked(x: Tensor, blocksize: int) -> Tensor:
     """`x` flat and in float32, or a refusal."""
     check_blocksize(blocksize)
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16) or x.numel() == 0:
         raise KitError(
-            "this dtype is not quantized",
-            value=x.dtype,
-            allowed="float32, float16, bfloat16",
+            "this dtype is not quantized, or the tensor is empty",
+            value=f"{x.numel()} × {x.dtype}",
+            allowed="one number or more of float32, float16 or bfloat16",
             remedy="use x.float()",
         )
-    if x.numel() == 0:
-        raise KitError("there is nothing to quantize: the tensor is empty")
     flat = x.detach().flatten().float()
     if not flat.abs().amax().isfinite():
         first = int((~flat.isfinite()).nonzero()[0])

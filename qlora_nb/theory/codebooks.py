@@ -34,68 +34,29 @@ LIBRARY_TAIL_QUANTILE = 0.9677083
 """The same, rounded as bitsandbytes writes it."""
 
 
-def nf4_values(tail_quantile: float = TAIL_QUANTILE) -> list[float]:
-    """The sixteen NF4 values in double precision, derived from normal quantiles.
+def nf4_code() -> Tensor:
+    """The sixteen NF4 values, derived from normal quantiles in bitsandbytes' single-precision
+    steps: equal to its table in every bit.
 
     Eight positive values and seven negative ones are quantiles at evenly spaced probabilities
-    between `tail_quantile` and one half; zero is added (padding and pruned weights must stay
-    exactly zero); all are divided by the largest.
-
-    Args:
-        tail_quantile: probability at which the tail is cut, between 0.5 and 1.
-
-    Returns:
-        16 sorted values in [-1, 1].
-
-    Raises:
-        KitError: `tail_quantile` outside (0.5, 1).
-
-    By hand: the largest quantile is inv_cdf(0.96770833) = 1.8481, the next one inv_cdf(0.96770833 -
-    0.46770833/8) = 1.3361, so the second largest code value is 1.3361/1.8481 = 0.723.
-
-    >>> [round(v, 3) for v in nf4_values()[-3:]]
-    [0.563, 0.723, 1.0]
-    """
-    if not 0.5 < tail_quantile < 1:
-        raise KitError(
-            "tail_quantile is a probability in the upper tail",
-            value=tail_quantile,
-            allowed="between 0.5 and 1",
-        )
-    quantile = NormalDist().inv_cdf
-    span = tail_quantile - 0.5
-    positive = [quantile(tail_quantile - span * i / 8) for i in range(8)]
-    negative = [-quantile(tail_quantile - span * i / 7) for i in range(7)]
-    values = sorted([*negative, 0.0, *positive])
-    return [value / positive[0] for value in values]
-
-
-def nf4_code() -> Tensor:
-    """NF4 as bitsandbytes tabulates it, derived in the same single-precision steps: equal to its
-    table in every bit.
-
-    `nf4_values` is within 2e-7 of it. The last bits matter only for proving equality: one value in
-    ten million lies between the two versions' midpoints.
+    between the tail and one half; zero is added (padding and pruned weights must stay exactly
+    zero); all are divided by the largest. In double precision and with `TAIL_QUANTILE` the values
+    are within 2e-7 of these: notebook 03 derives them so.
 
     Returns:
         (16,) float32, sorted, from -1 to 1, with an exact 0 at index 7.
 
-    >>> round(nf4_code()[8].item(), 6), nf4_code()[7].item()
-    (0.07958, 0.0)
+    By hand: the largest quantile is inv_cdf(0.96770833) = 1.8481, the next one inv_cdf(0.96770833 -
+    0.46770833/8) = 1.3361, so the second largest code value is 1.3361/1.8481 = 0.723.
+
+    >>> [round(v, 3) for v in nf4_code()[-3:].tolist()], nf4_code()[7].item()
+    ([0.563, 0.723, 1.0], 0.0)
     """
 
     def upper(n: int) -> list[float]:
         """Quantiles at n evenly spaced probabilities from the tail down to one half, left out."""
-        start = torch.tensor(LIBRARY_TAIL_QUANTILE)
-        end = torch.tensor(0.5)
-        step = (end - start) / n
-        quantiles = []
-        for i in range(n):
-            probability = start + step * i
-            if 2 * i >= n:  # the second half is counted from the end, as torch.linspace does
-                probability = end - step * (n - i)
-            quantiles.append(NormalDist().inv_cdf(probability.item()))
-        return quantiles
+        probabilities = torch.linspace(LIBRARY_TAIL_QUANTILE, 0.5, n + 1)[:-1]
+        return [NormalDist().inv_cdf(probability) for probability in probabilities.tolist()]
 
     negative = [-quantile for quantile in upper(7)]
     values = torch.tensor([*negative, 0.0, *upper(8)]).sort().values
@@ -199,11 +160,7 @@ def dynamic_code() -> Tensor:
 
 
 def lloyd_max(
-    samples: Tensor,
-    start: Tensor,
-    weights: Tensor | None = None,
-    steps: int = 100,
-    keep: tuple = (),
+    samples: Tensor, start: Tensor, weights: Tensor | None = None, steps: int = 100
 ) -> Tensor:
     """Fit a code to samples: repeat "nearest value" and "each value moves to the mean of its
     samples" until it stands.
@@ -215,7 +172,6 @@ def lloyd_max(
         weights: how much each sample's squared error counts (for a block-wise code: absmax², so
             that the error is that of the weights and not of the scaled numbers); all 1 if left out.
         steps: repetitions; each one lowers the error or leaves it.
-        keep: start values that must not move, for example (-1.0, 0.0, 1.0).
 
     Returns:
         (k,) float32, sorted. A value no sample chose stays where it was.
@@ -239,13 +195,12 @@ def lloyd_max(
     mass = torch.cat([zero, w.cumsum(0)])
     moment = torch.cat([zero, (w * x).cumsum(0)])
     code = start.double().sort().values
-    fixed = torch.isin(code, torch.tensor(keep, dtype=torch.float64))
     for _ in range(steps):
         borders = (code[:-1] + code[1:]) / 2
         edges = torch.tensor([0, *torch.searchsorted(x, borders), len(x)])
         share = mass[edges].diff()
         mean = moment[edges].diff() / share
-        moved = torch.where((share > 0) & ~fixed, mean, code)
+        moved = torch.where(share > 0, mean, code)
         if torch.equal(moved, code):
             break
         code = moved

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from qlora_nb.errors import KitError
-from qlora_nb.theory.blockwise import check_blocksize, dequantize, quantize
+from qlora_nb.theory.blockwise import check_blocksize, dequantize, midpoints, quantize
 from qlora_nb.theory.codebooks import dynamic_code, nf4_code
 
 SECOND_BLOCKSIZE = 256
@@ -56,14 +56,12 @@ def ledger(
     {'codes': 4.0, 'scales': 0.125, 'scales of scales': 0.001953125}
     """
     check_blocksize(blocksize)
-    if second_blocksize is None:
-        return {"codes": 4.0, "scales": 32 / blocksize, "scales of scales": 0.0}
-    check_blocksize(second_blocksize, "second_blocksize")
-    return {
-        "codes": 4.0,
-        "scales": 8 / blocksize,
-        "scales of scales": 32 / (blocksize * second_blocksize),
-    }
+    bits = {"codes": 4.0, "scales": 32 / blocksize, "scales of scales": 0.0}
+    if second_blocksize is not None:
+        check_blocksize(second_blocksize, "second_blocksize")
+        bits["scales"] = 8 / blocksize
+        bits["scales of scales"] = 32 / (blocksize * second_blocksize)
+    return bits
 
 
 def bits_per_weight(blocksize: int = 64, second_blocksize: int | None = SECOND_BLOCKSIZE) -> float:
@@ -97,12 +95,18 @@ def storage_bytes(
     {'codes': 500, 'scales': 16, 'scales of scales': 4, 'mean': 4}
     """
     ledger(blocksize, second_blocksize)  # refuses bad sizes
-    codes = math.ceil(n_weights / 2)
     blocks = math.ceil(n_weights / blocksize)
-    if second_blocksize is None:
-        return {"codes": codes, "scales": 4 * blocks, "scales of scales": 0, "mean": 0}
-    second_blocks = math.ceil(blocks / second_blocksize)
-    return {"codes": codes, "scales": blocks, "scales of scales": 4 * second_blocks, "mean": 4}
+    size = {
+        "codes": math.ceil(n_weights / 2),
+        "scales": 4 * blocks,
+        "scales of scales": 0,
+        "mean": 0,
+    }
+    if second_blocksize is not None:
+        size["scales"] = blocks
+        size["scales of scales"] = 4 * math.ceil(blocks / second_blocksize)
+        size["mean"] = 4
+    return size
 
 
 @dataclass(frozen=True)
@@ -111,15 +115,13 @@ class SecondLevel:
 
     Attributes:
         index: (n_blocks,) uint8 index into `dynamic_code()`.
-        absmax: (ceil(n_blocks / blocksize),) float32, scale of the centred scales.
+        absmax: (ceil(n_blocks / 256),) float32, scale of the centred scales.
         absmax_mean: () float32, what was subtracted (bitsandbytes: `offset`).
-        blocksize: scales that share one `absmax`.
     """
 
     index: Tensor
     absmax: Tensor
     absmax_mean: Tensor
-    blocksize: int = SECOND_BLOCKSIZE
 
 
 def table_index(scaled: Tensor, code: Tensor) -> Tensor:
@@ -140,21 +142,19 @@ def table_index(scaled: Tensor, code: Tensor) -> Tensor:
     [0, 131, 255]
     """
     position = ((scaled.clamp(-1, 1) + 1) * 0.5 * (N_BINS - 1) + 0.5).int()
-    centres = -1 + 2 * torch.arange(N_BINS, dtype=torch.float32, device=code.device) / (N_BINS - 1)
-    borders = (code[:-1] + code[1:]) / 2
-    table = torch.bucketize(centres, borders).to(torch.uint8)
-    return table[position]
+    centre = -1 + 2 * position / (N_BINS - 1)
+    borders, _ = midpoints(code)
+    return torch.bucketize(centre, borders).to(torch.uint8)
 
 
-def quantize_absmax(absmax: Tensor, blocksize: int = SECOND_BLOCKSIZE) -> SecondLevel:
+def quantize_absmax(absmax: Tensor) -> SecondLevel:
     """The second level: subtract the mean, scale blocks of 256, store 8-bit indices.
 
     Args:
         absmax: (n_blocks,) float32 scales of the first level.
-        blocksize: scales that share one second-level scale.
 
     Raises:
-        KitError: no scales, scales that are not finite float32, or a bad blocksize.
+        KitError: no scales, or scales that are not finite float32.
 
     By hand: scales 1 and 3 have mean 2; centred they are -1 and 1; their absmax is 1; the indices
     are the two ends, 0 (which means -0.993) and 255 (which means 1). Back: 1.007 and 3. Where all
@@ -164,19 +164,16 @@ def quantize_absmax(absmax: Tensor, blocksize: int = SECOND_BLOCKSIZE) -> Second
     >>> second.index.tolist(), second.absmax.tolist(), second.absmax_mean.item()
     ([0, 255], [1.0], 2.0)
     """
-    _check(absmax, blocksize)
+    _check(absmax)
     absmax_mean = absmax.mean()
     scales = []
     scaled = []
-    for block in (absmax - absmax_mean).split(blocksize):
+    for block in (absmax - absmax_mean).split(SECOND_BLOCKSIZE):
         scale = block.abs().amax()
         scales.append(scale)
-        if scale > 0:
-            scaled.append(block / scale)
-        else:
-            scaled.append(torch.full_like(block, -1))
+        scaled.append((block / scale).nan_to_num(-1))  # 0 / 0 where all scales are the mean
     index = table_index(torch.cat(scaled), dynamic_code().to(absmax.device))
-    return SecondLevel(index, torch.stack(scales), absmax_mean, blocksize)
+    return SecondLevel(index, torch.stack(scales), absmax_mean)
 
 
 def dequantize_absmax(second: SecondLevel) -> Tensor:
@@ -186,13 +183,11 @@ def dequantize_absmax(second: SecondLevel) -> Tensor:
     >>> [round(v, 3) for v in dequantize_absmax(quantize_absmax(torch.tensor([1.0, 3.0]))).tolist()]
     [1.007, 3.0]
     """
-    centred = dequantize(second.index, second.absmax, dynamic_code(), second.blocksize)
+    centred = dequantize(second.index, second.absmax, dynamic_code(), SECOND_BLOCKSIZE)
     return centred + second.absmax_mean
 
 
-def quantize_absmax_spec(
-    absmax: Tensor, blocksize: int = SECOND_BLOCKSIZE
-) -> tuple[list[int], list[float], float]:
+def quantize_absmax_spec(absmax: Tensor) -> tuple[list[int], list[float], float]:
     """The second level as the paper means it, in plain loops: subtract the mean, scale, take the
     nearest of 256 values.
 
@@ -202,14 +197,14 @@ def quantize_absmax_spec(
     >>> quantize_absmax_spec(torch.tensor([1.0, 3.0]))
     ([0, 255], [1.0], 2.0)
     """
-    _check(absmax, blocksize)
+    _check(absmax)
     scales = absmax.tolist()
     code = dynamic_code().tolist()
     mean = sum(scales) / len(scales)
     indices = []
     seconds = []
-    for start in range(0, len(scales), blocksize):
-        block = [scale - mean for scale in scales[start : start + blocksize]]
+    for start in range(0, len(scales), SECOND_BLOCKSIZE):
+        block = [scale - mean for scale in scales[start : start + SECOND_BLOCKSIZE]]
         second = max(abs(centred) for centred in block)
         seconds.append(second)
         for centred in block:
@@ -221,9 +216,8 @@ def quantize_absmax_spec(
     return indices, seconds, mean
 
 
-def _check(absmax: Tensor, blocksize: int) -> None:
-    """Refuse scales that are not finite float32, no scales, and a bad blocksize."""
-    check_blocksize(blocksize, "second_blocksize")
+def _check(absmax: Tensor) -> None:
+    """Refuse scales that are not finite float32, and no scales."""
     if absmax.dtype != torch.float32 or absmax.numel() == 0 or not absmax.isfinite().all():
         raise KitError(
             "absmax must be float32, finite and not empty",

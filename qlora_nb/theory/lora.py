@@ -101,17 +101,13 @@ class LoRALinear(nn.Module):
         return self.base(x) + thin @ self.lora_B.T * self.scale
 
 
-def delta(lora_a: Tensor, lora_b: Tensor, lora_alpha: float) -> Tensor:
-    """ΔW = (alpha / r) B A, shape (out, in)."""
-    return scale(lora_alpha, r=len(lora_a)) * (lora_b @ lora_a)
-
-
 def merge(weight: Tensor, lora_a: Tensor, lora_b: Tensor, lora_alpha: float) -> Tensor:
-    """W + ΔW: one matrix that does what the two paths did. Exact only within the rounding of W's
-    dtype.
+    """W + ΔW with ΔW = (alpha / r) B A: one matrix (out, in) that does what the two paths did.
+    Exact only within the rounding of W's dtype.
     """
     _check_shapes(weight, lora_a, lora_b)
-    return weight + delta(lora_a, lora_b, lora_alpha).to(weight.dtype)
+    delta = scale(lora_alpha, r=len(lora_a)) * (lora_b @ lora_a)
+    return weight + delta.to(weight.dtype)
 
 
 def n_parameters(r: int, shapes: Iterable[tuple[int, int]]) -> int:

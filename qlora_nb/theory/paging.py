@@ -254,11 +254,8 @@ def step_timeline(sizes: StepSizes) -> list[Moment]:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What one simulated step did: ordinary memory at its peak (bytes), whether it survived, faults
-    and bytes each way.
-    """
+    """What one simulated step did: whether it survived, faults and bytes each way."""
 
-    ordinary: int
     survived: bool
     faults: int = 0
     bytes_in: int = 0
@@ -309,16 +306,15 @@ def simulate(
     memory = UnifiedMemory(budget_bytes // page_bytes)
     records = []
     for sizes in steps:
-        ordinary = [moment.total - sizes.paged for moment in step_timeline(sizes)]
-        peak = max(ordinary)
+        totals = [moment.total for moment in step_timeline(sizes)]
         memory.faults = 0
         memory.pages_in = 0
         memory.pages_out = 0
         survived = True
         if paging:
             try:
-                for reserved in ordinary:
-                    memory.reserve(math.ceil(reserved / page_bytes))
+                for total in totals:
+                    memory.reserve(math.ceil((total - sizes.paged) / page_bytes))
                 for page in range(math.ceil(sizes.paged / page_bytes)):
                     if prefetch:
                         memory.prefetch(page)
@@ -326,9 +322,8 @@ def simulate(
             except MemoryError:
                 survived = False
         else:
-            survived = peak + sizes.paged <= budget_bytes
+            survived = max(totals) <= budget_bytes
         record = StepRecord(
-            ordinary=peak,
             survived=survived,
             faults=memory.faults,
             bytes_in=memory.pages_in * page_bytes,
