@@ -90,7 +90,7 @@ def finetune(model, tokenizer, train, settings, run, report, held_out=None) -> d
     names = {
         "model": model,
         "tokenizer": tokenizer,
-        "rows": rows,
+        "in_order": rows,
         "settings": settings,
         "args": arguments(settings),
         "watched": held_out,
