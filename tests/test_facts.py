@@ -158,7 +158,7 @@ def test_a_count_over_packed_tensors_is_smaller_than_the_models():
     counted = sum(p.numel() for p in loaded.parameters())
     assert counted < sum(p.numel() for p in configs.meta_model(loaded.config).parameters())
     assert (
-        "A count over the loaded tensors looks smaller only because two codes share a byte; step 5 counts"
+        "A count over the loaded tensors looks smaller only because two codes share a byte"
         in text_of("06_finetune_pythia_12b")
     )
 

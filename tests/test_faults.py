@@ -636,7 +636,7 @@ from pathlib import Path
 from IPython.core.interactiveshell import InteractiveShell
 cells = nbformat.read("notebooks/07_inference.ipynb", 4).cells
 first = next(i for i, c in enumerate(cells) if "parameters" in c.metadata.get("tags", []))
-last = next(i for i, c in enumerate(cells) if "adapters.load_adapter(base" in c.source)
+last = next(i for i, c in enumerate(cells) if "adapters.checked(" in c.source)
 shell = InteractiveShell.instance()
 for _ in range(2):
     for cell in cells[first:last + 1]:
@@ -662,8 +662,8 @@ from pathlib import Path
 from IPython.core.interactiveshell import InteractiveShell
 cells = [c for c in nbformat.read("notebooks/06_finetune_pythia_12b.ipynb", 4).cells if c.cell_type == "code"]
 number = lambda text: next(i for i, c in enumerate(cells) if text in c.source)
-start, load, measure, attach = map(number, ("from typing", "load_base(", "before = evaluate", "attach_adapter(model"))
-train, finish, last = map(number, ("open_cells.finetune(", "run.folder.parent", "n06.check_"))
+start, load, attach, train = map(number, ("from typing", "load.prepared(", "get_peft_model(model", "trainer.train("))
+measure, finish, last = map(number, ("before = evaluate", "script.write(", "n06.check_"))
 shell, runs = InteractiveShell.instance(), Path(sys.argv[1]) / "tiny"
 cells[start].source += f"\nmax_steps, per_device_train_batch_size, eval_rows, output_dir = 4, 2, 20, {sys.argv[1]!r}"
 def run(*wanted):
@@ -678,15 +678,17 @@ told = {}
 run(start, start + 1)
 told["train first"] = run(train), folders()
 told["measure first"] = run(measure), folders()
-run(*range(start + 2, measure + 1))
+run(*range(start + 2, attach), *range(attach + 1, train))
 told["not attached"] = run(train), folders()
-loss = shell.user_ns["before"]["loss"]
-told["trained"] = run(*range(measure + 1, train + 1)), folders()
+told["measure the base"] = run(measure)
+told["trained"] = run(attach, train), folders()
 told["again"] = run(train), folders()
+told["measured"] = run(measure), shell.user_ns["before"]["loss"] > shell.user_ns["after"]["loss"]
+loss = shell.user_ns["before"]["loss"]
 told["before"] = run(measure), shell.user_ns["before"]["loss"] == loss
-told["rest"] = run(*range(train + 1, last)), shell.user_ns["after"]["loss"] == loss
+told["rest"] = run(*range(measure + 1, last))
 told["after done"] = run(train), run(finish), folders()
-told["loaded again"] = run(load, train + 1), folders()
+told["loaded again"] = run(load, measure), folders()
 told["record"] = [json.loads((folder / "manifest.json").read_text()) for folder in runs.iterdir()]
 print(json.dumps(told))
 """
@@ -704,15 +706,17 @@ print(json.dumps(told))
     assert record["metrics"]["loss_before"] > record["metrics"]["loss_after"] > 0
     remedy = "run the cell above that sets it first ({0} = …), or all cells above this one."
     early = "NameError: {0} is not there yet. Do this: " + remedy
-    assert told["train first"] == [early.format("held_out"), 0]
+    assert told["train first"] == [early.format("tokenizer"), 0]
     assert told["measure first"] == [early.format("model"), 0]
-    assert "run the cell with training.attach_adapter first" in told["not attached"][0]
+    assert "run the cell with get_peft_model first" in told["not attached"][0]
     assert told["not attached"][1] == 0
+    assert "no adapter" in told["measure the base"]
     assert told["trained"] == ["", 1]
     assert "trained before" in told["again"][0]
     assert told["again"][1] == 1
+    assert told["measured"] == ["", True]
     assert told["before"] == ["", True]
-    assert told["rest"] == ["", False]
+    assert told["rest"] == ""
     assert "trained before" in told["after done"][0]
     assert told["after done"][1:] == ["", 1]
     assert "no adapter" in told["loaded again"][0]

@@ -726,9 +726,9 @@ def test_rows_are_trained_in_the_order_in_which_they_come(tmp_path):
     batches = callbacks.CountingCollator(tokenizer)
     run = runs.Run(settings, "06_order")
     watched = [
-        callbacks.Watch(run, print, batches),
+        callbacks.Watch(print, batches),
         callbacks.MeasureOneStep(batches),
-        callbacks.Sample(tokenizer, settings, None, run),
+        callbacks.Sample(tokenizer, settings, None),
     ]
     made = trainer.QLoRATrainer(
         run,

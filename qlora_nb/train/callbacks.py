@@ -4,8 +4,8 @@ The Trainer calls its callbacks at fixed places of a step: before it, before and
 optimizer's update, at its end, when its numbers are logged. `Watch` records the numbers and stops a
 run whose loss is NaN (by default the Trainer would log such a loss as 0.0) or that ■ has stopped.
 `MeasureOneStep` measures the memory of one step. `Sample` asks the model a question now and then.
-`CountingCollator` counts the tokens of the batches it makes. Source: transformers,
-`trainer_callback.py`.
+`CountingCollator` counts the tokens of the batches it makes. The run whose folder they write into
+(`run`) is given to them by `trainer.QLoRATrainer`. Source: transformers, `trainer_callback.py`.
 """
 
 import math
@@ -48,7 +48,7 @@ class CountingCollator:
 
 
 class Watch(TrainerCallback):
-    """Records every step's numbers, stops on NaN, stops when asked to.
+    """Records every step's numbers in its `run`, stops on NaN, stops when asked to.
 
     `losses` has one of each step; `seconds` and `tokens_per_s` (no padding counted) are there at
     the end. `stop` is the event that asks for an end, `failure` says why
@@ -57,8 +57,7 @@ class Watch(TrainerCallback):
     or all weights updated.
     """
 
-    def __init__(self, run, report: Callable[[dict], None], batches: CountingCollator):
-        self.run = run
+    def __init__(self, report: Callable[[dict], None], batches: CountingCollator):
         self.report = report
         self.batches = batches
         self.stop = threading.Event()
@@ -183,11 +182,10 @@ class Sample(TrainerCallback):
     smaller passes would not help.
     """
 
-    def __init__(self, tokenizer, settings, held_out, run):
+    def __init__(self, tokenizer, settings, held_out):
         self.tokenizer = tokenizer
         self.settings = settings
         self.held_out = held_out
-        self.run = run
         self.row = generate.row_of(settings.prompts[0])
         self.losses: dict[int, float] = {}
 

@@ -52,6 +52,8 @@ class QLoRATrainer(Trainer):
         self.watch = by_class[callbacks.Watch]
         self.measured = by_class[callbacks.MeasureOneStep]
         self.sample = by_class[callbacks.Sample]
+        self.watch.run = run
+        self.sample.run = run
         try:
             attach.require_adapter(options["model"])
             self.rows_hash = checkpoints.fingerprint(options["train_dataset"])
