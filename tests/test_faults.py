@@ -680,10 +680,10 @@ told["train first"] = run(train), folders()
 told["measure first"] = run(measure), folders()
 run(*range(start + 2, attach), *range(attach + 1, train))
 told["not attached"] = run(train), folders()
-told["measure the base"] = run(measure)
+told["measure the base"] = run(measure - 1, measure)
 told["trained"] = run(attach, train), folders()
 told["again"] = run(train), folders()
-told["measured"] = run(measure), shell.user_ns["before"]["loss"] > shell.user_ns["after"]["loss"]
+told["measured"] = run(measure - 1, measure), shell.user_ns["before"]["loss"] > shell.user_ns["after"]["loss"]
 loss = shell.user_ns["before"]["loss"]
 told["before"] = run(measure), shell.user_ns["before"]["loss"] == loss
 told["rest"] = run(*range(measure + 1, last))
