@@ -111,6 +111,13 @@ def test_the_card_says_what_the_run_was(tuned, tmp_path):
     ):
         assert said in card
     assert "on dense, dense_4h_to_h, dense_h_to_4h, query_key_value" in card
+    assert "merged into its weights (dequantized)" in card
+    merge.write_card(tmp_path / "adapter", merge.card_facts(tmp_path / "adapter", SETTINGS))
+    own = (tmp_path / "adapter" / "README.md").read_text()
+    assert "library_name: peft" in own
+    assert "A LoRA adapter for pocket." in own
+    assert "merged" not in own
+    assert own.partition("| what |")[2] == card.partition("| what |")[2]
 
 
 def test_what_cannot_be_merged_or_exported_is_refused(tuned, tmp_path):

@@ -158,15 +158,20 @@ def export(
         )
     model.save_pretrained(folder, max_shard_size="2GB")
     tokenizer.save_pretrained(folder)
-    source = Path(__file__).with_name("model_card.md.j2").read_text(encoding="utf-8")
-    template = Template(source, undefined=StrictUndefined, trim_blocks=True)
-    files.write_atomically(folder / "README.md", template.render(card))
+    write_card(folder, card)
     return folder
 
 
-def card_facts(adapter: Path, settings, way: str) -> dict[str, object]:
-    """What the model card says: the adapter's configuration, and the manifest of its run if that
-    lies beside it.
+def write_card(folder: Path, card: dict[str, object]) -> None:
+    """Write `README.md`, the card of a merged model or of an adapter, from `card_facts`."""
+    source = Path(__file__).with_name("model_card.md.j2").read_text(encoding="utf-8")
+    template = Template(source, undefined=StrictUndefined, trim_blocks=True)
+    files.write_atomically(folder / "README.md", template.render(card))
+
+
+def card_facts(adapter: Path, settings, way: str = "") -> dict[str, object]:
+    """What the card of a model merged in this `way` says, or of the adapter itself: its
+    configuration, and the manifest of its run if that lies beside it.
     """
     config = json.loads((adapter / adapters.CONFIG).read_text(encoding="utf-8"))
     run, _ = runs.manifest_of(adapter.parent)
