@@ -10,6 +10,7 @@ in notebook 07. Merging itself, W + (alpha / r) B A, is PEFT's `merge_and_unload
 """
 
 import json
+import warnings
 from pathlib import Path
 
 import bitsandbytes.functional as bnb
@@ -51,11 +52,11 @@ def merged(settings, adapter: Path, way: str = "dequantized") -> PreTrainedModel
     else:
         base = load.load_base(settings, four_bit=way == "packed")
     tuned = adapters.load_adapter(base, adapter)
-    with refusing(
-        "the adapter cannot be merged",
-        adapter.name,
-        "keep it beside its base, or merge it another way",
-    ):
+    remedy = "keep it beside its base, or merge it another way"
+    what = "the adapter cannot be merged"
+    with warnings.catch_warnings(), refusing(what, adapter.name, remedy):
+        # PEFT warns of the rounding, which is what "packed" is about
+        warnings.filterwarnings("ignore", "Merge lora module to 4-bit")
         _require_room_for_biases(tuned)
         return tuned.merge_and_unload(progressbar=True)
 
