@@ -18,7 +18,7 @@ import json
 import os
 import shlex
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,6 +105,9 @@ Prompts = Annotated[list[str], BeforeValidator(_prompts), Field(min_length=1)]
 
 ELSEWHERE = ("pythia", "gpu_gib", "blocksize", "fetch_ahead")
 """Parameters of the notebooks before the sixth."""
+
+ANSWERING = ("adapter", "prompts", "temperature", "top_p", "repetition_penalty")
+"""Parameters of the notebook after it."""
 
 
 class Settings(
@@ -208,6 +211,8 @@ class Settings(
     """no, latest, or the folder of an unfinished run (06)"""
     output_dir: Name
     """where run folders go"""
+    _used: Collection[str] = ()
+    """what the notebook uses and shows; empty where there is no notebook: everything"""
 
     def replace(self, **changes: object) -> "Settings":
         """The same settings but for these: what if `max_length` were 256? The changes are not
@@ -233,6 +238,10 @@ class Settings(
         """The parameters that differ from the profile's defaults, in schema order."""
         return {name: value for name, value, reason in self.table() if reason == "set by you"}
 
+    def shown(self) -> list[tuple[str, object, str]]:
+        """The rows of `table` that the notebook uses."""
+        return [row for row in self.table() if row[0] in (self._used or PROFILES[self.profile])]
+
     def papermill_line(self, notebook: str = "06_finetune_pythia_12b") -> str:
         """The shell command that repeats a run with these settings: only what differs from the
         profile is named.
@@ -253,7 +262,7 @@ class Settings(
 
     def __repr__(self) -> str:
         lines = [f"{'profile':28} {self.profile:28} "]
-        for name, value, reason in self.table():
+        for name, value, reason in self.shown():
             lines.append(f"{name:28} {value!s:28} {reason}")
         return "\n".join(lines)
 
@@ -262,12 +271,12 @@ class Settings(
 
         own = ", ".join(f"{name} = {value}" for name, value in self.changed().items())
         names = html.escape(f"{self.model_id} · {own or 'nothing overridden'}")
-        rows = pandas.DataFrame(self.table(), columns=["parameter", "value", "why"])
+        rows = pandas.DataFrame(self.shown(), columns=["parameter", "value", "why"])
         with pandas.option_context("display.max_colwidth", None):
             table = rows.to_html(index=False, justify="left")
         return (
             f"<div><b>profile</b> {self.profile} on {names}<details>"
-            f"<summary>all {len(rows)} parameters</summary>{table}</details></div>"
+            f"<summary>{len(rows)} parameters</summary>{table}</details></div>"
         )
 
 
@@ -312,7 +321,7 @@ def resolve(values: dict[str, object]) -> Settings:
             profile's value.
 
     Returns:
-        The frozen `Settings`.
+        The frozen `Settings`, which show what the notebook's own cells of parameters assign.
 
     Raises:
         KitError: an unknown name or a bad value.
@@ -320,9 +329,15 @@ def resolve(values: dict[str, object]) -> Settings:
     progress.use_text_bars()
     if "get_ipython" in values:
         explain_missing_names(values["get_ipython"]())
-    if "In" in values:
-        values = _parameters(values)
-    return validate(values)
+    if "In" not in values:
+        return validate(values)
+    own = _assigned_in_parameters_cells(values["In"])
+    names = own | set(Settings.model_fields)
+    settings = validate({name: value for name, value in values.items() if name in names})
+    settings._used = own
+    if "learning_rate" in own:  # who trains uses most of them
+        settings._used = set(Settings.model_fields) - {*ELSEWHERE, *ANSWERING}
+    return settings
 
 
 def validate(values: dict[str, object]) -> Settings:
@@ -345,13 +360,12 @@ def validate(values: dict[str, object]) -> Settings:
         raise _explain(error, PROFILES[profile]) from None
 
 
-def _parameters(values: dict[str, object]) -> dict[str, object]:
-    """The parameters among a notebook's globals: those of the schema wherever they were set, and
-    whatever the parameters cell (it assigns `profile`) or papermill's injected one sets, so that
-    `validate` can refuse a misspelt one.
+def _assigned_in_parameters_cells(sources: Iterable[str]) -> set[str]:
+    """What the parameters cell (it assigns `profile`) and papermill's injected one assign, whether
+    it is in the schema or not: `validate` can refuse a misspelt one.
     """
-    names = set(Settings.model_fields)
-    for source in values["In"]:
+    names = set()
+    for source in sources:
         assigned = set()
         with suppress(SyntaxError, ValueError):  # a magic, or not Python
             for statement in ast.parse(source).body:
@@ -361,7 +375,7 @@ def _parameters(values: dict[str, object]) -> dict[str, object]:
                             assigned.add(node.id)
         if "profile" in assigned or source.lstrip().startswith("# Parameters"):
             names |= assigned
-    return {name: value for name, value in values.items() if name in names}
+    return names
 
 
 def _suggest(name: str, known: Iterable[str]) -> str:

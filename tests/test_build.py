@@ -4,8 +4,10 @@ and is then named.
 
 from __future__ import annotations
 
+import base64
 import importlib.metadata
 import importlib.util
+import io
 import re
 import shlex
 import sys
@@ -18,6 +20,7 @@ import pandas
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 from packaging.requirements import Requirement
+from PIL import Image
 
 NAMES = ["01_a", "02_b", "03_c"]
 PARAMETERS = 'from typing import Optional\nprofile: str = "tiny"  # the world\nr: Optional[int] = None  # LoRA rank'
@@ -65,10 +68,28 @@ def _add_error(nb):
     nb.cells[-2].outputs = [nbformat.v4.new_output("error", ename="KitError", evalue="bad")]
 
 
+def picture(alt: str) -> nbformat.NotebookNode:
+    """A figure as a kernel gives it."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (2, 2)).save(buffer, "PNG")
+    shown = {"image/png": base64.b64encode(buffer.getvalue()).decode()}
+    shown |= {"text/html": "<img>", "text/plain": alt}
+    about = {"image/png": {"alt": alt, "width": 2}}
+    return nbformat.v4.new_output("display_data", data=shown, metadata=about)
+
+
+def test_a_committed_figure_is_a_png_with_its_alt_text():
+    kept = build._normal_output(picture("a line"))
+    assert list(kept.data) == ["image/png"]
+    assert kept.metadata == {"image/png": {"alt": "a line"}}
+    nbformat.validate(_edit(lambda nb: nb.cells[5].update(outputs=[kept])))
+
+
 BREAKS = {
     "not fresh": lambda nb: nb.cells.pop(),
     "guard, navigation": lambda nb: nb.cells[0].update(source="pip install -U torch"),
     "key-results tag not fresh": lambda nb: nb.cells[-2].metadata.update(tags=["key-results"]),
+    "or key-results tag": lambda nb: nb.cells[-2].metadata.pop("jupyter"),
     "widget state": lambda nb: nb.metadata.update(widgets={}),
     "execution counts": lambda nb: nb.cells[3].update(execution_count=None),
     "0 cells tagged key-results": lambda nb: nb.cells[-2].metadata.update(tags=[]),
@@ -85,6 +106,8 @@ BREAKS = {
         c.update(source=c.source + "\nx = 1" * 5) for c in nb.cells if c.cell_type == "code"
     ],
     "code cells in a row": lambda nb: [nb.cells.pop(4), nb.cells.pop(5)],
+    "not the last cell before": lambda nb: nb.cells.insert(-1, nb.cells.pop(2)),
+    "figure without alt text": lambda nb: nb.cells[5].update(outputs=[picture(alt="")]),
     "KiB, at most 400": lambda nb: nb.cells[-3].update(source="x" * 420_000),
     "path of this machine": lambda nb: nb.cells[-3].update(source=str(build.ROOT)),
     "bad": _add_error,

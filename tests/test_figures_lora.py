@@ -92,7 +92,7 @@ def test_losses_are_drawn_step_by_step():
     ax = n02.plot_losses(losses, "starts 3 times worse").axes[0]
     assert artists.title(ax) == "starts 3 times worse"
     assert artists.legend(ax) == ["B zero", "both zero", "both random"]
-    assert artists.labels(ax) == ("step (1)", "mean squared error (1)")
+    assert artists.labels(ax) == ("step", "mean squared error")
     artists.check_in_view(ax)
     drawn = [line.tolist() for line in artists.lines(ax)]
     assert drawn == [
@@ -112,7 +112,7 @@ def test_losses_are_drawn_step_by_step():
 def test_scales_are_those_of_peft(ranks, lora_alpha):
     ax = n02.plot_scales(ranks, lora_alpha, n_in=96, seed=3).axes[0]
     assert artists.legend(ax) == ["no scale", "alpha / r (LoRA)", "alpha / √r (rsLoRA)"]
-    assert artists.labels(ax) == ("rank r (1)", "output size (std)")
+    assert artists.labels(ax) == ("rank r", "output size (std)")
     artists.check_in_view(ax)
     assert artists.ticks(ax.xaxis) == [(r, str(r)) for r in ranks]
     assert ax.get_xscale() == ax.get_yscale() == "log"
@@ -185,7 +185,7 @@ def test_captured_energy_is_drawn_over_the_rank(r, marked):
     assert mark[:, 1].tolist() == [0, 1], "from the bottom of the axes to the top"
     assert artists.title(ax) == f"Rank {marked} holds {held:.0f} % of this update"
     assert artists.legend(ax) == list(updates)
-    assert artists.labels(ax) == ("rank r (1)", "captured (% of energy)")
+    assert artists.labels(ax) == ("rank r", "captured (% of energy)")
     artists.check_in_view(ax)
     assert artists.ticks(ax.xaxis) == [(1, "1"), (2, "2"), (4, "4"), (8, "8")]
     assert ax.get_ylim() == (0, 104)

@@ -185,7 +185,7 @@ def test_paged_share_is_a_table_with_the_readers_cell_framed(ranks, size, r):
     assert frame.get_edgecolor() == (0, 0, 0, 1)
     words = f"{expected[row][column]:.0f} % of the state bytes are paged"
     assert artists.title(ax) == f"pythia-{size}, r = {r}: {words}"
-    assert artists.labels(ax) == ("rank r (1)", "Pythia (size)")
+    assert artists.labels(ax) == ("rank r", "Pythia (size)")
     artists.check_in_view(ax)
 
 
@@ -294,7 +294,7 @@ def test_run_shows_what_is_wanted_beside_the_card(what):
     assert low == 0 or low < min(paged[:, 1]), "what is cut off is no state"
     assert max(*wanted, card) < high < 2 * max(*wanted, card)
     words = "memory (GiB), axis cut" if low > 0 else "memory (GiB)"
-    assert artists.labels(ax) == ("step (1)", words)
+    assert artists.labels(ax) == ("step", words)
     artists.check_in_view(ax)
 
 
@@ -322,7 +322,7 @@ def test_run_shows_what_is_moved(what, gb_per_s):
         end = f"out of memory in step {n_paged}"
     assert artists.title(ax) == f"Paged: {end}"
     assert artists.legend(ax) == ["to RAM (evicted)", "to the card (faults)"]
-    assert artists.labels(ax) == ("step (1)", "moved (MiB)")
+    assert artists.labels(ax) == ("step", "moved (MiB)")
     artists.check_in_view(ax)
     assert [place for place, _ in artists.ticks(ax.xaxis)] == list(range(1, len(steps) + 1))
     assert ax.get_xlim() == pytest.approx((0.4, len(steps) + 0.6))

@@ -88,7 +88,7 @@ def test_the_bell_is_cut_where_the_code_says(tail_quantile):
     named = [0, 3, 7, 11, 15]
     assert artists.texts(ax) == [f"{code[i]:.3f}" for i in named]
     assert artists.places(ax) == pytest.approx(expected[named, 1], rel=SINGLE)
-    assert artists.labels(ax) == ("weight (standard deviations)", "density (1)")
+    assert artists.labels(ax) == ("weight (standard deviations)", "density")
     artists.check_in_view(ax)
     assert ax.get_ylim()[0] == 0
     assert ax.get_ylim()[1] > 0.4
@@ -152,7 +152,7 @@ def test_number_line_shows_the_nearest_value_of_every_code(weight, name):
     assert mark[:, 0].tolist() == [weight, weight]
     assert mark[:, 1].tolist() == [0, 1], "from the bottom of the axes to the top"
     assert artists.ticks(ax.yaxis) == list(enumerate(names))
-    assert ax.get_xlabel() == "weight / absmax (1)"
+    assert ax.get_xlabel() == "weight / absmax"
     assert ax.get_xlim()[0] < -1
     assert ax.get_ylim() == (-0.4, 2.5)
     artists.check_in_view(ax)
@@ -296,7 +296,7 @@ def test_usage_is_counted_beside_an_even_share(values):
     assert even[:, 0].tolist() == [0, 1], "from the left end of the axes to the right"
     assert artists.legend(ax) == [f"an even share, {100 / values:.2f} %"]
     assert artists.ticks(ax.xaxis) == [(i, f"{v:.2f}") for i, v in enumerate(code.tolist())]
-    assert artists.labels(ax) == ("NF4 value (1)", "share of the weights (%)")
+    assert artists.labels(ax) == ("NF4 value", "share of the weights (%)")
     artists.check_in_view(ax)
     bits = -sum(share * math.log2(share) for share in shares if share)
     used = f"Used from {100 * min(shares):.1f} to {100 * max(shares):.1f} %"
@@ -409,7 +409,7 @@ def test_the_papers_table_2_is_typed_off_right(names):
     datatypes = ["Int4", "FP4\nE2M1", "FP4\nE3M0", "NF4\n+DQ"]
     assert artists.ticks(ax.xaxis) == list(enumerate(datatypes))
     assert artists.title(ax) == "the paper, table 2:\nleast NF4+DQ, most Int4"
-    assert ax.get_ylabel() == "mean perplexity (1)"
+    assert ax.get_ylabel() == "mean perplexity"
     artists.check_in_view(ax)
     assert ax.get_ylim() == (0, 40)
 
@@ -489,7 +489,7 @@ def test_scales_are_counted_above_the_values_they_become():
     words = f"{100 * inside:.0f} % of the scales lie within ±0.1"
     assert artists.title(top) == f"{words}, where {near} of the 256 values lie"
     assert top.get_ylabel() == "scales"
-    assert artists.labels(low) == ("centred scale / second-level absmax (1)", "values")
+    assert artists.labels(low) == ("centred scale / second-level absmax", "values")
     assert low.get_xlim() == top.get_xlim() == (-1.02, 1.02)
     assert artists.ticks(low.yaxis) == []
     artists.check_in_view(top)

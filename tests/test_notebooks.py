@@ -6,6 +6,7 @@ How long a notebook takes is printed, never asserted: a busy machine is not a fa
 from __future__ import annotations
 
 import ast
+import html
 import json
 import os
 import subprocess
@@ -123,9 +124,15 @@ def test_no_stored_error(name, executed):
 def test_has_a_figure_and_a_widget(name, executed):
     notebook = nbformat.read(executed[name], 4)
     assert list(report.figures(notebook))
-    assert all(alt for _, alt in report.figures(notebook)), (
-        "a figure without alt text in the markdown under it"
-    )
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    for output in outputs:
+        if "image/png" in output.get("data", {}):
+            alt = output.metadata["image/png"]["alt"]
+            assert alt.strip()
+            assert f'<img alt="{html.escape(alt)}"' in output.data["text/html"]
+    text = "\n".join(cell.source for cell in notebook.cells)
+    assert "Alt text" not in text, "it stands in the image"
+    assert text.count("not measured") <= 1
     state = notebook.metadata.widgets["application/vnd.jupyter.widget-state+json"]["state"]
     usual = ("DropdownModel", "ButtonModel", "ToggleButtonsModel", "TextareaModel")
     assert any("Slider" in m["model_name"] or m["model_name"] in usual for m in state.values())

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from qlora_nb import cards, machine, sources
 from qlora_nb.errors import KitError
 from qlora_nb.memory import preflight
-from qlora_nb.settings import PROFILES, Settings, validate
+from qlora_nb.settings import PROFILES, Settings, resolve, validate
 
 
 @pytest.mark.fault(2)
@@ -131,6 +131,34 @@ def test_settings_show_what_was_set_and_escape_it():
     assert shown.changed() == {"model_id": "<b>x</b>", "r": 12}
     assert "<b>x</b>" not in shown._repr_html_()
     assert "set by you" in repr(shown)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "shown"),
+    [
+        ("r = None", ["r"]),
+        ("seed = None\nr = 12", ["seed", "r"]),
+        ("learning_rate = None", None),
+    ],
+)
+def test_a_notebook_shows_the_parameters_that_it_uses(parameters, shown):
+    """One that trains: all but those of the notebooks before and after it."""
+    cells = [f"profile = 'tiny'\n{parameters}", "%matplotlib inline", "gpu_gib = 12.0"]
+    names = {"In": cells}
+    exec(f"{cells[0]}\n{cells[2]}", names)
+    found = resolve(names)
+    if shown is None:
+        others = {"pythia", "gpu_gib", "blocksize", "fetch_ahead"}
+        others |= {"adapter", "prompts", "temperature", "top_p", "repetition_penalty"}
+        shown = [name for name in PROFILES["tiny"] if name not in others]
+    assert [name for name, _, _ in found.shown()] == shown
+    assert repr(found).count("\n") == len(shown)
+    assert found._repr_html_().count("<tr") == len(shown) + 1
+    assert "gpu_gib = 12.0" in found._repr_html_(), "what is set elsewhere is said all the same"
+    assert found.replace(seed=3).shown()[-1][0] == shown[-1]
+    everything = validate({})
+    assert everything.shown() == everything.table()
+    assert len(everything.table()) == len(Settings.model_fields) - 1
 
 
 def test_the_papermill_line_repeats_the_settings():

@@ -4,15 +4,20 @@ styles; figures in full.
 
 from __future__ import annotations
 
+import ast
+import base64
 import io
 import itertools
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from conftest import ROOT
+from IPython.core.formatters import DisplayFormatter
 from IPython.core.pylabtools import print_figure
 from matplotlib import colors
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from qlora_nb.ui import charts, style, widgets
 
@@ -101,25 +106,62 @@ def test_parts_of_memory_are_told_apart_where_a_figure_stacks_them():
     assert len(set(looks)) == len(looks) == 10
 
 
-def test_a_figure_is_shown_in_full_and_leaves_no_trace():
+def test_a_figure_is_shown_in_full_and_leaves_no_trace(monkeypatch):
     before = dict(plt.rcParams)
 
     @style.draws(
         (3, 2), grid=style.margins(left=0.3, right=0.7, bottom=0.3, top=0.7), xlabel="x", ylabel="y"
     )
     def plot(ax, height):
-        """A bar."""
+        """A bar
+        of this height.
+
+        More of it.
+        """
         ax.bar([0], [height], **style.look("LoRA"))
         return "<b>&"
 
     figure = plot(2)
-    shown = print_figure(figure, "png", base64=False)
+    displayed = []
+    monkeypatch.setattr(style, "display", lambda data, **how: displayed.append((data, how)))
+    figure._ipython_display_()
+    [(data, how)] = displayed
+    shown = base64.b64decode(data["image/png"])
     drawn = io.BytesIO()
     FigureCanvasAgg(figure).print_png(drawn)
-    assert shown == drawn.getvalue(), "a static figure must be its widget's twin"
+    assert shown == drawn.getvalue()
+    source = f'src="data:image/png;base64,{data["image/png"]}"'
+    assert source in data["text/html"]
+    assert source in widgets.picture(figure), "a static figure must be its widget's twin"
+    described = {"image/png": {"alt": "A bar of this height. · <b>&"}}
+    assert how == {"raw": True, "metadata": described}
+    assert data["text/plain"] == "A bar of this height. · <b>&"
     assert plt.imread(io.BytesIO(shown)).shape[:2] == (200, 300)
     assert plt.imread(io.BytesIO(shown))[0, 0].tolist() == [1, 1, 1, 1], (
         "on a dark page figures need their own white ground"
     )
-    assert 'alt="&lt;b&gt;&amp;"' in widgets.picture(figure)
-    assert (plot.__doc__, dict(plt.rcParams), plt.get_fignums()) == ("A bar.", before, [])
+    for page in (data["text/html"], widgets.picture(figure)):
+        assert 'alt="A bar of this height. · &lt;b&gt;&amp;"' in page
+    assert (dict(plt.rcParams), plt.get_fignums()) == (before, [])
+
+
+def test_a_figure_is_drawn_once_to_be_shown(monkeypatch):
+    drawn = []
+    draw = FigureCanvasAgg.print_png
+    monkeypatch.setattr(
+        FigureCanvasAgg,
+        "print_png",
+        lambda canvas, to: drawn.append(canvas.figure) or draw(canvas, to),
+    )
+    figure = charts.loss_curve([3.0, 2.0])
+    jupyter = DisplayFormatter()
+    jupyter.formatters["image/png"].for_type(Figure, print_figure)  # as the inline backend does
+    assert jupyter.format(figure) == ({}, {}), "it has shown itself"
+    assert drawn == [figure]
+
+
+def test_no_label_has_the_unit_one():
+    for path in (ROOT / "qlora_nb").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert not node.value.endswith("(1)"), (path.name, node.value)

@@ -107,8 +107,8 @@ def _spoken(name: str) -> str:
 
 
 def put_generated_cells(notebook: nbformat.NotebookNode, name: str, names: list[str]) -> None:
-    """Insert or refresh the guard, the two navigation bars and the tag by which nbval finds the key
-    results.
+    """Insert or refresh the guard and the two navigation bars; nbval finds the key results by a
+    tag, and their input is hidden.
     """
     own = {"colab-guard", "nav"}
     cells = [c for c in notebook.cells if not own & set(tags(c))]
@@ -127,8 +127,9 @@ def put_generated_cells(notebook: nbformat.NotebookNode, name: str, names: list[
         for where in ("top", "bottom")
     )
     for cell in cells:
-        if "key-results" in tags(cell) and "nbval-check-output" not in tags(cell):
-            cell.metadata["tags"] = [*tags(cell), "nbval-check-output"]
+        if "key-results" in tags(cell):
+            cell.metadata["tags"] = sorted({*tags(cell), "nbval-check-output"})
+            cell.metadata["jupyter"] = {"source_hidden": True}
     notebook.cells = [guard, top, *cells, bottom]
 
 
@@ -201,11 +202,9 @@ def _normal_output(output: nbformat.NotebookNode) -> nbformat.NotebookNode | Non
         if kind in output.get("data", {}):
             output.data[kind] = _without_machine(_lasting_id(output.data[kind]))
     if "image/png" in output.get("data", {}):
-        output.data["image/png"] = _smaller_png(output.data["image/png"])
-    if "execution_count" not in output:
-        output.metadata = nbformat.from_dict(
-            {k: v for k, v in output.get("metadata", {}).items() if k != "image/png"}
-        )
+        alt = output.metadata.get("image/png", {}).get("alt", "")
+        output.data = {"image/png": _smaller_png(output.data["image/png"])}
+        output.metadata = nbformat.from_dict({"image/png": {"alt": alt}})
     return output
 
 
@@ -290,7 +289,7 @@ def format_problems(path: Path, names: list[str]) -> list[str]:
     put_generated_cells(expected, path.stem, names)
 
     def shape(nb) -> list[tuple]:
-        return [(c.cell_type, c.source, tags(c)) for c in nb.cells]
+        return [(c.cell_type, c.source, tags(c), c.metadata.get("jupyter")) for c in nb.cells]
 
     if shape(notebook) != shape(expected):
         problems.append("guard, navigation or key-results tag not fresh: build it again")
@@ -300,13 +299,10 @@ def format_problems(path: Path, names: list[str]) -> list[str]:
     counts = [c.execution_count for c in code]
     if counts != list(range(1, len(code) + 1)):
         problems.append(f"execution counts are not 1 to {len(code)}: not from a clean run")
-    for tag in ("parameters", "key-results"):
-        n = sum(tag in tags(c) for c in code)
-        if n != 1:
-            problems.append(f"{n} cells tagged {tag}, one is needed")
-    for cell in code:
-        if "parameters" in tags(cell):
-            problems += _parameter_problems(cell.source, PARAMETER_LINES.get(path.stem[:2], 8))
+    problems += _tag_problems(notebook, PARAMETER_LINES.get(path.stem[:2], 8))
+    pictures = [o for c in code for o in c.outputs if "image/png" in o.get("data", {})]
+    if not all(o.metadata.get("image/png", {}).get("alt") for o in pictures):
+        problems.append("a figure without alt text")
     problems += _budget_problems(notebook)
     if path.stat().st_size > MAX_BYTES:
         problems.append(f"{path.stat().st_size // 1024} KiB, at most {MAX_BYTES // 1024}")
@@ -316,6 +312,20 @@ def format_problems(path: Path, names: list[str]) -> list[str]:
         if word in path.read_text(encoding="utf-8")
     ]
     return problems + [f"a path of this machine is stored: {word}" for word in leaks]
+
+
+def _tag_problems(notebook: nbformat.NotebookNode, parameter_lines: int) -> list[str]:
+    problems = []
+    for tag in ("parameters", "key-results"):
+        n = sum(tag in tags(c) for c in notebook.cells)
+        if n != 1:
+            problems.append(f"{n} cells tagged {tag}, one is needed")
+    if "key-results" not in tags(notebook.cells[-2]):
+        problems.append("the key results are not the last cell before the navigation")
+    for cell in notebook.cells:
+        if "parameters" in tags(cell):
+            problems += _parameter_problems(cell.source, parameter_lines)
+    return problems
 
 
 def _parameter_problems(source: str, limit: int) -> list[str]:

@@ -52,13 +52,12 @@ def merged(settings, adapter: Path, way: str = "dequantized") -> PreTrainedModel
     else:
         base = load.load_base(settings, four_bit=way == "packed")
     tuned = adapters.load_adapter(base, adapter)
-    with refusing(
-        "the adapter cannot be merged",
-        adapter.name,
-        "keep it beside its base, or merge it another way",
-    ):
+    remedy = "keep it beside its base, or merge it another way"
+    what = "the adapter cannot be merged"
+    with warnings.catch_warnings(), refusing(what, adapter.name, remedy):
+        # PEFT warns of the rounding, which is what "packed" is about
+        warnings.filterwarnings("ignore", "Merge lora module to 4-bit")
         _require_room_for_biases(tuned)
-        warnings.filterwarnings("ignore", "Merge lora module to 4-bit")  # notebook 07 measures that
         return tuned.merge_and_unload(progressbar=True)
 
 

@@ -2,12 +2,11 @@
 
 The page is `report.html.j2`: no script, no style sheet from elsewhere, figures inside the file as
 PNG. Jinja escapes everything that came out of a notebook: a model may have answered with HTML. Each
-figure carries the text that stands under it in the notebook, for readers who cannot see it.
+figure carries its alt text.
 """
 
 import re
 from contextlib import suppress
-from itertools import pairwise
 from pathlib import Path
 
 import nbformat
@@ -39,34 +38,22 @@ def page(summary: dict, folder: Path) -> str:
 
 
 def figures(notebook: nbformat.NotebookNode) -> list[tuple[str, str]]:
-    """(base64 PNG, caption) of every figure; the caption is the first paragraph under the
-    figure.
-    """
+    """(base64 PNG, alt text) of every figure."""
     found = []
-    for cell, below in pairwise([*notebook.cells, nbformat.v4.new_markdown_cell()]):
-        caption = _plain(below.source) if below.cell_type == "markdown" else ""
+    for cell in notebook.cells:
         for output in cell.get("outputs", []):
             png = output.get("data", {}).get("image/png")
             if png:
-                found.append(("".join(png.split()), caption))
+                described = output.metadata.get("image/png", {})
+                found.append(("".join(png.split()), described.get("alt", "")))
     return found
 
 
 def _title(notebook: nbformat.NotebookNode) -> str:
+    """The notebook's first heading without Markdown's marks."""
     for cell in notebook.cells:
         heading = re.search(r"^# (.+)$", cell.source, re.MULTILINE)
         if heading and cell.cell_type == "markdown":
-            return _plain(heading[1])
+            without_links = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading[1])
+            return re.sub(r"[*_`$]+(?=\S)|(?<=\S)[*`$]+", "", without_links)[:500]
     return ""
-
-
-def _plain(markdown: str) -> str:
-    """The first paragraph without Markdown's marks; a heading is no caption."""
-    paragraph = markdown.strip().split("\n\n")[0].replace("\n", " ")
-    alt_text = re.match(r"\*Alt text: (.+?)\*", paragraph)  # as the notebooks write it
-    if alt_text:
-        return alt_text[1]
-    if paragraph.startswith(("#", "|", "<", "- ")):
-        return ""
-    without_links = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", paragraph)
-    return re.sub(r"[*_`$]+(?=\S)|(?<=\S)[*`$]+", "", without_links)[:500]

@@ -75,7 +75,7 @@ def plot_parts(ax, n_in: int, n_out: int, r: int):
     return f"Two thin matrices hold {percent:.2g} % as many numbers as W"
 
 
-@draws(legend="best", prop_cycle=LINES, xlabel="step (1)", ylabel="mean squared error (1)")
+@draws(legend="best", prop_cycle=LINES, xlabel="step", ylabel="mean squared error")
 def plot_losses(ax, losses, title: str):
     """Loss over steps, one line a way of starting A and B.
 
@@ -89,7 +89,7 @@ def plot_losses(ax, losses, title: str):
     return title
 
 
-@draws(legend="best", xlabel="rank r (1)", ylabel="output size (std)")
+@draws(legend="best", xlabel="rank r", ylabel="output size (std)")
 def plot_scales(ax, ranks, lora_alpha: float, n_in: int, seed: int = 0):
     """Size of the LoRA path's output over the rank, for three scales; entries of A and B
     independent.
@@ -126,7 +126,7 @@ def plot_scales(ax, ranks, lora_alpha: float, n_in: int, seed: int = 0):
 @draws(
     legend="lower right",
     prop_cycle=LINES,
-    xlabel="rank r (1)",
+    xlabel="rank r",
     ylabel="captured (% of energy)",
     ylim=(0, 104),
 )

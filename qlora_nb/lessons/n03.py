@@ -31,7 +31,7 @@ PAPER_TABLE_2 = {"Int4": 34.34, "FP4-E2M1": 31.07, "FP4-E3M0": 29.48, "NF4+DQ": 
 """Mean perplexity on Pile Common Crawl, models from 125M to 13B (QLoRA paper, table 2)."""
 
 
-@draws((8.4, 3.6), xlabel="weight (standard deviations)", ylabel="density (1)", ylim=(0, 0.47))
+@draws((8.4, 3.6), xlabel="weight (standard deviations)", ylabel="density", ylim=(0, 0.47))
 def plot_bell(ax, code, tail_quantile: float = codebooks.TAIL_QUANTILE):
     """The bell curve cut into the share of each code value (by midpoints), the code values below it
     as ticks.
@@ -67,7 +67,7 @@ def plot_bell(ax, code, tail_quantile: float = codebooks.TAIL_QUANTILE):
 @draws(
     (8.4, 2.9),
     grid=margins(bottom=0.17, top=0.91),
-    xlabel="weight / absmax (1)",
+    xlabel="weight / absmax",
     xlim=(-1.06, 1.22),
     ylim=(-0.4, 2.5),
 )
@@ -187,7 +187,7 @@ def plot_distributions(ax, errors):
     return f"Best datatype: {found}"
 
 
-@draws((8.4, 3.2), "best", xlabel="NF4 value (1)", ylabel="share of the weights (%)")
+@draws((8.4, 3.2), "best", xlabel="NF4 value", ylabel="share of the weights (%)")
 def plot_usage(ax, share, code):
     """How often each code value is used, beside the even share that "each bin has equal
     probability" would give.
@@ -284,7 +284,7 @@ def plot_quality(ax, panels):
         most = means.idxmax()
         panel.set_title(f"{title}:\nleast {least}, most {most}", fontsize=10)
     _labelled_bars(paper, PAPER_TABLE_2, ["INT4", "FP4", "FP4", "NF4+DQ"], "{:.2f}")
-    paper.set(ylabel="mean perplexity (1)", ylim=(0, 40))
+    paper.set(ylabel="mean perplexity", ylim=(0, 40))
     paper.set_title("the paper, table 2:\nleast NF4+DQ, most Int4", fontsize=10)
 
 

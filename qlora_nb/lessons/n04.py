@@ -83,7 +83,7 @@ def plot_scales(axes, scaled, code):
     top.set_ylabel("scales")
     low.vlines(code, 0, 1, color=COLOURS["NF4"], linewidth=0.7)
     low.set(ylabel="values", yticks=[], xlim=(-1.02, 1.02))
-    low.set_xlabel("centred scale / second-level absmax (1)")
+    low.set_xlabel("centred scale / second-level absmax")
     inside = 100 * (scaled.abs() < 0.1).double().mean()
     near = int((code.abs() < 0.1).sum())
     where = f"where {near} of the {len(code)} values lie"

@@ -90,7 +90,7 @@ def paged_shares(ranks) -> np.ndarray:
     return np.array(shares)
 
 
-@draws((7.6, 4.4), xlabel="rank r (1)", ylabel="Pythia (size)")
+@draws((7.6, 4.4), xlabel="rank r", ylabel="Pythia (size)")
 def plot_paged_share(ax, ranks, pythia: str, r: int):
     """Which states are paged, for every Pythia and rank; the reader's own cell is framed if it is
     there.
@@ -115,7 +115,7 @@ def plot_paged_share(ax, ranks, pythia: str, r: int):
     return f"pythia-{pythia}, r = {r}: {share:.0f} % of the state bytes are paged"
 
 
-@draws((9.0, 3.8), grid={"ncols": 2, **margins(wspace=0.22)}, xlabel="step (1)")
+@draws((9.0, 3.8), grid={"ncols": 2, **margins(wspace=0.22)}, xlabel="step")
 def plot_run(axes, steps, gpu_gib: float, gb_per_s: float = 12.0):
     """A run of steps with and without paging: memory wanted beside the card, and bytes moved.
 

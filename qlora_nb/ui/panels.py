@@ -10,7 +10,6 @@ import threading
 import time
 
 import ipywidgets as W
-from IPython.core.pylabtools import print_figure
 
 from qlora_nb import cards
 from qlora_nb.answer import generate
@@ -33,7 +32,7 @@ class LiveTraining:
     def __init__(self, max_steps: int):
         self.bar = W.FloatProgress(max=max_steps, description="training", **widgets.CONTROL)
         self.text = W.Label("waiting for the first step")
-        self.curve = W.Image(layout=W.Layout(max_width="700px", display="none"))
+        self.curve = W.HTML(layout=W.Layout(max_width="700px"))
         self.box = W.VBox([self.bar, self.text, self.curve])
         self.losses: list[float] = []
         self.every = max(1, max_steps // 8)
@@ -60,8 +59,7 @@ class LiveTraining:
             self.said = now
         if last or now - self.drawn > 2:
             figure = charts.loss_curve(self.losses, max_steps=step["max_steps"])
-            self.curve.value = print_figure(figure, bbox_inches=None, dpi=80)
-            self.curve.layout.display = "block"
+            self.curve.value = widgets.picture(figure)
             self.drawn = time.perf_counter()
 
 

@@ -9,6 +9,10 @@ A plotting function draws on axes and returns its finding, a sentence that becom
 `draws` makes the figure around it, in the kit's matplotlib style (`kit.mplstyle`).
 """
 
+import base64
+import html
+import inspect
+import io
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
@@ -16,8 +20,9 @@ from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
+from IPython.display import display
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.transforms import Bbox
 
 
 class Look(NamedTuple):
@@ -157,16 +162,34 @@ KIT_STYLE = Path(__file__).with_name("kit.mplstyle")
 """Used inside `plt.style.context` alone, which leaves the reader's own settings as they are."""
 
 
-class WholeFigure(Figure):
-    """Shown as large as it was made.
+class ShownFigure(Figure):
+    """A figure that Jupyter shows as large as it was made, with a text for who cannot see it."""
 
-    Jupyter saves figures with `bbox_inches="tight"`, which would cut off white edges: a static
-    figure would differ from the same figure under its widget.
-    """
+    about = ""
+    """What it draws: how its plotting function is described."""
 
-    def get_tightbbox(self, *_args, **_kwargs) -> Bbox:
-        """The whole figure (inches), less the padding that is added again when it is saved."""
-        return self.bbox_inches.padded(-plt.rcParams["savefig.pad_inches"])
+    @property
+    def alt(self) -> str:
+        """What it draws, and what it found: the titles of its axes."""
+        titles = [ax.get_title(loc="left") for ax in self.axes]
+        sentences = " · ".join(filter(None, [self.about, *titles]))
+        return " ".join(sentences.split())
+
+    def image(self, attributes: str = "") -> tuple[str, str]:
+        """Draw it once: the PNG in base64, and an HTML image of it with these further
+        attributes.
+        """
+        png = io.BytesIO()
+        FigureCanvasAgg(self).print_png(png)
+        source = base64.b64encode(png.getvalue()).decode()
+        described = f'alt="{html.escape(self.alt)}" style="max-width:100%" {attributes}'
+        return source, f'<img {described} src="data:image/png;base64,{source}">'
+
+    def _ipython_display_(self) -> None:
+        """JupyterLab and nbconvert show the HTML; GitHub and a report the PNG with its metadata."""
+        png, image = self.image()
+        shown = {"image/png": png, "text/html": image, "text/plain": self.alt}
+        display(shown, raw=True, metadata={"image/png": {"alt": self.alt}})
 
 
 def draws(
@@ -178,7 +201,8 @@ def draws(
 ) -> Callable:
     """Turn `plot(ax, data)`, which draws on axes, into `plot(data)`, which returns a figure.
 
-    What `plot` returns becomes the title of the first axes: its finding, or None.
+    What `plot` returns becomes the title of the first axes: its finding, or None. The first
+    paragraph of its docstring and the titles are the figure's alt text.
 
     Args:
         figsize: width and height (inches).
@@ -194,14 +218,17 @@ def draws(
         A decorator. Its figures are closed in pyplot, so that a notebook shows each exactly once.
     """
 
-    def decorate(plot: Callable) -> Callable[..., Figure]:
+    def decorate(plot: Callable) -> Callable[..., ShownFigure]:
+        about, _, _ = inspect.getdoc(plot).partition("\n\n")
+
         @wraps(plot)
-        def drawn(*data, **options) -> Figure:
+        def drawn(*data, **options) -> ShownFigure:
             with plt.style.context(KIT_STYLE):
                 figure, ax = plt.subplots(
-                    FigureClass=WholeFigure, figsize=figsize, subplot_kw=axes, **grid
+                    FigureClass=ShownFigure, figsize=figsize, subplot_kw=axes, **grid
                 )
                 plt.close(figure)
+                figure.about = about
                 finding = plot(ax, *data, **options)
                 if finding:
                     figure.axes[0].set_title(finding)

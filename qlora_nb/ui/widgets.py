@@ -5,15 +5,13 @@ same figure with the start values stands in a cell before it, for readers withou
 API common to ipywidgets 7.7.1 (Colab) and 8.1 is used.
 """
 
-import base64
 import html
-import io
 from collections.abc import Callable
 from pathlib import Path
 
 import ipywidgets as W
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+
+from qlora_nb.ui.style import ShownFigure
 
 LABEL = {"description_width": "initial"}
 CONTROL = {"style": LABEL, "layout": W.Layout(width="min(460px, 95%)")}
@@ -25,7 +23,7 @@ place of a choice instead of the choice.
 NO_PICTURE = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7"
 
 
-def explore(plot: Callable[..., Figure], **controls: W.Widget) -> W.VBox:
+def explore(plot: Callable[..., ShownFigure], **controls: W.Widget) -> W.VBox:
     """Controls above `plot(**values)`, drawn anew whenever one of them changes.
 
     The figure is shown in an `HTML` and not in an `Output` (ipywidgets' own `interactive`): about
@@ -59,20 +57,10 @@ def explore(plot: Callable[..., Figure], **controls: W.Widget) -> W.VBox:
     return panel
 
 
-def picture(figure: Figure) -> str:
-    """A figure as HTML, its titles as the text for screen readers.
-
-    Drawn once, without the search for its bounding box that displaying it costs.
-    """
-    titles = [ax.get_title(loc="left") for ax in figure.axes]
-    text = html.escape(" · ".join(filter(None, titles)))
-    png = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(png)
-    source = base64.b64encode(png.getvalue()).decode()
-    return (
-        f'<img alt="{text}" src="data:image/png;base64,{source}" style="max-width:100%" '
-        f'onload="{NAMES_SLIDERS}">'
-    )
+def picture(figure: ShownFigure) -> str:
+    """A figure as HTML under controls, whose sliders it names."""
+    _, image = figure.image(f'onload="{NAMES_SLIDERS}"')
+    return image
 
 
 def naming() -> W.HTML:
