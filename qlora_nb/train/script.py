@@ -5,7 +5,7 @@ The two programs are templates (`train.py.j2`, `ask.py.j2`) that are filled in b
 paths and texts are put in by Python's `repr`, so that none of them can become code. `rows.jsonl`
 holds the rows as text, in the order in which they are trained; with packing a line holds all rows
 of a sequence. On a CPU the program ends with the adapter of notebook 06, bit for bit, unless packed
-sequences share a pass: then their losses agree to 1e-4.
+sequences share a pass: there they stand one after another, and dropout draws other masks.
 """
 
 import json
