@@ -38,7 +38,6 @@ from qlora_nb.model.linear_layers import dense_weight, linear_layers
 from qlora_nb.pocket import MODEL_DIR
 from qlora_nb.record import runs, seal
 from qlora_nb.settings import validate
-from qlora_nb.train import attach
 
 SHAPE = {
     "vocab_size": 1088,
