@@ -160,6 +160,27 @@ def plan(
 
 
 @app.command(context_settings=TAKES_PARAMETERS)
+def script(
+    ctx: typer.Context,
+    profile: Profile = "tiny",
+    out: Annotated[str, typer.Option(help="a folder for the files [a new one in runs]")] = "",
+) -> None:
+    """Write a run as train.py, ask.py and rows.jsonl, which need nothing of this kit. Parameters:
+    -p NAME VALUE.
+    """
+    from qlora_nb.settings import resolve
+
+    settings = resolve({"profile": profile, **_parameters(ctx.args)})
+    from qlora_nb.memory import preflight
+
+    preflight.require_model_and_data(settings)
+    from qlora_nb.train import script
+
+    for path in script.write_untrained(settings, out):
+        print(path)
+
+
+@app.command(context_settings=TAKES_PARAMETERS)
 def generate(
     ctx: typer.Context,
     profile: Profile = "tiny",

@@ -798,3 +798,55 @@ def test_an_adapter_that_trained_biases_is_refused(tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     with pytest.raises(KitError, match="it trained biases too"):
         adapters.load_adapter(load.load_base(settings), tmp_path / "adapter")
+
+
+# --- what `load.prepared` guards ---
+
+
+def loaded(settings):
+    """As the cell of notebook 06 loads it, not prepared yet."""
+    return AutoModelForCausalLM.from_pretrained(
+        load.weights_of(settings),
+        quantization_config=load.quantization_config(settings),
+        dtype=torch.float32,
+        output_loading_info=True,
+    )
+
+
+def test_no_layer_is_repacked_on_a_cpu_with_bfloat16_units(saved):
+    settings = validate({"model_id": saved("Llama")})
+    model, loading_info = loaded(settings)
+    layers = [m for m in model.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
+    assert len(layers) == len(linear_layers(model))
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = True  # as bitsandbytes finds it on such a CPU
+        layer.compute_dtype = torch.bfloat16
+    codes = [layer.weight.data.clone() for layer in layers]
+    load.prepared(model, settings, loading_info)
+    with torch.no_grad():
+        model(input_ids=torch.arange(5, 25)[None])
+    for layer, before in zip(layers, codes, strict=True):
+        assert not layer.support_avx512bf16_for_cpu
+        assert layer.compute_dtype == device.compute_dtype()
+        assert torch.equal(layer.weight.data, before)
+
+
+@pytest.mark.parametrize("kind", ["missing_keys", "mismatched_keys"])
+def test_weights_that_transformers_filled_in_are_refused(saved, kind):
+    settings = validate({"model_id": saved("Llama")})
+    model, loading_info = loaded(settings)
+    with pytest.raises(KitError, match="1 of its weights are not in the files, such as lm_head"):
+        load.prepared(model, settings, {**loading_info, kind: ["lm_head.weight"]})
+
+
+def test_a_prepared_model_answers_under_its_own_name(saved):
+    """In eval mode, with plain generation defaults and the name that an adapter will record."""
+    folder = saved("Llama", generation={"repetition_penalty": 8.0})
+    settings = validate({"model_id": folder})
+    model, loading_info = loaded(settings)
+    model.train()
+    model.name_or_path = "a kept copy"
+    assert load.prepared(model, settings, loading_info) is model
+    assert not model.training
+    assert model.name_or_path == model.config.name_or_path == folder
+    assert model.generation_config.repetition_penalty != 8.0

@@ -123,7 +123,7 @@ def dry_run(plan: Plan) -> Activations:
 
 @functools.lru_cache(maxsize=4096)
 def _dry_run(plan: Plan) -> Activations:
-    if plan.loss_chunk and not _head_is_last(Plan(plan.config, checkpointing=False)):
+    if plan.loss_chunk and not head_is_last(plan.config):
         plan = replace(plan, loss_chunk=0)  # as `probes.before_training` does with a loaded model
     one = _count(1, plan)
     if not plan.train:
@@ -188,10 +188,16 @@ def _given(model: nn.Module, hidden: torch.Tensor) -> Iterator[None]:
         yield
 
 
+def head_is_last(config) -> bool:
+    """Whether a model's logits are what its head gives, up to a constant factor: then the loss can
+    be taken in slices.
+    """
+    return _head_is_last(Plan(config, checkpointing=False))
+
+
 @functools.lru_cache(maxsize=256)
 def _head_is_last(plan: Plan) -> bool:
-    """Whether the logits are what the head gives, up to a constant factor: then the loss can be
-    taken in slices. Of a plan its configuration alone counts.
+    """Of a plan its configuration alone counts.
 
     Blocks and head are left out and large logits are given, which is all that a model without
     weights can be asked. `probes.head_is_last` asks the loaded one.

@@ -41,15 +41,20 @@ def refuse_what_cannot_run(settings) -> None:
     size = sources.download_bytes(settings.model_id)
     if not here.gpus:
         refuse_on_cpu(settings.model_id, size or 0, here)
-    models = "pocket, smollm2, a hub name like EleutherAI/pythia-410m, or a folder"
-    sources.require_reachable("model", settings.model_id, models)
-    sources.require_reachable("dataset", settings.dataset, "pocket, a hub name, or a file")
+    require_model_and_data(settings)
     if here.gpus and size:
         importlib.import_module("torch")  # once loaded it says itself which cards it can use
         here = machine.this_machine()
         if not here.gpus:
             refuse_on_cpu(settings.model_id, size, here)
         require_fit(settings, here, train=False)
+
+
+def require_model_and_data(settings) -> None:
+    """Raise `KitError` if the resolved model or data is not to be had."""
+    models = "pocket, smollm2, a hub name like EleutherAI/pythia-410m, or a folder"
+    sources.require_reachable("model", settings.model_id, models)
+    sources.require_reachable("dataset", settings.dataset, "pocket, a hub name, or a file")
 
 
 SIZES = (

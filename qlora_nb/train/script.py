@@ -4,21 +4,23 @@ bitsandbytes, datasets and accelerate, and nothing of this kit.
 The two programs are templates (`train.py.j2`, `ask.py.j2`) that are filled in by Jinja. Names,
 paths and texts are put in by Python's `repr`, so that none of them can become code. `rows.jsonl`
 holds the rows as text, in the order in which they are trained; with packing a line holds all rows
-of a sequence. On a CPU the program ends with the adapter of notebook 06, bit for bit.
+of a sequence. On a CPU the program ends with the adapter of notebook 06, bit for bit, unless packed
+sequences share a pass: there they stand one after another, and dropout draws other masks.
 """
 
 import json
 from pathlib import Path
 
-import torch
 from datasets import Dataset
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from transformers import PreTrainedTokenizerBase
 
 from qlora_nb import sources
 from qlora_nb.errors import KitError
-from qlora_nb.model import data, device
-from qlora_nb.record import files
+from qlora_nb.memory import dry_run
+from qlora_nb.model import batching, configs, data, device, load
+from qlora_nb.record import files, runs
+from qlora_nb.train import attach
 
 OF_THE_KIT = ("head_4bit", "embedding_on_cpu")
 """Options that need code of this kit."""
@@ -39,6 +41,34 @@ def require_plain(settings) -> None:
         )
 
 
+def write_untrained(settings, out: str = "") -> list[Path]:
+    """As `write`, of a run that nobody has made: no weight is loaded, so that any machine can do
+    it.
+
+    Args:
+        out: a folder, made if it is not there; without one a new run's folder.
+
+    Raises:
+        KitError: see `write`, `data.load` and `attach.layers_to_adapt`.
+    """
+    require_plain(settings)
+    tokenizer = load.load_tokenizer(settings)
+    model = configs.meta_model(configs.config_of(settings.model_id))
+    targets = attach.layers_to_adapt(model, settings)
+    texts, _ = data.load(settings)
+    rows = data.tokenize_rows(texts, tokenizer, settings)
+    if settings.packing:
+        rows = batching.pack(rows, settings.max_length)
+    rows = batching.in_training_order(rows, settings)
+    if out:
+        folder = sources.local_path(out)
+        with files.writing(folder, "name a folder you may write to"):
+            folder.mkdir(parents=True, exist_ok=True)
+    else:
+        folder = runs.new_folder(settings, "script")
+    return write(folder, settings, tokenizer, rows, texts, targets)
+
+
 def write(
     folder: Path,
     settings,
@@ -46,7 +76,6 @@ def write(
     rows: Dataset,
     texts: Dataset,
     targets: list[str],
-    adapter: str = "adapter",
 ) -> list[Path]:
     """Write `train.py`, `ask.py` and `rows.jsonl` into a folder; returns the three paths.
 
@@ -57,25 +86,26 @@ def write(
         rows: tokenized, in the order of training: what the Trainer is given.
         texts: what they were tokenized from (instruction, input, output).
         targets: the names of the layers that are adapted.
-        adapter: where `ask.py` looks for the adapter.
 
     Raises:
         KitError: an option that needs code of this kit, or a disk that is full.
     """
     require_plain(settings)
     with_input, without_input = data.TEMPLATES[settings.prompt_template]
-    dtype = device.compute_dtype(settings.compute_dtype)
+    loss_chunk = settings.loss_chunk
+    if not dry_run.head_is_last(configs.config_of(settings.model_id)):
+        loss_chunk = 0
     facts = {
         "s": settings,
-        "dtype": dtype,
-        "float16": dtype == torch.float16 and device.on_gpu(),
-        "model": sources.model_path(settings.model_id),
+        "dtype": device.compute_dtype(settings.compute_dtype),
+        "loss_chunk": loss_chunk,
+        "model": sources.seen_from_anywhere(sources.model_path(settings.model_id)),
+        "saved_in_4_bit": load.was_quantized(settings),
         "targets": sorted(targets),
         "with_input": with_input,
         "without_input": without_input,
         "pad_token": str(tokenizer.pad_token),
         "ends_texts": tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id,
-        "adapter": adapter,
         "out": "adapter_by_script" if (folder / "adapter").exists() else "adapter",
     }
     templates = Environment(
@@ -85,12 +115,21 @@ def write(
         keep_trailing_newline=True,
     )
     templates.filters["repr"] = repr
+    templates.filters["named"] = _named
     contents = {"rows.jsonl": _rows_as_text(rows, texts)}
     for name in ("train.py", "ask.py"):
         contents[name] = templates.get_template(f"{name}.j2").render(facts)
     for name, text in contents.items():
         files.write_atomically(folder / name, text)
     return [folder / name for name in contents]
+
+
+def _named(value: object, name: str) -> str:
+    """The line that gives a value its name."""
+    line = f"{name} = {value!r}"
+    if len(line) > 100:
+        line += "  # noqa: E501"
+    return line
 
 
 def _rows_as_text(rows: Dataset, texts: Dataset) -> str:
