@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from qlora_nb import sources
 from qlora_nb.answer import adapters, evaluate, generate, merge
 from qlora_nb.errors import KitError
-from qlora_nb.memory import dry_run, ledger
+from qlora_nb.memory import budget, dry_run, ledger
 from qlora_nb.memory.plan import Plan, plan_of
 from qlora_nb.model import (
     batching,
@@ -38,6 +38,7 @@ from qlora_nb.model.linear_layers import dense_weight, linear_layers
 from qlora_nb.pocket import MODEL_DIR
 from qlora_nb.record import runs, seal
 from qlora_nb.settings import validate
+from qlora_nb.train import script
 
 SHAPE = {
     "vocab_size": 1088,
@@ -640,6 +641,15 @@ def test_an_adapter_that_cannot_be_merged_is_refused_in_a_sentence(saved, tmp_pa
     for way in merge.WAYS:
         with pytest.raises(KitError, match=r"cannot be merged.*no bias"):
             merge.merged(settings, tmp_path / "adapter", way)
+
+
+def test_a_family_whose_layers_are_known_only_when_it_is_loaded_is_refused_without_weights(saved):
+    """GPT-2's matrices are of a class of their own until bitsandbytes has packed them."""
+    settings = validate({"model_id": saved("GPT2"), "r": 4})
+    with pytest.raises(KitError, match="no linear layers that could be adapted"):
+        script.write_untrained(settings)
+    with pytest.raises(KitError, match="no linear layers that could be adapted"):
+        budget.peak(plan_of(settings))
 
 
 def test_gpt2s_turned_weights_are_rounded_before_merging(saved, tmp_path):

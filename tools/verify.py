@@ -113,11 +113,24 @@ def smollm2() -> dict:
         parameters["dataset"] = data
     with tempfile.TemporaryDirectory() as out:
         summary = sequence.run_sequence(parameters | {"output_dir": out}, only=["03", "06", "07"])
+        same = script_ends_as_the_notebook(Path(out))
     kept = ("notebook", "status", "wall_s", "peak_bytes", "results", "problems")
     return {
-        "passed": summary["status"] == "done",
+        "passed": summary["status"] == "done" and same,
         "runs": [{k: o[k] for k in kept} for o in summary["notebooks"]],
+        "the script's adapter has the notebook's bits": same,
     }
+
+
+def script_ends_as_the_notebook(out: Path) -> bool:
+    """The script that notebook 06 has written, run without the kit: the same adapter, bit for
+    bit.
+    """
+    [program] = out.rglob("train.py")
+    subprocess.run([sys.executable, "-I", str(program)], check=True, capture_output=True)
+    folders = (program.parent / "adapter", program.parent / "adapter_by_script")
+    hashes = [files.sha256(folder / "adapter_model.safetensors") for folder in folders]
+    return hashes[0] == hashes[1]
 
 
 def fuzz() -> dict:

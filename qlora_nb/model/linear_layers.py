@@ -31,9 +31,16 @@ def adapted_names(model: PreTrainedModel, target_modules: Sequence[str]) -> list
     PEFT's own `all-linear` would take the slices of a 4-bit head for layers of the blocks.
 
     Raises:
-        KitError: a name that no linear layer of the blocks has, or `all-linear` beside other names.
+        KitError: a name that no linear layer of the blocks has, `all-linear` beside other names, or
+            blocks without linear layers (GPT-2's are of a class of their own until it is loaded).
     """
     names = sorted({name.rsplit(".", 1)[-1] for name in linear_layers(model)})
+    if not names:
+        raise KitError(
+            "the blocks of this model have no linear layers that could be adapted",
+            value=model.config.model_type,
+            remedy="choose a model of another family",
+        )
     if list(target_modules) == ["all-linear"]:
         return names
     wrong = [target for target in target_modules if target not in names]
