@@ -106,7 +106,7 @@ def why_none() -> tuple[str, str]:
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None:
         problem = f"{problem} sees none with CUDA_VISIBLE_DEVICES={chosen!r:.80}"
-        return problem, "unset it, or name a card that is there"
+        return problem, "unset it, or name a card that is there; if it does, update the driver"
     remedy = f"update the driver, or install a build of torch for an older CUDA than {cuda}"
     return f"{problem} cannot use it", remedy
 

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError
-from pydantic_core import from_json
 
 from qlora_nb import progress, sources
 from qlora_nb.errors import KitError, explain_missing_names
@@ -47,9 +46,12 @@ def _prompts(value: Any) -> Any:
     """A single prompt, a JSON list of prompts, or a list → a list of prompts."""
     if not isinstance(value, str):
         return value
-    if value.strip().startswith("["):
-        return from_json(value)
-    return [value]
+    if not value.strip().startswith("["):
+        return [value]
+    try:
+        return json.loads(value)
+    except RecursionError:
+        raise ValueError("a list in so many lists") from None
 
 
 def _names(value: Any) -> Any:

@@ -330,7 +330,7 @@ def test_the_recipe_of_06_says_what_each_setting_saves_alone():
     numbers = {2: "Two", 3: "Three", 4: "Four", 5: "Five", 6: "Six"}
     n_settings = len(names["recipe"]) - 1  # without the profile as it is
     assert f"{numbers[n_settings]} settings take memory off" in cells[i - 1].source
-    rows = names["rows"]
+    rows = names["needed"]
     first = rows["profile full"]
     alone = {name: row["saves alone (GiB)"] for name, row in rows.items() if row is not first}
     n_rank_64, n_rank_16, embedding = 188_743_680, 47_185_920, 50_688 * 5120

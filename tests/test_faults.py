@@ -814,15 +814,14 @@ def test_torchrun_is_refused_in_a_sentence(no_launcher, tmp_path):
 
 @pytest.mark.fault(40)
 def test_a_slider_dragged_fast_ends_with_the_last_value():
-    from matplotlib.figure import Figure
-
+    from qlora_nb.ui.style import ShownFigure
     from qlora_nb.ui.widgets import explore, float_slider
 
     drawn = []
 
     def plot(x):
         drawn.append(x)
-        figure = Figure()
+        figure = ShownFigure()
         figure.suptitle(f"{x:.2f}")
         return figure
 

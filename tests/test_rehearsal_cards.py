@@ -244,33 +244,6 @@ def test_rehearsal_a_machine_without_cards_does_not_load_torch():
     assert done.stdout.strip() == "False"
 
 
-def test_rehearsal_torch_is_loaded_before_a_card_is_asked_again():
-    """The driver knows neither what torch can use nor what it was built for."""
-    program = """
-        import sys
-        from dataclasses import replace
-        from qlora_nb import cards, machine, pocket
-        from qlora_nb.memory import preflight
-        from qlora_nb.settings import resolve
-
-        look = machine.this_machine
-        seen = []
-
-        def this_machine(folder="."):
-            loaded = "torch" in sys.modules
-            seen.append(loaded)
-            gpu = cards.Gpu("shown by the driver", 24 * 2**30, 24 * 2**30, (8, 6))
-            return replace(look(folder), gpus=() if loaded else (gpu,))
-
-        machine.this_machine = this_machine
-        preflight.refuse_what_cannot_run(resolve({"model_id": str(pocket.MODEL_DIR)}))
-        print(seen)
-    """
-    command = [sys.executable, "-c", textwrap.dedent(program)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[False, True]"
-
-
 # ---- which card ------------------------------------------------------------------------------------------------------
 
 

@@ -80,13 +80,17 @@ def loading(model: PreTrainedModel, folder: Path) -> Iterator[None]:
             sealed.
     """
     seal.require_whole(folder)
-    with refusing(
-        f"the adapter does not fit: it was made for {_made_for(folder)}, "
-        f"the model here is {_base_name(model.config.name_or_path)}",
+    with _fitting(model, folder):
+        yield
+
+
+def _fitting(model: PreTrainedModel, folder: Path) -> AbstractContextManager:
+    own = _base_name(model.config.name_or_path)
+    return refusing(
+        f"the adapter does not fit: it was made for {_made_for(folder)}, the model here is {own}",
         folder.name,
         "load the base the adapter was trained on, or take another copy of the adapter",
-    ):
-        yield
+    )
 
 
 def checked(tuned: PeftModel, folder: Path) -> PeftModel:
@@ -102,7 +106,7 @@ def checked(tuned: PeftModel, folder: Path) -> PeftModel:
         KitError: one of these does not hold.
     """
     tuned.eval()
-    with loading(tuned, folder):
+    with _fitting(tuned, folder):
         _require_usable(tuned, folder / WEIGHTS)
     own = _base_name(tuned.config.name_or_path)
     if _made_for(folder) != own:

@@ -75,7 +75,7 @@ def tokenize_prompts(
 def _config(model, tokenizer, max_new_tokens: int, **more) -> GenerationConfig:
     """Greedy unless more is said; an answer ends with the tokenizer's end token or the model's own.
 
-    A model's own sampling defaults are not mixed in: `load.load_base` has set them aside.
+    A model's own sampling defaults are not mixed in: `load.prepared` has set them aside.
     """
     return GenerationConfig(
         max_new_tokens=max_new_tokens,

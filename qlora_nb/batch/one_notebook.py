@@ -135,8 +135,11 @@ def _start_papermill(source: Path, folder: Path, log: Path, results: Path) -> su
 def _resident_bytes(pid: int) -> int:
     """Resident memory of the kernel and its children. Pages they share are counted for each."""
     n_bytes = 0
-    with suppress(psutil.Error):  # one has ended by itself
-        for child in psutil.Process(pid).children(recursive=True):
+    children = []
+    with suppress(psutil.Error):  # here and below: it has ended by itself
+        children = psutil.Process(pid).children(recursive=True)
+    for child in children:
+        with suppress(psutil.Error):
             n_bytes += child.memory_info().rss
     return n_bytes
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas
-from IPython.display import HTML, Code
+from IPython.display import HTML
 from pandas.io.formats.style import Styler
 
 from qlora_nb.ui import checks, style
@@ -131,5 +131,5 @@ def answers(prompts: list[str], **said: list[str]) -> Styler:
 
 def folded(path: Path) -> HTML:
     """A program's text behind a line that unfolds it."""
-    text = Code(filename=str(path), language="python")._repr_html_()
-    return HTML(f"<details><summary>{html.escape(path.name)}</summary>{text}</details>")
+    text = html.escape(path.read_text(encoding="utf-8"))
+    return HTML(f"<details><summary>{html.escape(path.name)}</summary><pre>{text}</pre></details>")

@@ -7,7 +7,6 @@ predicted peak (`budget.peak`) within what the card can give. torch is loaded on
 to be compared.
 """
 
-import importlib
 import os
 import sys
 from importlib.util import find_spec
@@ -43,10 +42,6 @@ def refuse_what_cannot_run(settings) -> None:
         refuse_on_cpu(settings.model_id, size or 0, here)
     require_model_and_data(settings)
     if here.gpus and size:
-        importlib.import_module("torch")  # once loaded it says itself which cards it can use
-        here = machine.this_machine()
-        if not here.gpus:
-            refuse_on_cpu(settings.model_id, size, here)
         require_fit(settings, here, train=False)
 
 

@@ -28,8 +28,8 @@ from qlora_nb.model import device, embeddings, generation_defaults, quantized, q
 
 
 def ignore_checkpointing_warning() -> None:
-    """From here on, PEFT may ask transformers for gradient checkpointing by a name that is going
-    away: nothing that a reader could mend.
+    """From here on, gradient checkpointing may be asked for by a name that goes away in
+    transformers 6: PEFT and this kit do, as the new one is not in every version that is supported.
     """
     warnings.filterwarnings("ignore", ".*gradient_checkpointing.* deprecated", FutureWarning)
 
@@ -68,9 +68,9 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
 def load_tokenizer(settings) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with a padding token that is not the end-of-text token.
 
-    If both were the same, masking the padding would mask the end of every answer and the model
-    would never learn to stop. The embedding is never resized: Pythia has 411 spare rows (12b), and
-    id 1 is already `<|padding|>`.
+    If both were the same, a collator that masks padding by its id would mask the end of every
+    answer and the model would never learn to stop. The embedding is never resized: Pythia has 411
+    spare rows (12b), and id 1 is already `<|padding|>`.
 
     Raises:
         KitError: it cannot be read, has no end token, or none that it could pad with.

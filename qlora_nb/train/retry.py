@@ -58,7 +58,6 @@ def train(trainer, checkpoint: Path | None, go_back: Callable[[], Path | None]) 
                 refusal = out_of_memory.explain(error, settings, trainer.model, trainer.optimizer)
                 if not watch.updating:
                     trainer.save_now()
-                trainer.let_go()  # a notebook keeps its trainer
                 raise refusal from error
         finally:
             _end_autocast(trainer.model)

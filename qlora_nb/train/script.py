@@ -18,12 +18,16 @@ from transformers import PreTrainedTokenizerBase
 from qlora_nb import sources
 from qlora_nb.errors import KitError
 from qlora_nb.memory import dry_run
-from qlora_nb.model import batching, configs, data, device, load
-from qlora_nb.record import files, runs
+from qlora_nb.model import batching, configs, data, device, load, probes
+from qlora_nb.record import files, runs, seal
 from qlora_nb.train import attach
 
 OF_THE_KIT = ("head_4bit", "embedding_on_cpu")
 """Options that need code of this kit."""
+
+
+MARK = "A QLoRA run, written down by qlora-nb"
+"""How `train.py` begins."""
 
 
 def require_plain(settings) -> None:
@@ -54,6 +58,7 @@ def write_untrained(settings, out: str = "") -> list[Path]:
     require_plain(settings)
     tokenizer = load.load_tokenizer(settings)
     model = configs.meta_model(configs.config_of(settings.model_id))
+    probes.require_positions(model, settings.max_length)
     targets = attach.layers_to_adapt(model, settings)
     texts, _ = data.load(settings)
     rows = data.tokenize_rows(texts, tokenizer, settings)
@@ -88,13 +93,16 @@ def write(
         targets: the names of the layers that are adapted.
 
     Raises:
-        KitError: an option that needs code of this kit, or a disk that is full.
+        KitError: an option that needs code of this kit, files of somebody else, or a disk that is
+            full.
     """
     require_plain(settings)
+    _require_own(folder)
     with_input, without_input = data.TEMPLATES[settings.prompt_template]
     loss_chunk = settings.loss_chunk
     if not dry_run.head_is_last(configs.config_of(settings.model_id)):
         loss_chunk = 0
+    has_run = (folder / "adapter" / seal.SEAL).is_file()  # its adapter is not written over
     facts = {
         "s": settings,
         "dtype": device.compute_dtype(settings.compute_dtype),
@@ -106,7 +114,8 @@ def write(
         "without_input": without_input,
         "pad_token": str(tokenizer.pad_token),
         "ends_texts": tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id,
-        "out": "adapter_by_script" if (folder / "adapter").exists() else "adapter",
+        "mark": MARK,
+        "out": "adapter_by_script" if has_run else "adapter",
     }
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -122,6 +131,17 @@ def write(
     for name, text in contents.items():
         files.write_atomically(folder / name, text)
     return [folder / name for name in contents]
+
+
+def _require_own(folder: Path) -> None:
+    """Refuse a folder that holds files of these names which this kit has not written."""
+    program = folder / "train.py"
+    if program.is_file() and MARK in program.read_text(encoding="utf-8", errors="replace")[:99]:
+        return
+    for name in ("train.py", "ask.py", "rows.jsonl"):
+        if (folder / name).exists():
+            what = f"{name} is there already, and not of this kit"
+            raise KitError(what, value=str(folder), remedy="name another folder")
 
 
 def _named(value: object, name: str) -> str:

@@ -48,13 +48,12 @@ class QLoRATrainer(Trainer):
         self.run = run
         self.settings = settings
         self.options = options
-        by_class = {type(callback): callback for callback in options["callbacks"]}
-        self.watch = by_class[callbacks.Watch]
-        self.measured = by_class[callbacks.MeasureOneStep]
-        self.sample = by_class[callbacks.Sample]
-        self.watch.run = run
-        self.sample.run = run
         try:
+            self.watch = _callback(callbacks.Watch, options)
+            self.measured = _callback(callbacks.MeasureOneStep, options)
+            self.sample = _callback(callbacks.Sample, options)
+            self.watch.run = run
+            self.sample.run = run
             attach.require_adapter(options["model"])
             self.rows_hash = checkpoints.fingerprint(options["train_dataset"])
             self.make(settings, optimizer=None)
@@ -68,13 +67,14 @@ class QLoRATrainer(Trainer):
         args.output_dir = str(self.run.folder / "checkpoints")
         args.per_device_train_batch_size = settings.per_device_train_batch_size
         args.gradient_accumulation_steps = settings.gradient_accumulation_steps
-        os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.run.folder / "tensorboard")
+        if settings.tensorboard:
+            os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.run.folder / "tensorboard")
         args._n_gpu = min(args.n_gpu, 1)  # of several cards one is used
         super().__init__(**{**self.options, "args": args, "optimizers": (optimizer, None)})
         self.remove_callback(PrinterCallback)  # it would print every step's numbers a second time
 
-    def let_go(self) -> None:
-        """Give back the optimizer's memory, although the notebook keeps this trainer."""
+    def _let_go(self) -> None:
+        """Give back the optimizer's memory, although a notebook keeps its trainer."""
         self.accelerator.free_memory()
         self.optimizer = None
         self.lr_scheduler = None
@@ -162,30 +162,34 @@ class QLoRATrainer(Trainer):
         """The checkpoint to begin from, None where training begins at the first step.
 
         Raises:
-            KitError: the run is over, was started with other settings or rows, the disk has no room
-                for its checkpoints, or a new run would begin with an adapter that is trained
-                already.
+            KitError: the run was started with other settings or rows.
+        """
+        if not self.run.resumed:
+            return None
+        checkpoint = seal.newest_checkpoint(self.run.folder)
+        if checkpoint:
+            checkpoints.require_same(checkpoint, self.settings, self.rows_hash)
+        return checkpoint
+
+    def train(self, resume_from_checkpoint: Path | bool | None = None) -> TrainOutput:
+        """Train to the end, from the first step or from a checkpoint (True: the newest one); what
+        was logged after that is forgotten, and the optimizer's memory is given back.
+
+        Raises:
+            KitError: the run is over, the disk has no room for its checkpoints, training would
+                begin with an adapter that is trained already, loss or gradient became NaN or
+                infinite, memory ran out with one row in a pass, or the model does not do what these
+                settings rely on (`probes.before_training`).
         """
         if self.run.manifest["status"] != "running":
             name = self.run.folder.name
             raise KitError("this run is over", value=name, remedy="start another one")
         _require_room(self.model, self.settings, self.run.folder)
-        checkpoint = seal.newest_checkpoint(self.run.folder) if self.run.resumed else None
-        if checkpoint:
-            checkpoints.require_same(checkpoint, self.settings, self.rows_hash)
-        else:
+        checkpoint = resume_from_checkpoint
+        if checkpoint is True:
+            checkpoint = self.newest_checkpoint()
+        if not checkpoint:
             _require_untrained(self.model)
-        return checkpoint
-
-    def train(self, resume_from_checkpoint: Path | None = None) -> TrainOutput:
-        """Train to the end, from the first step or from a checkpoint; what was logged after that is
-        forgotten.
-
-        Raises:
-            KitError: loss or gradient became NaN or infinite, memory ran out with one row in a
-                pass, or the model does not do what these settings rely on
-                (`probes.before_training`).
-        """
         trained = [p for p in self.model.parameters() if p.requires_grad]
         first_values = [p.detach().to("cpu", copy=True) for p in trained]
 
@@ -201,9 +205,10 @@ class QLoRATrainer(Trainer):
             self._choose_loss(stack)
             stack.push(self.measured.measuring)
             stack.enter_context(_without_cache(self.model))
+            stack.callback(self._let_go)
             if self.run.resumed:
-                print(f"going on after step {self._rewind(resume_from_checkpoint)}")
-            ended = retry.train(self, resume_from_checkpoint, go_back)
+                print(f"going on after step {self._rewind(checkpoint)}")
+            ended = retry.train(self, checkpoint, go_back)
         if self.watch.failure:
             raise KitError(
                 self.watch.failure,
@@ -241,6 +246,17 @@ class QLoRATrainer(Trainer):
             if "held_out_loss" in record:
                 self.sample.losses[record["step"]] = record["held_out_loss"]
         return step
+
+
+def _callback(kind: type, options: dict[str, object]):
+    """The callback of this class among the options."""
+    for callback in options["callbacks"]:
+        if isinstance(callback, kind):
+            return callback
+    raise KitError(
+        f"the callbacks have no {kind.__name__}",
+        remedy="put it back: without it this run cannot be stopped, measured or resumed",
+    )
 
 
 @contextmanager

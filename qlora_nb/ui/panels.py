@@ -49,8 +49,9 @@ class LiveTraining:
             f"learning rate {step['learning_rate']:.1e} · {step['tokens_per_s']:,.0f} tokens/s · "
             f"{step['memory_bytes'] / cards.GIB:.2f} GiB · {step['seconds_left']:.0f} s left"
         )
-        if not self.losses:  # a resumed run: what came before is not drawn
-            self.losses = [math.nan] * (number - 1)
+        # steps before a resume were not seen, steps that are done again are drawn anew
+        self.losses = self.losses[: number - 1]
+        self.losses += [math.nan] * (number - 1 - len(self.losses))
         self.losses.append(step["loss"])
         self.bar.value = number
         self.text.value = line
