@@ -27,63 +27,6 @@ def adapted(n_in: int, n_out: int, **settings) -> torch.nn.Module:
     return peft.get_peft_model(model, peft.LoraConfig(target_modules=["0"], **settings))
 
 
-# W and the thin matrices
-
-
-@pytest.mark.parametrize(("n_in", "n_out", "r"), [(12, 20, 3), (40, 10, 2), (300, 900, 1)])
-def test_parts_are_drawn_to_scale(n_in, n_out, r):
-    ax = n02.plot_parts(n_in, n_out, r).axes[0]
-    thin = max(r, 0.012 * max(n_in, n_out))  # no thinner than can be seen
-    boxes = []
-    for patch in ax.patches:
-        boxes.append((patch.get_x(), patch.get_y(), patch.get_width(), patch.get_height()))
-    sizes = [(width, height) for _, _, width, height in boxes]
-    assert sizes == [(n_in, n_out), (thin, n_out), (n_in, thin)]
-    tops = [bottom + height for _, bottom, _, height in boxes]
-    assert tops == [0, 0, 0], "they hang from one line"
-    (w, _, w_width, _), (b, _, b_width, _), (a, _, a_width, _) = boxes
-    assert w == 0
-    assert w + w_width < b
-    assert b + b_width < a
-    low, high = ax.get_xlim()
-    assert low < w
-    assert a + a_width < high
-    low, high = ax.get_ylim()
-    assert low < -n_out
-    assert high > 0
-    assert ax.get_aspect() == 1, "one scale for width and height"
-
-
-@pytest.mark.parametrize(("n_in", "n_out", "r"), [(12, 20, 3), (40, 10, 2), (1000, 3000, 4)])
-def test_parts_are_labelled_with_their_sizes(n_in, n_out, r):
-    ax = n02.plot_parts(n_in, n_out, r).axes[0]
-    model = adapted(n_in, n_out, r=r)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    percent = 100 * trained / (n_in * n_out)
-    assert artists.title(ax) == f"Two thin matrices hold {percent:.2g} % as many numbers as W"
-    weights = model.state_dict()
-    rows_b, columns_b = weights["base_model.model.0.lora_B.default.weight"].shape
-    rows_a, columns_a = weights["base_model.model.0.lora_A.default.weight"].shape
-    sizes = [
-        f"W, frozen\n{n_out:,} × {n_in:,}",
-        f"B\n{rows_b:,} × {columns_b}",
-        f"A\n{rows_a} × {columns_a:,}",
-    ]
-    assert artists.texts(ax) == [*sizes, "+", "·"]
-    places = artists.places(ax)
-    edges = [(p.get_x(), p.get_x() + p.get_width()) for p in ax.patches]
-    bottoms = [p.get_y() for p in ax.patches]
-    for (x, y), (left, right), bottom in zip(places, edges, bottoms):
-        assert x == pytest.approx((left + right) / 2), "below the middle of its matrix"
-        assert y < bottom
-        assert y > ax.get_ylim()[0]
-    plus, dot = places[3:]
-    assert edges[0][1] < plus[0] < edges[1][0]
-    assert plus[1] == -n_out / 2
-    assert edges[1][1] < dot[0] < edges[2][0]
-    assert -n_out < dot[1] < 0
-
-
 # losses
 
 
@@ -309,8 +252,6 @@ def test_count_is_what_peft_trains(targets):
 def test_every_figure_can_be_drawn_and_is_closed():
     update = torch.tensor(np.random.default_rng(3).normal(size=(48, 24)), dtype=torch.float32)
     factors = lora.best_rank(update, 24)
-    artists.check_drawn(n02.plot_parts(5120, 15360, 1))
-    artists.check_drawn(n02.plot_parts(192, 192, 256))
     artists.check_drawn(n02.plot_losses({"a": [1.0, 0.5], "b": [2.0, 2.0]}, "title"))
     artists.check_drawn(n02.plot_scales((1, 16), 16, 32))
     artists.check_drawn(n02.plot_captured({"x": torch.linspace(0.1, 1, 24)}, 64))

@@ -1,15 +1,14 @@
 """Notebook 02: the figures of LoRA and the checkers of its exercises.
 
-The figures: W beside B and A drawn to one scale; the loss of a layer for three ways of starting A
-and B; the size of the low-rank path's output over the rank, with LoRA's scale and rsLoRA's; how
-much of a fully fine-tuned layer's update the best matrix of each rank holds, and a corner of that
-update; the trained share of every Pythia. The formulas are in `theory/lora.py`.
+The figures: the loss of a layer for three ways of starting A and B; the size of the low-rank path's
+output over the rank, with LoRA's scale and rsLoRA's; how much of a fully fine-tuned layer's update
+the best matrix of each rank holds, and a corner of that update; the trained share of every Pythia.
+The formulas are in `theory/lora.py`.
 """
 
 import numpy as np
 import torch
 from matplotlib import cycler
-from matplotlib.patches import Rectangle
 
 from qlora_nb.pythia import PYTHIA
 from qlora_nb.theory import lora
@@ -37,42 +36,6 @@ TARGETS = {
     "all-linear": slice(0, 4),
 }
 """Which of a block's four linear layers (`Pythia.linears`) each choice of targets adapts."""
-
-
-@draws((6.4, 3.6), aspect="equal", anchor="W")
-def plot_parts(ax, n_in: int, n_out: int, r: int):
-    """W and the two thin matrices, drawn to one scale.
-
-    Args:
-        n_in, n_out: sizes of the layer.
-        r: rank.
-    """
-    unit = max(n_in, n_out)
-    gap = 0.28 * unit
-    thin = max(r, 0.012 * unit)  # no thinner than can be seen
-
-    def matrix(left, width, height, text, **colours):
-        ax.add_patch(Rectangle((left, -height), width, height, **colours))
-        middle = left + width / 2
-        below = -height - 0.03 * unit
-        ax.text(middle, below, text, ha="center", va="top", fontsize=10)
-
-    b_left = n_in + gap
-    a_left = n_in + 2 * gap + thin
-    frozen = {"facecolor": "#E6E6E6", "edgecolor": "black"}
-    trained = {"facecolor": COLOURS["LoRA"], "edgecolor": "white"}
-    matrix(0, n_in, n_out, f"W, frozen\n{n_out:,} × {n_in:,}", **frozen)
-    matrix(b_left, thin, n_out, f"B\n{n_out:,} × {r}", **trained)
-    matrix(a_left, n_in, thin, f"A\n{r} × {n_in:,}", **trained)
-    sign = {"ha": "center", "va": "center", "fontsize": 22, "fontweight": "bold"}
-    ax.text(b_left - gap / 2, -n_out / 2, "+", **sign)
-    ax.text(a_left - gap / 2, -0.08 * unit, "·", **sign)
-    ax.set_xlim(-0.02 * unit, a_left + n_in + 0.5 * thin + 0.05 * unit)
-    ax.set_ylim(-n_out - 0.3 * unit, 0.03 * unit)
-    ax.axis("off")
-    n_trained = lora.n_parameters(r, [(n_in, n_out)])
-    percent = 100 * n_trained / (n_in * n_out)
-    return f"Two thin matrices hold {percent:.2g} % as many numbers as W"
 
 
 @draws(legend="best", prop_cycle=LINES, xlabel="step", ylabel="mean squared error")
