@@ -678,7 +678,8 @@ told = {}
 run(start, start + 1)
 told["train first"] = run(train), folders()
 told["measure first"] = run(measure), folders()
-run(*range(start + 2, attach), *range(attach + 1, train))
+drawn = number("qlora_layer(")  # draws a layer with its adapter
+run(*(i for i in range(start + 2, train) if i not in (attach, drawn)))
 told["not attached"] = run(train), folders()
 told["measure the base"] = run(measure - 1, measure)
 told["trained"] = run(attach, train), folders()

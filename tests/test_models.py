@@ -645,7 +645,7 @@ def test_an_adapter_that_cannot_be_merged_is_refused_in_a_sentence(saved, tmp_pa
 
 def test_a_family_whose_layers_are_known_only_when_it_is_loaded_is_refused_without_weights(saved):
     """GPT-2's matrices are of a class of their own until bitsandbytes has packed them."""
-    settings = validate({"model_id": saved("GPT2"), "r": 4})
+    settings = validate({"model_id": saved("GPT2"), "r": 4, "max_length": 64})
     with pytest.raises(KitError, match="no linear layers that could be adapted"):
         script.write_untrained(settings)
     with pytest.raises(KitError, match="no linear layers that could be adapted"):
