@@ -8,8 +8,11 @@ would have made.
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
 from types import CodeType, SimpleNamespace
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as qlora_nb does, before torch is loaded
 
 import nbformat
 import peft
