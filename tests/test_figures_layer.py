@@ -12,6 +12,7 @@ import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex, to_rgb
+from matplotlib.patches import Rectangle
 from matplotlib.text import Annotation
 
 from qlora_nb.ui import layer_picture, style
@@ -251,3 +252,22 @@ def test_texts_keep_to_their_boxes_and_off_each_other(lit, shape):
     for extent in extents:
         assert 0 <= extent.x0 < extent.x1 <= width
         assert 0 <= extent.y0 < extent.y1 <= height
+
+
+def test_each_way_is_named_at_its_arrow_and_each_box_has_a_stripe():
+    [ax] = layer_picture.qlora_layer().axes
+    places = {text.get_text(): text.get_position() for text in ax.texts}
+    (forward_x, forward_y), (backward_x, backward_y) = (
+        places["forward"],
+        places["backward: through the product, none into W"],
+    )
+    for x in (forward_x, backward_x):
+        assert 19 < x < 81, "between the boxes of X and of the product"
+    assert 30 < backward_y < forward_y < 40, "at the height of the product"
+    rectangles = [patch for patch in ax.patches if isinstance(patch, Rectangle)]
+    frames, stripes = rectangles[0::2], rectangles[1::2]
+    assert len(frames) == len(stripes) == len(boxes_of(ax))
+    for frame, stripe in zip(frames, stripes, strict=True):
+        assert stripe.get_xy() == frame.get_xy()
+        assert stripe.get_height() == frame.get_height()
+        assert 0 < stripe.get_width() < frame.get_width() / 5

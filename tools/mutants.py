@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 
 REFUSALS = {"KitError", "ValueError"}
@@ -51,7 +52,7 @@ def zero(value, scalar: bool = True):  # noqa: PLR0911 (a line for each kind of 
         return int(value == 0)
     if isinstance(value, numbers.Real):
         return float(value == 0)
-    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+    if isinstance(value, np.ndarray | pd.Series) and value.dtype.kind in "biuf":
         return (value == 0).astype(value.dtype)
     if hasattr(value, "new_zeros"):  # a torch tensor
         return (value == 0).to(value.dtype)
