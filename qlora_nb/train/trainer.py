@@ -36,8 +36,8 @@ class QLoRATrainer(Trainer):
         run: the `runs.Run` whose folder takes the checkpoints.
         settings: the resolved parameters.
         options: those of `Trainer`, by name. Among the callbacks are one `callbacks.Watch`, one
-            `MeasureOneStep` and one `Sample`; without `compute_loss_func` the loss is taken in
-            slices of `loss_chunk` tokens.
+            `MeasureOneStep` and one `Sample`. The loss is chosen by `train`: in slices of
+            `loss_chunk` tokens where the model bears that.
 
     Raises:
         KitError: the model has no adapter that can be trained. What is refused before the first
