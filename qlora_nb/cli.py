@@ -11,6 +11,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
@@ -232,19 +233,27 @@ def run(
     only: Annotated[str, typer.Option(help="beginnings of notebook names, as 03,04")] = "",
     out: Annotated[str | None, typer.Option(help="folder for everything written [runs]")] = None,
     resume: Annotated[str, typer.Option(help="latest, or a sequence folder to resume")] = "no",
+    solved: Annotated[
+        bool, typer.Option("--solutions", help="with the solutions in the exercises")
+    ] = False,
 ) -> None:
     """Execute the notebooks in order and write a report. Parameters as papermill takes them: -p
     NAME VALUE.
     """
     from qlora_nb import sources
-    from qlora_nb.batch import sequence
+    from qlora_nb.batch import sequence, solutions
 
     given = {"profile": profile}
     if out:
         given["output_dir"] = str(sources.local_path(out).absolute())
     given.update(_parameters(ctx.args))
     names = [part.strip() for part in only.split(",")] if only else None
-    summary = sequence.run_sequence(given, names, resume=resume)
+    notebooks = sources.project_root() / "notebooks"
+    with TemporaryDirectory() as folder:
+        if solved:
+            solutions.copy_solved(notebooks, Path(folder))
+            notebooks = Path(folder)
+        summary = sequence.run_sequence(given, names, notebooks, resume=resume)
     raise typer.Exit(0 if summary["status"] == "done" else 1)
 
 

@@ -13,7 +13,7 @@ import nbformat
 import pytest
 from typer.testing import CliRunner
 
-from qlora_nb import cli, machine
+from qlora_nb import cli, machine, sources
 from qlora_nb.batch import sequence
 from qlora_nb.errors import KitError
 
@@ -202,10 +202,12 @@ def test_parameters_are_collected(monkeypatch, tmp_path):
         "-1",
     ]
     assert CliRunner().invoke(cli.app, arguments).exit_code == 0
+    cli_notebooks = sources.project_root() / "notebooks"
     assert seen == [
         (
             {"profile": "tiny", "output_dir": str(tmp_path), "r": "8", "learning_rate": "-1"},
             ["03", "04"],
+            cli_notebooks,
             {"resume": "latest"},
         )
     ]

@@ -356,6 +356,8 @@ CHANGES = {
     "optim": "paged_adamw_8bit",
     "gradient_checkpointing": False,
     "loss_chunk": 128,
+    "embedding_on_cpu": True,
+    "head_4bit": True,
 }
 
 
@@ -406,11 +408,14 @@ def test_planner_shows_what_is_chosen():
         "optim": ["paged_adamw_32bit", "paged_adamw_8bit"],
         "gradient_checkpointing": [True, False],
         "loss_chunk": [0, 32, 128],
+        "embedding_on_cpu": [False, True],
+        "head_4bit": [False, True],
     }
     assert {name: list(control.options) for name, control in box.controls.items()} == offered
     assert [control.description for control in box.controls.values()] == list(offered)
-    assert box.children == (*box.controls.values(), box.advice, box.children[-1])
+    assert box.children == (*box.controls.values(), box.advice, *box.children[-2:])
     starts = SMALL | {"gpu_gib": 8.0, "gradient_checkpointing": True}
+    starts |= {"embedding_on_cpu": False, "head_4bit": False}
     assert {name: control.value for name, control in box.controls.items()} == {
         name: starts[name] for name in offered
     }

@@ -81,7 +81,7 @@ def ends(control):
 def drive(panel):
     """Every control to both ends, one at a time (the pictures must differ) and all together."""
     assert isinstance(panel.result, Figure)
-    *controls, shown = panel.children
+    *controls, _, shown = panel.children
     for control in controls:
         start = control.value
         pictures = []

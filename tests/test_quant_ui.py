@@ -41,7 +41,7 @@ def ends(control: W.Widget) -> list:
 
 def drive(panel: W.VBox) -> None:
     """Move every control to its ends: each time another picture must be shown."""
-    *controls, shown = panel.children
+    *controls, _, shown = panel.children
     for control in controls:
         pictures = set()
         for value in ends(control):

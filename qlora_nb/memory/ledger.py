@@ -15,6 +15,7 @@ the scales out. What is needed on top while a step runs is counted in `dry_run` 
 `budget`.
 """
 
+import functools
 import html
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -164,7 +165,7 @@ def predict(plan: Plan) -> Ledger:
     Example, by hand: a linear layer of 128 × 64 weights, 8,192 in all, takes 4,096 bytes of codes
     and 128 scales; these are 512 bytes, or with double quantization 128 bytes and one float32.
     """
-    model = configs.meta_model(plan.config)
+    model = _shapes(Plan(plan.config))
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings().weight
     layers = [layer.weight.numel() for layer in linear_layers(model).values()]
@@ -201,6 +202,12 @@ def predict(plan: Plan) -> Ledger:
             lines.append(Line(GRADIENTS, 4 * n_trained, "as the LoRA weights"))
             lines.append(Line(STATES, optimizer_bytes(numels, plan.optim), plan.optim))
     return Ledger(title, tuple(line for line in lines if line.bytes))
+
+
+@functools.lru_cache(maxsize=32)
+def _shapes(plan: Plan) -> nn.Module:
+    """The model of a plan's configuration without memory, for reading only: made once."""
+    return configs.meta_model(plan.config)
 
 
 def _packed_lines(layers: list[int], nested: bool) -> list[Line]:

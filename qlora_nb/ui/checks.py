@@ -1,12 +1,14 @@
-"""Checkers of exercises: what the reader answered, beside the right answer, in one sentence.
+"""What the reader answered, judged in one sentence: exercises and guesses.
 
 A checker (`verdict`, and what `exercise` makes of it) compares in the order in which a teacher
 would: not attempted yet, then the shape, then the values. It prints one line and returns True only
 if the answer is right. `compare_guess` sets a reader's guess beside what was measured; it grades
-nothing. The checkers of an exercise stand with the figures of their notebook, in `lessons`.
+nothing. Functions that the reader writes are checked in `written`; the checkers of a notebook stand
+with its figures, in `lessons`.
 """
 
 import math
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -46,7 +48,7 @@ def verdict(stub: object, want: object, name: str, hint: str, tolerance: float =
     said = "not attempted yet. Replace None and run the cell again"
     right = False
     if stub is not None:
-        fault = _fault(stub, want, tolerance)
+        fault = fault_of(stub, want, tolerance)
         right = not fault
         said = "right" if right else f"{fault}. Hint: {hint}"
     print(f"{name}: {said}.")
@@ -62,7 +64,7 @@ def exercise(name: str, want: object, hint: str, tolerance: float = 1e-6) -> Cal
     return check
 
 
-def _fault(got: object, want: object, tolerance: float) -> str:
+def fault_of(got: object, want: object, tolerance: float) -> str:
     """What is wrong with an answer, "" if nothing is."""
     if hasattr(got, "tolist"):
         got = got.tolist()
@@ -84,17 +86,17 @@ def _fault(got: object, want: object, tolerance: float) -> str:
 
 def compare_guess(
     name: str,
-    guess: float | None,
+    guess: float | str | None,
     found: float,
     unit: str = "",
     digits: int = 4,
     how: str = "measured",
 ) -> None:
-    """Print a guess and by how much it is off; without a guess the value is shown all the same.
+    """Print a guess and how near it is in words; without a guess the value is shown all the same.
 
     Args:
         name: how the notebook calls the quantity.
-        guess: the reader's, or None.
+        guess: the reader's: a number, a text that holds one ("about 10 GiB"), or None.
         found: the value; an integer is printed in full.
         unit: of both.
         digits: significant digits of a value that is not an integer.
@@ -102,16 +104,56 @@ def compare_guess(
 
     >>> compare_guess("bits per weight", None, 4.127, "bits")
     bits per weight: no guess yet · measured 4.127 bits
-    >>> compare_guess("bits per weight", 4.5, 4.127, "bits")
-    bits per weight: your guess 4.5 bits · measured 4.127 bits · off by +9.0 %
+    >>> compare_guess("bits per weight", "perhaps 4.5", 4.127, "bits")
+    bits per weight: your guess 4.5 bits · measured 4.127 bits · close, 9 % too high
     """
     if unit:
         unit = f" {unit}"
     value = f"{found:.{digits}g}" if isinstance(found, float) else f"{found:,}"
     said = "no guess yet"
-    off = ""
+    judged = ""
     if guess is not None:
-        said = f"your guess {guess:,}{unit}"
-        if found:
-            off = f" · off by {100 * (guess - found) / abs(found):+.1f} %"
-    print(f"{name}: {said} · {how} {value}{unit}{off}")
+        number = number_in(guess)
+        if number is None:
+            said = f"your guess {guess!r} holds no number"
+        else:
+            said = f"your guess {number:,.6g}{unit}"
+            judged = f" · {_nearness(number, found, digits)}"
+    print(f"{name}: {said} · {how} {value}{unit}{judged}")
+
+
+FACTORS = {"thousand": 1e3, "million": 1e6, "billion": 1e9}
+
+
+def number_in(guess: float | str) -> float | None:
+    """The first number of a text, None if it holds none.
+
+    >>> number_in("about 10 GiB"), number_in("4,5"), number_in("1,024"), number_in("2 million")
+    (10.0, 4.5, 1024.0, 2000000.0)
+    """
+    text = re.sub(r"(?<=\d)[,_ ](?=\d{3}\b)", "", str(guess))  # 1,024 → 1024
+    found = re.search(r"[-+]?\d*[.,]?\d+(?:e[-+]?\d+)?", text.lower())
+    if found is None:
+        return None
+    number = float(found[0].replace(",", "."))
+    for word, factor in FACTORS.items():
+        if word in text.lower():
+            number *= factor
+    return number
+
+
+def _nearness(guess: float, found: float, digits: int) -> str:
+    """In words how near a guess is."""
+    if f"{guess:.{digits}g}" == f"{found:.{digits}g}":
+        return "right"
+    if found == 0 or guess * found <= 0:
+        return "too high" if guess > found else "too low"
+    direction = "too high" if guess > found else "too low"
+    ratio = max(guess / found, found / guess)
+    percent = 100 * abs(guess / found - 1)
+    if ratio >= 2:
+        return f"{ratio:.2g} times {direction}"
+    if percent < 2:
+        return f"very close, a little {direction}"
+    near = "close, " if percent < 15 else ""
+    return f"{near}{percent:.0f} % {direction}"

@@ -86,6 +86,8 @@ OFFERED = {
     "optim": ["paged_adamw_32bit", "paged_adamw_8bit"],
     "gradient_checkpointing": [True, False],
     "loss_chunk": [0, 128],
+    "embedding_on_cpu": [False, True],
+    "head_4bit": [False, True],
 }
 """What the planner offers of each parameter, besides the value it has."""
 
@@ -122,7 +124,7 @@ def planner(settings, gpu_gib: float | None = None) -> W.VBox:
         return plan_figure(chosen, gpu_gib)
 
     box = widgets.explore(plan, **controls)
-    box.children = (*controls.values(), advice, box.children[-1])
+    box.children = (*controls.values(), advice, *box.children[-2:])
     box.controls = controls
     box.advice = advice
     return box

@@ -35,14 +35,17 @@ def explore(plot: Callable[..., ShownFigure], **controls: W.Widget) -> W.VBox:
         **controls: one widget for each argument, with the start values of the static figure.
 
     Returns:
-        The box, to be shown. `.result` is the last Figure.
+        The box, to be shown. `.result` is the last Figure. The line above the figure says "drawing
+        …" for as long as `plot` works.
     """
     shown = W.HTML()
-    panel = W.VBox([*controls.values(), shown])
+    state = W.Label("drawn")
+    panel = W.VBox([*controls.values(), state, shown])
     panel.add_class("explore")
 
     def redraw(_change=None) -> None:
         values = {name: control.value for name, control in controls.items()}
+        state.value = "drawing …"
         try:
             panel.result = plot(**values)
             shown.value = picture(panel.result)
@@ -50,6 +53,8 @@ def explore(plot: Callable[..., ShownFigure], **controls: W.Widget) -> W.VBox:
             # what a callback raises is otherwise seen in the kernel's log alone
             shown.value = f"<pre>{html.escape(str(error))}</pre>"
             raise
+        finally:
+            state.value = "drawn"
 
     for control in controls.values():
         control.observe(redraw, "value")
