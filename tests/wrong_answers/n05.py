@@ -1,0 +1,3 @@
+"""Wrong answers to the exercises of notebook 05, and what is said of them."""
+
+WRONG = {}
