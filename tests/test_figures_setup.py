@@ -6,20 +6,23 @@ from __future__ import annotations
 
 import math
 import shlex
+from dataclasses import replace
 
 import drawn
+import nbformat
 import pytest
 import torch
+from conftest import NOTEBOOKS
 
 from qlora_nb import cards, machine, sources
 from qlora_nb.answer import adapters, generate
 from qlora_nb.lessons import n01
 from qlora_nb.memory import budget, ledger
-from qlora_nb.memory.plan import Plan
+from qlora_nb.memory.plan import Plan, plan_of
 from qlora_nb.model import configs, data, device, load
 from qlora_nb.pythia import PYTHIA
 from qlora_nb.settings import validate
-from qlora_nb.ui import panels, widgets
+from qlora_nb.ui import charts, panels, widgets
 
 GIB = 2**30
 SIZES = {
@@ -155,21 +158,61 @@ def over_the_card(peaks: list[ledger.Ledger], gpu_gib: float) -> list[str]:
     ]
 
 
-def test_every_pythia_has_a_bar(monkeypatch):
-    only_these_pythias(monkeypatch, {size: PYTHIA[size] for size in SIZES})
-    peaks = {size: budget.peak(plan(size, train=True)) for size in SIZES}
-    between = (peaks["160m"].total_gib + peaks["410m"].total_gib) / 2
-    [ax] = n01.every_pythia(validate(SMALL), between).axes
-    assert drawn.y_ticks(ax) == [(0, "70m"), (1, "160m"), (2, "410m")]
-    for row, (size, found) in enumerate(peaks.items()):
-        check_bars(ax, row, found, GIB)
-        for part, bytes_by_hand in still(size, r=4).items():
-            assert widths(ax, row)[part] == pytest.approx(bytes_by_hand / GIB)
-    assert drawn.title(ax) == f"Over {between:g} GiB: 410m"
-    assert ax.lines[0].get_xdata() == pytest.approx([between, between])
+# --- from tuning a model whole to QLoRA ---
 
 
-# --- the tables of notebook 01 ---
+def test_tuned_whole_has_a_gradient_and_two_means_for_every_weight():
+    in_16_bit = replace(plan("70m", train=True), four_bit=False)
+    [ax] = charts.memory_bars({"whole": n01.tuned_whole(in_16_bit)}).axes
+    drawn_parts = {part: length * GIB for part, length in widths(ax, 0).items()}
+    n_weights = 70_426_624  # Pythia paper, table 1
+    assert drawn_parts["unquantized rest"] == pytest.approx(2 * n_weights, rel=1e-5)  # and buffers
+    assert drawn_parts["gradients"] == pytest.approx(2 * n_weights)
+    assert drawn_parts["optimizer states"] == pytest.approx(8 * n_weights)
+    assert "LoRA weights" not in drawn_parts
+    others = ("kept for the backward pass", "working memory", "CUDA itself (assumed)")
+    with_lora = parts(budget.peak(in_16_bit), unit=1)
+    for part in others:
+        assert drawn_parts[part] == pytest.approx(with_lora[part])
+
+
+@pytest.mark.parametrize("r", [4, 64])
+def test_with_pages_draws_apart_what_bitsandbytes_pages(r):
+    found = n01.with_pages(plan("70m", train=True, r=r))
+    assert found.total_bytes == budget.peak(plan("70m", train=True, r=r)).total_bytes
+    [ax] = charts.memory_bars({"QLoRA": found}, 8.0).axes
+    drawn_parts = {part: length * GIB for part, length in widths(ax, 0).items()}
+    # at rank 64 the long sides alone (4 · 512) have 100,000 elements; at rank 4 none has
+    paged = 2 * 4 * 64 * 2048 * 2 * 6 if r == 64 else 0
+    assert drawn_parts.get("paged optimizer states", 0) == pytest.approx(paged)
+    all_states = 8 * r * 16 * 512 * 6
+    assert drawn_parts["optimizer states"] == pytest.approx(all_states - paged)
+    x, _, text = drawn.texts(ax)[0]
+    assert x == pytest.approx(found.total_gib)
+    assert text == f" {found.total_gib:.2f}"
+
+
+def test_each_step_of_notebook_01_saves_what_its_idea_saves():
+    """pythia-12b: 11,324,620,800 weights in linear layers of 11,846,072,320; rank 64."""
+    cells = nbformat.read(NOTEBOOKS / "01_setup.ipynb", 4).cells
+    source = next(cell.source for cell in cells if "stairs = {" in cell.source)
+    names = {"validate": validate, "plan_of": plan_of, "replace": replace, "n01": n01}
+    names |= {"budget": budget, "guess_lora_gib": None, "guess_peak_gib": None}
+    names["compare_guess"] = lambda *_, **__: None
+    exec(source, names)
+    whole, lora, nf4, nested, paged = names["stairs"].values()
+    linear, every, adapter = 11_324_620_800, 11_846_072_320, 188_743_680
+    frozen = 2 * every + 8 * every - (4 + 4 + 8) * adapter  # less what LoRA itself needs
+    assert whole.total_bytes - lora.total_bytes == pytest.approx(frozen, rel=1e-6)
+    tables = 144 * 64
+    assert lora.total_bytes - nf4.total_bytes == 2 * linear - linear / 2 - linear / 16 - tables
+    scales = linear / 16 - linear / 64 - linear / 64 / 64 - 144 * 1028
+    assert nf4.total_bytes - nested.total_bytes == scales
+    assert paged[charts.PAGED] == 8 * adapter
+    assert paged.total_bytes == pytest.approx(nested.total_bytes, rel=1e-6)
+
+
+# --- the tables of notebook 01 ---# --- the tables of notebook 01 ---
 
 
 def test_what_fits_is_the_largest_that_fits(monkeypatch):

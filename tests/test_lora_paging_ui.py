@@ -13,33 +13,16 @@ from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM
 
 from qlora_nb import cards
-from qlora_nb.lessons import n01, n02, n03, n05
-from qlora_nb.memory import dry_run, ledger, step_sizes
-from qlora_nb.memory.plan import Plan
+from qlora_nb.lessons import n02, n03, n05
+from qlora_nb.memory import budget, dry_run, ledger, step_sizes
+from qlora_nb.memory.plan import Plan, plan_of
 from qlora_nb.model import configs
 from qlora_nb.pythia import PYTHIA
 from qlora_nb.settings import PROFILES, resolve, validate
 from qlora_nb.theory import blockwise, codebooks, lora, paging
-from qlora_nb.ui import panels, widgets
+from qlora_nb.ui import charts, panels, widgets
 
 EXERCISES = [  # checker, solution, [(wrong answer, part of the message)]
-    (
-        n02.check_count,
-        30720,
-        [(8 * 768 * 3072, "too large"), (8 * 768, "too small"), ("30720", "not one")],
-    ),
-    (
-        n02.check_output,
-        [7, -10],
-        [
-            ([4, -4], "position 0"),
-            ([6, -12], "too small"),
-            (7, "shape wrong"),
-            ([7, 14], "position 1"),
-        ],
-    ),
-    (n02.check_alpha, 4, [(16, "too large"), (64, "too large"), (0.25, "too small")]),
-    (n02.check_break_even, 3840, [(5120, "too large"), (7680, "too large"), (1280, "too small")]),
     (n05.check_paged, [0, 1], [([1, 1], "position 0"), ([0, 0], "position 1"), (1, "shape wrong")]),
     (
         n05.check_bytes_8bit,
@@ -68,7 +51,6 @@ def test_exercises(check, solution, wrong, capsys):
 
 def test_paged_accepts_booleans_and_tensors_count():
     assert n05.check_paged([False, True])
-    assert n02.check_output(torch.tensor([7.0, -10.0]))
 
 
 def ends(control):
@@ -137,9 +119,8 @@ def test_lora_widgets():
     made = widget_cells(
         "02_lora", settings=resolve({"r": 8}), shown=update, A_best=factors[0], B_best=factors[1]
     )
-    assert len(made) == 2
-    for panel in made:
-        drive(panel)
+    assert len(made) == 1
+    drive(*made)
 
 
 @pytest.mark.parametrize(
@@ -228,7 +209,9 @@ def captioned() -> dict[str, Figure]:
     share = blockwise.code_usage(blockwise.quantize(update, nf4)[0])
     return {
         ("01_setup", "panels.plan_figure("): panels.plan_figure(full, gpu_gib=12.0),
-        ("01_setup", "n01.every_pythia("): n01.every_pythia(full, gpu_gib=24.0),
+        ("01_setup", "charts.memory_bars(smaller, 16.0)"): charts.memory_bars(
+            {"QLoRA": budget.peak(plan_of(full, on_gpu=True))}, 16.0
+        ),
         ("02_lora", "n02.plot_losses("): n02.plot_losses(
             {"a": [1.0, 0.5], "b": [2.0, 2.0], "c": [3.0, 1.0]}, "title"
         ),

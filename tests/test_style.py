@@ -103,7 +103,7 @@ def test_a_colour_is_never_the_only_difference():
 def test_parts_of_memory_are_told_apart_where_a_figure_stacks_them():
     """Every part of the shared figure of memory has a look of its own in the table."""
     looks = [style.LOOKS[part] for part in charts.PARTS]
-    assert len(set(looks)) == len(looks) == 10
+    assert len(set(looks)) == len(looks) == 11
 
 
 def test_a_figure_is_shown_in_full_and_leaves_no_trace(monkeypatch):

@@ -1,22 +1,106 @@
-"""Notebook 01, setup: what this machine can do, before anything is loaded.
+"""Notebook 01, setup: QLoRA as a whole, and what this machine can do, before a model is loaded.
 
+- `check_layer`: an exercise, a QLoRA layer written by the reader;
+- `check_weight_gib`: an exercise, GiB of 4-bit weights;
+- `tuned_whole`, `with_pages`: first and last of the steps from tuning a model whole to QLoRA;
 - `profiles_here`: table of the four profiles, each with its predicted peak, and why one is refused;
 - `downloads`: what would come from the hub;
-- `what_fits`: table of cards, each with the largest Pythia that answers and that fine-tunes on it;
-- `every_pythia`: figure of the peak of fine-tuning every Pythia, part by part, beside a card;
-- `check_weight_gib`: the exercise, GiB of 4-bit weights.
+- `what_fits`: table of cards, each with the largest Pythia that answers and that fine-tunes on it.
 """
 
-from matplotlib.figure import Figure
+import torch
+from bitsandbytes import functional
+from torch import Tensor
 
 from qlora_nb import cards, machine, sources
 from qlora_nb.errors import KitError
-from qlora_nb.memory import budget, preflight
+from qlora_nb.lessons import n02
+from qlora_nb.memory import budget, ledger, preflight
 from qlora_nb.memory.plan import plan_of
 from qlora_nb.model import configs
 from qlora_nb.pythia import PYTHIA
 from qlora_nb.settings import PROFILES, validate
+from qlora_nb.theory import paging
 from qlora_nb.ui import charts, checks
+from qlora_nb.ui.written import Written
+
+
+def by_libraries(x, codes, table, scales, *adapter) -> Tensor:
+    """A QLoRA layer: bitsandbytes unpacks the weights, PEFT adds the adapter.
+
+    Args:
+        x: (…, in) inputs.
+        codes: (blocks, weights of a block) places in the table.
+        table: (values,) what a code stands for.
+        scales: (blocks,) the largest weight of each block.
+        *adapter: A (r, in), B (out, r) and alpha.
+
+    Returns:
+        (…, out).
+    """
+    block = codes.shape[1]
+    packed = codes.to(torch.uint8)
+    flat = functional.dequantize_blockwise(packed, absmax=scales, code=table, blocksize=block)
+    weight = flat.view(-1, x.shape[-1])
+    return n02.in_peft(x, weight, *adapter)
+
+
+def two_layers() -> list[tuple]:
+    """Arguments of `by_libraries`: to check by hand, and as bitsandbytes quantizes a matrix."""
+    x, _, *adapter = n02.BY_HAND
+    codes = torch.tensor([[2, 0], [1, 2]])
+    table = torch.tensor([-1.0, 0.0, 1.0])
+    scales = torch.tensor([0.5, 3.0])
+    by_hand = (x, codes, table, scales, *adapter)
+
+    x, weight, *adapter = n02.at_random()
+    packed, state = functional.quantize_4bit(weight, quant_type="nf4")
+    codes = torch.hstack([packed >> 4, packed & 15]).view(-1, state.blocksize)
+    return [by_hand, (x, codes.long(), state.code, state.absmax, *adapter)]
+
+
+check_layer = Written(
+    "qlora_layer",
+    by_libraries,
+    two_layers,
+    "bitsandbytes and PEFT together",
+    "a weight is its value in the table times the scale of its block; then it is a LoRA layer",
+)
+"""Exercise: `qlora_layer(x, codes, table, scales, A, B, alpha)`."""
+
+check_weight_gib = checks.exercise(
+    "GiB of weights",
+    want=11.8e9 / 2 / cards.GIB,
+    hint="4 bits are half a byte, and a GiB has 2^30 bytes, not 10^9",
+    tolerance=0.01,
+)
+"""Exercise: memory of 11.8 billion weights of 4 bits."""
+
+
+def tuned_whole(plan) -> ledger.Ledger:
+    """Predicted peak when every weight is tuned: a gradient in 16 bit and Adam's two states in
+    float32 for each. Activations are taken to be those of the same plan with LoRA.
+    """
+    n_weights = configs.meta_model(plan.config).num_parameters()
+    states = ledger.optimizer_bytes([n_weights], "adamw_torch")
+    sizes = {ledger.LORA: 0, ledger.GRADIENTS: 2 * n_weights, ledger.STATES: states}
+    return _with(sizes, budget.peak(plan))
+
+
+def with_pages(plan) -> ledger.Ledger:
+    """Predicted peak, with the states that bitsandbytes pages in a line of their own."""
+    shapes = configs.meta_model(plan.config)
+    numels = ledger.lora_numels(shapes, plan.r, plan.target_modules)
+    paged, rest = paging.paged_bytes(numels)
+    return _with({ledger.STATES: rest, charts.PAGED: paged}, budget.peak(plan))
+
+
+def _with(sizes: dict[str, int], found: ledger.Ledger) -> ledger.Ledger:
+    """A ledger with these lines instead of its own."""
+    lines = [line for line in found.lines if line.name not in sizes]
+    for name, size in sizes.items():
+        lines.append(ledger.Line(name, size, ""))
+    return ledger.Ledger(found.title, tuple(lines))
 
 
 def profiles_here(here: machine.Machine) -> list[dict[str, str]]:
@@ -96,25 +180,3 @@ def what_fits(
             row["options"] = "; ".join(taken) if taken else "none needed"
         rows.append(row)
     return rows
-
-
-def every_pythia(settings, gpu_gib: float) -> Figure:
-    """Predicted peak of fine-tuning every Pythia with these settings on a card of `gpu_gib` GiB."""
-    peaks = {}
-    for size in PYTHIA:
-        config = configs.pythia_config(size)
-        peaks[size] = budget.peak(plan_of(settings, config=config, on_gpu=True))
-    return charts.memory_bars(peaks, gpu_gib)
-
-
-def check_weight_gib(stub, n_parameters: int, n_bits: int) -> bool:
-    """Memory of `n_parameters` weights of `n_bits` each, in GiB."""
-    bits = n_parameters * n_bits
-    hint = "eight bits are a byte, 2^30 bytes a GiB"
-    if isinstance(stub, (int, float)):
-        if abs(stub - bits / 8 / 1e9) < 0.01:
-            hint = "that is GB of 10^9 bytes; a GiB has 2^30"
-        if abs(stub - bits / cards.GIB) < 0.1:
-            hint = "that counts bytes where there are bits: 4 bit are half a byte"
-    want = bits / 8 / cards.GIB
-    return checks.verdict(stub, want, "GiB of weights", hint, tolerance=0.01)

@@ -1,41 +1,32 @@
 """Notebook 02: the figures of LoRA and the checkers of its exercises.
 
-The figures: the loss of a layer for three ways of starting A and B; the size of the low-rank path's
-output over the rank, with LoRA's scale and rsLoRA's; how much of a fully fine-tuned layer's update
-the best matrix of each rank holds, and a corner of that update; the trained share of every Pythia.
-The formulas are in `theory/lora.py`.
+The figures: the loss of a layer for three ways of starting A and B; how much of a fully fine-tuned
+layer's update the best matrix of each rank holds, and a corner of that update. The formulas are in
+`theory/lora.py`; what the reader writes is compared with PEFT.
 """
 
-import numpy as np
 import torch
 from matplotlib import cycler
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch.func import functional_call
 
-from qlora_nb.pythia import PYTHIA
 from qlora_nb.theory import lora
 from qlora_nb.ui.checks import exercise
 from qlora_nb.ui.style import (
     COLOURS,
     draws,
-    grouped_bars,
     log2_axis,
-    look,
     maps,
     margins,
     mark,
 )
+from qlora_nb.ui.written import Written
 
 LINES = cycler(
     color=[COLOURS["LoRA"], COLOURS["16-bit"], COLOURS["other"]], linestyle=["-", "--", "-."]
 )
 """How one line after another is drawn, from the first again after the last."""
-
-TARGETS = {
-    "query_key_value": slice(0, 1),
-    "attention": slice(0, 2),
-    "feed-forward": slice(2, 4),
-    "all-linear": slice(0, 4),
-}
-"""Which of a block's four linear layers (`Pythia.linears`) each choice of targets adapts."""
 
 
 @draws(legend="best", prop_cycle=LINES, xlabel="step", ylabel="mean squared error")
@@ -48,49 +39,15 @@ def plot_losses(ax, losses, title: str):
     """
     for name, values in losses.items():
         ax.plot(values, label=name, linewidth=2)
-    ax.set_ylim(bottom=0)
-    return title
-
-
-@draws(legend="best", xlabel="rank r", ylabel="output size (std)")
-def plot_scales(ax, ranks, lora_alpha: float, n_in: int, seed: int = 0):
-    """Size of the LoRA path's output over the rank, for three scales; entries of A and B
-    independent.
-
-    Args:
-        ranks: the ranks to try.
-        lora_alpha: alpha.
-        n_in: inputs of the layer; A is drawn as PEFT draws it, B with standard deviation 0.01.
-        seed: of x, A and B.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(64, n_in, generator=generator)
-    uniform = torch.rand(max(ranks), n_in, generator=generator) * 2 - 1
-    a = uniform / n_in**0.5
-    b = torch.randn(max(ranks), 256, generator=generator) * 0.01
-    sizes = []
-    for r in ranks:
-        y = x @ a[:r].T @ b[:r]
-        sizes.append(y.std().item())
-    plain = [lora.scale(lora_alpha, r) for r in ranks]
-    rslora = [lora.scale(lora_alpha, r, rslora=True) for r in ranks]
-
-    def line(values, style, meaning, label):
-        ax.plot(ranks, values, style, label=label, **mark(meaning))
-
-    line(sizes, "-", "other", "no scale")
-    line(np.multiply(sizes, plain), "--", "LoRA", "alpha / r (LoRA)")
-    line(np.multiply(sizes, rslora), "-.", "16-bit", "alpha / √r (rsLoRA)")
-    log2_axis(ax, ranks)
     ax.set_yscale("log")
-    return "At random B LoRA's path shrinks as 1/√r, rsLoRA's stays"
+    return title
 
 
 @draws(
     legend="lower right",
     prop_cycle=LINES,
     xlabel="rank r",
-    ylabel="captured (% of energy)",
+    ylabel="share of ΔW held (% of squares)",
     ylim=(0, 104),
 )
 def plot_captured(ax, curves, r: int):
@@ -142,72 +99,88 @@ def plot_update(axes, update, factors, r: int):
     axes[0].set_ylabel("output (index)")
 
 
-def count(size: str, r: int, targets: str) -> int:
-    """Trained numbers of a Pythia at a rank for a choice of targets (a key of `TARGETS`)."""
-    pythia = PYTHIA[size]
-    return pythia.n_layers * lora.n_parameters(r, pythia.linears[TARGETS[targets]])
-
-
-@draws(
-    (8.4, 3.8),
-    "best",
-    grid=margins(),
-    xlabel="Pythia (size)",
-    ylabel="trained (% of all parameters)",
+BY_HAND = (
+    torch.tensor([1.0, 2.0]),
+    torch.tensor([[0.5, -1.0], [1.0, 0.0]]),
+    torch.tensor([[1.0, 1.0]]),
+    torch.tensor([[3.0], [-2.0]]),
+    2,
 )
-def plot_counts(ax, r: int, targets: str = "all-linear", highlight: str = "12b"):
-    """Trained share of every Pythia at one rank, for the chosen targets beside PEFT's default.
+"""x, W, A, B, alpha of a layer to check by hand: y = [16.5, -11]."""
+
+
+def at_random() -> tuple:
+    """x, W, A, B, alpha of a layer from 128 to 96 at rank 8."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 5, 128), (96, 128), (8, 128), (96, 8))
+    tensors = []
+    for shape in shapes:
+        tensors.append(torch.randn(shape, generator=generator))
+    return (*tensors, 16)
+
+
+def adapted(weight, lora_a, lora_b, lora_alpha) -> tuple[PeftModel, dict[str, Tensor]]:
+    """One linear layer as PEFT adapts it, and its parameters by their names.
 
     Args:
-        r: rank.
-        targets: a key of `TARGETS`.
-        highlight: the size whose numbers are in the title.
+        weight: (out, in) W.
+        lora_a, lora_b: (r, in) A and (out, r) B.
+        lora_alpha: alpha.
     """
-    looks = {"query_key_value": look("other"), targets: look("LoRA")}
-    names = {"query_key_value": "query_key_value (PEFT's default)"}
-    shares = {}
-    for kind in looks:
-        percent = {}
-        for size, pythia in PYTHIA.items():
-            percent[size] = 100 * count(size, r, kind) / pythia.n_parameters
-        shares[names.get(kind, kind)] = percent
-    grouped_bars(ax, list(PYTHIA), shares, looks.values())
-    for bars in ax.containers:
-        ax.bar_label(bars, fmt="{:.2g}", fontsize=8)
-    n_trained = count(highlight, r, targets)
-    share = percent[highlight]
-    return f"pythia-{highlight}, r = {r}, {targets}: {n_trained:,} trained ({share:.2g} %)"
+    n_out, n_in = weight.shape
+    plain = nn.Sequential(nn.Linear(n_in, n_out, bias=False))
+    config = LoraConfig(r=len(lora_a), lora_alpha=lora_alpha, target_modules=["0"])
+    tensors = {}
+    parts = {"base_layer": weight, "lora_A.default": lora_a, "lora_B.default": lora_b}
+    for name, tensor in parts.items():
+        tensors[f"base_model.model.0.{name}.weight"] = tensor
+    return get_peft_model(plain, config), tensors
 
 
-check_count = exercise(
-    "trained numbers",
-    want=lora.n_parameters(8, [(768, 3072)]),
-    hint="A has r · in numbers, B has out · r, and nothing else is trained",
+def in_peft(x, *layer) -> Tensor:
+    """(…, out) of PEFT's layer; gradients reach the tensors that are given (those of
+    `adapted`).
+    """
+    model, tensors = adapted(*layer)
+    return functional_call(model, tensors, x)
+
+
+def merged_by_peft(*layer) -> Tensor:
+    """(out, in) weight after PEFT's `merge_and_unload` of `adapted`."""
+    model, tensors = adapted(*layer)
+    model.load_state_dict(tensors)
+    return model.merge_and_unload()[0].weight.detach()
+
+
+def with_gradients(function, x, weight, lora_a, lora_b, lora_alpha) -> tuple[Tensor, ...]:
+    """Output of a layer, and the gradients of A and B if the loss is the sum of its squares."""
+    trained = [lora_a.requires_grad_(), lora_b.requires_grad_()]
+    y = function(x, weight, lora_a, lora_b, lora_alpha)
+    return y, *torch.autograd.grad((y**2).sum(), trained)
+
+
+check_forward = Written(
+    "lora_forward",
+    in_peft,
+    lambda: [BY_HAND, at_random()],
+    "PEFT's layer, output and gradients of A and B",
+    "y = x Wᵀ + (alpha / r) (x Aᵀ) Bᵀ, with r the number of A's rows",
+    call=with_gradients,
 )
-"""Exercise 1: trained numbers of rank 8 on a layer from 768 to 3072."""
+"""Exercise: `lora_forward(x, weight, A, B, alpha)`."""
 
-x = torch.tensor([1.0, 2.0])
-lora_a = torch.tensor([[1.0, 1.0]])
-lora_b = torch.tensor([[1.0], [-2.0]])
-check_output = exercise(
-    "y",
-    want=lora.forward(x, torch.eye(2), lora_a, lora_b, lora_alpha=2),
-    hint="x Aᵀ is one number, 3; times B it is [3, -6]; scale that by alpha / r and add x",
+check_merge = Written(
+    "lora_merge",
+    merged_by_peft,
+    lambda: [BY_HAND[1:], at_random()[1:]],
+    "PEFT's merge_and_unload",
+    "W + (alpha / r) B A, a new matrix with the shape of W",
 )
-"""Exercise 2: y for x = [1, 2], W = identity, A = [[1, 1]], B = [[1], [-2]], alpha = 2."""
+"""Exercise: `lora_merge(weight, A, B, alpha)`."""
 
 check_alpha = exercise(
     "alpha",
     want=lora.scale(16, 64) * 16,
     hint="the scale is alpha / r: 16 / 64 must stay what it is",
 )
-"""Exercise 3: the alpha that keeps the scale of (alpha 16, r 64) when r becomes 16."""
-
-check_break_even = exercise(
-    "rank",
-    want=5120 * 15360 / (5120 + 15360),
-    hint="solve r · (in + out) = in · out",
-)
-"""Exercise 4: the rank at which LoRA on a 5120 → 15360 layer trains as many numbers as the layer
-has.
-"""
+"""Exercise: the alpha that keeps the scale of (alpha 16, r 64) when r becomes 16."""

@@ -73,34 +73,6 @@ def forward(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, lora_alph
     return x @ weight.T + scale(lora_alpha, r=len(lora_a)) * (thin @ lora_b.T)
 
 
-class LoRALinear(nn.Module):
-    """A frozen linear layer with a trained low-rank path beside it.
-
-    Args:
-        base: the layer to adapt; its parameters are frozen here.
-        r: rank.
-        lora_alpha: the scale is lora_alpha / r.
-        lora_dropout: probability that an input of the low-rank path is dropped in training.
-
-    `lora_A` (r, in) starts Kaiming-uniform with a = √5, that is uniform in ±1/√in, `lora_B` (out,
-    r) at zero, as in PEFT.
-    """
-
-    def __init__(self, base: nn.Linear, r: int, lora_alpha: float, lora_dropout: float = 0.0):
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        self.lora_A = nn.Parameter(torch.empty(r, base.in_features))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        self.dropout = nn.Dropout(lora_dropout)
-        self.scale = scale(lora_alpha, r)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(…, in) → (…, out)."""
-        thin = self.dropout(x) @ self.lora_A.T
-        return self.base(x) + thin @ self.lora_B.T * self.scale
-
-
 def merge(weight: Tensor, lora_a: Tensor, lora_b: Tensor, lora_alpha: float) -> Tensor:
     """W + ΔW with ΔW = (alpha / r) B A: one matrix (out, in) that does what the two paths did.
     Exact only within the rounding of W's dtype.

@@ -1,7 +1,7 @@
 """Two figures that several notebooks and panels share: memory part by part, and the loss of a run.
 
-`memory_bars` sums the lines of a ledger (`memory.ledger`, `memory.budget`) into ten parts, drawn as
-in all notebooks (`style.LOOKS`); `loss_curve` shows training loss with a running mean, and
+`memory_bars` sums the lines of a ledger (`memory.ledger`, `memory.budget`) into eleven parts, drawn
+as in all notebooks (`style.LOOKS`); `loss_curve` shows training loss with a running mean, and
 held-out loss where it was measured.
 """
 
@@ -12,6 +12,8 @@ import pandas
 from qlora_nb import cards
 from qlora_nb.memory import budget, ledger
 from qlora_nb.ui import style
+
+PAGED = "paged optimizer states"
 
 PARTS = {
     "4-bit weights": (ledger.CODES,),
@@ -24,6 +26,7 @@ PARTS = {
     "working memory": (budget.WORK,),
     "key-value cache": (budget.CACHE,),
     "CUDA itself (assumed)": (budget.CUDA,),
+    PAGED: (PAGED,),
 }
 """Part of a bar, named as in `style.LOOKS` → the ledger's lines in it, in the order of drawing."""
 
