@@ -44,19 +44,12 @@ class Blocks(NamedTuple):
     scale: Tensor
     values: Tensor
 
-    def restored(self) -> Tensor:
-        """The weights that are left, (n, size)."""
-        return self.values[self.index] * self.scale
-
 
 def q4_0(x: Tensor) -> Blocks:
     """Q4_0.
 
     Args:
         x: float32, its size a multiple of 32.
-
-    >>> q4_0(torch.tensor([8.0, -7.0] + [0.0] * 30)).restored()[0, :3].tolist()
-    [8.0, -7.0, 0.0]
     """
     blocks = x.reshape(-1, 32)
     scale = _largest(blocks) / -8
@@ -74,8 +67,7 @@ def iq4_nl(x: Tensor) -> Blocks:
     blocks = x.reshape(-1, 32)
     weights = blocks.square()
     largest = _largest(blocks)
-    best_gain = torch.zeros_like(largest)
-    best_scale = torch.zeros_like(largest)
+    best_gain = best_scale = torch.zeros_like(largest)
     for becomes in (127, *range(-134, -119)):  # the largest weight, before rounding
         values = IQ4_NL[_nearest(blocks * (becomes / largest), IQ4_NL)]
         product = (weights * values * blocks).sum(dim=1, keepdim=True)
@@ -84,8 +76,7 @@ def iq4_nl(x: Tensor) -> Blocks:
         gain = product * scale  # squared error of storing zeros less that of storing these
         best_scale = torch.where(gain > best_gain, scale, best_scale)
         best_gain = torch.maximum(gain, best_gain)
-    index = _nearest(blocks / best_scale, IQ4_NL)
-    return Blocks(index, best_scale.half().float(), IQ4_NL)
+    return Blocks(_nearest(blocks / best_scale, IQ4_NL), best_scale.half().float(), IQ4_NL)
 
 
 def mxfp4(x: Tensor) -> Blocks:
@@ -93,9 +84,6 @@ def mxfp4(x: Tensor) -> Blocks:
 
     Args:
         x: float32, its size a multiple of 32.
-
-    >>> mxfp4(torch.tensor([7.0, 1.0] + [0.0] * 30)).restored()[0, :3].tolist()
-    [6.0, 1.0, 0.0]
     """
     blocks = x.reshape(-1, 32)
     scale = 2 ** (_largest(blocks).abs().log2().floor() - 2).clamp(min=-127)
@@ -112,8 +100,7 @@ def nvfp4(x: Tensor) -> Blocks:
     wanted = _largest(blocks).abs() / 6
     of_the_tensor = wanted.max().clamp(min=SMALLEST_SCALE) / 448
     scale = (wanted / of_the_tensor).to(torch.float8_e4m3fn).float() * of_the_tensor
-    index = _nearest((blocks / scale).nan_to_num(), E2M1)
-    return Blocks(index, scale, E2M1)
+    return Blocks(_nearest((blocks / scale).nan_to_num(), E2M1), scale, E2M1)
 
 
 FORMATS = {
@@ -126,11 +113,16 @@ FORMATS = {
 
 
 def round_trip(x: Tensor, name: str) -> Tensor:
-    """What a format of `FORMATS` leaves of `x`, whose size is a multiple of 32; same shape and
-    dtype.
+    """What a format of `FORMATS` leaves of float32 numbers, a multiple of 32 of them; same shape.
+
+    >>> round_trip(torch.tensor([8.0, -7.0] + [0.0] * 30), "Q4_0")[:3].tolist()
+    [8.0, -7.0, 0.0]
+    >>> round_trip(torch.tensor([7.0, 1.0] + [0.0] * 30), "MXFP4")[:3].tolist()
+    [6.0, 1.0, 0.0]
     """
     _, store = FORMATS[name]
-    return store(x.float()).restored().reshape(x.shape).to(x.dtype)
+    index, scale, values = store(x)
+    return (values[index] * scale).reshape(x.shape)
 
 
 def _largest(blocks: Tensor) -> Tensor:
