@@ -235,10 +235,8 @@ def captioned() -> dict[str, Figure]:
         ("02_lora", "n02.plot_captured("): n02.plot_captured(
             dict.fromkeys("ab", lora.captured_energy(update)), 8
         ),
-        ("03_nf4_explained", "n03.plot_number_line("): n03.plot_number_line(
-            weight=0.31, name="NF4"
-        ),
-        ("03_nf4_explained", "n03.plot_usage("): n03.plot_usage(share, nf4),
+        ("03_nf4_explained", "n03.plot_number_line("): n03.plot_number_line(weight=0.31),
+        ("03_nf4_explained", "n03.plot_usage("): n03.plot_usage({"a": share}, nf4),
         ("05_paged_optimizers", "n05.plot_step("): n05.plot_step("12b", 8, 2048, 24.0),
         ("05_paged_optimizers", "n05.plot_run("): n05.plot_run(usual, 24.0),
     }

@@ -50,11 +50,10 @@ def normal_float(n_bits: int) -> Tensor:
     0.723.
 
     >>> [round(v, 3) for v in normal_float(2).tolist()]
-    [-1.0, 0.0, 0.387, 1.0]
+    [-1.0, 0.0, 0.436, 1.0]
     """
     n = 2**n_bits
-    tail_quantile = 1 - (1 / (2 * n) + 1 / (2 * n - 2)) / 2
-    tail_quantile = round(tail_quantile, 7)  # as bitsandbytes writes it, 0.9677083
+    tail_quantile = round(1 - (1 / n + 1 / (n - 1)) / 4, 7)  # as bitsandbytes has it, 0.9677083
 
     def upper(n: int) -> list[float]:
         """Quantiles at n evenly spaced probabilities from the tail down to one half, left out."""
