@@ -165,12 +165,11 @@ def test_paging_widgets(pythia, r, gib):
 
 
 def cell_with(name: str, words: str) -> tuple[str, str]:
-    """The first code cell of a notebook that holds these words, and the text of the cell after
-    it.
-    """
+    """The first code cell of a notebook that holds these words, and the next text after it."""
     cells = nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4).cells
     i = next(i for i, c in enumerate(cells) if c.cell_type == "code" and words in c.source)
-    return cells[i].source, cells[i + 1].source
+    text = next(c for c in cells[i:] if c.cell_type == "markdown")
+    return cells[i].source, text.source
 
 
 def states_that_leave_the_card(pythia: str, r: int) -> int:

@@ -218,7 +218,7 @@ def plot_outlier(ax, block, outlier: float, code):
     (9.6, 3.6),
     grid={"ncols": 2},
     xlabel="size of the quantized layers (MB)",
-    ylabel="loss a token (nat)",
+    ylabel="loss a token (nat), logarithmic",
 )
 def plot_sizes(axes, panels):
     """A model's loss over the bytes of its quantized layers, one point for each number of bits, and
@@ -234,9 +234,8 @@ def plot_sizes(axes, panels):
         ax.plot(sizes, heights, **mark("NF4"))
         ax.axhline(unquantized, linestyle="--", color=COLOURS["16-bit"])
         for bits, size, height in zip(n_bits, sizes, heights):
-            ax.annotate(f" {bits} bit", (size, height), va="bottom")
-        ax.set(yscale="log", xlim=(0, 1.3 * max(sizes)))
-        ax.set_yticks(heights, [f"{height:.3g}" for height in heights])
+            ax.annotate(f" {bits} bit: {height:.3g}", (size, height), va="bottom")
+        ax.set(yscale="log", xlim=(0, 1.5 * max(sizes)), yticks=[])
         ax.minorticks_off()
         ax.set_title(f"{title}: unquantized {unquantized:.3g}")
 
