@@ -279,8 +279,8 @@ def test_what_03_says_of_the_recorded_bits():
     unquantized, *rest = (sum(q["losses"]) / len(q["losses"]) for q in part["qualities"])
     added = [loss - unquantized for loss in rest]  # 8, 4, 3 and 2 bits
     assert [q["name"] for q in part["qualities"]][1:] == ["8 bit", "4 bit", "3 bit", "2 bit"]
-    assert added[0] < 0.2 * added[1], "from 8 to 4 the loss rises a little"
-    assert added[2] > 3 * added[1], "from 4 to 3 several times as much"
+    assert added[0] < 0.2 * added[1], "from 8 to 4 bits the loss rises"
+    assert added[2] > 3 * added[1], "from 4 to 3 the added loss is several times as large"
     assert rest[3] > 2 * unquantized, "with 2 bits the model is broken"
 
 

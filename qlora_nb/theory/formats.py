@@ -67,7 +67,8 @@ def iq4_nl(x: Tensor) -> Blocks:
     blocks = x.reshape(-1, 32)
     weights = blocks.square()
     largest = _largest(blocks)
-    best_gain = best_scale = torch.zeros_like(largest)
+    best_gain = torch.zeros_like(largest)
+    best_scale = torch.zeros_like(largest)
     for becomes in (127, *range(-134, -119)):  # the largest weight, before rounding
         values = IQ4_NL[_nearest(blocks * (becomes / largest), IQ4_NL)]
         product = (weights * values * blocks).sum(dim=1, keepdim=True)
