@@ -53,8 +53,8 @@ def q4_0(x: Tensor) -> Blocks:
     """
     blocks = x.reshape(-1, 32)
     scale = _largest(blocks) / -8
-    index = (blocks / scale + 8.5).nan_to_num(8.5).trunc().clamp(0, 15)  # of zeros alone: 8
-    return Blocks(index.long(), scale.half().float(), torch.arange(-8.0, 8.0))
+    index = (blocks / scale + 8.5).nan_to_num(8.5).clamp(0, 15).long()  # of zeros alone: 8
+    return Blocks(index, scale.half().float(), torch.arange(-8.0, 8.0))
 
 
 def iq4_nl(x: Tensor) -> Blocks:
