@@ -110,19 +110,15 @@ def plot_number_line(ax, weight: float):
     xlabel="bits a weight, 32-bit scales included (bit)",
     ylabel="RMSE (standard deviations)",
 )
-def plot_errors(ax, errors, blocksize: int, name: str, what: str = "a Gaussian"):
+def plot_errors(ax, errors, blocksize: int, name: str):
     """RMSE over bits a weight, one line a datatype; one point (datatype, blocksize) is ringed.
 
     Args:
-        errors: {datatype: {blocksize: rmse relative to the data's standard deviation}}.
+        errors: {datatype: {blocksize: rmse on a Gaussian, in standard deviations}}.
         blocksize, name: the point that is ringed.
-        what: the data, for the title.
     """
     for each, by_size in errors.items():
-        line = {"linestyle": ":", "markersize": 9, **mark("other")}
-        if each in COLOURS:
-            line = mark(each)
-        ax.plot(by_size.keys(), by_size.values(), label=each, **line)
+        ax.plot(by_size.keys(), by_size.values(), label=each, **mark(each))
     error = errors[name][blocksize]
     ring = {"markerfacecolor": "none", "markeredgecolor": "black", "markeredgewidth": 1.6}
     ax.plot([blocksize], [error], "o", markersize=17, **ring)
@@ -131,7 +127,7 @@ def plot_errors(ax, errors, blocksize: int, name: str, what: str = "a Gaussian")
     log2_axis(ax, sizes, [f"{cost:.3g}\n({size})" for size, cost in bits.items()])
     ax.invert_xaxis()
     here = f"{name}, blocks of {blocksize}: {bits[blocksize]:.3f} bits a weight"
-    return f"{here}, RMSE {error:.4f} on {what}"
+    return f"{here}, RMSE {error:.4f} on a Gaussian"
 
 
 @draws((8.4, 4.6), grid={"nrows": 3, "sharex": True, "sharey": True, **margins(hspace=0.08)})
