@@ -5,6 +5,9 @@ texts.
     qlora_nb/recorded/quality_smollm2.json python benchmarks/quality.py --rows alpaca_data.json.xz
     also on real answers; losses alone are written
 
+    python benchmarks/quality.py --bits --rows alpaca_data.json.xz   smollm2, on 64 answers, in
+    NormalFloats of 8, 4, 3 and 2 bits, into qlora_nb/recorded/bits_smollm2.json
+
 Every linear weight inside the blocks is replaced by what is left of it after quantizing (blocks of
 64), so any difference is the datatype's. FP4 is bitsandbytes' table, E2M1 the textbook's, where the
 smallest magnitude is 1/12 and not 1/192.
@@ -26,10 +29,12 @@ import torch
 
 from qlora_nb.answer import quality
 from qlora_nb.model import data, load
+from qlora_nb.model.linear_layers import linear_layers
 from qlora_nb.settings import resolve
 from qlora_nb.theory import blockwise, codebooks, double_quant
 
 TARGET = provenance.ROOT / "qlora_nb" / "recorded" / "quality_smollm2.json"
+BITS_TARGET = TARGET.with_name("bits_smollm2.json")
 SEEDS = (0, 1, 2)
 E2M1 = torch.tensor([-6.0, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 6]) / 6
 WAYS = {
@@ -40,6 +45,9 @@ WAYS = {
         for name in ("NF4", "FP4", "INT4")
     },
     "E2M1": partial(blockwise.round_trip, code=E2M1),
+}
+BITS = {"unquantized": lambda weight: weight} | {
+    f"{n} bit": partial(blockwise.round_trip, code=codebooks.normal_float(n)) for n in (8, 4, 3, 2)
 }
 
 
@@ -61,15 +69,31 @@ def over_rows(name: str, model, tokenizer, texts: list[str], n_samples: int = 9)
     )
 
 
-def compare(model, measure) -> list[dict]:
+def compare(model, measure, ways=WAYS) -> list[dict]:
     """One record for each set of weights; `measure(name)` is called with the weights in place."""
     records = []
-    for name, change in WAYS.items():
+    for name, change in ways.items():
         with quality.replaced_weights(model, change):
             found = measure(name)
         records.append(asdict(found))
         print(f"  {name:11} {found.loss:.4f} ± {found.spread:.4f}", flush=True)
     return records
+
+
+def record_bits(rows: Path, target: Path, n_texts: int = 64) -> None:
+    """SmolLM2's loss on answers of people, its linear weights in 8, 4, 3 and 2 bits."""
+    started = time.time()
+    settings = resolve({"profile": "smollm2", "dataset": str(rows), "eval_rows": 270})
+    model, tokenizer = load.load_base(settings, four_bit=False), load.load_tokenizer(settings)
+    texts = [row["output"] for row in data.load(settings)[1] if len(row["output"]) > 40][:n_texts]
+    measure = partial(over_rows, model=model, tokenizer=tokenizer, texts=texts, n_samples=8)
+    found = {
+        "on": f"{len(texts)} answers of Alpaca",
+        "n_weights": sum(m.weight.numel() for m in linear_layers(model).values()),
+        "qualities": compare(model, measure, BITS),
+    }
+    record = provenance.provenance() | {"blocksize": 64, "models": {"smollm2, real answers": found}}
+    provenance.write(target, record | {"wall_s": round(time.time() - started, 1)})
 
 
 def main() -> int:
@@ -84,8 +108,12 @@ def main() -> int:
         type=Path,
         help="a file of rows with Alpaca's columns; 270 held-out answers are read as text",
     )
-    parser.add_argument("--target", type=Path, default=TARGET)
+    parser.add_argument("--bits", action="store_true", help="8, 4, 3 and 2 bits, with --rows")
+    parser.add_argument("--target", type=Path)
     options = parser.parse_args()
+    if options.bits:
+        record_bits(options.rows, options.target or BITS_TARGET)
+        return 0
     record, started = provenance.provenance(SEEDS) | {"blocksize": 64, "models": {}}, time.time()
     for model_id in options.only or ["pocket", "smollm2"]:
         print(model_id, flush=True)
@@ -106,7 +134,7 @@ def main() -> int:
                 "on": f"{len(texts)} answers of Alpaca",
                 "qualities": records,
             }
-    provenance.write(options.target, record | {"wall_s": round(time.time() - started, 1)})
+    provenance.write(options.target or TARGET, record | {"wall_s": round(time.time() - started, 1)})
     return 0
 
 

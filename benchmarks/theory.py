@@ -128,7 +128,7 @@ def panels() -> dict[str, object]:
     }
     names |= {
         "corner": weight[:256] / weight.std(),
-        "CODES": ["NF4", "AF4", "FP4", "INT4"],
+        "NAMES": ["NF4", "FP4", "INT4"],
         "tokens": 2048,
     }
     usual, spike = int(0.95 * plain), plain + max(1, (paged - plain) // 2)

@@ -38,25 +38,19 @@ def test_fp4_and_dynamic_map_equal_the_library():
     assert codebooks.int4_code().tolist() == pytest.approx([i / 7 for i in range(-7, 8)])
 
 
-def test_af4_derived_within_3e_5_of_the_library():
-    table = bnb.get_4bit_type("af4", device="cpu").sort().values
-    assert (codebooks.af4_code() - table).abs().max() <= 3e-5
-    assert torch.equal(codebooks.code_by_name("af4"), codebooks.af4_code())
-
-
-@pytest.mark.parametrize("blocksize", [32, 64, 1024])
-def test_af4_halves_have_least_absolute_error(blocksize):
-    """Each inner value is the median of the scaled numbers that choose it, when a border lies at
-    zero; checked on samples.
-    """
-    x = torch.randn(2**21, generator=torch.Generator().manual_seed(4)).reshape(-1, blocksize)
-    scaled = (x / x.abs().amax(dim=1, keepdim=True)).flatten()
-    upper = codebooks.af4_code(blocksize)[8:]
-    borders = [0.0, *((upper[1:] + upper[:-1]) / 2).tolist()]
-    for value, low, high in zip(upper[:-1].tolist(), borders, borders[1:]):
-        assert scaled[(scaled > low) & (scaled <= high)].median().item() == pytest.approx(
-            value, abs=2e-3
-        )
+@pytest.mark.parametrize("n_bits", [2, 3, 4, 8])
+def test_normal_floats_of_any_number_of_bits(n_bits):
+    """The recipe of NF4 with 2^n values, in double precision by torch's quantiles."""
+    n = 2**n_bits
+    tail = 1 - (1 / (2 * n) + 1 / (2 * (n - 1))) / 2
+    above = torch.special.ndtri(torch.linspace(tail, 0.5, n // 2 + 1, dtype=torch.float64))
+    below = torch.special.ndtri(torch.linspace(tail, 0.5, n // 2, dtype=torch.float64))
+    values = torch.cat([-below[:-1], above[:-1], torch.zeros(1)]).sort().values
+    code = codebooks.normal_float(n_bits)
+    assert code.dtype == torch.float32
+    assert (code - values / values.max()).abs().max() < 3e-6
+    assert [code[0], code[n // 2 - 1], code[-1]] == [-1, 0, 1]
+    assert (code < 0).sum() == n // 2 - 1
 
 
 def test_code_by_name_refuses_others():

@@ -12,7 +12,6 @@ import pytest
 import torch
 from bitsandbytes import functional as bnb
 
-from qlora_nb.answer import quality
 from qlora_nb.lessons import n03, n04
 from qlora_nb.theory import codebooks
 
@@ -56,7 +55,33 @@ def shares_of_the_bell(points: torch.Tensor) -> torch.Tensor:
     return torch.cat([torch.zeros(1), below, torch.ones(1)]).diff()
 
 
-# 03: the bell and the number line
+# 03: weights, the bell and the number line
+
+
+@pytest.mark.parametrize(("n", "scale"), [(5000, 1.0), (2000, 0.6)])
+def test_histogram_of_weights_stands_under_the_curve(n, scale):
+    weights = scale * torch.randn(n, generator=torch.Generator().manual_seed(8))
+    ax = n03.plot_weights(weights, "somebody").axes[0]
+    (bars,) = artists.bars(ax)
+    counts = [0] * 80
+    for weight in weights.double().tolist():
+        if -4 <= weight < 4:
+            counts[int((weight + 4) * 10)] += 1
+    assert bars[:, 3] == pytest.approx([count / sum(counts) / 0.1 for count in counts], rel=1e-3)
+    assert bars[:, 0] == pytest.approx(np.arange(80) / 10 - 4, abs=SINGLE)
+    assert bars[:, 2] == pytest.approx(0.1, rel=1e-4)
+    assert (bars[:, 2] * bars[:, 3]).sum() == pytest.approx(1), "a density"
+    (curve,) = artists.lines(ax)
+    bell = statistics.NormalDist()
+    assert curve[:, 0] == pytest.approx(np.linspace(-4, 4, 81))
+    assert curve[:, 1] == pytest.approx([bell.pdf(x) for x in curve[:, 0]])
+    inside = sum(abs(weight) < 1 for weight in weights.tolist()) / n
+    words = f"{100 * inside:.0f} % of the weights of somebody lie within one standard deviation"
+    assert artists.title(ax) == words
+    assert artists.legend(ax) == ["somebody", "bell curve"]
+    axis = ("weight (standard deviations of its layer)", "density (1 / standard deviation)")
+    assert artists.labels(ax) == axis
+    artists.check_in_view(ax)
 
 
 @pytest.mark.parametrize("tail_quantile", [codebooks.TAIL_QUANTILE, 0.99])
@@ -85,23 +110,28 @@ def test_the_bell_is_cut_where_the_code_says(tail_quantile):
     assert artists.segments(sticks) == pytest.approx(expected, rel=SINGLE)
     (marks,) = artists.lines(ax)
     assert marks == pytest.approx(np.column_stack([points, np.zeros(16)]), rel=SINGLE)
-    named = [0, 3, 7, 11, 15]
-    assert artists.texts(ax) == [f"{code[i]:.3f}" for i in named]
-    assert artists.places(ax) == pytest.approx(expected[named, 1], rel=SINGLE)
-    assert artists.labels(ax) == ("weight (standard deviations)", "density")
+    below = []  # a code value is a weight divided by the quantile of the tail
+    for place in range(-3, 4):
+        value = place / statistics.NormalDist().inv_cdf(tail_quantile)
+        below.append((place, f"{place}\n({value:.2f})"))
+    assert artists.ticks(ax.xaxis) == below
+    what = "weight (standard deviations), and below it the code value that lies there"
+    assert artists.labels(ax) == (what, "density (1 / standard deviation)")
     artists.check_in_view(ax)
     assert ax.get_ylim()[0] == 0
     assert ax.get_ylim()[1] > 0.4
 
 
 @pytest.mark.parametrize("tail_quantile", [codebooks.TAIL_QUANTILE, 0.99])
-def test_the_bells_title_tells_the_least_and_the_largest_slice(tail_quantile):
+def test_the_bells_title_tells_seven_slices_from_eight(tail_quantile):
     code = bnb.get_4bit_type("nf4", device="cpu")
     points = code.double() * torch.special.ndtri(torch.tensor(tail_quantile, dtype=torch.float64))
     shares = 100 * shares_of_the_bell(points)
+    left = statistics.median(shares[:7].tolist())
+    right = statistics.median(shares[8:].tolist())
     title = artists.title(n03.plot_bell(code, tail_quantile).axes[0])
-    slices = f"slices of {shares.min():.1f} to {shares.max():.1f} % of the weights"
-    assert title == f"7 values below zero, 8 above: {slices}"
+    near = f"most near {left:.1f} % and {right:.1f} % of the weights"
+    assert title == f"7 slices below zero, 8 above: {near}"
 
 
 def test_the_slices_below_zero_are_the_larger_ones():
@@ -128,16 +158,13 @@ def nearest_in(name: str, weight: float) -> float:
     return bnb.dequantize_4bit(packed, state).flatten()[1].item()
 
 
-@pytest.mark.parametrize(
-    ("weight", "name"),
-    [(0.31, "NF4"), (-0.62, "FP4"), (0.05, "INT4"), (1.0, "FP4"), (-0.97, "INT4")],
-)
-def test_number_line_shows_the_nearest_value_of_every_code(weight, name):
-    ax = n03.plot_number_line(weight, name).axes[0]
+@pytest.mark.parametrize("weight", [0.31, -0.62, 0.05, 1.0, -0.97])
+def test_number_line_shows_the_nearest_value_of_every_code(weight):
+    ax = n03.plot_number_line(weight).axes[0]
     names = ["INT4", "FP4", "NF4"]
     *drawn, mark = artists.lines(ax)
     assert len(drawn) == 6
-    strengths = [line.get_alpha() for line in ax.lines[:6]]
+    errors = []
     for row, each in enumerate(names):
         values = sorted(set(table(each)))
         nearest = nearest_in(each, weight)
@@ -147,8 +174,7 @@ def test_number_line_shows_the_nearest_value_of_every_code(weight, name):
         assert artists.texts(ax)[row] == f"{nearest:+.3f}"
         assert artists.places(ax)[row, 1] == row
         assert 1.0 < artists.places(ax)[row, 0] < ax.get_xlim()[1]
-        assert (ax.texts[row].get_fontweight() == "bold") is (each == name)
-        assert (strengths[2 * row] == strengths[2 * row + 1] == 1) is (each == name)
+        errors.insert(0, f"{each} {abs(nearest - weight):.3f}")
     assert mark[:, 0].tolist() == [weight, weight]
     assert mark[:, 1].tolist() == [0, 1], "from the bottom of the axes to the top"
     assert artists.ticks(ax.yaxis) == list(enumerate(names))
@@ -156,8 +182,8 @@ def test_number_line_shows_the_nearest_value_of_every_code(weight, name):
     assert ax.get_xlim()[0] < -1
     assert ax.get_ylim() == (-0.4, 2.5)
     artists.check_in_view(ax)
-    error = abs(nearest_in(name, weight) - weight)
-    assert artists.title(ax) == f"{name} stores {weight:+.2f} with an error of {error:.3f}"
+    words = f"{weight:+.2f} is stored with an error of: {', '.join(errors)}"
+    assert artists.title(ax) == words
 
 
 # 03: errors
@@ -166,14 +192,14 @@ def test_number_line_shows_the_nearest_value_of_every_code(weight, name):
 ERRORS = {
     "NF4": {32: 0.08, 64: 0.0912, 4096: 0.17},
     "FP4": {32: 0.1, 64: 0.125, 4096: 0.2},
-    "AF4": {32: 0.082, 64: 0.0931},
-    "Lloyd-Max": {64: 0.09},
+    "INT4": {32: 0.082, 64: 0.0931},
+    "NF4+DQ": {64: 0.09},
 }
 
 
-@pytest.mark.parametrize(("blocksize", "name"), [(64, "AF4"), (4096, "FP4"), (32, "NF4")])
+@pytest.mark.parametrize(("blocksize", "name"), [(64, "INT4"), (4096, "FP4"), (32, "NF4")])
 def test_errors_are_drawn_over_the_bits_they_cost(blocksize, name):
-    ax = n03.plot_errors(ERRORS, blocksize, name, "my data").axes[0]
+    ax = n03.plot_errors(ERRORS, blocksize, name).axes[0]
     *drawn, ring = artists.lines(ax)
     assert len(drawn) == len(ERRORS)
     for line, by_size in zip(drawn, ERRORS.values()):
@@ -182,20 +208,15 @@ def test_errors_are_drawn_over_the_bits_they_cost(blocksize, name):
     assert ax.lines[-1].get_markerfacecolor() == "none"
     bits = 4 + 32 / blocksize
     title = f"{name}, blocks of {blocksize}: {bits:.3f} bits a weight"
-    assert artists.title(ax) == f"{title}, RMSE {ERRORS[name][blocksize]:.4f} on my data"
+    assert artists.title(ax) == f"{title}, RMSE {ERRORS[name][blocksize]:.4f} on a Gaussian"
     assert artists.legend(ax) == list(ERRORS)
     axis = ("bits a weight, 32-bit scales included (bit)", "RMSE (standard deviations)")
     assert artists.labels(ax) == axis
     artists.check_in_view(ax)
     assert artists.ticks(ax.xaxis) == [(32, "5\n(32)"), (64, "4.5\n(64)"), (4096, "4.01\n(4096)")]
     assert ax.xaxis_inverted(), "the bits grow to the right"
-    styles = {(line.get_linestyle(), line.get_marker()) for line in ax.lines[:4]}
+    styles = {line.get_marker() for line in ax.lines[:4]}
     assert len(styles) == 4, "told apart without colour"
-
-
-def test_errors_of_a_gaussian_unless_told():
-    title = artists.title(n03.plot_errors(ERRORS, 64, "NF4").axes[0])
-    assert title == "NF4, blocks of 64: 4.500 bits a weight, RMSE 0.0912 on a Gaussian"
 
 
 @pytest.mark.parametrize(
@@ -204,7 +225,7 @@ def test_errors_of_a_gaussian_unless_told():
         ((20, 96), 64, "NF4"),
         ((24, 160), 32, "FP4"),
         ((18, 140), 8, "INT4"),
-        ((8, 30), 64, "AF4"),
+        ((8, 30), 64, "FP4"),
         ((4, 130), 4096, "NF4"),
     ],
 )
@@ -220,8 +241,6 @@ def test_error_map_shows_the_error_and_the_blocks(shape, blocksize, name):
     *axes, scale = figure.axes
     error = 10 * (left - weight.double().numpy())
     near = 100 * SINGLE
-    if name == "AF4":
-        near = 1e-3  # the kit derives its values, within 3e-5 of the table; times absmax, times ten
     for ax, part in zip(axes, (weight.numpy(), left, error), strict=True):
         (image,) = artists.images(ax)
         assert image == pytest.approx(part[:16, :128], abs=near)
@@ -254,53 +273,35 @@ def test_error_map_shows_16_rows_and_128_columns():
     assert np.array_equal(image, weight[:16, :128].numpy())
 
 
-def test_distributions_stand_side_by_side_and_the_best_is_marked():
-    errors = {
-        "Gaussian": {"NF4": 0.0913, "FP4": 0.125, "INT4": 0.1021},
-        "uniform": {"NF4": 0.066, "FP4": 0.09, "INT4": 0.041},
-    }
-    ax = n03.plot_distributions(errors).axes[0]
-    groups = artists.bars(ax)
-    assert len(groups) == 3
-    for k, (name, group) in enumerate(zip(("NF4", "FP4", "INT4"), groups)):
-        assert group[:, 3].tolist() == [errors["Gaussian"][name], errors["uniform"][name]]
-        assert group[:, 1].tolist() == [0, 0]
-        assert group[:, 2] == pytest.approx(0.8 / 3)
-        middles = group[:, 0] + group[:, 2] / 2
-        assert middles == pytest.approx([0 + 0.8 / 3 * (k - 1), 1 + 0.8 / 3 * (k - 1)])
-    texts = ["best\n0.091", "0.066", "0.125", "0.090", "0.102", "best\n0.041"]
-    assert artists.texts(ax) == texts
-    ends = np.concatenate([np.column_stack([g[:, 0] + g[:, 2] / 2, g[:, 3]]) for g in groups])
-    assert artists.places(ax) == pytest.approx(ends), "each number on its own bar"
-    assert artists.ticks(ax.xaxis) == [(0, "Gaussian"), (1, "uniform")]
-    assert artists.legend(ax) == ["NF4", "FP4", "INT4"]
-    axis = ("distribution of the weights", "RMSE (standard deviations)")
-    assert artists.labels(ax) == axis
-    artists.check_in_view(ax)
-    assert artists.title(ax) == "Best datatype: Gaussian NF4 · uniform INT4"
-    assert ax.get_ylim() == pytest.approx((0, 1.25 * 0.125)), "room for the labels"
-
-
 @pytest.mark.parametrize("values", [16, 8])
 def test_usage_is_counted_beside_an_even_share(values):
-    counts = torch.tensor([k % 5 for k in range(values)])
-    shares = [count / counts.sum().item() for count in counts.tolist()]
+    shares = {}
+    for whose, step in (("mine", 5), ("yours", 3)):
+        counts = torch.tensor([k % step for k in range(values)], dtype=torch.float64)
+        shares[whose] = counts / counts.sum()
     code = torch.linspace(-1, 1, values)
-    ax = n03.plot_usage(torch.tensor(shares, dtype=torch.float64), code).axes[0]
-    (group,) = artists.bars(ax)
-    assert group[:, 3] == pytest.approx([100 * share for share in shares], rel=EXACT)
-    assert group[:, 1].tolist() == [0] * values
-    assert group[:, 0] + group[:, 2] / 2 == pytest.approx(range(values))
+    ax = n03.plot_usage(shares, code).axes[0]
+    groups = artists.bars(ax)
+    assert len(groups) == 2
+    for k, (group, share) in enumerate(zip(groups, shares.values())):
+        assert group[:, 3] == pytest.approx([100 * part for part in share.tolist()], rel=EXACT)
+        assert group[:, 1].tolist() == [0] * values
+        middles = group[:, 0] + group[:, 2] / 2
+        assert middles == pytest.approx(np.arange(values) + 0.4 * k - 0.2)
     (even,) = artists.lines(ax)
     assert even[:, 1] == pytest.approx(100 / values)
     assert even[:, 0].tolist() == [0, 1], "from the left end of the axes to the right"
-    assert artists.legend(ax) == [f"an even share, {100 / values:.2f} %"]
+    assert sorted(artists.legend(ax)) == sorted([f"an even share, {100 / values:.2f} %", *shares])
     assert artists.ticks(ax.xaxis) == [(i, f"{v:.2f}") for i, v in enumerate(code.tolist())]
     assert artists.labels(ax) == ("NF4 value", "share of the weights (%)")
     artists.check_in_view(ax)
-    bits = -sum(share * math.log2(share) for share in shares if share)
-    used = f"Used from {100 * min(shares):.1f} to {100 * max(shares):.1f} %"
-    assert artists.title(ax) == f"{used}: {bits:.2f} bits of information in 4"
+    told = []
+    for whose, share in shares.items():
+        parts = share.tolist()
+        bits = -sum(part * math.log2(part) for part in parts if part)
+        ends = f"{100 * min(parts):.1f} to {100 * max(parts):.1f} %"
+        told.append(f"{whose}: {ends}, {bits:.2f} bits")
+    assert artists.title(ax) == " · ".join(told)
 
 
 @pytest.mark.parametrize(("outlier", "name", "n"), [(12.0, "NF4", 64), (-5.5, "FP4", 32)])
@@ -322,96 +323,71 @@ def test_outlier_makes_the_others_errors_larger(outlier, name, n):
         assert ends[:, 1] == pytest.approx(points, abs=10 * SINGLE)
         assert ends[:, 0].tolist() == [[x, 0] for x in range(1, n)]
     beside, alone = (math.sqrt(sum(e**2 for e in error)) for error in errors)
-    words = f"One outlier of {outlier:g}: the other {n - 1} weights' error times"
-    assert artists.title(ax) == f"{words} {beside / alone:.1f}"
-    assert artists.legend(ax) == [f"with one weight of {outlier:g}", "without"]
+    words = f"The other {n - 1} weights' error is {beside / alone:.1f} times as large"
+    assert artists.title(ax) == words
+    named = f"an outlier of {outlier:g}"
+    assert artists.legend(ax) == [f"with {named}", f"without {named}"]
     assert artists.labels(ax) == ("position in the block", "error (standard deviations)")
     artists.check_in_view(ax)
     most = max(abs(e) for error in errors for e in error)
-    assert ax.get_ylim() == pytest.approx((-1.45 * most, 1.45 * most), rel=1e-4)
+    assert ax.get_ylim()[1] > 1.1 * most, "room for the legend"
     assert block.double().tolist() == numbers, "the reader's block is left alone"
 
 
-# 03: quality beside the paper
+# 03: bits and formats
 
 
-def bars_with_spreads(ax) -> tuple[np.ndarray, np.ndarray]:
-    """(n, 4) bars, and (n, 2, 2) the lines of their spreads."""
-    (group,) = artists.bars(ax)
-    (spreads,) = ax.collections
-    return group, artists.segments(spreads)
-
-
-def test_quality_shows_added_losses_and_their_spread():
-    here = [
-        quality.Quality("unquantized", (2.0, 2.5, 3.0)),
-        quality.Quality("NF4+DQ", (2.1, 2.7, 3.3)),
-        quality.Quality("INT4", (2.4, 2.9, 3.4)),
-        quality.Quality("E2M1-x", (2.0, 2.4, 3.1)),
-    ]
-    there = [quality.Quality("unquantized", (1.0, 2.0)), quality.Quality("FP4", (1.5, 1.9))]
-    figure = n03.plot_quality({"a model, here": here, "b (recorded)": there})
-    panels = figure.axes[:-1]
-    assert len(panels) == 2
-    names = [["NF4\n+DQ", "INT4", "E2M1\nx"], ["FP4"]]
-    for ax, (base, *quantized), ticks in zip(panels, (here, there), names, strict=True):
-        group, spreads = bars_with_spreads(ax)
-        lows = []
-        highs = []
-        for i, each in enumerate(quantized):
-            added = [loss - start for loss, start in zip(each.losses, base.losses)]
-            mean = statistics.fmean(added)
-            spread = statistics.stdev(added)
-            assert group[i, 3] == pytest.approx(mean)
-            assert group[i, 1] == 0
-            assert group[i, 0] + group[i, 2] / 2 == pytest.approx(i)
-            assert spreads[i] == pytest.approx(np.array([[i, mean - spread], [i, mean + spread]]))
-            assert artists.texts(ax)[i] == f"{mean:+.2g}"
-            lows.append(mean - spread)
-            highs.append(mean + spread)
-        assert len(group) == len(spreads) == len(quantized)
-        places = artists.places(ax)
-        ends = [max(high, 0) for high in highs]  # no bar here goes down
-        assert places == pytest.approx(np.column_stack([range(len(ends)), ends]))
-        assert artists.ticks(ax.xaxis) == list(enumerate(ticks))
-        lower, upper, zero = artists.lines(ax)  # the caps of the spreads, and the line at zero
-        assert lower == pytest.approx(np.column_stack([range(len(lows)), lows]))
-        assert upper == pytest.approx(np.column_stack([range(len(highs)), highs]))
-        assert zero.tolist() == [[0, 0], [1, 0]]
-        assert ax.get_ylabel() == "added loss (nat)"
+def test_loss_is_drawn_over_the_bytes_of_each_number_of_bits():
+    panels = {
+        "mine": (8_000_000, {16: 0.5, 8: 0.51, 4: 0.6, 2: 4.0}),
+        "yours (recorded)": (1_000_000, {16: 2.0, 4: 2.25, 3: 2.5}),
+    }
+    figure = n03.plot_sizes(panels)
+    for ax, (whose, (n_weights, losses)) in zip(figure.axes, panels.items(), strict=True):
+        points, unquantized = artists.lines(ax)
+        expected = []
+        for bits, loss in list(losses.items())[1:]:
+            # an index of so many bits, and a 32-bit scale for every 64 weights
+            n_bytes = n_weights * bits / 8 + 4 * n_weights / 64
+            expected.append([n_bytes / 1e6, loss])
+        assert points == pytest.approx(np.array(expected))
+        assert unquantized[:, 1].tolist() == [losses[16]] * 2
+        assert unquantized[:, 0].tolist() == [0, 1], "from one end of the axes to the other"
+        assert ax.lines[1].get_linestyle() == "--"
+        told = [f" {bits} bit: {loss:.3g}" for bits, loss in list(losses.items())[1:]]
+        assert artists.texts(ax) == told
+        assert artists.places(ax) == pytest.approx(np.array(expected))
+        assert artists.ticks(ax.yaxis) == [], "each point is told its loss"
+        assert ax.get_yscale() == "log"
+        assert ax.get_xlim() == pytest.approx((0, 1.5 * expected[0][0]))
+        axis = ("size of the quantized layers (MB)", "loss a token (nat), logarithmic")
+        assert artists.labels(ax) == axis
+        assert artists.title(ax) == f"{whose}: unquantized {losses[16]:.3g}"
         artists.check_in_view(ax)
-        assert ax.get_ylim() == pytest.approx((min(1.1 * min(lows), 0), 1.2 * max(highs)))
-    titles = [artists.title(ax) for ax in panels]
-    assert titles[0] == "a model, here:\nleast E2M1-x, most INT4"
-    assert titles[1] == "b (recorded):\nleast FP4, most FP4"
 
 
-def test_quality_with_nothing_added_has_a_flat_panel():
-    same = [quality.Quality(name, (2.0, 2.1, 2.2)) for name in ("16-bit", "NF4", "NF4+DQ")]
-    ax = n03.plot_quality({"a": same}).axes[0]
-    group, _ = bars_with_spreads(ax)
-    assert group[:, 3].tolist() == [0, 0]
-    assert artists.texts(ax) == ["+0", "+0"]
-    assert ax.get_ylim() == pytest.approx((0, 1.2e-6))
-
-
-@pytest.mark.parametrize("names", [["a"], ["a", "b"]])
-def test_the_papers_table_2_is_typed_off_right(names):
-    """arXiv 2305.14314, table 2: mean perplexity on Pile Common Crawl; two kinds of FP4."""
-    same = [quality.Quality(name, (2.0, 2.1)) for name in ("unquantized", "NF4")]
-    ax = n03.plot_quality(dict.fromkeys(names, same)).axes[-1]
-    (group,) = artists.bars(ax)
-    assert group[:, 3].tolist() == [34.34, 31.07, 29.48, 27.41]
-    assert group[:, 1].tolist() == [0, 0, 0, 0]
-    assert group[:, 0] + group[:, 2] / 2 == pytest.approx(range(4))
-    assert artists.texts(ax) == ["34.34", "31.07", "29.48", "27.41"]
-    assert artists.places(ax) == pytest.approx(np.column_stack([range(4), group[:, 3]]))
-    datatypes = ["Int4", "FP4\nE2M1", "FP4\nE3M0", "NF4\n+DQ"]
-    assert artists.ticks(ax.xaxis) == list(enumerate(datatypes))
-    assert artists.title(ax) == "the paper, table 2:\nleast NF4+DQ, most Int4"
-    assert ax.get_ylabel() == "mean perplexity"
-    artists.check_in_view(ax)
-    assert ax.get_ylim() == (0, 40)
+def test_formats_stand_over_their_bits():
+    errors = {
+        "a bell": {"NF4": {4.25: 0.096, 5.0: 0.087}, "Q4_0": {4.5: 0.086}, "MXFP4": {4.25: 0.11}},
+        "mine": {"NF4": {4.25: 0.1, 5.0: 0.08}, "Q4_0": {4.5: 0.09}, "MXFP4": {4.25: 0.12}},
+    }
+    figure = n03.plot_formats(errors)
+    best = ["Q4_0", "NF4"]
+    for ax, (whose, by_name), least in zip(figure.axes, errors.items(), best, strict=True):
+        drawn = artists.lines(ax)
+        assert len(drawn) == 3
+        for line, points in zip(drawn, by_name.values()):
+            assert line.tolist() == [list(point) for point in points.items()]
+        assert artists.texts(ax) == [f" {name}" for name in by_name]
+        ends = [list(points.items())[-1] for points in by_name.values()]
+        assert artists.places(ax) == pytest.approx(np.array(ends)), "named at the last point"
+        assert artists.title(ax) == f"{whose}: least {least}"
+        assert ax.get_xlabel() == "bits a weight, scales included (bit)"
+        artists.check_in_view(ax)
+        markers = [line.get_marker() for line in ax.lines]
+        assert markers[0] != markers[1] == markers[2]
+    assert figure.axes[0].get_ylabel() == "RMSE (standard deviations)"
+    assert figure.axes[0].get_ylim() == figure.axes[1].get_ylim()
 
 
 # 04: double quantization
@@ -591,19 +567,17 @@ def test_nothing_added_is_not_told_as_less_than_nothing():
 def test_every_figure_can_be_drawn_and_is_closed():
     nf4 = codebooks.nf4_code()
     block = torch.randn(64, generator=torch.Generator().manual_seed(6))
-    same = [quality.Quality(name, (2.0, 2.1, 2.2)) for name in ("16-bit", "NF4", "NF4+DQ")]
-    other = [quality.Quality("unquantized", (1.0, 2.0)), quality.Quality("E2M1", (1.5, 1.9))]
-    by_name = {"NF4": 0.1, "FP4": 0.2, "INT4": 0.3}
     bits = {"a": {"scales": 0.5}, "b": {"scales": 0.125, "scales of scales": 0.002}}
+    sizes = {"a": (10, {16: 1.0, 4: 2.0}), "b": (10, {16: 1.0, 4: 1.0})}
+    artists.check_drawn(n03.plot_weights(block, "a"))
     artists.check_drawn(n03.plot_bell(nf4))
-    artists.check_drawn(n03.plot_number_line(0.31, "NF4"))
-    artists.check_drawn(n03.plot_errors(ERRORS, 64, "AF4"))
+    artists.check_drawn(n03.plot_number_line(0.31))
+    artists.check_drawn(n03.plot_errors(ERRORS, 64, "NF4"))
     artists.check_drawn(n03.plot_error_map(block.reshape(8, 8), 64, "NF4"))
-    artists.check_drawn(n03.plot_distributions({"x": by_name}))
-    artists.check_drawn(n03.plot_usage(torch.full((16,), 1 / 16), nf4))
+    artists.check_drawn(n03.plot_usage({"x": torch.full((16,), 1 / 16)}, nf4))
     artists.check_drawn(n03.plot_outlier(block, 12.0, nf4))
-    artists.check_drawn(n03.plot_quality({"a": same, "b": other}))
-    artists.check_drawn(n03.plot_quality({"a": same}))
+    artists.check_drawn(n03.plot_sizes(sizes))
+    artists.check_drawn(n03.plot_formats({"a": {"NF4": {4.5: 0.1}}, "b": {"Q4_0": {4.5: 0.1}}}))
     artists.check_drawn(n04.plot_ledger(bits))
     artists.check_drawn(n04.plot_bits(64, 256))
     artists.check_drawn(n04.plot_scales(block.clamp(-1, 1), codebooks.dynamic_code()))

@@ -146,12 +146,11 @@ def test_paging_widgets(pythia, r, gib):
 
 
 def cell_with(name: str, words: str) -> tuple[str, str]:
-    """The first code cell of a notebook that holds these words, and the text of the cell after
-    it.
-    """
+    """The first code cell of a notebook that holds these words, and the next text after it."""
     cells = nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4).cells
     i = next(i for i, c in enumerate(cells) if c.cell_type == "code" and words in c.source)
-    return cells[i].source, cells[i + 1].source
+    text = next(c for c in cells[i:] if c.cell_type == "markdown")
+    return cells[i].source, text.source
 
 
 def states_that_leave_the_card(pythia: str, r: int) -> int:
@@ -218,10 +217,8 @@ def captioned() -> dict[str, Figure]:
         ("02_lora", "n02.plot_captured("): n02.plot_captured(
             dict.fromkeys("ab", lora.captured_energy(update)), 8
         ),
-        ("03_nf4_explained", "n03.plot_number_line("): n03.plot_number_line(
-            weight=0.31, name="NF4"
-        ),
-        ("03_nf4_explained", "n03.plot_usage("): n03.plot_usage(share, nf4),
+        ("03_nf4_explained", "n03.plot_number_line("): n03.plot_number_line(weight=0.31),
+        ("03_nf4_explained", "n03.plot_usage("): n03.plot_usage({"a": share}, nf4),
         ("05_paged_optimizers", "n05.plot_step("): n05.plot_step("12b", 8, 2048, 24.0),
         ("05_paged_optimizers", "n05.plot_run("): n05.plot_run(usual, 24.0),
     }

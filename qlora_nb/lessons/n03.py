@@ -1,40 +1,54 @@
 """Notebook 03: the figures of NF4 and the checkers of its exercises.
 
-The figures: the bell curve cut into the share of each code value; where one weight lands on the
-number line of each datatype; RMSE over bits a weight and by distribution; a corner of a layer with
-what 4 bits leave of it; how often each code value is used; what an outlier does to its block; the
-loss that quantized weights add, beside the paper's table. The arithmetic is in
-`theory/codebooks.py` and `theory/blockwise.py`.
+The figures: real weights beside the bell curve; the curve cut into the share of each code value;
+where one weight lands on the number line of each datatype; RMSE over bits a weight; a corner of a
+layer with what 4 bits leave of it; how often each code value is used; what an outlier does to its
+block; the loss of a model over the bytes of its weights; formats of other makers. The arithmetic is
+in `theory/codebooks.py`, `theory/blockwise.py` and `theory/formats.py`.
 """
 
 from statistics import NormalDist
 
 import numpy as np
-import pandas
 import torch
+from bitsandbytes import functional as bnb
 
 from qlora_nb.theory import blockwise, codebooks, double_quant
 from qlora_nb.ui.checks import exercise
-from qlora_nb.ui.style import (
-    COLOURS,
-    LOOKS,
-    draws,
-    grouped_bars,
-    log2_axis,
-    look,
-    maps,
-    margins,
-    mark,
+from qlora_nb.ui.style import COLOURS, draws, grouped_bars, log2_axis, look, maps, margins, mark
+from qlora_nb.ui.written import Written
+
+
+@draws(
+    (8.4, 3.2),
+    "upper right",
+    xlabel="weight (standard deviations of its layer)",
+    ylabel="density (1 / standard deviation)",
 )
+def plot_weights(ax, weights, what: str):
+    """A histogram of weights, and over it the bell curve with the same standard deviation.
 
-PAPER_TABLE_2 = {"Int4": 34.34, "FP4-E2M1": 31.07, "FP4-E3M0": 29.48, "NF4+DQ": 27.41}
-"""Mean perplexity on Pile Common Crawl, models from 125M to 13B (QLoRA paper, table 2)."""
+    Args:
+        weights: (n,) in standard deviations; those beyond ±4 are left out.
+        what: whose weights, for the title.
+    """
+    edges = np.linspace(-4, 4, 81)
+    ax.hist(weights, edges, density=True, color=COLOURS["NF4"], alpha=0.55, label=what)
+    curve = np.exp(-(edges**2) / 2) / np.sqrt(2 * np.pi)
+    ax.plot(edges, curve, color="black", label="bell curve")
+    within = 100 * (weights.abs() < 1).double().mean()
+    return f"{within:.0f} % of the weights of {what} lie within one standard deviation"
 
 
-@draws((8.4, 3.6), xlabel="weight (standard deviations)", ylabel="density", ylim=(0, 0.47))
+@draws(
+    (8.4, 3.6),
+    xlabel="weight (standard deviations), and below it the code value that lies there",
+    ylabel="density (1 / standard deviation)",
+    ylim=(0, 0.43),
+)
 def plot_bell(ax, code, tail_quantile: float = codebooks.TAIL_QUANTILE):
-    """The bell curve cut into the share of each code value (by midpoints), the code values below it
-    as ticks.
+    """The bell curve cut into the share of each code value (by midpoints); a stick and a diamond
+    stand at each value.
 
     Args:
         code: (k,) sorted values in [-1, 1].
@@ -42,7 +56,8 @@ def plot_bell(ax, code, tail_quantile: float = codebooks.TAIL_QUANTILE):
     """
     bell = NormalDist()
     pdf = np.vectorize(bell.pdf)
-    points = code.double() * bell.inv_cdf(tail_quantile)
+    largest = bell.inv_cdf(tail_quantile)
+    points = code.double() * largest
     borders = blockwise.midpoints(points)[0].tolist()
     below_border = [bell.cdf(border) for border in borders]
     shares = 100 * np.diff([0, *below_border, 1])
@@ -51,17 +66,14 @@ def plot_bell(ax, code, tail_quantile: float = codebooks.TAIL_QUANTILE):
         x = np.linspace(edges[i], edges[i + 1], 60)
         colour = COLOURS["NF4" if i % 2 else "NF4+DQ"]
         ax.fill_between(x, pdf(x), color=colour, alpha=0.55, linewidth=0)
-    heights = pdf(points)
-    ax.vlines(points, 0, heights, color="black", linewidth=1)
+    ax.vlines(points, 0, pdf(points), color="black", linewidth=1)
     marks = {"linestyle": "none", "clip_on": False, "zorder": 5}
     ax.plot(points, 0 * points, **mark("NF4"), **marks)
-    font = {"textcoords": "offset points", "xytext": (0, 4), "fontsize": 9}
-    sides = {0: "right", 3: "right", 7: "center", 11: "left", 15: "left"}
-    for i, side in sides.items():
-        top = (points[i], heights[i])
-        ax.annotate(f"{code[i]:.3f}", top, ha=side, **font)
-    values = f"{(code < 0).sum()} values below zero, {(code > 0).sum()} above"
-    return f"{values}: slices of {shares.min():.1f} to {shares.max():.1f} % of the weights"
+    places = range(-3, 4)
+    ax.set_xticks(places, [f"{place}\n({place / largest:.2f})" for place in places])
+    below, above = (np.median(shares[half.numpy()]) for half in (code < 0, code > 0))
+    counts = f"{(code < 0).sum()} slices below zero, {(code > 0).sum()} above"
+    return f"{counts}: most near {below:.1f} % and {above:.1f} % of the weights"
 
 
 @draws(
@@ -71,33 +83,24 @@ def plot_bell(ax, code, tail_quantile: float = codebooks.TAIL_QUANTILE):
     xlim=(-1.06, 1.22),
     ylim=(-0.4, 2.5),
 )
-def plot_number_line(ax, weight: float, name: str):
-    """Where one scaled weight lands on each code's number line; the chosen code is drawn strongly.
+def plot_number_line(ax, weight: float):
+    """Where one scaled weight lands on each code's number line, and what it is stored as.
 
     Args:
         weight: weight / absmax of its block, -1 to 1.
-        name: NF4, FP4 or INT4.
     """
-    errors = {}
-    for row, each in enumerate(("INT4", "FP4", "NF4")):
-        values = codebooks.code_by_name(each).unique()
+    found = {}
+    for row, name in enumerate(("INT4", "FP4", "NF4")):
+        values = codebooks.code_by_name(name).unique()
         nearest = values[(values - weight).abs().argmin()].item()
-        errors[each] = abs(nearest - weight)
-        alpha = 0.35
-        size = 6
-        bold = "normal"
-        if each == name:
-            alpha = 1.0
-            size = 8
-            bold = "bold"
-        line = {"alpha": alpha, "linewidth": 0.8, "markersize": size}
-        ax.plot(values, [row] * len(values), **mark(each), **line)
-        path = [weight, nearest]
-        ax.plot(path, [row + 0.28, row], alpha=alpha)
-        ax.text(1.06, row, f"{nearest:+.3f}", va="center", fontsize=10, fontweight=bold)
+        found[name] = f"{name} {abs(nearest - weight):.3f}"
+        ax.plot(values, [row] * len(values), **mark(name), linewidth=0.8, markersize=7)
+        ax.plot([weight, nearest], [row + 0.28, row], color="black")
+        ax.text(1.06, row, f"{nearest:+.3f}", va="center", fontsize=10)
     ax.axvline(weight, linestyle=":", linewidth=1)
-    ax.set_yticks(range(3), list(errors))
-    return f"{name} stores {weight:+.2f} with an error of {errors[name]:.3f}"
+    ax.set_yticks(range(3), list(found))
+    errors = ", ".join(reversed(found.values()))
+    return f"{weight:+.2f} is stored with an error of: {errors}"
 
 
 @draws(
@@ -107,21 +110,15 @@ def plot_number_line(ax, weight: float, name: str):
     xlabel="bits a weight, 32-bit scales included (bit)",
     ylabel="RMSE (standard deviations)",
 )
-def plot_errors(ax, errors, blocksize: int, name: str, what: str = "a Gaussian"):
+def plot_errors(ax, errors, blocksize: int, name: str):
     """RMSE over bits a weight, one line a datatype; one point (datatype, blocksize) is ringed.
 
     Args:
-        errors: {datatype: {blocksize: rmse relative to the data's standard deviation}}.
+        errors: {datatype: {blocksize: rmse on a Gaussian, in standard deviations}}.
         blocksize, name: the point that is ringed.
-        what: the data, for the title.
     """
-    styles = {"AF4": "--", "Lloyd-Max": ":"}
     for each, by_size in errors.items():
-        if each in styles:
-            line = {"linestyle": styles[each], "markersize": 9, **mark("other")}
-        else:
-            line = mark(each)
-        ax.plot(by_size.keys(), by_size.values(), label=each, **line)
+        ax.plot(by_size.keys(), by_size.values(), label=each, **mark(each))
     error = errors[name][blocksize]
     ring = {"markerfacecolor": "none", "markeredgecolor": "black", "markeredgewidth": 1.6}
     ax.plot([blocksize], [error], "o", markersize=17, **ring)
@@ -130,7 +127,7 @@ def plot_errors(ax, errors, blocksize: int, name: str, what: str = "a Gaussian")
     log2_axis(ax, sizes, [f"{cost:.3g}\n({size})" for size, cost in bits.items()])
     ax.invert_xaxis()
     here = f"{name}, blocks of {blocksize}: {bits[blocksize]:.3f} bits a weight"
-    return f"{here}, RMSE {error:.4f} on {what}"
+    return f"{here}, RMSE {error:.4f} on a Gaussian"
 
 
 @draws((8.4, 4.6), grid={"nrows": 3, "sharex": True, "sharey": True, **margins(hspace=0.08)})
@@ -159,52 +156,29 @@ def plot_error_map(axes, weight, blocksize: int, name: str):
     return f"{name}, blocks of {blocksize}: {bits:.3f} bits a weight, RMSE {error:.4f}"
 
 
-@draws(
-    (8.4, 3.4),
-    "upper right",
-    3,
-    xlabel="distribution of the weights",
-    ylabel="RMSE (standard deviations)",
-)
-def plot_distributions(ax, errors):
-    """Grouped bars: RMSE by distribution and datatype; the best datatype of each distribution is
-    marked.
-
-    Args:
-        errors: {distribution: {datatype: rmse relative to the standard deviation}}.
-    """
-    frame = pandas.DataFrame(errors)
-    looks = [look(name) for name in frame.index]
-    grouped_bars(ax, list(errors), frame.T.to_dict(), looks)
-    best = frame.idxmin()
-    labels = frame.map("{:.3f}".format)
-    for distribution, name in best.items():
-        labels.loc[name, distribution] = f"best\n{frame.loc[name, distribution]:.3f}"
-    for bars, texts in zip(ax.containers, labels.values):
-        ax.bar_label(bars, texts, fontsize=9, padding=2)
-    ax.set_ylim(top=1.25 * frame.max(axis=None))
-    found = " · ".join(f"{distribution} {name}" for distribution, name in best.items())
-    return f"Best datatype: {found}"
-
-
-@draws((8.4, 3.2), "best", xlabel="NF4 value", ylabel="share of the weights (%)")
-def plot_usage(ax, share, code):
+@draws((8.4, 3.2), "upper right", xlabel="NF4 value", ylabel="share of the weights (%)")
+def plot_usage(ax, shares, code):
     """How often each code value is used, beside the even share that "each bin has equal
     probability" would give.
 
     Args:
-        share: (k,) shares of the weights, sum 1 (`blockwise.code_usage`).
+        shares: whose weights → (k,) shares of them, sum 1 (`blockwise.code_usage`).
         code: (k,) code values.
     """
-    percent = 100 * share
-    even = 100 / len(share)
-    ax.bar(range(len(share)), percent, color=COLOURS["NF4"])
-    ax.axhline(even, linestyle="--", label=f"an even share, {even:.2f} %")
     names = [f"{value:.2f}" for value in code]
-    ax.set_xticks(range(len(share)), names, rotation=45, fontsize=9)
-    bits = blockwise.entropy_bits(share)
-    used = f"Used from {percent.min():.1f} to {percent.max():.1f} %"
-    return f"{used}: {bits:.2f} bits of information in 4"
+    groups = {}
+    found = []
+    for whose, share in shares.items():
+        percent = 100 * share
+        groups[whose] = dict(zip(names, percent.tolist()))
+        bits = blockwise.entropy_bits(share)
+        found.append(f"{whose}: {percent.min():.1f} to {percent.max():.1f} %, {bits:.2f} bits")
+    grouped_bars(ax, names, groups, [look("NF4"), look("other")])
+    even = 100 / len(names)
+    ax.axhline(even, linestyle="--", label=f"an even share, {even:.2f} %")
+    ax.tick_params("x", rotation=45, labelsize=9)
+    ax.margins(y=0.45)
+    return " · ".join(found)
 
 
 @draws(
@@ -225,95 +199,125 @@ def plot_outlier(ax, block, outlier: float, code):
     spoilt = block.clone()
     spoilt[0] = outlier
     x = range(1, len(block))
-
-    def errors(weights, meaning, size, label):
-        """Draw and return the errors of all weights but the first."""
-        restored = blockwise.round_trip(weights, code, len(weights))
-        found = (restored - weights)[1:]
-        ax.vlines(x, 0, found, color=COLOURS[meaning], alpha=0.5, linewidth=1)
-        line = {"linestyle": "none", "markersize": size, "label": label}
-        ax.plot(x, found, **mark(meaning), **line)
-        return found
-
-    beside = errors(spoilt, "other", 9, f"with one weight of {outlier:g}")
-    alone = errors(block, "NF4", 5, "without")
-    top = 1.45 * float(torch.cat([alone, beside]).abs().max())
-    ax.set_ylim(-top, top)
-    times = beside.norm() / alone.norm()
-    return f"One outlier of {outlier:g}: the other {len(x)} weights' error times {times:.1f}"
+    norms = []
+    for weights, meaning, label in ((spoilt, "other", "with"), (block, "NF4", "without")):
+        errors = (blockwise.round_trip(weights, code, len(weights)) - weights)[1:]
+        ax.vlines(x, 0, errors, color=COLOURS[meaning], alpha=0.5, linewidth=1)
+        line = {"linestyle": "none", "label": f"{label} an outlier of {outlier:g}"}
+        ax.plot(x, errors, **mark(meaning), **line)
+        norms.append(errors.norm())
+    ax.margins(y=0.25)
+    return f"The other {len(x)} weights' error is {norms[0] / norms[1]:.1f} times as large"
 
 
-def _labelled_bars(ax, heights, meanings, form, errors=None):
-    """Bars drawn by their meanings, the height on each (in this format), long names broken into
-    lines.
-    """
-    names = [name.replace("+", "\n+").replace("-", "\n") for name in heights]
-    colours, hatches, _ = zip(*[LOOKS[meaning] for meaning in meanings])
-    drawn = {"color": colours, "hatch": hatches, "edgecolor": "white"}
-    bars = ax.bar(names, heights.values(), yerr=errors, capsize=4, **drawn)
-    ax.bar_label(bars, fmt=form, fontsize=8)
-    ax.grid(axis="x", visible=False)
-
-
-@draws((10.2, 3.9))
-def plot_quality(ax, panels):
-    """The loss that each set of weights adds (mean and standard deviation over the samples) beside
-    the paper's table 2.
+@draws(
+    (9.6, 3.6),
+    grid={"ncols": 2},
+    xlabel="size of the quantized layers (MB)",
+    ylabel="loss a token (nat), logarithmic",
+)
+def plot_sizes(axes, panels):
+    """A model's loss over the bytes of its quantized layers, one point for each number of bits, and
+    the loss of the unquantized model as a dashed line.
 
     Args:
-        panels: {title: `quality.Quality` records of the same samples, the first of them the
-            unquantized model's}.
+        panels: title → (n_weights, {bits of an index: loss}, the unquantized model first).
     """
-    figure = ax.figure
-    ax.remove()
-    *axes, paper = figure.subplots(1, len(panels) + 1)
-    for panel, (title, qualities) in zip(axes, panels.items()):
-        losses = pandas.DataFrame({quality.name: quality.losses for quality in qualities})
-        base, *names = losses
-        added = losses[names].sub(losses[base], axis=0)
-        means = added.mean()
-        spreads = added.std()
-        meanings = [name if name in COLOURS else "other" for name in names]
-        _labelled_bars(panel, means.to_dict(), meanings, "{:+.2g}", errors=spreads)
-        panel.axhline(0, linewidth=0.8)
-        lowest = (means - spreads).min()
-        highest = (means + spreads).max()
-        panel.set_ylim(min(1.1 * lowest, 0), 1.2 * max(highest, 1e-6))
-        panel.set_ylabel("added loss (nat)")
-        least = means.idxmin()
-        most = means.idxmax()
-        panel.set_title(f"{title}:\nleast {least}, most {most}", fontsize=10)
-    _labelled_bars(paper, PAPER_TABLE_2, ["INT4", "FP4", "FP4", "NF4+DQ"], "{:.2f}")
-    paper.set(ylabel="mean perplexity", ylim=(0, 40))
-    paper.set_title("the paper, table 2:\nleast NF4+DQ, most Int4", fontsize=10)
+    for ax, (title, (n_weights, losses)) in zip(axes, panels.items()):
+        unquantized, *heights = losses.values()
+        _, *n_bits = losses
+        sizes = [n_weights * (bits + 0.5) / 8e6 for bits in n_bits]
+        ax.plot(sizes, heights, **mark("NF4"))
+        ax.axhline(unquantized, linestyle="--", color=COLOURS["16-bit"])
+        for bits, size, height in zip(n_bits, sizes, heights):
+            ax.annotate(f" {bits} bit: {height:.3g}", (size, height), va="bottom")
+        ax.set(yscale="log", xlim=(0, 1.5 * max(sizes)), yticks=[])
+        ax.minorticks_off()
+        ax.set_title(f"{title}: unquantized {unquantized:.3g}")
 
 
-NF4 = codebooks.nf4_code()
+@draws((9.6, 3.9), grid={"ncols": 2, "sharey": True}, xlabel="bits a weight, scales included (bit)")
+def plot_formats(axes, errors):
+    """RMSE over bits a weight of formats of four bits, for one kind of weights in each panel.
 
-block = torch.tensor([0.5, -1.0, 0.1, 0.0])
-indices, _ = blockwise.quantize(block, NF4, blocksize=4)
-check_indices = exercise(
-    "indices",
-    want=indices,
-    hint="absmax is 1, so look for the nearest value in the table; indices count from 0 at -1",
+    Args:
+        errors: whose weights → {format: {bits a weight: rmse in standard deviations}}.
+    """
+    for ax, (whose, formats) in zip(axes, errors.items()):
+        for name, points in formats.items():
+            meaning = name if name in COLOURS else "other"
+            ax.plot(points.keys(), points.values(), **mark(meaning), markersize=8)
+            ax.annotate(f" {name}", list(points.items())[-1], va="bottom", fontsize=9)
+        best = min(formats, key=lambda name: min(formats[name].values()))
+        ax.set_title(f"{whose}: least {best}")
+        ax.set_xlim(4, 5.2)
+    axes[0].set_ylabel("RMSE (standard deviations)")
+
+
+NF4 = bnb.get_4bit_type("nf4", device="cpu")
+
+
+def _nf4_values(tail: float) -> torch.Tensor:
+    """By torch's quantiles."""
+
+    def upper(n: int) -> torch.Tensor:
+        return torch.special.ndtri(torch.linspace(tail, 0.5, n + 1, dtype=torch.float64)[:-1])
+
+    values = torch.cat([-upper(7), torch.zeros(1), upper(8)]).sort().values
+    return (values / values.max()).float()
+
+
+check_nf4_values = Written(
+    "nf4_values",
+    reference=_nf4_values,
+    inputs=lambda: [(0.9,), (codebooks.TAIL_QUANTILE,)],
+    equals="bitsandbytes' table, and to torch's quantiles for another tail",
+    hint="eight quantiles from the tail down to one half, which is left out; seven of the other "
+    "side; zero; sorted, and divided by the largest",
 )
-"""Exercise 1: the NF4 indices of the block [0.5, -1.0, 0.1, 0.0]."""
+"""Exercise 1: the sixteen values."""
 
-check_byte = exercise(
-    "byte",
-    want=blockwise.pack(torch.tensor([12, 5]))[0],
-    hint="the first index is the high nibble: it counts 16-fold",
-)
-"""Exercise 2: the byte that holds the indices 12 and 5."""
 
-check_tail_quantile = exercise(
-    "tail quantile",
-    want=1 - (1 / 16 + 1 / 14) / 2,
-    hint="four bits: halves of 1/32 and 1/30, that is 2·16 and 2·15; three bits have 8 codes, "
-    "so 2·8 and 2·7",
-    tolerance=1e-4,
+def _quantize_block(block: torch.Tensor, code: torch.Tensor):
+    """By the library, which needs 64 weights: zeros change no other weight of the block."""
+    padded = torch.nn.functional.pad(block, (0, 64 - len(block)))
+    packed, state = bnb.quantize_4bit(padded, blocksize=64, quant_type="nf4")
+    index = torch.cat([packed >> 4, packed & 15], dim=1).flatten()
+    return index[: len(block)].long(), state.absmax[0]
+
+
+def _dequantize_block(index: torch.Tensor, absmax: torch.Tensor, code: torch.Tensor):
+    """By the library, two indices in a byte."""
+    padded = torch.nn.functional.pad(index, (0, 64 - len(index))).to(torch.uint8)
+    packed = (padded[0::2] << 4) | padded[1::2]
+    _, state = bnb.quantize_4bit(torch.zeros(64), blocksize=64, quant_type="nf4")
+    state.absmax = absmax[None]
+    return bnb.dequantize_4bit(packed[:, None], state).flatten()[: len(index)]
+
+
+BLOCKS = [
+    (torch.tensor([0.5, -2.0, 0.2, 0.0]), NF4),
+    (torch.linspace(-0.2, 0.25, 64) ** 3, NF4),
+]
+
+
+check_quantize_block = Written(
+    "quantize_block",
+    reference=_quantize_block,
+    inputs=lambda: BLOCKS,
+    equals="bitsandbytes' quantize_4bit",
+    hint="absmax is the largest magnitude; an index names the value nearest to weight / absmax",
 )
-"""Exercise 3: the tail quantile of an 8-value (3-bit) NormalFloat code, to four decimals."""
+"""Exercise 2: from weights to indices and a scale."""
+
+check_dequantize_block = Written(
+    "dequantize_block",
+    reference=_dequantize_block,
+    inputs=lambda: [(*_quantize_block(*block), NF4) for block in BLOCKS],
+    equals="bitsandbytes' dequantize_4bit",
+    hint="look each index up in the code, then multiply by absmax",
+)
+"""Exercise 3: and back."""
 
 check_max_error = exercise(
     "largest error",
@@ -325,3 +329,12 @@ check_max_error = exercise(
 """Exercise 4: the largest possible error of one weight in an NF4 block with absmax 2, to three
 decimals.
 """
+
+check_tail_quantile = exercise(
+    "tail quantile",
+    want=1 - (1 / 16 + 1 / 14) / 2,
+    hint="four bits: halves of 1/16 and 1/15, that is 1/(2·16) and 1/(2·15); three bits have 8 "
+    "values",
+    tolerance=1e-4,
+)
+"""Exercise 5: the tail quantile of an 8-value (3-bit) NormalFloat code, to four decimals."""

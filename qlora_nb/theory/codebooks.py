@@ -7,22 +7,20 @@ as the index of the nearest one. NF4, FP4 and INT4 differ only in where their va
 * FP4 is a tiny floating-point format: two exponent bits, one bit of fraction. Coarse at the ends,
   and with a hole beside zero: bitsandbytes' has nothing between 0.005 and 0.167.
 * NF4 lies at quantiles of N(0, 1); the weights of a layer look like a bell curve.
-* AF4 is fitted for the least mean *absolute* error of a Gaussian in blocks, each half by itself:
-  NF4's is less all the same.
 * Lloyd-Max is fitted: the least squared error on given samples.
 
 A bell curve never ends, so NF4 stops at the quantile t = 1 - (1/32 + 1/30)/2 = 0.96770833: the
 middle of 1/32 (half of one of 16 equal shares) and 1/30 (half of one of 15). bitsandbytes writes
-0.9677083 and calls it "offset"; here it is `tail_quantile`.
+0.9677083 and calls it "offset"; here it is `tail_quantile`. `normal_float` follows the same recipe
+for another number of bits.
 
 Sources: QLoRA, arXiv 2305.14314, section 3 and appendix E; bitsandbytes/functional.py
 (`create_normal_map`, `get_4bit_type`, `create_dynamic_map`); 8-bit optimizers, arXiv 2110.02861,
-section 1.3 (dynamic map); AF4, arXiv 2306.06965.
+section 1.3 (dynamic map); where the tail quantile comes from, arXiv 2306.06965.
 """
 
 from statistics import NormalDist
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,37 +28,51 @@ from qlora_nb.errors import KitError
 
 TAIL_QUANTILE = 1 - (1 / 32 + 1 / 30) / 2
 """Where NF4 cuts the bell curve's tail (a probability)."""
-LIBRARY_TAIL_QUANTILE = 0.9677083
-"""The same, rounded as bitsandbytes writes it."""
+
+
+def normal_float(n_bits: int) -> Tensor:
+    """The 2^n_bits values of a NormalFloat: normal quantiles in bitsandbytes' single-precision
+    steps.
+
+    Half of the values are positive, one less is negative: quantiles at evenly spaced probabilities
+    between the tail and one half. Zero is added (padding and pruned weights must stay exactly
+    zero); all are divided by the largest. The tail is cut at 1 - (1/(2·n) + 1/(2·(n-1)))/2, n being
+    the number of values.
+
+    Args:
+        n_bits: 2 to 8; 4 bits are NF4, and the paper's recipe says nothing of other numbers.
+
+    Returns:
+        (2^n_bits,) float32, sorted, from -1 to 1, with an exact 0 at index 2^(n_bits-1) - 1.
+
+    By hand, for 4 bits: the largest quantile is inv_cdf(0.96770833) = 1.8481, the next one
+    inv_cdf(0.96770833 - 0.46770833/8) = 1.3361, so the second largest code value is 1.3361/1.8481 =
+    0.723.
+
+    >>> [round(v, 3) for v in normal_float(2).tolist()]
+    [-1.0, 0.0, 0.436, 1.0]
+    """
+    n = 2**n_bits
+    tail_quantile = round(1 - (1 / n + 1 / (n - 1)) / 4, 7)  # as bitsandbytes has it, 0.9677083
+
+    def upper(n: int) -> list[float]:
+        """Quantiles at n evenly spaced probabilities from the tail down to one half, left out."""
+        probabilities = torch.linspace(tail_quantile, 0.5, n + 1)[:-1]
+        return [NormalDist().inv_cdf(probability) for probability in probabilities.tolist()]
+
+    negative = [-quantile for quantile in upper(n // 2 - 1)]
+    values = torch.tensor([*negative, 0.0, *upper(n // 2)]).sort().values
+    return values / values.max()
 
 
 def nf4_code() -> Tensor:
-    """The sixteen NF4 values, derived from normal quantiles in bitsandbytes' single-precision
-    steps: equal to its table in every bit.
-
-    Eight positive values and seven negative ones are quantiles at evenly spaced probabilities
-    between the tail and one half; zero is added (padding and pruned weights must stay exactly
-    zero); all are divided by the largest. In double precision and with `TAIL_QUANTILE` the values
-    are within 2e-7 of these: notebook 03 derives them so.
-
-    Returns:
-        (16,) float32, sorted, from -1 to 1, with an exact 0 at index 7.
-
-    By hand: the largest quantile is inv_cdf(0.96770833) = 1.8481, the next one inv_cdf(0.96770833 -
-    0.46770833/8) = 1.3361, so the second largest code value is 1.3361/1.8481 = 0.723.
+    """The sixteen NF4 values, equal to bitsandbytes' table in every bit. In double precision and
+    with `TAIL_QUANTILE` the values are within 2e-7 of these: notebook 03 derives them so.
 
     >>> [round(v, 3) for v in nf4_code()[-3:].tolist()], nf4_code()[7].item()
     ([0.563, 0.723, 1.0], 0.0)
     """
-
-    def upper(n: int) -> list[float]:
-        """Quantiles at n evenly spaced probabilities from the tail down to one half, left out."""
-        probabilities = torch.linspace(LIBRARY_TAIL_QUANTILE, 0.5, n + 1)[:-1]
-        return [NormalDist().inv_cdf(probability) for probability in probabilities.tolist()]
-
-    negative = [-quantile for quantile in upper(7)]
-    values = torch.tensor([*negative, 0.0, *upper(8)]).sort().values
-    return values / values.max()
+    return normal_float(4)
 
 
 def fp4_code() -> Tensor:
@@ -89,49 +101,6 @@ def int4_code() -> Tensor:
     (15, 0.1429)
     """
     return torch.arange(-7, 8, dtype=torch.float32) / 7
-
-
-def af4_code(blocksize: int = 64) -> Tensor:
-    """AF4, "abnormal float": fitted for the least mean absolute error of a Gaussian's scaled
-    numbers in blocks of this size.
-
-    A block's largest number becomes ±1. The others follow the bell curve cut at that number;
-    averaged over how large the largest is, this gives the share `cdf` of scaled numbers below x.
-    Least absolute error asks each value to be the *median* of the numbers that choose it (least
-    squares, Lloyd-Max, asks for the mean). bitsandbytes' table is reached, within 3e-5, when each
-    half is fitted by itself, with a border at zero, and the value zero is put between the halves
-    afterwards.
-
-    Args:
-        blocksize: numbers that share one scale; the library has the code for 64 alone.
-
-    Returns:
-        (16,) float32, sorted, with -1, 0 and 1 in it.
-
-    >>> [round(v, 3) for v in af4_code()[7:11].tolist()]
-    [0.0, 0.043, 0.129, 0.22]
-    """
-
-    def within(z: Tensor) -> Tensor:
-        """Share of a Gaussian in ±z."""
-        return torch.special.erf(z / 2**0.5)
-
-    edges = torch.linspace(0, 6, 400, dtype=torch.float64)
-    largest = (edges[1:] + edges[:-1]) / 2
-    chance = (within(edges) ** blocksize).diff()  # that the largest of a block is this
-    x = torch.linspace(0, 1, 401, dtype=torch.float64)
-    cdf = (within(x[:, None] * largest) / within(largest) * chance).sum(dim=1)
-
-    def half(n: int) -> np.ndarray:
-        """n values in (0, 1], each the median of the numbers that choose it."""
-        code = np.arange(1, n + 1) / n
-        for _ in range(200):
-            borders = (code[:-1] + code[1:]) / 2
-            below = np.interp([0, *borders], x, cdf)
-            code[:-1] = np.interp((below[:-1] + below[1:]) / 2, cdf, x)
-        return code
-
-    return torch.tensor([*-half(7)[::-1], 0, *half(8)], dtype=torch.float32)
 
 
 def dynamic_code() -> Tensor:
@@ -208,12 +177,12 @@ def lloyd_max(
 
 
 def code_by_name(name: str) -> Tensor:
-    """NF4, FP4, INT4 or AF4 (for blocks of 64) by the name used in figures (any case).
+    """NF4, FP4 or INT4 by the name used in figures (any case).
 
     Raises:
         KitError: any other name.
     """
-    codes = {"NF4": nf4_code, "FP4": fp4_code, "INT4": int4_code, "AF4": af4_code}
+    codes = {"NF4": nf4_code, "FP4": fp4_code, "INT4": int4_code}
     make_code = codes.get(str(name).upper())
     if make_code is None:
         raise KitError("unknown 4-bit code", value=name, allowed=", ".join(codes))

@@ -1,0 +1,138 @@
+"""Formats of four bits that people meet outside QLoRA, for a comparison at equal bits.
+
+All cut a row into blocks of consecutive weights and keep an index of four bits for each weight and
+a scale for each block; a weight comes back as value · scale. They differ in the values, in the size
+of a block, in the datatype of the scale and in how it is chosen:
+
+* Q4_0 (llama.cpp): blocks of 32, integers -8 … 7, a 16-bit scale: the largest weight becomes -8.
+* IQ4_NL (llama.cpp): blocks of 32, sixteen uneven values, a 16-bit scale that is *searched*: of
+  sixteen, the one that leaves the least squared error, where large weights count more.
+* MXFP4 (Open Compute Project): blocks of 32, E2M1 numbers, the scale a power of two, in 8 bits.
+* NVFP4 (NVIDIA): blocks of 16, E2M1 numbers, the scale an 8-bit floating-point number (E4M3), and
+  one 32-bit scale for the whole tensor.
+
+Packing is left out: what the bytes look like, and that the `gguf` package reads the same numbers
+back from them, is in tests/test_formats.py.
+
+Sources: ggml/src/ggml-quants.c of llama.cpp (`quantize_row_q4_0_ref`, `quantize_row_iq4_nl_impl`);
+OCP Microscaling Formats (MX) Specification v1.0, sections 5.3.3 and 6.3; NVFP4 as described in
+arXiv 2509.25149, section 2.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qlora_nb.theory.blockwise import SMALLEST_SCALE, midpoints
+
+MAGNITUDES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+E2M1 = torch.cat([MAGNITUDES, -MAGNITUDES])
+"""FP4 as textbooks have it: a sign, two bits of exponent, one of fraction; in the order of its bit
+patterns.
+"""
+IQ4_NL = torch.tensor([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113.0])
+"""llama.cpp's uneven values. None of them is zero."""
+
+
+class Blocks(NamedTuple):
+    """A tensor in blocks: `index` (n, size) int64, `scale` (n, 1) float32, and what an index means,
+    `values` (16,).
+    """
+
+    index: Tensor
+    scale: Tensor
+    values: Tensor
+
+
+def q4_0(x: Tensor) -> Blocks:
+    """Q4_0.
+
+    Args:
+        x: float32, its size a multiple of 32.
+    """
+    blocks = x.reshape(-1, 32)
+    scale = _largest(blocks) / -8
+    index = (blocks / scale + 8.5).nan_to_num(8.5).clamp(0, 15).long()  # of zeros alone: 8
+    return Blocks(index, scale.half().float(), torch.arange(-8.0, 8.0))
+
+
+def iq4_nl(x: Tensor) -> Blocks:
+    """IQ4_NL without an importance matrix: a weight's squared error counts with its square, as in
+    llama.cpp.
+
+    Args:
+        x: float32, its size a multiple of 32.
+    """
+    blocks = x.reshape(-1, 32)
+    weights = blocks.square()
+    largest = _largest(blocks)
+    best_gain = torch.zeros_like(largest)
+    best_scale = torch.zeros_like(largest)
+    for becomes in (127, *range(-134, -119)):  # the largest weight, before rounding
+        values = IQ4_NL[_nearest(blocks * (becomes / largest), IQ4_NL)]
+        product = (weights * values * blocks).sum(dim=1, keepdim=True)
+        square = (weights * values.square()).sum(dim=1, keepdim=True)
+        scale = product / square  # of least squares, for these values
+        gain = product * scale  # squared error of storing zeros less that of storing these
+        best_scale = torch.where(gain > best_gain, scale, best_scale)
+        best_gain = torch.maximum(gain, best_gain)
+    return Blocks(_nearest(blocks / best_scale, IQ4_NL), best_scale.half().float(), IQ4_NL)
+
+
+def mxfp4(x: Tensor) -> Blocks:
+    """MXFP4: the scale puts the largest weight between 4 and 8; what is above 6 becomes 6.
+
+    Args:
+        x: float32, its size a multiple of 32.
+    """
+    blocks = x.reshape(-1, 32)
+    scale = 2 ** (_largest(blocks).abs().log2().floor() - 2).clamp(min=-127)
+    return Blocks(_nearest(blocks / scale, E2M1), scale, E2M1)
+
+
+def nvfp4(x: Tensor) -> Blocks:
+    """NVFP4: the tensor's scale puts the largest block scale at 448, the largest E4M3 number.
+
+    Args:
+        x: float32, its size a multiple of 16.
+    """
+    blocks = x.reshape(-1, 16)
+    wanted = _largest(blocks).abs() / 6
+    of_the_tensor = wanted.max().clamp(min=SMALLEST_SCALE) / 448
+    scale = (wanted / of_the_tensor).to(torch.float8_e4m3fn).float() * of_the_tensor
+    return Blocks(_nearest((blocks / scale).nan_to_num(), E2M1), scale, E2M1)
+
+
+FORMATS = {
+    "Q4_0": (4.5, q4_0),
+    "IQ4_NL": (4.5, iq4_nl),
+    "MXFP4": (4.25, mxfp4),
+    "NVFP4": (4.5, nvfp4),
+}
+"""Name → bits a weight, scales included, and the function."""
+
+
+def round_trip(x: Tensor, name: str) -> Tensor:
+    """What a format of `FORMATS` leaves of float32 numbers, a multiple of 32 of them; same shape.
+
+    >>> round_trip(torch.tensor([8.0, -7.0] + [0.0] * 30), "Q4_0")[:2].tolist()
+    [8.0, -7.0]
+    >>> round_trip(torch.tensor([7.0, 1.0] + [0.0] * 30), "MXFP4")[:3].tolist()
+    [6.0, 1.0, 0.0]
+    """
+    _, store = FORMATS[name]
+    index, scale, values = store(x)
+    return (values[index] * scale).reshape(x.shape)
+
+
+def _largest(blocks: Tensor) -> Tensor:
+    """The number of largest magnitude of each block, with its sign, (n, 1)."""
+    where = blocks.abs().argmax(dim=1, keepdim=True)
+    return blocks.gather(1, where)
+
+
+def _nearest(scaled: Tensor, values: Tensor) -> Tensor:
+    """Index of the nearest value."""
+    borders, order = midpoints(values)
+    return order[torch.bucketize(scaled, borders)]
