@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_nb.errors import KitError
+from qlora_nb.lessons import n04
 from qlora_nb.theory import blockwise, codebooks, double_quant
 
 
@@ -144,6 +145,33 @@ def test_loops_differ_by_one_neighbour_at_most(seed, n, kind):
     code = codebooks.dynamic_code()
     theirs = (code[torch.tensor(index)] - code[second.index.int()]).abs()
     assert theirs.max() < 0.02  # the distance of neighbouring values is 0.014 at most
+
+
+def test_what_the_reader_writes_is_compared_with_bitsandbytes_itself():
+    """Where the reader's scales are tried, the nearest value is that of bitsandbytes' table too, and
+    no rounding decides: every scale is further from a border than rounding could carry it.
+    """
+    for absmax, code in n04.scales_to_try():
+        index, seconds, mean = n04.nearest_by_bitsandbytes(absmax, code)
+        blocks = torch.ones(len(absmax), 64) * absmax[:, None]
+        _, state = bnb.quantize_4bit(
+            blocks, blocksize=64, quant_type="nf4", compress_statistics=True
+        )
+        assert torch.equal(index, state.absmax)
+        assert torch.equal(seconds, state.state2.absmax)
+        assert torch.equal(mean, state.offset)
+        assert (index.tolist(), [*map(pytest.approx, seconds.tolist())]) == by_loops(absmax)[:2]
+        scaled = (absmax - mean) / seconds.repeat_interleave(256)[: len(absmax)]
+        borders = (code[:-1] + code[1:]) / 2
+        assert (scaled[:, None] - borders).abs().min() > 1e-5
+
+
+@pytest.mark.parametrize("n", [2, 62, 64, 126, 4096, 100_000])
+def test_bytes_with_given_indices_are_those_of_the_packing(n):
+    index = torch.randint(16, (n,), generator=torch.Generator().manual_seed(n)).to(torch.uint8)
+    packed = n04.packed_by_bitsandbytes(index)
+    assert packed.tolist() == [16 * a + b for a, b in index.reshape(-1, 2).tolist()]
+    assert torch.equal(n04.unpacked_by_bitsandbytes(packed), index)
 
 
 def test_the_table_is_not_the_nearest_value():

@@ -208,7 +208,7 @@ def plot_thrashing(ax, paged_bytes: int, gb_per_s: float):
     percent = 100 * rooms / n_pages
     ax.plot(percent, moved, label="least recently used", **mark("optimizer"))
     line = {"linestyle": "--", "markersize": 3, "label": "only what does not fit"}
-    ax.plot(percent, least, **mark("16-bit"), **line)
+    ax.plot(percent, least, **mark("other"), **line)
     most = max(moved)
     ax.set_ylim(0, 1.15 * max(most, 1e-9))
     if not paged_bytes:
