@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_nb.errors import KitError
+from qlora_nb.lessons import n04
 from qlora_nb.theory import blockwise, codebooks, double_quant
 
 
@@ -96,6 +97,31 @@ KINDS = {
 }
 
 
+def by_loops(absmax: torch.Tensor) -> tuple[list[int], list[float], float]:
+    """The second level as the paper means it: subtract the mean, scale, take the nearest of 256
+    values.
+
+    Differs from `quantize_absmax` where the 65,536-bin table and true nearness disagree: by one
+    index beside a border, by a few around zero, where the values lie closer together than the bins.
+    """
+    scales = absmax.tolist()
+    code = codebooks.dynamic_code().tolist()
+    mean = sum(scales) / len(scales)
+    indices = []
+    seconds = []
+    for start in range(0, len(scales), 256):
+        block = [scale - mean for scale in scales[start : start + 256]]
+        second = max(abs(centred) for centred in block)
+        seconds.append(second)
+        for centred in block:
+            scaled = code[0]
+            if second > 0:
+                scaled = centred / second
+            distances = [abs(value - scaled) for value in code]
+            indices.append(distances.index(min(distances)))
+    return indices, seconds, mean
+
+
 @settings(max_examples=50, deadline=None)
 @given(
     st.integers(0, 10_000),
@@ -105,7 +131,7 @@ KINDS = {
 def test_loops_differ_by_one_neighbour_at_most(seed, n, kind):
     absmax = KINDS[kind](torch.rand(n, generator=torch.Generator().manual_seed(seed)))
     second = double_quant.quantize_absmax(absmax)
-    index, scales, mean = double_quant.quantize_absmax_spec(absmax)
+    index, scales, mean = by_loops(absmax)
     assert second.absmax_mean.item() == pytest.approx(mean, rel=1e-5)
     rounding = (
         1e-6 * absmax.max().item()
@@ -119,6 +145,33 @@ def test_loops_differ_by_one_neighbour_at_most(seed, n, kind):
     code = codebooks.dynamic_code()
     theirs = (code[torch.tensor(index)] - code[second.index.int()]).abs()
     assert theirs.max() < 0.02  # the distance of neighbouring values is 0.014 at most
+
+
+def test_what_the_reader_writes_is_compared_with_bitsandbytes_itself():
+    """Where the reader's scales are tried, the nearest value is that of bitsandbytes' table too, and
+    no rounding decides: every scale is further from a border than rounding could carry it.
+    """
+    for absmax, code in n04.scales_to_try():
+        index, seconds, mean = n04.nearest_by_bitsandbytes(absmax, code)
+        blocks = torch.ones(len(absmax), 64) * absmax[:, None]
+        _, state = bnb.quantize_4bit(
+            blocks, blocksize=64, quant_type="nf4", compress_statistics=True
+        )
+        assert torch.equal(index, state.absmax)
+        assert torch.equal(seconds, state.state2.absmax)
+        assert torch.equal(mean, state.offset)
+        assert (index.tolist(), [*map(pytest.approx, seconds.tolist())]) == by_loops(absmax)[:2]
+        scaled = (absmax - mean) / seconds.repeat_interleave(256)[: len(absmax)]
+        borders = (code[:-1] + code[1:]) / 2
+        assert (scaled[:, None] - borders).abs().min() > 1e-5
+
+
+@pytest.mark.parametrize("n", [2, 62, 64, 126, 4096, 100_000])
+def test_bytes_with_given_indices_are_those_of_the_packing(n):
+    index = torch.randint(16, (n,), generator=torch.Generator().manual_seed(n)).to(torch.uint8)
+    packed = n04.packed_by_bitsandbytes(index)
+    assert packed.tolist() == [16 * a + b for a, b in index.reshape(-1, 2).tolist()]
+    assert torch.equal(n04.unpacked_by_bitsandbytes(packed), index)
 
 
 def test_the_table_is_not_the_nearest_value():
@@ -146,6 +199,5 @@ def test_refusals():
         with pytest.raises(KitError, match="second_blocksize"):
             double_quant.ledger(64, bad)
     for bad in (torch.empty(0), torch.tensor([float("nan")]), torch.ones(3, dtype=torch.float16)):
-        for quantize in (double_quant.quantize_absmax, double_quant.quantize_absmax_spec):
-            with pytest.raises(KitError, match="absmax"):
-                quantize(bad)
+        with pytest.raises(KitError, match="absmax"):
+            double_quant.quantize_absmax(bad)

@@ -1,22 +1,27 @@
-"""What the figures of notebook 05 show, beside published sizes, bitsandbytes and plain loops."""
+"""What the figures of notebook 05 show, beside published sizes and plain loops."""
 
 from __future__ import annotations
 
+import ast
 import math
+import re
 from dataclasses import replace
 
 import artists
-import bitsandbytes
+import nbformat
 import numpy as np
 import pytest
-import torch
+from conftest import NOTEBOOKS
 from pythias import PYTHIAS, adapter_numels, frozen_bytes, state_bytes
 
+from qlora_nb import cards
 from qlora_nb.lessons import n05
-from qlora_nb.memory import dry_run, step_sizes
+from qlora_nb.memory import budget, dry_run, estimates, ledger, step_sizes
 from qlora_nb.memory.plan import Plan
 from qlora_nb.model import configs
+from qlora_nb.settings import validate
 from qlora_nb.theory import paging
+from qlora_nb.ui import charts, checks
 
 MIB = 2**20
 GIB = 2**30
@@ -401,54 +406,87 @@ def test_thrashing_says_when_there_is_nothing_to_move(paged_bytes, why):
     assert artists.title(ax) == f"{why}: nothing to move"
 
 
-# states of an optimizer
+# ways to make a step smaller
 
 
-def states_of(optimizer) -> dict[str, int]:
-    """Bytes of the only parameter's states and of their scales, as bitsandbytes holds them."""
-    (state,) = optimizer.state.values()
-    found = {"states": state["state1"].nbytes + state["state2"].nbytes}
-    if "absmax1" in state:
-        found["scales of 8-bit states"] = state["absmax1"].nbytes + state["absmax2"].nbytes
-    return found
+def cell_with(words: str) -> str:
+    """The code cell of the notebook that holds these words."""
+    cells = nbformat.read(NOTEBOOKS / "05_paged_optimizers.ipynb", 4).cells
+    [source] = [c.source for c in cells if c.cell_type == "code" and words in c.source]
+    return source
 
 
-def test_state_bytes_of_bitsandbytes_are_stacked():
-    measured = {}
-    for kind in (bitsandbytes.optim.AdamW32bit, bitsandbytes.optim.AdamW8bit):
-        p = torch.nn.Parameter(torch.randn(2**17))
-        p.grad = torch.randn(2**17)
-        optimizer = kind([p])
-        optimizer.step()
-        measured[kind.__name__] = states_of(optimizer)
-    ax = n05.plot_state_bytes(measured).axes[0]
-    states, scales = artists.bars(ax)
-    assert states[:, 2].tolist() == [1.0, 0.25]  # 2 · 4 · 2^17 bytes, 2 · 2^17 bytes
-    assert states[:, 0].tolist() == [0, 0]
-    assert scales[:, 2].tolist() == [0, 2 * 4 * 512 / MIB]  # a float32 for each of 512 blocks
-    assert scales[:, 0].tolist() == [1.0, 0.25], "stacked on the states"
-    for group in (states, scales):
-        assert group[:, 1] + group[:, 3] / 2 == pytest.approx([0, 1])
-    assert artists.texts(ax) == [" 1.00 MiB", " 0.25 MiB"]
-    assert artists.places(ax).tolist() == [[1.0, 0], [0.25390625, 1]]
-    assert artists.ticks(ax.yaxis) == [(0, "AdamW32bit"), (1, "AdamW8bit")]
-    assert artists.legend(ax) == ["states", "scales of 8-bit states"]
-    assert artists.labels(ax) == ("states of one block (MiB)", "optimizer (name)")
-    artists.check_in_view(ax)
-    assert artists.title(ax) == "8-bit states are 3.94 times smaller, scales counted"
-    assert ax.get_xlim() == pytest.approx((0, 1.2))
-    assert ax.yaxis_inverted(), "the first on top"
+def ways_side_by_side(pythia: str, capsys) -> tuple:
+    """The figure as the notebook draws it, and what it prints."""
+    space = {
+        "budget": budget,
+        "cards": cards,
+        "charts": charts,
+        "compare_guess": checks.compare_guess,
+        "estimates": estimates,
+        "guess_saved": None,
+        "ledger": ledger,
+        "replace": replace,
+        "settings": validate({"pythia": pythia}),
+        "steps": [step_sizes.step_sizes(pythia, 64, 2048)],
+    }
+    plan = next(line for line in cell_with("guess_kept, ").splitlines() if "plan = " in line)
+    exec(plan, space | {"Plan": Plan, "configs": configs}, space)
+    exec(cell_with("plans = {"), space)
+    *before, last = ast.parse(cell_with("charts.memory_bars(")).body
+    exec(compile(ast.Module(before, []), "05", "exec"), space)
+    figure = eval(compile(ast.Expression(last.value), "05", "eval"), space)
+    return figure, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size", ["12b", "1b"])
+def test_ways_side_by_side_by_hand(size, capsys):
+    figure, said = ways_side_by_side(size, capsys)
+    (ax,) = figure.axes
+    ways = [text for _, text in artists.ticks(ax.yaxis)]
+    both = "checkpointing, accumulation"
+    alone = ["nothing done", "paging", "8-bit states", "accumulation", "checkpointing"]
+    assert ways == [*alone, both, f"{both}, paging"]
+    unit = 2**30
+    parts = {}
+    for group in ax.containers:
+        parts[group.get_label()] = [bar.get_width() * unit for bar in group]
+    n_layers, hidden, _ = PYTHIAS[size]
+    kept = dict(zip(ways, parts["kept for the backward pass"]))
+    inputs = n_layers * 4 * 512 * hidden * 2
+    assert kept["checkpointing"] == pytest.approx(inputs, rel=1e-6)
+    assert kept[both] == kept[f"{both}, paging"] == pytest.approx(inputs / 4, rel=1e-6)
+    assert kept["nothing done"] == kept["paging"] == kept["8-bit states"] > 15 * inputs
+    assert kept["accumulation"] == pytest.approx(kept["nothing done"] / 4, rel=1e-6)
+    states = dict(zip(ways, parts["optimizer states"]))
+    paged, fixed = state_bytes(size, 64)
+    assert paged > 0.9 * fixed
+    for way in ("nothing done", "accumulation", "checkpointing", both):
+        assert states[way] == pytest.approx(paged + fixed)
+    assert states["paging"] == states[f"{both}, paging"] == pytest.approx(fixed)
+    assert states["8-bit states"] == pytest.approx(sum(state_bytes(size, 64, 8)) + 2048)
+    trained = 4 * sum(adapter_numels(size, 64))
+    gradients = dict(zip(ways, parts["gradients"]))
+    assert gradients["accumulation"] == pytest.approx(trained), "kept between the passes"
+    assert gradients["nothing done"] == 0
+    assert parts["LoRA weights"] == pytest.approx([trained] * len(ways))
+    ends = np.sum(list(parts.values()), axis=0)
+    assert artists.texts(ax) == [f" {end / unit:.2f}" for end in ends]
+    for way, end in zip(ways, ends):
+        saved = (ends[0] - end) / unit
+        assert re.search(rf"^{way} +saves +{saved:.2f} GiB$", said, re.M)
+    assert "checkpointing: operations × 1." in said
+    seconds = 2 * paged / 12e9
+    assert f"{seconds:.2f} s for the way out and back" in said
 
 
 # all of them
 
 
 def test_every_figure_can_be_drawn_and_is_closed():
-    states = {"a": {"states": 100}, "b": {"states": 25, "scales of 8-bit states": 1}}
     artists.check_drawn(n05.plot_step("14m", 8, 128, 24.0))
     artists.check_drawn(n05.plot_paged_share((4, 8), "14m", 16))
     artists.check_drawn(n05.plot_run([USUAL, SPIKE], 37 / 1024))
     artists.check_drawn(n05.plot_thrashing(0, 12.0))
     artists.check_drawn(n05.plot_thrashing(100_000, 12.0))
     artists.check_drawn(n05.plot_thrashing(200 * MIB, 12.0))
-    artists.check_drawn(n05.plot_state_bytes(states))

@@ -534,33 +534,6 @@ def test_times_smaller_names_what_it_is_compared_with():
     assert artists.title(left) == "Layers: 3.6 times smaller than 16-bit"
 
 
-def test_added_error_is_told_in_millionths():
-    rows = {"a": (0.0911, 0.0911007), "b": (0.0925, 0.0925), "c": (0.0903, 0.0902988)}
-    left, right = n04.plot_added_error(rows).axes
-    plain, double = artists.lines(left)
-    assert plain.tolist() == [[0, 0.0911], [1, 0.0925], [2, 0.0903]]
-    assert double.tolist() == [[0, 0.0911007], [1, 0.0925], [2, 0.0902988]]
-    expected = np.array([[0, 0.7], [1, 0.0], [2, -1.2]])
-    (added,) = artists.lines(right)
-    assert added == pytest.approx(expected, abs=1e-6)
-    (sticks,) = right.collections
-    assert artists.segments(sticks)[:, 1] == pytest.approx(expected, abs=1e-6)
-    assert artists.segments(sticks)[:, 0].tolist() == [[0, 0], [1, 0], [2, 0]]
-    assert artists.title(left) == "Error of 3 layers: the same points"
-    assert artists.title(right) == "Added: at most 0.7 millionths"
-    assert artists.legend(left) == ["32-bit scales", "8-bit scales"]
-    assert artists.labels(left) == ("layer", "RMSE (std of the layer)")
-    assert artists.labels(right) == ("layer", "added RMSE (millionths of std)")
-    assert left.get_ylim() == pytest.approx((0, 1.35 * 0.0925))
-    artists.check_in_view(left)
-    artists.check_in_view(right)
-
-
-def test_nothing_added_is_not_told_as_less_than_nothing():
-    _, right = n04.plot_added_error({"a": (0.09, 0.0899)}).axes
-    assert artists.title(right) == "Added: at most 0.0 millionths"
-
-
 # all of them
 
 
@@ -582,4 +555,3 @@ def test_every_figure_can_be_drawn_and_is_closed():
     artists.check_drawn(n04.plot_bits(64, 256))
     artists.check_drawn(n04.plot_scales(block.clamp(-1, 1), codebooks.dynamic_code()))
     artists.check_drawn(n04.plot_model_bytes(STORED, 2**23))
-    artists.check_drawn(n04.plot_added_error({"a": (0.09, 0.0901), "b": (0.09, 0.09)}))

@@ -2,15 +2,18 @@
 
 The figures: what a weight costs beyond its four bits, with 32-bit and with 8-bit scales; bits a
 weight over the block size; the scales of a layer beside the 256 values they may become; the bytes
-of a model, layers alone and whole; the error that 8-bit scales add. The arithmetic is in
-`theory/double_quant.py`.
+of a model, layers alone and whole. The arithmetic is in `theory/double_quant.py`. What the reader
+writes is compared with bitsandbytes.
 """
 
-import numpy as np
+import torch
+from bitsandbytes import functional as bnb
+from torch import nn
 
 from qlora_nb.theory import double_quant
 from qlora_nb.ui.checks import exercise
 from qlora_nb.ui.style import COLOURS, draws, log2_axis, look, mark, stacked_bars
+from qlora_nb.ui.written import Written
 
 PARTS = {
     "codes": look("4-bit weights"),
@@ -20,6 +23,9 @@ PARTS = {
     "rest": look("unquantized rest"),
 }
 """How each part of a 4-bit layer is drawn, and what is not quantized."""
+
+NF4 = bnb.get_4bit_type("nf4", device="cpu")
+"""(16,) the values of NF4, bitsandbytes' own."""
 
 BLOCKSIZES = [2**k for k in range(3, 13)]
 """Block sizes that are drawn (numbers that share a scale), 8 to 4096."""
@@ -125,36 +131,91 @@ def plot_model_bytes(axes, rows, n_weights: int):
         ax.set_xlabel(f"size ({name})")
 
 
-@draws((9.2, 3.4), grid={"ncols": 2}, xlabel="layer")
-def plot_added_error(axes, rows):
-    """RMSE with 32-bit scales and with 8-bit scales, layer by layer, and their difference.
+def packed_by_bitsandbytes(indices: torch.Tensor) -> torch.Tensor:
+    """The bytes that bitsandbytes makes of weights with these NF4 indices, two in a byte.
 
-    Args:
-        rows: {layer: (rmse with 32-bit scales, rmse with 8-bit scales)}, relative to the layer's
-            standard deviation.
+    The values of NF4 themselves are quantized. Each block of 64 ends with two ones, so its scale is
+    1, and their byte is left out.
     """
-    plain, double = np.array(list(rows.values())).T
-    added = (double - plain) * 1e6
-    points = {"linestyle": "none", "markersize": 5, **mark("NF4+DQ")}
-    left, right = axes
-    left.plot(plain, linestyle="none", markersize=9, label="32-bit scales", **mark("NF4"))
-    left.plot(double, label="8-bit scales", **points)
-    left.set(ylabel="RMSE (std of the layer)", ylim=(0, 1.35 * plain.max()))
-    left.legend(loc="upper right", ncols=2)
-    right.vlines(range(len(added)), 0, added, color=points["color"])
-    right.plot(added, **points)
-    right.set_title(f"Added: at most {max(added.max(), 0):.1f} millionths")
-    right.set_ylabel("added RMSE (millionths of std)")
-    return f"Error of {len(rows)} layers: the same points"
+    blocks = nn.functional.pad(indices.long(), (0, -len(indices) % 62)).reshape(-1, 62)
+    weights = nn.functional.pad(NF4[blocks], (0, 2), value=1.0)
+    packed, _ = bnb.quantize_4bit(weights, blocksize=64, quant_type="nf4")
+    return packed.reshape(-1, 32)[:, :31].flatten()[: len(indices) // 2]
 
 
-check_bits_128 = exercise(
-    "bits per weight",
-    want=double_quant.bits_per_weight(128),
-    hint="4 bits, 8 bits shared by 128, 32 bits shared by 128 · 256",
-    tolerance=1.5e-4,
+def unpacked_by_bitsandbytes(packed: torch.Tensor) -> torch.Tensor:
+    """The indices in these bytes: bitsandbytes unpacks them to weights, every scale 1, and each
+    weight is looked up among the values of NF4.
+    """
+    n = 2 * len(packed)
+    scales = torch.ones(-(-n // 64))
+    state = bnb.QuantState(scales, (n,), NF4, 64, "nf4", torch.float32)
+    weights = bnb.dequantize_4bit(packed[:, None], state)
+    return torch.searchsorted(NF4, weights.flatten()).to(torch.uint8)
+
+
+def nearest_by_bitsandbytes(absmax: torch.Tensor, code: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The scales in 8 bits: bitsandbytes' own mean and second-level scales, and the nearest of its
+    256 values, as its CUDA kernel finds it.
+
+    Its kernel for CPUs takes another value for two scales in a thousand (see
+    `double_quant.table_index`), for those of `scales_to_try` the same.
+    """
+    mean = absmax.mean()
+    _, state = bnb.quantize_blockwise(absmax - mean, blocksize=256)
+    seconds = state.absmax.repeat_interleave(256)[: len(absmax)]
+    distances = (((absmax - mean) / seconds)[:, None] - code).abs()
+    return distances.argmin(dim=1).to(torch.uint8), state.absmax, mean
+
+
+def indices_to_try() -> list[tuple]:
+    """NF4 indices: two whose byte is easily found by hand, and 200 of any."""
+    generator = torch.Generator().manual_seed(0)
+    many = torch.randint(16, (200,), generator=generator, dtype=torch.uint8)
+    return [(torch.tensor([10, 3], dtype=torch.uint8),), (many,)]
+
+
+def bytes_to_try() -> list[tuple]:
+    """What is packed from `indices_to_try`."""
+    return [(packed_by_bitsandbytes(indices),) for (indices,) in indices_to_try()]
+
+
+def scales_to_try() -> list[tuple]:
+    """Two scales by hand, and those of 600 blocks of a Gaussian; none lies so near to a border
+    between two values that rounding decides.
+    """
+    code = bnb.create_dynamic_map()
+    blocks = torch.randn(600, 64, generator=torch.Generator().manual_seed(27))
+    return [(torch.tensor([1.0, 3.0]), code), (blocks.abs().amax(dim=1), code)]
+
+
+check_pack_nibbles = Written(
+    "pack_nibbles",
+    packed_by_bitsandbytes,
+    indices_to_try,
+    "bitsandbytes' bytes",
+    hint="the first of two indices counts 16 times, the second once; the result is uint8",
 )
-"""Exercise 1: bits a weight with blocks of 128 and double quantization with 256."""
+"""Exercise 1: two 4-bit indices in a byte."""
+
+check_unpack_nibbles = Written(
+    "unpack_nibbles",
+    unpacked_by_bitsandbytes,
+    bytes_to_try,
+    "what bitsandbytes unpacks",
+    hint="of each byte first the whole part of byte / 16, then the rest; so the halves take turns",
+)
+"""Exercise 2: the indices out of the bytes."""
+
+check_quantize_scales = Written(
+    "quantize_scales",
+    nearest_by_bitsandbytes,
+    scales_to_try,
+    "bitsandbytes' scales, mean and nearest values",
+    hint="subtract the mean, divide each 256 by their largest magnitude, and take the index of the "
+    "nearest value of `code`",
+)
+"""Exercise 4: double quantization itself."""
 
 plain_bytes = sum(double_quant.storage_bytes(4096**2, second_blocksize=None).values())
 double_bytes = sum(double_quant.storage_bytes(4096**2).values())
@@ -165,13 +226,4 @@ check_saved_bytes = exercise(
     hint="count the blocks of 64 first: 4 bytes each before; then 1 byte each, 4 for every 256 of "
     "them, and 4 for the mean",
 )
-"""Exercise 2: bytes that double quantization saves on one 4096 × 4096 matrix, the mean counted."""
-
-check_same_bits = exercise(
-    "block size",
-    want=min(size for size in BLOCKSIZES if double_quant.bits_per_weight(size) < 4.5),
-    hint="8/blocksize alone must stay below 0.5, and 32/(256 · blocksize) comes on top",
-)
-"""Exercise 3: the smallest power-of-two block size that with double quantization costs less than
-4.5 bits.
-"""
+"""Exercise 3: bytes that double quantization saves on one 4096 × 4096 matrix, the mean counted."""

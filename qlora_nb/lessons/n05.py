@@ -2,11 +2,13 @@
 
 The figures: memory through one training step, part by part, under the card's size; the share of the
 optimizer states that bitsandbytes pages, for every Pythia and rank; a run of steps with and without
-paging; bytes moved over the room left for the states; the bytes of real optimizers' states. The
-simulation is in `theory/paging.py`, the sizes of a Pythia's step in `memory/step_sizes.py`.
+paging; bytes moved over the room left for the states. The simulation is in `theory/paging.py`, the
+sizes of a Pythia's step in `memory/step_sizes.py`. The reader's pager is compared with Python's own
+cache.
 """
 
 import math
+from functools import lru_cache
 
 import numpy as np
 from matplotlib.patches import Rectangle
@@ -16,7 +18,8 @@ from qlora_nb.memory import step_sizes
 from qlora_nb.pythia import PYTHIA
 from qlora_nb.theory import paging
 from qlora_nb.ui.checks import exercise
-from qlora_nb.ui.style import LOOKS, draws, look, margins, mark, stacked_bars
+from qlora_nb.ui.style import LOOKS, draws, look, margins, mark
+from qlora_nb.ui.written import Written
 
 PARTS = {
     "frozen weights": "4-bit weights",
@@ -152,7 +155,8 @@ def plot_run(axes, steps, gpu_gib: float, gb_per_s: float = 12.0):
     moved_out = [record.bytes_out / 2**20 for record in paged]
     moved_in = [record.bytes_in / 2**20 for record in paged]
     right.bar(done - 0.2, moved_out, 0.4, label="to RAM (evicted)", **look("optimizer", hatch="//"))
-    right.bar(done + 0.2, moved_in, 0.4, label="to the card (faults)", **look("NF4"))
+    back = look("optimizer", hatch="", alpha=0.5)
+    right.bar(done + 0.2, moved_in, 0.4, label="to the card (faults)", **back)
     right.set_ylim(0, 1.5 * max(*moved_in, *moved_out, 1))
     right.set(xlim=(0.4, len(steps) + 0.6), ylabel="moved (MiB)")
 
@@ -204,7 +208,7 @@ def plot_thrashing(ax, paged_bytes: int, gb_per_s: float):
     percent = 100 * rooms / n_pages
     ax.plot(percent, moved, label="least recently used", **mark("optimizer"))
     line = {"linestyle": "--", "markersize": 3, "label": "only what does not fit"}
-    ax.plot(percent, least, **mark("16-bit"), **line)
+    ax.plot(percent, least, **mark("other"), **line)
     most = max(moved)
     ax.set_ylim(0, 1.15 * max(most, 1e-9))
     if not paged_bytes:
@@ -215,26 +219,35 @@ def plot_thrashing(ax, paged_bytes: int, gb_per_s: float):
     return f"One page short moves every paged state: {most:.3g} GiB, {seconds:.2g} s a step"
 
 
-@draws((8.0, 3.2), "lower right", xlabel="states of one block (MiB)", ylabel="optimizer (name)")
-def plot_state_bytes(ax, measured):
-    """Bytes of optimizer states by optimizer, stacked by kind.
-
-    Args:
-        measured: optimizer name → "states" and "scales of 8-bit states" → bytes.
+def misses_of_a_cache(touches: list[int], room: int) -> int:
+    """Faults as Python's own least-recently-used cache counts them: a page is a result that it has
+    or has not kept.
     """
-    looks = {"states": look("optimizer"), "scales of 8-bit states": look("other", hatch="//")}
-    totals = stacked_bars(ax, measured, looks, " {:.2f} MiB".format, 2**20, room=1.2)
-    return f"8-bit states are {max(totals) / min(totals):.2f} times smaller, scales counted"
+
+    @lru_cache(maxsize=room)
+    def page(number):
+        return number
+
+    for number in touches:
+        page(number)
+    return page.cache_info().misses
 
 
-check_paged = exercise(
-    "[lora_A, lora_B] paged",
-    want=[paging.is_paged(16 * side) for side in (5120, 20480)],
-    hint="lora_A has r · in elements, lora_B has out · r; the rule is 100,000 elements",
+def touches_to_try() -> list[tuple]:
+    """Pages and room: six touches by hand, a sweep one page short, and 300 at random."""
+    at_random = np.random.default_rng(0).integers(12, size=300).tolist()
+    return [([0, 1, 2, 0, 3, 0], 3), ([*range(10), *range(10)], 9), (at_random, 7)]
+
+
+check_lru_pager = Written(
+    "lru_pager",
+    misses_of_a_cache,
+    touches_to_try,
+    "the misses of Python's functools.lru_cache",
+    hint="each touch makes its page the most recently used, a fault or not; a fault on a full card "
+    "first sends the least recently used page away, and its next touch is a fault again",
 )
-"""Exercise 1: which states of pythia-12b's dense_h_to_4h (5120 → 20480) are paged at r = 16:
-[lora_A, lora_B], as numbers or bools.
-"""
+"""Exercise 1: page faults, least recently used out first."""
 
 check_bytes_8bit = exercise(
     "bytes",
@@ -242,25 +255,3 @@ check_bytes_8bit = exercise(
     hint="two states of one byte an element, and for each state one float32 a block of 256",
 )
 """Exercise 2: bytes of both 8-bit Adam states of a tensor with 81,920 elements."""
-
-memory = paging.UnifiedMemory(budget_pages=3)
-for page in (0, 1, 2, 0, 3, 1):
-    memory.touch(page)
-check_faults = exercise(
-    "faults",
-    want=memory.faults,
-    hint="the second touch of page 0 makes page 1 the least recently used, so page 3 pushes out "
-    "page 1",
-)
-"""Exercise 3: page faults when 0, 1, 2, 0, 3, 1 are touched with room for three pages, least
-recently used out first.
-"""
-
-check_overflow = exercise(
-    "seconds",
-    want=2 * 1.2e9 / 12e9,
-    hint="the pages travel twice: out for the spike, and back for the optimizer",
-)
-"""Exercise 4: seconds to push 1.2 · 10^9 bytes out and bring them back over a bus of 12 · 10^9
-bytes a second.
-"""

@@ -187,35 +187,6 @@ def dequantize_absmax(second: SecondLevel) -> Tensor:
     return centred + second.absmax_mean
 
 
-def quantize_absmax_spec(absmax: Tensor) -> tuple[list[int], list[float], float]:
-    """The second level as the paper means it, in plain loops: subtract the mean, scale, take the
-    nearest of 256 values.
-
-    Differs from `quantize_absmax` where the 65,536-bin table and true nearness disagree: by one
-    index beside a border, by a few around zero, where the values lie closer together than the bins.
-
-    >>> quantize_absmax_spec(torch.tensor([1.0, 3.0]))
-    ([0, 255], [1.0], 2.0)
-    """
-    _check(absmax)
-    scales = absmax.tolist()
-    code = dynamic_code().tolist()
-    mean = sum(scales) / len(scales)
-    indices = []
-    seconds = []
-    for start in range(0, len(scales), SECOND_BLOCKSIZE):
-        block = [scale - mean for scale in scales[start : start + SECOND_BLOCKSIZE]]
-        second = max(abs(centred) for centred in block)
-        seconds.append(second)
-        for centred in block:
-            scaled = code[0]
-            if second > 0:
-                scaled = centred / second
-            distances = [abs(value - scaled) for value in code]
-            indices.append(distances.index(min(distances)))
-    return indices, seconds, mean
-
-
 def _check(absmax: Tensor) -> None:
     """Refuse scales that are not finite float32, and no scales."""
     if absmax.dtype != torch.float32 or absmax.numel() == 0 or not absmax.isfinite().all():

@@ -148,41 +148,6 @@ class UnifiedMemory:
             self.pages_out += 1
 
 
-def replay_spec(
-    events: Sequence[tuple[str, int]], budget_pages: int
-) -> tuple[int, int, int, list[int]]:
-    """(faults, pages_in, pages_out, resident) of a list of ("reserve" | "touch" | "prefetch", n),
-    in plain loops over a list.
-
-    The card must have room: more pages of ordinary memory than it holds are an IndexError here.
-    """
-    resident = []  # least recently used first
-    known = []
-    reserved = 0
-    faults = 0
-    pages_in = 0
-    pages_out = 0
-    for kind, n in events:
-        needed = 1
-        if kind == "reserve":
-            reserved = n
-            needed = 0
-        elif n in resident:
-            resident.remove(n)
-        else:
-            if kind == "touch":
-                faults += 1
-            if n in known:
-                pages_in += 1
-            known.append(n)
-        while len(resident) + reserved + needed > budget_pages:
-            resident.pop(0)
-            pages_out += 1
-        if kind != "reserve":
-            resident.append(n)
-    return faults, pages_in, pages_out, resident
-
-
 @dataclass(frozen=True)
 class StepSizes:
     """Sizes of one training step, all in bytes (the caller takes them from a ledger).
