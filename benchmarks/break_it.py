@@ -152,6 +152,31 @@ def summary(by_seed: dict[str, dict]) -> dict[str, dict]:
     return found
 
 
+COLUMNS = {
+    "exact_match": ("exact match (%)", 100),
+    "stops": ("answers that stop (%)", 100),
+    "answer_tokens": ("tokens of an answer", 1),
+    "held_out_loss": ("held-out loss (nats)", 1),
+}
+"""Measure → its column in the table, and the factor to its unit."""
+
+
+def table(summary: dict[str, dict]) -> dict[str, dict[str, str]]:
+    """Setting → column → mean, and the interval of the difference to the kit's setting, as text."""
+    rows = {}
+    for name, measures in summary.items():
+        row = {}
+        for measure, (column, factor) in COLUMNS.items():
+            text = f"{factor * measures[measure]['mean']:.3g}"
+            apart = measures[measure]["difference"]
+            if name != "the kit's setting" and apart["n"] > 1:
+                low, high = factor * apart["low"], factor * apart["high"]
+                text += f" ({low:+.2g} to {high:+.2g})"
+            row[column] = text
+        rows[name] = row
+    return rows
+
+
 def main() -> None:
     known = json.loads(TARGET.read_text()) if TARGET.is_file() else {}
     by_seed = known.get("by_seed", {})
@@ -170,7 +195,8 @@ def main() -> None:
         shown = {"profile": "tiny", "max_steps": settings.max_steps, "r": settings.r}
         shown["max_new_tokens"] = settings.max_new_tokens
         record = provenance.provenance(tuple(sorted(map(int, by_seed))))
-        found = {"summary": summary(by_seed), "by_seed": by_seed, "by_heart": curve}
+        means = summary(by_seed)
+        found = {"table": table(means), "summary": means, "by_seed": by_seed, "by_heart": curve}
         provenance.write(TARGET, {**record, "settings": shown, **found})
 
 

@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 import drawn
 import numpy as np
 import pytest
+import tokenizers
 
 from qlora_nb.answer import generate
 from qlora_nb.lessons import n06, n07
@@ -259,6 +260,26 @@ def test_loss_curve_with_held_out_rows(on_the_way):
     assert drawn.title(ax) == "Held-out loss goes from 4.50 to 0.12 nats"
 
 
+@pytest.mark.parametrize(
+    ("n", "max_steps", "end"), [(0, 260, 261), (1, 260, 261), (1, 0, 2), (9, 0, 10)]
+)
+def test_loss_curve_has_the_axis_of_the_whole_run_from_the_first_step_on(n, max_steps, end):
+    [ax] = charts.loss_curve(curve(n), max_steps=max_steps).axes
+    assert ax.get_xlim() == (0, end)
+    assert ax.get_ylim()[0] == 0
+    if n == 1:
+        assert ax.get_ylim()[1] > curve(1)[0]
+        assert ax.lines[0].get_marker() == ".", "a single step is seen"
+
+
+@pytest.mark.parametrize(
+    ("on_the_way", "after", "at"), [({5: 0.5, 10: 0.75}, 1.0, 5), ({5: 9.0}, 8.0, 0)]
+)
+def test_loss_curve_says_where_overfitting_begins(on_the_way, after, at):
+    [ax] = charts.loss_curve(curve(12), 4.0, after, on_the_way).axes
+    assert drawn.title(ax).endswith(f"to {after:.2f} nats; it was lowest at step {at}")
+
+
 def test_loss_curve_needs_both_ends_of_the_held_out_loss():
     for ends in ({"before": 0.0}, {"after": 0.0}):
         [ax] = charts.loss_curve([1.0, 2.0], **ends).axes
@@ -360,7 +381,8 @@ class Spans(HTMLParser):
     ],
 )
 def test_label_mask_shows_every_token_and_whether_it_trains(tokens, trains):
-    page = Spans(n06.label_mask(tokens, trains))
+    ids = list(range(len(tokens)))
+    page = Spans(n06.label_mask(ids, trains, lambda some: "".join(tokens[i] for i in some)))
     assert [text for text, _ in page.spans] == [token.replace("\n", "⏎[br]") for token in tokens]
     assert ["border-bottom" in style for _, style in page.spans] == trains
     assert ["background:#009E73" in style for _, style in page.spans] == trains
@@ -373,9 +395,58 @@ def test_label_mask_shows_every_token_and_whether_it_trains(tokens, trains):
     )
 
 
+@pytest.fixture(scope="module")
+def bytes_tokenizer():
+    """Like Pythia's: bytes, merged only where a text was often seen."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(["where is Anna? at the river.\n" * 9, "你好" * 9], trainer)
+    return tokenizer
+
+
+def shown(tokenizer, prompt: str, answer: str) -> tuple[Spans, int]:
+    """What the reader sees of a row whose answer trains; how many tokens train."""
+    masked = tokenizer.encode(prompt).ids
+    trained = tokenizer.encode(answer).ids
+    trains = [False] * len(masked) + [True] * len(trained)
+    page = Spans(n06.label_mask(masked + trained, trains, tokenizer.decode))
+    return page, len(trained)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer"),
+    [("where is 安娜?\n", "在河边。"), ("猫", "狗"), ("你好 Anna", "at the river."), ("?", "🙂🙂")],
+)
+def test_label_mask_shows_whole_characters(bytes_tokenizer, prompt, answer):
+    """A character of three bytes is one piece, and the border between prompt and answer stays."""
+    page, n_trained = shown(bytes_tokenizer, prompt, answer)
+    pieces = {True: "", False: ""}
+    for text, style in page.spans:
+        pieces["border-bottom" in style] += text
+    assert pieces[True] == answer
+    assert pieces[False] == prompt.replace("\n", "⏎[br]")
+    assert f"the {n_trained} tokens that train" in page.rest, "tokens are counted, not characters"
+    for character in set("安娜在河边猫狗🙂") & set(prompt + answer):
+        ids = bytes_tokenizer.encode(character).ids
+        assert len(ids) > 1
+        assert "\ufffd" in bytes_tokenizer.decode(ids[:1]), "alone, a token of it has no text"
+        assert character in [text for text, _ in page.spans]
+
+
+def test_label_mask_joins_no_tokens_across_the_border(bytes_tokenizer):
+    """Where a row is cut in the middle of a character, the half is shown as such."""
+    ids = bytes_tokenizer.encode("猫").ids
+    page = Spans(n06.label_mask(ids, [False, *[True] * (len(ids) - 1)], bytes_tokenizer.decode))
+    assert page.spans[0][0] == "\ufffd"
+    assert ["border-bottom" in style for _, style in page.spans] == [False, True]
+
+
 def test_label_mask_refuses_one_label_too_few():
     with pytest.raises(ValueError, match="shorter"):
-        n06.label_mask(["a", "b"], [True])
+        n06.label_mask([0, 1], [True], str)
 
 
 def answer(first_token_s: float, n_tokens: int, seconds: float) -> generate.Answer:
