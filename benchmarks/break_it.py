@@ -153,12 +153,12 @@ def summary(by_seed: dict[str, dict]) -> dict[str, dict]:
 
 
 COLUMNS = {
-    "exact_match": ("exact match (%)", 100),
-    "stops": ("answers that stop (%)", 100),
-    "answer_tokens": ("tokens of an answer", 1),
-    "held_out_loss": ("held-out loss (nats)", 1),
+    "exact_match": ("exact match (%)", 100, 1),
+    "stops": ("answers that stop (%)", 100, 1),
+    "answer_tokens": ("tokens of an answer", 1, 1),
+    "held_out_loss": ("held-out loss (nats)", 1, 3),
 }
-"""Measure → its column in the table, and the factor to its unit."""
+"""Measure → its column in the table, the factor to its unit, decimals."""
 
 
 def table(summary: dict[str, dict]) -> dict[str, dict[str, str]]:
@@ -166,15 +166,26 @@ def table(summary: dict[str, dict]) -> dict[str, dict[str, str]]:
     rows = {}
     for name, measures in summary.items():
         row = {}
-        for measure, (column, factor) in COLUMNS.items():
-            text = f"{factor * measures[measure]['mean']:.3g}"
+        for measure, (column, factor, digits) in COLUMNS.items():
+            text = f"{factor * measures[measure]['mean']:.{digits}f}"
             apart = measures[measure]["difference"]
             if name != "the kit's setting" and apart["n"] > 1:
                 low, high = factor * apart["low"], factor * apart["high"]
-                text += f" ({low:+.2g} to {high:+.2g})"
+                text += f" ({low:+.{digits}f} to {high:+.{digits}f})"
             row[column] = text
         rows[name] = row
     return rows
+
+
+def keep(by_seed: dict[str, dict], curve: dict) -> None:
+    """Write what was measured, with where and how."""
+    settings = validate({})
+    shown = {"profile": "tiny", "max_steps": settings.max_steps, "r": settings.r}
+    shown["max_new_tokens"] = settings.max_new_tokens
+    record = provenance.provenance(tuple(sorted(map(int, by_seed))))
+    means = summary(by_seed)
+    found = {"table": table(means), "summary": means, "by_seed": by_seed, "by_heart": curve}
+    provenance.write(TARGET, {**record, "settings": shown, **found})
 
 
 def main() -> None:
@@ -184,20 +195,16 @@ def main() -> None:
     if curve is None:
         with contextlib.redirect_stdout(io.StringIO()):
             curve = by_heart()
-    for seed in sys.argv[1:] or ["0", "1", "2"]:
+    for seed in sys.argv[1:]:
         found = {}
         for name in SETTINGS:
             with contextlib.redirect_stdout(io.StringIO()):
                 found[name] = trained(name, int(seed))
             print(seed, name, found[name], flush=True)
         by_seed[seed] = found
-        settings = validate({})
-        shown = {"profile": "tiny", "max_steps": settings.max_steps, "r": settings.r}
-        shown["max_new_tokens"] = settings.max_new_tokens
-        record = provenance.provenance(tuple(sorted(map(int, by_seed))))
-        means = summary(by_seed)
-        found = {"table": table(means), "summary": means, "by_seed": by_seed, "by_heart": curve}
-        provenance.write(TARGET, {**record, "settings": shown, **found})
+        keep(by_seed, curve)
+    if not sys.argv[1:]:  # the table anew, from what is known
+        keep(by_seed, curve)
 
 
 if __name__ == "__main__":

@@ -205,7 +205,7 @@ def test_figures_for_small_and_large_models():
     for one in (small, large):
         assert isinstance(charts.memory_bars({"model": one}, limit_gib=24.0), Figure)
     assert isinstance(charts.loss_curve([3.0], None, None), Figure)
-    assert isinstance(n06.lengths([5, 5, 5], 64, float), Figure)
+    assert isinstance(n06.lengths([5, 5, 5], 64), Figure)
     answers = [generate.Answer("a", 3, 0.1, 0.2)]
     assert isinstance(n07.speeds({"base": answers, "tuned": answers}), Figure)
     assert isinstance(n07.next_tokens([("<b>$x$", 0.5)], [("\n", 0.5)], 1.0), Figure)

@@ -1,7 +1,7 @@
 """Notebook 06, fine-tuning: its figures and exercises.
 
 - `label_mask`: a row of the data as HTML, the tokens that train marked;
-- `lengths`: histogram of the rows' lengths, under the predicted peak of a batch of such length;
+- `lengths`: histogram of the rows' lengths;
 - `scores`: exact match by kind of question, of the baselines, the base and the tuned model;
 - `check_qlora_forward`, `check_mask_labels`: the functions that the reader writes.
 """
@@ -53,31 +53,20 @@ def label_mask(ids: list[int], trains: list[bool], decode: Callable[[list[int]],
     )
 
 
-@style.draws((8, 2.8), "upper left", xlabel="length of a row (tokens)", ylabel="rows")
-def lengths(ax, n_tokens: list[int], max_length: int, peak_gib: Callable[[int], float]) -> str:
+@style.draws((8, 2.8), "best", xlabel="length of a row (tokens)", ylabel="rows")
+def lengths(ax, n_tokens: list[int], max_length: int) -> str:
     """Histogram of row lengths, and the length that 95 % of the rows do not exceed.
 
     Args:
         n_tokens: tokens of each row, prompt and answer together.
         max_length: tokens that are kept of a row.
-        peak_gib: tokens of a row → predicted peak (GiB), drawn on an axis on the right.
     """
     n_bins = min(40, max(n_tokens) - min(n_tokens) + 1)
     ax.hist(n_tokens, bins=n_bins, color=style.GREY, edgecolor="white")
     longest = np.quantile(n_tokens, 0.95, method="inverted_cdf")
     label = f"95 % of rows are no longer than {longest}"
-    ax.axvline(longest, ymax=0.77, color=style.BLUE, linestyle="--", label=label)
-    end = 1.05 * min(max_length, max(n_tokens))
-    at = [round(end * i / 6) for i in range(1, 7)]
-    found = [peak_gib(tokens) for tokens in at]
-    peaks = ax.twinx()
-    line = {"color": style.VERMILION, "clip_on": False}
-    peaks.plot(at, found, "D-", label="predicted peak (right)", **line)
-    peaks.set(ylabel="peak (GiB)", ylim=(0, 1.3 * max(found)))
-    peaks.grid(visible=False)
-    peaks.legend(loc="upper right")
-    highest = ax.get_ylim()[1]
-    ax.set(xlim=(0, end), ylim=(0, 1.3 * highest))  # room for the legends
+    ax.axvline(longest, color=style.BLUE, linestyle="--", label=label)
+    ax.set_xlim(left=0)
     return f"Rows have {np.mean(n_tokens):.0f} tokens on average; max_length allows {max_length}"
 
 
@@ -122,9 +111,8 @@ def _adapted(n_in: int, n_out: int, r: int) -> torch.nn.Module:
 
 
 def _forward_inputs() -> list[tuple]:
-    torch.manual_seed(0)
-    small = torch.ones(1, 64), _adapted(64, 2, 1)
-    return [small, (torch.randn(2, 5, 256), _adapted(256, 768, 8))]
+    large = torch.randn(2, 5, 256), _adapted(256, 768, 8)
+    return [(torch.ones(1, 64), _adapted(64, 2, 1)), large]
 
 
 def _forward_and_backward(function: Callable, x: torch.Tensor, layer: torch.nn.Module):
@@ -155,18 +143,12 @@ def _masked(prompt_ids: list[int], answer_ids: list[int], eos: int) -> tuple[lis
     return ids.tolist(), ids.masked_fill(in_prompt, IGNORED).tolist()
 
 
-def _shifted(*row) -> tuple[list[int], list[int]]:
-    ids, labels = _masked(*row)
-    return ids, [*labels[1:], IGNORED]
-
-
 check_mask_labels = Written(
     "mask_labels",
     _masked,
     lambda: [([11, 12, 13, 14, 15], [21, 22], 0), ([5], [], 2), (list(range(90)), [7, 7, 9], 1)],
     "a mask over all ids",
-    "ids are prompt, answer, end token; labels are as long, -100 on the prompt alone",
-    {"transformers itself compares each token with the label behind it": _shifted},
+    "ids: prompt, answer, end token; labels: the same, -100 on the prompt alone, moved nowhere",
 )
 
 

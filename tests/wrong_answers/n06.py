@@ -42,7 +42,7 @@ WRONG = {
         ),
         LABELS.format(
             "prompt_ids + answer_ids + [eos], masked[1:] + answer_ids + [eos, -100]"
-        ): "transformers itself compares each token with the label behind it",
+        ): "result 2 of 2: values wrong at position 4: 21 is too large",
         LABELS.format("masked + answer_ids + [eos]"): "2 results are needed",
         """def mask_labels(prompt_ids, answer_ids, eos):
     answer_ids.append(eos)
