@@ -60,12 +60,14 @@ def trained(settings, four_bit: bool) -> dict[str, float]:
 def interval(differences: list[float]) -> dict[str, object]:
     """Mean of the paired differences and its 95 % interval."""
     n, mean = len(differences), statistics.mean(differences)
-    half = T_95[n - 1] * statistics.stdev(differences) / math.sqrt(n) if n > 1 else None
+    if n == 1:
+        return {"n": n, "mean": round(mean, 5), "low": None, "high": None}
+    half = T_95[n - 1] * statistics.stdev(differences) / math.sqrt(n)
     return {
         "n": n,
         "mean": round(mean, 5),
-        "low": half and round(mean - half, 5),
-        "high": half and round(mean + half, 5),
+        "low": round(mean - half, 5),
+        "high": round(mean + half, 5),
     }
 
 

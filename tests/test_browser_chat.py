@@ -150,7 +150,7 @@ def test_the_report_and_an_export_stay_inert(tmp_path, browser):  # noqa: F811
     pages = [
         part
         for s, text in zip(settings, PAYLOADS)
-        for part in (s._repr_html_(), n06.label_mask([text], [True]))
+        for part in (s._repr_html_(), n06.label_mask([0], [True], lambda ids, text=text: text))
     ]
     outputs = [nbformat.v4.new_output("stream", text="\n".join(PAYLOADS))]
     outputs += [

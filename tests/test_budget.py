@@ -329,7 +329,8 @@ def test_the_recipe_of_06_says_what_each_setting_saves_alone():
     exec(cells[i].source, names)
     numbers = {2: "Two", 3: "Three", 4: "Four", 5: "Five", 6: "Six"}
     n_settings = len(names["recipe"]) - 1  # without the profile as it is
-    assert f"{numbers[n_settings]} settings take memory off" in cells[i - 1].source
+    said = f"{numbers[n_settings - 1]} settings and the rank take memory off"
+    assert said in cells[i - 1].source
     rows = names["needed"]
     first = rows["profile full"]
     alone = {name: row["saves alone (GiB)"] for name, row in rows.items() if row is not first}
@@ -343,7 +344,11 @@ def test_the_recipe_of_06_says_what_each_setting_saves_alone():
     assert alone == pytest.approx(
         {name: size / cards.GIB for name, size in by_hand.items()}, abs=0.02
     )
-    assert first["saves alone (GiB)"] == 0
+    assert first["saves alone (GiB)"] == first["saved together (GiB)"] == 0
+    for row in rows.values():
+        together = first["512 tokens (GiB)"] - row["512 tokens (GiB)"]
+        assert row["saved together (GiB)"] == pytest.approx(together)
+    assert max(alone, key=alone.get) == "r = 16", "a smaller rank saves most alone, it says"
     steps = [
         before["512 tokens (GiB)"] - row["512 tokens (GiB)"]
         for before, row in itertools.pairwise(rows.values())

@@ -7,7 +7,9 @@ from __future__ import annotations
 import ast
 import itertools
 import json
+import math
 import re
+import statistics
 from types import SimpleNamespace
 
 import nbformat
@@ -17,7 +19,7 @@ from conftest import NOTEBOOKS, ROOT
 from transformers import GPTNeoXConfig, RepetitionPenaltyLogitsProcessor
 
 from qlora_nb import recorded
-from qlora_nb.memory import ledger
+from qlora_nb.memory import budget, ledger
 from qlora_nb.memory.plan import Plan
 from qlora_nb.model import configs, load
 from qlora_nb.pythia import PYTHIA
@@ -186,6 +188,64 @@ def test_what_06_says_of_the_recorded_intervals():
     assert (
         found["smollm2"]["loss"]["mean"] < means["NF4+DQ"] - means["unquantized"]
     )  # smaller than at first
+
+
+BROKEN = json.loads((recorded.FOLDER / "break_it.json").read_text())
+
+
+def test_what_06_says_of_the_mistakes():
+    """Worked out from the single runs: paired differences, Student's t for three seeds."""
+    runs = list(BROKEN["by_seed"].values())
+    assert len(runs) == 3
+
+    def apart(name, measure):
+        differences = [run[name][measure] - run["the kit's setting"][measure] for run in runs]
+        half = 4.303 * statistics.stdev(differences) / math.sqrt(3)
+        return statistics.mean(differences) - half, statistics.mean(differences) + half
+
+    for name, measures in BROKEN["summary"].items():
+        for measure, found in measures.items():
+            mean = statistics.mean(run[name][measure] for run in runs)
+            assert found["mean"] == pytest.approx(mean, abs=1e-5)
+            both = found["difference"]["low"], found["difference"]["high"]
+            assert both == pytest.approx(apart(name, measure), abs=2e-5)
+            column = {"exact_match": "exact match (%)", "stops": "answers that stop (%)"}
+            if measure in column:
+                text = BROKEN["table"][name][column[measure]]
+                assert text.startswith(f"{100 * mean:.1f}")
+                low, high = both
+                if name != "the kit's setting":
+                    assert text.endswith(f" ({100 * low:+.1f} to {100 * high:+.1f})")
+    _, *others, large = BROKEN["summary"]
+    assert all(apart(name, "exact_match")[1] < 0 for name in others), "fewer are right"
+    assert all(apart(name, "held_out_loss")[0] > 0 for name in (*others, large)), "higher"
+    assert apart(large, "exact_match")[1] > 0, "no difference that three seeds can tell"
+    endless = [run["no end token"] for run in runs]
+    assert all(run["stops"] < 0.05 and run["exact_match"] < 0.05 for run in endless)
+    assert all(run[name]["stops"] > 0.9 for run in runs for name in (*others[1:], large))
+    numbers = {name: run["trained_numbers"] for run in runs for name, run in run.items()}
+    assert numbers["the kit's setting"] == numbers["query_key_value alone, r = 32"]
+    assert numbers["the kit's setting"] == 4 * numbers["query_key_value alone"]
+
+
+def test_what_06_says_of_learning_by_heart():
+    curve = BROKEN["by_heart"]
+    assert curve["losses"][-1] < 0.05, "the grey line goes to zero"
+    marks = list(curve["held_out"].values())
+    lowest = marks.index(min(marks))
+    assert lowest < len(marks) - 2, "the blue marks are lowest long before the end"
+    assert curve["after"] > 1.05 * min(marks)
+
+
+def test_which_settings_lower_the_peak_most():
+    """The answer beside the planner of notebook 06."""
+    small = [option.changes for option in budget.options(validate({}), on_gpu=False)]
+    assert small[0] == {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 16}
+    assert small[1] == {"gradient_checkpointing": True}
+    large = budget.options(validate({"profile": "full"}), on_gpu=True)
+    by_size = sorted(large, key=lambda option: -option.saves)
+    assert {"r": 16} in [option.changes for option in by_size[:2]]
+    assert large[0].changes == {"optim": "paged_adamw_8bit"}
 
 
 def test_a_repetition_penalty_lowers_and_does_not_always_divide():

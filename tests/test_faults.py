@@ -663,7 +663,7 @@ from IPython.core.interactiveshell import InteractiveShell
 cells = [c for c in nbformat.read("notebooks/06_finetune_pythia_12b.ipynb", 4).cells if c.cell_type == "code"]
 number = lambda text: next(i for i, c in enumerate(cells) if text in c.source)
 start, load, attach, train = map(number, ("from typing", "load.prepared(", "get_peft_model(model", "trainer.train("))
-measure, finish, last = map(number, ("before = evaluate", "script.write(", "n06.check_"))
+measure, finish, last = map(number, ("before = evaluate", "script.write(", "runs.key_results("))
 shell, runs = InteractiveShell.instance(), Path(sys.argv[1]) / "tiny"
 cells[start].source += f"\nmax_steps, per_device_train_batch_size, eval_rows, output_dir = 4, 2, 20, {sys.argv[1]!r}"
 def run(*wanted):
@@ -679,12 +679,13 @@ run(start, start + 1)
 told["train first"] = run(train), folders()
 told["measure first"] = run(measure), folders()
 drawn = number("qlora_layer(")  # draws a layer with its adapter
-run(*(i for i in range(start + 2, train) if i not in (attach, drawn)))
+used = number("as_peft = ")  # computes with it
+run(*(i for i in range(start + 2, train) if i not in (attach, drawn, used)))
 told["not attached"] = run(train), folders()
-told["measure the base"] = run(measure - 1, measure)
+told["measure the base"] = run(measure)
 told["trained"] = run(attach, train), folders()
 told["again"] = run(train), folders()
-told["measured"] = run(measure - 1, measure), shell.user_ns["before"]["loss"] > shell.user_ns["after"]["loss"]
+told["measured"] = run(measure), shell.user_ns["before"]["loss"] > shell.user_ns["after"]["loss"]
 loss = shell.user_ns["before"]["loss"]
 told["before"] = run(measure), shell.user_ns["before"]["loss"] == loss
 told["rest"] = run(*range(measure + 1, last))

@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 import drawn
 import numpy as np
 import pytest
+import tokenizers
 
 from qlora_nb.answer import generate
 from qlora_nb.lessons import n06, n07
@@ -142,7 +143,7 @@ LENGTHS = [
     "n_tokens", LENGTHS, ids=["few", "all the same", "many", "one of each", "wide"]
 )
 def test_lengths_counts_rows(n_tokens):
-    ax, _ = n06.lengths(n_tokens, 500, float).axes
+    [ax] = n06.lengths(n_tokens, 500).axes
     bins = [
         (patch.get_x(), patch.get_x() + patch.get_width(), patch.get_height())
         for patch in ax.patches
@@ -167,9 +168,9 @@ def test_lengths_counts_rows(n_tokens):
         drawn.title(ax)
         == f"Rows have {statistics.mean(n_tokens):.0f} tokens on average; max_length allows 500"
     )
-    assert ax.get_xlim() == pytest.approx((0, 1.05 * longest))
-    assert ax.get_ylim()[0] == 0
-    assert ax.get_ylim()[1] > 1.3 * max(height for *_, height in bins), "room for the legends"
+    assert ax.get_xlim()[0] == ax.get_ylim()[0] == 0
+    assert ax.get_xlim()[1] >= longest
+    assert ax.get_ylim()[1] > max(height for *_, height in bins)
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("length of a row (tokens)", "rows")
 
 
@@ -177,7 +178,7 @@ def test_lengths_counts_rows(n_tokens):
     "n_tokens", LENGTHS, ids=["few", "all the same", "many", "one of each", "wide"]
 )
 def test_lengths_marks_the_length_that_95_percent_do_not_exceed(n_tokens):
-    ax, _ = n06.lengths(n_tokens, 500, float).axes
+    [ax] = n06.lengths(n_tokens, 500).axes
     [(name, (x, y))] = drawn.lines(ax).items()
     at = x[0]
     assert x.tolist() == [at, at]
@@ -185,31 +186,8 @@ def test_lengths_marks_the_length_that_95_percent_do_not_exceed(n_tokens):
     assert 20 * sum(n < at for n in n_tokens) < 19 * len(n_tokens), "and no shorter one does"
     assert name == f"95 % of rows are no longer than {at}"
     assert drawn.legend(ax) == [name]
-    assert y.tolist() == [0, 0.77], "it ends below the legends"
+    assert y.tolist() == [0, 1], "from the bottom of the axes to the top"
     assert ax.lines[0].get_linestyle() == "--"
-
-
-@pytest.mark.parametrize(("max_length", "end"), [(40, 42.0), (1000, 63.0)])
-def test_lengths_under_the_peak_of_such_a_batch(max_length, end):
-    asked = []
-
-    def peak_gib(tokens):
-        asked.append(tokens)
-        return 2 + tokens**2 / 100
-
-    figure = n06.lengths([20, 30, 60], max_length, peak_gib)
-    rows, peaks = figure.axes
-    at = [round(end * sixth / 6) for sixth in (1, 2, 3, 4, 5, 6)]
-    assert asked == at
-    [(name, (x, y))] = drawn.lines(peaks).items()
-    assert x.tolist() == at
-    assert y.tolist() == pytest.approx([2 + tokens**2 / 100 for tokens in at])
-    assert drawn.legend(peaks) == [name] == ["predicted peak (right)"]
-    assert (peaks.lines[0].get_linestyle(), peaks.lines[0].get_marker()) == ("-", "D")
-    assert peaks.get_ylabel() == "peak (GiB)"
-    assert peaks.get_ylim() == pytest.approx((0, 1.3 * (2 + at[-1] ** 2 / 100)))
-    assert rows.get_xlim() == pytest.approx((0, end))
-    assert drawn.title(rows).endswith(f"max_length allows {max_length}")
 
 
 def curve(n: int) -> list[float]:
@@ -257,6 +235,26 @@ def test_loss_curve_with_held_out_rows(on_the_way):
     )
     assert found["training loss of each step"][1].tolist() == pytest.approx(losses)
     assert drawn.title(ax) == "Held-out loss goes from 4.50 to 0.12 nats"
+
+
+@pytest.mark.parametrize(
+    ("n", "max_steps", "end"), [(0, 260, 261), (1, 260, 261), (1, 0, 2), (9, 0, 10)]
+)
+def test_loss_curve_has_the_axis_of_the_whole_run_from_the_first_step_on(n, max_steps, end):
+    [ax] = charts.loss_curve(curve(n), max_steps=max_steps).axes
+    assert ax.get_xlim() == (0, end)
+    assert ax.get_ylim()[0] == 0
+    if n == 1:
+        assert ax.get_ylim()[1] > curve(1)[0]
+        assert ax.lines[0].get_marker() == ".", "a single step is seen"
+
+
+@pytest.mark.parametrize(
+    ("on_the_way", "after", "at"), [({5: 0.5, 10: 0.75}, 1.0, 5), ({5: 9.0}, 8.0, 0)]
+)
+def test_loss_curve_says_where_overfitting_begins(on_the_way, after, at):
+    [ax] = charts.loss_curve(curve(12), 4.0, after, on_the_way).axes
+    assert drawn.title(ax).endswith(f"to {after:.2f} nats; it was lowest at step {at}")
 
 
 def test_loss_curve_needs_both_ends_of_the_held_out_loss():
@@ -360,7 +358,8 @@ class Spans(HTMLParser):
     ],
 )
 def test_label_mask_shows_every_token_and_whether_it_trains(tokens, trains):
-    page = Spans(n06.label_mask(tokens, trains))
+    ids = list(range(len(tokens)))
+    page = Spans(n06.label_mask(ids, trains, lambda some: "".join(tokens[i] for i in some)))
     assert [text for text, _ in page.spans] == [token.replace("\n", "⏎[br]") for token in tokens]
     assert ["border-bottom" in style for _, style in page.spans] == trains
     assert ["background:#009E73" in style for _, style in page.spans] == trains
@@ -373,9 +372,58 @@ def test_label_mask_shows_every_token_and_whether_it_trains(tokens, trains):
     )
 
 
+@pytest.fixture(scope="module")
+def bytes_tokenizer():
+    """Like Pythia's: bytes, merged only where a text was often seen."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(["where is Anna? at the river.\n" * 9, "你好" * 9], trainer)
+    return tokenizer
+
+
+def shown(tokenizer, prompt: str, answer: str) -> tuple[Spans, int]:
+    """What the reader sees of a row whose answer trains; how many tokens train."""
+    masked = tokenizer.encode(prompt).ids
+    trained = tokenizer.encode(answer).ids
+    trains = [False] * len(masked) + [True] * len(trained)
+    page = Spans(n06.label_mask(masked + trained, trains, tokenizer.decode))
+    return page, len(trained)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer"),
+    [("where is 安娜?\n", "在河边。"), ("猫", "狗"), ("你好 Anna", "at the river."), ("?", "🙂🙂")],
+)
+def test_label_mask_shows_whole_characters(bytes_tokenizer, prompt, answer):
+    """A character of three bytes is one piece, and the border between prompt and answer stays."""
+    page, n_trained = shown(bytes_tokenizer, prompt, answer)
+    pieces = {True: "", False: ""}
+    for text, style in page.spans:
+        pieces["border-bottom" in style] += text
+    assert pieces[True] == answer
+    assert pieces[False] == prompt.replace("\n", "⏎[br]")
+    assert f"the {n_trained} tokens that train" in page.rest, "tokens are counted, not characters"
+    for character in set("安娜在河边猫狗🙂") & set(prompt + answer):
+        ids = bytes_tokenizer.encode(character).ids
+        assert len(ids) > 1
+        assert "\ufffd" in bytes_tokenizer.decode(ids[:1]), "alone, a token of it has no text"
+        assert character in [text for text, _ in page.spans]
+
+
+def test_label_mask_joins_no_tokens_across_the_border(bytes_tokenizer):
+    """Where a row is cut in the middle of a character, the half is shown as such."""
+    ids = bytes_tokenizer.encode("猫").ids
+    page = Spans(n06.label_mask(ids, [False, *[True] * (len(ids) - 1)], bytes_tokenizer.decode))
+    assert page.spans[0][0] == "\ufffd"
+    assert ["border-bottom" in style for _, style in page.spans] == [False, True]
+
+
 def test_label_mask_refuses_one_label_too_few():
     with pytest.raises(ValueError, match="shorter"):
-        n06.label_mask(["a", "b"], [True])
+        n06.label_mask([0, 1], [True], str)
 
 
 def answer(first_token_s: float, n_tokens: int, seconds: float) -> generate.Answer:

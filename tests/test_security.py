@@ -139,7 +139,7 @@ def test_hostile_text_is_inert_in_tables_and_masks(evil):
     names = {"model_id": evil[:60], "dataset": evil[:60], "prompts": [evil]}
     names = {k: v for k, v in names.items() if "\x00" not in str(v) or k == "prompts"}
     shown = validate(names)
-    for page in (shown._repr_html_(), n06.label_mask([evil, "yes"], [False, True])):
+    for page in (shown._repr_html_(), n06.label_mask([0], [True], lambda ids: evil)):
         seen = Seen(page)
         assert seen.tags <= HARMLESS, seen.tags - HARMLESS
         assert seen.risky == []

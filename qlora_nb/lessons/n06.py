@@ -1,9 +1,9 @@
 """Notebook 06, fine-tuning: its figures and exercises.
 
 - `label_mask`: a row of the data as HTML, the tokens that train marked;
-- `lengths`: histogram of the rows' lengths, under the predicted peak of a batch of such length;
+- `lengths`: histogram of the rows' lengths;
 - `scores`: exact match by kind of question, of the baselines, the base and the tuned model;
-- `check_rows_in_a_step`, `check_bytes_per_trained_number`, `check_labels`: the exercises.
+- `check_qlora_forward`, `check_mask_labels`: the functions that the reader writes.
 """
 
 import html
@@ -13,10 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import pandas
+import torch
+from bitsandbytes.nn import Linear4bit
 from IPython.display import HTML
 from pandas.io.formats.style import Styler
+from peft import LoraConfig, inject_adapter_in_model
 
-from qlora_nb.ui import checks, style
+from qlora_nb.model.chunked_loss import IGNORED
+from qlora_nb.ui import style
+from qlora_nb.ui.written import Written
 
 STYLES = {
     True: f"background:{style.GREEN}33;border-bottom:2px solid {style.GREEN};white-space:pre-wrap",
@@ -25,44 +30,43 @@ STYLES = {
 """CSS of a token: does it train?"""
 
 
-def label_mask(tokens: list[str], trains: list[bool]) -> str:
-    """A row's tokens as HTML, those that train both coloured and underlined; text is escaped."""
+def label_mask(ids: list[int], trains: list[bool], decode: Callable[[list[int]], str]) -> str:
+    """A row as HTML, the tokens that train both coloured and underlined; text is escaped.
+
+    A tokenizer of bytes, as Pythia's, cuts a rare character into several tokens. Alone none of them
+    has a text (`decode` gives "\ufffd"): they are shown as the one character that they are.
+    """
     cells = []
-    for token, train in zip(tokens, trains, strict=True):
-        text = html.escape(token).replace("\n", "⏎<br>")
+    group = []
+    for place, (token, train) in enumerate(zip(ids, trains, strict=True)):
+        group.append(token)
+        text = decode(group)
+        if text.endswith("\ufffd") and trains[place + 1 : place + 2] == [train]:
+            continue
+        text = html.escape(text).replace("\n", "⏎<br>")
         cells.append(f"<span style='{STYLES[train]}'>{text}</span>")
+        group = []
     return (
         "<div style='font-family:monospace;line-height:1.7;max-width:60em'>"
         f"{''.join(cells)}</div>"
-        f"<p>underlined and green: the {sum(trains)} tokens that train, of {len(tokens)}</p>"
+        f"<p>underlined and green: the {sum(trains)} tokens that train, of {len(ids)}</p>"
     )
 
 
-@style.draws((8, 2.8), "upper left", xlabel="length of a row (tokens)", ylabel="rows")
-def lengths(ax, n_tokens: list[int], max_length: int, peak_gib: Callable[[int], float]) -> str:
+@style.draws((8, 2.8), "best", xlabel="length of a row (tokens)", ylabel="rows")
+def lengths(ax, n_tokens: list[int], max_length: int) -> str:
     """Histogram of row lengths, and the length that 95 % of the rows do not exceed.
 
     Args:
         n_tokens: tokens of each row, prompt and answer together.
         max_length: tokens that are kept of a row.
-        peak_gib: tokens of a row → predicted peak (GiB), drawn on an axis on the right.
     """
     n_bins = min(40, max(n_tokens) - min(n_tokens) + 1)
     ax.hist(n_tokens, bins=n_bins, color=style.GREY, edgecolor="white")
     longest = np.quantile(n_tokens, 0.95, method="inverted_cdf")
     label = f"95 % of rows are no longer than {longest}"
-    ax.axvline(longest, ymax=0.77, color=style.BLUE, linestyle="--", label=label)
-    end = 1.05 * min(max_length, max(n_tokens))
-    at = [round(end * i / 6) for i in range(1, 7)]
-    found = [peak_gib(tokens) for tokens in at]
-    peaks = ax.twinx()
-    line = {"color": style.VERMILION, "clip_on": False}
-    peaks.plot(at, found, "D-", label="predicted peak (right)", **line)
-    peaks.set(ylabel="peak (GiB)", ylim=(0, 1.3 * max(found)))
-    peaks.grid(visible=False)
-    peaks.legend(loc="upper right")
-    highest = ax.get_ylim()[1]
-    ax.set(xlim=(0, end), ylim=(0, 1.3 * highest))  # room for the legends
+    ax.axvline(longest, color=style.BLUE, linestyle="--", label=label)
+    ax.set_xlim(left=0)
     return f"Rows have {np.mean(n_tokens):.0f} tokens on average; max_length allows {max_length}"
 
 
@@ -97,27 +101,55 @@ def scores(ax, results: dict[str, dict[str, float]]) -> str:
     return f"{last}: {percent[last]['all']:.0f} % of held-out answers exactly right"
 
 
-def check_rows_in_a_step(stub, settings) -> bool:
-    """Rows in one optimizer step: batch size times accumulation."""
-    hint = "rows in a forward pass, times forward passes in a step"
-    return checks.verdict(stub, settings.rows_in_a_step, "rows in a step", hint)
+def _adapted(n_in: int, n_out: int, r: int) -> torch.nn.Module:
+    """A random layer as notebook 06 has it: bitsandbytes packs W, PEFT adds A and B (not zero)."""
+    frozen = Linear4bit(n_in, n_out, compute_dtype=torch.float32, quant_type="nf4").to("cpu")
+    model = torch.nn.Sequential(frozen)
+    model.is_loaded_in_4bit = True  # as transformers says it to PEFT
+    lora = LoraConfig(r=r, lora_alpha=3 * r, target_modules=["0"], init_lora_weights=False)
+    return inject_adapter_in_model(lora, model)[0]
 
 
-def check_bytes_per_trained_number(stub) -> bool:
-    """Weight, gradient and two Adam states in float32: 16 bytes."""
-    hint = "weight, gradient and two states, four bytes each"
-    if stub == 12:
-        hint = "Adam keeps two states for each number"
-    return checks.verdict(stub, 16, "bytes per trained number", hint)
+def _forward_inputs() -> list[tuple]:
+    large = torch.randn(2, 5, 256), _adapted(256, 768, 8)
+    return [(torch.ones(1, 64), _adapted(64, 2, 1)), large]
 
 
-def check_labels(stub, ids: list[int], n_prompt: int) -> bool:
-    """The prompt's tokens masked with -100, answer and end token labelled."""
-    want = [-100] * n_prompt + ids[n_prompt:]
-    hint = "the prompt must not train"
-    if isinstance(stub, list) and stub[-1:] == [-100]:
-        hint = "the end token must train, or the model never stops"
-    return checks.verdict(stub, want, "labels", hint)
+def _forward_and_backward(function: Callable, x: torch.Tensor, layer: torch.nn.Module):
+    """Output, and the gradients of x, A and B."""
+    y = function(x.requires_grad_(), layer)
+    if y is None:
+        return None
+    y.sum().backward()
+    matrices = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    return y, *(tensor.grad for tensor in (x, *matrices))
+
+
+check_qlora_forward = Written(
+    "qlora_forward",
+    lambda x, layer: layer(x),
+    _forward_inputs,
+    "PEFT on bitsandbytes: output, and gradients of x, A and B",
+    "results are y and the gradients of x, A and B; y is x·Wᵀ + bias + (alpha / r) · x·Aᵀ·Bᵀ",
+    tolerance=1e-4,
+    call=_forward_and_backward,
+)
+
+
+def _masked(prompt_ids: list[int], answer_ids: list[int], eos: int) -> tuple[list[int], list[int]]:
+    """By a mask over all ids, as TRL's SFTTrainer does it."""
+    ids = torch.tensor([*prompt_ids, *answer_ids, eos])
+    in_prompt = torch.arange(len(ids)) < len(prompt_ids)
+    return ids.tolist(), ids.masked_fill(in_prompt, IGNORED).tolist()
+
+
+check_mask_labels = Written(
+    "mask_labels",
+    _masked,
+    lambda: [([11, 12, 13, 14, 15], [21, 22], 0), ([5], [], 2), (list(range(90)), [7, 7, 9], 1)],
+    "a mask over all ids",
+    "ids: prompt, answer, end token; labels: the same, -100 on the prompt alone, moved nowhere",
+)
 
 
 def answers(prompts: list[str], **said: list[str]) -> Styler:

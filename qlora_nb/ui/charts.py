@@ -89,12 +89,13 @@ def loss_curve(
         before: held-out loss before training.
         after: held-out loss after it; drawn with `before`, or neither.
         held_out: optimizer step → held-out loss while training.
-        max_steps: where the axis ends while training goes on.
+        max_steps: of the whole run, where the axis ends from the first step on.
     """
     steps = range(1, len(losses) + 1)
     window = max(1, len(losses) // 10)
     means = pandas.Series(losses, dtype=float).rolling(window, min_periods=1).mean()
-    ax.plot(steps, losses, color=style.GREY, linewidth=0.8, label="training loss of each step")
+    thin = {"color": style.GREY, "linewidth": 0.8, "marker": ".", "markersize": 3}
+    ax.plot(steps, losses, label="training loss of each step", **thin)
     label = f"mean of the last {window} steps"
     ax.plot(steps, means, color=style.GREEN, linewidth=2.2, label=label)
     last = means.tail(1).mean()  # nan before the first step
@@ -103,8 +104,10 @@ def loss_curve(
         seen = {0: before, **held_out, len(losses) + 1: after}
         points = {"color": style.BLUE, "markersize": 7, "clip_on": False}
         ax.plot(list(seen), list(seen.values()), "D", label="held-out rows", **points)
+        lowest = min(seen, key=seen.get)
         finding = f"Held-out loss goes from {before:.2f} to {after:.2f} nats"
+        if lowest <= len(losses):
+            finding += f"; it was lowest at step {lowest}"
     ax.set_ylim(bottom=0)
-    if max_steps:
-        ax.set_xlim(0, max_steps + 1)
+    ax.set_xlim(0, max(max_steps, len(losses)) + 1)
     return finding

@@ -97,9 +97,11 @@ def _changed(given: object, argument: object) -> bool:
 
 
 def _described(argument: object) -> str:
-    """An argument in a few words: a tensor by its shape."""
+    """An argument in a few words: a tensor by its shape, a layer by its type."""
     if isinstance(argument, torch.Tensor):
         return f"a tensor of shape {tuple(argument.shape)}"
+    if isinstance(argument, torch.nn.Module):
+        return f"a layer {type(argument).__name__}"
     return repr(argument)
 
 
