@@ -51,45 +51,50 @@ def compare(settings, adapter: Path) -> dict[str, object]:
     """The model that was trained, and each way of merging it.
 
     Returns:
-        `gap`: median distance of the largest logit from the second; `ways`: way → `logits` (largest
-        difference), `answers` (share that change), `loss` (nats), `exact_match`.
+        `gap`: median distance of the largest logit from the second; `ways`: way → what `scores`
+        returns.
     """
     tokenizer = load.load_tokenizer(settings)
     _, rows = data.load(settings)
     encoded = data.tokenize_rows(rows, tokenizer, settings)
     inputs = [torch.tensor([ids]) for ids in encoded["input_ids"][:N_INPUTS]]
+
+    @torch.no_grad()
+    def answered(model) -> tuple[torch.Tensor, dict]:
+        logits = torch.cat([model(input_ids=ids).logits[0] for ids in inputs])
+        return logits, evaluate.held_out(model, tokenizer, rows, settings)
+
     trained = adapters.load_adapter(load.load_base(settings), adapter)
-    with torch.no_grad():
-        wanted = [trained(input_ids=ids).logits for ids in inputs]
-    first, second = torch.cat(wanted, dim=1).topk(2).values.unbind(-1)
-    before = evaluate.held_out(trained, tokenizer, rows, settings)
-    ways = {"not merged": scores(before, before, 0.0)}
+    before = answered(trained)
+    first, second = before[0].topk(2).values.unbind(-1)
+    ways = {"not merged": scores(before, before)}
     for way in merge.ways_for(settings):
-        merged = merge.merged(settings, adapter, way)
-        differ = merge.logit_difference(merged, wanted, inputs)
-        after = evaluate.held_out(merged, tokenizer, rows, settings)
-        ways[way] = scores(before, after, differ)
+        ways[way] = scores(before, answered(merge.merged(settings, adapter, way)))
     return {"gap": round((first - second).median().item(), 4), "ways": ways}
 
 
-def scores(before: dict, after: dict, differ: float) -> dict[str, float]:
-    """What is recorded of one way, from `evaluate.held_out` before merging and after it."""
-    changed = [old != new for old, new in zip(before["said"], after["said"], strict=True)]
+def scores(before: tuple[torch.Tensor, dict], after: tuple[torch.Tensor, dict]) -> dict[str, float]:
+    """What is recorded of one way, from logits and `evaluate.held_out` before merging and after."""
+    differences = (after[0] - before[0]).abs()
+    pairs = list(zip(before[1]["said"], after[1]["said"], strict=True))
+    changed = [old != new for old, new in pairs]
     return {
-        "logits": float(f"{differ:.4g}"),
-        "answers": round(sum(changed) / len(changed), 4),
-        "loss": round(after["loss"], 5),
-        "exact_match": round(after["exact_match"]["all"], 4),
+        "mean difference (logits)": float(f"{differences.mean():.4g}"),
+        "largest difference (logits)": float(f"{differences.max():.4g}"),
+        "answers that change (%)": round(100 * sum(changed) / len(changed), 2),
+        "held-out loss (nats)": round(after[1]["loss"], 5),
+        "exact match (%)": round(100 * after[1]["exact_match"]["all"], 2),
     }
 
 
 def main() -> None:
     target = provenance.ROOT / "qlora_nb" / "recorded" / "merge_ranks.json"
     known = json.loads(target.read_text())["by_rank"] if target.is_file() else {}
+    record = provenance.provenance((0,))  # before a file is written: the working copy is clean
     for r in map(int, sys.argv[1:] or ("2", "8", "32")):
         with tempfile.TemporaryDirectory() as folder:
             settings = validate(
-                {"r": r, "lora_alpha": 2 * r, "save_steps": 0, "output_dir": folder}
+                {"r": r, "lora_alpha": 2 * r, "save_steps": 0, "seed": 0, "output_dir": folder}
             )
             known[str(r)] = compare(settings, train(settings))
         print(r, known[str(r)], flush=True)
@@ -98,7 +103,6 @@ def main() -> None:
             for name in ("model_id", "dataset", "max_steps", "learning_rate", "eval_rows")
         }
         shown["lora_alpha / r"] = 2
-        record = provenance.provenance((settings.seed,))
         by_rank = {r: known[r] for r in sorted(known, key=int)}
         provenance.write(target, {**record, "settings": shown, "by_rank": by_rank})
 
