@@ -8,6 +8,7 @@ on the reference.
 """
 
 import copy
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -97,10 +98,10 @@ def _changed(given: object, argument: object) -> bool:
 
 
 def _described(argument: object) -> str:
-    """An argument in a few words: a tensor by its shape."""
+    """An argument in a few words: a tensor by its shape, the rest in one line that is not long."""
     if isinstance(argument, torch.Tensor):
         return f"a tensor of shape {tuple(argument.shape)}"
-    return repr(argument)
+    return textwrap.shorten(repr(argument), 60)
 
 
 def difference(got: object, want: object, tolerance: float) -> str:
