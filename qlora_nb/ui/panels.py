@@ -168,7 +168,7 @@ class SideBySide:
             said = {"placeholder": "no answer yet", "disabled": True}
             box = widgets.text_box(f"{name} model", "8em", width="99%", **said)
             self.answers[name] = box
-            self.costs[name] = widgets.text_box("cost", "6em", width="99%", disabled=True)
+            self.costs[name] = widgets.text_box(f"{name} cost", "6em", width="99%", disabled=True)
             sides.append(W.VBox([box, self.costs[name]], layout=W.Layout(width="48%")))
         self.positions = widgets.text_box("token by token", disabled=True)
         self.history = widgets.text_box("history", disabled=True)
