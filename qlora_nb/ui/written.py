@@ -8,7 +8,6 @@ on the reference.
 """
 
 import copy
-import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -98,10 +97,12 @@ def _changed(given: object, argument: object) -> bool:
 
 
 def _described(argument: object) -> str:
-    """An argument in a few words: a tensor by its shape, the rest in one line that is not long."""
+    """An argument in a few words: a tensor by its shape, a layer by its type."""
     if isinstance(argument, torch.Tensor):
         return f"a tensor of shape {tuple(argument.shape)}"
-    return textwrap.shorten(repr(argument), 60)
+    if isinstance(argument, torch.nn.Module):
+        return f"a layer {type(argument).__name__}"
+    return repr(argument)
 
 
 def difference(got: object, want: object, tolerance: float) -> str:

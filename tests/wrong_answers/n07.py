@@ -53,7 +53,7 @@ WRONG = {
     },
     2: {
         merging("    return unpacked + scaling * a @ b"): (
-            "called with lora.Linear4bit( (base_layer): [...] it raises RuntimeError: mat1 and mat2"
+            "called with a layer Linear4bit it raises RuntimeError: mat1 and mat2"
         ),
         merging("    return (unpacked + scaling * b @ a).T"): (
             "shape wrong: yours is (64, 2), needed is (2, 64)"
