@@ -41,7 +41,7 @@ def test_ask_stream_stop_and_payloads_stay_inert(lab, browser):  # noqa: F811
     page = open_and_run(lab, browser, notebook, "chat")
     boxes = page.locator(".jp-OutputArea textarea")
     boxes.first.wait_for(timeout=60_000)
-    prompt, base, tuned = boxes.nth(0), boxes.nth(1), boxes.nth(2)
+    prompt, base, tuned = boxes.nth(0), boxes.nth(1), boxes.nth(3)
     ask, stop = page.get_by_role("button", name="Ask both"), page.get_by_role("button", name="Stop")
     prompt.fill(f"Where is Anna?\n{PAYLOAD} Anna walked to the river.")
     prompt.press("Tab")
@@ -61,9 +61,9 @@ def test_ask_stream_stop_and_payloads_stay_inert(lab, browser):  # noqa: F811
         "input_ids"
     ]
     assert len(tokens) < 80, "it was stopped; by itself it ends after max_new_tokens"
-    for box in (boxes.nth(3), boxes.nth(4)):
+    for box in (boxes.nth(5), boxes.nth(6)):
         assert box.input_value()
-    assert PAYLOAD[:8] in boxes.nth(4).input_value(), "the history shows the prompt as it was typed"
+    assert PAYLOAD[:8] in boxes.nth(6).input_value(), "the history shows the prompt as it was typed"
     assert page.evaluate("window.hurt") is None
     assert (
         page.locator(
@@ -121,13 +121,13 @@ def test_what_a_model_answers_stays_inert(lab, browser, payload):  # noqa: F811
     history = page.get_by_label("history", exact=True)
     lab.wait(lambda: page.wait_for_timeout(100) or history.input_value(), 180)
     shown = [box.input_value() for box in boxes.all()]
-    assert len(shown) == 5, "the prompt, two answers, token by token, the history"
-    for answer in shown[1:3]:
+    assert len(shown) == 7, "the prompt, two answers and their costs, token by token, the history"
+    for answer in (shown[1], shown[3]):
         assert answer[:40] == payload.strip()[:40].replace("\x00", "\ufffd"), (
             "it is shown as it was said"
         )
-    assert "bits apart" in shown[3], "token by token"
-    assert payload[:8] in shown[4], "the history"
+    assert "bits apart" in shown[5], "token by token"
+    assert payload[:8] in shown[6], "the history"
     page.wait_for_timeout(500)
     assert page.evaluate("window.hurt") is None
     assert dialogs == []

@@ -657,10 +657,7 @@ def test_side_by_side_shows_what_both_said_and_what_it_cost(monkeypatch):
         "' park' · 2.3 bits apart · base: ' home' 50% ' up' 25% · tuned: ' park' 88% '\\n' 6%",
         "'(end)' · 0.0 bits apart · base: '.' 75% ' <b>' 12% · tuned: '(e)' 96% ' q' 2%",
     ]
-    assert (
-        chat.note.value
-        == "done · first token base: ' home' 50%; tuned: ' park' 88% · 2.3 bits apart"
-    )
+    assert chat.note.value == "done"
     first = (
         "Where?\nHere.\n  {'temperature': 0.75, 'top_p': 0.25, 'repetition_penalty': 1.5, 'seed': 11}"
         "\n  base: answer 1\n  tuned: answer 2\n\n"
@@ -711,7 +708,7 @@ def test_side_by_side_says_that_it_was_stopped(monkeypatch):
     ask(chat)
     assert chat.answers["base"].value == "answer 1"
     assert chat.answers["tuned"].value == "", "the second model is not asked any more"
-    assert chat.note.value.startswith("stopped · first token base: ' home' 50%")
+    assert chat.note.value == "stopped"
     assert len(asked) == 2
     assert (chat.ask.disabled, chat.stop_button.disabled) == (False, True)
 

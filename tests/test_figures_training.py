@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from qlora_nb.answer import generate
+from qlora_nb import recorded
 from qlora_nb.lessons import n06, n07
 from qlora_nb.memory import ledger
 from qlora_nb.ui import charts
@@ -426,51 +426,6 @@ def test_label_mask_refuses_one_label_too_few():
         n06.label_mask([0, 1], [True], str)
 
 
-def answer(first_token_s: float, n_tokens: int, seconds: float) -> generate.Answer:
-    return generate.Answer("text", n_tokens, first_token_s, seconds)
-
-
-@pytest.mark.parametrize("n_prompts", [1, 4, 5])
-def test_speeds_shows_medians(n_prompts):
-    numbers = list(range(n_prompts))
-    answers = {
-        "base": [answer(0.010 + 0.013 * (number * 3 % 5), 10, 1 + number) for number in numbers],
-        "tuned": [answer(0.020 + 0.017 * (number * 2 % 5), 40 + number, 1.5) for number in numbers],
-        "larger": [answer(1.5, 7 + number, 9) for number in numbers],
-    }
-    figure = n07.speeds(answers)
-    waits = [[1000 * said.first_token_s for said in some] for some in answers.values()]
-    rates = [[said.tokens_per_s for said in some] for some in answers.values()]
-    labels = ["time to first token (ms)", "speed (tokens/s)"]
-    for ax, label, values in zip(figure.axes, labels, (waits, rates), strict=True):
-        assert ax.get_xlabel() == label
-        middles = [statistics.median_high(of_one) for of_one in values]
-        boxes = [box for series in drawn.bars(ax).values() for box in series]
-        assert [left for left, *_ in boxes] == [0, 0, 0]
-        assert [width for *_, width, _ in boxes] == pytest.approx(middles)
-        assert [bottom + height / 2 for _, bottom, _, height in boxes] == pytest.approx([0, 1, 2])
-        written = drawn.texts(ax)
-        assert [x for x, *_ in written] == pytest.approx(middles)
-        assert [(y, text) for _, y, text in written] == [
-            (row, f" {middle:.0f}") for row, middle in enumerate(middles)
-        ]
-        assert drawn.y_ticks(ax) == list(enumerate(answers))
-        first, second, third = drawn.fills(ax)
-        assert first != second
-        assert first == third
-        assert ax.get_xlim()[1] > 1.1 * max(middles), "room for the number"
-    assert figure.get_suptitle() == f"Median over {n_prompts} prompts"
-
-
-def test_speeds_are_counted_from_tokens_and_seconds():
-    """All tokens, the first one included, over all seconds."""
-    said = generate.Answer("text", 11, 0.5, 3.0)
-    figure = n07.speeds({"base": [said]})
-    assert [text for *_, text in drawn.texts(figure.axes[0])] == [" 500"]
-    [series] = drawn.bars(figure.axes[1]).values()
-    assert series[0][2] == pytest.approx(11 / 3.0)
-
-
 @pytest.mark.parametrize(
     ("base", "tuned", "bits"),
     [
@@ -530,28 +485,80 @@ def test_along_an_answer(n):
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("token of the tuned answer", "divergence (bits)")
 
 
-@pytest.mark.parametrize(
-    ("per_token", "grows_by"), [(6144, "6,144"), (737_280, "737,280"), (8, "8")]
-)
-def test_cache_growth(per_token, grows_by):
-    at, seen = [0, 3, 10, 96], [3, 10, 96]
-    predicted = {
-        tokens: tokens * per_token + 512 for tokens in at
-    }  # unlike what was measured, to tell them apart
-    measured = {tokens: tokens * per_token for tokens in seen}
-    [ax] = n07.cache_growth(predicted, measured).axes
-    found = drawn.lines(ax)
-    assert list(found) == drawn.legend(ax) == ["predicted", "measured"]
-    assert found["predicted"][0].tolist() == at
-    assert found["predicted"][1].tolist() == [predicted[tokens] / 1024 for tokens in at]
-    assert found["measured"][0].tolist() == seen
-    assert found["measured"][1].tolist() == [measured[tokens] / 1024 for tokens in seen]
-    assert ax.get_xlim()[0] == ax.get_ylim()[0] == 0
-    assert ax.get_xlim()[1] >= 96
-    assert ax.get_ylim()[1] >= 96 * per_token / 1024
-    assert drawn.title(ax) == f"Every token adds {grows_by} bytes"
-    assert (ax.get_xlabel(), ax.get_ylabel()) == ("tokens", "cache (KiB)")
-    measured_line = ax.lines[1]
-    assert (measured_line.get_linestyle(), measured_line.get_marker()) == ("None", "D"), (
-        "marks, not a line"
-    )
+def test_sampled_shows_each_share_beside_its_draws():
+    tokens = ["In", " At", "others"]
+    shares = {}
+    for i in range(4):
+        chances = dict(zip(tokens, (60 - 9 * i, 30 + i, 10 + 8 * i)))
+        drawn_shares = dict(zip(tokens, (57.5 - 8 * i, 32 + i, 10.5 + 7 * i)))
+        shares[f"T = {i}"] = {"probability": chances, "drawn": drawn_shares}
+    figure = n07.sampled(shares)
+    assert drawn.legend(figure.axes[0]) == ["probability", "drawn"]
+    for ax, (heading, groups) in zip(figure.axes, shares.items(), strict=True):
+        assert drawn.title(ax) == heading
+        found = drawn.bars(ax)
+        assert list(found) == ["probability", "drawn"]
+        for label, boxes in found.items():
+            assert [height for *_, height in boxes] == list(groups[label].values())
+            assert [bottom for _, bottom, *_ in boxes] == [0, 0, 0]
+        for place, (left, right) in enumerate(zip(found["probability"], found["drawn"])):
+            assert left[0] + left[2] == pytest.approx(place)
+            assert right[0] == pytest.approx(place), "the two touch over their token"
+        assert drawn.x_ticks(ax) == list(enumerate(tokens))
+        first, second = drawn.fills(ax)
+        assert first != second
+    assert [ax.get_ylabel() for ax in figure.axes] == ["share (%)", "", "", ""]
+
+
+def test_merge_ranks_shows_what_is_recorded():
+    names = "mean difference (logits)", "answers that change (%)", "held-out loss (nats)"
+    ways = "not merged", "dequantized", "packed", "original"
+    by_rank = {}
+    for i, rank in enumerate((2, 8, 32)):
+        found = {}
+        for j, way in enumerate(ways):
+            found[way] = {name: 0.5 + 4 * i + j + 0.125 * k for k, name in enumerate(names)}
+        by_rank[str(rank)] = {"gap": 3.0 + 0.25 * i, "ways": found}
+    figure = n07.merge_ranks(by_rank)
+    for k, (ax, name) in enumerate(zip(figure.axes, names, strict=True)):
+        lines = drawn.lines(ax)
+        if k == 0:
+            x, y = lines.pop("first to second")
+            assert (x.tolist(), y.tolist()) == ([2, 8, 32], [3.0, 3.25, 3.5])
+        assert list(lines) == list(ways[1:])
+        for way, (x, y) in lines.items():
+            assert x.tolist() == [2, 8, 32]
+            assert y.tolist() == [by_rank[rank]["ways"][way][name] for rank in by_rank]
+        assert len({line.get_color() for line in ax.lines}) == len(ax.lines)
+        assert (ax.get_xlabel(), ax.get_ylabel()) == ("rank r", name)
+        assert [text for _, text in drawn.x_ticks(ax)] == ["2", "8", "32"]
+    assert [ax.get_yscale() for ax in figure.axes] == ["log", "linear", "linear"]
+    assert drawn.legend(figure.axes[0]) == ["first to second", *ways[1:]]
+
+
+def test_what_07_says_of_merging_at_several_ranks():
+    """The paragraph under the figure, against the recorded numbers."""
+    record, _ = recorded.read("merge_ranks")
+    n_changed = set()
+    for found in record["by_rank"].values():
+        ways = found["ways"]
+        before = ways["not merged"]
+        assert (
+            ways["dequantized"]
+            | {"mean difference (logits)": 0.0}
+            | {"largest difference (logits)": 0.0}
+            == before
+        )
+        assert ways["dequantized"]["largest difference (logits)"] < 1e-3
+        for way in ("packed", "original"):
+            assert ways[way]["mean difference (logits)"] < 0.2 * found["gap"]
+            assert ways[way]["held-out loss (nats)"] > before["held-out loss (nats)"]
+            n_changed.add(round(2.4 * ways[way]["answers that change (%)"]))
+    assert record["settings"]["eval_rows"] == 240
+    assert (min(n_changed), max(n_changed)) == (0, 8)
+    lost = [
+        found["ways"]["packed"]["held-out loss (nats)"]
+        - found["ways"]["not merged"]["held-out loss (nats)"]
+        for found in record["by_rank"].values()
+    ]
+    assert lost == sorted(lost, reverse=True), "less with a larger rank"

@@ -19,7 +19,6 @@ import pytest
 
 import qlora_nb
 from qlora_nb import sources
-from qlora_nb.answer import generate
 from qlora_nb.batch import report, sequence
 from qlora_nb.errors import KitError
 from qlora_nb.lessons import n06, n07
@@ -154,12 +153,7 @@ def test_hostile_text_cannot_break_a_figure(evil):
     for figure in (
         n07.next_tokens([(evil, 0.5), ("a", 0.1)], [(evil, 0.4), ("b", 0.2)], 1.0),
         n06.scores({evil: {"all": 0.1, evil: 0.2}, "QLoRA": {"all": 0.9, evil: 0.8}}),
-        n07.speeds(
-            {
-                evil: [generate.Answer("a", 3, 0.1, 0.2)],
-                "tuned": [generate.Answer("a", 3, 0.1, 0.2)],
-            }
-        ),
+        n07.sampled({evil: {"probability": {evil: 50.0}, "drawn": {evil: 40.0}}}),
     ):
         figure.savefig(io.BytesIO(), format="png", dpi=40)
 

@@ -142,15 +142,15 @@ def held_out(
     micro-world's rows, which name a kind).
 
     Returns:
-        `loss` (nats a token), `rows` (`row_losses`), `exact_match` ({kind: share}, empty for open
-        answers).
+        `loss` (nats a token), `rows` (`row_losses`), `exact_match` ({kind: share}) and `said` (the
+        answers), both empty where answers are open.
     """
     losses = row_losses(model, tokenizer, data.tokenize_rows(rows, tokenizer, settings))
-    found = {"loss": mean_loss(losses).item(), "rows": losses, "exact_match": {}}
+    found = {"loss": mean_loss(losses).item(), "rows": losses, "exact_match": {}, "said": []}
     if "kind" in rows.column_names:
         asked = list(rows)
-        said = generate.answer_all(model, tokenizer, asked, settings)
-        found["exact_match"] = exact_match(said, asked)
+        found["said"] = generate.answer_all(model, tokenizer, asked, settings)
+        found["exact_match"] = exact_match(found["said"], asked)
     return found
 
 

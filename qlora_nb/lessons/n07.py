@@ -2,17 +2,21 @@
 
 - `next_tokens`: the most probable next tokens of the base and the tuned model;
 - `along`: how far their distributions differ, token by token of an answer;
-- `speeds`: time to the first token, and tokens a second;
-- `cache_growth`: bytes of the key-value cache, predicted and measured;
-- `check_cache_bytes`, `check_kept_by_top_p`: the exercises.
+- `sampled`: what temperature and top-p make of a distribution, and what is drawn from it;
+- `merge_ranks`: what three ways of merging change, at several ranks;
+- `check_next_distribution`, `check_merge_dequantized`: the exercises.
 """
 
-import itertools
 import statistics
 
-import pandas
+import bitsandbytes as bnb
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.utils.integrations import dequantize_module_weight
+from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
-from qlora_nb.ui import checks, style
+from qlora_nb.ui import style
+from qlora_nb.ui.written import Written
 
 
 @style.draws((8, 2.8), grid={"ncols": 2, "sharex": True}, xlabel="probability (%)", xlim=(0, 100))
@@ -53,59 +57,97 @@ def along(ax, steps: list[tuple]) -> str:
     return f"The models differ by {max(bits):.1f} bits at most, {mean:.1f} on average"
 
 
-@style.draws((8, 2.6), grid={"ncols": 2})
-def speeds(axes, answers: dict[str, list]) -> None:
-    """Time to the first token (ms) and tokens a second of each answerer, medians over the prompts.
+@style.draws((9.6, 3.2), grid={"ncols": 4, "sharey": True}, ylabel="share (%)")
+def sampled(axes, shares: dict[str, dict[str, dict[str, float]]]) -> None:
+    """The distribution of the next token under several settings, and beside it how often each token
+    was drawn.
 
     Args:
-        answers: answerer → one `generate.Answer` for each prompt.
+        shares: heading → "probability" and "drawn" → {token: share (%)}.
     """
-    looks = itertools.cycle([style.look("other", hatch=""), style.look("LoRA")])
-    for i, (said, look) in enumerate(zip(answers.values(), looks)):
-        waits = [1000 * answer.first_token_s for answer in said]
-        rates = [answer.tokens_per_s for answer in said]
-        for ax, values in zip(axes, (waits, rates)):
-            bars = ax.barh(i, statistics.median_high(values), **look)
-            ax.bar_label(bars, fmt=" {:.0f}")
-    for ax, label in zip(axes, ("time to first token (ms)", "speed (tokens/s)")):
-        ax.set(xlabel=label, yticks=range(len(answers)), yticklabels=list(answers))
-        ax.margins(x=0.2)
-    ax.figure.suptitle(f"Median over {len(said)} prompts", x=0.01, ha="left")
+    looks = [style.look("LoRA"), style.look("other")]
+    for ax, (heading, groups) in zip(axes, shares.items()):
+        style.grouped_bars(ax, list(groups["drawn"]), groups, looks)
+        ax.set_title(heading)
+        ax.tick_params("x", rotation=60)
+    axes[0].legend()
 
 
-@style.draws((8, 2.8), "upper left", xlabel="tokens", ylabel="cache (KiB)")
-def cache_growth(ax, predicted: dict[int, int], measured: dict[int, int]) -> str:
-    """Size of the key-value cache over the number of tokens in it.
+WAYS = {"dequantized": "LoRA", "packed": "NF4+DQ", "original": "16-bit"}
+"""Weights that an adapter is merged into → how they are drawn."""
+
+
+@style.draws((9.6, 3), grid={"ncols": 3}, xlabel="rank r")
+def merge_ranks(axes, by_rank: dict[str, dict]) -> None:
+    """What merging changes at several ranks, in three ways: the logits, beside the distance from
+    the first to the second; the answers; the loss on held-out rows.
 
     Args:
-        predicted: tokens → bytes by the ledger.
-        measured: tokens → bytes of the real cache's tensors.
+        by_rank: rank → `gap` and `ways`, as `benchmarks/merge_ranks.py` records them.
     """
-    ax.plot(pandas.Series(predicted) / 1024, color=style.SKY, label="predicted")
-    ax.plot(pandas.Series(measured) / 1024, "D", color=style.BLUE, label="measured")
-    ax.set(xlim=(0, None), ylim=(0, None))
-    longest = max(measured)
-    return f"Every token adds {measured[longest] / longest:,.0f} bytes"
+    ranks = [int(r) for r in by_rank]
+    gaps = [found["gap"] for found in by_rank.values()]
+    axes[0].plot(ranks, gaps, "--", color=style.GREY, label="first to second")
+    labels = "mean difference (logits)", "answers that change (%)", "held-out loss (nats)"
+    for ax, label in zip(axes, labels):
+        for way, meaning in WAYS.items():
+            values = [found["ways"][way][label] for found in by_rank.values()]
+            ax.plot(ranks, values, label=way, **style.mark(meaning))
+        ax.set_ylabel(label)
+        style.log2_axis(ax, ranks)
+    axes[0].set_yscale("log")
+    axes[0].legend()
 
 
-def check_cache_bytes(stub, n_layers: int, hidden: int, bytes_per_value: int) -> bool:
-    """Bytes of one token in the cache: a key and a value of `hidden` numbers in every layer."""
-    want = 2 * n_layers * hidden * bytes_per_value
-    hint = "2 × layers × hidden × bytes of one number"
-    if stub == want // 2:
-        hint = "each layer keeps a key and a value"
-    return checks.verdict(stub, want, "cache bytes per token", hint)
+# ---- exercises -----------------------------------------------------------------------------------
 
 
-def check_kept_by_top_p(stub, probabilities: list[float], top_p: float) -> bool:
-    """How many tokens nucleus sampling keeps: the fewest, largest first, that reach `top_p`
-    together.
+def _by_transformers(logits: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
+    scores = TemperatureLogitsWarper(temperature)(None, logits[None])
+    return TopPLogitsWarper(top_p)(None, scores).softmax(dim=-1)[0]
+
+
+def _logits() -> list[tuple]:
+    by_hand = torch.tensor([0.1, 0.5, 0.05, 0.35]).log()
+    drawn = 4 * torch.randn(512, generator=torch.Generator().manual_seed(0))
+    return [(by_hand, 1.0, 1.0), (by_hand, 0.5, 1.0), (by_hand, 1.0, 0.8), (drawn, 2.0, 0.9)]
+
+
+check_next_distribution = Written(
+    "next_distribution",
+    _by_transformers,
+    _logits,
+    "transformers' TemperatureLogitsWarper and TopPLogitsWarper",
+    "softmax of logits / temperature; keep the largest until they reach top_p together, the one "
+    "that reaches it too; each at its place in the vocabulary, divided by their sum",
+)
+
+
+def _adapted(weight: torch.Tensor, r: int) -> tuple:
+    """A linear layer (out, in) in NF4 with an adapter of random A and B, by bitsandbytes and
+    PEFT.
     """
-    kept = 0
-    together = 0.0
-    for probability in sorted(probabilities, reverse=True):
-        if together < top_p:
-            kept += 1
-            together += probability
-    hint = "add the largest probabilities until top_p is reached; the one that reaches it stays"
-    return checks.verdict(stub, kept, "tokens kept", hint)
+    layer = bnb.nn.LinearNF4(*weight.T.shape, bias=False)
+    layer.load_state_dict({"weight": weight})
+    model = torch.nn.Sequential(layer.to("cpu"))
+    model.is_loaded_in_4bit = True
+    config = LoraConfig(r=r, lora_alpha=3 * r, target_modules=["0"], init_lora_weights=False)
+    return (inject_adapter_in_model(config, model)[0],)
+
+
+def _layers() -> list[tuple]:
+    torch.manual_seed(0)
+    return [_adapted(torch.ones(2, 64), r=1), _adapted(torch.randn(512, 128), r=8)]
+
+
+def _by_peft(layer: torch.nn.Module) -> torch.Tensor:
+    return dequantize_module_weight(layer.base_layer) + layer.get_delta_weight("default")
+
+
+check_merge_dequantized = Written(
+    "merge_dequantized",
+    _by_peft,
+    _layers,
+    "PEFT's get_delta_weight on bitsandbytes' dequantized weight",
+    "the dequantized W of shape (out, in), plus α/r times B A",
+)

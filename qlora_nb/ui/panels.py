@@ -168,7 +168,7 @@ class SideBySide:
             said = {"placeholder": "no answer yet", "disabled": True}
             box = widgets.text_box(f"{name} model", "8em", width="99%", **said)
             self.answers[name] = box
-            self.costs[name] = W.Label("")
+            self.costs[name] = widgets.text_box(f"{name} cost", "6em", width="99%", disabled=True)
             sides.append(W.VBox([box, self.costs[name]], layout=W.Layout(width="48%")))
         self.positions = widgets.text_box("token by token", disabled=True)
         self.history = widgets.text_box("history", disabled=True)
@@ -226,10 +226,7 @@ class SideBySide:
             apart = f"{token!r} · {bits:.1f} bits apart"
             lines.append(f"{apart} · base: {best(base)} · tuned: {best(tuned)}")
         self.positions.value = "\n".join(lines)
-        _, base, tuned, bits = steps[0]
-        state = "stopped" if self.stopping.is_set() else "done"
-        first = f"base: {best(base[:1])}; tuned: {best(tuned[:1])}"
-        self.note.value = f"{state} · first token {first} · {bits:.1f} bits apart"
+        self.note.value = "stopped" if self.stopping.is_set() else "done"
         said = [self.prompt.value, f"  {chosen}"]
         said += [f"  {name}: {box.value}" for name, box in self.answers.items()]
         self.history.value = "\n".join([*said, "", self.history.value])
