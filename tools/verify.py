@@ -12,6 +12,7 @@ to pip, as in `make run`.
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import os
 import re
@@ -26,6 +27,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import hosts
+import nbformat
 from hosts import closing_line
 
 from qlora_nb import machine
@@ -63,6 +65,29 @@ def seeds() -> dict:
             {k: r[k] for k in ("status", "wall_s", "peak_bytes", "results", "problems")}
             for r in results
         ],
+    }
+
+
+def solutions() -> dict:
+    """All notebooks with the solutions in the place of the exercises: they run to the end, and find
+    the key results of the committed ones.
+    """
+    with tempfile.TemporaryDirectory() as out:
+        command = [sys.executable, "-m", "qlora_nb.cli", "run", "--solutions", "--out", out]
+        done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT)
+        [summary] = [json.loads(p.read_text()) for p in Path(out).glob("*/sequence-*/summary.json")]
+    differ = []
+    for outcome in summary["notebooks"]:
+        name = outcome["notebook"]
+        notebook = nbformat.read(ROOT / f"notebooks/{name}.ipynb", 4)
+        [kept] = [c for c in notebook.cells if "key-results" in c.metadata.get("tags", [])]
+        if ast.literal_eval(kept.outputs[0]["data"]["text/plain"]) != outcome["results"]:
+            differ.append(name)
+    return {
+        "passed": done.returncode == 0 and not differ,
+        "key_results_differ": differ,
+        "seconds": {o["notebook"]: o["wall_s"] for o in summary["notebooks"]},
+        "problems": [problem for o in summary["notebooks"] for problem in o["problems"]],
     }
 
 
@@ -255,6 +280,7 @@ def mutation() -> dict:
 
 CHECKS: dict[str, Callable[[], dict]] = {
     "seeds": seeds,
+    "solutions": solutions,
     "two_threads": two_threads,
     "nbval": nbval,
     "smollm2": smollm2,
