@@ -1,6 +1,10 @@
 """Panels and figures of notebooks 01, 06 and 07, driven as a reader would, without a browser."""
 
+import re
+
+import nbformat
 import pytest
+from conftest import NOTEBOOKS
 from matplotlib.figure import Figure
 
 from qlora_nb import cards, machine, sources
@@ -57,6 +61,10 @@ def test_what_fits_names_a_size_for_every_card():
     assert rows[0]["fine-tuning"].startswith("6.9b")
     assert rows[1]["fine-tuning"].startswith("12b")
     assert rows[1]["options"] == "none needed"
+    cells = nbformat.read(NOTEBOOKS / "01_setup.ipynb", 4).cells
+    (answer,) = [cell.source for cell in cells if "<summary>Answer</summary>" in cell.source]
+    folded = answer.partition("</details>")[0].replace('"', "")
+    assert re.findall("<code>(.*?)</code>", folded) == rows[0]["options"].split("; ")
 
 
 @pytest.fixture(scope="module")
