@@ -1,7 +1,10 @@
 """Panels and figures of notebooks 01, 06 and 07, driven as a reader would, without a browser."""
 
 import pytest
+import torch
 from matplotlib.figure import Figure
+from peft.tuners.lora.bnb import Linear4bit
+from transformers import GPTNeoXForCausalLM
 
 from qlora_nb import cards, machine, sources
 from qlora_nb.answer import adapters, generate
@@ -277,3 +280,36 @@ def test_exercises_accept_the_solution_and_teach_on_wrong_answers(check, right, 
         assert re.search(message, capsys.readouterr().out)
     assert not check([right, right])
     assert "shape wrong" in capsys.readouterr().out
+
+
+def test_the_layers_of_the_exercise_are_packed_and_adapted():
+    """What the reader's function is compared with is PEFT's layer on bitsandbytes' packed W."""
+    for x, layer in n06.check_qlora_forward.inputs():
+        assert type(layer) is Linear4bit
+        assert layer.base_layer.weight.dtype == torch.uint8
+        assert layer.base_layer.weight.quant_state.quant_type == "nf4"
+        assert layer.lora_B["default"].weight.abs().min() > 0, "no way is closed"
+        assert layer.scaling["default"] == 3
+        y, *gradients = n06.check_qlora_forward.call(lambda x, layer: layer(x), x, layer)
+        assert y.shape[-1] == layer.out_features
+        assert all(gradient.abs().max() > 0 for gradient in gradients)
+        assert layer.base_layer.weight.grad is None
+
+
+def test_the_labels_of_the_exercise_are_those_that_train():
+    """The same as the kit's own rows, and a model's loss on them is that of answer and end token."""
+    settings = validate({"train_rows": 8, "eval_rows": 8})
+    tokenizer = load.load_tokenizer(settings)
+    rows, _ = data.load(settings)
+    model = GPTNeoXForCausalLM(configs.config_of("pocket")).eval()
+    for row, encoded in zip(rows, data.tokenize_rows(rows, tokenizer, settings), strict=True):
+        prompt = tokenizer(data.prompt_of(row, settings.prompt_template))["input_ids"]
+        answer = tokenizer(row["output"])["input_ids"]
+        ids, labels = n06.check_mask_labels.reference(prompt, answer, tokenizer.eos_token_id)
+        assert (ids, labels) == (encoded["input_ids"], encoded["labels"])
+        assert ids[-1] == labels[-1] == tokenizer.eos_token_id
+        with torch.no_grad():
+            said = model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels]))
+        likely = said.logits[0].log_softmax(-1)
+        wanted = [likely[at - 1, ids[at]].item() for at in range(len(prompt), len(ids))]
+        assert said.loss.item() == pytest.approx(-sum(wanted) / len(wanted), rel=1e-5)
