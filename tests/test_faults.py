@@ -682,10 +682,10 @@ drawn = number("qlora_layer(")  # draws a layer with its adapter
 used = number("as_peft = ")  # computes with it
 run(*(i for i in range(start + 2, train) if i not in (attach, drawn, used)))
 told["not attached"] = run(train), folders()
-told["measure the base"] = run(measure)
+told["measure the base"] = run(measure - 1, measure)
 told["trained"] = run(attach, train), folders()
 told["again"] = run(train), folders()
-told["measured"] = run(measure), shell.user_ns["before"]["loss"] > shell.user_ns["after"]["loss"]
+told["measured"] = run(measure - 1, measure), shell.user_ns["before"]["loss"] > shell.user_ns["after"]["loss"]
 loss = shell.user_ns["before"]["loss"]
 told["before"] = run(measure), shell.user_ns["before"]["loss"] == loss
 told["rest"] = run(*range(measure + 1, last))

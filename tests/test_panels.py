@@ -6,6 +6,8 @@ import nbformat
 import pytest
 from conftest import NOTEBOOKS
 from matplotlib.figure import Figure
+from peft.tuners.lora.bnb import Linear4bit
+from transformers import GPTNeoXForCausalLM
 
 from qlora_nb import cards, machine, sources
 from qlora_nb.answer import adapters, generate
