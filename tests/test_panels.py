@@ -4,6 +4,7 @@ import re
 
 import nbformat
 import pytest
+import torch
 from conftest import NOTEBOOKS
 from matplotlib.figure import Figure
 from peft.tuners.lora.bnb import Linear4bit
@@ -252,3 +253,36 @@ def test_shapes_agree_with_the_real_modules():
         model = configs.meta_model(configs.pythia_config(size))
         assert sum(p.numel() for p in model.parameters()) == PYTHIA[size].n_parameters
     assert ledger.kv_cache_bytes(configs.pythia_config("12b")) == 737_280
+
+
+def test_the_layers_of_the_exercise_are_packed_and_adapted():
+    """What the reader's function is compared with is PEFT's layer on bitsandbytes' packed W."""
+    for x, layer in n06.check_qlora_forward.inputs():
+        assert type(layer) is Linear4bit
+        assert layer.base_layer.weight.dtype == torch.uint8
+        assert layer.base_layer.weight.quant_state.quant_type == "nf4"
+        assert layer.lora_B["default"].weight.abs().min() > 0, "no way is closed"
+        assert layer.scaling["default"] == 3
+        y, *gradients = n06.check_qlora_forward.call(lambda x, layer: layer(x), x, layer)
+        assert y.shape[-1] == layer.out_features
+        assert all(gradient.abs().max() > 0 for gradient in gradients)
+        assert layer.base_layer.weight.grad is None
+
+
+def test_the_labels_of_the_exercise_are_those_that_train():
+    """The same as the kit's own rows, and a model's loss on them is that of answer and end token."""
+    settings = validate({"train_rows": 8, "eval_rows": 8})
+    tokenizer = load.load_tokenizer(settings)
+    rows, _ = data.load(settings)
+    model = GPTNeoXForCausalLM(configs.config_of("pocket")).eval()
+    for row, encoded in zip(rows, data.tokenize_rows(rows, tokenizer, settings), strict=True):
+        prompt = tokenizer(data.prompt_of(row, settings.prompt_template))["input_ids"]
+        answer = tokenizer(row["output"])["input_ids"]
+        ids, labels = n06.check_mask_labels.reference(prompt, answer, tokenizer.eos_token_id)
+        assert (ids, labels) == (encoded["input_ids"], encoded["labels"])
+        assert ids[-1] == labels[-1] == tokenizer.eos_token_id
+        with torch.no_grad():
+            said = model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels]))
+        likely = said.logits[0].log_softmax(-1)
+        wanted = [likely[at - 1, ids[at]].item() for at in range(len(prompt), len(ids))]
+        assert said.loss.item() == pytest.approx(-sum(wanted) / len(wanted), rel=1e-5)
