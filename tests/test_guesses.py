@@ -10,6 +10,8 @@ TEXTS = {
     "10 GiB": 10.0,
     "about 10.5 GiB, I think": 10.5,
     "ca. 10,5": 10.5,
+    "0,125": 0.125,
+    "10,250": 10250.0,
     "1,024 bytes": 1024.0,
     "11,846,072,320": 11846072320.0,
     "1_000": 1000.0,
@@ -46,6 +48,7 @@ WORDS = [
     (0, 0, "right"),
     (-1, 2.0, "too low"),
     (-4, -2, "2 times too low"),
+    (23_592_960, 4, "5,898,240 times too high"),
 ]
 
 
@@ -55,6 +58,11 @@ def test_how_near_a_guess_is(guess, found, said, capsys):
     printed = capsys.readouterr().out
     assert printed.endswith(f" · {said}\n")
     assert printed.startswith("x: your guess ")
+
+
+def test_a_large_guess_is_printed_in_full(capsys):
+    compare_guess("x", 23_592_961, 23_592_961)
+    assert capsys.readouterr().out == "x: your guess 23,592,961 · measured 23,592,961 · right\n"
 
 
 def test_no_guess_and_a_guess_without_a_number(capsys):

@@ -117,7 +117,8 @@ def compare_guess(
         if number is None:
             said = f"your guess {guess!r} holds no number"
         else:
-            said = f"your guess {number:,.6g}{unit}"
+            shown = f"{number:,.0f}" if number == round(number) else f"{number:.6g}"
+            said = f"your guess {shown}{unit}"
             judged = f" · {_nearness(number, found, digits)}"
     print(f"{name}: {said} · {how} {value}{unit}{judged}")
 
@@ -131,7 +132,7 @@ def number_in(guess: float | str) -> float | None:
     >>> number_in("about 10 GiB"), number_in("4,5"), number_in("1,024"), number_in("2 million")
     (10.0, 4.5, 1024.0, 2000000.0)
     """
-    text = re.sub(r"(?<=\d)[,_ ](?=\d{3}\b)", "", str(guess))  # 1,024 → 1024
+    text = re.sub(r"(?<=\d)(?<!\b0)[,_ ](?=\d{3}\b)", "", str(guess))  # 1,024 → 1024
     found = re.search(r"[-+]?\d*[.,]?\d+(?:e[-+]?\d+)?", text.lower())
     if found is None:
         return None
@@ -152,7 +153,8 @@ def _nearness(guess: float, found: float, digits: int) -> str:
     ratio = max(guess / found, found / guess)
     percent = 100 * abs(guess / found - 1)
     if ratio >= 2:
-        return f"{ratio:.2g} times {direction}"
+        times = f"{ratio:,.0f}" if ratio >= 10 else f"{ratio:.2g}"
+        return f"{times} times {direction}"
     if percent < 2:
         return f"very close, a little {direction}"
     near = "close, " if percent < 15 else ""

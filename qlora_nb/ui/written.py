@@ -34,7 +34,8 @@ class Written:
         hint: one sentence that is added when shape or values are wrong.
         mistakes: sentence → a function that is wrong in a typical way. Where the reader's returns
             the same, this sentence is the hint.
-        tolerance: relative for floating point (absolute below 1); whole numbers must be equal.
+        tolerance: for floating point, relative to the largest value of a result, so that sums may be
+            taken in another order; whole numbers must be equal.
         call: `call(function, *arguments)` is what is compared: with gradients, say.
     """
 
@@ -44,7 +45,7 @@ class Written:
     equals: str
     hint: str
     mistakes: Mapping[str, Callable] = field(default_factory=dict)
-    tolerance: float = 1e-5
+    tolerance: float = 1e-4
     call: Callable = call
 
     def __call__(self, function: Callable) -> Callable:
@@ -133,7 +134,9 @@ def _difference_of_tensors(got: object, want: torch.Tensor, tolerance: float) ->
         tolerance = 0
     mine = got.detach().double()
     right = want.detach().double()
-    near = torch.isclose(mine, right, rtol=tolerance, atol=tolerance, equal_nan=True)
+    largest = right.abs().nan_to_num().max().item()
+    atol = tolerance * largest
+    near = torch.isclose(mine, right, rtol=tolerance, atol=atol, equal_nan=True)
     if near.all():
         return ""
     wrong = ~near
