@@ -132,7 +132,8 @@ def number_in(guess: float | str) -> float | None:
     >>> number_in("about 10 GiB"), number_in("4,5"), number_in("1,024"), number_in("2 million")
     (10.0, 4.5, 1024.0, 2000000.0)
     """
-    text = re.sub(r"(?<=\d)(?<!\b0)[,_ ](?=\d{3}\b)", "", str(guess))  # 1,024 → 1024
+    in_thousands = r"(?<=\d)(?<!\b0)[,_ ](?=\d{3}\b)"  # the comma of 1,024, not that of 0,125
+    text = re.sub(in_thousands, "", str(guess))
     found = re.search(r"[-+]?\d*[.,]?\d+(?:e[-+]?\d+)?", text.lower())
     if found is None:
         return None
