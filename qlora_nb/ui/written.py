@@ -34,8 +34,8 @@ class Written:
         hint: one sentence that is added when shape or values are wrong.
         mistakes: sentence → a function that is wrong in a typical way. Where the reader's returns
             the same, this sentence is the hint.
-        tolerance: for floating point, relative to the largest value of a result, so that sums may be
-            taken in another order; whole numbers must be equal.
+        tolerance: for floating point, relative to the largest value of a result: sums may be taken
+            in another order. Whole numbers must be equal.
         call: `call(function, *arguments)` is what is compared: with gradients, say.
     """
 
