@@ -11,7 +11,8 @@ All train with the cells of notebook 06 in profile tiny: same rows, seeds and st
   that trains as many numbers as all linear layers do.
 
 What is reported is each one's mean over the seeds, and the paired difference to the kit's setting
-with its 95 % interval (Student's t). Run it again with other seeds and they are added.
+with its 95 % interval (Student's t). One call measures all seeds and writes the file once, so that
+its date and commit hold for every number.
 
 A fifth mistake is recorded once, with seed 0, as a curve: as many steps over a few rows, which are
 learned by heart.
@@ -21,7 +22,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import statistics
 import sys
 import tempfile
@@ -161,16 +161,17 @@ COLUMNS = {
 """Measure → its column in the table, the factor to its unit, decimals."""
 
 
-def table(summary: dict[str, dict]) -> dict[str, dict[str, str]]:
+def table(means: dict[str, dict]) -> dict[str, dict[str, str]]:
     """Setting → column → mean, and the interval of the difference to the kit's setting, as text."""
     rows = {}
-    for name, measures in summary.items():
+    for name, measures in means.items():
         row = {}
         for measure, (column, factor, digits) in COLUMNS.items():
             text = f"{factor * measures[measure]['mean']:.{digits}f}"
             apart = measures[measure]["difference"]
             if name != "the kit's setting" and apart["n"] > 1:
-                low, high = factor * apart["low"], factor * apart["high"]
+                low = factor * apart["low"]
+                high = factor * apart["high"]
                 text += f" ({low:+.{digits}f} to {high:+.{digits}f})"
             row[column] = text
         rows[name] = row
@@ -189,22 +190,17 @@ def keep(by_seed: dict[str, dict], curve: dict) -> None:
 
 
 def main() -> None:
-    known = json.loads(TARGET.read_text()) if TARGET.is_file() else {}
-    by_seed = known.get("by_seed", {})
-    curve = known.get("by_heart")
-    if curve is None:
-        with contextlib.redirect_stdout(io.StringIO()):
-            curve = by_heart()
+    with contextlib.redirect_stdout(io.StringIO()):
+        curve = by_heart()
+    by_seed = {}
     for seed in sys.argv[1:]:
-        found = {}
+        by_seed[seed] = {}
         for name in SETTINGS:
             with contextlib.redirect_stdout(io.StringIO()):
-                found[name] = trained(name, int(seed))
-            print(seed, name, found[name], flush=True)
-        by_seed[seed] = found
-        keep(by_seed, curve)
-    if not sys.argv[1:]:  # the table anew, from what is known
-        keep(by_seed, curve)
+                found = trained(name, int(seed))
+            by_seed[seed][name] = found
+            print(seed, name, found, flush=True)
+    keep(by_seed, curve)
 
 
 if __name__ == "__main__":

@@ -85,3 +85,12 @@ def test_a_panel_says_that_it_draws():
     panel[0].children[0].value = 0.5
     assert seen == [None, ["drawing …"]]
     assert panel[0].children[1].value == "drawn"
+
+
+def test_what_was_not_measured_is_said(capsys):
+    compare_guess("exact match", 80, float("nan"), "%")
+    compare_guess("exact match", None, float("nan"), "%")
+    assert capsys.readouterr().out == (
+        "exact match: your guess 80 % · not measured here\n"
+        "exact match: no guess yet · not measured here\n"
+    )

@@ -134,13 +134,23 @@ def test_hostile_text_is_inert_in_the_report(tmp_path, evil):
 
 @pytest.mark.fault(30)
 @pytest.mark.parametrize("evil", PAYLOADS)
-def test_hostile_text_is_inert_in_tables_and_masks(evil):
+def test_hostile_text_is_inert_in_tables_and_masks(evil, tmp_path):
     names = {"model_id": evil[:60], "dataset": evil[:60], "prompts": [evil]}
     names = {k: v for k, v in names.items() if "\x00" not in str(v) or k == "prompts"}
     shown = validate(names)
-    for page in (shown._repr_html_(), n06.label_mask([0], [True], lambda ids: evil)):
+    program = tmp_path / "train.py"
+    program.write_text(evil, encoding="utf-8", errors="replace")
+    pages = [
+        shown._repr_html_(),
+        n06.label_mask([0], [True], lambda ids: evil),
+        n06.label_mask([0], [False], lambda ids: evil),
+        n06.answers([evil], before=[evil], after=[evil]).to_html().partition("</style>")[2],
+        n06.folded(program).data,
+    ]
+    for page in pages:
         seen = Seen(page)
-        assert seen.tags <= HARMLESS, seen.tags - HARMLESS
+        folds = {"details", "summary", "pre"}
+        assert seen.tags <= HARMLESS | folds, seen.tags - HARMLESS
         assert seen.risky == []
     assert "\n" not in shown.papermill_line().replace(evil, "")
 

@@ -60,6 +60,41 @@ def test_one_fault_is_told_in_one_line_and_the_reference_goes_on(said, capsys):
     assert printed.count("\n") == 1
 
 
+def test_an_error_of_torch_is_no_stub(capsys):
+    def shifts_floats(x, factor):
+        return x << 4
+
+    CHECK(shifts_floats)
+    assert "it raises NotImplementedError" in capsys.readouterr().out
+
+
+def test_a_sum_in_another_order_is_right_and_a_small_factor_is_not(capsys):
+    def inputs():
+        return [(torch.linspace(-3000, 3000, 4001), 3)]
+
+    check = Written("scaled", scaled, inputs, "torch's product", "multiply by the factor")
+
+    def in_another_order(x, factor):
+        return (x + 1.0) * factor - factor
+
+    def a_little_more(x, factor):
+        return x * (factor + 1e-3)
+
+    assert check(in_another_order) is in_another_order
+    assert check(a_little_more) is scaled
+
+
+def test_the_notebooks_random_numbers_go_on_as_they_were():
+    def draws(x, factor):
+        return x * factor + 0 * torch.randn(x.shape)
+
+    torch.manual_seed(7)
+    wanted = torch.rand(3)
+    torch.manual_seed(7)
+    CHECK(draws)
+    assert torch.equal(torch.rand(3), wanted)
+
+
 def test_a_right_function_goes_on_itself(capsys):
     def mine(x, factor):
         return factor * x
@@ -87,6 +122,12 @@ def test_several_results_are_compared_one_after_the_other(capsys):
     check(lambda x, factor: (x, x))
     assert "result 1 of 2: datatype wrong" in capsys.readouterr().out
     assert check(pair) is pair
+
+
+def test_a_large_whole_number_must_be_equal(capsys):
+    check = Written("bytes", lambda n: 16 * n, lambda: [(81_920,)], "the sum", "count again")
+    check(lambda n: 16 * n + 1)
+    assert "values wrong: 1.31072e+06 is too large" in capsys.readouterr().out
 
 
 def test_lists_are_compared_as_numbers(capsys):

@@ -95,14 +95,6 @@ def _greedy(model, tokenizer, encoded: dict[str, torch.Tensor], max_new_tokens: 
     return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
 
 
-def continue_text(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, max_new_tokens: int
-) -> str:
-    """What a model writes on after a plain text, greedily, without any template."""
-    encoded = tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(model.device)
-    return _greedy(model, tokenizer, encoded, max_new_tokens)[0]
-
-
 def in_batches(
     model: PreTrainedModel, tokenizer, rows: list[dict], settings, batch: int
 ) -> Iterator[dict[int, str]]:

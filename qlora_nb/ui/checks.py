@@ -77,7 +77,8 @@ def fault_of(got: object, want: object, tolerance: float) -> str:
     for i, (mine, right) in enumerate(zip(got.flat, want.flat)):
         if not isinstance(mine, (int, float)) or math.isnan(mine):
             return f"shape wrong: a number is needed, {mine!r} is not one"
-        if abs(mine - right) > tolerance * max(1.0, abs(right)):
+        allowed = tolerance * max(1.0, abs(right)) if isinstance(right, float) else 0
+        if abs(mine - right) > allowed:
             where = f" at position {i}" if want.shape else ""
             size = "large" if mine > right else "small"
             return f"values wrong{where}: {mine:.6g} is too {size}"
@@ -120,6 +121,9 @@ def compare_guess(
             shown = f"{number:,.0f}" if number == round(number) else f"{number:.6g}"
             said = f"your guess {shown}{unit}"
             judged = f" · {_nearness(number, found, digits)}"
+    if math.isnan(found):
+        print(f"{name}: {said} · not {how} here")
+        return
     print(f"{name}: {said} · {how} {value}{unit}{judged}")
 
 
