@@ -46,7 +46,9 @@ WRONG = {
             "yours is 6, needed is 6.5. Hint: W + (alpha / r) B A, a new matrix with the shape of W"
         ),
         # without 1 / r
-        f"{MERGE}return weight + alpha * (B @ A)": "values wrong: 12288 of 12288",
+        f"{MERGE}return weight + alpha * (B @ A)": (
+            "of 12288, the first at [0, 0]: yours is -10.5"
+        ),
         f"{MERGE}weight += alpha / len(A) * (B @ A)": "it returns nothing",
     },
 }
