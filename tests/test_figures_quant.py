@@ -360,7 +360,9 @@ def test_loss_is_drawn_over_the_bytes_of_each_number_of_bits():
         low, high = ax.get_ylim()
         round_losses = [n * 10.0**k for k in range(-3, 3) for n in (1, 2, 5)]
         in_view = [(loss, f"{loss:g}") for loss in round_losses if low <= loss <= high]
-        assert [tick for tick in artists.ticks(ax.yaxis) if low <= tick[0] <= high] == in_view
+        drawn = [tick for tick in artists.ticks(ax.yaxis) if low <= tick[0] <= high]
+        assert len(drawn) > 1
+        assert drawn == in_view or len(in_view) == 1, "1, 2, 5 unless there is but one of them"
         assert ax.get_yscale() == "log"
         assert ax.get_xlim() == pytest.approx((0, 1.5 * expected[0][0]))
         axis = ("size of the quantized layers (MB)", "loss a token (nat), logarithmic")
