@@ -12,6 +12,7 @@ from statistics import NormalDist
 import numpy as np
 import torch
 from bitsandbytes import functional as bnb
+from matplotlib.ticker import LogLocator
 
 from qlora_nb.theory import blockwise, codebooks, double_quant
 from qlora_nb.ui.checks import exercise
@@ -72,7 +73,7 @@ def plot_bell(ax, code, tail_quantile: float = codebooks.TAIL_QUANTILE):
     places = range(-3, 4)
     ax.set_xticks(places, [f"{place}\n({place / largest:.2f})" for place in places])
     below, above = (np.median(shares[half.numpy()]) for half in (code < 0, code > 0))
-    counts = f"{(code < 0).sum()} slices below zero, {(code > 0).sum()} above"
+    counts = f"{(code < 0).sum()} slices below 0, {(code > 0).sum()} above, 1 at 0"
     return f"{counts}: most near {below:.1f} % and {above:.1f} % of the weights"
 
 
@@ -231,7 +232,9 @@ def plot_sizes(axes, panels):
         ax.axhline(unquantized, linestyle="--", color=COLOURS["16-bit"])
         for bits, size, height in zip(n_bits, sizes, heights):
             ax.annotate(f" {bits} bit: {height:.3g}", (size, height), va="bottom")
-        ax.set(yscale="log", xlim=(0, 1.5 * max(sizes)), yticks=[])
+        ax.set(yscale="log", xlim=(0, 1.5 * max(sizes)))
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter("{x:g}")
         ax.minorticks_off()
         ax.set_title(f"{title}: unquantized {unquantized:.3g}")
 

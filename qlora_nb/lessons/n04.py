@@ -78,7 +78,7 @@ def plot_bits(ax, blocksize: int, second_blocksize: int):
 
 @draws((8.4, 3.8), grid={"nrows": 2, "sharex": True, "height_ratios": [3, 1]})
 def plot_scales(axes, scaled, code):
-    """The centred scales of a model beside the 256 values they may become.
+    """The centred scales of a layer beside the 256 values they may become.
 
     Args:
         scaled: centred scales / second-level absmax, in [-1, 1].
