@@ -386,7 +386,7 @@ def test_thrashing_is_all_or_nothing_beside_what_does_not_fit(paged_bytes, gb_pe
         assert little == pytest.approx(whole * missing / n_pages)
     seconds = 2 * paged_bytes / (gb_per_s * 1e9)
     words = f"{whole:.3g} GiB, {seconds:.2g} s a step"
-    assert artists.title(ax) == f"One page short moves every paged state out and in: {words}"
+    assert artists.title(ax) == f"One page short moves all of it out and in: {words}"
     assert artists.legend(ax) == ["least recently used", "only what does not fit"]
     axis = ("room for the paged states (% of their size)", "moved in a step (GiB)")
     assert artists.labels(ax) == axis
