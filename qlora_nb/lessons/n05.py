@@ -216,7 +216,7 @@ def plot_thrashing(ax, paged_bytes: int, gb_per_s: float):
     if not most:
         return "One page holds all paged states: nothing to move"
     seconds = most * cards.GIB / (gb_per_s * 1e9)
-    return f"One page short moves every paged state: {most:.3g} GiB, {seconds:.2g} s a step"
+    return f"One page short moves all of it out and in: {most:.3g} GiB, {seconds:.2g} s a step"
 
 
 def misses_of_a_cache(touches: list[int], room: int) -> int:

@@ -80,7 +80,7 @@ WAYS = {"dequantized": "LoRA", "packed": "NF4+DQ", "original": "16-bit"}
 @style.draws((9.6, 3), grid={"ncols": 3}, xlabel="rank r")
 def merge_ranks(axes, by_rank: dict[str, dict]) -> None:
     """What merging changes at several ranks, in three ways: the logits, beside the distance from
-    the first to the second; the answers; the loss on held-out rows.
+    the likeliest token's logit to the second's; the answers; the loss on held-out rows.
 
     Args:
         by_rank: rank → `gap` and `ways`, as `benchmarks/merge_ranks.py` records them.
@@ -97,6 +97,8 @@ def merge_ranks(axes, by_rank: dict[str, dict]) -> None:
         style.log2_axis(ax, ranks)
     axes[0].set_yscale("log")
     axes[0].legend()
+    heading = "Merged in three ways: what changes against the trained model"
+    axes[0].figure.suptitle(heading, x=0.01, ha="left")
 
 
 # ---- exercises -----------------------------------------------------------------------------------
