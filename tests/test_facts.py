@@ -333,6 +333,41 @@ subject.
 """
 
 
+def test_what_the_readme_says_of_three_recordings():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+
+    def row_about(name: str) -> str:
+        [row] = [line for line in readme.splitlines() if f"recorded/{name}.json" in line]
+        return row
+
+    mistakes = json.loads((recorded.FOLDER / "break_it.json").read_text())["summary"]
+    for found in mistakes.values():
+        assert f"{100 * found['exact_match']['mean']:.1f} %" in row_about("break_it")
+    stop = f"{100 * mistakes['no end token']['stops']['mean']:.1f} % of the answers stop"
+    assert stop in row_about("break_it")
+    bits = json.loads((recorded.FOLDER / "bits_smollm2.json").read_text())["models"]
+    for found in bits["smollm2, real answers"]["qualities"]:
+        digits = 1 if found["name"] == "2 bit" else 2
+        loss = statistics.mean(found["losses"])
+        assert f"{found['name']} {loss:.{digits}f}" in row_about("bits_smollm2")
+    ranks = json.loads((recorded.FOLDER / "merge_ranks.json").read_text())["by_rank"]
+    for way in ("not merged", "original", "packed"):
+        losses = [found["ways"][way]["held-out loss (nats)"] for found in ranks.values()]
+        said = ", ".join(f"{loss:.3f}".lstrip("0") for loss in losses)
+        assert said in row_about("merge_ranks"), way
+
+
+def test_06_compares_ranks_at_one_factor_and_sees_the_few_rows_overfit():
+    record = json.loads((recorded.FOLDER / "break_it.json").read_text())
+    assert min(record["by_heart"]["held_out"].values()) < record["by_heart"]["after"]
+    assert record["by_heart"]["train_rows"] == 64
+    assert len(record["seeds"]) == 3
+    text = text_of("06_finetune_pythia_12b")
+    assert "The same training on 64 rows only" in text
+    assert "Means of three seeds" in text
+    assert "steps and α/r are the kit's in every row" in text
+
+
 def test_retired_sentences_stay_away():
     texts = {
         path.name: path.read_text(encoding="utf-8") for path in (ROOT / "qlora_nb").rglob("*.py")

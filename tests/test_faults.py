@@ -679,7 +679,7 @@ run(start, start + 1)
 told["train first"] = run(train), folders()
 told["measure first"] = run(measure), folders()
 drawn = number("qlora_layer(")  # draws a layer with its adapter
-used = number("as_peft = ")  # computes with it
+used = number("qlora_forward(x, layer) - ")  # computes with it
 run(*(i for i in range(start + 2, train) if i not in (attach, drawn, used)))
 told["not attached"] = run(train), folders()
 told["measure the base"] = run(measure - 1, measure)

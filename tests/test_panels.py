@@ -257,7 +257,10 @@ def test_shapes_agree_with_the_real_modules():
 
 def test_the_layers_of_the_exercise_are_packed_and_adapted():
     """What the reader's function is compared with is PEFT's layer on bitsandbytes' packed W."""
-    for x, layer in n06.check_qlora_forward.inputs():
+    inputs = n06.check_qlora_forward.inputs()
+    has_bias = [layer.base_layer.bias is not None for _, layer in inputs]
+    assert has_bias == [True, False], "as Pythia's, as Llama's"
+    for x, layer in inputs:
         assert type(layer) is Linear4bit
         assert layer.base_layer.weight.dtype == torch.uint8
         assert layer.base_layer.weight.quant_state.quant_type == "nf4"

@@ -101,9 +101,9 @@ def scores(ax, results: dict[str, dict[str, float]]) -> str:
     return f"{last}: {percent[last]['all']:.0f} % of held-out answers exactly right"
 
 
-def _adapted(n_in: int, n_out: int, r: int) -> torch.nn.Module:
+def _adapted(n_in: int, n_out: int, r: int, bias: bool) -> torch.nn.Module:
     """A random layer as notebook 06 has it: bitsandbytes packs W, PEFT adds A and B (not zero)."""
-    frozen = Linear4bit(n_in, n_out, compute_dtype=torch.float32, quant_type="nf4").to("cpu")
+    frozen = Linear4bit(n_in, n_out, bias, compute_dtype=torch.float32, quant_type="nf4").to("cpu")
     model = torch.nn.Sequential(frozen)
     model.is_loaded_in_4bit = True  # as transformers says it to PEFT
     lora = LoraConfig(r=r, lora_alpha=3 * r, target_modules=["0"], init_lora_weights=False)
@@ -111,8 +111,9 @@ def _adapted(n_in: int, n_out: int, r: int) -> torch.nn.Module:
 
 
 def _forward_inputs() -> list[tuple]:
-    large = torch.randn(2, 5, 256), _adapted(256, 768, 8)
-    return [(torch.ones(1, 64), _adapted(64, 2, 1)), large]
+    """The small layer has a bias, as Pythia's; the large one has none, as Llama's."""
+    large = torch.randn(2, 5, 256), _adapted(256, 768, 8, bias=False)
+    return [(torch.ones(1, 64), _adapted(64, 2, 1, bias=True)), large]
 
 
 def _forward_and_backward(function: Callable, x: torch.Tensor, layer: torch.nn.Module):
@@ -130,7 +131,7 @@ check_qlora_forward = Written(
     lambda x, layer: layer(x),
     _forward_inputs,
     "PEFT on bitsandbytes: output, and gradients of x, A and B",
-    "results are y and the gradients of x, A and B; y is x·Wᵀ + bias + (alpha / r) · x·Aᵀ·Bᵀ",
+    "results are y and the gradients of x, A and B; y is x·Wᵀ + bias, if any, + alpha/r · x·Aᵀ·Bᵀ",
     tolerance=1e-4,
     call=_forward_and_backward,
 )

@@ -1,7 +1,7 @@
 """Published memory figures, each entered as a configuration and predicted with the same constants.
 
-`published.toml` holds the QLoRA paper's figures, the write-up's and others'. A constant fitted to
-one of them would miss the others; the table in notebook 06 shows that none is.
+`published.toml` holds the QLoRA paper's figures, the 2023 article's and others'. A constant fitted
+to one of them would miss the others; the table in notebook 06 shows that none is.
 """
 
 import tomllib

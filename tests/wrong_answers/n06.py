@@ -6,6 +6,7 @@ FORWARD = """def qlora_forward(x, layer):
     a = layer.lora_A["default"].weight
     b = layer.lora_B["default"].weight
     scaling = layer.scaling["default"]
+    bias = 0 if layer.base_layer.bias is None else layer.base_layer.bias
     return {}"""
 
 LABELS = """def mask_labels(prompt_ids, answer_ids, eos):
@@ -14,21 +15,23 @@ LABELS = """def mask_labels(prompt_ids, answer_ids, eos):
 
 WRONG = {
     1: {
+        FORWARD.format("x @ weight.T + bias + x @ a.T @ b.T"): "result 1 of 4: values wrong",
         FORWARD.format(
-            "x @ weight.T + layer.base_layer.bias + x @ a.T @ b.T"
-        ): "result 1 of 4: values wrong",
-        FORWARD.format(
-            "x @ packed.T + layer.base_layer.bias + scaling * x @ a.T @ b.T"
+            "x @ packed.T + bias + scaling * x @ a.T @ b.T"
         ): "a layer Linear4bit it raises RuntimeError: mat1 and mat2 shapes",
         FORWARD.format(
-            "x @ weight.T + layer.base_layer.bias + scaling * x.detach() @ a.T @ b.T"
+            "x @ weight.T + bias + scaling * x.detach() @ a.T @ b.T"
         ): "result 2 of 4: values wrong",
         FORWARD.format(
-            "x @ weight.T + layer.base_layer.bias + scaling * x @ a.T.detach() @ b.T"
+            "x @ weight.T + bias + scaling * x @ a.T.detach() @ b.T"
         ): "result 3 of 4: a tensor is needed, yours is of type NoneType",
         FORWARD.format(
-            "(x @ weight.T + layer.base_layer.bias + scaling * x @ a.T @ b.T).detach()"
+            "(x @ weight.T + bias + scaling * x @ a.T @ b.T).detach()"
         ): "RuntimeError: element 0 of tensors does not require grad",
+        FORWARD.format(
+            "x @ weight.T + layer.base_layer.bias + scaling * x @ a.T @ b.T"
+        ): "TypeError: unsupported operand type(s) for +: 'Tensor' and 'NoneType'",
+        FORWARD.format("x @ weight.T + scaling * x @ a.T @ b.T"): "result 1 of 4: values wrong",
     },
     2: {
         LABELS.format("prompt_ids + answer_ids, masked + answer_ids"): (
