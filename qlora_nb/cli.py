@@ -234,7 +234,7 @@ def run(
     out: Annotated[str | None, typer.Option(help="folder for everything written [runs]")] = None,
     resume: Annotated[str, typer.Option(help="latest, or a sequence folder to resume")] = "no",
     solved: Annotated[
-        bool, typer.Option("--solutions", help="with the solutions in the exercises")
+        bool, typer.Option("--solutions", help="with the exercises solved; again with --resume")
     ] = False,
 ) -> None:
     """Execute the notebooks in order and write a report. Parameters as papermill takes them: -p

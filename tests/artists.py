@@ -92,6 +92,9 @@ def check_drawn(figure) -> None:
     """A figure can be drawn, and pyplot does not hold it: it would be shown a second time."""
     FigureCanvasAgg(figure).draw()
     assert not plt.get_fignums()
+    for ax in figure.axes:
+        title = ax._left_title.get_window_extent()
+        assert title.x1 <= figure.bbox.x1, f"cut off at the right: {ax.get_title(loc='left')}"
 
 
 def check_in_view(ax) -> None:

@@ -159,12 +159,17 @@ def with_gradients(function, x, weight, lora_a, lora_b, lora_alpha) -> tuple[Ten
     return y, *torch.autograd.grad((y**2).sum(), trained)
 
 
+def _without_rank(x, weight, lora_a, lora_b, lora_alpha) -> Tensor:
+    return x @ weight.T + lora_alpha * (x @ lora_a.T) @ lora_b.T
+
+
 check_forward = Written(
     "lora_forward",
     in_peft,
     lambda: [BY_HAND, at_random()],
     "PEFT's layer, output and gradients of A and B",
     "y = x Wᵀ + (alpha / r) (x Aᵀ) Bᵀ, with r the number of A's rows",
+    {"the factor is alpha / r, not alpha: divide by the number of A's rows": _without_rank},
     call=with_gradients,
 )
 """Exercise: `lora_forward(x, weight, A, B, alpha)`."""

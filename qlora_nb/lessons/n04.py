@@ -189,12 +189,17 @@ def scales_to_try() -> list[tuple]:
     return [(torch.tensor([1.0, 3.0]), code), (blocks.abs().amax(dim=1), code)]
 
 
+def _low_half_first(indices: torch.Tensor) -> torch.Tensor:
+    return (indices[1::2] << 4) | indices[0::2]
+
+
 check_pack_nibbles = Written(
     "pack_nibbles",
     packed_by_bitsandbytes,
     indices_to_try,
     "bitsandbytes' bytes",
     hint="the first of two indices counts 16 times, the second once; the result is uint8",
+    mistakes={"the first of two goes into the high half of the byte": _low_half_first},
 )
 """Exercise 1: two 4-bit indices in a byte."""
 

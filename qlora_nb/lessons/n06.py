@@ -138,10 +138,20 @@ check_qlora_forward = Written(
 
 
 def _masked(prompt_ids: list[int], answer_ids: list[int], eos: int) -> tuple[list[int], list[int]]:
-    """By a mask over all ids, as TRL's SFTTrainer does it."""
+    """By a mask over all ids."""
     ids = torch.tensor([*prompt_ids, *answer_ids, eos])
     in_prompt = torch.arange(len(ids)) < len(prompt_ids)
     return ids.tolist(), ids.masked_fill(in_prompt, IGNORED).tolist()
+
+
+def _without_end(prompt_ids: list[int], answer_ids: list[int], eos: int):
+    ids, labels = _masked(prompt_ids, answer_ids, eos)
+    return ids, [*labels[:-1], IGNORED]
+
+
+def _shifted(prompt_ids: list[int], answer_ids: list[int], eos: int):
+    ids, labels = _masked(prompt_ids, answer_ids, eos)
+    return ids, [*labels[1:], IGNORED]
 
 
 check_mask_labels = Written(
@@ -149,7 +159,11 @@ check_mask_labels = Written(
     _masked,
     lambda: [([11, 12, 13, 14, 15], [21, 22], 0), ([5], [], 2), (list(range(90)), [7, 7, 9], 1)],
     "a mask over all ids",
-    "ids: prompt, answer, end token; labels: the same, -100 on the prompt alone, moved nowhere",
+    "ids: prompt, answer, end token; labels: the same, -100 on the prompt alone",
+    {
+        "the end token must train too, or the model never learns to stop": _without_end,
+        "do not move the labels by one: transformers does that inside the model": _shifted,
+    },
 )
 
 

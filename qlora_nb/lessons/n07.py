@@ -109,6 +109,14 @@ def _by_transformers(logits: torch.Tensor, temperature: float, top_p: float) -> 
     return TopPLogitsWarper(top_p)(None, scores).softmax(dim=-1)[0]
 
 
+def _crossing_left_out(logits: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
+    probabilities = (logits / temperature).softmax(-1)
+    ordered, places = probabilities.sort(descending=True)
+    kept = torch.zeros_like(ordered)
+    kept[places] = ordered * (ordered.cumsum(-1) <= top_p)
+    return kept / kept.sum()
+
+
 def _logits() -> list[tuple]:
     by_hand = torch.tensor([0.1, 0.5, 0.05, 0.35]).log()
     drawn = 4 * torch.randn(512, generator=torch.Generator().manual_seed(0))
@@ -120,8 +128,9 @@ check_next_distribution = Written(
     _by_transformers,
     _logits,
     "transformers' TemperatureLogitsWarper and TopPLogitsWarper",
-    "softmax of logits / temperature; keep the largest until they reach top_p together, the one "
-    "that reaches it too; each at its place in the vocabulary, divided by their sum",
+    "softmax of logits / temperature; keep the largest until they reach top_p together; each at "
+    "its place in the vocabulary, divided by their sum",
+    {"the token with which the sum reaches top_p stays too": _crossing_left_out},
 )
 
 

@@ -206,7 +206,11 @@ def predict(plan: Plan) -> Ledger:
 
 @functools.lru_cache(maxsize=32)
 def _shapes(plan: Plan) -> nn.Module:
-    """The model of a plan's configuration without memory, for reading only: made once."""
+    """The model of a configuration without memory, for reading only.
+
+    It is made once, as a planner asks for the same one many times. A plan, unlike a configuration,
+    can be the key of a cache.
+    """
     return configs.meta_model(plan.config)
 
 

@@ -40,7 +40,8 @@ def normal_float(n_bits: int) -> Tensor:
     the number of values.
 
     Args:
-        n_bits: 2 to 8; 4 bits are NF4, and the paper's recipe says nothing of other numbers.
+        n_bits: 2 to 8; 4 bits are NF4. The paper defines NFk for any k; where the tail is cut for
+            other k than 4 is this kit's reading of the library's rule.
 
     Returns:
         (2^n_bits,) float32, sorted, from -1 to 1, with an exact 0 at index 2^(n_bits-1) - 1.

@@ -52,9 +52,9 @@ def explore(plot: Callable[..., ShownFigure], **controls: W.Widget) -> W.VBox:
         except Exception as error:
             # what a callback raises is otherwise seen in the kernel's log alone
             shown.value = f"<pre>{html.escape(str(error))}</pre>"
+            state.value = "not drawn"
             raise
-        finally:
-            state.value = "drawn"
+        state.value = "drawn"
 
     for control in controls.values():
         control.observe(redraw, "value")

@@ -14,7 +14,7 @@ WRONG = {
         ),
         # without 1 / r: as good at rank 1
         f"{FORWARD}x @ weight.T + alpha * (x @ A.T) @ B.T": (
-            "result 1 of 3: values wrong: 960 of 960, the first at [0, 0, 0]: "
+            "Hint: the factor is alpha / r, not alpha: divide by the number of A's rows"
         ),
         # the update alone, the thin vector alone
         f"{FORWARD}alpha / len(A) * (x @ A.T) @ B.T": (

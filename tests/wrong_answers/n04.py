@@ -56,7 +56,7 @@ def quantize_scales(absmax, code):
 
 WRONG = {
     1: {
-        LOW_FIRST: "values wrong: 1 of 1, the first at [0]: yours is 58, needed is 163. Hint: the",
+        LOW_FIRST: "yours is 58, needed is 163. Hint: the first of two goes into the high half of the byte",
         NOT_PAIRED: "shape wrong: yours is (2,), needed is (1,)",
         WIDE: "datatype wrong: yours is torch.int64, needed is torch.uint8",
         IN_DECIMALS: "yours is 103, needed is 163. Hint: the first of two indices counts 16 times",

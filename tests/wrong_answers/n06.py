@@ -38,14 +38,14 @@ WRONG = {
             "result 1 of 2: shape wrong: yours is (7,), needed is (8,)"
         ),
         LABELS.format("prompt_ids + answer_ids + [eos], masked + answer_ids + [-100]"): (
-            "result 2 of 2: values wrong at position 7: -100 is too small"
+            "position 7: -100 is too small. Hint: the end token must train too, or the model never"
         ),
         LABELS.format("prompt_ids + answer_ids + [eos], prompt_ids + answer_ids + [eos]"): (
             "result 2 of 2: values wrong at position 0: 11 is too large"
         ),
         LABELS.format(
             "prompt_ids + answer_ids + [eos], masked[1:] + answer_ids + [eos, -100]"
-        ): "result 2 of 2: values wrong at position 4: 21 is too large",
+        ): "position 4: 21 is too large. Hint: do not move the labels by one: transformers does",
         LABELS.format("masked + answer_ids + [eos]"): "2 results are needed",
         """def mask_labels(prompt_ids, answer_ids, eos):
     answer_ids.append(eos)

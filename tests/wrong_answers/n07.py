@@ -42,7 +42,7 @@ WRONG = {
             "    kept = torch.zeros_like(ordered)\n"
             "    kept[places] = torch.where(together <= top_p, ordered, 0.0)\n"
             "    return kept / kept.sum()"
-        ): "the first at [1]: yours is 1, needed is 0.588235",
+        ): "yours is 1, needed is 0.588235. Hint: the token with which the sum reaches top_p stays",
         # not brought back to their places
         distribution(
             "    kept = torch.where(together - ordered < top_p, ordered, 0.0)\n"
