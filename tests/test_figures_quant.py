@@ -115,7 +115,7 @@ def test_the_bell_is_cut_where_the_code_says(tail_quantile):
         value = place / statistics.NormalDist().inv_cdf(tail_quantile)
         below.append((place, f"{place}\n({value:.2f})"))
     assert artists.ticks(ax.xaxis) == below
-    what = "weight (standard deviations), and below it the code value that lies there"
+    what = "weight (standard deviations), and below it the same in the unit of the code"
     assert artists.labels(ax) == (what, "density (1 / standard deviation)")
     artists.check_in_view(ax)
     assert ax.get_ylim()[0] == 0

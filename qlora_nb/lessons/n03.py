@@ -43,7 +43,7 @@ def plot_weights(ax, weights, what: str):
 
 @draws(
     (8.4, 3.6),
-    xlabel="weight (standard deviations), and below it the code value that lies there",
+    xlabel="weight (standard deviations), and below it the same in the unit of the code",
     ylabel="density (1 / standard deviation)",
     ylim=(0, 0.43),
 )

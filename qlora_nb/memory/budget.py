@@ -67,7 +67,7 @@ def _at_the_peak_of_a_step(plan: Plan, gradients: int) -> ledger.Ledger:
     moment = max(paging.step_timeline(sizes), key=lambda moment: moment.total)
     kept = moment.parts[KEPT]
     n_layers = -(-kept // max(now.kept, 1))
-    layers = f"{n_layers} layers × {now.kept:,} bytes, {plan.batch} × {plan.length} tokens"
+    layers = f"{n_layers} blocks × {now.kept:,} bytes, {plan.batch} × {plan.length} tokens"
     work = f"at the peak, in the phase {moment.phase}; dry run of one layer and the head"
     lines = (
         ledger.Line(ledger.GRADIENTS, always + moment.parts["gradients"], "as the LoRA weights"),

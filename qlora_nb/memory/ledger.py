@@ -226,7 +226,7 @@ def _packed_lines(layers: list[int], nested: bool) -> list[Line]:
         Line(CODES, stored["codes"], f"{sum(layers):,} weights / 2"),
         Line(SCALES, stored["scales"], f"weights / 64 × {scale}"),
         Line(NESTED, stored["scales of scales"], "scales / 256 × 4 bytes"),
-        Line(TABLES, len(layers) * tables, f"{len(layers)} layers × {tables} bytes"),
+        Line(TABLES, len(layers) * tables, f"{len(layers)} linear layers × {tables} bytes"),
     ]
 
 
