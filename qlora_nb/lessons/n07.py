@@ -9,12 +9,11 @@
 
 import statistics
 
-import bitsandbytes as bnb
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from peft.utils.integrations import dequantize_module_weight
 from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
+from qlora_nb.lessons import n06
 from qlora_nb.ui import style
 from qlora_nb.ui.written import Written
 
@@ -134,21 +133,10 @@ check_next_distribution = Written(
 )
 
 
-def _adapted(weight: torch.Tensor, r: int) -> tuple:
-    """A linear layer (out, in) in NF4 with an adapter of random A and B, by bitsandbytes and
-    PEFT.
-    """
-    layer = bnb.nn.LinearNF4(*weight.T.shape, bias=False)
-    layer.load_state_dict({"weight": weight})
-    model = torch.nn.Sequential(layer.to("cpu"))
-    model.is_loaded_in_4bit = True
-    config = LoraConfig(r=r, lora_alpha=3 * r, target_modules=["0"], init_lora_weights=False)
-    return (inject_adapter_in_model(config, model)[0],)
-
-
 def _layers() -> list[tuple]:
-    torch.manual_seed(0)
-    return [_adapted(torch.ones(2, 64), r=1), _adapted(torch.randn(512, 128), r=8)]
+    by_hand = n06.adapted(torch.ones(2, 64), r=1, bias=False)
+    drawn = n06.adapted(torch.randn(512, 128), r=8, bias=False)
+    return [(by_hand,), (drawn,)]
 
 
 def _by_peft(layer: torch.nn.Module) -> torch.Tensor:
