@@ -161,6 +161,27 @@ def plan(
 
 
 @app.command(context_settings=TAKES_PARAMETERS)
+def data(
+    ctx: typer.Context,
+    name: Annotated[str, typer.Argument(help="a file, a folder, or a data set of the hub")],
+    profile: Profile = "tiny",
+) -> None:
+    """What of a data set trains, what is left out and why, and its first row as the model of the
+    profile sees it. Parameters: -p NAME VALUE.
+    """
+    from qlora_nb.settings import resolve
+
+    settings = resolve({"profile": profile, "dataset": name, **_parameters(ctx.args)})
+    from qlora_nb.memory import preflight
+
+    preflight.require_model_and_data(settings)
+    from qlora_nb.model import data_report, load
+
+    every_row = settings.replace(train_rows=10**9, max_steps=10**9)
+    print(data_report.check(every_row, load.load_tokenizer(settings)))
+
+
+@app.command(context_settings=TAKES_PARAMETERS)
 def script(
     ctx: typer.Context,
     profile: Profile = "tiny",
@@ -206,16 +227,18 @@ def generate(
     from qlora_nb.answer import adapters, generate, prompt_files
     from qlora_nb.model import load
 
+    if not base:
+        folder, where_from = adapters.find_adapter(settings)
+        print(where_from)
+        settings = adapters.asked_as_trained(settings, folder)
     if prompts:
-        rows = prompt_files.read_rows(prompts, settings.columns)
+        rows = prompt_files.read_rows(prompts, settings.columns, settings.prompt_template)
     else:
-        rows = [generate.row_of(prompt) for prompt in settings.prompts]
+        rows = [generate.row_of(prompt, settings.prompt_template) for prompt in settings.prompts]
     tokenizer = load.load_tokenizer(settings)
     model = load.load_base(settings)
     if not base:
-        folder, where_from = adapters.find_adapter(settings)
         model = adapters.load_adapter(model, folder)
-        print(where_from)
     if out:
         target = sources.local_path(out)
         n_answered = prompt_files.answer_file(model, tokenizer, rows, target, settings)

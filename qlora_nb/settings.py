@@ -128,7 +128,7 @@ class Settings(
     model_id: Name
     """pocket, smollm2, a hub name or a local folder"""
     dataset: Name
-    """pocket, a hub name or a local .json, .jsonl, .csv or .parquet file"""
+    """pocket, a hub name, or a file or folder of JSON, CSV, Parquet or Arrow"""
     seed: Int = Field(ge=0, le=2**31)
     """seed of everything random"""
     quant_type: Literal["nf4", "fp4"]
@@ -179,8 +179,10 @@ class Settings(
     """recompute activations to save memory"""
     columns: Mapping
     """columns of the data, as instruction=question,output=answer"""
-    prompt_template: Literal["alpaca", "alpaca_short"]
-    """how instruction and input become a prompt"""
+    prompt_template: Literal["alpaca", "alpaca_short", "chat"]
+    """how instruction and input become a prompt; chat: by the tokenizer's chat template"""
+    train_on: Literal["all", "last"]
+    """which answers of a conversation train"""
     train_rows: Int = Field(ge=1)
     """rows to train on at most"""
     eval_rows: Int = Field(ge=1)

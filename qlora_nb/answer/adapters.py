@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from qlora_nb import sources
 from qlora_nb.errors import KitError, refusing
-from qlora_nb.model import load
+from qlora_nb.model import data, load
 from qlora_nb.pocket import ADAPTER_DIR, MODEL_DIR
 from qlora_nb.record import runs, seal
 
@@ -58,6 +58,19 @@ def find_adapter(settings) -> tuple[Path, str]:
             remedy='use adapter="latest", "pocket", or the adapter/ folder of a run',
         )
     return folder, f"the adapter in {folder.name}"
+
+
+def asked_as_trained(settings, folder: Path):
+    """The settings with the prompt template that an adapter of this kit was trained with, as its
+    run's record says it; a change is printed. A model that is asked in another form than it was
+    trained in answers worse.
+    """
+    manifest, _ = runs.manifest_of(folder.parent)
+    template = manifest.get("parameters", {}).get("prompt_template", settings.prompt_template)
+    if template == settings.prompt_template or template not in ("chat", *data.TEMPLATES):
+        return settings
+    print(f"this adapter was trained with prompt_template={template}, and is asked so")
+    return settings.replace(prompt_template=template)
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:

@@ -27,24 +27,34 @@ from transformers import (
 
 from qlora_nb.answer import adapters
 from qlora_nb.errors import KitError
-from qlora_nb.model import batching, data, generation_defaults
+from qlora_nb.model import batching, chat_templates, conversations, data, generation_defaults
 from qlora_nb.progress import Bar
 
 
-def row_of(prompt: str) -> dict[str, str]:
-    """A prompt as a row: its first line is the instruction, the rest the input.
+def row_of(prompt: str, template: str = "alpaca") -> dict[str, object]:
+    """A prompt as a row: its first line is the instruction, the rest the input; with the template
+    "chat" all of it is what the user says.
 
     >>> row_of("Where is Anna?\\nAnna went home.")
     {'instruction': 'Where is Anna?', 'input': 'Anna went home.'}
     """
     # no tokenizer takes half a character
     whole = prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    instruction, _, rest = whole.strip().partition("\n")
+    whole = whole.strip()
+    instruction, _, rest = whole.partition("\n")
     if not instruction:
         raise KitError(
             "the prompt is empty", value=prompt, remedy="write an instruction on its first line"
         )
+    if template == "chat":
+        return chat_row([{"role": "user", "content": whole}])
     return {"instruction": instruction, "input": rest.strip()}
+
+
+def chat_row(turns: list[dict[str, str]]) -> dict[str, object]:
+    """A conversation to be answered, as a row."""
+    found = conversations.conversation(turns, asking=True)
+    return {name: found[name] for name in ("instruction", "input", "messages")}
 
 
 def tokenize_prompts(
@@ -73,14 +83,19 @@ def tokenize_prompts(
 
 
 def _config(model, tokenizer, max_new_tokens: int, **more) -> GenerationConfig:
-    """Greedy unless more is said; an answer ends with the tokenizer's end token or the model's own.
+    """Greedy unless more is said; an answer ends with the tokenizer's end token, the model's own or
+    the chat template's.
 
     A model's own sampling defaults are not mixed in: `load.prepared` has set them aside.
     """
+    ends = generation_defaults.end_tokens(model, tokenizer)
+    turn_end = chat_templates.turn_end(tokenizer)
+    if ends and turn_end is not None and turn_end not in ends:
+        ends.append(turn_end)
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=generation_defaults.end_tokens(model, tokenizer),
+        eos_token_id=ends,
         **more,
     )
 
@@ -99,7 +114,7 @@ def in_batches(
     model: PreTrainedModel, tokenizer, rows: list[dict], settings, batch: int
 ) -> Iterator[dict[int, str]]:
     """Greedy answers by row number, a batch of prompts of like length at a time."""
-    lengths = [len(data.prompt_of(row, settings.prompt_template)) for row in rows]
+    lengths = [len(data.prompt_ids(row, tokenizer, settings.prompt_template)) for row in rows]
     order = sorted(range(len(rows)), key=lambda i: lengths[i])
     with Bar(total=len(rows), unit="row", desc="answering", leave=False) as bar:
         for group in batching.groups(order, batch):

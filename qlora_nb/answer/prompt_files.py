@@ -34,9 +34,9 @@ DECIDES_ANSWERS = {
 """Parameters that change what a model answers."""
 
 
-def read_rows(name: str, columns: dict[str, str]) -> list[dict[str, str]]:
-    """Rows with instruction and input: from a text file, a prompt a line, or from any data file (an
-    answer is not needed).
+def read_rows(name: str, columns: dict[str, str], template: str = "alpaca") -> list[dict]:
+    """Rows with instruction and input, or conversations: from a text file, a prompt a line, or from
+    any data file (an answer is not needed).
 
     Raises:
         KitError: the file cannot be read, or no row of it can be asked.
@@ -52,11 +52,13 @@ def read_rows(name: str, columns: dict[str, str]) -> list[dict[str, str]]:
             raise FileNotFoundError("no file lies there")
         if name.endswith(".txt"):
             lines = path.read_text(encoding="utf-8-sig").splitlines()
-            rows = [generate.row_of(line) for line in lines if line.strip()]
+            rows = [generate.row_of(line, template) for line in lines if line.strip()]
         else:
             needed = {column: own for column, own in columns.items() if column != "output"}
-            asked = reading.read(name, needed, asking=True)
-            rows = list(asked.select_columns(["instruction", "input"]))
+            found = reading.read(name, needed, asking=True, as_chat=template == "chat")
+            for line in found.remarks():
+                print(line)
+            rows = list(found.kept.remove_columns("output"))
         if not rows:
             raise ValueError("no row of it can be asked")
     return rows

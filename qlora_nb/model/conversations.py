@@ -1,125 +1,163 @@
-"""Conversations as rows: the first question and its answer, from the three shapes in which such
-data is published.
+"""Conversations: from the shapes in which chats are published or exported to one, a list of
+messages with `role` (system, user, assistant) and `content` (text).
 
-- *messages*: a list of turns, each with a role and a content (chat data, `messages` or
-  `conversations`);
+- *turns*: a list of them, each with who speaks (`role`, `from`, …) and what is said (`content`,
+  `value`, …), under `messages`, `conversations` or a name like these (OpenAI, ShareGPT); also as
+  JSON text in a table's column, or cut into `prompt` and `completion` (TRL);
+- *instruction rows* with a `system` prompt or with a `history` of question and answer;
 - *Guanaco*: one text with `### Human:` and `### Assistant:` before the turns
   (`timdettmers/openassistant-guanaco`, the data of the QLoRA paper's best model), `### System:`
   first if there is one;
 - *OASST*: a tree with one message a row, tied by `parent_id`; its best-ranked replies (rank 0
   first) make the conversation.
 
-All that the system and the user say before the first answer of the assistant is the instruction, a
-blank line between two turns; that answer is the output. A conversation that gives no row says why,
-and what stands outside the first exchange is counted. To be asked, a conversation needs no answer:
-one that ends with the user's turn is asked that turn, with what was said before it as the input.
+The whole conversation is kept, up to the assistant's last answer. Two turns of one speaker become
+one, with a blank line between them, as most chat templates want speakers to take turns. A
+conversation that cannot be used says why.
 """
 
+import json
 import re
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 
-import datasets
+import pandas
 
 ROLES = {
-    "system": ("system", "developer"),
-    "user": ("user", "human", "prompter"),
-    "assistant": ("assistant", "gpt", "bot", "model", "ai", "chatbot", "chatgpt"),
+    "system": ("system", "developer", "systemprompt", "系统"),
+    "user": ("user", "human", "prompter", "customer", "client", "question", "questioner", "用户"),
+    "assistant": (
+        *("assistant", "gpt", "chatgpt", "bot", "chatbot", "ai", "aiassistant", "model", "llm"),
+        *("agent", "answer", "response", "claude", "gemini", "bard", "助手"),
+    ),
 }
-"""Who speaks → the words for it in published data, in capitals or not."""
+"""Who speaks → the words for it in data, in letters alone: "GPT-4:" counts as "gpt"."""
 
-COUNTS = {
-    "n_unused": "are longer than what is taken of them",
-    "n_system": "have a system prompt, at the beginning of the instruction",
-    "n_earlier": "are asked their last question, with what was said before as its input",
-}
-"""What is counted in turns → what it means for a conversation."""
+COLUMNS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "turns")
+"""Columns that hold a list of turns; the first that is there is taken."""
 
-_TEXT = datasets.Value("string")
+SYSTEM = ("system", "system_prompt")
+"""Columns for a system prompt beside the turns."""
 
-_NUMBER = datasets.Value("int64")
+_WHO = ("role", "from", "speaker", "author", "sender")
 
-ROW = datasets.Features(instruction=_TEXT, input=_TEXT, output=_TEXT, left_out=_TEXT, row=_NUMBER)
-"""A row: its texts, why it cannot be used (or nothing), its number in the data."""
+_WHAT = ("content", "value", "text", "message")
 
-_FEATURES = datasets.Features(ROW | dict.fromkeys(COUNTS, _NUMBER))
+_TREE = ("message_id", "parent_id", "role", "text")
+
+READ = {*COLUMNS, *SYSTEM, "text", "prompt", "completion", "history"}
+READ |= {"instruction", "input", "output"}
+"""Columns that a conversation is read from, outside of trees."""
 
 _MARK = re.compile(r"### (Human|User|Assistant|System):", re.IGNORECASE)
 
 
-class _Turn(NamedTuple):
-    who: str
-    """system, user, assistant, or nothing if the role is unknown."""
-    text: str
-    problem: str = ""
-    """Why this turn cannot be used; nothing if it can."""
-    trains: bool = True
-    """Whether its weight is not 0."""
-
-
-def exchanges(rows: datasets.Dataset, asking: bool) -> datasets.Dataset | None:
-    """One row for each conversation; None if this is none of the known shapes.
+def of_table(table, asking: bool) -> Iterator[dict[str, object]] | None:
+    """The conversations of a table; None if it holds none of the known shapes.
 
     Args:
-        asking: the rows are to be asked and need no answer; a column `prompt`, of text or of turns,
-            is then enough.
+        table: a `tables.Table`.
+        asking: the conversations are to be asked, so they end with the user's turn.
 
     Returns:
-        instruction, input and output (text, perhaps empty); `left_out`, why there is no exchange,
-        or nothing; `row`, its number in `rows`; how many turns are a system prompt in the
-        instruction (`n_system`), were said before and are the input (`n_earlier`), and are neither
-        in them nor the answer (`n_unused`).
-
-    >>> row = _exchange(_turns_of_text("### Human: Hi.### Assistant: Hello!### Human: Bye."), False)
-    >>> row["instruction"], row["output"], row["n_unused"]
-    ('Hi.', 'Hello!', 1)
+        What `conversation` returns for each, and `row`, its number in the table.
     """
-    names = set(rows.column_names)
-    if {"message_id", "parent_id", "role", "text"} <= names:
-        return _exchanges_of_trees(rows, asking)
-    turns_of = _listed
-    if "messages" in names:
-        column = "messages"
-    elif "conversations" in names:
-        column = "conversations"
-    elif "text" in names and _are_guanaco(rows["text"][:100]):
-        column = "text"
-        turns_of = _turns_of_text
-    elif asking and "prompt" in names:
-        column = "prompt"
-    else:
+    columns = set(table.columns)
+    if columns.issuperset(_TREE):
+        return _of_trees(table, asking)
+    turns_of = _turns_of(table)
+    if turns_of is None:
         return None
-
-    def convert(row: dict[str, object], number: int) -> dict[str, object]:
-        turns = turns_of(row[column])
-        system = row.get("system") or row.get("system_prompt")
-        if isinstance(system, str) and not any(_turn(turn).who == "system" for turn in turns):
-            turns = [{"role": "system", "content": system}, *turns]
-        found = _exchange(turns, asking)
-        if column == "prompt" and not found["input"] and isinstance(row.get("input"), str):
-            found["input"] = row["input"]
-        return {**found, "row": number}
-
-    return rows.map(
-        convert, with_indices=True, remove_columns=rows.column_names, features=_FEATURES
-    )
+    needed = [name for name in table.columns if name in READ]
+    return _of_rows(table.rows(needed), turns_of, asking)
 
 
-def say_what_is_taken(talks: datasets.Dataset) -> None:
-    """Print how many conversations are longer than what is taken of them, have a system prompt, or
-    are asked their last question.
+def _of_rows(rows, turns_of: Callable, asking: bool) -> Iterator[dict[str, object]]:
+    for number, row in enumerate(rows):
+        turns = turns_of(row)
+        for name in SYSTEM:
+            system = row.get(name)
+            if isinstance(system, str) and not any(_who(turn) == "system" for turn in turns):
+                turns = [{"role": "system", "content": system}, *turns]
+        yield {**conversation(turns, asking), "row": number}
 
-    Args:
-        talks: what `exchanges` returned, without the rows that are left out.
+
+def _turns_of(table) -> Callable[[dict], list] | None:
+    """The function that takes a row of this table to its turns; None if no row has any."""
+    columns = set(table.columns)
+    if "instruction" in columns:
+        beside = [name for name in ("history", *SYSTEM) if name in columns]
+        if any(any(row.values()) for row in table.rows(beside)):
+            return _turns_of_instruction
+        return None
+    for name in COLUMNS:
+        if name in columns:
+            return lambda row: _listed(row[name])
+    if "prompt" in columns:
+        return lambda row: _listed(row["prompt"]) + _answer(row.get("completion"))
+    if "text" in columns and _are_guanaco(table):
+        return lambda row: _turns_of_text(row["text"])
+    return None
+
+
+def are_prompts(table) -> bool:
+    """Whether a column `prompt` holds instructions as text; it may hold turns, and be an extract of
+    a conversation that stands beside it.
     """
-    for column, meaning in COUNTS.items():
-        turns = [n for n in talks[column] if n]
-        if turns:
-            print(f"{len(turns)} of {len(talks)} conversations {meaning}; turns: {sum(turns)}")
+    if "prompt" not in table.columns or set(COLUMNS) & set(table.columns):
+        return False
+    there = (row["prompt"] for row in table.rows(["prompt"]) if row["prompt"] is not None)
+    return isinstance(next(there, ""), str)
 
 
 def _listed(turns: object) -> list:
-    """A list of turns as it is; what stands alone is said by the user."""
+    """A list of turns as it is, or written as JSON; anything else is said by the user."""
+    if isinstance(turns, str) and turns.lstrip().startswith("["):
+        with suppress(ValueError):
+            turns = json.loads(turns)
+    if turns is None:
+        return []
     return turns if isinstance(turns, list) else [{"role": "user", "content": turns}]
+
+
+def _answer(completion: object) -> list:
+    if isinstance(completion, str):
+        return [{"role": "assistant", "content": completion}]
+    return completion or []
+
+
+def _turns_of_instruction(row: dict[str, object]) -> list[dict[str, object]]:
+    """An instruction row with what was said before it: pairs of question and answer."""
+    turns = []
+    for question, answer in row.get("history") or []:
+        turns.append({"role": "user", "content": question})
+        turns.append({"role": "assistant", "content": answer})
+    return turns + instruction_turns(row)
+
+
+def instruction_turns(row: dict[str, object]) -> list[dict[str, object]]:
+    """The exchange of an instruction row: instruction and input are one question.
+
+    >>> instruction_turns({"instruction": "Add.", "input": "2 3", "output": "5"})[0]["content"]
+    'Add.\\n\\n2 3'
+    """
+    question = row.get("instruction")
+    if row.get("input"):
+        question = f"{question}\n\n{row['input']}"
+    turns = [{"role": "user", "content": question}]
+    turns.append({"role": "assistant", "content": row.get("output")})
+    return turns
+
+
+def of_instruction(row: dict[str, object], asking: bool = False) -> dict[str, object]:
+    """An instruction row as a conversation of one exchange."""
+    return conversation(instruction_turns(row), asking)
+
+
+def _are_guanaco(table) -> bool:
+    texts = [row["text"] for _, row in zip(range(100), table.rows(["text"]), strict=False)]
+    there = [text for text in texts if isinstance(text, str) and text.strip()]
+    return bool(there) and all(_MARK.match(text.strip()) for text in there)
 
 
 def _turns_of_text(text: str | None) -> list[dict[str, str]]:
@@ -130,94 +168,115 @@ def _turns_of_text(text: str | None) -> list[dict[str, str]]:
     return turns
 
 
-def _are_guanaco(texts: list[str | None]) -> bool:
-    there = [text for text in texts if text and text.strip()]
-    return bool(there) and all(_MARK.match(text.strip()) for text in there)
+def conversation(turns: list, asking: bool) -> dict[str, object]:
+    """Turns as they are written → one conversation.
 
+    Returns:
+        `messages`, each with role, content and `trains` (whether it is an answer that may train);
+        instruction and output, the last question and answer, and `input`, empty, so that a
+        conversation can be shown and compared like any other row; `left_out`, why it cannot be
+        used, or nothing; `n_unused`, turns behind the last one that is used.
 
-def _exchange(turns: list, asking: bool) -> dict[str, object]:
-    """The columns of `exchanges` but `row`, for the turns of one conversation."""
-    said = []
-    for turn in map(_turn, turns):
-        is_place_for_answer = turn.who == "assistant" and not asking
-        if turn.text.strip() or turn.problem or is_place_for_answer:
-            said.append(turn)
-    n_before = _first_answer(said)
-    earlier = []
-    before = said[:n_before]
-    answer = said[n_before : n_before + 1]
-    if asking:
-        answer = []
-        if said and said[-1].who == "user":
-            earlier, before = _last_question(said)
-    prompt = [turn for turn in before if turn.who != "assistant"]
-    output = "".join(turn.text for turn in answer if turn.trains)
-    problems = [turn.problem for turn in earlier + before + answer if turn.problem]
-    if not any(turn.who == "user" for turn in prompt):
-        problems.append("no turn by a user")
-    elif not asking and not output.strip():
-        problems.append("no turn by an assistant after it, or one that is empty or has weight 0")
+    >>> found = conversation([{"from": "human", "value": "Hi."}, {"from": "gpt", "value": "Hello!"},
+    ...                       {"from": "human", "value": "Bye."}], asking=False)
+    >>> [message["role"] for message in found["messages"]], found["n_unused"]
+    (['user', 'assistant'], 1)
+    """
+    n_used = _n_used(turns, asking)
+    messages = []
+    problem = ""
+    for turn in turns[:n_used]:
+        message, reason = _message(turn)
+        problem = problem or reason
+        if message["content"].strip():
+            messages.append(message)
+        elif message["role"] == "assistant":
+            problem = problem or "an assistant's turn is empty"
+    messages = taking_turns(messages)
+    questions = [m["content"] for m in messages if m["role"] == "user"]
+    answers = [m["content"] for m in messages if m["trains"]]
+    if not questions:
+        problem = problem or "no turn by a user"
+    elif not asking and not answers:
+        problem = problem or "no turn by an assistant after it, or of weight 0 alone"
     return {
-        "instruction": "\n\n".join(turn.text for turn in prompt),
-        "input": "\n\n".join(f"{turn.who.capitalize()}: {turn.text.strip()}" for turn in earlier),
-        "output": output,
-        "left_out": problems[0] if problems else "",
-        "n_system": sum(turn.who == "system" for turn in prompt),
-        "n_earlier": len(earlier),
-        # one more is the answer, if there is one
-        "n_unused": max(0, len(said) - len(prompt) - len(earlier) - 1),
+        "messages": messages,
+        "instruction": questions[-1] if questions else "",
+        "input": "",
+        "output": answers[-1] if answers and not asking else "",
+        "left_out": problem,
+        "n_unused": len(turns) - n_used,
     }
 
 
-def _first_answer(said: list[_Turn]) -> int:
-    """Index of the first assistant's turn after one of a user; the number of turns if there is
-    none.
+def _n_used(turns: list, asking: bool) -> int:
+    """How many turns are used: up to the last answer, or up to the last question if the
+    conversation is to be asked.
     """
+    last = "user" if asking else "assistant"
+    places = [place for place, turn in enumerate(turns) if _who(turn) == last]
+    return places[-1] + 1 if places else len(turns)
+
+
+def taking_turns(messages: list[dict]) -> list[dict]:
+    """Messages in which nobody speaks twice in a row: what was said together is joined by a blank
+    line, and trains if all of it may. An answer that follows no question does not train.
+    """
+    joined = []
     asked = False
-    for i, turn in enumerate(said):
-        if turn.who == "user":
-            asked = True
-        if turn.who == "assistant" and asked:
-            return i
-    return len(said)
+    for message in messages:
+        asked = asked or message["role"] == "user"
+        trains = message["trains"] and asked
+        if joined and joined[-1]["role"] == message["role"]:
+            before = joined.pop()
+            trains = trains and before["trains"]
+            message = {**message, "content": f"{before['content']}\n\n{message['content']}"}
+        joined.append({**message, "trains": trains})
+    return joined
 
 
-def _last_question(said: list[_Turn]) -> tuple[list[_Turn], list[_Turn]]:
-    """What was said earlier, and the turns to be asked: system prompts and the user's last ones."""
-    start = len(said)
-    while start and said[start - 1].who != "assistant":
-        start -= 1
-    system = [turn for turn in said[:start] if turn.who == "system"]
-    earlier = [turn for turn in said[:start] if turn.who != "system"]
-    return earlier, system + said[start:]
-
-
-def _turn(turn: object) -> _Turn:
-    if not isinstance(turn, dict):
-        turn = {}
-    word = str(turn.get("role") or turn.get("from")).strip().lower()
-    who = ""
-    for speaker, words in ROLES.items():
-        if word in words:
-            who = speaker
+def _message(turn: object) -> tuple[dict[str, object], str]:
+    """A turn as a message, and why it cannot be used, or nothing."""
+    who = _who(turn)
     text, problem = _text(turn)
+    fields = turn if isinstance(turn, dict) else {}
     if not who:
+        word = str(_first_of(fields, _WHO)).strip().lower()
         problem = f"the role {word[:40]!r} is neither system, user nor assistant"
-    elif turn.get("deleted"):
+    elif fields.get("deleted"):
         problem = "a turn is deleted"
-    elif turn.get("tool_calls") or turn.get("function_call"):
+    elif fields.get("tool_calls") or fields.get("function_call"):
         problem = "an assistant's turn calls a tool"
-    return _Turn(who, text, problem, turn.get("weight") != 0)
+    trains = who == "assistant" and fields.get("weight") != 0 and fields.get("train") is not False
+    return {"role": who, "content": text, "trains": trains}, problem
 
 
-def _text(turn: dict[str, object]) -> tuple[str, str]:
+def _who(turn: object) -> str:
+    """system, user or assistant; nothing if the role is another one."""
+    word = _first_of(turn, _WHO) if isinstance(turn, dict) else None
+    if isinstance(word, dict):
+        word = word.get("role")
+    letters = re.sub(r"[\W\d_]", "", str(word).lower())
+    for speaker, words in ROLES.items():
+        if letters in words:
+            return speaker
+    return ""
+
+
+def _first_of(fields: dict, names: tuple[str, ...]) -> object:
+    for name in names:
+        if fields.get(name) is not None:
+            return fields[name]
+    return None
+
+
+def _text(turn: object) -> tuple[str, str]:
     """What a turn says, its parts joined as chat templates join them; and a problem if a part is
     not text.
     """
-    content = ""
-    for key in ("text", "value", "content"):
-        if turn.get(key) is not None:
-            content = turn[key]
+    content = _first_of(turn, _WHAT) if isinstance(turn, dict) else None
+    if content is None:
+        return "", ""
     text = ""
     for part in content if isinstance(content, list) else [content]:
         words = part.get("text") if isinstance(part, dict) else part
@@ -227,25 +286,22 @@ def _text(turn: dict[str, object]) -> tuple[str, str]:
     return text, ""
 
 
-def _exchanges_of_trees(rows: datasets.Dataset, asking: bool) -> datasets.Dataset:
-    """One row for each tree: its first message, and after it the best replies."""
-    messages = rows.to_pandas().astype(object)
+def _of_trees(table, asking: bool) -> Iterator[dict[str, object]]:
+    """One conversation for each tree: its first message, and after it the best replies."""
+    names = [*_TREE, "rank", "deleted"]
+    messages = pandas.DataFrame(table.rows(names), columns=names, dtype=object)
     messages = messages.where(messages.notna(), None)
     has_parent = messages["parent_id"].map(bool)
     is_reply = has_parent & messages["parent_id"].isin(messages["message_id"])
-    ranked = messages[is_reply]
-    if "rank" in messages:
-        ranked = ranked.sort_values("rank", kind="stable")
+    ranked = messages[is_reply].sort_values("rank", kind="stable")
     replies = {name: group.to_dict("records") for name, group in ranked.groupby("parent_id")}
-    found = []
     for number, root in messages[~is_reply].to_dict("index").items():
         turns = [root] if asking else _best_turns(root, replies)
-        row = _exchange(turns, asking)
+        row = conversation(turns, asking)
         row["row"] = number
         if has_parent[number]:
             row["left_out"] = "the message it replies to is not in the data"
-        found.append(row)
-    return datasets.Dataset.from_list(found, features=_FEATURES)
+        yield row
 
 
 def _best_turns(root: dict[str, object], replies: dict[str, list[dict]]) -> list[dict[str, object]]:
@@ -254,11 +310,11 @@ def _best_turns(root: dict[str, object], replies: dict[str, list[dict]]) -> list
     message = root
     while message is not None:
         turns.append(message)
-        speaker = _turn(message).who
         ranked = replies.pop(message["message_id"], [])
+        speaker = _who(message)
         message = None
         for reply in ranked:
-            if not reply.get("deleted") and _turn(reply).who != speaker:
+            if not reply.get("deleted") and _who(reply) != speaker:
                 message = reply
                 break
     return turns

@@ -1,20 +1,24 @@
 """From rows to tokens: split, fill the prompt template, mask the prompt.
 
-A row has the columns *instruction, input, output* of Stanford Alpaca. What trains is the answer
-and its end token, nothing else: the prompt's labels are -100, which PyTorch's cross entropy
-ignores. (An appendix of the QLoRA paper compares this with training on the instruction too.) The
-end token is what teaches the model to stop.
+A row has the columns *instruction, input, output* of Stanford Alpaca, or it is a conversation. What
+trains is the answer and its end token, nothing else: the prompt's labels are -100, which PyTorch's
+cross entropy ignores. (An appendix of the QLoRA paper compares this with training on the
+instruction too.) The end token is what teaches the model to stop. Of a conversation every answer of
+the assistant trains, or its last one (`train_on`); how it is written is its chat template's affair
+(`chat_templates`).
 
 The micro-world that ships with the kit has its own held-out split; of any other data the first
-`eval_rows` of a fixed shuffle are held out. Caching and mapping are the work of `datasets`.
+`eval_rows` of a fixed shuffle are held out. Mapping is the work of `datasets`.
 """
+
+from dataclasses import dataclass
 
 import datasets
 from transformers import PreTrainedTokenizerBase
 
 from qlora_nb import pocket
 from qlora_nb.errors import KitError
-from qlora_nb.model import chunked_loss, reading
+from qlora_nb.model import chat_templates, chunked_loss, conversations, reading
 
 _WITH_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 
@@ -37,7 +41,42 @@ SPLIT_SEED = 2305
 """The held-out rows are the same for every training seed."""
 
 
+@dataclass
+class Split:
+    """The rows to train on and those held out, as texts.
+
+    Attributes:
+        source: what they were read from, with all that was left out; None for the micro-world.
+        n_duplicates: rows of the data that are there before, word for word.
+        n_in_both: held-out rows that are training rows too, word for word.
+    """
+
+    train: datasets.Dataset
+    held_out: datasets.Dataset
+    source: reading.Rows | None
+    n_duplicates: int
+    n_in_both: int
+
+    def remarks(self) -> list[str]:
+        """What there is to say about them, a sentence each."""
+        lines = self.source.remarks() if self.source else []
+        if self.n_in_both:
+            lines.append(
+                f"{self.n_in_both} of {len(self.held_out)} held-out rows are training rows too, "
+                "word for word: they measure memory"
+            )
+        return lines
+
+
 def load(settings) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Training and held-out rows of `split`; prints what there is to say about them."""
+    found = split(settings)
+    for line in found.remarks():
+        print(line)
+    return found.train, found.held_out
+
+
+def split(settings) -> Split:
     """Training and held-out rows for the resolved `dataset`, `train_rows` and `eval_rows`.
 
     No more training rows are taken than the run's steps will see, so that nothing is tokenized for
@@ -46,50 +85,56 @@ def load(settings) -> tuple[datasets.Dataset, datasets.Dataset]:
     Raises:
         KitError: the data cannot be read, lacks a column, or has too few rows.
     """
+    source = None
+    as_chat = settings.prompt_template == "chat"
     if settings.dataset == "pocket":
-        train = datasets.Dataset.from_list(pocket.read("train"))
-        held_out = datasets.Dataset.from_list(pocket.read("test")[: settings.eval_rows])
+        rows = pocket.read("train")
+        asked = pocket.read("test")[: settings.eval_rows]
+        if as_chat:
+            rows = [row | conversations.of_instruction(row) for row in rows]
+            asked = [row | conversations.of_instruction(row) for row in asked]
+        train = datasets.Dataset.from_list(rows)
+        held_out = datasets.Dataset.from_list(asked)
     else:
-        rows = reading.read(settings.dataset, settings.columns)
-        _require_enough(len(rows), settings)
-        rows = rows.shuffle(seed=SPLIT_SEED)
+        source = reading.read(settings.dataset, settings.columns, as_chat=as_chat)
+        _require_enough(source, settings)
+        rows = source.kept.shuffle(seed=SPLIT_SEED)
         held_out = rows.take(settings.eval_rows)
         train = rows.skip(settings.eval_rows)
+    n_duplicates = int(_texts(datasets.concatenate_datasets([train, held_out])).duplicated().sum())
     n_train = settings.train_rows
     if not settings.packing:
         n_train = min(n_train, settings.max_steps * settings.rows_in_a_step)
     train = train.shuffle(seed=settings.seed)
     train = train.take(min(len(train), n_train))
-    _say_overlap(train, held_out)
-    return train, held_out
+    n_in_both = len(_texts(held_out).merge(_texts(train).drop_duplicates()))
+    return Split(train, held_out, source, n_duplicates, n_in_both)
 
 
-def _require_enough(n_rows: int, settings) -> None:
+def _texts(rows: datasets.Dataset):
+    """What a row says as one column of text, as a table of pandas."""
+    if "messages" in rows.column_names:
+        rows = rows.select_columns(["messages"])
+    return rows.to_pandas().astype(str)
+
+
+def _require_enough(source: reading.Rows, settings) -> None:
+    n_rows = len(source.kept)
     if n_rows > settings.eval_rows:
         return
     remedy = "bring more rows"
     if n_rows > 1:
         remedy = f"set eval_rows to {max(1, n_rows // 5)} or bring more rows"
-    raise KitError(
+    what = (
         f"the data has {n_rows} usable rows, "
-        f"too few for {settings.eval_rows} held-out rows and one to train on",
-        value=settings.dataset,
-        remedy=remedy,
+        f"too few for {settings.eval_rows} held-out rows and one to train on"
     )
-
-
-def _say_overlap(train: datasets.Dataset, held_out: datasets.Dataset) -> None:
-    trained = train.to_pandas().drop_duplicates()
-    n_same = len(held_out.to_pandas().merge(trained))
-    if n_same:
-        print(
-            f"{n_same} of {len(held_out)} held-out rows are training rows too, word for word: "
-            "they measure memory"
-        )
+    what = "; ".join([what, *source.remarks()])
+    raise KitError(what, value=settings.dataset, remedy=remedy)
 
 
 def prompt_of(row: dict[str, str], template: str = "alpaca") -> str:
-    """The text the model is given for a row.
+    """The text the model is given for an instruction row.
 
     >>> prompt_of({"instruction": "Say hi.", "input": ""})[-27:]
     'on:\\nSay hi.\\n\\n### Response:\\n'
@@ -104,6 +149,9 @@ def prompt_ids(row: dict[str, str], tokenizer: PreTrainedTokenizerBase, template
     """Token ids of a row's prompt. Some tokenizers put the end token behind every text: not behind
     a text that is to be continued.
     """
+    if "messages" in row:
+        text = chat_templates.prompt_text(row["messages"], tokenizer)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
     ids = tokenizer(prompt_of(row, template))["input_ids"]
     while ids[-1] == tokenizer.eos_token_id:
         ids.pop()
@@ -116,71 +164,109 @@ def tokenize_rows(
     """Rows → `input_ids` and `labels` of equal length, and `row`, the number of the row they come
     from: prompt labels are -100, the end token is labelled.
 
-    A row longer than `max_length` tokens loses the end of its answer but keeps its end token, so
-    that the model still learns to stop; how many rows that hits is printed. A row whose prompt
-    alone is too long is left out. Rows whose text holds one of the tokenizer's special tokens
-    (`<|endoftext|>` in an answer becomes the end token) are counted too.
+    A row longer than `max_length` tokens loses its end, but keeps an end token if that lay in an
+    answer, so that the model still learns to stop; how many rows that hits is printed. A row whose
+    prompt alone is too long is left out. Rows whose text holds one of the tokenizer's special
+    tokens (`<|endoftext|>` in an answer becomes the end token) are counted too.
 
     Raises:
         KitError: no row is left.
     """
-    max_length = settings.max_length
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special.discard(tokenizer.unk_token_id)  # any unknown character becomes this one
-    encoded = rows.map(
-        _encode_row,
-        with_indices=True,
-        fn_kwargs={
-            "tokenizer": tokenizer,
-            "max_length": max_length,
-            "template": settings.prompt_template,
-            "special": special,
-        },
-        remove_columns=rows.column_names,
-        desc="tokenizing",
-    )
-    whole = encoded.filter(lambda row: not row["too_long"])
-    n_cut = sum(whole["cut"])
-    n_out = len(encoded) - len(whole)
-    if n_cut or n_out:
-        print(
-            f"{n_cut} of {len(encoded)} answers cut to max_length={max_length} tokens, "
-            f"{n_out} rows left out (prompt too long)"
-        )
-    found = [token for token in whole["special"] if token]
-    if found:
-        print(
-            f"{len(found)} of {len(whole)} rows write a special token in their text, "
-            f"as {found[0]!r}: it is read as that token"
-        )
+    encoded = encode_rows(rows, tokenizer, settings)
+    for line in remarks(encoded):
+        print(line)
+    return usable(encoded, settings)
+
+
+def usable(encoded: datasets.Dataset, settings) -> datasets.Dataset:
+    """Of what `encode_rows` returned the rows that can train, with what training needs of them."""
+    whole = encoded.filter(lambda row: not row["left_out"])
     if not len(whole):
+        reasons = sorted(set(encoded["left_out"]))
         raise KitError(
-            "no row is left: every prompt is longer than max_length",
-            value=max_length,
-            remedy="raise max_length",
+            f"no row is left: {'; '.join(reasons)}",
+            value=f"max_length={settings.max_length}",
+            remedy="raise max_length" if _TOO_LONG in reasons else "look at the data",
         )
     return whole.select_columns(["input_ids", "labels", "row"])
 
 
-def _encode_row(
-    row: dict[str, str], number: int, tokenizer, max_length: int, template: str, special: set[int]
-) -> dict[str, object]:
-    prompt = prompt_ids(row, tokenizer, template)
-    written = tokenizer(row["output"], add_special_tokens=False)["input_ids"]
-    # without what some tokenizers put before every text
-    asked = tokenizer(prompt_of(row, template), add_special_tokens=False)["input_ids"]
-    in_text = [i for i in asked + written if i in special]
-    end = [tokenizer.eos_token_id]
-    room = max_length - len(prompt)
-    answer = written + end
-    is_cut = len(answer) > room
-    if is_cut:
-        answer = written[: max(room - 1, 0)] + end
+_TOO_LONG = "the prompt is longer than max_length"
+
+
+def remarks(encoded: datasets.Dataset) -> list[str]:
+    """What happened to rows on their way to tokens, a sentence each."""
+    lines = []
+    facts = encoded.select_columns(["left_out", "n_lost", "special", "row"]).to_pandas()
+    for reason, left_out in facts[facts["left_out"] != ""].groupby("left_out", sort=False)["row"]:
+        numbers = reading.first_few(list(left_out))
+        lines.append(f"{len(left_out)} of {len(facts)} rows left out ({reason}): rows {numbers}")
+    used = facts[facts["left_out"] == ""]
+    n_cut = (used["n_lost"] > 0).sum()
+    if n_cut:
+        lines.append(
+            f"{n_cut} of {len(facts)} rows cut to max_length, {used['n_lost'].sum()} tokens lost"
+        )
+    found = used[used["special"] != ""]["special"]
+    if len(found):
+        lines.append(
+            f"{len(found)} of {len(used)} rows write a special token in their text, "
+            f"as {found.iloc[0]!r}: it is read as that token"
+        )
+    return lines
+
+
+def encode_rows(
+    rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, settings
+) -> datasets.Dataset:
+    """As `tokenize_rows`, with the rows that cannot train, and for each row `left_out` (why, or
+    nothing), `n_lost` (tokens that were cut off) and `special` (a special token in its text).
+    """
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special.discard(tokenizer.unk_token_id)  # any unknown character becomes this one
+    return rows.map(
+        _encode_row,
+        with_indices=True,
+        fn_kwargs={"tokenizer": tokenizer, "settings": settings, "special": special},
+        remove_columns=rows.column_names,
+        desc="tokenizing",
+    )
+
+
+def _encode_row(row: dict, number: int, tokenizer, settings, special: set[int]) -> dict:
+    texts = [row["instruction"], row["input"], row["output"]]
+    ids = []
+    trains = []
+    left_out = ""
+    if row.get("messages"):
+        texts = [message["content"] for message in row["messages"]]
+        try:
+            text, spans = chat_templates.text_and_spans(
+                row["messages"], tokenizer, settings.train_on
+            )
+            ids, trains = chat_templates.encode(text, spans, tokenizer)
+        except ValueError as error:
+            left_out = str(error)
+    else:
+        prompt = prompt_ids(row, tokenizer, settings.prompt_template)
+        written = tokenizer(row["output"], add_special_tokens=False)["input_ids"]
+        answer = [*written, tokenizer.eos_token_id]
+        ids = prompt + answer
+        trains = [False] * len(prompt) + [True] * len(answer)
+    last = max((place for place, train in enumerate(trains) if train), default=0)
+    kept = ids[: settings.max_length]
+    trains = trains[: settings.max_length]
+    if len(kept) < len(ids) and trains[-1]:
+        kept[-1] = ids[last]  # the token that ends an answer
+    if ids and sum(trains) < 2:
+        left_out = _TOO_LONG
+    written = tokenizer("\n".join(texts), add_special_tokens=False)["input_ids"]
+    in_text = [i for i in written if i in special]
     return {
-        "input_ids": prompt + answer,
-        "labels": [chunked_loss.IGNORED] * len(prompt) + answer,
+        "input_ids": kept,
+        "labels": [i if train else chunked_loss.IGNORED for i, train in zip(kept, trains)],
         "row": number,
-        "cut": is_cut,
-        "too_long": room < 2,
+        "n_lost": len(ids) - len(kept),
+        "left_out": left_out,
         "special": tokenizer.convert_ids_to_tokens(in_text[0]) if in_text else "",
     }

@@ -24,7 +24,14 @@ from transformers import (
 
 from qlora_nb import sources
 from qlora_nb.errors import KitError, refusing
-from qlora_nb.model import device, embeddings, generation_defaults, quantized, quantized_copy
+from qlora_nb.model import (
+    chat_templates,
+    device,
+    embeddings,
+    generation_defaults,
+    quantized,
+    quantized_copy,
+)
 
 
 def ignore_checkpointing_warning() -> None:
@@ -66,7 +73,8 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
 
 
 def load_tokenizer(settings) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with a padding token that is not the end-of-text token.
+    """The model's tokenizer, with a padding token that is not the end-of-text token, and with a
+    chat template: its own, or the kit's.
 
     If both were the same, a collator that masks padding by its id would mask the end of every
     answer and the model would never learn to stop. The embedding is never resized: Pythia has 411
@@ -87,6 +95,7 @@ def load_tokenizer(settings) -> PreTrainedTokenizerBase:
             value=settings.model_id,
             remedy="name one in its tokenizer_config.json, or choose another model",
         )
+    chat_templates.give_template(tokenizer)
     if tokenizer.pad_token_id not in (None, tokenizer.eos_token_id):
         return tokenizer
     known = tokenizer.get_vocab()

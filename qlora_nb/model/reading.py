@@ -1,33 +1,18 @@
-"""From somebody's file or data set to rows of three texts: *instruction, input, output*.
+"""From somebody's table to rows that can train or be asked.
 
-`datasets` reads JSON (a list of rows, or one row a line), CSV and Parquet, a folder, or a data set
-of the hub. Around its readers stand three steps of ours:
-
-1. *Check.* The readers name no line of a damaged file, guess types ("007" becomes 7) and shift the
-   fields of a CSV row that has one too many. So JSON and CSV are parsed once before, and the first
-   line that is no row is named.
-2. *Name.* `columns` says what the data calls the three columns; data without an instruction may be
-   conversations, which `conversations` turns into questions and answers.
-3. *Keep.* A row without an instruction or an answer cannot train and is left out; how many, which
-   ones and why is printed.
+A row is an instruction, perhaps an input to it, and an output, or a conversation (`conversations`).
+`columns` says what the data calls these three. A row that lacks a needed text is left out; how
+many, which ones and why is kept, as `data_report` shows it and refusals name it.
 """
 
-import csv
-import glob
-import gzip
-import json
-import lzma
 import math
 from collections.abc import Iterator
-from pathlib import Path
-from typing import TextIO
+from dataclasses import dataclass, field
 
 import datasets
-import pandas
 
-from qlora_nb import sources
-from qlora_nb.errors import KitError, refusing
-from qlora_nb.model import conversations
+from qlora_nb.errors import KitError
+from qlora_nb.model import conversations, tables
 
 COLUMNS = ("instruction", "input", "output")
 """The columns of a row, those of Alpaca's data."""
@@ -35,133 +20,140 @@ COLUMNS = ("instruction", "input", "output")
 MOST_REASONS = 8
 """For no more reasons than this are the rows that are left out named."""
 
-_READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+_TEXT = datasets.Value("string")
 
-_OPENERS = {".gz": gzip.open, ".xz": lzma.open}
+_TEXTS = dict.fromkeys(COLUMNS, _TEXT)
+
+_MESSAGE = {"role": _TEXT, "content": _TEXT, "trains": datasets.Value("bool")}
 
 
-def read(name: str, columns: dict[str, str], asking: bool = False) -> datasets.Dataset:
+@dataclass
+class Rows:
+    """The rows of a table that can be used, and what became of the others.
+
+    Attributes:
+        kept: instruction, input, output; of conversations also `messages`.
+        n_read: rows in the data (of a tree of messages: conversations).
+        left_out: reason → numbers of the rows that are left out for it, from 0.
+        unused: columns of the data that nothing is taken from.
+        n_unused_turns: turns of conversations behind their last answer.
+    """
+
+    kept: datasets.Dataset
+    n_read: int
+    left_out: dict[str, list[int]] = field(default_factory=dict)
+    unused: list[str] = field(default_factory=list)
+    n_unused_turns: int = 0
+
+    def remarks(self) -> list[str]:
+        """A sentence for each reason for which rows are left out, and for what is not used."""
+        lines = []
+        for reason, numbers in list(self.left_out.items())[:MOST_REASONS]:
+            n_rows = f"{len(numbers)} of {self.n_read} rows are left out"
+            lines.append(f"{n_rows} ({reason}): rows {first_few(numbers)}")
+        others = list(self.left_out.values())[MOST_REASONS:]
+        if others:
+            n_others = sum(map(len, others))
+            lines.append(f"{n_others} more rows are left out for {len(others)} other reasons")
+        if self.n_unused_turns:
+            lines.append(f"{self.n_unused_turns} turns behind a last answer are not used")
+        if self.unused:
+            names = [repr(column) for column in self.unused]
+            lines.append(f"columns that are not used: {first_few(names)}")
+        return lines
+
+
+def first_few(items: list) -> str:
+    """The first five, and a sign if there are more."""
+    more = " …" if len(items) > 5 else ""
+    return ", ".join(str(item) for item in items[:5]) + more
+
+
+def read(
+    name: str, columns: dict[str, str], asking: bool = False, as_chat: bool = False
+) -> Rows:
     """The rows of a file, a folder or a hub data set, each column as text.
 
     Args:
         name: the path or the hub name.
         columns: the kit's column → the data's own name for it, where they differ.
         asking: the rows are to be asked, so they need no answer; `output` is empty.
+        as_chat: an instruction row becomes a conversation of one exchange.
 
     Raises:
         KitError: the data cannot be read, lacks a column, or holds something other than text.
     """
-    rows = _renamed(_read_table(name), columns)
-    talks = None
-    if "instruction" not in rows.column_names:
-        with _reading(name):  # the turns can be of any type
-            talks = conversations.exchanges(rows, asking)
-    found = talks if talks else _as_texts(rows, name, asking)
-    reasons = found.select_columns(["left_out", "row"]).to_pandas()
-    _say_left_out(reasons[reasons["left_out"] != ""], len(found))
-    kept = found.filter(lambda row: not row["left_out"], desc="checking")
-    unused = sorted(set(rows.column_names) - set(COLUMNS))
-    if talks:
-        conversations.say_what_is_taken(kept)
-    elif unused:
-        print(f"columns that are not used: {_first([repr(column) for column in unused])}")
-    return kept.select_columns(list(COLUMNS))
+    table = _own_names(tables.read_table(name), columns)
+    talks = conversations.of_table(table, asking)
+    if talks is not None:
+        return _sorted_out(list(talks), unused=[])
+    texts = []
+    for row in _as_texts(table, name, asking):
+        if as_chat:
+            row = {**conversations.of_instruction(row, asking), "row": row["row"]}
+        texts.append(row)
+    return _sorted_out(texts, sorted(set(table.columns) - set(COLUMNS)))
 
 
-def _read_table(name: str) -> datasets.Dataset:
-    path = sources.local_path(name)
-    with _reading(path.name):
-        if path.is_dir():
-            return datasets.load_dataset(str(path), split="train")
-        if not path.exists():
-            return datasets.load_dataset(name, split="train")
-        return _read_file(path)
+def _sorted_out(found: list[dict], unused: list[str]) -> Rows:
+    """Rows with `left_out` (why they cannot be used, or nothing) and `row` (their number)."""
+    left_out: dict[str, list[int]] = {}
+    kept = []
+    for row in found:
+        if row["left_out"]:
+            left_out.setdefault(row["left_out"], []).append(row["row"])
+        else:
+            kept.append(row)
+    features = dict(_TEXTS)
+    if found and "messages" in found[0]:
+        features["messages"] = [_MESSAGE]
+    columns = {name: [row[name] for row in kept] for name in features}
+    dataset = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    n_unused_turns = sum(row.get("n_unused", 0) for row in kept)
+    return Rows(dataset, len(found), left_out, unused, n_unused_turns)
 
 
-def _reading(name: str):
-    """Context in which whatever damaged data makes a library say becomes a refusal."""
-    remedy = "check that it is whole and in UTF-8; JSON is a list of rows or one row a line"
-    return refusing("the data cannot be read", name, remedy)
+@dataclass
+class _Renamed:
+    """A table whose columns are called by other names.
 
-
-def _read_file(path: Path) -> datasets.Dataset:
-    is_compressed = path.suffix in {".gz", ".xz", ".zst"}
-    uncompressed = path.with_suffix("") if is_compressed else path
-    suffix = uncompressed.suffix.lower()
-    if suffix not in _READERS or not path.is_file():
-        raise ValueError(f"it is no file that ends in {', '.join(_READERS)}")
-    options = {}
-    if suffix != ".parquet" and path.suffix != ".zst":
-        opener = _OPENERS.get(path.suffix, open)
-        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
-            if suffix == ".csv":
-                options = _check_csv(file)
-            else:
-                _check_json(file)
-    files = glob.escape(str(path))
-    rows = datasets.load_dataset(_READERS[suffix], data_files=files, split="train", **options)
-    rows.data.validate(full=True)  # a damaged Parquet file can hold texts that are none
-    return rows
-
-
-def _check_csv(file: TextIO) -> dict[str, object]:
-    """Name the first line that has not as many fields as the header.
-
-    Returns:
-        Options for the reader: the separator, and that every field is text ("NA", "" and "007").
+    Attributes:
+        names: name → the table's own name for the column.
     """
-    separator = max(",;\t", key=file.readline().count)
-    file.seek(0)
-    csv.field_size_limit(2**31 - 1)
-    lines = csv.reader(file, delimiter=separator)
-    rows = filter(None, lines)  # blank lines are no rows
-    names = next(rows, [])
-    for row in rows:
-        if len(row) != len(names):
-            n_fields = f"{len(row)} fields, the first line {len(names)}"
-            raise ValueError(f"line {lines.line_num} has {n_fields}")
-    named = [name or f"Unnamed: {i}" for i, name in enumerate(names)]  # as pandas calls them
-    texts = datasets.Features(dict.fromkeys(named, datasets.Value("string")))
-    return {"sep": separator, "keep_default_na": False, "features": texts}
+
+    table: tables.Table
+    names: dict[str, str]
+
+    @property
+    def columns(self) -> list[str]:
+        return list(self.names)
+
+    def rows(self, columns: list[str]) -> Iterator[dict[str, object]]:
+        for row in self.table.rows([self.names.get(name, name) for name in columns]):
+            yield {name: row[self.names.get(name, name)] for name in columns}
 
 
-def _check_json(file: TextIO) -> None:
-    """Name the first line that is not JSON, or the first row that has no named columns."""
-    is_list = file.read(4096).lstrip().startswith("[")
-    file.seek(0)
-    rows = json.load(file) if is_list else _json_lines(file)
-    for i, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise ValueError(f"row {i} has no named columns: {row!r:.60}")
-
-
-def _json_lines(file: TextIO) -> Iterator[object]:
-    for n, line in enumerate(file, start=1):
-        try:
-            if line.strip():
-                yield json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"line {n}: {error.msg} at character {error.colno}") from None
-
-
-def _renamed(rows: datasets.Dataset, columns: dict[str, str]) -> datasets.Dataset:
+def _own_names(table: tables.Table, columns: dict[str, str]) -> _Renamed:
     """Call the data's own columns what the kit calls them; a column that had such a name before
-    goes.
+    goes. A question in a column `prompt` and an answer in `completion` need no renaming.
     """
-    there = rows.column_names
     theirs = set(columns.values())
-    if len(theirs & set(there)) < len(columns):
+    if len(theirs & set(table.columns)) < len(columns):
         raise KitError(
             "columns names what the data does not have, or one column of the data twice",
             value=columns,
-            allowed=f"{', '.join(there)}, each once",
+            allowed=f"{', '.join(table.columns)}, each once",
         )
-    replaced = [name for name in columns if name in there and name not in theirs]
-    new_names = {own: column for column, own in columns.items() if own != column}
-    return rows.remove_columns(replaced).rename_columns(new_names)
+    names = {name: name for name in table.columns if name not in theirs}
+    names.update(columns)
+    if conversations.are_prompts(table) and "instruction" not in names:
+        names["instruction"] = names.pop("prompt")
+        if "completion" in names:
+            names["output"] = names.pop("completion")
+    return _Renamed(table, names)
 
 
-def _as_texts(rows: datasets.Dataset, name: str, asking: bool) -> datasets.Dataset:
+def _as_texts(table: _Renamed, name: str, asking: bool) -> Iterator[dict[str, object]]:
     """The three columns of every row, `left_out` (why it cannot be used, or nothing) and `row`, its
     number. Whatever is not there is empty text, and so is an answer that is not needed.
 
@@ -169,23 +161,17 @@ def _as_texts(rows: datasets.Dataset, name: str, asking: bool) -> datasets.Datas
         KitError: a needed column is missing, or a value is something other than text.
     """
     needed = ["instruction"] if asking else ["instruction", "output"]
-    there = rows.column_names
-    used = [column for column in there if column == "input" or column in needed]
-    missing = [column for column in needed if column not in there]
+    missing = [column for column in needed if column not in table.columns]
     if missing:
         raise KitError(
             f"the data has no column {' and '.join(missing)}",
-            value=", ".join(there),
-            allowed="instruction, output, input if there is one; "
-            "or a conversation (messages, OASST, Guanaco)",
+            value=", ".join(table.columns),
+            allowed="instruction, output, input if there is one; prompt and completion; "
+            "or a conversation (messages, conversations, OASST, Guanaco)",
             remedy="name them, as columns=instruction=question,output=answer",
         )
-
-    how = {"name": Path(name).name, "needed": needed}
-    with _reading(name):
-        return rows.select_columns(used).map(
-            _as_text, with_indices=True, fn_kwargs=how, features=conversations.ROW
-        )
+    for number, row in enumerate(table.rows([*needed, "input"])):
+        yield _as_text(row, number, name, needed)
 
 
 def _as_text(row: dict, number: int, name: str, needed: list[str]) -> dict[str, object]:
@@ -206,21 +192,3 @@ def _as_text(row: dict, number: int, name: str, needed: list[str]) -> dict[str, 
             found["left_out"] = f"no {column}"
         found[column] = value
     return found
-
-
-def _say_left_out(left_out: pandas.DataFrame, n_rows: int) -> None:
-    """One line for each reason: how many rows, which ones."""
-    by_reason = left_out.groupby("left_out", sort=False)["row"].apply(list)
-    for reason, numbers in by_reason.head(MOST_REASONS).items():
-        rows = _first(numbers)
-        print(f"{len(numbers)} of {n_rows} rows are left out ({reason}): rows {rows}")
-    others = by_reason.iloc[MOST_REASONS:]
-    if len(others):
-        n_others = others.map(len).sum()
-        print(f"{n_others} more rows are left out for {len(others)} other reasons")
-
-
-def _first(items: list) -> str:
-    """The first five, and a sign if there are more."""
-    more = " …" if len(items) > 5 else ""
-    return ", ".join(str(item) for item in items[:5]) + more

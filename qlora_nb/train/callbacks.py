@@ -186,7 +186,7 @@ class Sample(TrainerCallback):
         self.tokenizer = tokenizer
         self.settings = settings
         self.held_out = held_out
-        self.row = generate.row_of(settings.prompts[0])
+        self.row = generate.row_of(settings.prompts[0], settings.prompt_template)
         self.losses: dict[int, float] = {}
 
     def on_step_end(self, args, state, control, model=None, **kwargs):

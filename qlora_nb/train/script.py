@@ -9,6 +9,7 @@ sequences share a pass: there they stand one after another, and dropout draws ot
 """
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 from datasets import Dataset
@@ -18,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from qlora_nb import sources
 from qlora_nb.errors import KitError
 from qlora_nb.memory import dry_run
-from qlora_nb.model import batching, configs, data, device, load, probes
+from qlora_nb.model import batching, chat_templates, configs, data, device, load, probes
 from qlora_nb.record import files, runs, seal
 from qlora_nb.train import attach
 
@@ -57,11 +58,11 @@ def write_untrained(settings, out: str = "") -> list[Path]:
     """
     require_plain(settings)
     tokenizer = load.load_tokenizer(settings)
+    texts, _ = data.load(settings)
+    rows = data.tokenize_rows(texts, tokenizer, settings)
     model = configs.meta_model(configs.config_of(settings.model_id))
     probes.require_positions(model, settings.max_length)
     targets = attach.layers_to_adapt(model, settings)
-    texts, _ = data.load(settings)
-    rows = data.tokenize_rows(texts, tokenizer, settings)
     if settings.packing:
         rows = batching.pack(rows, settings.max_length)
     rows = batching.in_training_order(rows, settings)
@@ -98,7 +99,10 @@ def write(
     """
     require_plain(settings)
     _require_own(folder)
-    with_input, without_input = data.TEMPLATES[settings.prompt_template]
+    is_chat = "messages" in texts.column_names
+    with_input = without_input = ""
+    if not is_chat:
+        with_input, without_input = data.TEMPLATES[settings.prompt_template]
     loss_chunk = settings.loss_chunk
     if not dry_run.head_is_last(configs.config_of(settings.model_id)):
         loss_chunk = 0
@@ -110,6 +114,8 @@ def write(
         "model": sources.seen_from_anywhere(sources.model_path(settings.model_id)),
         "saved_in_4_bit": load.was_quantized(settings),
         "targets": sorted(targets),
+        "chat_template": tokenizer.get_chat_template() if is_chat else None,
+        "turn_end": chat_templates.turn_end(tokenizer),
         "with_input": with_input,
         "without_input": without_input,
         "pad_token": str(tokenizer.pad_token),
@@ -125,7 +131,11 @@ def write(
     )
     templates.filters["repr"] = repr
     templates.filters["named"] = _named
-    contents = {"rows.jsonl": _rows_as_text(rows, texts)}
+    if is_chat:
+        written = [_chat_as_text(row["messages"], tokenizer, settings) for row in texts]
+    else:
+        written = texts.select_columns(["instruction", "input", "output"]).to_list()
+    contents = {"rows.jsonl": _in_order(rows, written)}
     for name in ("train.py", "ask.py"):
         contents[name] = templates.get_template(f"{name}.j2").render(facts)
     for name, text in contents.items():
@@ -152,12 +162,19 @@ def _named(value: object, name: str) -> str:
     return line
 
 
-def _rows_as_text(rows: Dataset, texts: Dataset) -> str:
+def _chat_as_text(messages: list[dict], tokenizer, settings) -> dict[str, object] | None:
+    """A conversation as the chat template writes it, and which stretches of it train; None if the
+    template refuses it.
+    """
+    with suppress(ValueError):
+        text, spans = chat_templates.text_and_spans(messages, tokenizer, settings.train_on)
+        return {"text": text, "trains": spans}
+
+
+def _in_order(rows: Dataset, written: list[dict[str, object]]) -> str:
     """A JSON line for each row of training, for each packed sequence a list of its rows."""
-    texts = texts.select_columns(["instruction", "input", "output"])[:]
     lines = []
     for number in rows["row"]:
-        numbers = number if isinstance(number, list) else [number]
-        found = [{name: column[i] for name, column in texts.items()} for i in numbers]
-        lines.append(json.dumps(found if isinstance(number, list) else found[0]) + "\n")
+        found = [written[i] for i in number] if isinstance(number, list) else written[number]
+        lines.append(json.dumps(found) + "\n")
     return "".join(lines)

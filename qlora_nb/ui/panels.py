@@ -146,6 +146,7 @@ class SideBySide:
         self.tokenizer = tokenizer
         self.settings = settings
         self.stopping = threading.Event()
+        self.turns = {"base": [], "tuned": []}
         self.prompt = widgets.text_box("prompt", value=settings.prompts[0])
         controls = [
             widgets.float_slider("temperature", settings.temperature, 0, 2, 0.1),
@@ -158,6 +159,9 @@ class SideBySide:
         self.ask.on_click(lambda _: self.start())
         self.stop_button = W.Button(description="Stop", icon="stop", disabled=True)
         self.stop_button.on_click(lambda _: self.stopping.set())
+        is_chat = settings.prompt_template == "chat"
+        self.goes_on = W.Checkbox(is_chat, description="go on with the conversation")
+        self.goes_on.observe(lambda _: self.forget(), "value")
         self.note = W.Label(
             "first line: the instruction; the rest: the input; temperature 0 is greedy"
         )
@@ -176,7 +180,7 @@ class SideBySide:
             [
                 self.prompt,
                 *self.controls.values(),
-                W.HBox([self.ask, self.stop_button]),
+                W.HBox([self.ask, self.stop_button, self.goes_on]),
                 self.note,
                 W.HBox(sides, layout=W.Layout(width="97%")),
                 self.positions,
@@ -210,11 +214,12 @@ class SideBySide:
         chosen = {name: control.value for name, control in self.controls.items()}
         settings = self.settings.replace(**chosen)
         self.note.value = "answering"
-        row = generate.row_of(self.prompt.value)
-        for name in self.answers:
+        rows = {name: self._row(name) for name in self.answers}
+        for name, row in rows.items():
             self._answer(name, row, settings)
             if self.stopping.is_set():
                 break
+        row = rows["tuned"]
         answer = self.answers["tuned"].value
         steps = generate.next_tokens_along(self.model, self.tokenizer, row, settings, answer)
 
@@ -231,6 +236,17 @@ class SideBySide:
         said += [f"  {name}: {box.value}" for name, box in self.answers.items()]
         self.history.value = "\n".join([*said, "", self.history.value])
 
+    def forget(self) -> None:
+        """Begin a new conversation."""
+        self.turns = {"base": [], "tuned": []}
+
+    def _row(self, name: str) -> dict[str, object]:
+        """What a model is asked: the prompt, or all that was said with it and then the prompt."""
+        if not self.goes_on.value:
+            return generate.row_of(self.prompt.value, self.settings.prompt_template)
+        question = {"role": "user", "content": self.prompt.value}
+        return generate.chat_row([*self.turns[name], question])
+
     def _answer(self, name: str, row: dict, settings) -> None:
         """Stream the answer of the "base" or the "tuned" model into its box, then what it cost."""
         box = self.answers[name]
@@ -242,6 +258,8 @@ class SideBySide:
             self.model, self.tokenizer, row, settings, tuned, self.stopping
         ):
             box.value = said.text
+        question = {"role": "user", "content": self.prompt.value}
+        self.turns[name] += [question, {"role": "assistant", "content": said.text}]
         cost.value = (
             f"{said.n_tokens} tokens · first after {1000 * said.first_token_s:.0f} ms · "
             f"{said.tokens_per_s:.0f} tokens/s · "

@@ -1,0 +1,203 @@
+"""Chat templates: a conversation as the text that a model reads, and which stretches of it train.
+
+A model that was tuned to chat brings a template (Jinja, in its tokenizer): how turns follow each
+other, and with which special tokens they begin and end. A base model such as Pythia brings none and
+is given the kit's own, `TEMPLATE`, whose turns look like Alpaca's prompts.
+
+Only the assistant's answers train, each with the token that ends it. Some templates mark them
+(`{% generation %}`), and then the tokenizer's own mask says where they are. In the others they are
+found turn by turn: what the template writes up to a question is the beginning of what it writes up
+to the answer, and this is checked; where a template rewrites earlier turns (Qwen3 takes their
+thoughts out), the words of the answer are looked for.
+"""
+
+import re
+from itertools import groupby
+
+from transformers import PreTrainedTokenizerBase
+
+from qlora_nb.model import conversations
+
+TEMPLATE = (
+    "{% for turn in messages %}"
+    "{% if turn.role == 'system' %}{{ turn.content + '\n\n' }}"
+    "{% elif turn.role == 'user' %}"
+    "{{ '### Instruction:\n' + turn.content + '\n\n### Response:\n' }}"
+    "{% else %}{{ turn.content + eos_token }}{% if not loop.last %}{{ '\n\n' }}{% endif %}"
+    "{% endif %}{% endfor %}"
+)
+"""For a tokenizer that brings none: one exchange reads as with `prompt_template=alpaca_short`."""
+
+Spans = list[tuple[int, int]]
+"""Beginnings and ends of stretches of a text (characters)."""
+
+
+def give_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a tokenizer without a chat template the kit's own, with the token that it begins texts
+    with.
+    """
+    if tokenizer.chat_template is None:
+        begins = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+        tokenizer.chat_template = "{{ bos_token }}" * begins + TEMPLATE
+
+
+def prompt_text(messages: list[dict], tokenizer: PreTrainedTokenizerBase) -> str:
+    """What a model reads before it answers the last question of a conversation.
+
+    Raises:
+        ValueError: the template refuses this conversation; says why.
+    """
+    question = messages
+    while question and question[-1]["role"] == "assistant":
+        question = question[:-1]
+    return _render(_accepted(question, tokenizer), tokenizer, asking=True)
+
+
+def text_and_spans(
+    messages: list[dict], tokenizer: PreTrainedTokenizerBase, train_on: str
+) -> tuple[str, Spans]:
+    """A conversation as text, and where in it the answers that train stand.
+
+    Args:
+        messages: as `conversations.conversation` returns them.
+        tokenizer: with a chat template.
+        train_on: "all" answers of the assistant, or its "last" one.
+
+    Raises:
+        ValueError: the template refuses this conversation, or an answer is not found in its text.
+    """
+    messages = _accepted(messages, tokenizer)
+    text = _render(messages, tokenizer)
+    if any(m["role"] == "user" and m["content"].strip() not in text for m in messages):
+        raise ValueError("the chat template leaves out what the user says")
+    spans = _marked(messages, tokenizer) or _found(messages, text, tokenizer)
+    spans = [_with_end(text, span, tokenizer) for span in spans]
+    end = spans[-1][1]
+    if not text[:end].endswith(tuple(_special_tokens(tokenizer))):
+        text = text[:end] + tokenizer.eos_token  # else it would never learn to stop
+        spans[-1] = spans[-1][0], len(text)
+    answers = [message for message in messages if message["role"] == "assistant"]
+    chosen = [span for span, answer in zip(spans, answers, strict=True) if answer["trains"]]
+    return text, chosen[-1:] if train_on == "last" else chosen
+
+
+def encode(text: str, spans: Spans, tokenizer: PreTrainedTokenizerBase) -> tuple[list, list[bool]]:
+    """Token ids of a text, and which of them lie in a stretch that trains, be it in part: as the
+    tokenizer's own mask has it.
+    """
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    trains = []
+    for begin, end in encoded["offset_mapping"]:
+        trains.append(any(start < end and begin < stop for start, stop in spans))
+    return encoded["input_ids"], trains
+
+
+def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Id of the special token that ends an assistant's turn; None if the template writes none."""
+    exchange = conversations.of_instruction({"instruction": "a", "output": "b"})
+    try:
+        text, spans = text_and_spans(exchange["messages"], tokenizer, "all")
+    except ValueError:
+        return None
+    ids, trains = encode(text, spans, tokenizer)
+    last = [i for i, train in zip(ids, trains, strict=True) if train][-1]
+    return last if tokenizer.decode([last]) in _special_tokens(tokenizer) else None
+
+
+def _special_tokens(tokenizer) -> list[str]:
+    added = tokenizer.added_tokens_decoder.values()
+    return [str(token) for token in added if token.special]
+
+
+def _render(messages: list[dict], tokenizer, asking: bool = False) -> str:
+    try:
+        return tokenizer.apply_chat_template(
+            _plain(messages), tokenize=False, add_generation_prompt=asking
+        )
+    except Exception as error:  # a template is a program, and not ours
+        raise ValueError(f"the chat template refuses it: {error}"[:120]) from None
+
+
+def _plain(messages: list[dict]) -> list[dict[str, str]]:
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+def _accepted(messages: list[dict], tokenizer) -> list[dict]:
+    """The messages as the template takes them. One that knows no system prompt, or says nothing of
+    it, is given its text at the beginning of the next question.
+    """
+    systems = [message["content"] for message in messages if message["role"] == "system"]
+    if systems:
+        try:
+            text = _render(messages, tokenizer)
+            lost = [system for system in systems if system.strip() not in text]
+        except ValueError:
+            lost = systems
+        if lost:
+            asked = []
+            for message in messages:
+                who = "user" if message["role"] == "system" else message["role"]
+                asked.append({**message, "role": who})
+            return conversations.taking_turns(asked)
+    return messages
+
+
+def _marked(messages: list[dict], tokenizer) -> Spans:
+    """Where the answers are by the template's own marks; empty if it has none, or not one for each
+    answer.
+    """
+    if not re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()):
+        return []
+    encoded = tokenizer.apply_chat_template(
+        _plain(messages),
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        tokenizer_kwargs={"return_offsets_mapping": True},
+    )
+    tokens = zip(encoded["assistant_masks"], encoded["offset_mapping"], strict=True)
+    spans = []
+    for is_answer, group in groupby(tokens, key=lambda token: token[0]):
+        offsets = [offset for _, offset in group]
+        if is_answer:
+            spans.append((offsets[0][0], offsets[-1][1]))
+    n_answers = sum(message["role"] == "assistant" for message in messages)
+    return spans if len(spans) == n_answers else []
+
+
+def _found(messages: list[dict], text: str, tokenizer) -> Spans:
+    """Where the answers are, turn by turn."""
+    spans = []
+    for place, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = ""
+        if place:
+            before = _render(messages[:place], tokenizer, asking=True)
+        words = message["content"].strip()
+        if text.find(words, len(before)) < 0:
+            words = words.rpartition("</think>")[2].strip()
+        start = text.find(words, len(before))
+        if not text.startswith(before) or start < 0:
+            raise ValueError("the chat template writes an answer in other words")
+        end = start + len(words)
+        after = _render(messages[: place + 1], tokenizer)
+        if text.startswith(after):
+            end = len(after)
+        opened = place and before != _render(messages[:place], tokenizer)
+        if opened or not text[len(before) : start].strip():
+            start = len(before)  # with all that the model has to write itself, such as <think>
+        spans.append((start, end))
+    return spans
+
+
+def _with_end(text: str, span: tuple[int, int], tokenizer) -> tuple[int, int]:
+    """A stretch with the special token that ends it, and without the blanks behind that."""
+    start, end = span
+    said = text[start:end].rstrip()
+    if said.endswith(tuple(_special_tokens(tokenizer))):
+        return start, start + len(said)
+    behind = text[end:].lstrip()
+    for token in sorted(_special_tokens(tokenizer), key=len, reverse=True):
+        if behind.startswith(token):
+            return start, len(text) - len(behind) + len(token)
+    return span
