@@ -176,7 +176,7 @@ def test_a_csv_file_with_the_index_that_pandas_writes(tmp_path, capsys):
     path.write_text(",instruction,output\n" + "".join(f"{n},Say {n}.,{n}\n" for n in range(9)))
     rows = first_rows(path)
     assert [row["output"] for row in rows] == [str(n) for n in range(9)]
-    assert "columns that are not used: 'Unnamed: 0'" in capsys.readouterr().out
+    assert "columns that are not used: 'column 1'" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("n", [0, 1])
@@ -204,7 +204,7 @@ def test_broken_and_unknown_files_are_refused(tmp_path):
         data.load(settings_for(broken))
     other = tmp_path / "rows.txt"
     other.write_text("a")
-    with pytest.raises(KitError, match=r"cannot be read: it is no file that ends in \.json"):
+    with pytest.raises(KitError, match=r"cannot be read: its ending .*\.json"):
         data.load(settings_for(other))
 
 
@@ -350,14 +350,13 @@ def test_nothing_in_an_optional_column_is_the_empty_text(tmp_path, tokenizer, no
     assert {row["input"] for row in prompt_files.read_rows(str(path), {})} <= {"", "So."}
 
 
-def test_an_answer_that_is_nothing_is_left_out_of_any_type(tmp_path, capsys):
+def test_an_answer_that_is_nothing_is_left_out_of_any_type(tmp_path):
     import pandas
 
     path = tmp_path / "a.parquet"
     pandas.DataFrame([row | {"output": float("nan")} for row in ROWS]).to_parquet(path)
-    with pytest.raises(KitError, match="too few"):
+    with pytest.raises(KitError, match=r"too few.*8 of 8 rows are left out \(no output\)"):
         data.load(settings_for(path))
-    assert "8 of 8 rows are left out (no output)" in capsys.readouterr().out
 
 
 # --- what is counted and said ---

@@ -494,3 +494,43 @@ def test_the_datatype_is_that_of_the_machine_it_runs_on(tmp_path, monkeypatch):
         names = {"torch": torch}
         exec(line, names)
         assert names["dtype"] == dtype
+
+
+# --- conversations ---
+
+
+def chats(n: int) -> list[dict]:
+    rows = []
+    for i in range(n):
+        messages = [{"role": "system", "content": "Answer in few words."}] * (i % 2)
+        for turn in range(1 + i % 3):
+            messages.append({"role": "user", "content": f"问题 {i}.{turn}?"})
+            messages.append({"role": "assistant", "content": f"Answer {i}, 回答 {turn}."})
+        rows.append({"messages": messages})
+    return rows
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_script_of_conversations_ends_with_the_notebooks_adapter(tmp_path, packing):
+    path = tmp_path / "chats.json"
+    path.write_text(json.dumps(chats(16)), encoding="utf-8")
+    values = {"dataset": str(path), "eval_rows": 2, "packing": packing, "max_length": 70}
+    values |= {"output_dir": str(tmp_path), "lora_dropout": 0.0}
+    if packing:
+        values["per_device_train_batch_size"] = 1
+    settings = validate({**SMALL, **values})
+    losses, folder = train_by_cells(settings)
+    assert run_here(folder) == losses
+    assert same_bytes(folder)
+
+
+def test_asking_a_tuned_conversation_uses_its_template(tmp_path):
+    path = tmp_path / "chats.json"
+    path.write_text(json.dumps(chats(12)), encoding="utf-8")
+    settings = validate({**SMALL, "dataset": str(path), "eval_rows": 2, "output_dir": str(tmp_path)})
+    _, folder = train_by_cells(settings)
+    said = run_apart(folder, "ask.py", "Where is Anna?\nShe left.")
+    model = adapters.load_adapter(load.load_base(settings), folder / "adapter")
+    tokenizer = load.load_tokenizer(settings)
+    row = generate.row_of("Where is Anna?\nShe left.", "chat")
+    assert said == generate.answer_all(model, tokenizer, [row], settings)[0]

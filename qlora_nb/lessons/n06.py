@@ -1,6 +1,7 @@
 """Notebook 06, fine-tuning: its figures and exercises.
 
 - `label_mask`: a row of the data as HTML, the tokens that train marked;
+- `a_chat`: a conversation as the model reads it;
 - `lengths`: histogram of the rows' lengths;
 - `scores`: exact match by kind of question, of the baselines, the base and the tuned model;
 - `check_qlora_forward`, `check_mask_labels`: the functions that the reader writes.
@@ -19,6 +20,7 @@ from IPython.display import HTML
 from pandas.io.formats.style import Styler
 from peft import LoraConfig, inject_adapter_in_model
 
+from qlora_nb.model import chat_templates, conversations, data_report
 from qlora_nb.model.chunked_loss import IGNORED
 from qlora_nb.ui import style
 from qlora_nb.ui.written import Written
@@ -51,6 +53,27 @@ def label_mask(ids: list[int], trains: list[bool], decode: Callable[[list[int]],
         f"{''.join(cells)}</div>"
         f"<p>underlined and green: the {sum(trains)} tokens that train, of {len(ids)}</p>"
     )
+
+
+A_CHAT = [
+    {"role": "system", "content": "Answer in few words."},
+    {"role": "user", "content": "Where is the river?"},
+    {"role": "assistant", "content": "Behind the park."},
+    {"role": "user", "content": "我能步行去吗?"},
+    {"role": "assistant", "content": "可以。"},
+]
+"""A conversation in two languages; its last question is whether one can walk there."""
+
+
+def a_chat(tokenizer) -> HTML:
+    """How a conversation reaches the model, behind a line that unfolds it."""
+    messages = conversations.conversation(A_CHAT, asking=False)["messages"]
+    text, spans = chat_templates.text_and_spans(messages, tokenizer, "all")
+    ids, trains = chat_templates.encode(text, spans, tokenizer)
+    labels = [token if train else IGNORED for token, train in zip(ids, trains, strict=True)]
+    row = data_report.shown(data_report.pieces(ids, labels, tokenizer.decode))
+    summary = "<summary>How a conversation would read: every answer trains</summary>"
+    return HTML(f"<details>{summary}{row}</details>")
 
 
 @style.draws((8, 2.8), "best", xlabel="length of a row (tokens)", ylabel="rows")
