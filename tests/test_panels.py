@@ -150,6 +150,31 @@ def test_counted_tokens_are_those_that_were_made(chat):
     assert last.n_tokens == made.shape[1] - encoded["input_ids"].shape[1]
 
 
+def test_a_conversation_is_gone_on_with(chat):
+    """The second question is asked behind the first and each model's own answer to it, as the
+    tokenizer's own chat template writes it.
+    """
+    chat = panels.SideBySide(chat.model, chat.tokenizer, chat.settings)
+    chat.goes_on.value = True
+    first = ask(chat, "Where is Anna?\nAnna went to the park.")
+    second = ask(chat, "Where is Ben?")
+    chat.goes_on.value = False
+    for name, tuned in (("base", False), ("tuned", True)):
+        messages = [
+            {"role": "user", "content": "Where is Anna?\nAnna went to the park."},
+            {"role": "assistant", "content": first[name]},
+            {"role": "user", "content": "Where is Ben?"},
+        ]
+        ids = chat.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=False
+        )
+        asked = {"input_ids": ids, "max_new_tokens": 8, "do_sample": False}
+        with adapters.base_or_tuned(chat.model, tuned):
+            made = chat.model.generate(**asked)[0, ids.shape[1] :]
+        assert chat.tokenizer.decode(made, skip_special_tokens=True).strip() == second[name]
+    assert ask(chat, "Where is Anna?\nAnna went to the park.")["tuned"].startswith("To the park")
+
+
 @pytest.mark.fault(30)
 def test_model_text_is_never_html(chat):
     import ipywidgets

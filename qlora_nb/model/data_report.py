@@ -22,7 +22,7 @@ TRAINS = "border-bottom:2px solid #009e73;background:#009e7333"
 """CSS of what trains, in the colour that stands for training in every figure."""
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """What a data set holds and what a run takes of it; shown as a table.
 
@@ -42,7 +42,7 @@ class Report:
     remarks: list[str]
     first_row: list[tuple[str, bool]]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         lines = [f"{what:34} {n:>10,}" for what, n in self.counts.items()]
         lines += self.remarks
         lines.append("the first row as the model sees it; what trains stands in ⟦ ⟧:")
