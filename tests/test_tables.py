@@ -79,6 +79,8 @@ FORMS = {
     "pretty_data.json": json.dumps({"version": "1.1", "data": ROWS, "tags": ["x"]}, indent=4),
     "rows.json": json.dumps({"meta": {"license": "mit", "n": 3}, "rows": ROWS}),
     "instances.json": json.dumps({"type": "text2text", "instances": ROWS}),
+    "splits.json": json.dumps({"train": ROWS, "test": ROWS[:1]}),
+    "by_name.json": json.dumps({f"q{i}": row for i, row in enumerate(ROWS)}, indent=1),
     "one_a_list.json": json.dumps({name: [row[name] for row in ROWS] for name in NAMES}),
 }
 
@@ -129,6 +131,9 @@ def test_one_line_that_is_a_row_is_a_row(tmp_path):
     turns = {"messages": [{"role": "user", "content": "Hi"}]}
     assert read(write(tmp_path / "a.jsonl", json_lines([turns])))[1] == [turns]
     assert read(write(tmp_path / "a.json", json_lines(ROWS[:1])))[1] == ROWS[:1]
+    for more in ({}, {"model": "any"}, {"tools": [{"type": "function"}]}):
+        asked = more | turns
+        assert read(write(tmp_path / "asked.json", json.dumps(asked, indent=2)))[1] == [asked]
     context = {"instruction": "Q", "context": [{"title": "T"}]}
     assert read(write(tmp_path / "b.ndjson", json_lines([context])))[1] == [context]
 
@@ -160,6 +165,8 @@ BAD_JSON = {
     "twice.jsonl": (json_lines(ROWS) + '{"a": 1, "b": 2, "a": 3}\n', "line 4: the name 'a' occurs"),
     "twice.json": ('[{"output": "x",\n "output": "y"}]', "the name 'output' occurs more than once"),
     "twice_split.json": ('{"columns": ["a", "a"], "data": [[1, 2]]}', "occurs more than once"),
+    "splits.json": (json.dumps({"dev": ROWS, "test": ROWS}), "trained on? dev, test"),
+    "an_object_alone.json": ("{}", "holds no row"),
     "uneven.json": ('{"a": ["x"], "b": ["y", "z"]}', "same length"),
     "empty.json": ("", "holds no row"),
     "blank.jsonl": ("\n \n", "holds no row"),

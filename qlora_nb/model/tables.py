@@ -227,31 +227,44 @@ def _named(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def _unwrapped(value: object) -> list:
-    """The rows in one JSON value: a list, an object around one, a form that pandas writes, or a
-    row.
+    """The rows in one JSON value: a list, an object around one or around several splits, a form
+    that pandas writes, or a row.
 
-    >>> _unwrapped({"a": {"0": 1, "1": 2}})
+    >>> _unwrapped({"version": 1, "data": [{"a": 1}, {"a": 2}]})
     [{'a': 1}, {'a': 2}]
     """
     if isinstance(value, list):
         return value
     if not isinstance(value, dict):
         return [value]
-    tables = [
-        cell
-        for cell in value.values()
-        if isinstance(cell, list) and cell and isinstance(cell[0], dict)
-    ]
+    tables = {}
+    for name, cell in value.items():
+        if isinstance(cell, list) and cell and isinstance(cell[0], dict):
+            tables[name] = cell
+            if {"role", "content"} <= cell[0].keys():
+                return [value]  # one conversation
     if len(tables) == 1:
-        return tables[0]
+        return next(iter(tables.values()))
+    if tables:
+        return _train_of(tables)
+    return _rows_of_pandas(value)
+
+
+def _rows_of_pandas(value: dict[str, object]) -> list:
+    """The rows in what `DataFrame.to_json` writes; any other object is a row.
+
+    >>> _rows_of_pandas({"a": {"0": 1, "1": 2}})
+    [{'a': 1}, {'a': 2}]
+    """
     if "columns" in value and "data" in value:
         return [_named(list(zip(value["columns"], row, strict=True))) for row in value["data"]]
-    if all(isinstance(cell, dict | list) for cell in value.values()):
-        frame = pandas.DataFrame(value, dtype=object)
-        if all(name.isdigit() for name in value):  # they name rows
-            frame = frame.T
-        return frame.to_dict("records")
-    return [value]
+    cells = list(value.values())
+    if all(isinstance(cell, dict) for cell in cells):
+        if not all(label.isdigit() for cell in cells for label in cell):
+            return cells  # one row for each name
+    elif not all(isinstance(cell, list) for cell in cells):
+        return [value]
+    return pandas.DataFrame(value, dtype=object).to_dict("records")
 
 
 def _csv_rows(file: TextIO) -> list[dict[str, str]]:
