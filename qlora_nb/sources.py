@@ -27,6 +27,21 @@ CACHE = Path(os.environ.get("QLORA_NB_CACHE") or "~/.cache/qlora-nb").expanduser
 SMOLLM2_DIR = CACHE / "SmolLM2-135M-Instruct"
 """Where `qlora-nb fetch smollm2` puts the converted model."""
 
+DATASETS = "pocket, a hub name (owner/name), a file or a folder"
+"""What `dataset` can name."""
+
+DATA_FORMATS = {
+    ".json": "JSON",
+    ".jsonl": "JSON lines",
+    ".ndjson": "JSON lines",
+    ".csv": "CSV",
+    ".tsv": "CSV",
+    ".parquet": "Parquet",
+    ".arrow": "Arrow",
+    ".feather": "Arrow",
+}
+"""Endings of files that can be a data set → their format; JSON and CSV can be packed too."""
+
 KITS_OWN = ("pocket", "smollm2")
 """Names of models and data that never mean a folder, also where one of that name exists."""
 
@@ -95,19 +110,25 @@ def require_reachable(what: str, name: str, allowed: str) -> None:
     """
     if name in KITS_OWN:
         return
-    path = local_path(name)
+    path = local_path(name).absolute()
     if what == "model" and path.is_dir() and not (path / "config.json").is_file():
         remedy = "give a folder made by save_pretrained"
         raise KitError("the model folder has no config.json", value=name, remedy=remedy)
     if is_here(name):
         return
     is_hub_name = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)
-    names_a_file = path.suffix in (".json", ".jsonl", ".csv", ".parquet")
+    names_a_file = not DATA_FORMATS.keys().isdisjoint(path.suffixes)
     if names_a_file or not is_hub_name:
-        raise KitError(f"{what} not found", value=name, allowed=allowed, remedy="check the path")
+        raise KitError(
+            f"{what} not found: nothing lies at {path}",
+            value=name,
+            allowed=allowed,
+            remedy="check the path",
+        )
     if not in_hub_cache(name, what) and not hub_is_reachable():
         raise KitError(
-            f"the {what} {name} is not in the local cache and {hub_endpoint()} cannot be reached",
+            f"the {what} {name} is not in the local cache and {hub_endpoint()} cannot be reached; "
+            f"no folder lies at {path} either",
             remedy=(
                 "fetch it ahead on a machine with network (notebook 01, fetch_ahead=True), "
                 'or give a local path for it, or use profile="tiny"'

@@ -209,7 +209,7 @@ def test_only_safetensors_json_and_tokenizer_are_taken(hub):
     fetch.fetch_repo("a/b", say=said.append)
     assert "2 files" in said[0], "the pickle is left out"
     assert "*.bin" not in hub["asked"]["allow_patterns"]
-    assert hub["asked"]["revision"] == "abc"
+    assert hub["asked"].get("revision") is None, "only the branch's name is found without the hub"
     hub["files"] = hub["files"][1:]
     with pytest.raises(KitError, match="no safetensors"):
         fetch.fetch_repo("a/b", say=said.append)
@@ -369,6 +369,17 @@ def test_a_connection_cut_once_goes_on_and_one_cut_for_good_says_what_is_kept(lo
         assert (folder / "model.safetensors").read_bytes() == WEIGHTS
     assert fetch_from(loopback, "fine", tmp_path / "two")[0] == 0
     assert loopback.sent == [], "nothing is fetched twice"
+
+
+def test_what_was_fetched_is_found_without_the_hub(loopback, tmp_path):
+    assert fetch_from(loopback, "fine", tmp_path)[0] == 0
+    program = "from huggingface_hub import *; print(hf_hub_download('a/b', 'config.json'))"
+    ways = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(
+        command, env=os.environ | ways, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip().endswith("config.json"), done.stderr
 
 
 @pytest.mark.fault(14)

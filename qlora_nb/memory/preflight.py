@@ -49,7 +49,7 @@ def require_model_and_data(settings) -> None:
     """Raise `KitError` if the resolved model or data is not to be had."""
     models = "pocket, smollm2, a hub name like EleutherAI/pythia-410m, or a folder"
     sources.require_reachable("model", settings.model_id, models)
-    sources.require_reachable("dataset", settings.dataset, "pocket, a hub name, or a file")
+    sources.require_reachable("dataset", settings.dataset, sources.DATASETS)
 
 
 SIZES = (

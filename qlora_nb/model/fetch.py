@@ -34,7 +34,7 @@ SMOLLM2_BYTES = 1_000_000_000
 
 PATTERNS = {
     "model": ["*.safetensors", "*.json", "tokenizer*", "*.model", "vocab.txt", "merges.txt"],
-    "dataset": ["*.parquet", "*.json", "*.jsonl", "*.csv", "README.md"],
+    "dataset": [*(f"*{ending}*" for ending in sources.DATA_FORMATS), "README.md"],
 }
 
 
@@ -196,9 +196,7 @@ def _download(repo_id: str, repo_type: str, say) -> str:
     here = min(total, sum(file.stat().st_size for file in cache.glob("blobs/*")))
     require_room(cache.parent, total - here, repo_id)
     say(f"{repo_id}: {total / 1e9:.2f} GB in {len(wanted)} files, {here / 1e9:.2f} GB already here")
-    return snapshot_download(
-        repo_id, repo_type=repo_type, revision=info.sha, allow_patterns=patterns
-    )
+    return snapshot_download(repo_id, repo_type=repo_type, allow_patterns=patterns)
 
 
 def require_room(folder: Path, n_bytes: int, what: str) -> None:
