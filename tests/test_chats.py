@@ -195,7 +195,10 @@ CALL = [{"id": "1", "type": "function", "function": {"name": "look", "arguments"
         (talk("user: Q", "narrator: A")["messages"], "the role 'narrator'"),
         (talk("user: Q", "tool: 3", "assistant: A")["messages"], "the role 'tool'"),
         (
-            [*talk("user: Q")["messages"], {"role": "assistant", "content": "", "tool_calls": CALL}],
+            [
+                *talk("user: Q")["messages"],
+                {"role": "assistant", "content": "", "tool_calls": CALL},
+            ],
             "calls a tool",
         ),
         (
@@ -374,7 +377,7 @@ CHATML = (
 TEMPLATES = {
     "the kit's own": None,
     "ChatML": CHATML,
-    "ChatML that opens no answer": CHATML.split("{% if add")[0],
+    "ChatML that opens no answer": CHATML.split("{% if add", maxsplit=1)[0],
     "marks its answers": CHATML.replace(
         "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}",
         "{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}{% generation %}"
@@ -561,10 +564,9 @@ def test_the_report_counts_what_pandas_counts(tmp_path, tokenizer):
     assert counts["rows held out"] == 3
     assert counts["rows to train on in this run"] == 11
     train = list(report.split.train)
-    held = [tuple(row.values()) for row in report.split.held_out]
-    assert counts["held-out rows also trained"] == sum(
-        row in {tuple(row.values()) for row in train} for row in held
-    )
+    trained = [(row["instruction"], row["output"]) for row in train]
+    held = [(row["instruction"], row["output"]) for row in report.split.held_out]
+    assert counts["held-out rows also trained"] == sum(row in trained for row in held)
     lengths = []
     for row in train:
         prompt = tokenizer(data.prompt_of(row, settings.prompt_template))["input_ids"]

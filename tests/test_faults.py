@@ -126,6 +126,7 @@ def put(path: Path, content: str | bytes) -> Path:
         ("crlf.csv", CSV.replace("\n", "\r\n")),
         ("blank lines.jsonl", LINES.replace("\n", "\n\n")),
         ("indented.json", json.dumps(ROWS, indent=2)),
+        ("wrapped.json", json.dumps({"data": ROWS})),
         ("semicolons.csv", CSV.replace(",", ";")),
         ("tabs.csv", CSV.replace(",", "\t")),
         ("a folder 'ü\" [x]/rows [1-3]*?.json", json.dumps(ROWS)),
@@ -144,14 +145,14 @@ def test_data_that_is_odd_works(tmp_path, name, content):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("empty.json", "", "nothing is there"),
+        ("empty.json", "", "it holds no row"),
         ("empty.jsonl", "\n\n", "cannot be read"),
         ("empty.csv", "", "cannot be read"),
-        ("empty.parquet", "", "0 bytes"),
+        ("empty.parquet", "", "cannot be read"),
         ("null.json", "null", "row 0 has no named columns: None"),
         ("number.json", "3", "row 0 has no named columns: 3"),
         ("texts.json", '["a", "b"]', "row 0 has no named columns: 'a'"),
-        ("dict.json", json.dumps({"data": ROWS}), "no column instruction and output"),
+        ("dict.json", json.dumps({"data": 3}), "no column instruction and output"),
         ("deep.json", "[" * 100_000, "cannot be read"),
         ("cut.json", json.dumps(ROWS)[:100], "line 1"),
         ("line.jsonl", LINES.replace('"Say 5."', '"Say 5.'), "line 6: .* at character"),
@@ -171,11 +172,11 @@ def test_data_that_is_odd_works(tmp_path, name, content):
         ("latin.jsonl", '{"instruction": "Grüß", "output": "x"}'.encode("latin-1"), "in UTF-8"),
         ("latin.csv", "instruction,output\nGrüß,x".encode("latin-1"), "in UTF-8"),
         ("utf16.jsonl", LINES.encode("utf-16"), "in UTF-8"),
-        ("a field too many.csv", CSV + "\na,b,c,d", "line 10 has 4 fields, the first line 3"),
-        ("a field too few.csv", CSV + "\na,b", "line 10 has 2 fields, the first line 3"),
+        ("a field too many.csv", CSV + "\na,b,c,d", "line 10: 4 fields, the first line has 3"),
+        ("a field too few.csv", CSV + "\na,b", "line 10: 2 fields, the first line has 3"),
         ("no gzip.json.gz", json.dumps(ROWS), "cannot be read"),
         ("no.parquet", json.dumps(ROWS), "cannot be read"),
-        ("rows.xlsx", "x", "no file that ends in"),
+        ("rows.xlsx", "x", "that of no data.*bring a file that ends in"),
         ("turns.json", json.dumps([{"messages": "hi"}] * 4), "0 usable rows"),
         ("no turns.json", json.dumps([{"messages": [None]}] * 4), "0 usable rows"),
         (
@@ -249,7 +250,7 @@ def test_a_folder_as_data(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(KitError, match="cannot be read"):
         loaded(tmp_path / "empty")
-    with pytest.raises(KitError, match="no file that ends in"):
+    with pytest.raises(KitError, match="bring a file that ends in"):
         loaded("/dev/null")
 
 

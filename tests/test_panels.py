@@ -172,7 +172,7 @@ def test_a_conversation_is_gone_on_with(chat):
         with adapters.base_or_tuned(chat.model, tuned):
             made = chat.model.generate(**asked)[0, ids.shape[1] :]
         assert chat.tokenizer.decode(made, skip_special_tokens=True).strip() == second[name]
-    assert ask(chat, "Where is Anna?\nAnna went to the park.")["tuned"].startswith("To the park")
+    assert ask(chat, "Where is Anna?\nAnna went to the park.")["tuned"] == first["tuned"]
 
 
 @pytest.mark.fault(30)

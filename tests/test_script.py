@@ -527,7 +527,9 @@ def test_the_script_of_conversations_ends_with_the_notebooks_adapter(tmp_path, p
 def test_asking_a_tuned_conversation_uses_its_template(tmp_path):
     path = tmp_path / "chats.json"
     path.write_text(json.dumps(chats(12)), encoding="utf-8")
-    settings = validate({**SMALL, "dataset": str(path), "eval_rows": 2, "output_dir": str(tmp_path)})
+    settings = validate(
+        {**SMALL, "dataset": str(path), "eval_rows": 2, "output_dir": str(tmp_path)}
+    )
     _, folder = train_by_cells(settings)
     said = run_apart(folder, "ask.py", "Where is Anna?\nShe left.")
     model = adapters.load_adapter(load.load_base(settings), folder / "adapter")

@@ -58,7 +58,7 @@ def read_rows(name: str, columns: dict[str, str], template: str = "alpaca") -> l
             found = reading.read(name, needed, asking=True, as_chat=template == "chat")
             for line in found.remarks():
                 print(line)
-            rows = list(found.kept.remove_columns("output"))
+            rows = list(found.kept.remove_columns(["output", "number"]))
         if not rows:
             raise ValueError("no row of it can be asked")
     return rows

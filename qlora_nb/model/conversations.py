@@ -60,7 +60,7 @@ def of_table(table, asking: bool) -> Iterator[dict[str, object]] | None:
         asking: the conversations are to be asked, so they end with the user's turn.
 
     Returns:
-        What `conversation` returns for each, and `row`, its number in the table.
+        What `conversation` returns for each, and `number`, its place in the table.
     """
     columns = set(table.columns)
     if columns.issuperset(_TREE):
@@ -79,7 +79,7 @@ def _of_rows(rows, turns_of: Callable, asking: bool) -> Iterator[dict[str, objec
             system = row.get(name)
             if isinstance(system, str) and not any(_who(turn) == "system" for turn in turns):
                 turns = [{"role": "system", "content": system}, *turns]
-        yield {**conversation(turns, asking), "row": number}
+        yield {**conversation(turns, asking), "number": number}
 
 
 def _turns_of(table) -> Callable[[dict], list] | None:
@@ -298,7 +298,7 @@ def _of_trees(table, asking: bool) -> Iterator[dict[str, object]]:
     for number, root in messages[~is_reply].to_dict("index").items():
         turns = [root] if asking else _best_turns(root, replies)
         row = conversation(turns, asking)
-        row["row"] = number
+        row["number"] = number
         if has_parent[number]:
             row["left_out"] = "the message it replies to is not in the data"
         yield row

@@ -112,9 +112,9 @@ def split(settings) -> Split:
 
 
 def _texts(rows: datasets.Dataset):
-    """What a row says as one column of text, as a table of pandas."""
-    if "messages" in rows.column_names:
-        rows = rows.select_columns(["messages"])
+    """What the rows say, as a table of pandas."""
+    said = ["messages"] if "messages" in rows.column_names else list(reading.COLUMNS)
+    rows = rows.select_columns(said)
     return rows.to_pandas().astype(str)
 
 
@@ -197,8 +197,10 @@ _TOO_LONG = "the prompt is longer than max_length"
 def remarks(encoded: datasets.Dataset) -> list[str]:
     """What happened to rows on their way to tokens, a sentence each."""
     lines = []
-    facts = encoded.select_columns(["left_out", "n_lost", "special", "row"]).to_pandas()
-    for reason, left_out in facts[facts["left_out"] != ""].groupby("left_out", sort=False)["row"]:
+    facts = encoded.select_columns(["left_out", "n_lost", "special", "number"]).to_pandas()
+    for reason, left_out in facts[facts["left_out"] != ""].groupby("left_out", sort=False)[
+        "number"
+    ]:
         numbers = reading.first_few(list(left_out))
         lines.append(f"{len(left_out)} of {len(facts)} rows left out ({reason}): rows {numbers}")
     used = facts[facts["left_out"] == ""]
@@ -220,7 +222,8 @@ def encode_rows(
     rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, settings
 ) -> datasets.Dataset:
     """As `tokenize_rows`, with the rows that cannot train, and for each row `left_out` (why, or
-    nothing), `n_lost` (tokens that were cut off) and `special` (a special token in its text).
+    nothing), `n_lost` (tokens that were cut off), `special` (a special token in its text) and
+    `number` (its place in the data).
     """
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     special.discard(tokenizer.unk_token_id)  # any unknown character becomes this one
@@ -266,6 +269,7 @@ def _encode_row(row: dict, number: int, tokenizer, settings, special: set[int]) 
         "input_ids": kept,
         "labels": [i if train else chunked_loss.IGNORED for i, train in zip(kept, trains)],
         "row": number,
+        "number": row.get("number", number),
         "n_lost": len(ids) - len(kept),
         "left_out": left_out,
         "special": tokenizer.convert_ids_to_tokens(in_text[0]) if in_text else "",

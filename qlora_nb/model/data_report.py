@@ -68,6 +68,7 @@ def check(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Report:
     encoded = data.encode_rows(split.train, tokenizer, settings)
     usable = data.usable(encoded, settings)
     lengths = [len(ids) for ids in usable["input_ids"]]
+    n_lost = [row["n_lost"] for row in encoded if not row["left_out"]]
     n_trained = sum(label != IGNORED for labels in usable["labels"] for label in labels)
     n_read = len(split.train) + len(split.held_out)
     n_left_out = len(encoded) - len(usable)
@@ -79,8 +80,8 @@ def check(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Report:
         "rows left out": n_left_out,
         "rows held out": len(split.held_out),
         "rows to train on in this run": len(usable),
-        "rows cut to max_length": sum(n > 0 for n in encoded["n_lost"]),
-        "tokens lost by that": sum(encoded["n_lost"]),
+        "rows cut to max_length": sum(n > 0 for n in n_lost),
+        "tokens lost by that": sum(n_lost),
         "duplicate rows": split.n_duplicates,
         "held-out rows also trained": split.n_in_both,
         "rows with a special token in text": sum(token != "" for token in encoded["special"]),
@@ -115,8 +116,7 @@ def shown(row: list[tuple[str, bool]]) -> str:
         text = html.escape(text).replace("\n", "⏎<br>")
         cells.append(f"<span style='{style};white-space:pre-wrap'>{text}</span>")
     return (
-        "<div style='font-family:monospace;line-height:1.7;max-width:60em'>"
-        f"{''.join(cells)}</div>"
+        f"<div style='font-family:monospace;line-height:1.7;max-width:60em'>{''.join(cells)}</div>"
     )
 
 

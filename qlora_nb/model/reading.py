@@ -32,7 +32,8 @@ class Rows:
     """The rows of a table that can be used, and what became of the others.
 
     Attributes:
-        kept: instruction, input, output; of conversations also `messages`.
+        kept: instruction, input, output and `number`, the row's in the data, from 0; of
+            conversations also `messages`.
         n_read: rows in the data (of a tree of messages: conversations).
         left_out: reason → numbers of the rows that are left out for it, from 0.
         unused: columns of the data that nothing is taken from.
@@ -69,9 +70,7 @@ def first_few(items: list) -> str:
     return ", ".join(str(item) for item in items[:5]) + more
 
 
-def read(
-    name: str, columns: dict[str, str], asking: bool = False, as_chat: bool = False
-) -> Rows:
+def read(name: str, columns: dict[str, str], asking: bool = False, as_chat: bool = False) -> Rows:
     """The rows of a file, a folder or a hub data set, each column as text.
 
     Args:
@@ -90,21 +89,21 @@ def read(
     texts = []
     for row in _as_texts(table, name, asking):
         if as_chat:
-            row = {**conversations.of_instruction(row, asking), "row": row["row"]}
+            row = {**conversations.of_instruction(row, asking), "number": row["number"]}
         texts.append(row)
     return _sorted_out(texts, sorted(set(table.columns) - set(COLUMNS)))
 
 
 def _sorted_out(found: list[dict], unused: list[str]) -> Rows:
-    """Rows with `left_out` (why they cannot be used, or nothing) and `row` (their number)."""
+    """Rows with `left_out` (why they cannot be used, or nothing) and `number`."""
     left_out: dict[str, list[int]] = {}
     kept = []
     for row in found:
         if row["left_out"]:
-            left_out.setdefault(row["left_out"], []).append(row["row"])
+            left_out.setdefault(row["left_out"], []).append(row["number"])
         else:
             kept.append(row)
-    features = dict(_TEXTS)
+    features = {**_TEXTS, "number": datasets.Value("int64")}
     if found and "messages" in found[0]:
         features["messages"] = [_MESSAGE]
     columns = {name: [row[name] for row in kept] for name in features}
@@ -154,8 +153,8 @@ def _own_names(table: tables.Table, columns: dict[str, str]) -> _Renamed:
 
 
 def _as_texts(table: _Renamed, name: str, asking: bool) -> Iterator[dict[str, object]]:
-    """The three columns of every row, `left_out` (why it cannot be used, or nothing) and `row`, its
-    number. Whatever is not there is empty text, and so is an answer that is not needed.
+    """The three columns of every row, `left_out` (why it cannot be used, or nothing) and `number`.
+    Whatever is not there is empty text, and so is an answer that is not needed.
 
     Raises:
         KitError: a needed column is missing, or a value is something other than text.
@@ -176,7 +175,7 @@ def _as_texts(table: _Renamed, name: str, asking: bool) -> Iterator[dict[str, ob
 
 def _as_text(row: dict, number: int, name: str, needed: list[str]) -> dict[str, object]:
     """A row as text: a column, a null or the NaN that pandas writes becomes empty."""
-    found = {"left_out": "", "row": number}
+    found = {"left_out": "", "number": number}
     for column in COLUMNS:
         value = row.get(column)
         if value is None or (isinstance(value, float) and math.isnan(value)):
