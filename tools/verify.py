@@ -147,6 +147,89 @@ def smollm2() -> dict:
     }
 
 
+def chats() -> dict:
+    """Sixty conversations of several turns, in English and Chinese, tuned on SmolLM2 with its own
+    chat template: what trains is what stands between the template's marks, token by token, and the
+    loss on conversations that are held out falls.
+    """
+    from qlora_nb import sources
+    from qlora_nb.answer import evaluate, generate
+    from qlora_nb.model import data_report, load
+    from qlora_nb.settings import validate
+
+    if not (sources.SMOLLM2_DIR / "config.json").is_file():
+        return {"passed": None, "skipped": "qlora-nb fetch smollm2 was not run here"}
+    import open_cells
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "chats.jsonl"
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in conversations_about_a_shop()]
+        path.write_text("".join(lines), encoding="utf-8")
+        few = {"max_steps": 20, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+        few |= {"eval_rows": 12, "sample_steps": 0, "output_dir": folder, "dataset": str(path)}
+        settings = validate({"profile": "smollm2", **few})
+        tokenizer = load.load_tokenizer(settings)
+        checked = data_report.check(settings, tokenizer)
+        wrong = [row["row"] for row in checked.encoded if not trains_as_marked(row, tokenizer)]
+        model = open_cells.attach_adapter(load.load_base(settings), settings)
+        held_out = checked.split.held_out
+        before = evaluate.held_out(model, tokenizer, held_out, settings)
+        run = runs.Run(settings, "06_chats")
+        open_cells.finetune(model, tokenizer, checked.encoded, settings, run, lambda step: None)
+        after = evaluate.held_out(model, tokenizer, held_out, settings)
+        said = generate.answer_all(model.eval(), tokenizer, list(held_out)[:3], settings)
+    return {
+        "passed": not wrong and len(checked.encoded) == 48 and after["loss"] < before["loss"],
+        "rows": checked.counts,
+        "rows in which other tokens train": wrong,
+        "held-out loss (nats)": [round(found["loss"], 4) for found in (before, after)],
+        "answers": dict(zip(held_out["instruction"][:3], said, strict=True)),
+    }
+
+
+def conversations_about_a_shop() -> list[dict]:
+    """Sixty, of one to three exchanges, every other one with a system prompt."""
+    things = {
+        "lamp": "灯",
+        "kite": "风筝",
+        "drum": "鼓",
+        "book": "书",
+        "chair": "椅子",
+        "bell": "铃",
+    }
+    rows = []
+    for n in range(60):
+        thing, name = list(things.items())[n % 6]
+        price = 3 + n % 17
+        exchanges = [
+            (f"How much is the {thing}?", f"The {thing} costs {price} coins."),
+            (f"那个{name}还有吗?", f"还有, 我们有{n % 9 + 1}个{name}。"),
+            ("Can I pay tomorrow?", f"No, the {thing} is paid today."),
+        ]
+        messages = [{"role": "system", "content": "You keep a small shop."}] * (n % 2)
+        for question, answer in exchanges[: 1 + n % 3]:
+            messages.append({"role": "user", "content": question})
+            messages.append({"role": "assistant", "content": answer})
+        rows.append({"messages": messages})
+    return rows
+
+
+def trains_as_marked(row: dict, tokenizer) -> bool:
+    """Whether just the tokens behind each `<|im_start|>assistant` line train, up to and with the
+    next `<|im_end|>`.
+    """
+    begin, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    header = tokenizer("assistant\n", add_special_tokens=False)["input_ids"]
+    ids = row["input_ids"]
+    expected = [-100] * len(ids)
+    for place, token in enumerate(ids):
+        start = place + 1 + len(header)
+        if token == begin and ids[place + 1 : start] == header:
+            stop = ids.index(end, start) + 1
+            expected[start:stop] = ids[start:stop]
+    return row["labels"] == expected
+
+
 def script_ends_as_the_notebook(out: Path) -> bool:
     """The script that notebook 06 has written, run without the kit: the same adapter, bit for
     bit.
@@ -160,12 +243,12 @@ def script_ends_as_the_notebook(out: Path) -> bool:
 
 def fuzz() -> dict:
     """What users bring, damaged at random: 11,000 parameters, data files, adapters, checkpoints and
-    prompts.
+    prompts; and half as many chats, tables and configurations that are whole and odd.
     """
     with tempfile.TemporaryDirectory() as folder:
         counts = Path(folder) / "counts.json"
         env = os.environ | {"QLORA_NB_FUZZ": "11000", "QLORA_NB_FUZZ_OUT": str(counts)}
-        command = [sys.executable, "-m", "pytest", "tests/test_fuzz.py"]
+        command = [sys.executable, "-m", "pytest", "tests/test_fuzz.py", "tests/test_fuzz_own.py"]
         done = subprocess.run(
             command, cwd=ROOT, env=env, capture_output=True, text=True, check=False
         )
@@ -173,7 +256,7 @@ def fuzz() -> dict:
     failed = re.findall(r"^FAILED .*", done.stdout, re.MULTILINE)
     n = sum(found.values())
     return {
-        "passed": done.returncode == 0 and n >= 10_000,
+        "passed": done.returncode == 0 and n >= 15_000,
         "inputs": n,
         "became": found,
         "failed": failed,
@@ -284,6 +367,7 @@ CHECKS: dict[str, Callable[[], dict]] = {
     "two_threads": two_threads,
     "nbval": nbval,
     "smollm2": smollm2,
+    "chats": chats,
     "fuzz": fuzz,
     "prompts": prompts,
     "t4": t4,

@@ -227,11 +227,12 @@ def taking_turns(messages: list[dict]) -> list[dict]:
     for message in messages:
         asked = asked or message["role"] == "user"
         trains = message["trains"] and asked
+        content = message["content"]
         if joined and joined[-1]["role"] == message["role"]:
             before = joined.pop()
             trains = trains and before["trains"]
-            message = {**message, "content": f"{before['content']}\n\n{message['content']}"}
-        joined.append({**message, "trains": trains})
+            content = f"{before['content']}\n\n{content}"
+        joined.append({"role": message["role"], "content": content, "trains": trains})
     return joined
 
 

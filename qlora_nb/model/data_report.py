@@ -113,8 +113,8 @@ def shown(row: list[tuple[str, bool]]) -> str:
     cells = []
     for text, trains in row:
         style = TRAINS if trains else "opacity:.65"
-        text = html.escape(text).replace("\n", "⏎<br>")
-        cells.append(f"<span style='{style};white-space:pre-wrap'>{text}</span>")
+        escaped = html.escape(text).replace("\n", "⏎<br>")
+        cells.append(f"<span style='{style};white-space:pre-wrap'>{escaped}</span>")
     return (
         f"<div style='font-family:monospace;line-height:1.7;max-width:60em'>{''.join(cells)}</div>"
     )

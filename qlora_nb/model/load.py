@@ -89,13 +89,13 @@ def load_tokenizer(settings) -> PreTrainedTokenizerBase:
         # transformers makes an empty one where there is none
         if len(tokenizer) <= len(tokenizer.all_special_ids):
             raise ValueError("it is not there")
+        chat_templates.give_template(tokenizer)
     if tokenizer.eos_token_id is None:
         raise KitError(
             "the tokenizer has no end token: a model trained with it would never learn to stop",
             value=settings.model_id,
             remedy="name one in its tokenizer_config.json, or choose another model",
         )
-    chat_templates.give_template(tokenizer)
     if tokenizer.pad_token_id not in (None, tokenizer.eos_token_id):
         return tokenizer
     known = tokenizer.get_vocab()

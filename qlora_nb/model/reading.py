@@ -86,12 +86,10 @@ def read(name: str, columns: dict[str, str], asking: bool = False, as_chat: bool
     talks = conversations.of_table(table, asking)
     if talks is not None:
         return _sorted_out(list(talks), unused=[])
-    texts = []
-    for row in _as_texts(table, name, asking):
-        if as_chat:
-            row = {**conversations.of_instruction(row, asking), "number": row["number"]}
-        texts.append(row)
-    return _sorted_out(texts, sorted(set(table.columns) - set(COLUMNS)))
+    rows = list(_as_texts(table, name, asking))
+    if as_chat:
+        rows = [{**row, **conversations.of_instruction(row, asking)} for row in rows]
+    return _sorted_out(rows, sorted(set(table.columns) - set(COLUMNS)))
 
 
 def _sorted_out(found: list[dict], unused: list[str]) -> Rows:
