@@ -197,17 +197,18 @@ def _json_rows(file: TextIO, is_row: bool) -> list[dict[str, object]]:
     Args:
         is_row: an only line is a row, not an object around rows.
     """
+    decode = json.JSONDecoder(object_pairs_hook=_named).decode
     found = []
     for number, line in enumerate(file, start=1):
         try:
             if line.strip():
-                found.append(json.loads(line, object_pairs_hook=_named))
+                found.append(decode(line))
         except ValueError as error:
             if found:
                 reason = str(error).replace(": line 1 column", " at character")
                 raise ValueError(f"line {number}: {reason}") from None
             file.seek(0)
-            found = [json.load(file, object_pairs_hook=_named)]
+            found = [decode(file.read())]
             is_row = False
             break
     if len(found) == 1 and not is_row:
