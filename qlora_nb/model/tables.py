@@ -100,7 +100,7 @@ def _snapshot(repo_id: str) -> Path:
 
 
 def _read_folder(folder: Path) -> Table:
-    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+    if any(folder.rglob("state.json")):  # of save_to_disk
         saved = datasets.load_from_disk(folder)
         if isinstance(saved, datasets.DatasetDict):
             saved = _train_of(saved)
@@ -118,9 +118,9 @@ def _read_folder(folder: Path) -> Table:
 
 def _train_of(splits: dict[str, object]) -> object:
     """The split `train`, or the only one that begins with it."""
-    if "train" in splits:
-        return splits["train"]
-    names = [str(name) for name in splits if str(name).startswith("train")]
+    names = [name for name in splits if str(name).startswith("train")]
+    if "train" in names:
+        names = ["train"]
     if len(names) != 1:
         raise ValueError(f"which of its splits is to be trained on? {', '.join(map(str, splits))}")
     return splits[names[0]]
