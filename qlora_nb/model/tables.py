@@ -17,6 +17,7 @@ no line. No code of a data set is ever run: `datasets` has not done so since its
 """
 
 import csv
+import glob
 import json
 import zipfile
 from collections import Counter
@@ -105,6 +106,8 @@ def _read_folder(folder: Path) -> Table:
         if isinstance(saved, datasets.DatasetDict):
             saved = _train_of(saved)
         return _of_arrow(saved.data.table, folder)
+    if glob.has_magic(str(folder)):
+        raise ValueError("a folder with [, * or ? in its path cannot be searched: name the file")
     splits = datasets.load_dataset_builder(str(folder)).config.data_files
     files = [Path(file) for file in _train_of(splits)]
     formats = set()
@@ -142,10 +145,12 @@ def _format_of(path: Path) -> str | None:
 def _read_files(files: list[Path]) -> Table:
     """One table of files that have the same format."""
     kind = _format_of(files[0])
+    path = files[0] if len(files) == 1 else files[0].parent
     if kind == "Parquet":
-        return _of_arrow([str(file) for file in files], files[0])
+        return _of_arrow([str(file) for file in files], path)
     if kind == "Arrow":
-        return _of_arrow([_arrow_table(file) for file in files], files[0])
+        tables = [_arrow_table(file) for file in files]
+        return _of_arrow(pyarrow.concat_tables(tables, promote_options="permissive"), path)
     rows = []
     for file in files:
         with _reading(file):
@@ -155,12 +160,13 @@ def _read_files(files: list[Path]) -> Table:
 
 
 def _of_arrow(source, path: Path) -> Table:
-    """A table of Parquet files or of Arrow tables, whose columns are read when they are asked
+    """A table of Parquet files or of an Arrow table, whose columns are read when they are asked
     for.
     """
-    found = pyarrow.dataset.dataset(source)
-    schemas = [fragment.physical_schema for fragment in found.get_fragments()]
-    found = found.replace_schema(pyarrow.unify_schemas(schemas))
+    fragments = pyarrow.dataset.dataset(source).get_fragments()
+    schemas = [fragment.physical_schema for fragment in fragments]
+    schema = pyarrow.unify_schemas(schemas, promote_options="permissive")
+    found = pyarrow.dataset.dataset(source, schema=schema)
     names = found.schema.names
 
     def rows(columns: list[str]) -> Iterator[dict[str, object]]:
