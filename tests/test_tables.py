@@ -312,6 +312,7 @@ def test_parquet_as_pandas_writes_it(tmp_path):
     assert rows == ROWS
 
 
+@pytest.mark.skipif(not hasattr(datasets, "Json"), reason="datasets of before 4.7")
 def test_values_of_several_types_are_what_datasets_gives(tmp_path):
     rows = [{"a": [{"content": "x"}, {"content": ["y", 1]}]}, {"a": [{"content": {"z": None}}]}]
     found = datasets.Dataset.from_list(rows, on_mixed_types="use_json")
@@ -477,7 +478,46 @@ def test_a_readme_says_which_files_train(tmp_path):
     write(tmp_path / "good.csv", csv_text())
     write(tmp_path / "bad.csv", "other\nx\n")
     assert read(tmp_path) == (NAMES, ROWS)
-    write(tmp_path / "README.md", card.replace("---\n", "", 1).join(["---\n", "# no more\n"]))
+
+
+def test_a_readme_with_several_sets_is_refused(tmp_path):
+    sets = "".join(
+        f"- config_name: {name}\n  data_files: {name}.csv\n" for name in ("main", "other")
+    )
+    write(tmp_path / "README.md", f"---\nconfigs:\n{sets}---\n")
+    for name in ("main", "other"):
+        write(tmp_path / f"{name}.csv", csv_text())
+    said = refused(tmp_path)
+    assert "Config name is missing" in said
+    assert "name one file" in said
+    assert read(tmp_path / "other.csv") == (NAMES, ROWS)
+
+
+def test_a_damaged_shard_is_not_put_down_to_another_one(tmp_path):
+    for i in range(2):
+        parquet.write_table(pyarrow.table({"a": [os.urandom(9)] * 9}), tmp_path / f"{i}.parquet")
+    path = tmp_path / "1.parquet"
+    where = parquet.ParquetFile(path).metadata.row_group(0).column(0)
+    start = where.dictionary_page_offset
+    write(path, path.read_bytes()[:start] + bytes(40) + path.read_bytes()[start + 40 :])
+    assert "0.parquet" not in refused(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_shards_by_several_writers(tmp_path, suffix):
+    writer = parquet.write_table if suffix == ".parquet" else write_arrow
+    for i, kind in enumerate(("string", "large_string", "null")):
+        column = pyarrow.array([None if kind == "null" else "x"], kind)
+        writer(pyarrow.table({"a": column}), tmp_path / f"{i}{suffix}")
+    assert read(tmp_path)[1] == [{"a": "x"}, {"a": "x"}, {"a": None}]
+    writer(pyarrow.table({"a": [{"b": 1}]}), tmp_path / f"3{suffix}")
+    assert "ncompatible types" in refused(tmp_path)
+
+
+def test_a_folder_that_cannot_be_searched_says_so_and_its_file_is_read(tmp_path):
+    path = write(tmp_path / "data [v2]" / "a.csv", csv_text())
+    assert "name the file" in refused(path.parent)
+    assert read(path) == (NAMES, ROWS)
 
 
 def test_saved_by_datasets(tmp_path):

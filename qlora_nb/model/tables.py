@@ -17,6 +17,7 @@ no line. No code of a data set is ever run: `datasets` has not done so since its
 """
 
 import csv
+import glob
 import json
 import zipfile
 from collections import Counter
@@ -100,11 +101,13 @@ def _snapshot(repo_id: str) -> Path:
 
 
 def _read_folder(folder: Path) -> Table:
-    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+    if any(folder.rglob("state.json")):  # of save_to_disk
         saved = datasets.load_from_disk(folder)
         if isinstance(saved, datasets.DatasetDict):
             saved = _train_of(saved)
         return _of_arrow(saved.data.table, folder)
+    if glob.has_magic(str(folder)):
+        raise ValueError("a folder with [, * or ? in its path cannot be searched: name the file")
     splits = datasets.load_dataset_builder(str(folder)).config.data_files
     files = [Path(file) for file in _train_of(splits)]
     formats = set()
@@ -118,9 +121,9 @@ def _read_folder(folder: Path) -> Table:
 
 def _train_of(splits: dict[str, object]) -> object:
     """The split `train`, or the only one that begins with it."""
-    if "train" in splits:
-        return splits["train"]
-    names = [str(name) for name in splits if str(name).startswith("train")]
+    names = [name for name in splits if str(name).startswith("train")]
+    if "train" in names:
+        names = ["train"]
     if len(names) != 1:
         raise ValueError(f"which of its splits is to be trained on? {', '.join(map(str, splits))}")
     return splits[names[0]]
@@ -142,10 +145,12 @@ def _format_of(path: Path) -> str | None:
 def _read_files(files: list[Path]) -> Table:
     """One table of files that have the same format."""
     kind = _format_of(files[0])
+    path = files[0] if len(files) == 1 else files[0].parent
     if kind == "Parquet":
-        return _of_arrow([str(file) for file in files], files[0])
+        return _of_arrow([str(file) for file in files], path)
     if kind == "Arrow":
-        return _of_arrow([_arrow_table(file) for file in files], files[0])
+        tables = [_arrow_table(file) for file in files]
+        return _of_arrow(pyarrow.concat_tables(tables, promote_options="permissive"), path)
     rows = []
     for file in files:
         with _reading(file):
@@ -155,12 +160,13 @@ def _read_files(files: list[Path]) -> Table:
 
 
 def _of_arrow(source, path: Path) -> Table:
-    """A table of Parquet files or of Arrow tables, whose columns are read when they are asked
+    """A table of Parquet files or of an Arrow table, whose columns are read when they are asked
     for.
     """
-    found = pyarrow.dataset.dataset(source)
-    schemas = [fragment.physical_schema for fragment in found.get_fragments()]
-    found = found.replace_schema(pyarrow.unify_schemas(schemas))
+    fragments = pyarrow.dataset.dataset(source).get_fragments()
+    schemas = [fragment.physical_schema for fragment in fragments]
+    schema = pyarrow.unify_schemas(schemas, promote_options="permissive")
+    found = pyarrow.dataset.dataset(source, schema=schema)
     names = found.schema.names
 
     def rows(columns: list[str]) -> Iterator[dict[str, object]]:
@@ -197,17 +203,18 @@ def _json_rows(file: TextIO, is_row: bool) -> list[dict[str, object]]:
     Args:
         is_row: an only line is a row, not an object around rows.
     """
+    decode = json.JSONDecoder(object_pairs_hook=_named).decode
     found = []
     for number, line in enumerate(file, start=1):
         try:
             if line.strip():
-                found.append(json.loads(line, object_pairs_hook=_named))
+                found.append(decode(line))
         except ValueError as error:
             if found:
                 reason = str(error).replace(": line 1 column", " at character")
                 raise ValueError(f"line {number}: {reason}") from None
             file.seek(0)
-            found = [json.load(file, object_pairs_hook=_named)]
+            found = [decode(file.read())]
             is_row = False
             break
     if len(found) == 1 and not is_row:
