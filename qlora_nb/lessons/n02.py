@@ -1,8 +1,8 @@
 """Notebook 02: the figures of LoRA and the checkers of its exercises.
 
 The figures: the loss of a layer for three ways of starting A and B; how much of a fully fine-tuned
-layer's update the best matrix of each rank holds, and a corner of that update. The formulas are in
-`theory/lora.py`; what the reader writes is compared with PEFT.
+layer's update the best matrix of each rank holds, and a corner of that update. What is drawn is
+measured in `theory/lora.py`; what the reader writes is compared with PEFT.
 """
 
 import torch
@@ -11,7 +11,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from qlora_nb.theory import lora
 from qlora_nb.ui.checks import exercise
 from qlora_nb.ui.style import (
     COLOURS,
@@ -185,7 +184,7 @@ check_merge = Written(
 
 check_alpha = exercise(
     "alpha",
-    want=lora.scale(16, 64) * 16,
+    want=16 / 64 * 16,
     hint="the scale is alpha / r: 16 / 64 must stay what it is",
 )
 """Exercise: the alpha that keeps the scale of (alpha 16, r 64) when r becomes 16."""
