@@ -210,9 +210,6 @@ def test_best_rank_is_the_best():
 
 
 def test_refusals():
-    for r in (0, 3):
-        with pytest.raises(KitError, match="1 to 2"):
-            lora.best_rank(torch.ones(3, 2), r)
     with pytest.raises(KitError, match="NaN"):
         lora.captured_energy(torch.tensor([[float("nan")]]))
     with pytest.raises(KitError, match="zero"):

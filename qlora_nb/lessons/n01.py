@@ -152,14 +152,15 @@ def downloads(settings) -> list[str]:
     return [*lines, f"for comparison, EleutherAI/pythia-12b: {size} ({unit})"]
 
 
-def what_fits(
-    settings, sizes_gib: tuple[float, ...] = (8.0, 12.0, 16.0, 24.0, 48.0)
-) -> list[dict[str, str]]:
-    """One row a card: the largest Pythia that answers on it, that fine-tunes with these settings,
-    and that fine-tunes with options that save memory, which are named.
+CARDS_GIB = (8.0, 12.0, 16.0, 24.0, 48.0)
+
+
+def what_fits(settings) -> list[dict[str, str]]:
+    """One row for each of `CARDS_GIB`: the largest Pythia that answers on it, that fine-tunes with
+    these settings, and that fine-tunes with options that save memory, which are named.
     """
     rows = []
-    for size_gib in sizes_gib:
+    for size_gib in CARDS_GIB:
         row = {"card": f"{size_gib:g} GiB"}
         ways = {
             "answering": (False, False),

@@ -48,7 +48,11 @@ def captured_energy(update: Tensor) -> Tensor:
     >>> captured_energy(torch.diag(torch.tensor([3.0, 4.0])))  # 16/25, 25/25
     tensor([0.6400, 1.0000])
     """
-    _check_finite(update)
+    if not update.isfinite().all():
+        raise KitError(
+            "the update holds NaN or inf",
+            remedy="look at the training loss: it has probably diverged",
+        )
     energy = torch.linalg.svdvals(update.float()) ** 2
     if energy.sum() == 0:
         raise KitError("the update is zero everywhere", remedy="train a few steps first")
@@ -56,22 +60,8 @@ def captured_energy(update: Tensor) -> Tensor:
 
 
 def best_rank(update: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """(A, B) whose product B A is the rank-r matrix nearest to the update: A (r, in), B (out, r).
-
-    Raises:
-        KitError: r outside 1 … min(out, in), or an update with NaN or inf.
+    """(A, B) whose product B A is the rank-r matrix nearest to the update: A (r, in), B (out, r)
+    with r up to min(out, in).
     """
-    _check_finite(update)
-    largest = min(update.shape)
-    if not 1 <= r <= largest:
-        raise KitError("the rank does not fit the matrix", value=r, allowed=f"1 to {largest}")
     u, s, v = torch.linalg.svd(update.float(), full_matrices=False)
     return v[:r], u[:, :r] * s[:r]
-
-
-def _check_finite(update: Tensor) -> None:
-    if not update.isfinite().all():
-        raise KitError(
-            "the update holds NaN or inf",
-            remedy="look at the training loss: it has probably diverged",
-        )
