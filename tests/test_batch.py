@@ -4,6 +4,8 @@ word.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -29,11 +31,11 @@ PICTURE = "import matplotlib.pyplot as plt\n_ = plt.plot([0, 1])"
 
 
 def run(folder, tmp_path, **more):
-    lines = []
-    summary = sequence.run_sequence(
-        {"output_dir": str(tmp_path / "out")}, notebooks=folder, say=lines.append, **more
-    )
-    return summary, lines
+    given = {"output_dir": str(tmp_path / "out")}
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        summary = sequence.run_sequence(given, notebooks=folder, **more)
+    return summary, said.getvalue().splitlines()
 
 
 @pytest.fixture
@@ -251,7 +253,7 @@ def test_a_path_means_the_folder_the_user_is_in(toy, tmp_path, monkeypatch):
     (tmp_path / "rows.json").write_text(json.dumps([{"instruction": "a", "output": "b"}] * 9))
     monkeypatch.chdir(tmp_path)
     given = {"output_dir": str(tmp_path / "out"), "dataset": "rows.json", "model_id": "pocket"}
-    summary = sequence.run_sequence(given, notebooks=toy("01_good", "1"), say=lambda line: None)
+    summary = sequence.run_sequence(given, notebooks=toy("01_good", "1"))
     assert summary["parameters"]["dataset"] == str(tmp_path / "rows.json")
     assert summary["parameters"]["model_id"] == "pocket"
 
@@ -340,11 +342,11 @@ def test_interrupt_leaves_no_kernel(long, tmp_path, signals, code):
 
 @pytest.mark.fault(24)
 @pytest.mark.slow
-def test_a_killed_sequence_leaves_no_kernel_and_is_gone_on_with(long, tmp_path):
+def test_a_killed_sequence_leaves_no_kernel_and_is_gone_on_with(long, tmp_path, capsys):
     process, kernel, folder = long()
     given = {"output_dir": str(tmp_path / "out")}
     with pytest.raises(KitError, match="another process writes"):  # two never mix
-        sequence.run_sequence(given, notebooks=folder, say=print, resume="latest")
+        sequence.run_sequence(given, notebooks=folder, resume="latest")
     process.kill()
     process.wait(60)
     assert wait_for(lambda: is_gone(kernel), 30), (
@@ -363,8 +365,9 @@ def test_a_killed_sequence_leaves_no_kernel_and_is_gone_on_with(long, tmp_path):
     with pytest.raises(KitError, match="no unfinished sequence"):
         sequence.run_sequence(given, notebooks=folder, resume=str(tmp_path))
     (tmp_path / "go").touch()
-    lines = []
-    summary = sequence.run_sequence(given, notebooks=folder, say=lines.append, resume="latest")
+    capsys.readouterr()
+    summary = sequence.run_sequence(given, notebooks=folder, resume="latest")
+    lines = capsys.readouterr().out.splitlines()
     assert summary["folder"] == str(written)
     assert (summary["status"], [o["status"] for o in summary["notebooks"]]) == (
         "done",
@@ -420,14 +423,12 @@ def test_a_changed_notebook_is_not_kept(toy, tmp_path):
     folder = toy("01_a", "print(1)")
     toy("02_b", "1 / 0")
     given = {"output_dir": str(tmp_path / "out")}
-    first = sequence.run_sequence(given, notebooks=folder, say=lambda line: None)
+    first = sequence.run_sequence(given, notebooks=folder)
     assert [o["status"] for o in first["notebooks"]] == ["done", "failed"]
     (folder / "01_a.ipynb").write_text(
         (folder / "01_a.ipynb").read_text().replace("print(1)", "print(2)")
     )
-    again = sequence.run_sequence(
-        given, notebooks=folder, say=lambda line: None, resume=first["folder"]
-    )
+    again = sequence.run_sequence(given, notebooks=folder, resume=first["folder"])
     assert [o["status"] for o in again["notebooks"]] == ["done", "failed"]
     assert (
         "2\\n"
@@ -444,7 +445,7 @@ def test_parameters_reach_the_notebook_as_numbers(toy, tmp_path):
         "double_quant": "false",
         "prompts": "ünï: #x",
     }
-    summary = sequence.run_sequence(given, notebooks=folder, say=lambda line: None)
+    summary = sequence.run_sequence(given, notebooks=folder)
     assert summary["status"] == "done", summary["notebooks"]
     (executed,) = (tmp_path / "ö ut").glob("tiny/sequence-*/01_types.ipynb")
     assert "0.0002 False ['ünï: #x']" in executed.read_text(encoding="utf-8")

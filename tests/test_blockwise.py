@@ -182,21 +182,6 @@ def test_refuses_what_is_not_finite_and_says_where(bad):
         blockwise.quantize(x, codebooks.nf4_code())
 
 
-def test_refuses_empty_wrong_dtype_and_bad_blocksizes():
-    nf4 = codebooks.nf4_code()
-    with pytest.raises(KitError, match="empty"):
-        blockwise.quantize(torch.empty(0), nf4)
-    with pytest.raises(KitError, match="dtype"):
-        blockwise.quantize(torch.arange(8), nf4)
-    for bad in (0, -1, 6.4, True):
-        with pytest.raises(KitError, match="blocksize"):
-            blockwise.quantize(torch.ones(8), nf4, bad)
-    with pytest.raises(KitError, match="absmax"):
-        blockwise.dequantize(torch.zeros(65, dtype=torch.uint8), torch.ones(1), nf4, 64)
-    with pytest.raises(KitError, match="four bits"):
-        blockwise.pack(torch.tensor([16], dtype=torch.uint8))
-
-
 @settings(max_examples=40, deadline=None)
 @given(
     st.integers(0, 10_000),

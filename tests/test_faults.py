@@ -767,7 +767,7 @@ def test_one_of_several_processes_is_refused_before_anything_is_written(
     with pytest.raises(KitError, match=said):
         preflight.refuse_what_cannot_run(resolve(values))
     with pytest.raises(KitError, match=said):
-        sequence.run_sequence(values, say=lambda line: None)
+        sequence.run_sequence(values)
     assert (
         CliRunner()
         .invoke(cli.app, ["generate", "--out", str(tmp_path / "answers.jsonl")])

@@ -149,17 +149,9 @@ def test_steps_are_drawn_that_fit_and_that_do_not():
 # which states are paged
 
 
-@pytest.mark.parametrize("ranks", [(4, 8, 16, 64), (1, 128)])
-def test_paged_shares_follow_from_100_000_elements(ranks):
-    shares = n05.paged_shares(ranks)
-    for row, size in zip(shares, PYTHIAS, strict=True):
-        for share, r in zip(row, ranks, strict=True):
-            paged, fixed = state_bytes(size, r)
-            assert share == pytest.approx(paged / (paged + fixed), rel=EXACT)
-    assert n05.paged_shares((16,))[-1, 0] == 0.6875
-
-
-@pytest.mark.parametrize(("ranks", "size", "r"), [((4, 16, 64), "12b", 16), ([8, 32], "410m", 32)])
+@pytest.mark.parametrize(
+    ("ranks", "size", "r"), [((4, 16, 64), "12b", 16), ([8, 32], "410m", 32), ((1, 128), "1b", 128)]
+)
 def test_paged_share_is_a_table_with_the_readers_cell_framed(ranks, size, r):
     ax = n05.plot_paged_share(ranks, size, r).axes[0]
     expected = []
@@ -168,6 +160,7 @@ def test_paged_share_is_a_table_with_the_readers_cell_framed(ranks, size, r):
         expected.append([100 * paged / (paged + fixed) for paged, fixed in splits])
     (image,) = artists.images(ax)
     assert image == pytest.approx(np.array(expected), rel=EXACT)
+    assert 16 not in ranks or image[-1, ranks.index(16)] == 68.75, "pythia-12b, as notebook 05 says"
     assert ax.images[0].get_clim() == (0, 130)
     texts = []
     places = []
@@ -194,15 +187,6 @@ def test_paged_share_is_a_table_with_the_readers_cell_framed(ranks, size, r):
     artists.check_in_view(ax)
 
 
-def test_a_rank_that_is_not_in_the_table_has_a_title_and_no_frame():
-    ax = n05.plot_paged_share((4, 8), "1b", 24).axes[0]
-    assert not ax.patches
-    paged, fixed = state_bytes("1b", 24)
-    share = 100 * paged / (paged + fixed)
-    assert 0 < share < 100
-    assert artists.title(ax) == f"pythia-1b, r = 24: {share:.0f} % of the state bytes are paged"
-
-
 # a run of steps
 
 
@@ -220,7 +204,9 @@ def totals_of(s: paging.StepSizes) -> list[int]:
 
 
 def run_by_hand(steps: list[paging.StepSizes], budget: int) -> tuple[list[int], list[int], bool]:
-    """Bytes to RAM and back in every step, least recently used first, and whether all survive."""
+    """Bytes to RAM and back in every step, least recently used first, and whether all survive; in
+    the step that does not none are counted.
+    """
     on_card = []  # pages, least recently used first
     seen = set()
     out = []
@@ -231,7 +217,7 @@ def run_by_hand(steps: list[paging.StepSizes], budget: int) -> tuple[list[int], 
         for total in totals_of(s):
             room = budget // PAGE - math.ceil((total - s.paged) / PAGE)
             if room < 0:
-                return out, back, False
+                return [*out[:-1], 0], [*back[:-1], 0], False
             while len(on_card) > room:
                 on_card.pop(0)
                 out[-1] += PAGE
@@ -240,7 +226,7 @@ def run_by_hand(steps: list[paging.StepSizes], budget: int) -> tuple[list[int], 
                 on_card.remove(page)
             else:
                 if room == 0:
-                    return out, back, False
+                    return [*out[:-1], 0], [*back[:-1], 0], False
                 if len(on_card) == room:
                     on_card.pop(0)
                     out[-1] += PAGE
@@ -486,7 +472,7 @@ def test_ways_side_by_side_by_hand(size, capsys):
 
 def test_every_figure_can_be_drawn_and_is_closed():
     artists.check_drawn(n05.plot_step("14m", 8, 128, 24.0))
-    artists.check_drawn(n05.plot_paged_share((4, 8), "14m", 16))
+    artists.check_drawn(n05.plot_paged_share((4, 8), "14m", 8))
     artists.check_drawn(n05.plot_run([USUAL, SPIKE], 37 / 1024))
     artists.check_drawn(n05.plot_thrashing(0, 12.0))
     artists.check_drawn(n05.plot_thrashing(100_000, 12.0))

@@ -1,4 +1,4 @@
-"""LoRA by hand against plain loops and against PEFT."""
+"""LoRA as notebook 02 writes it, in the solutions folded there: against plain loops and PEFT."""
 
 import ast
 
@@ -12,11 +12,19 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from qlora_nb.batch import solutions
 from qlora_nb.errors import KitError
 from qlora_nb.model import load
 from qlora_nb.model.linear_layers import dense_weight, linear_layers
 from qlora_nb.settings import validate
 from qlora_nb.theory import lora
+
+WRITTEN = {}
+"""The functions of notebook 02's solutions by their names."""
+for _, solution in solutions.exercises(nbformat.read(NOTEBOOKS / "02_lora.ipynb", 4)):
+    exec(solution, WRITTEN)
+forward = WRITTEN["lora_forward"]
+merge = WRITTEN["lora_merge"]
 
 
 def forward_in_loops(
@@ -26,7 +34,7 @@ def forward_in_loops(
     lora_b: torch.Tensor,
     lora_alpha: float,
 ) -> torch.Tensor:
-    """`lora.forward` for one input vector (in,), as plain loops: what the formula says, number by
+    """`lora_forward` for one input vector (in,), as plain loops: what the formula says, number by
     number.
     """
 
@@ -62,10 +70,10 @@ def test_forward_equals_the_loops(n_in, n_out, r, alpha, dtype):
         torch.randn(s, dtype=dtype) for s in ((n_in,), (n_out, n_in), (r, n_in), (n_out, r))
     )
     torch.testing.assert_close(
-        lora.forward(x, w, a, b, alpha), forward_in_loops(x, w, a, b, alpha), rtol=1e-4, atol=1e-4
+        forward(x, w, a, b, alpha), forward_in_loops(x, w, a, b, alpha), rtol=1e-4, atol=1e-4
     )
     torch.testing.assert_close(
-        lora.forward(x, w, a, b, alpha), x @ lora.merge(w, a, b, alpha).T, rtol=1e-4, atol=1e-4
+        forward(x, w, a, b, alpha), x @ merge(w, a, b, alpha).T, rtol=1e-4, atol=1e-4
     )
 
 
@@ -87,7 +95,7 @@ def test_loops_in_16_bit_and_on_awkward_numbers(n_in, n_out, r, dtype, kind):
     if kind == "denormal":
         w, b = w * 1e-40, b * 1e-40
     x, w, a, b = (t.to(dtype) for t in (x, w, a, b))
-    fast, slow = lora.forward(x, w, a, b, 8), forward_in_loops(x, w, a, b, 8)
+    fast, slow = forward(x, w, a, b, 8), forward_in_loops(x, w, a, b, 8)
     assert fast.dtype == slow.dtype == dtype
     size = (
         (
@@ -129,21 +137,17 @@ def pocket_layer():
 @pytest.mark.parametrize(
     "make", [lambda: nn.Linear(40, 56), lambda: nn.Linear(33, 17, bias=False), pocket_layer]
 )
-@pytest.mark.parametrize("use_rslora", [False, True])
-def test_output_and_gradients_are_pefts(make, use_rslora):
+def test_output_gradients_and_merged_weight_are_pefts(make):
     torch.manual_seed(0)
     base = make()
-    config = LoraConfig(
-        r=8, lora_alpha=16, target_modules=["layer"], use_rslora=use_rslora, init_lora_weights=False
-    )
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=["layer"], init_lora_weights=False)
     theirs = get_peft_model(Holder(copy_of(base)), config)
     peft_layer = theirs.base_model.model.layer
     weight = dense_weight(base).float()
     a = peft_layer.lora_A["default"].weight.detach().clone().requires_grad_()
     b = peft_layer.lora_B["default"].weight.detach().clone().requires_grad_()
     x = torch.randn(5, 7, base.in_features)
-    alpha = 8 * lora.scale(16, 8, rslora=use_rslora)  # alpha / r is then the scale
-    y_ours, y_theirs = lora.forward(x, weight, a, b, alpha), theirs(x)
+    y_ours, y_theirs = forward(x, weight, a, b, 16), theirs(x)
     if base.bias is not None:
         y_ours = y_ours + base.bias.detach().float()
     torch.testing.assert_close(y_ours, y_theirs, rtol=1e-5, atol=1e-5)
@@ -155,6 +159,8 @@ def test_output_and_gradients_are_pefts(make, use_rslora):
     torch.testing.assert_close(
         b.grad, peft_layer.lora_B["default"].weight.grad, rtol=1e-4, atol=1e-7
     )
+    merged = merge(weight, a, b, 16)
+    torch.testing.assert_close(merged, theirs.merge_and_unload().layer.weight)
 
 
 def test_what_lora_saves_in_operations_as_02_counts_it():
@@ -182,27 +188,9 @@ def test_what_lora_saves_in_operations_as_02_counts_it():
 def test_both_at_zero_never_move():
     a = torch.zeros(2, 8, requires_grad=True)
     b = torch.zeros(8, 2, requires_grad=True)
-    lora.forward(torch.randn(4, 8), torch.randn(8, 8), a, b, 2).sum().backward()
+    forward(torch.randn(4, 8), torch.randn(8, 8), a, b, 2).sum().backward()
     assert not a.grad.any()
     assert not b.grad.any()
-
-
-def test_dora_is_pefts():
-    torch.manual_seed(0)
-    base = nn.Linear(24, 16)
-    config = LoraConfig(
-        r=4, lora_alpha=8, target_modules=["layer"], use_dora=True, init_lora_weights=False
-    )
-    theirs = get_peft_model(Holder(copy_of(base)), config)
-    layer = theirs.base_model.model.layer
-    magnitude = layer.lora_magnitude_vector["default"].weight
-    magnitude.data *= torch.rand(16) + 0.5
-    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    x = torch.randn(5, 24)
-    weight = lora.dora_weight(base.weight, a, b, 8, magnitude)
-    torch.testing.assert_close(x @ weight.T + base.bias, theirs(x), rtol=1e-5, atol=1e-5)
-    start = lora.dora_weight(base.weight, a, torch.zeros_like(b), 8, base.weight.norm(dim=1))
-    torch.testing.assert_close(start, base.weight)
 
 
 def test_best_rank_is_the_best():
@@ -222,16 +210,6 @@ def test_best_rank_is_the_best():
 
 
 def test_refusals():
-    w, a, b = torch.ones(3, 2), torch.ones(1, 2), torch.ones(3, 1)
-    with pytest.raises(KitError, match="for W of"):
-        lora.forward(torch.ones(2), w, b, a, 1)
-    with pytest.raises(KitError, match="takes 2"):
-        lora.forward(torch.ones(3), w, a, b, 1)
-    with pytest.raises(KitError, match="rank is too small"):
-        lora.scale(16, 0)
-    for r in (0, 3):
-        with pytest.raises(KitError, match="1 to 2"):
-            lora.best_rank(w, r)
     with pytest.raises(KitError, match="NaN"):
         lora.captured_energy(torch.tensor([[float("nan")]]))
     with pytest.raises(KitError, match="zero"):

@@ -131,7 +131,7 @@ def test_what_cannot_be_merged_or_exported_is_refused(tuned, tmp_path):
 
 @pytest.mark.parametrize("four_bit", [True, False])
 def test_release_gives_back_every_byte_although_the_name_is_still_held(four_bit):
-    with live_bytes.LiveBytes() as live:
+    with live_bytes.LiveBytes(torch.nn.Module()) as live:
         model = load.load_base(SETTINGS, four_bit)
         model = model if four_bit else model.double()  # made under the counter's eyes
         held, before = ledger.measure(model).total_bytes, live.live

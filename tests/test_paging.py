@@ -1,9 +1,12 @@
-"""The page simulator against plain loops and hand-checked traces; bitsandbytes' rule and bytes
-against real optimizers.
+"""The simulated steps against hand-checked traces and Python's own cache; bitsandbytes' rule and
+bytes against real optimizers.
 """
 
+import functools
 import inspect
+import itertools
 import warnings
+from dataclasses import replace
 from types import SimpleNamespace
 
 import bitsandbytes as bnb
@@ -12,89 +15,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_nb.errors import KitError
 from qlora_nb.memory import ledger
 from qlora_nb.model import configs
 from qlora_nb.theory import paging
 
-EVENT = st.one_of(
-    st.tuples(st.just("reserve"), st.integers(0, 5)),
-    st.tuples(st.sampled_from(["touch", "prefetch"]), st.integers(0, 9)),
-)
 
-
-def by_loops(events: list[tuple[str, int]], budget_pages: int) -> tuple[int, int, int, list[int]]:
-    """(faults, pages_in, pages_out, resident) of a list of ("reserve" | "touch" | "prefetch", n),
-    in plain loops over a list; the card must have room.
-    """
-    resident = []  # least recently used first
-    known = []
-    reserved = 0
-    faults = 0
-    pages_in = 0
-    pages_out = 0
-    for kind, n in events:
-        needed = 1
-        if kind == "reserve":
-            reserved = n
-            needed = 0
-        elif n in resident:
-            resident.remove(n)
-        else:
-            if kind == "touch":
-                faults += 1
-            if n in known:
-                pages_in += 1
-            known.append(n)
-        while len(resident) + reserved + needed > budget_pages:
-            resident.pop(0)
-            pages_out += 1
-        if kind != "reserve":
-            resident.append(n)
-    return faults, pages_in, pages_out, resident
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.lists(EVENT, max_size=60), st.integers(6, 12))
-def test_memory_equals_the_loops(events, budget):
-    memory = paging.UnifiedMemory(budget)
-    for kind, n in events:
-        getattr(memory, kind)(n)
-        assert len(memory.resident) + memory.reserved <= budget
-    assert (
-        memory.faults,
-        memory.pages_in,
-        memory.pages_out,
-        list(memory.resident),
-    ) == by_loops(events, budget)
-
-
-def test_a_cyclic_sweep_one_page_short_misses_everything():
-    memory = paging.UnifiedMemory(9)
-    for _ in range(3):
-        for page in range(10):
-            memory.touch(page)
-    assert memory.faults == 30
-    assert memory.pages_in == 20
-    roomy = paging.UnifiedMemory(10)
-    for _ in range(3):
-        for page in range(10):
-            roomy.touch(page)
-    assert (roomy.faults, roomy.pages_in, roomy.pages_out) == (10, 0, 0)
-
-
-def test_out_of_memory():
-    with pytest.raises(MemoryError):
-        paging.UnifiedMemory(3).reserve(4)
-    memory = paging.UnifiedMemory(3)
-    memory.reserve(3)
-    with pytest.raises(MemoryError):
-        memory.touch(0)
-
-
-def sizes(layer=10, paged=8):
+def sizes(layer=10, unit=1):
+    """A step of two layers; `unit` is what all sizes are multiplied by (bytes)."""
+    stored = {"weights": 20, "adapter": 1, "gradients": 2, "paged": 8, "fixed": 1}
     now = {"kept": 3, "forward": layer, "backward": layer, "loss": 4}
-    return paging.StepSizes(2, weights=20, adapter=1, gradients=2, paged=paged, fixed=1, **now)
+    parts = {name: unit * size for name, size in (stored | now).items()}
+    return paging.StepSizes(n_layers=2, **parts)
 
 
 def test_timeline_by_hand():
@@ -112,30 +43,65 @@ def test_timeline_by_hand():
 
 
 def test_paging_survives_a_spike_that_kills():
-    usual, spike = sizes(), sizes(layer=16)
+    page = paging.PAGE_BYTES
+    usual, spike = sizes(unit=page), sizes(layer=16, unit=page)
     run = [usual, usual, spike, usual]
-    budget = 50  # usual peak 22 + 16 + 8 = 46; spike 22 + 22 + 8 = 52
+    budget = 50 * page  # usual peak 22 + 16 + 8 = 46; spike 22 + 22 + 8 = 52
     dead = paging.simulate(run, budget, paging=False)
     assert [r.survived for r in dead] == [True, True, False]
-    alive = paging.simulate(run, budget, page_bytes=1)
+    alive = paging.simulate(run, budget)
     assert [r.survived for r in alive] == [True] * 4
-    assert [r.bytes_out for r in alive] == [0, 0, 2, 0]  # two bytes too many go out …
-    assert [r.bytes_in for r in alive] == [0, 0, 2, 0]  # … and come back when the optimizer asks
+    assert [r.bytes_out for r in alive] == [0, 0, 2 * page, 0]  # two pages too many go out …
+    assert [r.bytes_in for r in alive] == [
+        0,
+        0,
+        2 * page,
+        0,
+    ]  # … and come back when the optimizer asks
     assert [r.faults for r in alive] == [8, 0, 2, 0]
-    assert [r.faults for r in paging.simulate(run, budget, page_bytes=1, prefetch=True)] == [0] * 4
-    assert not paging.simulate([sizes(layer=30)], budget, page_bytes=1)[
-        0
-    ].survived  # ordinary memory alone is too much
-    assert alive[2].seconds(1e-9) == 4
+    assert [r.faults for r in paging.simulate(run, budget, prefetch=True)] == [0] * 4
+    too_large = sizes(layer=30, unit=page)  # ordinary memory alone is too much
+    assert not paging.simulate([too_large], budget)[0].survived
+    assert alive[2].seconds(1e-9) == 4 * page
 
 
-def test_refusals():
-    with pytest.raises(KitError, match="positive"):
-        paging.simulate([sizes()], 0)
-    with pytest.raises(KitError, match="bandwidth"):
-        paging.StepRecord(True).seconds(0)
-    with pytest.raises(KitError, match="8, 32"):
-        paging.state_bytes(10, 16)
+@pytest.mark.parametrize("with_pages", [True, False])
+@pytest.mark.parametrize("budget", [0, -1, 1])
+def test_no_step_survives_on_a_card_without_memory(budget, with_pages):
+    [record] = paging.simulate([sizes(), sizes()], budget, paging=with_pages)
+    assert not record.survived
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 12), st.integers(0, 14), st.integers(1, 4), st.booleans())
+def test_pages_move_as_in_pythons_least_recently_used_cache(n_pages, room, n_steps, prefetch):
+    """Steps without ordinary memory: a card with room for some pages of the optimizer's states."""
+
+    @functools.lru_cache(maxsize=room)
+    def page(number):
+        return number
+
+    misses = [0]
+    for _ in range(n_steps):
+        for number in range(n_pages):
+            page(number)
+        misses.append(page.cache_info().misses)
+    step = paging.StepSizes(1, kept=0, forward=0, backward=0, loss=0, gradients=0)
+    step = replace(step, paged=n_pages * paging.PAGE_BYTES)
+    records = paging.simulate([step] * n_steps, room * paging.PAGE_BYTES, prefetch=prefetch)
+    if room == 0:
+        assert [record.survived for record in records] == [False]
+        return
+    faults = [after - before for before, after in itertools.pairwise(misses)]
+    assert [record.faults for record in records] == [0 if prefetch else n for n in faults]
+    copied = [0] + [paging.PAGE_BYTES * n for n in faults[1:]]  # the first step makes the pages
+    assert [record.bytes_in for record in records] == copied
+    on_card = min(room, n_pages)
+    sent = [paging.PAGE_BYTES * n for n in faults]
+    assert [record.bytes_out for record in records] == [
+        sent[0] - on_card * paging.PAGE_BYTES,
+        *sent[1:],
+    ]
 
 
 @pytest.mark.parametrize(

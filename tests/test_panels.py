@@ -59,11 +59,11 @@ def test_planner_answers_the_question_of_notebook_01():
 
 
 def test_what_fits_names_a_size_for_every_card():
-    rows = n01.what_fits(validate({"profile": "full"}), (8.0, 48.0))
-    assert [row["card"] for row in rows] == ["8 GiB", "48 GiB"]
+    rows = n01.what_fits(validate({"profile": "full"}))
+    assert [row["card"] for row in rows] == ["8 GiB", "12 GiB", "16 GiB", "24 GiB", "48 GiB"]
     assert rows[0]["fine-tuning"].startswith("6.9b")
-    assert rows[1]["fine-tuning"].startswith("12b")
-    assert rows[1]["options"] == "none needed"
+    assert rows[-1]["fine-tuning"].startswith("12b")
+    assert rows[-1]["options"] == "none needed"
     cells = nbformat.read(NOTEBOOKS / "01_setup.ipynb", 4).cells
     (answer,) = [cell.source for cell in cells if "<summary>Answer</summary>" in cell.source]
     folded = answer.partition("</details>")[0].replace('"', "")

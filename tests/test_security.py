@@ -284,7 +284,7 @@ SECRETS = {
 
 @pytest.mark.fault(33)
 @pytest.mark.slow
-def test_no_token_is_ever_written(toy, tmp_path, monkeypatch):
+def test_no_token_is_ever_written(toy, tmp_path, monkeypatch, capsys):
     """A run that trains and one whose notebook prints and raises secrets: every file they leave is
     searched.
     """
@@ -306,10 +306,8 @@ def test_no_token_is_ever_written(toy, tmp_path, monkeypatch):
     folder = toy(
         "02_leaks", prints.format(list(SECRETS)), "raise OSError(' '.join(os.environ.values()))"
     )
-    lines: list[str] = []
-    summary = sequence.run_sequence(
-        {"output_dir": str(tmp_path / "out")}, notebooks=folder, say=lines.append
-    )
+    summary = sequence.run_sequence({"output_dir": str(tmp_path / "out")}, notebooks=folder)
+    said = capsys.readouterr().out
     assert [o["status"] for o in summary["notebooks"]] == ["done", "failed"], summary["notebooks"]
     written = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert {
@@ -322,7 +320,7 @@ def test_no_token_is_ever_written(toy, tmp_path, monkeypatch):
     for path in written:
         content = path.read_bytes()
         assert not [n for n, value in SECRETS.items() if value.encode() in content], path
-    assert not [n for n, value in SECRETS.items() if value in "\n".join(lines)]
+    assert not [n for n, value in SECRETS.items() if value in said]
     assert "[hidden]" in (Path(summary["folder"]) / "02_leaks.ipynb").read_text(encoding="utf-8")
 
 
@@ -356,9 +354,7 @@ def test_a_secret_that_is_a_word_of_the_format_breaks_nothing(toy, tmp_path, mon
     monkeypatch.setenv("POSTGRES_PASSWORD", "metadata")
     monkeypatch.setenv("SERVICE_KEY", "first line\nsecond line")
     folder = toy("01_x", "import os\nprint('metadata and')\nprint(os.environ['SERVICE_KEY'])")
-    summary = sequence.run_sequence(
-        {"output_dir": str(tmp_path / "out")}, notebooks=folder, say=lambda line: None
-    )
+    summary = sequence.run_sequence({"output_dir": str(tmp_path / "out")}, notebooks=folder)
     assert summary["status"] == "done", summary["notebooks"]
     executed = (Path(summary["folder"]) / "01_x.ipynb").read_text()
     assert "second line" not in executed

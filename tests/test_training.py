@@ -210,7 +210,7 @@ def test_a_cell_that_was_stopped_goes_on_when_run_again(tmp_path, capsys):
         open_cells.finetune(model, tokenizer, rows, settings, other, lambda step: None)
     assert "get_peft_model once more" in refused.value.remedy
     once_more = open_cells.attach_adapter(model, settings)
-    assert attach.trainable_parameters(once_more) == sum(w.numel() for w in weights)
+    assert once_more.get_nb_trainable_parameters()[0] == sum(w.numel() for w in weights)
     first = open_cells.finetune(
         once_more, tokenizer, rows, settings, runs.Run(settings, "06_cell"), lambda step: None
     )

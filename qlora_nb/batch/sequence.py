@@ -13,7 +13,6 @@ run; other parameters are refused.
 import json
 import signal
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -33,7 +32,6 @@ def run_sequence(
     parameters: dict[str, object],
     only: list[str] | None = None,
     notebooks: Path | None = None,
-    say: Callable[[str], None] = print,
     resume: str = "no",
 ) -> dict[str, object]:
     """Execute the notebooks in order.
@@ -42,7 +40,6 @@ def run_sequence(
         parameters: as given by the user (`profile` and overrides), checked before anything starts.
         only: beginnings of notebook names, such as `["03", "04"]`; None means all.
         notebooks: the folder they lie in; None means the repository's.
-        say: called with each line for the reader.
         resume: "no", "latest" (this profile's newest sequence that is not done) or the folder of a
             sequence to resume.
 
@@ -71,10 +68,10 @@ def run_sequence(
     one_notebook.require_own_kernel()
     if folder is None:
         folder = runs.new_folder(settings, "sequence")
-    say(f"{len(chosen)} notebooks, profile {settings.profile}, into {folder}")
+    print(f"{len(chosen)} notebooks, profile {settings.profile}, into {folder}")
     record = _Record(folder, given, chosen, before)
     for name in record.outcomes:
-        say(f"{name:28} is done already")
+        print(f"{name:28} is done already")
     to_run = [path for path in chosen if path.stem not in record.outcomes]
     total = sum(n_cells[path] for path in to_run)
     with (
@@ -94,16 +91,16 @@ def run_sequence(
                 bar.clear()
                 if outcome.status == "died":
                     outcome.problems.append(_advice(settings))
-                say(_line(outcome))
+                print(_line(outcome))
             record.summary["status"] = "failed" if record.failed() else "done"
         except BaseException:
             record.summary["status"] = "interrupted"
-            say(f"go on with: qlora-nb run --resume {folder}")
+            print(f"go on with: qlora-nb run --resume {folder}")
             raise
         finally:
             record.save()
             files.write_atomically(folder / "report.html", report.page(record.summary, folder))
-    say(record.last_words())
+    print(record.last_words())
     return record.summary
 
 
@@ -124,9 +121,8 @@ class _Record:
                 self.outcomes[outcome.notebook] = outcome
         packages = [version.package for version in machine.versions()]
         self.summary = runs.new_record(folder, given, packages)
-        self.summary["folder"] = str(folder)
-        self.summary["profile"] = given["profile"]
-        self.summary["chosen"] = list(self.hashes)
+        about = {"folder": str(folder), "profile": given["profile"], "chosen": list(self.hashes)}
+        self.summary.update(about)
         self.summary["started"] = before.get("started", self.summary["started"])
 
     def begin(self, name: str) -> one_notebook.Outcome:

@@ -110,26 +110,23 @@ def profiles_here(here: machine.Machine) -> list[dict[str, str]]:
     rows = []
     for name in PROFILES:
         settings = validate({"profile": name})
-        needed = "known after its fetch"
-        runs = "yes"
+        row = {
+            "profile": name,
+            "model": settings.model_id,
+            "peak, fine-tuning (GiB)": "known after its fetch",
+            "runs here": "yes",
+        }
+        rows.append(row)
         try:
             plan = plan_of(settings, on_gpu=name in ("t4", "full"))
-            needed = f"{budget.peak(plan).total_gib:.2f}"
+            row["peak, fine-tuning (GiB)"] = f"{budget.peak(plan).total_gib:.2f}"
             if not here.gpus:
                 size = sources.download_bytes(settings.model_id)
                 preflight.refuse_on_cpu(settings.model_id, size or 0, here)
             preflight.require_fit(settings, here)
         except KitError as error:
             reason = error.what.split(":")[0].split(", this machine")[0]
-            runs = f"no: {reason}"
-        rows.append(
-            {
-                "profile": name,
-                "model": settings.model_id,
-                "peak, fine-tuning (GiB)": needed,
-                "runs here": runs,
-            }
-        )
+            row["runs here"] = f"no: {reason}"
     return rows
 
 
@@ -152,14 +149,15 @@ def downloads(settings) -> list[str]:
     return [*lines, f"for comparison, EleutherAI/pythia-12b: {size} ({unit})"]
 
 
-def what_fits(
-    settings, sizes_gib: tuple[float, ...] = (8.0, 12.0, 16.0, 24.0, 48.0)
-) -> list[dict[str, str]]:
-    """One row a card: the largest Pythia that answers on it, that fine-tunes with these settings,
-    and that fine-tunes with options that save memory, which are named.
+CARDS_GIB = (8.0, 12.0, 16.0, 24.0, 48.0)
+
+
+def what_fits(settings) -> list[dict[str, str]]:
+    """One row for each of `CARDS_GIB`: the largest Pythia that answers on it, that fine-tunes with
+    these settings, and that fine-tunes with options that save memory, which are named.
     """
     rows = []
-    for size_gib in sizes_gib:
+    for size_gib in CARDS_GIB:
         row = {"card": f"{size_gib:g} GiB"}
         ways = {
             "answering": (False, False),

@@ -1,8 +1,8 @@
 """Notebook 02: the figures of LoRA and the checkers of its exercises.
 
 The figures: the loss of a layer for three ways of starting A and B; how much of a fully fine-tuned
-layer's update the best matrix of each rank holds, and a corner of that update. The formulas are in
-`theory/lora.py`; what the reader writes is compared with PEFT.
+layer's update the best matrix of each rank holds, and a corner of that update. What is drawn is
+measured in `theory/lora.py`; what the reader writes is compared with PEFT.
 """
 
 import torch
@@ -11,7 +11,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from qlora_nb.theory import lora
 from qlora_nb.ui.checks import exercise
 from qlora_nb.ui.style import (
     COLOURS,
@@ -120,7 +119,7 @@ def at_random() -> tuple:
 
 
 def adapted(weight, lora_a, lora_b, lora_alpha) -> tuple[PeftModel, dict[str, Tensor]]:
-    """One linear layer as PEFT adapts it, and its parameters by their names.
+    """A model of one linear layer as PEFT adapts it, and the layer's parameters by their names.
 
     Args:
         weight: (out, in) W.
@@ -130,10 +129,11 @@ def adapted(weight, lora_a, lora_b, lora_alpha) -> tuple[PeftModel, dict[str, Te
     n_out, n_in = weight.shape
     plain = nn.Sequential(nn.Linear(n_in, n_out, bias=False))
     config = LoraConfig(r=len(lora_a), lora_alpha=lora_alpha, target_modules=["0"])
-    tensors = {}
-    parts = {"base_layer": weight, "lora_A.default": lora_a, "lora_B.default": lora_b}
-    for name, tensor in parts.items():
-        tensors[f"base_model.model.0.{name}.weight"] = tensor
+    tensors = {
+        "base_layer.weight": weight,
+        "lora_A.default.weight": lora_a,
+        "lora_B.default.weight": lora_b,
+    }
     return get_peft_model(plain, config), tensors
 
 
@@ -142,13 +142,13 @@ def in_peft(x, *layer) -> Tensor:
     `adapted`).
     """
     model, tensors = adapted(*layer)
-    return functional_call(model, tensors, x)
+    return functional_call(model.base_model.model[0], tensors, x)
 
 
 def merged_by_peft(*layer) -> Tensor:
     """(out, in) weight after PEFT's `merge_and_unload` of `adapted`."""
     model, tensors = adapted(*layer)
-    model.load_state_dict(tensors)
+    model.base_model.model[0].load_state_dict(tensors)
     return model.merge_and_unload()[0].weight.detach()
 
 
@@ -185,7 +185,7 @@ check_merge = Written(
 
 check_alpha = exercise(
     "alpha",
-    want=lora.scale(16, 64) * 16,
+    want=16 / 64 * 16,
     hint="the scale is alpha / r: 16 / 64 must stay what it is",
 )
 """Exercise: the alpha that keeps the scale of (alpha 16, r 64) when r becomes 16."""

@@ -12,7 +12,7 @@ from torch import nn
 
 from qlora_nb.theory import double_quant
 from qlora_nb.ui.checks import exercise
-from qlora_nb.ui.style import COLOURS, draws, log2_axis, look, mark, stacked_bars
+from qlora_nb.ui.style import COLOURS, draws, log2_axis, look, mark, stacked_bars, unit_of
 from qlora_nb.ui.written import Written
 
 PARTS = {
@@ -106,12 +106,8 @@ def plot_model_bytes(axes, rows, n_weights: int):
         n_weights: weights in the quantized layers.
     """
     left, right = axes
-    unit = 2**20
-    name = "MiB"
     largest = max(sum(parts.values()) for parts in rows.values())
-    if largest >= 2**30:
-        unit = 2**30
-        name = "GiB"
+    unit, name = unit_of(largest)
 
     def size(end):
         return f" {end:.3g} {name}"

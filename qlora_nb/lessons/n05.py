@@ -33,11 +33,28 @@ PARTS = {
 """Each part of a step's memory, bottom to top, and its name in the table of looks."""
 
 
+def memory_axis(ax, stays: float, highest: float, room: float = 0.1) -> None:
+    """The y axis of a figure of memory (GiB). It starts at 0, or where most of the axes would show
+    what never changes, just below that.
+
+    Args:
+        stays: what never changes.
+        highest: what must be seen.
+        room: share of the axis that is left above it.
+    """
+    bottom = 0.0
+    ax.set_ylabel("memory (GiB)")
+    if stays > 0.5 * highest:
+        bottom = 0.9 * stays
+        ax.set_ylabel("memory (GiB), axis cut")
+    ax.set_ylim(bottom, highest + room * (highest - bottom))
+    ax.locator_params(axis="y", nbins=6)  # few ticks: text is what takes time in a redraw
+
+
 @draws(
     (8.8, 4.2),
     grid=margins(right=0.74),
     xlabel="one step (layer by layer)",
-    ylabel="memory (GiB)",
 )
 def plot_step(ax, pythia: str, r: int, tokens: int, gpu_gib: float, bits: int = 32):
     """Memory through one step, stacked by part, under the card's line.
@@ -64,58 +81,44 @@ def plot_step(ax, pythia: str, r: int, tokens: int, gpu_gib: float, bits: int = 
         top = max(highest, gpu_gib)
         ax.axhline(gpu_gib, linestyle="--", label=f"card {gpu_gib:g} GiB")
     weights = moments[0].parts["frozen weights"] / cards.GIB
-    bottom = 0.0
-    if weights > 0.5 * highest:
-        bottom = 0.9 * min(weights, gpu_gib)
-        ax.set_ylabel("memory (GiB), axis cut")
-    ax.set_ylim(bottom, bottom + 1.1 * (1.02 * top - bottom))
+    memory_axis(ax, min(weights, gpu_gib), top)
     n = PYTHIA[pythia].n_layers
     for start in (n, n + 1, 2 * n + 1):
         ax.axvline(start - 0.5, linewidth=0.6, linestyle=":")
     middles = [n / 2 - 0.5, n, n + 0.5 + n / 2, 2 * n + 1]
     ax.set_xticks(middles, ["forward", "loss ", "backward", "  optimizer"])
     ax.set_xlim(-0.5, len(moments) - 0.5)
-    ax.locator_params(axis="y", nbins=6)  # few ticks: text is what takes time in a redraw
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9, reverse=True)
     fits = "fits" if highest <= gpu_gib else "does not fit"
     words = f"pythia-{pythia}, r = {r}, {tokens:,} tokens: peak {highest:.2f} GiB ({peak.phase})"
     return f"{words}, {fits} {gpu_gib:g} GiB"
 
 
-def paged_shares(ranks) -> np.ndarray:
-    """(sizes, ranks) share of the 32-bit optimizer states' bytes that bitsandbytes would page on a
-    GPU.
-    """
-    shares = []
-    for size in PYTHIA:
-        splits = np.array([step_sizes.state_split(size, r) for r in ranks])
-        shares.append(splits[:, 0] / splits.sum(axis=1))
-    return np.array(shares)
-
-
 @draws((7.6, 4.4), xlabel="rank r", ylabel="Pythia (size)")
 def plot_paged_share(ax, ranks, pythia: str, r: int):
-    """Which states are paged, for every Pythia and rank; the reader's own cell is framed if it is
-    there.
+    """The share of the 32-bit optimizer states' bytes that bitsandbytes pages on a GPU, for every
+    Pythia and rank; the reader's own cell is framed.
 
     Args:
         ranks: the columns.
         pythia, r: size and rank of the reader's own cell.
     """
-    percent = 100 * paged_shares(ranks)
+    percent = []
+    for size in PYTHIA:
+        splits = np.array([step_sizes.state_split(size, rank) for rank in ranks])
+        percent.append(100 * splits[:, 0] / splits.sum(axis=1))
+    percent = np.array(percent)
     ax.imshow(percent, cmap="PuRd", vmin=0, vmax=130, aspect="auto")
     for (i, j), share in np.ndenumerate(percent):
         colour = "white" if share > 70 else "black"
         ax.text(j, i, f"{share:.0f}", ha="center", va="center", color=colour)
     row = list(PYTHIA).index(pythia)
-    if r in ranks:
-        corner = (list(ranks).index(r) - 0.5, row - 0.5)
-        ax.add_patch(Rectangle(corner, 1, 1, fill=False, linewidth=2.5))
+    column = list(ranks).index(r)
+    ax.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, linewidth=2.5))
     ax.set_xticks(range(len(ranks)), ranks)
     ax.set_yticks(range(len(PYTHIA)), PYTHIA)
     ax.grid(visible=False)
-    share = 100 * paged_shares([r])[row, 0]
-    return f"pythia-{pythia}, r = {r}: {share:.0f} % of the state bytes are paged"
+    return f"pythia-{pythia}, r = {r}: {percent[row, column]:.0f} % of the state bytes are paged"
 
 
 @draws((9.0, 3.8), grid={"ncols": 2, **margins(wspace=0.22)}, xlabel="step")
@@ -142,14 +145,7 @@ def plot_run(axes, steps, gpu_gib: float, gb_per_s: float = 12.0):
     label = "of it states that can be paged"
     left.bar(x, states, bottom=wanted - states, label=label, **look("optimizer", hatch=""))
     left.axhline(gpu_gib, linestyle="--", label=f"card {gpu_gib:.2f} GiB")
-    low = min(*wanted, gpu_gib)
-    high = max(*wanted, gpu_gib)
-    floor = low - max(2 * max(states), high - low, 0.05 * high)
-    left.set_ylabel("memory (GiB), axis cut")
-    if floor <= 0:
-        floor = 0.0
-        left.set_ylabel("memory (GiB)")
-    left.set_ylim(floor, high + 0.55 * (high - floor))
+    memory_axis(left, min(*(wanted - states), gpu_gib), max(*wanted, gpu_gib), room=0.55)
 
     done = x[: len(paged)]  # there is no record after a step that does not fit
     moved_out = [record.bytes_out / 2**20 for record in paged]
@@ -169,20 +165,15 @@ def plot_run(axes, steps, gpu_gib: float, gb_per_s: float = 12.0):
     for ax, title in zip(axes, titles):
         ax.set_title(title, fontsize=11)
         ax.legend(fontsize=8, loc="upper left")
-        ax.locator_params(axis="y", nbins=5)  # few ticks: text is what takes time in a redraw
         ax.set_xticks(x)
 
 
 def sweep_moved(n_pages: int, room: int) -> int:
-    """Pages moved (both ways) in the last of three passes over all pages, with room for so many
-    on the card.
+    """Pages moved in the second of two passes over all pages, with room for so many on the card:
+    each fault brings one in and sends one out.
     """
-    memory = paging.UnifiedMemory(room)
-    for _ in range(3):
-        before = memory.pages_in + memory.pages_out
-        for page in range(n_pages):
-            memory.touch(page)
-    return memory.pages_in + memory.pages_out - before
+    sweep = list(range(n_pages))
+    return 2 * (misses_of_a_cache(sweep + sweep, room) - n_pages)
 
 
 @draws(
@@ -203,7 +194,7 @@ def plot_thrashing(ax, paged_bytes: int, gb_per_s: float):
     rooms = np.round(np.arange(1, 23) * n_pages / 20).astype(int)
     rooms = np.unique(np.maximum(1, [*rooms, n_pages - 1]))
     page_gib = paged_bytes / n_pages / cards.GIB
-    moved = page_gib * np.array([sweep_moved(n_pages, room) for room in rooms])
+    moved = page_gib * np.array([sweep_moved(n_pages, room) for room in rooms.tolist()])
     least = page_gib * 2 * np.maximum(0, n_pages - rooms)
     percent = 100 * rooms / n_pages
     ax.plot(percent, moved, label="least recently used", **mark("optimizer"))

@@ -55,23 +55,16 @@ def peak(plan: Plan) -> ledger.Ledger:
 def _at_the_peak_of_a_step(plan: Plan, gradients: int) -> ledger.Ledger:
     now = dry_run.dry_run(plan)
     always = gradients if plan.accumulation > 1 else 0
-    sizes = paging.StepSizes(
-        n_layers=plan.config.num_hidden_layers,
-        weights=0,
-        adapter=0,
-        gradients=gradients - always,
-        paged=0,
-        fixed=0,
-        **asdict(now),
-    )
+    n_layers = plan.config.num_hidden_layers
+    sizes = paging.StepSizes(n_layers, gradients=gradients - always, **asdict(now))
     moment = max(paging.step_timeline(sizes), key=lambda moment: moment.total)
     kept = moment.parts[KEPT]
-    n_layers = -(-kept // max(now.kept, 1))
-    layers = f"{n_layers} blocks × {now.kept:,} bytes, {plan.batch} × {plan.length} tokens"
+    layers = kept // max(now.kept, 1)
+    blocks = f"{layers} blocks × {now.kept:,} bytes, {plan.batch} × {plan.length} tokens"
     work = f"at the peak, in the phase {moment.phase}; dry run of one layer and the head"
     lines = (
         ledger.Line(ledger.GRADIENTS, always + moment.parts["gradients"], "as the LoRA weights"),
-        ledger.Line(KEPT, kept, layers),
+        ledger.Line(KEPT, kept, blocks),
         ledger.Line(WORK, moment.parts[WORK], work),
     )
     return ledger.Ledger(moment.phase, lines)

@@ -23,22 +23,21 @@ class LiveBytes(TorchDispatchMode):
     itself, which is why real runs are measured by `profiler.measure_peak`. `all_true` is the answer
     to "is this mask all ones?", which a tensor without values cannot give.
 
-    >>> with LiveBytes() as count:
+    >>> with LiveBytes(nn.Module()) as count:
     ...     a = torch.zeros(1000)
     ...     del a
     >>> count.live, count.peak
     (0, 4000)
     """
 
-    def __init__(self, model: nn.Module | None = None, all_true: bool = True):
+    def __init__(self, model: nn.Module, all_true: bool = True):
         super().__init__()
         self.live = 0
         self.peak = 0
         self.all_true = all_true
         self.known = {}  # by storage; a view of a known one is nothing new
-        if model is not None:
-            for tensor in (*model.parameters(), *model.buffers()):
-                self.known[tensor.untyped_storage()._cdata] = None
+        for tensor in (*model.parameters(), *model.buffers()):
+            self.known[tensor.untyped_storage()._cdata] = None
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:

@@ -11,17 +11,15 @@ recently used pages when ordinary memory is needed, and brings them back when th
 *page fault*) or asked for ahead (a *prefetch*). bitsandbytes does so for every state with at least
 100,000 elements on a GPU, not on a CPU (`bitsandbytes/optim/optimizer.py`, `get_state_buffer`).
 
-`UnifiedMemory` is a model of that driver: whole pages, strictly least recently used, every evicted
-page written back. The real driver groups pages and overlaps transfers with work: read bytes as a
-model and seconds as an estimate.
+`simulate` is a model of that driver: whole pages, strictly least recently used, every evicted page
+written back. The real driver groups pages and overlaps transfers with work: read bytes as a model
+and seconds as an estimate.
 """
 
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-from qlora_nb.errors import KitError
 
 PAGE_BYTES = 2 * 2**20
 """2 MiB, the largest unit in which CUDA's driver moves managed memory on x86."""
@@ -53,16 +51,11 @@ def state_bytes(numel: int, bits: int = 32) -> int:
         bits: 32, or 8: one byte an element and state, one float32 a block of 256 and state; tensors
             under 4,096 elements stay 32 bit.
 
-    Raises:
-        KitError: other bits.
-
     By hand: 2 · 4 · 4096 = 32768, and with 8 bits 2 · 4096 + 2 · 4 · 16 = 8320; 4095 are too few.
 
     >>> state_bytes(4096, 32), state_bytes(4096, 8), state_bytes(4095, 8)
     (32768, 8320, 32760)
     """
-    if bits not in {8, 32}:
-        raise KitError("optimizer states have another width", value=bits, allowed="8, 32")
     if bits == 32 or numel < MIN_8BIT:
         return 2 * 4 * numel
     return 2 * numel + 2 * 4 * math.ceil(numel / BLOCK_8BIT)
@@ -84,70 +77,6 @@ def paged_bytes(numels: Sequence[int], bits: int = 32) -> tuple[int, int]:
     return paged, total - paged
 
 
-class UnifiedMemory:
-    """A card with room for `budget_pages` pages, shared by ordinary memory and managed pages.
-
-    Counts `faults` (a touched page was not on the card), `pages_in` (copied from RAM to the card)
-    and `pages_out` (evicted to RAM). A page touched for the first time has nothing to copy.
-
-    By hand: three pages of room; touch 0, 1, 2 (three faults), reserve two pages: 0 and 1 go out.
-    Touch 0: a fault, 0 comes in, 2 goes out.
-
-    >>> memory = UnifiedMemory(3)
-    >>> for page in (0, 1, 2): memory.touch(page)
-    >>> memory.reserve(2); memory.touch(0)
-    >>> memory.faults, memory.pages_in, memory.pages_out, list(memory.resident)
-    (4, 1, 3, [0])
-    """
-
-    def __init__(self, budget_pages: int):
-        self.budget_pages = budget_pages
-        self.reserved = 0
-        self.resident: OrderedDict[int, None] = OrderedDict()  # least recently used first
-        self.known: set[int] = set()
-        self.faults = 0
-        self.pages_in = 0
-        self.pages_out = 0
-
-    def reserve(self, pages: int) -> None:
-        """Set ordinary memory to this many pages; managed pages make room.
-
-        Raises:
-            MemoryError: ordinary memory alone is larger than the card.
-        """
-        if pages > self.budget_pages:
-            raise MemoryError(f"{pages} pages of ordinary memory on a card of {self.budget_pages}")
-        self.reserved = pages
-        self._make_room(0)
-
-    def touch(self, page: int) -> None:
-        """Use a page; if it is not on the card the kernel waits for it."""
-        if page not in self.resident:
-            self.faults += 1
-        self.prefetch(page)
-
-    def prefetch(self, page: int) -> None:
-        """Bring a page in ahead of its use, so that the use is no fault.
-
-        Raises:
-            MemoryError: ordinary memory leaves no room for a single page.
-        """
-        if page not in self.resident:
-            self._make_room(1)
-            if page in self.known:
-                self.pages_in += 1
-            self.known.add(page)
-            self.resident[page] = None
-        self.resident.move_to_end(page)
-
-    def _make_room(self, pages: int) -> None:
-        while len(self.resident) + self.reserved + pages > self.budget_pages:
-            if not self.resident:
-                raise MemoryError("no room for one page")
-            self.resident.popitem(last=False)
-            self.pages_out += 1
-
-
 @dataclass(frozen=True)
 class StepSizes:
     """Sizes of one training step, all in bytes (the caller takes them from a ledger).
@@ -158,15 +87,15 @@ class StepSizes:
     """
 
     n_layers: int
-    weights: int
-    adapter: int
-    gradients: int
-    paged: int
-    fixed: int
     kept: int
     forward: int
     backward: int
     loss: int
+    gradients: int
+    weights: int = 0
+    adapter: int = 0
+    paged: int = 0
+    fixed: int = 0
 
 
 @dataclass(frozen=True)
@@ -190,7 +119,7 @@ def step_timeline(sizes: StepSizes) -> list[Moment]:
     2, 2 + 2; loss 2 + 3; backward, the last layer first, 2 + 5 + 0 and 1 + 5 + 2 (the layer's own
     gradients are in its 5); optimizer 4.
 
-    >>> [m.total for m in step_timeline(StepSizes(2, 0, 0, 4, 0, 0, 1, 2, 5, 3))]
+    >>> [m.total for m in step_timeline(StepSizes(2, 1, 2, 5, 3, gradients=4))]
     [3, 4, 5, 7, 8, 4]
     """
     n = sizes.n_layers
@@ -217,9 +146,11 @@ def step_timeline(sizes: StepSizes) -> list[Moment]:
     return moments
 
 
-@dataclass(frozen=True)
+@dataclass
 class StepRecord:
-    """What one simulated step did: whether it survived, faults and bytes each way."""
+    """What one simulated step did: whether it survived, faults (a touched page was not on the card)
+    and bytes each way. A step that does not fit moves nothing.
+    """
 
     survived: bool
     faults: int = 0
@@ -227,15 +158,7 @@ class StepRecord:
     bytes_out: int = 0
 
     def seconds(self, gb_per_s: float) -> float:
-        """Transfer time both ways over a bus of so many 10^9 bytes a second, nothing overlapped.
-
-        Raises:
-            KitError: a bandwidth of zero or less.
-        """
-        if gb_per_s <= 0:
-            raise KitError(
-                "the bandwidth is not positive", value=gb_per_s, allowed="more than 0 GB/s"
-            )
+        """Transfer time both ways over a bus of so many 10^9 bytes a second, nothing overlapped."""
         return (self.bytes_in + self.bytes_out) / (gb_per_s * 1e9)
 
 
@@ -244,57 +167,72 @@ def simulate(
     budget_bytes: int,
     paging: bool = True,
     prefetch: bool = False,
-    page_bytes: int = PAGE_BYTES,
 ) -> list[StepRecord]:
-    """Run steps on a card; stop at the first one that does not fit.
+    """Run steps on a card, in pages of 2 MiB; stop at the first one that does not fit.
 
     Args:
         steps: the sizes of each step; a spike is a step with larger activations.
         budget_bytes: memory of the card.
         paging: False keeps every optimizer state on the card.
         prefetch: ask for each page just before the optimizer touches it (bitsandbytes does so
-            tensor by tensor).
-        page_bytes: page size.
+            tensor by tensor), so that no touch is a fault.
 
     Returns:
         A record a step; the last has `survived` False if the card was too small.
-
-    Raises:
-        KitError: a page size or budget that is not positive.
     """
-    if page_bytes < 1 or budget_bytes < 1:
-        raise KitError(
-            "page size and budget must be positive",
-            value=(page_bytes, budget_bytes),
-            allowed="1 or more bytes",
-        )
-    memory = UnifiedMemory(budget_bytes // page_bytes)
+    on_card = OrderedDict()  # pages, least recently used first
+    in_ram = set()
     records = []
     for sizes in steps:
-        totals = [moment.total for moment in step_timeline(sizes)]
-        memory.faults = 0
-        memory.pages_in = 0
-        memory.pages_out = 0
-        survived = True
         if paging:
-            try:
-                for total in totals:
-                    memory.reserve(math.ceil((total - sizes.paged) / page_bytes))
-                for page in range(math.ceil(sizes.paged / page_bytes)):
-                    if prefetch:
-                        memory.prefetch(page)
-                    memory.touch(page)
-            except MemoryError:
-                survived = False
+            record = _step_with_pages(sizes, budget_bytes, prefetch, on_card, in_ram)
         else:
-            survived = max(totals) <= budget_bytes
-        record = StepRecord(
-            survived=survived,
-            faults=memory.faults,
-            bytes_in=memory.pages_in * page_bytes,
-            bytes_out=memory.pages_out * page_bytes,
-        )
+            peak = max(moment.total for moment in step_timeline(sizes))
+            record = StepRecord(survived=peak <= budget_bytes)
         records.append(record)
-        if not survived:
+        if not record.survived:
             break
     return records
+
+
+def _step_with_pages(
+    sizes: StepSizes,
+    budget_bytes: int,
+    prefetch: bool,
+    on_card: OrderedDict[int, None],
+    in_ram: set[int],
+) -> StepRecord:
+    """One step on a card: ordinary memory sends pages away where it needs their room, then the
+    optimizer touches all pages one after another.
+
+    Args:
+        on_card, in_ram: where the pages are; changed. A page in neither has nothing to copy yet.
+    """
+    room = []  # for how many pages, at every moment
+    for moment in step_timeline(sizes):
+        ordinary = math.ceil((moment.total - sizes.paged) / PAGE_BYTES)
+        room.append(budget_bytes // PAGE_BYTES - ordinary)
+    n_pages = math.ceil(sizes.paged / PAGE_BYTES)
+    if min(room) < 0 or (n_pages and room[-1] == 0):
+        return StepRecord(survived=False)
+    record = StepRecord(survived=True)
+
+    def send_one_away() -> None:
+        page, _ = on_card.popitem(last=False)
+        in_ram.add(page)
+        record.bytes_out += PAGE_BYTES
+
+    while len(on_card) > min(room):
+        send_one_away()
+    for page in range(n_pages):
+        if page not in on_card:
+            if not prefetch:
+                record.faults += 1
+            if len(on_card) == room[-1]:
+                send_one_away()
+            if page in in_ram:
+                in_ram.remove(page)
+                record.bytes_in += PAGE_BYTES
+        on_card[page] = None
+        on_card.move_to_end(page)
+    return record

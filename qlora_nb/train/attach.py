@@ -40,17 +40,12 @@ def layers_to_adapt(model: PreTrainedModel, settings) -> list[str]:
 
 def require_adapter(model: PeftModel) -> None:
     """Refuse a model that has no adapter yet, or one that was loaded to answer, not to train."""
-    if not isinstance(model, PeftModel) or not trainable_parameters(model):
+    if not isinstance(model, PeftModel) or not model.get_nb_trainable_parameters()[0]:
         raise KitError(
             "this model has no adapter that can be trained",
             value=type(model).__name__,
             remedy="run the cell with get_peft_model first, then this one",
         )
-
-
-def trainable_parameters(model: torch.nn.Module) -> int:
-    """How many numbers are trained."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 @torch.no_grad()

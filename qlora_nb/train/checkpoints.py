@@ -13,7 +13,6 @@ stopped.
 import hashlib
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 from qlora_nb import sources
@@ -38,7 +37,7 @@ MAY_DIFFER = {
 """Parameters that do not change what is trained."""
 
 
-def start(settings, notebook: str, say: Callable[[str], None] = print) -> runs.Run:
+def start(settings, notebook: str) -> runs.Run:
     """A new run, or with `resume` an unfinished one: "latest" is this profile's newest unfinished
     run with checkpoints, anything else a run's folder.
 
@@ -63,12 +62,12 @@ def start(settings, notebook: str, say: Callable[[str], None] = print) -> runs.R
             allowed="no, latest, or a run folder with checkpoints/",
         )
     if folder is None:
-        say("there is no unfinished run to go on with: a new one starts")
+        print("there is no unfinished run to go on with: a new one starts")
         return runs.Run(settings, notebook)
     checkpoint = seal.newest_checkpoint(folder, say=lambda text: None)
     if checkpoint:
         require_same(checkpoint, settings)
-    say(f"going on with {folder.name} ({runs.status_of(folder)})")
+    print(f"going on with {folder.name} ({runs.status_of(folder)})")
     return runs.Run(settings, notebook, folder)
 
 

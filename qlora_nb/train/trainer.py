@@ -279,7 +279,8 @@ def _require_room(model: PeftModel, settings, folder: Path) -> None:
     copies = 1
     if settings.save_steps:
         copies += seal.KEEP + 1
-    needed = copies * BYTES_A_PARAMETER * attach.trainable_parameters(model)
+    n_trained, _ = model.get_nb_trainable_parameters()
+    needed = copies * BYTES_A_PARAMETER * n_trained
     fetch.require_room(folder, needed, "this run")
 
 

@@ -48,12 +48,7 @@ def memory_bars(ax, ledgers: dict[str, ledger.Ledger], limit_gib: float | None =
     looks = {part: style.look(part) for part in PARTS}
     largest = max(ledgers, key=lambda label: ledgers[label].total_bytes)
     total = ledgers[largest].total_bytes
-    unit = 2**20
-    unit_name = "MiB"
-    if total > cards.GIB / 2:
-        unit = cards.GIB
-        unit_name = "GiB"
-
+    unit, unit_name = style.unit_of(total)
     ax.figure.set_size_inches(8.4, 1.9 + 0.45 * len(ledgers))
     style.stacked_bars(ax, rows, looks, " {:.2f}".format, unit)
     ax.set_xlabel(f"peak memory ({unit_name})")

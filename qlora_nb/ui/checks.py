@@ -1,10 +1,9 @@
 """What the reader answered, judged in one sentence: exercises and guesses.
 
-A checker (`verdict`, and what `exercise` makes of it) compares in the order in which a teacher
-would: not attempted yet, then the shape, then the values. It prints one line and returns True only
-if the answer is right. `compare_guess` sets a reader's guess beside what was measured; it grades
-nothing. Functions that the reader writes are checked in `written`; the checkers of a notebook stand
-with its figures, in `lessons`.
+A checker (what `exercise` makes) compares in the order in which a teacher would: not attempted yet,
+then the shape, then the values. It prints one line. `compare_guess` sets a reader's guess beside
+what was measured; it grades nothing. Functions that the reader writes are checked in `written`; the
+checkers of a notebook stand with its figures, in `lessons`.
 """
 
 import math
@@ -14,52 +13,32 @@ from collections.abc import Callable
 import numpy as np
 
 
-class Verdict(int):
-    """True or False that a notebook does not show under the sentence already printed."""
-
-    def __repr__(self) -> str:
-        return str(bool(self))
-
-    def _ipython_display_(self) -> None:
-        """Show nothing."""
-
-
-def verdict(stub: object, want: object, name: str, hint: str, tolerance: float = 1e-6) -> Verdict:
-    """Compare an exercise's answer with the right one and print what a teacher would say.
+def exercise(name: str, want: object, hint: str, tolerance: float = 1e-6) -> Callable:
+    """A checker that compares an exercise's answer with the right one and prints what a teacher
+    would say.
 
     Args:
-        stub: the reader's answer: None while not attempted, a number, or a (nested) sequence or
-            tensor of numbers.
-        want: the right answer, of the same kind.
         name: how the exercise calls the quantity.
+        want: the right answer: a number, or a (nested) sequence of numbers.
         hint: one sentence that is added when the answer is wrong.
         tolerance: relative tolerance for numbers (absolute below 1).
 
-    >>> verdict(None, 4.5, "bits per weight", "count the scales too")
+    >>> check = exercise("bits per weight", want=4.5, hint="count the scales too")
+    >>> check(None)
     bits per weight: not attempted yet. Replace None and run the cell again.
-    False
-    >>> verdict(4, 4.5, "bits per weight", "count the scales too")
+    >>> check(4)
     bits per weight: values wrong: 4 is too small. Hint: count the scales too.
-    False
-    >>> verdict(4.5, 4.5, "bits per weight", "count the scales too")
+    >>> check(4.5)
     bits per weight: right.
-    True
     """
-    said = "not attempted yet. Replace None and run the cell again"
-    right = False
-    if stub is not None:
-        fault = fault_of(stub, want, tolerance)
-        right = not fault
-        said = "right" if right else f"{fault}. Hint: {hint}"
-    print(f"{name}: {said}.")
-    return Verdict(right)
 
-
-def exercise(name: str, want: object, hint: str, tolerance: float = 1e-6) -> Callable:
-    """A checker that needs the reader's answer only; see `verdict`."""
-
-    def check(stub: object) -> Verdict:
-        return verdict(stub, want, name, hint, tolerance)
+    def check(answer: object) -> None:
+        """Judge the reader's answer, which is None while not attempted."""
+        said = "not attempted yet. Replace None and run the cell again"
+        if answer is not None:
+            fault = fault_of(answer, want, tolerance)
+            said = f"{fault}. Hint: {hint}" if fault else "right"
+        print(f"{name}: {said}.")
 
     return check
 
@@ -68,8 +47,6 @@ def fault_of(got: object, want: object, tolerance: float) -> str:
     """What is wrong with an answer, "" if nothing is."""
     if hasattr(got, "tolist"):
         got = got.tolist()
-    if hasattr(want, "tolist"):
-        want = want.tolist()
     got = np.array(got, dtype=object)  # of objects: each keeps its type, so that it can be named
     want = np.array(want, dtype=object)
     if got.shape != want.shape:

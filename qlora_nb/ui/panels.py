@@ -115,7 +115,7 @@ def planner(settings, gpu_gib: float | None = None) -> W.VBox:
         options = values if own in values else sorted([*values, own])
         control = widgets.choice_slider if name in ("r", "max_length") else widgets.choice
         controls[name] = control(name, options, own)
-    advice = widgets.text_box("advice", height="6em", disabled=True)
+    advice = widgets.text_box("advice", height="6em")
 
     def plan(gpu_gib=gpu_gib, **values):
         chosen = settings.replace(**values)
@@ -147,7 +147,7 @@ class SideBySide:
         self.settings = settings
         self.stopping = threading.Event()
         self.turns = {"base": [], "tuned": []}
-        self.prompt = widgets.text_box("prompt", value=settings.prompts[0])
+        self.prompt = widgets.text_box("prompt", disabled=False, value=settings.prompts[0])
         controls = [
             widgets.float_slider("temperature", settings.temperature, 0, 2, 0.1),
             widgets.float_slider("top_p", settings.top_p, 0.05, 1, 0.05),
@@ -169,13 +169,12 @@ class SideBySide:
         self.costs = {}
         sides = []
         for name in ("base", "tuned"):
-            said = {"placeholder": "no answer yet", "disabled": True}
-            box = widgets.text_box(f"{name} model", "8em", width="99%", **said)
+            box = widgets.text_box(f"{name} model", "8em", "99%", placeholder="no answer yet")
             self.answers[name] = box
-            self.costs[name] = widgets.text_box(f"{name} cost", "6em", width="99%", disabled=True)
+            self.costs[name] = widgets.text_box(f"{name} cost", "6em", "99%")
             sides.append(W.VBox([box, self.costs[name]], layout=W.Layout(width="48%")))
-        self.positions = widgets.text_box("token by token", disabled=True)
-        self.history = widgets.text_box("history", disabled=True)
+        self.positions = widgets.text_box("token by token")
+        self.history = widgets.text_box("history")
         self.box = W.VBox(
             [
                 self.prompt,

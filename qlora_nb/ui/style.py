@@ -86,6 +86,13 @@ def mark(meaning: str) -> dict[str, str]:
     return {"color": drawn.colour, "marker": drawn.marker}
 
 
+def unit_of(n_bytes: float) -> tuple[int, str]:
+    """The unit in which a figure shows at most so many bytes: MiB up to half a GiB."""
+    if n_bytes > 2**29:
+        return 2**30, "GiB"
+    return 2**20, "MiB"
+
+
 def stacked_bars(
     ax,
     rows: Mapping[str, Mapping],

@@ -99,6 +99,9 @@ def choice(description: str, options: list, value) -> W.Dropdown:
 
 
 def text_box(description: str, height: str = "7em", width: str = "95%", **options) -> W.Textarea:
-    """A box of plain text, which is never interpreted as HTML; sizes as in CSS ("7em", "95%")."""
+    """A box of plain text, which is never interpreted as HTML; to be read, unless `disabled=False`
+    is given. Sizes are as in CSS ("7em", "95%").
+    """
     layout = W.Layout(width=width, height=height)
+    options = {"disabled": True, **options}
     return W.Textarea(description=description, layout=layout, style=LABEL, **options)
