@@ -174,9 +174,12 @@ def _found(messages: list[dict], text: str, tokenizer) -> Spans:
         if place:
             before = _render(messages[:place], tokenizer, asking=True)
         words = message["content"].strip()
-        if text.find(words, len(before)) < 0:
-            words = words.rpartition("</think>")[2].strip()
         start = text.find(words, len(before))
+        behind_thoughts = words.rpartition("</think>")[2].strip()
+        nearer = text.find(behind_thoughts, len(before))
+        if behind_thoughts and nearer >= 0 and not 0 <= start <= nearer:
+            words = behind_thoughts  # an earlier answer, whose thoughts are taken out
+            start = nearer
         if not text.startswith(before) or start < 0:
             raise ValueError("the chat template writes an answer in other words")
         end = start + len(words)
