@@ -10,8 +10,11 @@ notebook it is shown as one paragraph, because IPython asks an exception for its
 that ran out is not refused there: training catches it and tries again with fewer rows.
 """
 
+import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import TracebackType
 
 
 class KitError(ValueError):
@@ -75,7 +78,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def explain_missing_names(shell) -> None:
-    """From now on a notebook's cell that uses a name no cell has set yet says so in one sentence.
+    """From now on a notebook's cell that uses a name which no cell has set yet, or which is None
+    because the cell that sets it failed, says so in one sentence.
 
     A name that is missing inside a function keeps its traceback: there the line matters.
 
@@ -84,31 +88,56 @@ def explain_missing_names(shell) -> None:
     """
 
     def explain(shell, kind, error, trace, tb_offset=None):
-        innermost = trace
-        while innermost.tb_next:
-            innermost = innermost.tb_next
-        frame = innermost.tb_frame
-        in_a_cell = frame.f_code.co_name.startswith("<")  # <module>, <listcomp>, …
-        if in_a_cell and frame.f_globals is shell.user_ns:
+        name = _missing_name(error, trace, shell.user_ns)
+        if name:
             sentence = (
-                f"NameError: {error.name} is not there yet. Do this: run the cell above that sets "
-                f"it first ({error.name} = …), or all cells above this one."
+                f"{kind.__name__}: {name} is not there yet. Do this: run the cell above that sets "
+                f"it first ({name} = …), or all cells above this one."
             )
             error._render_traceback_ = lambda: [sentence]
         shell.showtraceback((kind, error, trace), tb_offset=tb_offset)
 
-    shell.set_custom_exc((NameError,), explain)
+    shell.set_custom_exc((NameError, AttributeError, TypeError), explain)
+
+
+def _missing_name(error: Exception, trace: TracebackType, names: dict[str, object]) -> str | None:
+    """The name of a notebook that a cell lacked, if that is what went wrong."""
+    frames = [frame for frame, _ in traceback.walk_tb(trace)]
+    in_cells = []
+    for frame in frames:
+        if frame.f_globals is names and frame.f_code.co_name.startswith("<"):  # <module>, …
+            in_cells.append(frame)
+    if isinstance(error, NameError) and frames[-1] in in_cells:
+        return error.name
+    if "NoneType" in str(error):
+        for frame in in_cells:
+            for name in frame.f_code.co_names:
+                if name in names and names[name] is None:
+                    return name
+    return None
+
+
+def show_refusals_alone() -> None:
+    """From now on a refusal ends this program with its sentence and without a traceback."""
+
+    def show(kind, error, trace):
+        if isinstance(error, KitError):
+            print(error, file=sys.stderr)
+        else:
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = show
 
 
 def _sentence(text: str) -> str:
     return text if text.endswith((".", "?", "!")) else f"{text}."
 
 
-def _short(value: object, limit: int = 80) -> str:
+def _short(value: object) -> str:
     try:
         text = repr(value)
     except ValueError:  # a number of more digits than Python writes
         return f"something too long to show ({type(value).__name__})"
-    if len(text) > limit:
-        text = f"{text[: limit - 1]}…"
+    if len(text) > 80:
+        text = f"{text[:79]}…"
     return text

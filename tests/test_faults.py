@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -597,8 +598,7 @@ def test_a_number_that_another_process_has_now_is_no_running_run(tmp_path):
     """After a restart of the machine the recorded process number may belong to anybody."""
     run = runs.Run(validate({"output_dir": str(tmp_path)}), "n")
     assert runs.status_of(run.folder) == "running"
-    long_ago = time.time() - 30 * 24 * 3600
-    os.utime(run.folder / "manifest.json", (long_ago, long_ago))
+    record_as(run.folder, started="2026-01-02T03:04:05+00:00")  # a copy: its date is today's
     assert runs.status_of(run.folder) == "died"
 
 
@@ -613,6 +613,120 @@ def test_a_manifest_that_cannot_be_read_is_no_finished_run(tmp_path, text):
     assert not checkpoints.start(validate({"output_dir": str(tmp_path)}), "n").resumed, (
         "a new run starts beside it"
     )
+
+
+def record_as(folder, **changes):
+    """Change what a run's record says."""
+    written = folder / "manifest.json"
+    written.write_text(json.dumps(json.loads(written.read_text()) | changes))
+
+
+def finished(settings, name=None, **changes) -> Path:
+    """A finished run with an adapter, its folder renamed and its record changed."""
+    with runs.Run(settings, "n") as run:
+        (run.folder / "adapter").mkdir()
+    folder = run.folder
+    if name:
+        folder = folder.rename(folder.with_name(name))
+    record_as(folder, **changes)
+    return folder
+
+
+TIMES = {
+    "another zone": ("2026-03-01T09:00:00+0900", "2026-03-01T08:00:00+0000"),
+    "from summer to winter": ("2026-10-25T02:50:00+0200", "2026-10-25T02:10:00+0100"),
+    "over the date line": ("2026-03-02T10:00:00+1300", "2026-03-01T22:00:00-1000"),
+    "written with Z": ("2026-03-01T08:00:00Z", "2026-03-01T08:00:00.250+00:00"),
+    "of one second, 9 and 10": ("2026-03-01T08:00:00Z", "2026-03-01T08:00:00Z"),
+}
+
+
+@pytest.mark.parametrize("times", TIMES.values(), ids=TIMES)
+@pytest.mark.parametrize("case", ["renamed", "touched", "copied", "unzipped", "linked"])
+def test_latest_is_the_newest_by_the_runs_own_time(tmp_path, times, case):
+    """Whatever the folders are called and when they were last changed."""
+    settings = validate({"output_dir": str(tmp_path / "runs")})
+    old = finished(settings, "z-last-by-name", started=times[0], number=9)
+    new = finished(settings, "a-first-by-name", started=times[1], number=10)
+    if case == "touched":
+        os.utime(new, (1e9, 1e9))
+    elif case == "copied":
+        shutil.copytree(old, tmp_path / "copy")
+        shutil.rmtree(old)
+        shutil.copytree(tmp_path / "copy", old, copy_function=shutil.copyfile)
+    elif case == "unzipped":
+        shutil.make_archive(str(tmp_path / "packed"), "zip", old)
+        shutil.rmtree(old)
+        shutil.unpack_archive(tmp_path / "packed.zip", old)
+    elif case == "linked":
+        disk = tmp_path / "another disk"
+        shutil.move(new, disk)
+        new.symlink_to(disk)
+    os.utime(old / "manifest.json")
+    os.utime(old)
+    assert runs.latest_done(settings, "n") == new
+    assert runs.latest_done(settings, "m") is None
+
+
+@pytest.mark.parametrize(
+    ("started", "words"),
+    [
+        ((datetime.now(UTC) + timedelta(days=2)).isoformat(), "later than now"),
+        ((datetime.now(UTC) + timedelta(minutes=5)).isoformat(), "later than now"),
+        ("9999-12-31T23:59:59+0000", "later than now"),
+        ("2026-03-01T08:00:00", "no time with a zone"),
+        ("2026-03-01", "no time with a zone"),
+        ("yesterday", "no time with a zone"),
+        (None, "no time with a zone"),
+        (1772352000, "no time with a zone"),
+    ],
+)
+@pytest.mark.parametrize("asked", ["adapter", "resume", "sequence"])
+def test_a_run_whose_time_cannot_be_right_is_left_out_and_said(
+    tmp_path, capsys, asked, started, words
+):
+    settings = validate({"output_dir": str(tmp_path), "resume": "latest"})
+    right = finished(settings, "right", started="2026-03-01T07:00:00+0000")
+    wrong = finished(settings, "wrong", started=started)
+    if asked == "adapter":
+        assert runs.latest_done(settings, "n") == right
+    elif asked == "resume":
+        for folder in (right, wrong):
+            (folder / "checkpoints").mkdir()
+            record_as(folder, status="failed")
+        assert checkpoints.start(settings, "n").folder == right
+    else:
+        given = {"profile": "tiny"}
+        for folder in (right, wrong):
+            (folder / "manifest.json").rename(folder / "summary.json")
+            record = json.loads((folder / "summary.json").read_text())
+            record |= {"status": "interrupted", "parameters": given}
+            (folder / "summary.json").write_text(json.dumps(record))
+        assert sequence._unfinished(settings, "latest", given)[0] == right
+    assert f"wrong is left out: it{'s' if 'zone' in words else ''} " in capsys.readouterr().out
+
+
+def test_a_clock_that_is_a_little_ahead_is_borne(tmp_path):
+    settings = validate({"output_dir": str(tmp_path)})
+    soon = (datetime.now(UTC) + timedelta(seconds=20)).isoformat()
+    ahead = finished(settings, started=soon)
+    assert runs.latest_done(settings, "n") == ahead
+
+
+def test_times_are_written_in_utc_and_runs_are_numbered(tmp_path, monkeypatch):
+    """Four runs while the zone changes under them; the numbers go up, the instants too."""
+    settings, found = validate({"output_dir": str(tmp_path)}), []
+    for zone in ("Asia/Tokyo", "UTC", "America/New_York", "Pacific/Kiritimati"):
+        monkeypatch.setenv("TZ", zone)
+        time.tzset()
+        manifest = json.loads((finished(settings) / "manifest.json").read_text())
+        found.append((datetime.fromisoformat(manifest["started"]), manifest["number"]))
+        assert manifest["started"].endswith("+00:00")
+        assert abs(datetime.fromisoformat(manifest["ended"]) - datetime.now(UTC)).seconds < 60
+    monkeypatch.undo()
+    time.tzset()
+    assert found == sorted(found)
+    assert [number for _, number in found] == [1, 2, 3, 4]
 
 
 def test_a_dangling_link_among_the_runs_hides_none(tmp_path):
