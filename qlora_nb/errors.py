@@ -81,18 +81,16 @@ def explain_missing_names(shell) -> None:
     """From now on a notebook's cell that uses a name which no cell has set yet, or which is None
     because the cell that sets it failed, says so in one sentence.
 
-    A name that is missing inside a function keeps its traceback: there the line matters.
-
     Args:
         shell: IPython's `InteractiveShell`.
     """
 
     def explain(shell, kind, error, trace, tb_offset=None):
-        name = _missing_name(error, trace, shell.user_ns)
+        name, where = _missing_name(error, trace, shell.user_ns)
         if name:
             sentence = (
-                f"{kind.__name__}: {name} is not there yet. Do this: run the cell above that sets "
-                f"it first ({name} = …), or all cells above this one."
+                f"{kind.__name__}: {name} is not there yet{where}. Do this: run the cell above "
+                f"that sets it first ({name} = …), or all cells above this one."
             )
             error._render_traceback_ = lambda: [sentence]
         shell.showtraceback((kind, error, trace), tb_offset=tb_offset)
@@ -100,21 +98,27 @@ def explain_missing_names(shell) -> None:
     shell.set_custom_exc((NameError, AttributeError, TypeError), explain)
 
 
-def _missing_name(error: Exception, trace: TracebackType, names: dict[str, object]) -> str | None:
-    """The name of a notebook that a cell lacked, if that is what went wrong."""
-    frames = [frame for frame, _ in traceback.walk_tb(trace)]
-    in_cells = []
-    for frame in frames:
-        if frame.f_globals is names and frame.f_code.co_name.startswith("<"):  # <module>, …
-            in_cells.append(frame)
-    if isinstance(error, NameError) and frames[-1] in in_cells:
-        return error.name
-    if "NoneType" in str(error):
-        for frame in in_cells:
+def _missing_name(
+    error: Exception, trace: TracebackType, names: dict[str, object]
+) -> tuple[str, str]:
+    """The notebook's name that a cell lacked, and the line of a function where that is; both empty
+    if something else went wrong.
+    """
+    where = ""
+    in_notebook = False
+    for frame, line in traceback.walk_tb(trace):
+        in_notebook = frame.f_globals is names
+        if not in_notebook:
+            continue
+        if not frame.f_code.co_name.startswith("<"):  # <module>, <listcomp>, …
+            where = f" (line {line} of {frame.f_code.co_name})"
+        if "NoneType" in str(error):
             for name in frame.f_code.co_names:
                 if name in names and names[name] is None:
-                    return name
-    return None
+                    return name, where
+    if in_notebook and isinstance(error, NameError):
+        return error.name, where
+    return "", ""
 
 
 def show_refusals_alone() -> None:

@@ -359,24 +359,21 @@ def resolve(values: dict[str, object]) -> Settings:
 
     Raises:
         KitError: a bad value or an unknown name; among globals, one that the parameters cell sets
-            and does not use itself.
+            and does not use itself, or no `profile` because that cell has not run.
     """
     progress.use_text_bars()
     if "__builtins__" not in values:
         return validate(values)
     if "get_ipython" in values:
         explain_missing_names(values["get_ipython"]())
-    cells = []
-    for number, cell in enumerate(values.get("In", [])):
-        cells.append(values.get(f"_i{number}", cell))  # as it was typed: %%time, not what it means
     given = {}
-    if "In" not in values and "__file__" in values:
-        script = Path(values["__file__"]).read_text(encoding="utf-8")
-        cells = script.split("\n\n")
-        if values["__name__"] == "__main__":
-            show_refusals_alone()
-            given = parameters(sys.argv[1:])
-    own = _set_in_parameters_cells(cells)
+    if "In" in values and "profile" not in values:
+        remedy = "run the cell of parameters first (profile = …)"
+        raise KitError("profile is not there yet", remedy=remedy)
+    if "__file__" in values and values.get("__name__") == "__main__" and "In" not in values:
+        show_refusals_alone()
+        given = parameters(sys.argv[1:])
+    own = _set_in_parameters_cells(_cells(values))
     for name, value in values.items():
         is_plain = not (isinstance(value, ModuleType) or callable(value))
         if name in own or (name in Settings.model_fields and is_plain):
@@ -420,12 +417,23 @@ def parameters(arguments: list[str]) -> dict[str, object]:
         flag, *pair = arguments[i : i + 3]
         if flag not in ("-p", "-r", "--parameters") or len(pair) != 2:
             what = "this argument is not understood"
-            raise KitError(what, value=flag, allowed="-p NAME VALUE", remedy="see --help")
+            raise KitError(what, value=flag, allowed="-p NAME VALUE")
         name, value = pair
         if name in given:
             raise KitError("this parameter is given twice", value=name, remedy="give it once")
         given[name] = value
     return given
+
+
+def _cells(values: dict[str, object]) -> list[str]:
+    """The cells of a notebook that have run, as they were typed (%%time, not what IPython makes of
+    it); of a script its paragraphs.
+    """
+    if "In" in values:
+        return [values.get(f"_i{number}", cell) for number, cell in enumerate(values["In"])]
+    if "__file__" in values:
+        return Path(values["__file__"]).read_text(encoding="utf-8").split("\n\n")
+    return []
 
 
 def _set_in_parameters_cells(cells: Iterable[str]) -> set[str]:
