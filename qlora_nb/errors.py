@@ -10,6 +10,7 @@ notebook it is shown as one paragraph, because IPython asks an exception for its
 that ran out is not refused there: training catches it and tries again with fewer rows.
 """
 
+import dis
 import sys
 import traceback
 from collections.abc import Iterator
@@ -113,9 +114,10 @@ def _missing_name(
         if not frame.f_code.co_name.startswith("<"):  # <module>, <listcomp>, …
             where = f" (line {line} of {frame.f_code.co_name})"
         if "NoneType" in str(error):
-            for name in frame.f_code.co_names:
-                if name in names and names[name] is None:
-                    return name, where
+            for step in dis.get_instructions(frame.f_code):
+                is_read = step.opname in ("LOAD_NAME", "LOAD_GLOBAL")
+                if is_read and names.get(step.argval, "") is None:
+                    return step.argval, where
     if in_notebook and isinstance(error, NameError):
         return error.name, where
     return "", ""
