@@ -437,8 +437,9 @@ def _cells(values: dict[str, object]) -> list[str]:
 
 
 def _set_in_parameters_cells(cells: Iterable[str]) -> set[str]:
-    """What the newest parameters cell (it sets `profile` and more) and the cell that papermill puts
-    under it set, whether it is in the schema or not: `validate` can refuse a misspelt one.
+    """What the newest parameters cell (it sets `profile`, mostly with others) and the cell that
+    papermill puts under it set, whether it is in the schema or not: `validate` can refuse a
+    misspelt one.
     """
     own = set()
     injected = set()
@@ -446,7 +447,9 @@ def _set_in_parameters_cells(cells: Iterable[str]) -> set[str]:
         names = _set_in(source)
         if own and source.lstrip().startswith("# Parameters\n"):
             injected = names
-        elif names > {"profile"}:
+        elif names == {"profile"}:
+            own.add("profile")
+        elif "profile" in names:
             own = names
             injected = set()
     return own | injected

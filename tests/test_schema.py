@@ -24,6 +24,7 @@ from papermill.iorw import read_yaml_file
 from papermill.parameterize import translate_parameters
 
 from qlora_nb import cards, machine, sources
+from qlora_nb.batch import sequence
 from qlora_nb.errors import KitError
 from qlora_nb.memory import preflight
 from qlora_nb.settings import PROFILES, Settings, resolve, validate
@@ -400,6 +401,22 @@ def test_an_own_cell_with_papermills_comment_above_the_parameters():
         assert tried("# Parameters\nDRIVE = 3", PARAMETERS, names=names)[0] == {}
 
 
+@pytest.mark.parametrize(
+    "cells",
+    [
+        ('profile = "tiny"', "# Parameters\nsed = 3\n"),
+        (PARAMETERS + "sed = 3", 'profile = "smollm2"'),
+        ("# Parameters\nDRIVE = 3", PARAMETERS, "# Parameters\nsed = 3\n", "i = 3"),
+    ],
+    ids=["profile alone", "and a cell of the reader's", "among others"],
+)
+def test_profile_alone_in_a_cell(cells):
+    names = {"In": [""]}
+    for _ in range(2):
+        with pytest.raises(KitError, match="unknown parameter 'sed'"):
+            tried(*cells, names=names)
+
+
 def test_the_parameters_cell_may_use_variables_of_its_own():
     """What it sets and uses is no misspelt parameter."""
     own = (
@@ -534,6 +551,25 @@ def test_too_little_memory_and_unreachable_hub(monkeypatch, tmp_path):
     ):
         with pytest.raises(KitError, match=words):
             preflight.refuse_what_cannot_run(validate(values))
+
+
+def test_a_run_to_resume_is_looked_for_before_anything_is_loaded(monkeypatch, tmp_path):
+    """In the folder the user is in; the refusal shows the whole path that was tried."""
+    here(monkeypatch)
+    (tmp_path / "a run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "an adapter").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for name in ("no", "latest", "a run", "./a run/", str(tmp_path / "a run")):
+        preflight.refuse_what_cannot_run(validate({"resume": name}))
+    for name in ("an adapter", "yes", "a run/checkpoints", "../a run"):
+        with pytest.raises(KitError, match="resume is no run folder") as refused:
+            preflight.refuse_what_cannot_run(validate({"resume": name}))
+        assert refused.value.value == str(tmp_path / name)
+    given = sequence._for_the_notebooks(validate({"resume": "a run"}), {"resume": "a run"})
+    assert given["resume"] == str(tmp_path / "a run")
+    (tmp_path / "no").mkdir()
+    given = sequence._for_the_notebooks(validate({"resume": "no"}), {"resume": "no"})
+    assert given["resume"] == "no"
 
 
 def test_a_name_is_the_kits_own_or_a_path_or_the_hubs(monkeypatch, tmp_path):
