@@ -60,6 +60,7 @@ def test_every_notebook_becomes_a_script_that_takes_parameters(script, name, tmp
 
 
 @pytest.mark.fault(1)
+@pytest.mark.parametrize("script", [True], ids=["no prompt"], indirect=True)
 @pytest.mark.parametrize(
     ("replace", "words", "said"),
     [
@@ -103,6 +104,7 @@ def test_another_error_keeps_its_traceback(script, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("script", [False], ids=["with prompts"], indirect=True)
 @pytest.mark.parametrize(
     ("name", "words", "last"),
     [
