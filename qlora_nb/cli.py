@@ -125,9 +125,9 @@ def plan(
     """Every byte of a run's peak memory before anything is loaded, and what would lower it.
     Parameters: -p NAME VALUE.
     """
-    from qlora_nb.settings import validate
+    from qlora_nb.settings import parameters, validate
 
-    settings = validate({"profile": profile, **_parameters(ctx.args), "gpu_gib": gpu_gib})
+    settings = validate({"profile": profile, **parameters(ctx.args), "gpu_gib": gpu_gib})
     from qlora_nb import sources
     from qlora_nb.memory import budget, estimates
     from qlora_nb.memory.plan import plan_of
@@ -190,9 +190,9 @@ def script(
     """Write a run as train.py, ask.py and rows.jsonl, which need nothing of this kit. Parameters:
     -p NAME VALUE.
     """
-    from qlora_nb.settings import resolve
+    from qlora_nb.settings import parameters, resolve
 
-    settings = resolve({"profile": profile, **_parameters(ctx.args)})
+    settings = resolve({"profile": profile, **parameters(ctx.args)})
     from qlora_nb.memory import preflight
 
     preflight.require_model_and_data(settings)
@@ -217,9 +217,9 @@ def generate(
     """Answer prompts greedily with the tuned model, in batches. Parameters: -p NAME VALUE, as -p
     adapter runs/…/adapter.
     """
-    from qlora_nb.settings import resolve
+    from qlora_nb.settings import parameters, resolve
 
-    settings = resolve({"profile": profile, **_parameters(ctx.args)})
+    settings = resolve({"profile": profile, **parameters(ctx.args)})
     from qlora_nb import sources
     from qlora_nb.memory import preflight
 
@@ -265,11 +265,12 @@ def run(
     """
     from qlora_nb import sources
     from qlora_nb.batch import sequence, solutions
+    from qlora_nb.settings import parameters
 
     given = {"profile": profile}
     if out:
         given["output_dir"] = str(sources.local_path(out).absolute())
-    given.update(_parameters(ctx.args))
+    given.update(parameters(ctx.args))
     names = [part.strip() for part in only.split(",")] if only else None
     notebooks = sources.project_root() / "notebooks"
     with TemporaryDirectory() as folder:
@@ -325,22 +326,6 @@ def copy_for_learning(source: Path, target: Path) -> list[Path]:
             fresh.append(copy)
     print(f"{len(fresh)} fresh copies in {target}")
     return fresh
-
-
-def _parameters(args: list[str]) -> dict[str, object]:
-    """`-p NAME VALUE`, as often as wanted, as a dictionary."""
-    given = {}
-    for i in range(0, len(args), 3):
-        flag, *pair = args[i : i + 3]
-        if flag not in ("-p", "--parameters") or len(pair) != 2:
-            what = "this argument is not understood"
-            remedy = "see qlora-nb run --help"
-            raise KitError(what, value=flag, allowed="-p NAME VALUE", remedy=remedy)
-        name, value = pair
-        if name in given:
-            raise KitError("this parameter is given twice", value=name, remedy="give it once")
-        given[name] = value
-    return given
 
 
 if __name__ == "__main__":

@@ -10,8 +10,12 @@ notebook it is shown as one paragraph, because IPython asks an exception for its
 that ran out is not refused there: training catches it and tries again with fewer rows.
 """
 
+import dis
+import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import TracebackType
 
 
 class KitError(ValueError):
@@ -75,40 +79,71 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def explain_missing_names(shell) -> None:
-    """From now on a notebook's cell that uses a name no cell has set yet says so in one sentence.
-
-    A name that is missing inside a function keeps its traceback: there the line matters.
+    """From now on a notebook's cell that uses a name which no cell has set yet, or which is None
+    because the cell that sets it failed, says so in one sentence.
 
     Args:
         shell: IPython's `InteractiveShell`.
     """
 
     def explain(shell, kind, error, trace, tb_offset=None):
-        innermost = trace
-        while innermost.tb_next:
-            innermost = innermost.tb_next
-        frame = innermost.tb_frame
-        in_a_cell = frame.f_code.co_name.startswith("<")  # <module>, <listcomp>, …
-        if in_a_cell and frame.f_globals is shell.user_ns:
+        name, where = _missing_name(error, trace, shell.user_ns)
+        if name:
             sentence = (
-                f"NameError: {error.name} is not there yet. Do this: run the cell above that sets "
-                f"it first ({error.name} = …), or all cells above this one."
+                f"{kind.__name__}: {name} is not there yet{where}. Do this: run the cell above "
+                f"that sets it first ({name} = …), or all cells above this one."
             )
             error._render_traceback_ = lambda: [sentence]
         shell.showtraceback((kind, error, trace), tb_offset=tb_offset)
 
-    shell.set_custom_exc((NameError,), explain)
+    shell.set_custom_exc((NameError, AttributeError, TypeError), explain)
+
+
+def _missing_name(
+    error: Exception, trace: TracebackType, names: dict[str, object]
+) -> tuple[str, str]:
+    """The notebook's name that a cell lacked, and the line of a function where that is; both empty
+    if something else went wrong.
+    """
+    where = ""
+    in_notebook = False
+    for frame, line in traceback.walk_tb(trace):
+        in_notebook = frame.f_globals is names
+        if not in_notebook:
+            continue
+        if not frame.f_code.co_name.startswith("<"):  # <module>, <listcomp>, …
+            where = f" (line {line} of {frame.f_code.co_name})"
+        if "NoneType" in str(error):
+            for step in dis.get_instructions(frame.f_code):
+                is_read = step.opname in ("LOAD_NAME", "LOAD_GLOBAL")
+                if is_read and names.get(step.argval, "") is None:
+                    return step.argval, where
+    if in_notebook and isinstance(error, NameError):
+        return error.name, where
+    return "", ""
+
+
+def show_refusals_alone() -> None:
+    """From now on a refusal ends this program with its sentence and without a traceback."""
+
+    def show(kind, error, trace):
+        if isinstance(error, KitError):
+            print(error, file=sys.stderr)
+        else:
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = show
 
 
 def _sentence(text: str) -> str:
     return text if text.endswith((".", "?", "!")) else f"{text}."
 
 
-def _short(value: object, limit: int = 80) -> str:
+def _short(value: object) -> str:
     try:
         text = repr(value)
     except ValueError:  # a number of more digits than Python writes
         return f"something too long to show ({type(value).__name__})"
-    if len(text) > limit:
-        text = f"{text[: limit - 1]}…"
+    if len(text) > 80:
+        text = f"{text[:79]}…"
     return text

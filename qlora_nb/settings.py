@@ -6,9 +6,10 @@ bitsandbytes' own names, their types and bounds, and a docstring that refusals q
 come from `profiles.toml`, a table for each profile with a reason beside each value.
 
 `validate` turns loose values into a `Settings` record. `None` means "the profile's value"; text is
-coerced to the field's type ("false" is False, "2e-4" is 0.0002); a name that is not in the schema
-is refused with a suggestion. `resolve` does the same for a notebook's globals. No torch is
-imported, so a wrong value costs half a second and no download.
+coerced to the field's type ("false" is False, "2e-4" is 0.0002), a list or a mapping may be written
+as JSON, YAML, Python or a shell user writes it; a name that is not in the schema is refused with a
+suggestion. `resolve` does the same for the globals of a notebook or of a script made from one. No
+torch is imported, so a wrong value costs half a second and no download.
 """
 
 import ast
@@ -16,64 +17,87 @@ import difflib
 import html
 import json
 import os
+import re
 import shlex
+import symtable
+import sys
 import tomllib
 from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
+import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError
 
 from qlora_nb import progress, sources
-from qlora_nb.errors import KitError, explain_missing_names
+from qlora_nb.errors import KitError, explain_missing_names, show_refusals_alone
 from qlora_nb.pythia import PYTHIA
 
 
-def _not_bool(value: Any) -> Any:
-    """Python counts True as 1; a person who writes max_steps=True has made a mistake. NumPy's
-    numbers are as good as Python's.
+def _number(value: Any) -> Any:
+    """Python counts True as 1; a person who writes max_steps=True has made a mistake. Text is read
+    as Python reads numbers: "1e3", "1_000".
     """
     if isinstance(value, bool):
         raise ValueError("a number is needed, not True or False")
-    if hasattr(value, "item"):
-        return value.item()
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return float(value)
     return value
 
 
 def _prompts(value: Any) -> Any:
-    """A single prompt, a JSON list of prompts, or a list → a list of prompts."""
+    """A prompt, or a list of prompts, also as JSON or Python write it → a list of prompts. Any
+    other text is one prompt, whatever it begins with: "[INST] Where is Anna? [/INST]".
+    """
+    if isinstance(value, int | float):  # papermill reads -p prompts 7 as a number
+        return [str(value)]
+    if hasattr(value, "columns"):
+        raise ValueError("a table is no list of prompts: give one of its columns")
     if not isinstance(value, str):
         return value
-    if not value.strip().startswith("["):
-        return [value]
-    try:
-        return json.loads(value)
-    except RecursionError:
-        raise ValueError("a list in so many lists") from None
+    if value.strip().startswith("["):
+        for read in (json.loads, ast.literal_eval):
+            with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+                found = read(value.strip())
+                if found and all(isinstance(prompt, str) for prompt in found):
+                    return found
+    return [value]
 
 
 def _names(value: Any) -> Any:
-    """'q, k' or '["q", "k"]' or a list → a list of names."""
-    if isinstance(value, str) and not value.strip().startswith("["):
-        return [name.strip() for name in value.split(",") if name.strip()]
-    return _prompts(value)
+    """'q, k', '["q", "k"]', "['q', 'k']", '[q, k]', '- q' and '- k' in two lines → a list."""
+    if not isinstance(value, str):
+        return value
+    names = re.split("[,\n]", value.strip(" \n[](){}"))
+    return [name.strip(" -'\"") for name in names if name.strip()]
 
 
 def _mapping(value: Any) -> Any:
-    """'instruction=question, output=answer' or a dictionary → a dictionary."""
+    """'instruction=question, output=answer', JSON, YAML or a dictionary → a dictionary."""
     if not isinstance(value, str):
         return value
     pairs = {}
-    for pair in _names(value):
-        name, _, own = str(pair).partition("=")
-        pairs[name.strip()] = own.strip()
-    return pairs
+    if not value.strip():
+        return pairs
+    if re.match(r"\s*\w+\s*=", value):
+        for pair in re.split(r"[,\n]\s*(?=\w+\s*=)", value):
+            name, _, own = pair.partition("=")
+            pairs[name.strip()] = own.strip(" ,'\"")
+        return pairs
+    for read in (json.loads, yaml.safe_load):
+        with suppress(ValueError, RecursionError, yaml.YAMLError):
+            return read(value)
+    return value
 
 
 def _text(value: Any) -> Any:
-    """A path object is as good as its text."""
+    """A path object is as good as its text. YAML reads `resume: no` as False."""
+    if value is False:
+        return "no"
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     return value
@@ -91,9 +115,9 @@ def _possible(name: str) -> str:
     return name
 
 
-Int = Annotated[int, BeforeValidator(_not_bool)]
+Int = Annotated[int, BeforeValidator(_number)]
 
-Float = Annotated[float, BeforeValidator(_not_bool)]
+Float = Annotated[float, BeforeValidator(_number)]
 
 Name = Annotated[str, BeforeValidator(_text), Field(min_length=1), AfterValidator(_possible)]
 
@@ -135,7 +159,7 @@ class Settings(
     """4-bit datatype of the frozen weights"""
     double_quant: bool
     """quantize the scales too"""
-    blocksize: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096]
+    blocksize: Annotated[Literal[32, 64, 128, 256, 512, 1024, 2048, 4096], BeforeValidator(_number)]
     """weights that share one scale (03, 04)"""
     compute_dtype: Literal["auto", "float32", "float16", "bfloat16"]
     """dtype of the arithmetic"""
@@ -254,14 +278,13 @@ class Settings(
         for name, value in self.changed().items():
             if name in ELSEWHERE:
                 continue
+            flag = "-p"
             text = str(value)
-            if name == "prompts":
+            if isinstance(value, list | dict):
                 text = json.dumps(value, ensure_ascii=False)
-            elif name == "columns":
-                text = ",".join(f"{column}={own}" for column, own in value.items())
-            elif isinstance(value, list):
-                text = ",".join(value)
-            words.append(f"-p {name} {shlex.quote(text)}")
+            elif isinstance(value, str) and _is_a_word_of_papermills(value):
+                flag = "-r"
+            words.append(f"{flag} {name} {shlex.quote(text)}")
         return " ".join(words)
 
     def __repr__(self) -> str:
@@ -312,32 +335,52 @@ PROFILES = _read_profiles()
 """Profile → parameter → its value there and the reason for it."""
 
 
+def _is_a_word_of_papermills(text: str) -> bool:
+    """papermill reads `-p model_id 007` as a number and True as no text; -r takes text as it is."""
+    with suppress(ValueError):
+        float(text)
+        return True
+    return text in ("True", "False")
+
+
 def resolve(values: dict[str, object]) -> Settings:
     """Validate a notebook's parameters and fill in the profile's values, before anything heavy is
     imported.
 
     Two things more happen, because every notebook begins here: from now on progress bars are lines
     of text (`progress.use_text_bars`), and a name that no cell has set yet is told in one sentence
-    (`errors.explain_missing_names`).
+    (`errors.explain_missing_names`). A notebook that was exported as a script (`jupyter nbconvert
+    --to script`) takes parameters from its command line, as papermill does: -p NAME VALUE.
 
     Args:
-        values: a notebook's `globals()`, or a plain dictionary of parameters. `None` means the
-            profile's value.
+        values: the `globals()` of a notebook or script, or a plain dictionary of parameters. `None`
+            means the profile's value. Of globals what has a parameter's name is taken.
 
     Returns:
         The frozen `Settings`, which show what the notebook's own cells of parameters assign.
 
     Raises:
-        KitError: an unknown name or a bad value.
+        KitError: a bad value or an unknown name; among globals, one that the parameters cell sets
+            and does not use itself, or no `profile` because that cell has not run.
     """
     progress.use_text_bars()
+    if "__builtins__" not in values:
+        return validate(values)
     if "get_ipython" in values:
         explain_missing_names(values["get_ipython"]())
-    if "In" not in values:
-        return validate(values)
-    own = _assigned_in_parameters_cells(values["In"])
-    names = own | set(Settings.model_fields)
-    settings = validate({name: value for name, value in values.items() if name in names})
+    given = {}
+    if "In" in values and "profile" not in values:
+        remedy = "run the cell of parameters first (profile = …)"
+        raise KitError("profile is not there yet", remedy=remedy)
+    if "__file__" in values and values.get("__name__") == "__main__" and "In" not in values:
+        show_refusals_alone()
+        given = parameters(sys.argv[1:])
+    own = _set_in_parameters_cells(_cells(values))
+    for name, value in values.items():
+        is_plain = not (isinstance(value, ModuleType) or callable(value))
+        if name in own or (name in Settings.model_fields and is_plain):
+            given.setdefault(name, value)
+    settings = validate(given)
     settings._used = own
     if "learning_rate" in own:  # who trains uses most of them
         settings._used = set(Settings.model_fields) - {*ELSEWHERE, *ANSWERING}
@@ -348,11 +391,16 @@ def validate(values: dict[str, object]) -> Settings:
     """As `resolve`, for a plain dictionary and nothing more: what the command line and the tests
     use.
     """
-    for name in values:
+    given = {}
+    for name, value in values.items():
         if name not in Settings.model_fields:
             remedy = _suggest(name, Settings.model_fields)
             raise KitError(f"unknown parameter {name!r:.80}", remedy=remedy)
-    given = {name: value for name, value in values.items() if value is not None}
+        # a number or a list of NumPy, pandas or torch
+        plain = value.tolist() if hasattr(value, "tolist") else value
+        is_none = isinstance(plain, str) and plain in ("None", "null") and name != "prompts"
+        if plain is not None and not is_none:
+            given[name] = plain
     profile = str(given.get("profile", "tiny"))
     given["profile"] = profile
     if profile not in PROFILES:
@@ -364,21 +412,64 @@ def validate(values: dict[str, object]) -> Settings:
         raise _explain(error, PROFILES[profile]) from None
 
 
-def _assigned_in_parameters_cells(sources: Iterable[str]) -> set[str]:
-    """What the parameters cell (it assigns `profile`) and papermill's injected one assign, whether
-    it is in the schema or not: `validate` can refuse a misspelt one.
+def parameters(arguments: list[str]) -> dict[str, object]:
+    """`-p NAME VALUE`, as often as wanted, as a dictionary."""
+    given = {}
+    for i in range(0, len(arguments), 3):
+        flag, *pair = arguments[i : i + 3]
+        if flag not in ("-p", "-r", "--parameters") or len(pair) != 2:
+            what = "this argument is not understood"
+            raise KitError(what, value=flag, allowed="-p NAME VALUE")
+        name, value = pair
+        if name in given:
+            raise KitError("this parameter is given twice", value=name, remedy="give it once")
+        given[name] = value
+    return given
+
+
+def _cells(values: dict[str, object]) -> list[str]:
+    """The cells of a notebook that have run, as they were typed (%%time, not what IPython makes of
+    it); of a script its paragraphs.
+    """
+    if "In" in values:
+        return [values.get(f"_i{number}", cell) for number, cell in enumerate(values["In"])]
+    if "__file__" in values:
+        return Path(values["__file__"]).read_text(encoding="utf-8").split("\n\n")
+    return []
+
+
+def _set_in_parameters_cells(cells: Iterable[str]) -> set[str]:
+    """What the newest parameters cell (it sets `profile`, mostly with others) and the cell that
+    papermill puts under it set, whether it is in the schema or not: `validate` can refuse a
+    misspelt one.
+    """
+    own = set()
+    injected = set()
+    for source in cells:
+        names = _set_in(source)
+        if own and source.lstrip().startswith("# Parameters\n"):
+            injected = names
+        elif names == {"profile"}:
+            own.add("profile")
+        elif "profile" in names:
+            own = names
+            injected = set()
+    return own | injected
+
+
+def _set_in(source: str) -> set[str]:
+    """The parameters that a cell sets, and what else it sets and neither uses itself nor imports or
+    defines.
     """
     names = set()
-    for source in sources:
-        assigned = set()
-        with suppress(SyntaxError, ValueError):  # a magic, or not Python
-            for statement in ast.parse(source).body:
-                if isinstance(statement, ast.Assign | ast.AnnAssign):
-                    for node in ast.walk(statement):
-                        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-                            assigned.add(node.id)
-        if "profile" in assigned or source.lstrip().startswith("# Parameters"):
-            names |= assigned
+    code = re.sub("^[%!].*$", "", source, flags=re.MULTILINE)  # magics
+    with suppress(SyntaxError, ValueError):
+        for symbol in symtable.symtable(code, "cell", "exec").get_symbols():
+            is_own = symbol.is_referenced() or symbol.is_imported() or symbol.is_namespace()
+            name = symbol.get_name()
+            is_own = is_own or name.startswith("_")
+            if symbol.is_assigned() and (name in Settings.model_fields or not is_own):
+                names.add(name)
     return names
 
 

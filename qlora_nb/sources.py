@@ -61,7 +61,7 @@ def is_here(name: str) -> bool:
 def seen_from_anywhere(name: str) -> str:
     """A path of the current folder made absolute; any other name as it is."""
     path = local_path(name)
-    if name in (*KITS_OWN, "latest") or not path.exists():
+    if name in (*KITS_OWN, "latest", "no") or not path.exists():
         return name
     return str(path.absolute())
 

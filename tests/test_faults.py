@@ -11,21 +11,26 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import nbformat
 import pytest
 import torch
+from IPython.core.interactiveshell import InteractiveShell
+from nbclient import NotebookClient
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from qlora_nb import cards, cli, machine
 from qlora_nb.answer import adapters, generate, prompt_files
 from qlora_nb.batch import sequence
-from qlora_nb.errors import KitError
+from qlora_nb.errors import KitError, explain_missing_names
 from qlora_nb.memory import preflight
 from qlora_nb.model import batching, data, device, load
 from qlora_nb.pocket import ADAPTER_DIR, MODEL_DIR
@@ -598,8 +603,7 @@ def test_a_number_that_another_process_has_now_is_no_running_run(tmp_path):
     """After a restart of the machine the recorded process number may belong to anybody."""
     run = runs.Run(validate({"output_dir": str(tmp_path)}), "n")
     assert runs.status_of(run.folder) == "running"
-    long_ago = time.time() - 30 * 24 * 3600
-    os.utime(run.folder / "manifest.json", (long_ago, long_ago))
+    record_as(run.folder, started="2026-01-02T03:04:05+00:00")  # a copy: its date is today's
     assert runs.status_of(run.folder) == "died"
 
 
@@ -614,6 +618,120 @@ def test_a_manifest_that_cannot_be_read_is_no_finished_run(tmp_path, text):
     assert not checkpoints.start(validate({"output_dir": str(tmp_path)}), "n").resumed, (
         "a new run starts beside it"
     )
+
+
+def record_as(folder, **changes):
+    """Change what a run's record says."""
+    written = folder / "manifest.json"
+    written.write_text(json.dumps(json.loads(written.read_text()) | changes))
+
+
+def finished(settings, name=None, **changes) -> Path:
+    """A finished run with an adapter, its folder renamed and its record changed."""
+    with runs.Run(settings, "n") as run:
+        (run.folder / "adapter").mkdir()
+    folder = run.folder
+    if name:
+        folder = folder.rename(folder.with_name(name))
+    record_as(folder, **changes)
+    return folder
+
+
+TIMES = {
+    "another zone": ("2026-03-01T09:00:00+0900", "2026-03-01T08:00:00+0000"),
+    "from summer to winter": ("2026-10-25T02:50:00+0200", "2026-10-25T02:10:00+0100"),
+    "over the date line": ("2026-03-02T10:00:00+1300", "2026-03-01T22:00:00-1000"),
+    "written with Z": ("2026-03-01T08:00:00Z", "2026-03-01T08:00:00.250+00:00"),
+    "of one second, 9 and 10": ("2026-03-01T08:00:00Z", "2026-03-01T08:00:00Z"),
+}
+
+
+@pytest.mark.parametrize("times", TIMES.values(), ids=TIMES)
+@pytest.mark.parametrize("case", ["renamed", "touched", "copied", "unzipped", "linked"])
+def test_latest_is_the_newest_by_the_runs_own_time(tmp_path, times, case):
+    """Whatever the folders are called and when they were last changed."""
+    settings = validate({"output_dir": str(tmp_path / "runs")})
+    old = finished(settings, "z-last-by-name", started=times[0], number=9)
+    new = finished(settings, "a-first-by-name", started=times[1], number=10)
+    if case == "touched":
+        os.utime(new, (1e9, 1e9))
+    elif case == "copied":
+        shutil.copytree(old, tmp_path / "copy")
+        shutil.rmtree(old)
+        shutil.copytree(tmp_path / "copy", old, copy_function=shutil.copyfile)
+    elif case == "unzipped":
+        shutil.make_archive(str(tmp_path / "packed"), "zip", old)
+        shutil.rmtree(old)
+        shutil.unpack_archive(tmp_path / "packed.zip", old)
+    elif case == "linked":
+        disk = tmp_path / "another disk"
+        shutil.move(new, disk)
+        new.symlink_to(disk)
+    os.utime(old / "manifest.json")
+    os.utime(old)
+    assert runs.latest_done(settings, "n") == new
+    assert runs.latest_done(settings, "m") is None
+
+
+@pytest.mark.parametrize(
+    ("started", "words"),
+    [
+        ((datetime.now(UTC) + timedelta(days=2)).isoformat(), "later than now"),
+        ((datetime.now(UTC) + timedelta(minutes=5)).isoformat(), "later than now"),
+        ("9999-12-31T23:59:59+0000", "later than now"),
+        ("2026-03-01T08:00:00", "no time with a zone"),
+        ("2026-03-01", "no time with a zone"),
+        ("yesterday", "no time with a zone"),
+        (None, "no time with a zone"),
+        (1772352000, "no time with a zone"),
+    ],
+)
+@pytest.mark.parametrize("asked", ["adapter", "resume", "sequence"])
+def test_a_run_whose_time_cannot_be_right_is_left_out_and_said(
+    tmp_path, capsys, asked, started, words
+):
+    settings = validate({"output_dir": str(tmp_path), "resume": "latest"})
+    right = finished(settings, "right", started="2026-03-01T07:00:00+0000")
+    wrong = finished(settings, "wrong", started=started)
+    if asked == "adapter":
+        assert runs.latest_done(settings, "n") == right
+    elif asked == "resume":
+        for folder in (right, wrong):
+            (folder / "checkpoints").mkdir()
+            record_as(folder, status="failed")
+        assert checkpoints.start(settings, "n").folder == right
+    else:
+        given = {"profile": "tiny"}
+        for folder in (right, wrong):
+            (folder / "manifest.json").rename(folder / "summary.json")
+            record = json.loads((folder / "summary.json").read_text())
+            record |= {"status": "interrupted", "parameters": given}
+            (folder / "summary.json").write_text(json.dumps(record))
+        assert sequence._unfinished(settings, "latest", given)[0] == right
+    assert f"wrong is left out: it{'s' if 'zone' in words else ''} " in capsys.readouterr().out
+
+
+def test_a_clock_that_is_a_little_ahead_is_borne(tmp_path):
+    settings = validate({"output_dir": str(tmp_path)})
+    soon = (datetime.now(UTC) + timedelta(seconds=20)).isoformat()
+    ahead = finished(settings, started=soon)
+    assert runs.latest_done(settings, "n") == ahead
+
+
+def test_times_are_written_in_utc_and_runs_are_numbered(tmp_path, monkeypatch):
+    """Four runs while the zone changes under them; the numbers go up, the instants too."""
+    settings, found = validate({"output_dir": str(tmp_path)}), []
+    for zone in ("Asia/Tokyo", "UTC", "America/New_York", "Pacific/Kiritimati"):
+        monkeypatch.setenv("TZ", zone)
+        time.tzset()
+        manifest = json.loads((finished(settings) / "manifest.json").read_text())
+        found.append((datetime.fromisoformat(manifest["started"]), manifest["number"]))
+        assert manifest["started"].endswith("+00:00")
+        assert abs(datetime.fromisoformat(manifest["ended"]) - datetime.now(UTC)).seconds < 60
+    monkeypatch.undo()
+    time.tzset()
+    assert found == sorted(found)
+    assert [number for _, number in found] == [1, 2, 3, 4]
 
 
 def test_a_dangling_link_among_the_runs_hides_none(tmp_path):
@@ -723,6 +841,138 @@ print(json.dumps(told))
     assert "trained before" in told["after done"][0]
     assert told["after done"][1:] == ["", 1]
     assert "no adapter" in told["loaded again"][0]
+
+
+class Kernel:
+    """A real kernel that runs cells one by one; what a cell's error shows, or ""."""
+
+    def __init__(self, folder):
+        self.client = NotebookClient(
+            nbformat.v4.new_notebook(),
+            kernel_name="python3",
+            timeout=120,
+            allow_errors=True,
+            resources={"metadata": {"path": str(folder)}},
+        )
+
+    def __enter__(self):
+        self.session = self.client.setup_kernel()
+        self.session.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self.session.__exit__(*error)
+
+    def run(self, source: str) -> str:
+        cell = nbformat.v4.new_code_cell(source)
+        self.client.nb.cells.append(cell)
+        self.client.execute_cell(cell, len(self.client.nb.cells) - 1)
+        errors = [o for o in cell.outputs if o.output_type == "error"]
+        return re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(errors[0].traceback)) if errors else ""
+
+
+def code_of(name: str, **parameters) -> list[str]:
+    """The cells from the parameters on, these parameters set."""
+    (path,) = (Path(__file__).parent.parent / "notebooks").glob(f"{name}_*.ipynb")
+    cells = [c for c in nbformat.read(path, 4).cells if c.cell_type == "code"]
+    first = next(i for i, c in enumerate(cells) if "parameters" in c.metadata.get("tags", []))
+    code = [cell.source for cell in cells[first:]]
+    for parameter, value in parameters.items():
+        code[0] = re.sub(rf"(?m)^({parameter}: .*=).*$", rf"\1 {value!r}", code[0])
+    return code
+
+
+@pytest.mark.fault(46)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["02", "06"])
+def test_a_cell_that_was_run_too_early_says_in_one_line_what_is_missing(name, tmp_path):
+    """Each cell alone, right after the parameters: it runs, or it names what another cell sets."""
+    parameters, resolves, *others = code_of(name, output_dir=str(tmp_path / "runs"))
+    said = []
+    with Kernel(tmp_path) as kernel:
+        assert kernel.run(resolves).startswith(("KitError: profile is not there yet", "NameError"))
+        assert kernel.run(parameters) == kernel.run(resolves) == ""
+        kernel.run("import builtins; builtins.kept = dict(globals())")
+        for cell in others:
+            said.append(kernel.run(cell))
+            kernel.run("for _ in {*globals()} - {*kept}: del globals()[_]\nglobals().update(kept)")
+    said = [text for text in said if text]
+    assert len(said) > 5
+    for text in said:
+        assert "\n" not in text
+        assert re.match(
+            r"NameError: (\w+) is not there yet( \(line \d+ of \w+\))?\. Do this: ", text
+        )
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.fault(36, 46)
+@pytest.mark.slow
+def test_after_a_cell_that_failed_the_others_say_what_is_missing(tmp_path):
+    """Names that are there but None; the adapter attached twice, trained twice."""
+    runs_root = tmp_path / "runs" / "tiny"
+    given = {"output_dir": str(tmp_path / "runs"), "max_steps": 2, "eval_rows": 20}
+    parameters, resolves, *others = code_of("06", **given, per_device_train_batch_size=2)
+
+    def at(text):
+        return next(i for i, cell in enumerate(others) if text in cell)
+
+    load, attach, train = at("load.prepared("), at("get_peft_model(model"), at("trainer.train(")
+    with Kernel(tmp_path) as kernel:
+        kernel.run(parameters)
+        kernel.run(resolves)
+        failing = others[load].replace("load.weights_of(settings)", "'/nowhere'")
+        assert kernel.run(failing).startswith("KitError: the model cannot be loaded")
+        for i, name in (
+            (load + 1, "tokenizer"),
+            (attach, "model"),
+            (at("hasattr(layer, "), "model"),
+            (at("guess_off = "), "trained"),
+        ):
+            assert re.match(rf"\w+Error: {name} is not there yet", kernel.run(others[i])), name
+        assert "run the cell" in kernel.run(others[train])
+        assert not runs_root.exists()
+        for i in (*range(load, train), attach):
+            assert kernel.run(others[i]) == ""
+        for name in ("in_order", "tokenizer", "model", "args"):
+            kernel.run(f"kept, {name} = {name}, None")
+            said = kernel.run(others[train])
+            assert "\n" not in said
+            assert "run the cell" in said, name
+            kernel.run(f"{name} = kept")
+            assert not runs_root.exists() or not list(runs_root.iterdir())
+        assert kernel.run(others[train]) == ""
+        assert "trained before" in kernel.run(others[train])
+        assert len(list(runs_root.iterdir())) == 1
+        assert kernel.run(others[attach]) == kernel.run(others[train]) == ""
+        assert len(list(runs_root.iterdir())) == 2
+
+
+@pytest.mark.fault(46)
+@pytest.mark.parametrize(
+    ("cell", "said"),
+    [
+        ("nowhere", "NameError: nowhere is not there yet. Do this: run the cell above that sets"),
+        ("[nowhere for i in [1]]", "NameError: nowhere is not there yet. Do"),
+        (
+            "def f():\n    return nowhere\n\nf()",
+            "NameError: nowhere is not there yet (line 2 of f)",
+        ),
+        ("a = None\na.shape", "AttributeError: a is not there yet. Do"),
+        ("a = None\nlen(a)", "TypeError: a is not there yet. Do"),
+        ("a = None\nfor x in a: pass", "TypeError: a is not there yet. Do"),
+        ("shape = None\na = None\nclass B: shape = 1\nB.shape + a.shape", "a is not there yet"),
+        ("a = 1\na.shape", "'int' object has no attribute 'shape'"),
+        ("import json\njson.loads(None)", "the JSON object must be str"),
+        ("import json\njson.loads('x', cls=lambda **k: nowhere)", "nowhere is not there yet. Do"),
+    ],
+)
+def test_which_name_a_cell_lacks(cell, said, capsys):
+    shell = InteractiveShell()
+    explain_missing_names(shell)
+    error = shell.run_cell(cell).error_in_exec
+    shown = getattr(error, "_render_traceback_", lambda: [str(error)])()
+    assert said in "\n".join(shown)
 
 
 TOGETHER = [

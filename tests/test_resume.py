@@ -270,7 +270,6 @@ def test_which_run_is_meant(stopped, tmp_path, capsys):
     assert runs.status_of(run) == "died"
     with pytest.raises(KitError, match="no unfinished run"):
         checkpoints.start(settings_of(stopped, resume=str(tmp_path)), "06_resume")
-    capsys.readouterr()
     fresh = checkpoints.start(settings_of(tmp_path, resume="latest"), "06_resume")
     assert not fresh.resumed
     assert "a new one starts" in capsys.readouterr().out

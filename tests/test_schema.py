@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
 import subprocess
 import sys
@@ -13,11 +14,17 @@ from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
+import papermill.cli
 import pytest
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from papermill.iorw import read_yaml_file
+from papermill.parameterize import translate_parameters
 
 from qlora_nb import cards, machine, sources
+from qlora_nb.batch import sequence
 from qlora_nb.errors import KitError
 from qlora_nb.memory import preflight
 from qlora_nb.settings import PROFILES, Settings, resolve, validate
@@ -46,12 +53,115 @@ from qlora_nb.settings import PROFILES, Settings, resolve, validate
         ("learning_rate", Decimal("0.1"), 0.1),
         ("blocksize", 128, 128),
         ("r", None, PROFILES["tiny"]["r"].value),
+        ("r", "None", PROFILES["tiny"]["r"].value),
+        ("double_quant", "null", True),
+        ("model_id", "None", "pocket"),
+        ("resume", False, "no"),  # YAML's `resume: no`
+        ("resume", "no", "no"),
+        ("double_quant", "off", False),
+        ("double_quant", np.bool_(False), False),
+        ("max_steps", "1e3", 1000),
+        ("max_steps", "1_000", 1000),
+        ("max_steps", " 30 ", 30),
+        ("learning_rate", "1e-3", 1e-3),
+        ("blocksize", "128", 128),
+        ("r", np.array(16), 16),
+        ("prompts", 7, ["7"]),
+        ("quant_type", np.str_("fp4"), "fp4"),
     ],
 )
 def test_values_are_coerced(name, value, expected):
     resolved = getattr(validate({name: value}), name)
     assert resolved == expected
     assert type(resolved) is type(expected)
+
+
+MODULES = ["q_proj", "k_proj"]
+COLUMNS = {"instruction": "question", "output": "answer"}
+
+
+@pytest.mark.fault(2)
+@pytest.mark.parametrize(
+    "value",
+    [
+        "q_proj, k_proj",
+        "q_proj,k_proj,",
+        "['q_proj','k_proj']",
+        '["q_proj", "k_proj"]',
+        "[q_proj, k_proj]",
+        " [ q_proj, k_proj ]\n",
+        "- q_proj\n- k_proj",
+        "- 'q_proj'\n- \"k_proj\"\n",
+        "q_proj\nk_proj",
+        "('q_proj', 'k_proj')",
+        "{'q_proj', 'k_proj'}",
+        tuple(MODULES),
+        dict.fromkeys(MODULES).keys(),
+        np.array(MODULES),
+        pd.Series(MODULES),
+        pd.Index(MODULES),
+        [np.str_(name) for name in MODULES],
+    ],
+    ids=repr,
+)
+def test_names_as_anybody_writes_a_list(value):
+    assert validate({"target_modules": value}).target_modules == MODULES
+
+
+@pytest.mark.fault(2)
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ('{"instruction": "question", "output": "answer"}', COLUMNS),
+        ("{'instruction': 'question', 'output': 'answer'}", COLUMNS),
+        ("{instruction: question, output: answer}", COLUMNS),
+        ("instruction: question\noutput: answer\n", COLUMNS),
+        ("instruction=question,output=answer", COLUMNS),
+        (" instruction = question , output = answer ", COLUMNS),
+        ("instruction='question'\noutput=\"answer\",", COLUMNS),
+        (pd.Series(COLUMNS).to_dict(), COLUMNS),
+        ("output=the answer, in full", {"output": "the answer, in full"}),
+        ("instruction=a=b,output=c, d", {"instruction": "a=b", "output": "c, d"}),
+        ('{"output": "a, b=c"}', {"output": "a, b=c"}),
+        ('{"output": "\\ud83d\\ude00 \\u2028"}', {"output": "😀 \u2028"}),
+        ("{output: 1}", {"output": "1"}),
+        ("", {}),
+        ("{}", {}),
+    ],
+)
+def test_columns_as_anybody_writes_a_mapping(value, expected):
+    assert validate({"columns": value}).columns == expected
+
+
+@pytest.mark.fault(2, 29)
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "[INST] Where is Anna? [/INST]",
+        "[INST]",
+        "[1] first",
+        "[]",
+        "[",
+        "[1, 2]",
+        "[null]",
+        '["a", 1]',
+        '["a"] is a list of what?',
+        "['a'] + ['b']",
+        "[Where is Anna?, Who is Ben?]",
+        '{"instruction": "q"}',
+        "- milk\n- eggs",
+        "('a', 'b')",
+        "1e-3",
+        "null",
+        "no",
+        "[" * 60_000,
+    ],
+)
+def test_a_prompt_is_a_prompt_whatever_it_looks_like(prompt):
+    assert validate({"prompts": prompt}).prompts == [prompt]
+    assert validate({"prompts": json.dumps([prompt, "b"])}).prompts == [prompt, "b"]
+    assert validate({"prompts": repr([prompt, "b"])}).prompts == [prompt, "b"]
+    assert validate({"prompts": pd.Series([prompt, "b"])}).prompts == [prompt, "b"]
 
 
 @pytest.mark.fault(3, 4, 5, 6, 9, 31)
@@ -86,8 +196,17 @@ def test_values_are_coerced(name, value, expected):
         ("model_id", ""),
         ("optim", "adam"),
         ("prompts", []),
-        ("prompts", "[" * 60_000),
+        ("prompts", pd.DataFrame({"a column": ["a prompt"]})),
+        ("prompts", [["a"]]),
+        ("prompts", {"a": "b"}),
         ("target_modules", "[" * 60_000),
+        ("target_modules", 3),
+        *[("columns", v) for v in ("instruction", "prompt=q", "{prompt: q}", "instruction=")],
+        *[("columns", v) for v in ("[", "{" * 60_000, "{instruction: [a]}", [("output", "a")])],
+        *[("max_steps", v) for v in ("1,000", "1.5", "0x10", "5 steps", "nan", "9" * 5000)],
+        *[("learning_rate", v) for v in ("2,5e-4", "1/1000", pd.NA, np.nan, "-inf")],
+        ("resume", True),
+        ("double_quant", ""),
         ("model_id", object()),
         ("r", np.array([8, 16])),
         ("seed", -1),
@@ -161,21 +280,181 @@ def test_a_notebook_shows_the_parameters_that_it_uses(parameters, shown):
     assert len(everything.table()) == len(Settings.model_fields) - 1
 
 
-def test_the_papermill_line_repeats_the_settings():
-    """Read as a shell and papermill read it: words, of which -p takes two."""
-    given = {
-        "prompts": ["one, with a comma", "another 'one'"],
-        "columns": {"instruction": "question", "output": "answer"},
-        "target_modules": ["dense", "query_key_value"],
-        "model_id": "a folder",
-        "double_quant": False,
-        "learning_rate": 0.0002,
-    }
+WRITTEN = {
+    "prompts": ["one, with a comma", "another 'one'", "[INST] x [/INST]", "a\nb \u2028 😀 \\n"],
+    "columns": {"instruction": "question, long", "output": "a=b", "input": '"c"'},
+    "target_modules": ["dense", "query_key_value"],
+    "model_id": "a folder",
+    "double_quant": False,
+    "learning_rate": 0.0002,
+}
+LIKE_NUMBERS = (
+    "007",
+    "1e5",
+    "1_000",
+    "nan",
+    "True",
+    "False",
+    "-1",
+    "null",
+    "no",
+    "~",
+    "it's $HOME",
+)
+
+
+def through_papermill(line: str) -> dict[str, object]:
+    """What a cell of the notebook gets: read by a shell, papermill's command line and Python."""
+    words = shlex.split(line)
+    assert words[0] == "papermill"
+    seen = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(papermill.cli, "execute_notebook", lambda **given: seen.update(given))
+        done = CliRunner().invoke(papermill.cli.papermill, words[1:])
+    assert done.exit_code == 0, done.output
+    given = seen["parameters"]
+    exec(translate_parameters("python3", "python", given, "Parameters"), {}, names := {})
+    return names
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        WRITTEN,
+        *({"model_id": name, "output_dir": name} for name in LIKE_NUMBERS if name != "null"),
+        *({"prompts": [name]} for name in LIKE_NUMBERS),
+        *({"columns": {"output": name}} for name in LIKE_NUMBERS),
+        *({"target_modules": [name, "b"]} for name in ("1", "True", "h.0.attn", "all-linear")),
+        {"profile": "full", "resume": "latest", "max_steps": 10**9, "learning_rate": 1e-05},
+    ],
+    ids=repr,
+)
+def test_the_papermill_line_repeats_the_settings(given):
     settings = validate(given)
-    words = shlex.split(settings.papermill_line("06_x"))
-    assert words[:3] == ["papermill", "notebooks/06_x.ipynb", "out.ipynb"]
-    assert set(words[3::3]) == {"-p"}
-    assert validate(dict(zip(words[4::3], words[5::3], strict=True))) == settings
+    line = settings.papermill_line("06_x")
+    assert line.startswith("papermill notebooks/06_x.ipynb out.ipynb -p profile ")
+    assert validate(through_papermill(line)) == settings
+
+
+@pytest.mark.parametrize(
+    ("written", "of_yaml", "expected"),
+    [
+        ("resume: no", False, "no"),
+        ("model_id: 7", 7, "7"),
+        ("learning_rate: 1e-3", "1e-3", 1e-3),
+        ("double_quant: off", False, False),
+        ("target_modules: [q_proj, k_proj]", MODULES, MODULES),
+        ("prompts: [1.5, a]", [1.5, "a"], ["1.5", "a"]),
+        ("columns: {output: 1}", {"output": 1}, {"output": "1"}),
+        ("r: ~", None, 8),
+    ],
+)
+def test_what_yaml_makes_of_a_value_is_what_was_written(written, of_yaml, expected, tmp_path):
+    """papermill's -y and -f, which read `no` as False and 1e-3 as text."""
+    file = tmp_path / "parameters.yaml"
+    file.write_text(written)
+    given = read_yaml_file(str(file))
+    (name,) = given
+    assert given == {name: of_yaml}
+    assert getattr(validate(given), name) == expected
+
+
+def tried(*cells: str, names: dict | None = None) -> tuple[dict, dict]:
+    """The cells of a kernel run one after the other; resolved → (changed parameters, the globals)."""
+    names = {"In": [""]} if names is None else names
+    for cell in cells:
+        names[f"_i{len(names['In'])}"] = cell
+        names["In"].append(f"get_ipython().run_cell({cell!r})" if cell[0] == "%" else cell)
+        exec(re.sub("^[%!].*$", "", cell, flags=re.MULTILINE), names)
+    return resolve(names).changed(), names
+
+
+PARAMETERS = """from typing import Optional
+
+profile: str = "tiny"  # which world
+max_steps: Optional[int] = None  # optimizer steps
+dataset: Optional[str] = None  # a file
+"""
+OWN = {
+    "a constant and a loop": "DRIVE = '/content/drive'\nfor i in range(3):\n    pass",
+    "an import, a function, a class": "import os as r\ndef seed(): pass\nclass Mine: pass",
+    "a tuple, a walrus, an annotation": "a, (b, *c) = 1, (2, 3)\n(d := 4)\ne: int = 5",
+    "underscores": "_ = 1\n__ = 2\n_mine = 3\n__file__ = 'x.ipynb'",
+    "magics": "%%time\n!true\nfast = True",
+    "no Python": "%%bash\n%%",
+}
+
+
+@pytest.mark.parametrize("above", [True, False])
+@pytest.mark.parametrize("own", OWN.values(), ids=OWN)
+def test_own_variables_are_not_refused_at_the_first_try_nor_at_the_second(own, above):
+    cells = (own, PARAMETERS) if above else (PARAMETERS, own)
+    changed, names = tried(*cells)
+    assert changed == {}
+    assert tried("max_steps = 5", own, names=names)[0] == {"max_steps": 5}
+    assert tried(PARAMETERS, "later = 1", names=names)[0] == {}
+
+
+def test_an_own_cell_with_papermills_comment_above_the_parameters():
+    names = {"In": [""]}
+    for _ in range(2):
+        assert tried("# Parameters\nDRIVE = 3", PARAMETERS, names=names)[0] == {}
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [
+        ('profile = "tiny"', "# Parameters\nsed = 3\n"),
+        (PARAMETERS + "sed = 3", 'profile = "smollm2"'),
+        ("# Parameters\nDRIVE = 3", PARAMETERS, "# Parameters\nsed = 3\n", "i = 3"),
+    ],
+    ids=["profile alone", "and a cell of the reader's", "among others"],
+)
+def test_profile_alone_in_a_cell(cells):
+    names = {"In": [""]}
+    for _ in range(2):
+        with pytest.raises(KitError, match="unknown parameter 'sed'"):
+            tried(*cells, names=names)
+
+
+def test_the_parameters_cell_may_use_variables_of_its_own():
+    """What it sets and uses is no misspelt parameter."""
+    own = (
+        "DRIVE = '/content'\nimport json as js\ndef here(x): return x\n"
+        "dataset = here(f'{DRIVE}/rows.json')\nprompts = [f'{i}' for i in range(2)]\n"
+    )
+    changed, _ = tried("for i in range(3):\n    pass", PARAMETERS + own)
+    assert changed == {"dataset": "/content/rows.json", "prompts": ["0", "1"]}
+
+
+MISSPELT = {
+    "assigned": PARAMETERS + "max_stepz = 3",
+    "annotated": PARAMETERS + "max_stepz: Optional[int] = 3",
+    "in a tuple": PARAMETERS + "seed, max_stepz = 0, 3",
+    "walrus": PARAMETERS + "(max_stepz := 3)",
+    "timed": "%%time\n" + PARAMETERS + "max_stepz = 3",
+    "after a magic": "%load_ext x\n" + PARAMETERS + "max_stepz = 3",
+}
+
+
+@pytest.mark.parametrize("cell", MISSPELT.values(), ids=MISSPELT)
+@pytest.mark.parametrize("injected", [False, True])
+def test_a_misspelt_parameter_is_refused_until_it_is_put_right(cell, injected):
+    cells = [cell]
+    if injected:  # as papermill does with -p max_stepz 3
+        cells = [
+            PARAMETERS,
+            translate_parameters("python3", "python", {"max_stepz": 3}, "Parameters"),
+        ]
+    names = {"In": [""]}
+    for _ in range(2):
+        with pytest.raises(
+            KitError, match=r"unknown parameter 'max_stepz'.*did you mean max_steps"
+        ):
+            tried(*cells, names=names)
+        cells = ["1 + 1"]
+    right = "# Parameters\nmax_steps = 3\n" if injected else PARAMETERS + "max_steps = 3"
+    assert tried(right, names=names)[0] == {"max_steps": 3}, "the name is still among the globals"
 
 
 @given(st.dictionaries(st.sampled_from([*Settings.model_fields, "oops"]), st.one_of(
@@ -272,6 +551,25 @@ def test_too_little_memory_and_unreachable_hub(monkeypatch, tmp_path):
     ):
         with pytest.raises(KitError, match=words):
             preflight.refuse_what_cannot_run(validate(values))
+
+
+def test_a_run_to_resume_is_looked_for_before_anything_is_loaded(monkeypatch, tmp_path):
+    """In the folder the user is in; the refusal shows the whole path that was tried."""
+    here(monkeypatch)
+    (tmp_path / "a run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "an adapter").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for name in ("no", "latest", "a run", "./a run/", str(tmp_path / "a run")):
+        preflight.refuse_what_cannot_run(validate({"resume": name}))
+    for name in ("an adapter", "yes", "a run/checkpoints", "../a run"):
+        with pytest.raises(KitError, match="resume is no run folder") as refused:
+            preflight.refuse_what_cannot_run(validate({"resume": name}))
+        assert refused.value.value == str(tmp_path / name)
+    given = sequence._for_the_notebooks(validate({"resume": "a run"}), {"resume": "a run"})
+    assert given["resume"] == str(tmp_path / "a run")
+    (tmp_path / "no").mkdir()
+    given = sequence._for_the_notebooks(validate({"resume": "no"}), {"resume": "no"})
+    assert given["resume"] == "no"
 
 
 def test_a_name_is_the_kits_own_or_a_path_or_the_hubs(monkeypatch, tmp_path):

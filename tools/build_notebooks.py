@@ -35,7 +35,13 @@ PARAMETER_LINES = {"06": 24, "07": 24}  # the others: 8
 WIDGET = "application/vnd.jupyter.widget-view+json"
 KERNEL = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-    "language_info": {"name": "python"},
+    # nbconvert asks these which kind of script a notebook becomes
+    "language_info": {
+        "file_extension": ".py",
+        "mimetype": "text/x-python",
+        "name": "python",
+        "nbconvert_exporter": "python",
+    },
 }
 _PARAMETER = re.compile(r"^[a-z_]\w*: (?P<type>[\w\[\], |]+) = (?P<default>[^#]+?)  # \S.*$")
 _BAR = (

@@ -13,7 +13,6 @@ run; other parameters are refused.
 import json
 import signal
 import time
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -26,6 +25,8 @@ from qlora_nb.memory import preflight
 from qlora_nb.progress import Bar
 from qlora_nb.record import files, interrupts, runs
 from qlora_nb.settings import validate
+
+SUMMARY = "summary.json"
 
 
 def run_sequence(
@@ -136,7 +137,7 @@ class _Record:
         in_order = sorted(self.outcomes)
         self.summary["notebooks"] = [asdict(self.outcomes[name]) for name in in_order]
         text = json.dumps(self.summary, indent=1, default=str) + "\n"
-        files.write_atomically(self.folder / "summary.json", text)
+        files.write_atomically(self.folder / SUMMARY, text)
 
     def failed(self) -> list[str]:
         return [name for name, outcome in self.outcomes.items() if outcome.status != "done"]
@@ -177,7 +178,7 @@ def _for_the_notebooks(settings, parameters: dict[str, object]) -> dict[str, obj
     for name, value in parameters.items():
         if value is not None:
             given[name] = getattr(settings, name)
-    for name in ("model_id", "dataset", "adapter"):
+    for name in ("model_id", "dataset", "adapter", "resume"):
         if name in given:
             given[name] = sources.seen_from_anywhere(given[name])
     return given
@@ -190,32 +191,32 @@ def _unfinished(settings, which: str, given: dict[str, object]) -> tuple[Path, d
     Raises:
         KitError: there is none, or it was started with other parameters.
     """
-    folders = [sources.local_path(which)]
+    folder = sources.local_path(which)
     if which == "latest":
-        folders = sorted(sources.runs_root(settings).glob("sequence-*"), reverse=True)
-    for folder in folders:
-        then = None
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            record = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-            if record["status"] != "done":
-                then = dict(record["parameters"])
-        if then is None:
-            continue
-        differences = []
-        for name in sorted({*then, *given} - {"resume"}):
-            if then.get(name) != given.get(name):
-                differences.append(f"{name} was {then.get(name)}, is {given.get(name)}")
-        if differences:
-            what = f"this sequence was started with something else: {', '.join(differences)}"
-            remedy = "give the same parameters, or leave --resume out"
-            raise KitError(what, value=folder.name, remedy=remedy)
-        return folder, record
-    raise KitError(
-        "there is no unfinished sequence to go on with",
-        value=which,
-        allowed="latest, or a folder sequence-… whose summary.json does not say done",
-        remedy="leave --resume out",
-    )
+        folder = runs.newest(sources.runs_root(settings), _is_unfinished, SUMMARY)
+    record = runs.read_record(folder / SUMMARY) if folder else {}
+    if not _is_unfinished(folder, record):
+        raise KitError(
+            "there is no unfinished sequence to go on with",
+            value=which if which == "latest" else str(folder.absolute()),
+            allowed="latest, or a folder sequence-… whose summary.json does not say done",
+            remedy="leave --resume out",
+        )
+    then = record["parameters"]
+    differences = []
+    for name in sorted({*then, *given} - {"resume"}):
+        if then.get(name) != given.get(name):
+            differences.append(f"{name} was {then.get(name)}, is {given.get(name)}")
+    if differences:
+        what = f"this sequence was started with something else: {', '.join(differences)}"
+        remedy = "give the same parameters, or leave --resume out"
+        raise KitError(what, value=folder.name, remedy=remedy)
+    return folder, record
+
+
+def _is_unfinished(folder: Path | None, record: dict) -> bool:
+    is_record = isinstance(record.get("parameters"), dict) and "status" in record
+    return is_record and record["status"] != "done"
 
 
 def _advice(settings) -> str:

@@ -31,6 +31,13 @@ def refuse_what_cannot_run(settings) -> None:
     model is fine anywhere.
     """
     refuse_many_processes()
+    resumed = sources.local_path(settings.resume)
+    if settings.resume not in ("no", "latest") and not (resumed / "checkpoints").is_dir():
+        raise KitError(
+            "resume is no run folder with checkpoints/",
+            value=str(resumed.absolute()),
+            allowed="no, latest, or the folder of an unfinished run",
+        )
     if settings.tensorboard and not find_spec("tensorboard"):
         raise KitError(
             "the package tensorboard is not installed",

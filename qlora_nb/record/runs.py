@@ -5,6 +5,9 @@ commit, metrics, status), `metrics.jsonl` (a line for each logged step), `adapte
 `checkpoints/`. The manifest says "running" from the first moment and "done" only at the end; it
 also says which process wrote it. So a manifest that says "running" while that process is gone is a
 run that died, which no last word of the run itself could tell.
+
+Which run is the newest is asked of the manifests too: each holds the instant in UTC when its run
+began. A folder's name or date is no witness: folders are renamed, copied, unzipped and touched.
 """
 
 import json
@@ -12,10 +15,10 @@ import math
 import os
 import shutil
 import subprocess
-import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
 from itertools import count
 from pathlib import Path
 from typing import Self
@@ -30,7 +33,10 @@ SCHEMA_VERSION = 1
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "qlora-nb")
 
-_TIME = "%Y-%m-%dT%H:%M:%S%z"
+MANIFEST = "manifest.json"
+
+AHEAD = timedelta(minutes=1)
+"""So much may another machine's clock be ahead of this one's."""
 
 
 def key_results(results: dict[str, object]) -> dict[str, object]:
@@ -56,7 +62,7 @@ def new_folder(settings, name: str) -> Path:
     Raises:
         KitError: the place cannot be written to, or a file is in the way.
     """
-    stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    stem = f"{name}-{datetime.now().strftime('%Y%m%d-%H%M%S')}"
     what = "output_dir cannot be written to"
     with refusing(what, value=settings.output_dir, remedy="name a folder you may write to"):
         for n in count():
@@ -69,13 +75,14 @@ def new_folder(settings, name: str) -> Path:
 def new_record(
     folder: Path, parameters: dict[str, object], packages: Iterable[str]
 ) -> dict[str, object]:
-    """What the record of a run says before anything has run: the time, the parameters, this
-    machine, its packages.
+    """What the record of a run says before anything has run: the time and a running number, the
+    parameters, this machine, its packages.
     """
     return {
         "schema_version": SCHEMA_VERSION,
         "status": "running",
-        "started": time.strftime(_TIME),
+        "started": _now(),
+        "number": len(list(folder.parent.iterdir())),
         "parameters": parameters,
         "hardware": asdict(machine.this_machine(folder)),
         "versions": {package: machine.installed(package) for package in packages},
@@ -113,7 +120,7 @@ class Run:
             return
         self.manifest["status"] = "refused"
         written = {path.name for path in self.folder.rglob("*") if path.is_file()}
-        if not self.resumed and written <= {"manifest.json", ".lock"}:
+        if not self.resumed and written <= {MANIFEST, ".lock"}:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def log(self, record: dict[str, object]) -> None:
@@ -141,7 +148,7 @@ class Run:
         """Write metrics and status; the last thing a run does."""
         self.manifest["metrics"].update(metrics)
         self.manifest["status"] = status
-        self.manifest["ended"] = time.strftime(_TIME)
+        self.manifest["ended"] = _now()
         self._save()
 
     def add(self, **metrics: object) -> None:
@@ -168,20 +175,42 @@ class Run:
 
     def _save(self) -> None:
         text = json.dumps(redaction.redact(self.manifest), indent=1, default=str)
-        files.write_atomically(self.folder / "manifest.json", text + "\n")
+        files.write_atomically(self.folder / MANIFEST, text + "\n")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _began(record: dict) -> datetime:
+    """The instant at which a run began.
+
+    Raises:
+        ValueError: its record has no time, or one without a zone.
+    """
+    began = datetime.fromisoformat(str(record.get("started")))
+    if began.tzinfo is None:
+        raise ValueError("a time without a zone")
+    return began
+
+
+def read_record(path: Path) -> dict:
+    """What a manifest.json or summary.json holds; empty if it cannot be read."""
+    with suppress(OSError, ValueError, TypeError):
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    return {}
 
 
 def manifest_of(folder: Path) -> tuple[dict, bool]:
     """A run's manifest, and whether the process that wrote it is still there; ({}, False) if it
     cannot be read.
     """
-    path = folder / "manifest.json"
-    manifest = {}
+    manifest = read_record(folder / MANIFEST)
     there = False
-    with suppress(OSError, ValueError, KeyError, TypeError, psutil.NoSuchProcess):
-        manifest = dict(json.loads(path.read_text()))
-        # a process that began after the last word of this one only has its number
-        there = psutil.Process(manifest["pid"]).create_time() < path.stat().st_mtime + 1
+    with suppress(ValueError, KeyError, TypeError, psutil.Error):
+        # a process that began after this run did only has its number
+        created = psutil.Process(manifest["pid"]).create_time()
+        there = created < _began(manifest).timestamp() + 1
     return manifest, there
 
 
@@ -194,22 +223,43 @@ def status_of(folder: Path) -> str:
     return status
 
 
-def newest_first(settings, notebook: str) -> list[Path]:
-    """The folders of a notebook's runs in this profile."""
+def newest(root: Path, is_meant: Callable[[Path, dict], bool], name: str = MANIFEST) -> Path | None:
+    """The run that began last, as its own record says; of two that began at one instant, the one
+    with the larger running number. None if there is none.
 
-    def changed(folder: Path) -> float:
-        return folder.lstat().st_mtime
+    A run whose record has no time with a zone, or one that is later than now, is left out and said.
 
-    folders = sources.runs_root(settings).glob(f"{notebook}-*")
-    return sorted(folders, key=changed, reverse=True)
+    Args:
+        root: a profile's folder; the names of the folders in it do not matter.
+        is_meant: asked for each run, with its folder and its record.
+        name: the record's file.
+    """
+    dated = []
+    for path in root.glob(f"*/{name}"):
+        folder = path.parent
+        record = read_record(path)
+        if not is_meant(folder, record):
+            continue
+        try:
+            began = _began(record)
+        except ValueError:
+            print(f"{folder.name} is left out: its {name} has no time with a zone")
+            continue
+        if began > datetime.now(UTC) + AHEAD:
+            print(f"{folder.name} is left out: it began later than now, at {began}")
+            continue
+        dated.append((began, record.get("number", 0), folder))
+    return max(dated)[-1] if dated else None
 
 
 def latest_done(settings, notebook: str) -> Path | None:
     """The newest finished run of a notebook in this profile that left an adapter, or None."""
-    for folder in newest_first(settings, notebook):
-        if status_of(folder) == "done" and (folder / "adapter").is_dir():
-            return folder
-    return None
+
+    def is_finished(folder: Path, record: dict) -> bool:
+        is_done = record.get("notebook") == notebook and record.get("status") == "done"
+        return is_done and (folder / "adapter").is_dir()
+
+    return newest(sources.runs_root(settings), is_finished)
 
 
 def commit() -> str | None:

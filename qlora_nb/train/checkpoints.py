@@ -48,21 +48,27 @@ def start(settings, notebook: str) -> runs.Run:
         KitError: `resume` names a folder that is no unfinished run, or one that was started with
             other settings.
     """
-    folders = runs.newest_first(settings, notebook)
-    if settings.resume == "no" and not (folders and _stopped_here(folders[0], settings)):
-        return runs.Run(settings, notebook)
-    named = settings.resume not in ("no", "latest")
-    if named:
-        folders = [sources.local_path(settings.resume)]
-    folder = next(filter(_is_unfinished, folders), None)
-    if folder is None and named:
-        raise KitError(
-            "this is no unfinished run",
-            value=settings.resume,
-            allowed="no, latest, or a run folder with checkpoints/",
-        )
+
+    def is_meant(folder: Path, record: dict) -> bool:
+        if record.get("notebook") != notebook:
+            return False
+        if settings.resume == "no":
+            return _stopped_here(folder, settings)
+        return _is_unfinished(folder)
+
+    if settings.resume not in ("no", "latest"):
+        folder = sources.local_path(settings.resume)
+        if not _is_unfinished(folder):
+            raise KitError(
+                "this is no unfinished run",
+                value=str(folder.absolute()),
+                allowed="no, latest, or a run folder with checkpoints/",
+            )
+    else:
+        folder = runs.newest(sources.runs_root(settings), is_meant)
     if folder is None:
-        print("there is no unfinished run to go on with: a new one starts")
+        if settings.resume == "latest":
+            print("there is no unfinished run to go on with: a new one starts")
         return runs.Run(settings, notebook)
     checkpoint = seal.newest_checkpoint(folder, say=lambda text: None)
     if checkpoint:
