@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from qlora_nb.errors import KitError
+from qlora_nb.errors import MORE_MEMORY, KitError, is_out_of_memory
 
 
 class _Group(TyperGroup):
@@ -37,6 +37,13 @@ class _Group(TyperGroup):
         except KeyboardInterrupt:
             typer.echo("qlora-nb: stopped by you", err=True)
             raise SystemExit(130) from None
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).partition("\n")[0][:200]
+            explained = KitError(f"memory ran out ({reason})", remedy=MORE_MEMORY)
+            typer.echo(f"qlora-nb: {explained}", err=True)
+            raise SystemExit(2) from None
 
 
 app = typer.Typer(
@@ -174,6 +181,7 @@ def script(
     settings = resolve({"profile": profile, **_parameters(ctx.args)})
     from qlora_nb.memory import preflight
 
+    preflight.require_address_space()
     preflight.require_model_and_data(settings)
     from qlora_nb.train import script
 
@@ -210,10 +218,11 @@ def generate(
         rows = prompt_files.read_rows(prompts, settings.columns)
     else:
         rows = [generate.row_of(prompt) for prompt in settings.prompts]
+    if not base:
+        folder, where_from = adapters.find_adapter(settings)
     tokenizer = load.load_tokenizer(settings)
     model = load.load_base(settings)
     if not base:
-        folder, where_from = adapters.find_adapter(settings)
         model = adapters.load_adapter(model, folder)
         print(where_from)
     if out:

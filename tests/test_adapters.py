@@ -5,7 +5,6 @@ The reference is transformers, PEFT and bitsandbytes without this kit.
 """
 
 import json
-import warnings
 
 import peft
 import pytest
@@ -17,7 +16,7 @@ from test_models import random_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from qlora_nb.answer import adapters, evaluate, generate, merge
+from qlora_nb.answer import adapters, evaluate, generate
 from qlora_nb.errors import KitError
 from qlora_nb.model import data, load
 from qlora_nb.pocket import MODEL_DIR
@@ -132,7 +131,7 @@ def require_equal(model_id, folder):
         assert torch.equal(logits_of(model), wanted[False][0])
     assert torch.equal(logits_of(model), wanted[True][0])
     require_equal_losses(model, reference, tokenizer, settings)
-    base_next, tuned_next, _ = generate.next_tokens(model, tokenizer, ROWS[0], settings)
+    _base_next, tuned_next, _ = generate.next_tokens(model, tokenizer, ROWS[0], settings)
     text = data.prompt_of(ROWS[0], settings.prompt_template)
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
     with torch.no_grad():
@@ -221,9 +220,7 @@ OTHERS = {
     "AdaLoRA": lambda layers, *_: peft.AdaLoraConfig(
         task_type="CAUSAL_LM", target_modules=layers, total_step=10, init_r=4, target_r=2
     ),
-    "SHiRA": lambda layers, *_: peft.ShiraConfig(
-        task_type="CAUSAL_LM", target_modules=layers, r=4
-    ),
+    "SHiRA": lambda layers, *_: peft.ShiraConfig(task_type="CAUSAL_LM", target_modules=layers, r=4),
     "norms": lambda layers, head, embedding, norm, blocks: peft.LNTuningConfig(
         task_type="CAUSAL_LM", target_modules=[norm]
     ),

@@ -139,12 +139,14 @@ def _logits(model: torch.nn.Module) -> torch.Tensor:
     return model(input_ids=ids).logits[0, -8:]
 
 
-def _to_be_replaced(model: PreTrainedModel, weights: Path) -> dict[torch.nn.Parameter, torch.Tensor]:
+def _to_be_replaced(
+    model: PreTrainedModel, weights: Path
+) -> dict[torch.nn.Parameter, torch.Tensor]:
     """Copies of the base's own numbers whose places an adapter's file names too."""
     own = dict(model.named_parameters())
     kept = {}
     with safe_open(weights, "pt") as file:
-        for name in file.keys():
+        for name in file:
             place = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
             if place in own:
                 kept[own[place]] = own[place].detach().clone()
@@ -235,7 +237,7 @@ def _require_whole_use(tuned: PeftModel, folder: Path) -> None:
             )
     loaded = get_peft_model_state_dict(tuned, save_embedding_layers=False)
     with safe_open(folder / WEIGHTS, "pt") as file:
-        for name in file.keys():
+        for name in file:
             is_real = file.get_slice(name).get_dtype().startswith(("F", "BF"))
             if not is_real and name in loaded and loaded[name].is_floating_point():
                 raise ValueError(f"{name} holds whole numbers")
