@@ -961,9 +961,9 @@ def test_memory_that_runs_out_under_any_name(monkeypatch, capsys, error):
     def runs_out(*given):
         raise error
 
-    with pytest.raises(KitError, match=r"the model cannot be loaded: memory ran out \("):
-        with load.loading("model", "pocket"):
-            runs_out()
+    out_of_memory = pytest.raises(KitError, match=r"the model cannot be loaded: memory ran out \(")
+    with out_of_memory, load.loading("model", "pocket"):
+        runs_out()
     monkeypatch.setattr("qlora_nb.model.fetch.fetch_repo", runs_out)
     done = CliRunner().invoke(cli.app, ["fetch", "someone/model"])
     assert done.exit_code == 2

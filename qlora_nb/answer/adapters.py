@@ -146,7 +146,7 @@ def _to_be_replaced(
     own = dict(model.named_parameters())
     kept = {}
     with safe_open(weights, "pt") as file:
-        for name in file:
+        for name in list(file.keys()):
             place = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
             if place in own:
                 kept[own[place]] = own[place].detach().clone()
@@ -237,7 +237,7 @@ def _require_whole_use(tuned: PeftModel, folder: Path) -> None:
             )
     loaded = get_peft_model_state_dict(tuned, save_embedding_layers=False)
     with safe_open(folder / WEIGHTS, "pt") as file:
-        for name in file:
+        for name in list(file.keys()):
             is_real = file.get_slice(name).get_dtype().startswith(("F", "BF"))
             if not is_real and name in loaded and loaded[name].is_floating_point():
                 raise ValueError(f"{name} holds whole numbers")
