@@ -230,6 +230,8 @@ def generate(
         n_answered = prompt_files.answer_file(model, tokenizer, rows, target, settings)
         print(f"{n_answered} of {len(rows)} answered into {out}")
         return
+    reasons = generate.unanswerable(rows, tokenizer, model, settings)
+    rows = [row for n, row in enumerate(rows) if n not in reasons]
     answers = generate.answer_all(model, tokenizer, rows, settings)
     for row, text in zip(rows, answers, strict=True):
         print(f"{row['instruction']}\n    {text!r}")

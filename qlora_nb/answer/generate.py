@@ -72,6 +72,18 @@ def tokenize_prompts(
     return {name: tensor.to(model.device) for name, tensor in encoded.items()}
 
 
+def unanswerable(rows: list[dict], tokenizer, model, settings) -> dict[int, str]:
+    """Row number → why it cannot be asked, so that the others can; said too."""
+    reasons = {}
+    for n, row in enumerate(rows):
+        try:
+            tokenize_prompts([row], tokenizer, model, settings)
+        except KitError as refusal:
+            reasons[n] = str(refusal)
+            print(f"row {row.get('n', n)} is not answered: {refusal}")
+    return reasons
+
+
 def _config(model, tokenizer, max_new_tokens: int, **more) -> GenerationConfig:
     """Greedy unless more is said; an answer ends with the tokenizer's end token or the model's own.
 
