@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from qlora_nb.errors import KitError
+from qlora_nb.errors import MORE_MEMORY, KitError, is_out_of_memory
 
 
 class _Group(TyperGroup):
@@ -37,6 +37,13 @@ class _Group(TyperGroup):
         except KeyboardInterrupt:
             typer.echo("qlora-nb: stopped by you", err=True)
             raise SystemExit(130) from None
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).partition("\n")[0][:200]
+            explained = KitError(f"memory ran out ({reason})", remedy=MORE_MEMORY)
+            typer.echo(f"qlora-nb: {explained}", err=True)
+            raise SystemExit(2) from None
 
 
 app = typer.Typer(
@@ -169,11 +176,12 @@ def data(
     """What of a data set trains, what is left out and why, and its first row as the model of the
     profile sees it. Parameters: -p NAME VALUE.
     """
-    from qlora_nb.settings import resolve
+    from qlora_nb.settings import parameters, resolve
 
-    settings = resolve({"profile": profile, "dataset": name, **_parameters(ctx.args)})
+    settings = resolve({"profile": profile, "dataset": name, **parameters(ctx.args)})
     from qlora_nb.memory import preflight
 
+    preflight.require_address_space()
     preflight.require_model_and_data(settings)
     from qlora_nb.model import data_report, load
 
@@ -195,6 +203,7 @@ def script(
     settings = resolve({"profile": profile, **parameters(ctx.args)})
     from qlora_nb.memory import preflight
 
+    preflight.require_address_space()
     preflight.require_model_and_data(settings)
     from qlora_nb.train import script
 
@@ -244,6 +253,8 @@ def generate(
         n_answered = prompt_files.answer_file(model, tokenizer, rows, target, settings)
         print(f"{n_answered} of {len(rows)} answered into {out}")
         return
+    reasons = generate.unanswerable(rows, tokenizer, model, settings)
+    rows = [row for n, row in enumerate(rows) if n not in reasons]
     answers = generate.answer_all(model, tokenizer, rows, settings)
     for row, text in zip(rows, answers, strict=True):
         print(f"{row['instruction']}\n    {text!r}")

@@ -6,11 +6,13 @@ speaks of the parameter, file or resource that a person can change, and ends wit
 notebook it is shown as one paragraph, because IPython asks an exception for its
 `_render_traceback_` first; the command line prints the same paragraph and exits with 2.
 
-`refusing` turns whatever a library says of a file that somebody brought into such a refusal. Memory
-that ran out is not refused there: training catches it and tries again with fewer rows.
+`refusing` turns whatever a library says of a file that somebody brought into such a refusal. A
+card's memory that ran out is not refused there: training catches it and tries again with fewer
+rows. The host's is said to be what it is, whatever words the system has for it.
 """
 
 import dis
+import errno
 import sys
 import traceback
 from collections.abc import Iterator
@@ -65,17 +67,35 @@ def refusing(what: str, value: object, remedy: str) -> Iterator[None]:
         if not reason:
             reason = f"nothing is there ({type(error).__name__})"
         first_line = reason.splitlines()[0][:200]
+        if is_out_of_memory(error):
+            first_line = f"memory ran out ({first_line})"
+            remedy = MORE_MEMORY
         raise KitError(f"{what}: {first_line}", value=value, remedy=remedy) from error
 
 
+MORE_MEMORY = "close other programs and kernels, raise a limit (ulimit -v), or use profile=tiny"
+
+_OUT_OF_MEMORY = (
+    "ALLOC_FAILED",
+    "out of memory",
+    "allocate memory",
+    "bad_alloc",
+    "bad allocation",
+    "failed to map segment",
+    "start new thread",
+)
+"""Words of cuBLAS, the driver, torch, C++, the loader of libraries and Python's threads."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: torch's own class, Python's, or the words of another allocator
-    (cuBLAS, the driver, the host).
+    """Whether memory ran out: torch's own class, Python's, the system's error number, or the words
+    of another allocator or loader.
     """
     if type(error).__name__ in ("OutOfMemoryError", "MemoryError"):
         return True
-    words = ("ALLOC_FAILED", "out of memory", "can't allocate memory")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    if getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    return any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def explain_missing_names(shell) -> None:

@@ -319,6 +319,44 @@ def test_prompts_come_from_text_and_data_files(tmp_path):
     assert [row["instruction"] for row in rows] == ["Say hi.", "Say bye."]
 
 
+@pytest.mark.parametrize(
+    ("written", "prompts"),
+    [
+        ("One\u2028two.\nThree.\n", ["One\u2028two.", "Three."]),
+        ("One\x0btwo\x0c.\nThree\x85four.", ["One\x0btwo\x0c.", "Three\x85four."]),
+        ("\ufeffOne.\r\n\r\nTwo.\r\n", ["One.", "Two."]),
+        ("One\x1ctwo\x1d.\n \t\n<|endoftext|>\n", ["One\x1ctwo\x1d.", "<|endoftext|>"]),
+    ],
+)
+def test_lines_end_at_line_ends_only(tmp_path, written, prompts):
+    (tmp_path / "a.txt").write_bytes(written.encode())
+    rows = prompt_files.read_rows(str(tmp_path / "a.txt"), {})
+    assert [row["instruction"] for row in rows] == prompts
+
+
+def test_a_prompt_over_the_context_is_named_and_the_others_are_answered(tuned, tmp_path, capsys):
+    tokenizer, model = tuned
+    rows, target = rows_of(5), tmp_path / "answers.jsonl"
+    rows[1] = {"instruction": "Where is Anna?", "input": "Anna went home. " * 400}
+    rows[3] = {"instruction": "<|endoftext|><|endoftext|>", "input": ""}
+    fit = [row for n, row in enumerate(rows) if n != 1]
+    assert prompt_files.answer_file(model, tokenizer, rows, target, SETTINGS, batch=2) == 4
+    assert "row 1 is not answered: the prompt has" in capsys.readouterr().out
+    records = {r["n"]: r for r in map(json.loads, target.read_text().splitlines())}
+    assert sorted(records) == [0, 1, 2, 3, 4]
+    assert records[1]["answer"] is None
+    assert "over the model's" in records[1]["left_out"]
+    said = [records[n]["answer"] for n in (0, 2, 3, 4)]
+    assert said == generate.answer_all(model, tokenizer, fit, SETTINGS)
+    before = target.read_bytes()
+    assert prompt_files.answer_file(model, tokenizer, rows, target, SETTINGS) == 0
+    assert target.read_bytes() == before
+    lines = before.splitlines(keepends=True)
+    target.write_bytes(b"".join(lines[:2]))  # as a kill leaves it
+    prompt_files.answer_file(model, tokenizer, rows, target, SETTINGS)
+    assert {json.loads(line)["n"] for line in target.read_text().splitlines()} == set(range(5))
+
+
 @pytest.mark.slow
 def test_the_command_line_answers(tmp_path, monkeypatch):
     """The first time in a process of its own, as from a shell; what it has written is gone on with

@@ -1,6 +1,9 @@
 """The 4-bit copy: the same bits, used only while it is whole and of the same model."""
 
+import hashlib
 import json
+import subprocess
+import sys
 
 import open_cells
 import pytest
@@ -9,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from qlora_nb import sources
 from qlora_nb.memory import ledger
-from qlora_nb.model import configs, fetch, load, quantized_copy
+from qlora_nb.model import configs, fetch, load
+from qlora_nb.record import seal
 from qlora_nb.settings import validate
 
 IDS = torch.arange(5, 45).reshape(2, 20)
@@ -74,7 +78,7 @@ def test_other_datatypes_have_their_own_copy(source, tmp_path):
     assert len(copies(tmp_path)) == 4
 
 
-@pytest.mark.parametrize("hurt", ["cut", "note", "another model"])
+@pytest.mark.parametrize("hurt", ["cut", "note", "a byte", "another model"])
 def test_a_copy_that_does_not_hold_is_made_anew(source, tmp_path, capsys, hurt):
     settings = settings_for(source)
     first = load.load_base(settings)(IDS).logits
@@ -83,7 +87,10 @@ def test_a_copy_that_does_not_hold_is_made_anew(source, tmp_path, capsys, hurt):
     if hurt == "cut":
         weights.write_bytes(weights.read_bytes()[:-100])
     elif hurt == "note":
-        (copy / quantized_copy.NOTE).write_text("{")
+        (copy / seal.SEAL).write_text("{")
+    elif hurt == "a byte":
+        whole = weights.read_bytes()
+        weights.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
     else:
         save_random(source, seed=1)
     capsys.readouterr()
@@ -121,10 +128,47 @@ def test_a_write_that_fails_leaves_nothing_behind(source, tmp_path, capsys, monk
     assert not copies(tmp_path)
 
 
-def test_the_note_is_the_last_thing_written(source, tmp_path):
+def test_the_seal_is_the_last_thing_written(source, tmp_path):
     load.load_base(settings_for(source))
     [copy] = copies(tmp_path)
-    note = json.loads((copy / quantized_copy.NOTE).read_text())
-    assert note["files"] == {
-        f.name: f.stat().st_size for f in copy.iterdir() if f.name != quantized_copy.NOTE
+    sealed = json.loads((copy / seal.SEAL).read_text())
+    assert sealed["files"] == {
+        f.name: [f.stat().st_size, hashlib.sha256(f.read_bytes()).hexdigest()]
+        for f in copy.iterdir()
+        if f.name != seal.SEAL
     }
+
+
+KILLED = """
+import os, signal, sys, pathlib
+from qlora_nb.record import files
+with files.temporary_folder(pathlib.Path(sys.argv[1]), sys.argv[2]) as folder:
+    (folder / "half").write_bytes(b"x" * 1000)
+    print(folder.name, flush=True)
+    if sys.argv[3] == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.fault(49)
+def test_what_a_killed_copy_left_is_cleared_and_a_live_one_is_not(source, tmp_path, capsys):
+    folder = tmp_path / "cache" / "quantized"
+    (folder / ".small-0123456789ab.4711").mkdir(parents=True)  # as the first version named them
+
+    def writer(how):
+        command = [sys.executable, "-c", KILLED, str(folder), ".", how]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    with writer("killed") as dead, writer("alive") as alive:
+        left, held = dead.stdout.readline().strip(), alive.stdout.readline().strip()
+        dead.wait()
+        assert (folder / left / "half").exists()
+        load.load_base(settings_for(source))
+        [copy] = [path for path in copies(tmp_path) if not path.name.startswith(".")]
+        hidden = {path.name for path in folder.glob(".*")}
+        assert hidden == {held, f"{held}.lock"}
+        assert (folder / held / "half").exists()
+        alive.stdin.close()
+        alive.wait()
+    assert list(folder.iterdir()) == [copy]

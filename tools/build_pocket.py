@@ -28,8 +28,8 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerF
 
 from qlora_nb.answer import evaluate
 from qlora_nb.model import data, load
-from qlora_nb.pocket import ADAPTER_DIR, DATA_DIR, MODEL_DIR
-from qlora_nb.record import runs
+from qlora_nb.pocket import ADAPTER_DIR, DATA_DIR, HERE, MODEL_DIR
+from qlora_nb.record import runs, seal
 from qlora_nb.settings import validate
 
 
@@ -245,6 +245,17 @@ def build_adapter(out: Path = ADAPTER_DIR) -> dict[str, float]:
     return evaluate.held_out(model, tokenizer, held_out, settings)["exact_match"]
 
 
+def write_seal() -> None:
+    """The hashes of all that ships, so that a damaged copy of the kit is known."""
+    contents = {}
+    for part in (ADAPTER_DIR, DATA_DIR, MODEL_DIR):
+        for path in sorted(part.iterdir()):
+            name = path.relative_to(HERE).as_posix()
+            contents[name] = seal.size_and_hash(path)
+    text = json.dumps({"files": contents}, indent=1) + "\n"
+    (HERE / seal.SEAL).write_text(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=2700)
@@ -258,12 +269,15 @@ def main() -> None:
     options = parser.parse_args()
     if options.data:
         build_data()
+        write_seal()
         return
     if options.adapter:
         print(f"exact match: {build_adapter()}")
+        write_seal()
         return
     record = train(options.steps, options.seed, options.out, lr=options.lr)
     (options.out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_seal()
     print(f"written to {options.out}: {record}")
 
 

@@ -3,16 +3,20 @@
 An adapter is a folder with `adapter_config.json` (which layers, which rank, for which base) and
 `adapter_model.safetensors` (the two thin matrices of each layer). PEFT loads it and adds its
 products in the forward pass; without them the same model is the base again, so that base and tuned
-model are compared with one set of weights in memory. What PEFT accepts and this kit refuses: an
-adapter that does not fit its configuration, holds no real numbers, or cannot be switched off
-completely (trained biases, repeated layers). Source: PEFT, `peft_model.py`.
+model are compared with one set of weights in memory. Whatever PEFT loads is used as PEFT uses it.
+What PEFT accepts and this kit refuses: an adapter that is used in part only, holds no real numbers,
+or after which the base is not the same any more when the adapter is switched off. An adapter whose
+file also replaces numbers of the base (trained biases, a whole embedding) can be switched off,
+because the base's own are kept. Source: PEFT, `peft_model.py`.
 """
 
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
+import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers import PreTrainedModel
@@ -21,17 +25,19 @@ from qlora_nb import sources
 from qlora_nb.errors import KitError, refusing
 from qlora_nb.model import data, load
 from qlora_nb.pocket import ADAPTER_DIR, MODEL_DIR
-from qlora_nb.record import runs, seal
+from qlora_nb.record import files, runs, seal
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
 
 
 def find_adapter(settings) -> tuple[Path, str]:
     """The folder that `adapter` stands for and a sentence that says where it comes from.
 
     "latest" is the newest finished run of notebook 06 in this profile, else the adapter shipped
-    with the pocket model.
+    with the pocket model. The folder of a run stands for the adapter in it. Of an adapter that
+    nobody sealed the first digits of its file's SHA-256 are said.
 
     Raises:
         KitError: there is none, or the folder is not an adapter.
@@ -49,15 +55,39 @@ def find_adapter(settings) -> tuple[Path, str]:
             "there is no finished run of notebook 06 in this profile",
             remedy="run notebook 06 first, or give adapter a folder",
         )
-    folder = sources.local_path(settings.adapter)
-    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
+    folder = sources.local_path(settings.adapter).absolute()
+    if (folder / "adapter" / CONFIG).is_file():
+        folder = folder / "adapter"
+    _require_files(folder)
+    where_from = f"the adapter in {folder.name}"
+    if not (folder / seal.SEAL).exists():
+        where_from += f", sha256 {files.sha256(folder / WEIGHTS)[:12]}"
+    return folder, where_from
+
+
+def _require_files(folder: Path) -> None:
+    """Refuse a folder that is no adapter, and say where in it one lies."""
+    has_config = (folder / CONFIG).is_file()
+    if has_config and (folder / WEIGHTS).is_file():
+        return
+    if has_config and (folder / PICKLE).is_file():
         raise KitError(
-            "this is not an adapter folder",
-            value=settings.adapter,
-            allowed=f"a folder with {CONFIG} and {WEIGHTS}",
-            remedy='use adapter="latest", "pocket", or the adapter/ folder of a run',
+            f"the weights of this adapter are a pickle ({PICKLE}), which is not loaded: "
+            "it can run code",
+            value=str(folder),
+            remedy="convert it, if you trust who made it: "
+            f'safetensors.torch.save_file(torch.load("{PICKLE}", weights_only=True), "{WEIGHTS}")',
         )
-    return folder, f"the adapter in {folder.name}"
+    remedy = 'use adapter="latest", "pocket", or the folder of a run; hf download fetches others'
+    inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
+    if inside:
+        remedy = f"name one of the adapters in it: {', '.join(inside)}"
+    raise KitError(
+        "this is not an adapter folder",
+        value=str(folder),
+        allowed=f"a folder with {CONFIG} and {WEIGHTS}",
+        remedy=remedy,
+    )
 
 
 def asked_as_trained(settings, folder: Path):
@@ -88,39 +118,87 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
 def loading(model: PreTrainedModel, folder: Path) -> Iterator[None]:
     """Context in which whatever an adapter that does not fit makes a library say becomes a refusal.
 
+    What `checked` needs of the base before it is changed is kept: its logits, and the numbers that
+    the adapter's file is about to replace.
+
     Raises:
-        KitError: it was made for a model of another shape, or its files are not those that were
-            sealed.
+        KitError: it was made for a model of another shape, its configuration and its weights name
+            other layers, or its files are not those that were sealed.
     """
     seal.require_whole(folder)
-    with _fitting(model, folder):
+    with _fitting(model, folder), warnings.catch_warnings():
+        # what PEFT warns of is a layer that would stay as it was
+        warnings.filterwarnings("error", "Found missing adapter keys")
+        model.logits_before = _logits(model)
+        model.kept_numbers = _to_be_replaced(model, folder / WEIGHTS)
         yield
 
 
 def _fitting(model: PreTrainedModel, folder: Path) -> AbstractContextManager:
     own = _base_name(model.config.name_or_path)
-    return refusing(
-        f"the adapter does not fit: it was made for {_made_for(folder)}, the model here is {own}",
-        folder.name,
-        "load the base the adapter was trained on, or take another copy of the adapter",
-    )
+    made_for = _made_for(folder)
+    what = "the adapter does not fit"
+    remedy = "take another copy of the adapter"
+    if made_for != own:
+        what += f": it was made for {made_for}, the model here is {own}"
+        remedy = f"load the base the adapter was trained on, or {remedy}"
+    return refusing(what, folder.name, remedy)
+
+
+@torch.no_grad()
+def _logits(model: torch.nn.Module) -> torch.Tensor:
+    """The logits after the first tokens of the vocabulary, (tokens, vocabulary)."""
+    ids = torch.arange(8, device=model.device)[None]
+    return model(input_ids=ids).logits[0, -8:]
+
+
+def _to_be_replaced(
+    model: PreTrainedModel, weights: Path
+) -> dict[torch.nn.Parameter, torch.Tensor]:
+    """Copies of the base's own numbers whose places an adapter's file names too."""
+    own = dict(model.named_parameters())
+    kept = {}
+    with safe_open(weights, "pt") as file:
+        for name in list(file.keys()):
+            place = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+            if place in own:
+                kept[own[place]] = own[place].detach().clone()
+    return kept
 
 
 def checked(tuned: PeftModel, folder: Path) -> PeftModel:
     """A model with its adapter, in eval mode, guarded against what PEFT accepts without a word.
 
-    - Configuration and weights of the adapter name the same layers, and the weights are real
-      numbers.
-    - Nothing of it stays on when it is switched off (trained biases, repeated layers).
-    - With it the model computes numbers.
+    - Every tensor of the adapter's file is used, and holds real numbers.
+    - With the adapter the model computes numbers, and switched off it computes what it did before.
     - An adapter that was made for a base of another name is said to be.
 
     Raises:
         KitError: one of these does not hold.
     """
     tuned.eval()
+    base = tuned.get_base_model()
+    replaced = {}
+    for parameter, numbers in base.kept_numbers.items():
+        if not torch.equal(parameter, numbers):
+            replaced[parameter] = numbers
+    if replaced:
+        _keep_switchable(tuned, replaced)
     with _fitting(tuned, folder):
-        _require_usable(tuned, folder / WEIGHTS)
+        _require_whole_use(tuned, folder)
+        with refusing("PEFT cannot compute with it here", folder.name, "merge it elsewhere"):
+            computes = load.computes(tuned)
+        if not computes:
+            raise ValueError("with it the model computes NaN or infinity")
+        with tuned.disable_adapter():
+            is_base = torch.allclose(_logits(tuned), base.logits_before, rtol=1e-3, atol=1e-3)
+        if not is_base:
+            raise ValueError(
+                "switched off, it leaves another model than the base: it changes the base's own "
+                "weights (raw OLoRA or PiSSA) or layers (layer_replication), so convert it to a "
+                "plain LoRA as PEFT's documentation says"
+            )
+    del base.kept_numbers, base.logits_before
     own = _base_name(tuned.config.name_or_path)
     if _made_for(folder) != own:
         print(
@@ -128,6 +206,30 @@ def checked(tuned: PeftModel, folder: Path) -> PeftModel:
             "if these are two models, its answers mean nothing"
         )
     return tuned
+
+
+def _keep_switchable(tuned: PeftModel, own: dict[torch.nn.Parameter, torch.Tensor]) -> None:
+    """Let `disable_adapter` put back the base's own numbers too, which PEFT has replaced."""
+    switched_off = tuned.disable_adapter
+
+    @contextmanager
+    def disable_adapter() -> Iterator[None]:
+        before = {parameter: parameter.data for parameter in own}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Careful, disabling adapter layers")
+            with switched_off():
+                _set_all(own)
+                try:
+                    yield
+                finally:
+                    _set_all(before)
+
+    tuned.disable_adapter = disable_adapter
+
+
+def _set_all(numbers: dict[torch.nn.Parameter, torch.Tensor]) -> None:
+    for parameter, data in numbers.items():
+        parameter.data = data
 
 
 def _made_for(folder: Path) -> str:
@@ -138,32 +240,31 @@ def _made_for(folder: Path) -> str:
     return "another model"
 
 
-def _require_usable(tuned: PeftModel, weights: Path) -> None:
-    """Raise a ValueError that says why a loaded adapter is not the one that its files describe, or
-    cannot be switched off.
-    """
-    with safe_open(weights, "pt") as file:
-        names = list(file.keys())
-        if set(names) != set(get_peft_model_state_dict(tuned, save_embedding_layers=False)):
-            raise ValueError("its configuration and its weights name other layers")
-        for name in names:
-            if not file.get_slice(name).get_dtype().startswith(("F", "BF")):
-                raise ValueError(f"{name} holds whole numbers")
-    for config in tuned.peft_config.values():
-        has_biases = getattr(config, "bias", "none") != "none"
-        if has_biases or getattr(config, "layer_replication", None):
+def _require_whole_use(tuned: PeftModel, folder: Path) -> None:
+    """Raise a ValueError that says what of an adapter's file was not used, or is no real number."""
+    if not adds_tokens(tuned):
+        unused = tuned.load_adapter(str(folder), tuned.active_adapter).unexpected_keys
+        if unused:
             raise ValueError(
-                "it trained biases too or repeats layers (layer_replication), "
-                "which cannot be switched off to ask the base"
+                f"its configuration and its weights name other layers: {unused[0]} has no place"
             )
-    if not load.computes(tuned):
-        raise ValueError("with it the model computes NaN or infinity")
+    loaded = get_peft_model_state_dict(tuned, save_embedding_layers=False)
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        for name in list(file.keys()):
+            is_real = file.get_slice(name).get_dtype().startswith(("F", "BF"))
+            if not is_real and name in loaded and loaded[name].is_floating_point():
+                raise ValueError(f"{name} holds whole numbers")
 
 
 def _base_name(path: str) -> str:
     """The last part of a model's path; the shipped model is "pocket", wherever it is installed."""
     is_pocket = Path(path).parts[-2:] == MODEL_DIR.parts[-2:]
     return "pocket" if is_pocket else Path(path).name
+
+
+def adds_tokens(model: PreTrainedModel | PeftModel) -> bool:
+    """Whether an adapter is a trained prompt: tokens before those of the text, or a prefix."""
+    return isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
 
 
 def base_or_tuned(model: PreTrainedModel | PeftModel, tuned: bool) -> AbstractContextManager:

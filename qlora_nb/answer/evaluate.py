@@ -21,7 +21,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qlora_nb.answer import generate
+from qlora_nb.answer import adapters, generate
 from qlora_nb.model import batching, chunked_loss, data, probes
 
 BATCH = 8
@@ -35,6 +35,8 @@ _heads_that_are_last: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictiona
 
 def _head_is_last(model: PreTrainedModel) -> bool:
     """`probes.head_is_last`, three forward passes, tried once for each model."""
+    if adapters.adds_tokens(model):
+        return False
     if model not in _heads_that_are_last:
         _heads_that_are_last[model] = probes.head_is_last(model)
     return _heads_that_are_last[model]
@@ -68,7 +70,8 @@ def row_losses(
             # in slices these are hidden states, to which `loss` applies the head
             batch = model(**padded.to(model.device)).logits
             for i, logits, labels in zip(group, batch, wanted, strict=True):
-                row = SimpleNamespace(logits=logits[None])
+                # the tokens of a trained prompt stand before the row's own
+                row = SimpleNamespace(logits=logits[None, -len(labels) :])
                 found[i, 0] = loss(row, labels[None], num_items_in_batch=1)
                 found[i, 1] = (labels[1:] != chunked_loss.IGNORED).sum()
     return found

@@ -82,6 +82,18 @@ def tokenize_prompts(
     return {name: tensor.to(model.device) for name, tensor in encoded.items()}
 
 
+def unanswerable(rows: list[dict], tokenizer, model, settings) -> dict[int, str]:
+    """Row number → why it cannot be asked, so that the others can; said too."""
+    reasons = {}
+    for n, row in enumerate(rows):
+        try:
+            tokenize_prompts([row], tokenizer, model, settings)
+        except KitError as refusal:
+            reasons[n] = str(refusal)
+            print(f"row {row.get('n', n)} is not answered: {refusal}")
+    return reasons
+
+
 def _config(model, tokenizer, max_new_tokens: int, **more) -> GenerationConfig:
     """Greedy unless more is said; an answer ends with the tokenizer's end token, the model's own or
     the chat template's.
@@ -113,7 +125,13 @@ def _greedy(model, tokenizer, encoded: dict[str, torch.Tensor], max_new_tokens: 
 def in_batches(
     model: PreTrainedModel, tokenizer, rows: list[dict], settings, batch: int
 ) -> Iterator[dict[int, str]]:
-    """Greedy answers by row number, a batch of prompts of like length at a time."""
+    """Greedy answers by row number, a batch of prompts of like length at a time.
+
+    PEFT puts the tokens of a trained prompt before the padding, where they would be farther away
+    from the text than in training: such an adapter gets a row at a time.
+    """
+    if adapters.adds_tokens(model):
+        batch = 1
     lengths = [len(data.prompt_ids(row, tokenizer, settings.prompt_template)) for row in rows]
     order = sorted(range(len(rows)), key=lambda i: lengths[i])
     with Bar(total=len(rows), unit="row", desc="answering", leave=False) as bar:
@@ -271,11 +289,11 @@ def next_tokens_along(
     written = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
     written = written[:, : settings.max_new_tokens].long().to(model.device)
     ids = torch.cat([prompt, written], dim=1)
-    start = prompt.shape[1] - 1  # the last token of the prompt predicts the first of the answer
+    n_predicted = written.shape[1] + 1  # the last token of the prompt predicts the first of them
     found = []
     for is_tuned in (False, True):
         with adapters.base_or_tuned(model, is_tuned):
-            logits = model(input_ids=ids).logits[0, start:]
+            logits = model(input_ids=ids).logits[0, -n_predicted:]
         found.append(logits.float().log_softmax(-1))
     base, tuned = found
     divergence = kl_div(base, tuned, reduction="none", log_target=True).sum(-1) / math.log(2)

@@ -10,13 +10,17 @@ in notebook 07. Merging itself, W + (alpha / r) B A, is PEFT's `merge_and_unload
 """
 
 import json
+import re
 import warnings
 from pathlib import Path
 
 import bitsandbytes.functional as bnb
 import torch
 from jinja2 import StrictUndefined, Template
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from safetensors import safe_open
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.bitsandbytes import Bnb4bitDeserialize
@@ -47,17 +51,21 @@ def merged(settings, adapter: Path, way: str = "dequantized") -> PreTrainedModel
     """
     if way not in WAYS:
         raise KitError("unknown way of merging", value=way, allowed=", ".join(WAYS))
+    remedy = "keep it beside its base, or merge it another way"
+    what = "the adapter cannot be merged"
+    with refusing(what, adapter.name, remedy):
+        if PeftConfig.from_pretrained(str(adapter)).is_prompt_learning:
+            raise ValueError("it is a trained prompt, nothing that is added to weights")
     if way == "dequantized":
         base = dequantized(settings)
     else:
         base = load.load_base(settings, four_bit=way == "packed")
     tuned = adapters.load_adapter(base, adapter)
-    remedy = "keep it beside its base, or merge it another way"
-    what = "the adapter cannot be merged"
     with warnings.catch_warnings(), refusing(what, adapter.name, remedy):
         # PEFT warns of the rounding, which is what "packed" is about
         warnings.filterwarnings("ignore", "Merge lora module to 4-bit")
         _require_room_for_biases(tuned)
+        _separate_ends(tuned.get_base_model())
         return tuned.merge_and_unload(progressbar=True)
 
 
@@ -71,6 +79,21 @@ def _require_room_for_biases(tuned: PeftModel) -> None:
             raise ValueError(
                 f"{name} has no bias in the base to which the adapter's could be added"
             )
+
+
+def _separate_ends(base: PreTrainedModel) -> None:
+    """Make embedding and head two tensors where they are one and the adapter takes one of them:
+    what is merged into this one must not change the other.
+    """
+    head = base.get_output_embeddings()
+    taken = (BaseTunerLayer, ModulesToSaveWrapper)
+    is_taken = isinstance(head, taken) or isinstance(base.get_input_embeddings(), taken)
+    if not is_taken or not base.config.tie_word_embeddings:
+        return
+    base.config.tie_word_embeddings = False
+    if not isinstance(head, ModulesToSaveWrapper):
+        own = getattr(head, "base_layer", head)
+        own.weight = torch.nn.Parameter(own.weight.detach().clone(), requires_grad=False)
 
 
 def ways_for(settings) -> tuple[str, ...]:
@@ -174,11 +197,14 @@ def card_facts(adapter: Path, settings, way: str = "") -> dict[str, object]:
     """
     config = json.loads((adapter / adapters.CONFIG).read_text(encoding="utf-8"))
     run, _ = runs.manifest_of(adapter.parent)
+    with safe_open(adapter / adapters.WEIGHTS, "pt") as file:
+        names = file.keys()
+    adapted = [re.split(r"\.(?:lora|ia3|vera|oft|ada)_", name)[0] for name in names]
     return {
         "base": Path(settings.model_id).name,
         "way": way,
         "lora": config,
-        "layers": sorted({name.rsplit(".", 1)[-1] for name in config["target_modules"]}),
+        "layers": sorted({name.removesuffix(".weight").rsplit(".", 1)[-1] for name in adapted}),
         "run": run,
     }
 

@@ -51,7 +51,7 @@ def read_rows(name: str, columns: dict[str, str], template: str = "alpaca") -> l
         if not path.is_file():
             raise FileNotFoundError("no file lies there")
         if name.endswith(".txt"):
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").split("\n")  # and at no other sign
             rows = [generate.row_of(line, template) for line in lines if line.strip()]
         else:
             needed = {column: own for column, own in columns.items() if column != "output"}
@@ -73,7 +73,7 @@ def answer_file(
     batch: int = 16,
 ) -> int:
     """Answer rows into a file of JSON lines, batch by batch; called again, only what is missing is
-    answered.
+    answered. The record of a row that cannot be asked has no answer and says why (`left_out`).
 
     Returns:
         How many rows were answered now.
@@ -102,7 +102,12 @@ def answer_file(
         lines = [json.dumps(record) + "\n" for record in answered.values()]
         files.write_atomically(target, "".join(lines))
         left = [row for row in asked if row["n"] not in answered]
+        reasons = generate.unanswerable(left, tokenizer, model, settings)
+        refused = [{**left[i], "answer": None, "left_out": why} for i, why in reasons.items()]
+        left = [row for i, row in enumerate(left) if i not in reasons]
         with target.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in refused)
+            file.flush()
             for found in generate.in_batches(model, tokenizer, left, settings, batch):
                 _require_unchanged(target, file)
                 for i, text in found.items():

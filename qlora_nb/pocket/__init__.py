@@ -3,18 +3,19 @@
 It has the architecture of the Pythias (parallel attention and feed-forward, rotary positions, an
 untied head) with 2 million parameters, and it was trained on stories about a made-up micro-world.
 So every notebook runs offline on a CPU, and a fine-tuning run of a minute changes its answers.
-Model, adapter and data are made by `tools/build_pocket.py` from `tools/micro_world.py`.
+Model, adapter and data are made by `tools/build_pocket.py` from `tools/micro_world.py`; `seal.json`
+holds their hashes.
 """
 
 import gzip
 import json
 from pathlib import Path
 
-_HERE = Path(__file__).parent
+HERE = Path(__file__).parent
 
-MODEL_DIR = _HERE / "model"
-ADAPTER_DIR = _HERE / "adapter"
-DATA_DIR = _HERE / "data"
+MODEL_DIR = HERE / "model"
+ADAPTER_DIR = HERE / "adapter"
+DATA_DIR = HERE / "data"
 
 
 def read(name: str) -> list[dict[str, str]]:

@@ -4,13 +4,17 @@ A process can be killed between any two instructions, and a disk can be full at 
 file is written under a temporary name in the same folder, flushed to the disk and then renamed:
 POSIX and Windows rename within a file system in one step, and a reader sees the old file or the new
 one, never half of one. Two processes that write into one folder are kept apart by an operating
-system's lock (package filelock), which goes with its process however that ends.
+system's lock (package filelock), which goes with its process however that ends. So a folder of
+something half made is known to be left over by its lock, which nobody holds any more.
 """
 
 import hashlib
 import os
-from contextlib import AbstractContextManager
+import shutil
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+from uuid import uuid4
 
 from filelock import FileLock, Timeout
 
@@ -67,3 +71,33 @@ def sole_writer(path: Path) -> AbstractContextManager:
     except Timeout:
         what = "another process writes here"
         raise KitError(what, value=path.name, remedy="wait for it, or stop it") from None
+
+
+@contextmanager
+def temporary_folder(parent: Path, prefix: str) -> Iterator[Path]:
+    """A new folder for what is not whole yet; it goes at the end. If the process is killed, it
+    stays until `clear_leftovers`.
+    """
+    folder = parent / f"{prefix}{uuid4().hex}"
+    try:
+        with _lock_beside(folder):
+            folder.mkdir()
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        Path(f"{folder}.lock").unlink(missing_ok=True)
+
+
+def clear_leftovers(parent: Path, prefix: str) -> None:
+    """Remove the folders that killed processes left behind, those whose lock nobody holds."""
+    for folder in parent.glob(f"{prefix}*"):
+        if not folder.is_dir():
+            continue
+        with suppress(Timeout, OSError):
+            with _lock_beside(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+            Path(f"{folder}.lock").unlink(missing_ok=True)
+
+
+def _lock_beside(folder: Path) -> AbstractContextManager:
+    return FileLock(f"{folder}.lock").acquire(blocking=False)

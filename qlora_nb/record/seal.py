@@ -1,9 +1,10 @@
-"""A seal closes a checkpoint or an adapter: size and SHA-256 of every file, written last, verified
-first.
+"""A seal closes a checkpoint, an adapter or a 4-bit copy: size and SHA-256 of every file, written
+last, verified first.
 
 A run that is killed while it saves leaves a folder that looks like a checkpoint. The seal tells the
 two apart: it is written when everything else is on the disk, so a folder without one is not whole,
 and a file that was changed since (a full disk, a bad copy, another hand) does not agree with it.
+What ships with the kit has one seal too.
 """
 
 import json
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from qlora_nb import pocket
 from qlora_nb.errors import KitError
 from qlora_nb.record import files
 
@@ -32,7 +34,7 @@ def write_seal(folder: Path, **about: object) -> None:
     contents = {}
     for path in sorted(folder.iterdir()):
         if path.name not in (SEAL, "README.md"):
-            contents[path.name] = _size_and_hash(path)
+            contents[path.name] = size_and_hash(path)
     files.write_atomically(folder / SEAL, json.dumps({**about, "files": contents}, indent=1))
     for old in newest_first(folder.parent)[KEEP:]:
         shutil.rmtree(old, ignore_errors=True)
@@ -45,27 +47,32 @@ def damage(folder: Path) -> str:
         sealed = dict(json.loads((folder / SEAL).read_text())["files"])
     if not sealed:
         return "it has no seal that can be read: the run ended while it was being written"
-    for name, size_and_hash in sealed.items():
+    for name, recorded in sealed.items():
         path = folder / name
-        if not path.is_file() or _size_and_hash(path) != size_and_hash:
+        if not path.is_file() or size_and_hash(path) != recorded:
             return f"{name} is missing or damaged"
     return ""
 
 
-def _size_and_hash(path: Path) -> list:
+def size_and_hash(path: Path) -> list:
+    """What a seal says of a file."""
     return [path.stat().st_size, files.sha256(path)]
 
 
-def require_whole(adapter: Path) -> None:
-    """Refuse an adapter that is not, byte for byte, the one that a run sealed; one from elsewhere
-    has no seal.
+def require_whole(folder: Path, what: str = "adapter") -> None:
+    """Refuse an adapter or a model that is not, byte for byte, the one that a run sealed or that
+    ships with the kit; one from elsewhere has no seal.
     """
-    if not (adapter / SEAL).exists():
+    sealed = folder
+    remedy = "take another copy, or run notebook 06 again"
+    if folder in (pocket.ADAPTER_DIR, pocket.MODEL_DIR):
+        sealed = pocket.HERE
+        remedy = "install the kit again"
+    if not (sealed / SEAL).exists():
         return
-    reason = damage(adapter)
+    reason = damage(sealed)
     if reason:
-        remedy = "take another copy, or run notebook 06 again"
-        raise KitError(f"the adapter is damaged: {reason}", value=adapter.name, remedy=remedy)
+        raise KitError(f"the {what} is damaged: {reason}", value=folder.name, remedy=remedy)
 
 
 def newest_checkpoint(run_folder: Path, say: Callable[[str], None] = print) -> Path | None:
