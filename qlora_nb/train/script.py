@@ -56,6 +56,7 @@ def write_untrained(settings, out: str = "") -> list[Path]:
         KitError: see `write`, `data.load` and `attach.layers_to_adapt`.
     """
     require_plain(settings)
+    load.weights_of(settings)
     tokenizer = load.load_tokenizer(settings)
     model = configs.meta_model(configs.config_of(settings.model_id))
     probes.require_positions(model, settings.max_length)
@@ -113,6 +114,7 @@ def write(
         "with_input": with_input,
         "without_input": without_input,
         "pad_token": str(tokenizer.pad_token),
+        "pad_is_own": tokenizer.pad_token_id != tokenizer.eos_token_id,
         "ends_texts": tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id,
         "mark": MARK,
         "out": "adapter_by_script" if has_run else "adapter",
