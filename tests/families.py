@@ -314,6 +314,7 @@ def measured(family: str, folder: Path) -> dict[str, object]:
             "kit": generate.answer_all(model.eval(), tokenizer, ROWS, settings),
             "plain": plain_answers(tuned, tokenizer, settings),
         }
+    row["equal"] = is_equal(row)
     return row
 
 

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from qlora_nb import sources
 from qlora_nb.answer import adapters, evaluate, generate, merge
 from qlora_nb.errors import KitError
-from qlora_nb.memory import budget, dry_run, ledger
+from qlora_nb.memory import dry_run, ledger
 from qlora_nb.memory.plan import Plan, plan_of
 from qlora_nb.model import (
     batching,
@@ -38,7 +38,6 @@ from qlora_nb.model.linear_layers import dense_weight, linear_layers
 from qlora_nb.pocket import MODEL_DIR
 from qlora_nb.record import runs, seal
 from qlora_nb.settings import validate
-from qlora_nb.train import script
 
 SHAPE = {
     "vocab_size": 1088,
@@ -438,7 +437,6 @@ def test_greedy_is_greedy_whatever_the_model_brings(saved, name, capsys):
 
 @pytest.mark.parametrize("text", ["{", "[]", '"greedy"', '{"num_beams": "three"}', ""])
 def test_broken_generation_defaults_decide_nothing(saved, text):
-    """Answers are greedy, or the file is refused by name."""
     folder = saved("Llama")
     settings = validate({"model_id": folder, "max_new_tokens": 4})
     row = {"instruction": "Where is Anna?", "input": ""}
@@ -446,11 +444,7 @@ def test_broken_generation_defaults_decide_nothing(saved, text):
         load.load_base(settings), load.load_tokenizer(settings), [row], settings
     )
     (Path(folder) / "generation_config.json").write_text(text)
-    try:
-        model = load.load_base(settings)
-    except KitError as refusal:
-        assert "the model cannot be loaded" in str(refusal)
-        return
+    model = load.load_base(settings)
     assert generate.answer_all(model, load.load_tokenizer(settings), [row], settings) == wanted
 
 
