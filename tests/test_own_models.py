@@ -226,7 +226,10 @@ PADS = {
         ),
         "<|right_pad_id|>",
     ),
-    "one added without a row": (lambda m: with_pad(pocket(m), "[PAD]"), "<|padding|>"),
+    "one added without a row": (
+        lambda m: with_pad(words(1087, eos_token="</s>"), "[PAD]"),
+        "</s>",
+    ),
     "its own": (pocket, "<|padding|>"),
 }
 
@@ -259,8 +262,10 @@ def test_what_is_padded_with_has_a_row_and_changes_no_answer(model, name):
 
 def test_a_token_for_images_without_a_row_is_no_reason_to_refuse(model):
     """Gemma 3 of 1B has one: no text uses it."""
-    with_added(pocket(model), "<image_soft_token>", special=True).save_pretrained(model)
-    assert load.load_tokenizer(families.settings_for(model)).pad_token == "<|padding|>"
+    own = words(1086, eos_token="</s>", pad_token="<pad>")
+    with_added(own, "<image_soft_token>", special=True).save_pretrained(model)
+    tokenizer = load.load_tokenizer(families.settings_for(model))
+    assert (len(tokenizer), tokenizer.pad_token) == (1089, "<pad>")
 
 
 def test_a_tokenizer_with_far_fewer_tokens_than_rows_is_said(model, capsys):

@@ -17,7 +17,7 @@ counted with it, scores and all.
 import copy
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from unittest.mock import patch
 
@@ -30,6 +30,7 @@ from transformers.integrations import moe
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from qlora_nb.errors import KitError
 from qlora_nb.memory.live_bytes import LiveBytes
 from qlora_nb.memory.plan import Plan
 from qlora_nb.model import chunked_loss, configs, embeddings, load
@@ -68,7 +69,7 @@ class _Frozen4bit(bnb.nn.Linear4bit):
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value):
-        out = torch.empty_like(query)
+        out = query.new_empty(*query.shape[:-1], value.shape[-1])
         ctx.save_for_backward(query, key, value, out)
         return out
 
@@ -248,11 +249,12 @@ def _model_on_meta(n_layers: int, plan: Plan):
     config = copy.deepcopy(plan.config)
     config.num_hidden_layers = n_layers
     if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:n_layers]
+        with suppress(AttributeError):  # where it follows from the number of layers
+            config.layer_types = config.layer_types[:n_layers]
     dtype = plan.rest_dtype
     try:
         model = configs.meta_model(config, dtype=dtype, attn_implementation="fused_on_meta")
-    except KeyError:  # a family that knows its own kinds of attention alone
+    except KitError:  # a family that knows its own kinds of attention alone
         model = configs.meta_model(config, dtype=dtype, attn_implementation="eager")
     with torch.device("meta"):
         for name, layer in linear_layers(model).items():

@@ -120,8 +120,12 @@ def meta_model(config, **options) -> nn.Module:
 
     Args:
         options: more for transformers' `from_config`, such as `dtype`.
+
+    Raises:
+        KitError: sizes that do not fit each other.
     """
-    with torch.device("meta"):
+    what = "transformers cannot build this model"
+    with refusing(what, config.model_type, "look at its config.json"), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
         for name, layer in list(model.named_modules()):
             if isinstance(layer, Conv1D):

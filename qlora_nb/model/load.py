@@ -66,7 +66,8 @@ def load_tokenizer(settings) -> PreTrainedTokenizerBase:
         )
     n_rows = saved_config(settings.model_id).vocab_size
     _require_known_ids(tokenizer, n_rows, settings.model_id)
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id, *range(n_rows, len(tokenizer))):
+    pad = tokenizer.pad_token_id
+    if pad is None or pad == tokenizer.eos_token_id or pad >= n_rows:
         tokenizer.pad_token = _spare_token(tokenizer, n_rows)
     return tokenizer
 
@@ -163,8 +164,7 @@ def weights_of(settings, four_bit: bool = True) -> str:
         load_tokenizer(settings)  # one that does not fit is refused before the weights are fetched
     own = quantized.own_quantization(config)
     if four_bit:
-        with loading("model", settings.model_id):
-            adapted_names(meta_model(config), ["all-linear"])
+        adapted_names(meta_model(config), ["all-linear"])
     else:
         if own:
             raise KitError(

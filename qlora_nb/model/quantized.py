@@ -72,7 +72,7 @@ def require_four_bit(model: PreTrainedModel) -> None:
     shown = ", ".join(f"{n:,} in {whose}" for whose, n in left.most_common(3))
     if not n_packed:
         raise KitError(
-            f"no weight of this model's blocks can be stored in 4 bit: {OWN} ({shown})",
+            f"no weight of this model can be stored in 4 bit: {OWN} ({shown})",
             value=model.config.model_type,
             remedy="choose a model whose blocks are made of torch's linear layers",
         )
