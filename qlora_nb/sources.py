@@ -11,14 +11,13 @@ network is told so at once (the hub's library tries for 23 s), and where run fol
 """
 
 import functools
-import json
 import os
 import re
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, build_opener
 
-from qlora_nb.errors import KitError, refusing
+from qlora_nb.errors import KitError
 from qlora_nb.pocket import MODEL_DIR
 from qlora_nb.pythia import PYTHIA, pythia_size
 
@@ -87,12 +86,10 @@ NO_SAFETENSORS = {
 }
 """What a folder may hold in place of a model: file names → what it is, what to do."""
 
-FETCH_AGAIN = "fetch or copy the model again"
-
 
 def require_safetensors(model_id: str) -> None:
-    """Refuse a file, and a folder in which something else lies than a model in safetensors, or a
-    part of one. A folder with config.json alone passes: it is enough to plan with.
+    """Refuse a file, and a folder in which something else lies than a model in safetensors; one
+    with config.json alone passes, as it is enough to plan with.
 
     Raises:
         KitError: names what is there and what to do.
@@ -101,7 +98,7 @@ def require_safetensors(model_id: str) -> None:
     if model_id in KITS_OWN or not folder.exists():
         return
     if folder.is_file():
-        raise KitError("model_id is a file", value=model_id, remedy=f"give {folder.parent}")
+        raise KitError("model_id is a file", value=model_id, remedy="give its folder")
     has_weights = any(folder.glob("*.safetensors"))
     for patterns, (what, remedy) in NO_SAFETENSORS.items():
         found = any(any(folder.glob(pattern)) for pattern in patterns.split())
@@ -110,14 +107,6 @@ def require_safetensors(model_id: str) -> None:
     if not (folder / "config.json").is_file():
         remedy = "give a folder made by save_pretrained"
         raise KitError("the model folder has no config.json", value=model_id, remedy=remedy)
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        with refusing("the list of the model's files cannot be read", model_id, FETCH_AGAIN):
-            names = set(json.loads(index.read_text())["weight_map"].values())
-        missing = sorted(name for name in names if not (folder / name).is_file())
-        if missing:
-            what = f"{len(missing)} of the model's {len(names)} files are missing: {missing[0]}"
-            raise KitError(what, value=model_id, remedy=FETCH_AGAIN)
 
 
 def download_bytes(model_id: str) -> int | None:

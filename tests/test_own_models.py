@@ -4,19 +4,29 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import families
+import open_cells
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Glm4MoeConfig,
+    MiniCPM3Config,
+    PreTrainedTokenizerFast,
+)
 from typer.testing import CliRunner
 
 from qlora_nb import cli
-from qlora_nb.answer import generate
+from qlora_nb.answer import adapters, generate
 from qlora_nb.errors import KitError
-from qlora_nb.memory import preflight
+from qlora_nb.memory import budget, ledger, preflight
+from qlora_nb.memory.plan import Plan, plan_of
 from qlora_nb.model import load, probes
+from qlora_nb.pocket import MODEL_DIR
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +73,6 @@ def in_shards(folder, *names):
 PICKLES = "pickles, which can run code and are not loaded.*save_pretrained"
 CODE = r"code that comes with a model \(auto_map\) is not run"
 GUESS = "not made to write a text on from its beginning"
-SHARDS = ("model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors", "m-3.safetensors")
 
 FOLDERS = {
     "pickle": (lambda m: become(m, "pytorch_model.bin"), PICKLES),
@@ -85,11 +94,6 @@ FOLDERS = {
         "holds an adapter",
     ),
     "diffusers": (lambda m: only(m, model_index_json="{}"), "diffusion pipeline"),
-    "a shard is missing": (lambda m: in_shards(m, *SHARDS), "2 of the model's 3 files are missing"),
-    "broken list of shards": (
-        lambda m: (m / "model.safetensors.index.json").write_text("{"),
-        "list of the model's files cannot be read",
-    ),
     "empty folder": (only, "no config.json"),
     "unknown model_type": (lambda m: configured(m, model_type="grok9"), CODE),
     "own code": (
@@ -134,6 +138,19 @@ def test_what_is_no_model_is_refused_by_plan_by_script_and_at_load(model, name):
             raise KitError(said.stderr)
 
 
+def test_a_missing_shard_is_named_before_a_model_is_made_of_the_others(model):
+    in_shards(model, "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    with pytest.raises(KitError, match=r"cannot be loaded.*model-00002-of-00002"):
+        load.load_base(families.settings_for(model))
+
+
+def test_an_adapter_saved_as_a_pickle_is_refused_with_a_way_to_convert_it(model):
+    only(model, adapter_config_json="{}", **{"adapter_model.bin": ""})
+    settings = families.settings_for(model, adapter=str(model)).replace(model_id="pocket")
+    with pytest.raises(KitError, match=r"is a pickle.*save_pretrained convert"):
+        adapters.find_adapter(settings)
+
+
 def test_files_of_other_formats_beside_safetensors_are_left_alone(model):
     for name in ("training_args.bin", "optimizer.pt", "model.gguf", "pytorch_model.bin"):
         (model / name).write_bytes(b"")
@@ -175,6 +192,55 @@ def test_plan_and_load_agree_on_too_few_positions(family, tmp_path):
     row = {"instruction": "no " * 140, "input": ""}
     with pytest.raises(KitError, match="over the model's 128"):
         generate.answer_all(loaded, load.load_tokenizer(settings), [row], settings)
+
+
+@pytest.fixture
+def made(tmp_path):
+    """Write a random model of a configuration; returns its folder."""
+
+    def write(config):
+        torch.manual_seed(0)
+        folder = tmp_path / config.model_type
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(MODEL_DIR).save_pretrained(folder)
+        return folder
+
+    return write
+
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+def test_experts_that_peft_would_adapt_unasked_are_refused_and_left_alone_on_request(made):
+    """Of some families PEFT takes `up_proj` for the name of a tensor that holds all experts."""
+    config = Glm4MoeConfig(
+        **families.EXPERTS, n_routed_experts=4, first_k_dense_replace=1, head_dim=16
+    )
+    settings = families.settings_for(made(config))
+    for command in ("plan", "script"):
+        said = CliRunner().invoke(cli.app, [command, "-p", "model_id", settings.model_id])
+        assert said.exit_code == 2
+        assert "PEFT would adapt the experts of this model too" in said.stderr
+    settings = settings.replace(target_modules=ATTENTION)
+    loaded = open_cells.attach_adapter(load.load_base(settings), settings)
+    predicted = ledger.predict(plan_of(settings))[ledger.LORA]
+    assert budget.peak(plan_of(settings)).total_bytes
+    assert predicted == ledger.measure(loaded)[ledger.LORA] > 0
+
+
+def test_values_of_another_width_than_the_keys_are_planned():
+    """As in DeepSeek's attention and in MiniCPM's."""
+    config = MiniCPM3Config(
+        **families.SHAPE,
+        q_lora_rank=32,
+        kv_lora_rank=16,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=8,
+        v_head_dim=24,
+    )
+    plan = Plan(config, length=32, r=4, rest_dtype=torch.float32)
+    kept = budget.peak(replace(plan, checkpointing=False))[budget.KEPT]
+    assert kept > budget.peak(plan)[budget.KEPT] > 0
 
 
 # --- the tokenizer against the model ---

@@ -54,7 +54,8 @@ def find_adapter(settings) -> tuple[Path, str]:
         raise KitError(
             "this is not an adapter folder",
             value=settings.adapter,
-            allowed=f"a folder with {CONFIG} and {WEIGHTS}",
+            allowed=f"a folder with {CONFIG} and {WEIGHTS} (a .bin is a pickle, which can run code "
+            "and is not loaded: PEFT's from_pretrained and save_pretrained convert one you trust)",
             remedy='use adapter="latest", "pocket", or the adapter/ folder of a run',
         )
     return folder, f"the adapter in {folder.name}"

@@ -279,4 +279,10 @@ def _model_on_meta(n_layers: int, plan: Plan):
                 task_type="CAUSAL_LM",
             )
             model = get_peft_model(model, lora)
+            if lora.target_parameters:
+                raise KitError(
+                    "PEFT would adapt the experts of this model too, which are not linear layers",
+                    value=config.model_type,
+                    remedy="name layers of the attention in target_modules, as q_proj,v_proj",
+                )
     return model

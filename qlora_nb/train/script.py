@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_nb import sources
 from qlora_nb.errors import KitError
-from qlora_nb.memory import dry_run
+from qlora_nb.memory import budget, dry_run
+from qlora_nb.memory.plan import plan_of
 from qlora_nb.model import batching, configs, data, device, load, probes
 from qlora_nb.record import files, runs, seal
 from qlora_nb.train import attach
@@ -60,6 +61,7 @@ def write_untrained(settings, out: str = "") -> list[Path]:
     tokenizer = load.load_tokenizer(settings)
     model = configs.meta_model(configs.config_of(settings.model_id))
     probes.require_positions(model, settings.max_length)
+    budget.peak(plan_of(settings))  # what cannot be planned is refused
     targets = attach.layers_to_adapt(model, settings)
     texts, _ = data.load(settings)
     rows = data.tokenize_rows(texts, tokenizer, settings)
