@@ -435,7 +435,7 @@ def test_greedy_is_greedy_whatever_the_model_brings(saved, name, capsys):
     assert tokenizer.decode(directly[0, start:], skip_special_tokens=True).strip() == wanted
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '"greedy"', '{"num_beams": "three"}', ""])
+@pytest.mark.parametrize("text", ["{", '{"num_beams": "three"}', ""])
 def test_broken_generation_defaults_decide_nothing(saved, text):
     folder = saved("Llama")
     settings = validate({"model_id": folder, "max_new_tokens": 4})
@@ -446,6 +446,14 @@ def test_broken_generation_defaults_decide_nothing(saved, text):
     (Path(folder) / "generation_config.json").write_text(text)
     model = load.load_base(settings)
     assert generate.answer_all(model, load.load_tokenizer(settings), [row], settings) == wanted
+
+
+@pytest.mark.parametrize("text", ["[]", '"greedy"'])
+def test_generation_defaults_that_are_no_mapping_are_refused_in_a_sentence(saved, text):
+    folder = saved("Llama")
+    (Path(folder) / "generation_config.json").write_text(text)
+    with pytest.raises(KitError, match="the model cannot be loaded: '.*' object is not a mapping"):
+        load.load_base(validate({"model_id": folder}))
 
 
 def test_the_models_own_end_tokens_end_an_answer():
