@@ -452,7 +452,7 @@ def test_broken_generation_defaults_decide_nothing(saved, text):
 def test_generation_defaults_that_are_no_mapping_are_refused_in_a_sentence(saved, text):
     folder = saved("Llama")
     (Path(folder) / "generation_config.json").write_text(text)
-    with pytest.raises(KitError, match="the model cannot be loaded: '.*' object is not a mapping"):
+    with pytest.raises(KitError, match=r"the model cannot be loaded: '.*' object is not a mapping"):
         load.load_base(validate({"model_id": folder}))
 
 

@@ -232,7 +232,7 @@ def test_experts_that_peft_would_adapt_unasked_are_refused_and_left_alone_on_req
 def test_layers_that_share_weights_are_refused():
     """Zamba's: counted as often as they are used there would be more weights than there are."""
     with pytest.raises(KitError, match="layers of this model share their weights"):
-        budget.peak(Plan(Zamba2Config(num_hidden_layers=14), length=8))
+        budget.peak(Plan(Zamba2Config(), length=8))
 
 
 def test_values_of_another_width_than_the_keys_are_planned():
