@@ -138,10 +138,13 @@ def plan(
     from qlora_nb import sources
     from qlora_nb.memory import budget, estimates
     from qlora_nb.memory.plan import plan_of
-    from qlora_nb.model import configs
+    from qlora_nb.model import configs, probes, quantized
 
     config = configs.config_of(settings.model_id)
     on_gpu = True if gpu_gib is not None else None  # None: as on this machine
+    shapes = configs.meta_model(config)
+    quantized.require_four_bit(shapes)
+    probes.require_positions(shapes, settings.max_length)
     training = budget.peak(plan_of(settings, True, config, on_gpu))
     answering = budget.peak(plan_of(settings, False, config, on_gpu))
     print(f"{training}\n\n{answering}\n")

@@ -83,6 +83,47 @@ def model_path(model_id: str) -> str:
     return str(folder) if folder.is_dir() else model_id
 
 
+NO_SAFETENSORS = {
+    "adapter_config.json": (
+        "holds an adapter",
+        "give its base as model_id and this folder as adapter",
+    ),
+    "model_index.json": ("holds a diffusion pipeline", "choose a causal language model"),
+    "*.gguf": (
+        "holds GGUF weights",
+        "from_pretrained(folder, gguf_file=name) and save_pretrained(another folder) convert them",
+    ),
+    "*.bin *.pt *.pth *.ckpt *.pkl": (
+        "holds its weights as pickles, which can run code and are not loaded",
+        "from_pretrained(folder) and save_pretrained(another folder) convert them; "
+        "do it where you trust them",
+    ),
+}
+"""What a folder may hold in place of a model: file names → what it is, what to do."""
+
+
+def require_safetensors(model_id: str) -> None:
+    """Refuse a file, and a folder in which something else lies than a model in safetensors; one
+    with config.json alone passes, as it is enough to plan with.
+
+    Raises:
+        KitError: names what is there and what to do.
+    """
+    folder = local_path(model_id)
+    if model_id in KITS_OWN or not folder.exists():
+        return
+    if folder.is_file():
+        raise KitError("model_id is a file", value=model_id, remedy="give its folder")
+    has_weights = any(folder.glob("*.safetensors"))
+    for patterns, (what, remedy) in NO_SAFETENSORS.items():
+        found = any(any(folder.glob(pattern)) for pattern in patterns.split())
+        if found and not (has_weights and patterns.startswith("*")):
+            raise KitError(f"the model folder {what}", value=model_id, remedy=remedy)
+    if not (folder / "config.json").is_file():
+        remedy = "give a folder made by save_pretrained"
+        raise KitError("the model folder has no config.json", value=model_id, remedy=remedy)
+
+
 def download_bytes(model_id: str) -> int | None:
     """Bytes of a model's weights: of a Pythia two for each parameter, of a folder what lies there;
     None if only the hub knows.
@@ -111,9 +152,8 @@ def require_reachable(what: str, name: str, allowed: str) -> None:
     if name in KITS_OWN:
         return
     path = local_path(name).absolute()
-    if what == "model" and path.is_dir() and not (path / "config.json").is_file():
-        remedy = "give a folder made by save_pretrained"
-        raise KitError("the model folder has no config.json", value=name, remedy=remedy)
+    if what == "model":
+        require_safetensors(name)
     if is_here(name):
         return
     is_hub_name = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from qlora_nb import sources
 from qlora_nb.answer import adapters, evaluate, generate, merge
 from qlora_nb.errors import KitError
-from qlora_nb.memory import budget, dry_run, ledger
+from qlora_nb.memory import dry_run, ledger
 from qlora_nb.memory.plan import Plan, plan_of
 from qlora_nb.model import (
     batching,
@@ -38,7 +38,6 @@ from qlora_nb.model.linear_layers import dense_weight, linear_layers
 from qlora_nb.pocket import MODEL_DIR
 from qlora_nb.record import runs, seal
 from qlora_nb.settings import validate
-from qlora_nb.train import script
 
 SHAPE = {
     "vocab_size": 1088,
@@ -80,6 +79,17 @@ FAMILIES = {
     "NanoChat": {**SHAPE, "num_key_value_heads": 2},
     "Cohere": {**SHAPE, "num_key_value_heads": 2},
     "Granite": {**SHAPE, "num_key_value_heads": 2, "logits_scaling": 4.0},
+    "Phi": SHAPE,
+    "Gemma": {**SHAPE, "num_key_value_heads": 2, "head_dim": 16},
+    "MiniCPM3": {
+        **SHAPE,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 16,
+        "dim_model_base": 16,
+    },
 }
 
 
@@ -224,6 +234,9 @@ ENDS = {
     "Llama": lambda: random_model("Llama"),
     "Cohere": lambda: random_model("Cohere"),
     "Granite": lambda: random_model("Granite"),
+    "a bias in the head": lambda: random_model("Phi"),
+    "a scale of the embedding": lambda: random_model("Gemma"),
+    "a scale before the head": lambda: random_model("MiniCPM3"),
     "a hook": lambda: hooked(random_model("GPTNeoX")),
     "bias and scale": lambda: with_bias(random_model("Granite")),
     "16 bit": lambda: random_model("Llama").bfloat16(),
@@ -385,6 +398,15 @@ DEFAULTS = {
     "forced": {"forced_eos_token_id": 9, "forced_bos_token_id": 9},
     "shortest": {"min_new_tokens": 8},
     "bad words": {"bad_words_ids": [[n] for n in range(5, 500)]},
+    "length": {"max_length": 3},
+    "least length": {"min_length": 60},
+    "stop strings": {"stop_strings": ["a", "e"]},
+    "cache": {"cache_implementation": "static"},
+    "a bias": {"sequence_bias": [[[n], 50.0] for n in range(5, 9)]},
+    "looked up": {"prompt_lookup_num_tokens": 3},
+    "watermark": {"watermarking_config": {"bias": 9.0}},
+    "several answers": {"do_sample": True, "num_return_sequences": 3},
+    "temperature alone": {"temperature": 0.0},
 }
 
 
@@ -411,6 +433,27 @@ def test_greedy_is_greedy_whatever_the_model_brings(saved, name, capsys):
     assert generate.answer_all(model, tokenizer, [row], settings) == [wanted]
     assert generate.answer(model, tokenizer, row, settings, tuned=False).text == wanted
     assert tokenizer.decode(directly[0, start:], skip_special_tokens=True).strip() == wanted
+
+
+@pytest.mark.parametrize("text", ["{", '{"num_beams": "three"}', ""])
+def test_broken_generation_defaults_decide_nothing(saved, text):
+    folder = saved("Llama")
+    settings = validate({"model_id": folder, "max_new_tokens": 4})
+    row = {"instruction": "Where is Anna?", "input": ""}
+    wanted = generate.answer_all(
+        load.load_base(settings), load.load_tokenizer(settings), [row], settings
+    )
+    (Path(folder) / "generation_config.json").write_text(text)
+    model = load.load_base(settings)
+    assert generate.answer_all(model, load.load_tokenizer(settings), [row], settings) == wanted
+
+
+@pytest.mark.parametrize("text", ["[]", '"greedy"'])
+def test_generation_defaults_that_are_no_mapping_are_refused_in_a_sentence(saved, text):
+    folder = saved("Llama")
+    (Path(folder) / "generation_config.json").write_text(text)
+    with pytest.raises(KitError, match=r"the model cannot be loaded: '.*' object is not a mapping"):
+        load.load_base(validate({"model_id": folder}))
 
 
 def test_the_models_own_end_tokens_end_an_answer():
@@ -643,15 +686,6 @@ def test_an_adapter_that_cannot_be_merged_is_refused_in_a_sentence(saved, tmp_pa
             merge.merged(settings, tmp_path / "adapter", way)
 
 
-def test_a_family_whose_layers_are_known_only_when_it_is_loaded_is_refused_without_weights(saved):
-    """GPT-2's matrices are of a class of their own until bitsandbytes has packed them."""
-    settings = validate({"model_id": saved("GPT2"), "r": 4, "max_length": 64})
-    with pytest.raises(KitError, match="no linear layers that could be adapted"):
-        script.write_untrained(settings)
-    with pytest.raises(KitError, match="no linear layers that could be adapted"):
-        budget.peak(plan_of(settings))
-
-
 def test_gpt2s_turned_weights_are_rounded_before_merging(saved, tmp_path):
     settings = validate({"model_id": saved("GPT2")})
     model = open_cells.attach_adapter(load.load_base(settings), settings).eval()
@@ -790,14 +824,18 @@ def test_a_dense_weight_is_what_bitsandbytes_unpacks(saved, values):
     assert torch.equal(layer(vectors), before)
 
 
-def test_a_tokenizer_without_a_second_token_to_pad_with_is_refused(saved):
-    """Padded with its end token, no answer would ever learn to end."""
+def test_the_end_trains_also_where_it_is_what_is_padded_with(saved):
+    """As in GPT-2, which has one special token: padding is masked by its place, not by its id."""
     folder = saved("Llama")
     rows = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "</s>": 2}))
     bare = PreTrainedTokenizerFast(tokenizer_object=rows, eos_token="</s>")
     bare.save_pretrained(folder)
-    with pytest.raises(KitError, match="no token to pad with besides its end token"):
-        load.load_tokenizer(validate({"model_id": folder}))
+    tokenizer = load.load_tokenizer(validate({"model_id": folder}))
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == 2
+    pair = [{"input_ids": [0, 1, 2], "labels": [-100, 1, 2]}, {"input_ids": [2], "labels": [2]}]
+    batch = batching.collator(tokenizer)(pair)
+    assert batch["labels"].tolist() == [[-100, 1, 2], [2, -100, -100]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
 
 
 def test_an_adapter_that_trained_biases_is_refused(tmp_path):

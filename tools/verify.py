@@ -350,6 +350,24 @@ def t4() -> dict:
     }
 
 
+def families() -> dict:
+    """`plan` for every causal family that transformers knows: bytes or one sentence, no library's
+    error.
+    """
+    import every_family
+
+    found = every_family.outcomes([])
+    bad = {name: said for name, said in found.items() if said.startswith("TRACEBACK")}
+    planned = sum(said == "planned" for said in found.values())
+    return {
+        "passed": not bad and planned >= 80,
+        "families": len(found),
+        "planned": planned,
+        "library errors": bad,
+        "said": {name: said for name, said in found.items() if said != "planned"},
+    }
+
+
 def mutation() -> dict:
     """A figure draws other data, a refusal is gone, one at a time: a test must see each."""
     with tempfile.TemporaryDirectory() as folder:
@@ -371,6 +389,7 @@ CHECKS: dict[str, Callable[[], dict]] = {
     "fuzz": fuzz,
     "prompts": prompts,
     "t4": t4,
+    "families": families,
     "mutation": mutation,
     "one_core": hosts.one_core,
     "colab": hosts.colab,

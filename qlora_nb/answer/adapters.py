@@ -228,8 +228,8 @@ def _keep_switchable(tuned: PeftModel, own: dict[torch.nn.Parameter, torch.Tenso
 
 
 def _set_all(numbers: dict[torch.nn.Parameter, torch.Tensor]) -> None:
-    for parameter, data in numbers.items():
-        parameter.data = data
+    for parameter, values in numbers.items():
+        parameter.data = values
 
 
 def _made_for(folder: Path) -> str:

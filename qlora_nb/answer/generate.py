@@ -27,7 +27,14 @@ from transformers import (
 
 from qlora_nb.answer import adapters
 from qlora_nb.errors import KitError
-from qlora_nb.model import batching, chat_templates, conversations, data, generation_defaults
+from qlora_nb.model import (
+    batching,
+    chat_templates,
+    conversations,
+    data,
+    generation_defaults,
+    probes,
+)
 from qlora_nb.progress import Bar
 
 
@@ -71,7 +78,7 @@ def tokenize_prompts(
     encoded = tokenizer.pad(
         prompts, return_tensors="pt", padding_side="left", return_attention_mask=True
     )
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = probes.positions_of(model.config)
     n_tokens = encoded["input_ids"].shape[1]
     if limit and n_tokens + settings.max_new_tokens > limit:
         raise KitError(

@@ -12,6 +12,7 @@ takes. The same constants serve every model and setting; none is fitted to a pub
 from dataclasses import asdict, dataclass, replace
 
 from qlora_nb import cards
+from qlora_nb.errors import refusing
 from qlora_nb.memory import dry_run, ledger, profiler
 from qlora_nb.memory.plan import Plan, plan_of
 from qlora_nb.model import configs
@@ -36,12 +37,17 @@ def peak(plan: Plan) -> ledger.Ledger:
     assumed. Nothing is loaded.
 
     Attention is counted as fused (query, key, value and output are kept, scores are not).
+
+    Raises:
+        KitError: a family of models that cannot be built or tried without memory.
     """
-    static = ledger.predict(plan)
-    if plan.train and plan.r:
-        changing = _at_the_peak_of_a_step(plan, static[ledger.GRADIENTS])
-    else:
-        changing = _at_the_peak_of_a_generation(plan)
+    what = "the memory of this model cannot be predicted"
+    with refusing(what, plan.config.model_type, "choose a family in docs/models.md"):
+        static = ledger.predict(plan)
+        if plan.train and plan.r:
+            changing = _at_the_peak_of_a_step(plan, static[ledger.GRADIENTS])
+        else:
+            changing = _at_the_peak_of_a_generation(plan)
     lines = {line.name: line for line in (*static.lines, *changing.lines)}
     if plan.on_gpu:
         slack = int(SLACK * changing.total_bytes)

@@ -6,29 +6,34 @@ A *dry run* sends one batch through one layer and through two, forward and backw
 language model and changes when a setting changes. The difference between two layers and one is what
 each further layer keeps; what a layer needs only while it works is needed once, whatever the depth.
 
-Two things are replaced, because on *meta* they would not run as they do on a card: a 4-bit layer
+Three things are replaced, because on *meta* they would not run as they do on a card: a 4-bit layer
 unpacks its weight into a buffer that lives for one product (`bitsandbytes/autograd/_functions.py`,
-`MatMul4Bit`), and fused attention keeps query, key, value and output but never the square of scores
-(`scaled_dot_product_attention`).
+`MatMul4Bit`), fused attention keeps query, key, value and output but never the square of scores
+(`scaled_dot_product_attention`), and the products of fused experts take transformers' operation for
+every datatype (`integrations/moe.py`). Families that know no other attention than their own are
+counted with it, scores and all.
 """
 
 import copy
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from unittest.mock import patch
 
 import bitsandbytes as bnb
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations import moe
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from qlora_nb.errors import KitError
 from qlora_nb.memory.live_bytes import LiveBytes
 from qlora_nb.memory.plan import Plan
-from qlora_nb.model import chunked_loss, embeddings, load
+from qlora_nb.model import chunked_loss, configs, embeddings, load
 from qlora_nb.model.linear_layers import adapted_names, linear_layers
 
 
@@ -64,7 +69,7 @@ class _Frozen4bit(bnb.nn.Linear4bit):
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value):
-        out = torch.empty_like(query)
+        out = query.new_empty(*query.shape[:-1], value.shape[-1])
         ctx.save_for_backward(query, key, value, out)
         return out
 
@@ -150,7 +155,11 @@ def _count(n_layers: int, plan: Plan) -> Activations:
     trained = plan.train and plan.r > 0
     ids = torch.zeros(plan.batch, plan.length, dtype=torch.long, device="meta")
     # several rows are padded: then the mask is needed
-    with LiveBytes(model, all_true=plan.batch == 1) as count, torch.set_grad_enabled(trained):
+    with (
+        LiveBytes(model, all_true=plan.batch == 1) as count,
+        torch.set_grad_enabled(trained),
+        patch.object(moe, "_can_use_grouped_mm", return_value=False, create=True),
+    ):
         hidden = base.base_model(
             input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
         )[0]
@@ -177,12 +186,21 @@ def _count(n_layers: int, plan: Plan) -> Activations:
     return Activations(kept, forward, count.peak - kept - gradients, loss_and_back)
 
 
+class _Hidden(BaseModelOutputWithPast):
+    """What the blocks give; of what some families ask for besides, such as router logits, there is
+    nothing.
+    """
+
+    def __getattr__(self, name):
+        return None
+
+
 @contextmanager
 def _given(model: nn.Module, hidden: torch.Tensor) -> Iterator[None]:
     """Inside, the model's blocks are left out: `hidden` (rows, tokens, width) is what they give."""
 
     def forward(*args, **kwargs):
-        return BaseModelOutputWithPast(last_hidden_state=hidden)
+        return _Hidden(last_hidden_state=hidden)
 
     with chunked_loss.replaced_forward(model.base_model, forward):
         yield
@@ -231,14 +249,14 @@ def _model_on_meta(n_layers: int, plan: Plan):
     config = copy.deepcopy(plan.config)
     config.num_hidden_layers = n_layers
     if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:n_layers]
+        with suppress(AttributeError):  # where it follows from the number of layers
+            config.layer_types = config.layer_types[:n_layers]
+    dtype = plan.rest_dtype
+    try:
+        model = configs.meta_model(config, dtype=dtype, attn_implementation="fused_on_meta")
+    except KitError:  # a family that knows its own kinds of attention alone
+        model = configs.meta_model(config, dtype=dtype, attn_implementation="eager")
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config,
-            dtype=plan.rest_dtype,
-            attn_implementation="fused_on_meta",
-            trust_remote_code=False,
-        )
         for name, layer in linear_layers(model).items():
             has_bias = layer.bias is not None
             frozen = _Frozen4bit(layer.in_features, layer.out_features, has_bias, plan.dtype)
@@ -261,4 +279,10 @@ def _model_on_meta(n_layers: int, plan: Plan):
                 task_type="CAUSAL_LM",
             )
             model = get_peft_model(model, lora)
+            if lora.target_parameters:
+                raise KitError(
+                    "PEFT would adapt the experts of this model too, which are not linear layers",
+                    value=config.model_type,
+                    remedy="name layers of the attention in target_modules, as q_proj,v_proj",
+                )
     return model

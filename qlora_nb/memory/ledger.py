@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from qlora_nb import cards
+from qlora_nb.errors import KitError
 from qlora_nb.memory.plan import Plan
 from qlora_nb.model import configs, embeddings, quantized
 from qlora_nb.model.linear_layers import adapted_names, linear_layers
@@ -160,7 +161,8 @@ def predict(plan: Plan) -> Ledger:
         Bytes by line. The datatype (NF4 or FP4) does not change them: both have sixteen codes.
 
     Raises:
-        KitError: `target_modules` names a layer that the model does not have.
+        KitError: `target_modules` names a layer that the model does not have, or layers share
+            weights (Zamba's).
 
     Example, by hand: a linear layer of 128 × 64 weights, 8,192 in all, takes 4,096 bytes of codes
     and 128 scales; these are 512 bytes, or with double quantization 128 bytes and one float32.
@@ -171,6 +173,12 @@ def predict(plan: Plan) -> Ledger:
     layers = [layer.weight.numel() for layer in linear_layers(model).values()]
     n_ends = sum(weight.numel() for weight in {embedding, head})  # tied they are one
     n_small = sum(p.numel() for p in model.parameters()) - sum(layers) - n_ends
+    if n_small < 0:
+        raise KitError(
+            "layers of this model share their weights, which is not planned here",
+            value=plan.config.model_type,
+            remedy="choose a family in docs/models.md",
+        )
     if plan.four_bit and head is not embedding:
         if plan.head_4bit:
             layers += [rows * head.shape[1] for rows in embeddings.slice_rows(head.shape[0])]

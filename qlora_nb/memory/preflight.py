@@ -171,8 +171,14 @@ def require_fit(settings, here: machine.Machine, train: bool = True) -> None:
     other programs hold. What this process holds counts as free, so that a cell can be run again.
 
     Raises:
-        KitError: the predicted peak of fine-tuning (`train`) or of answering is larger than that.
+        KitError: the predicted peak of fine-tuning (`train`) or of answering is larger than that,
+            or `max_length` more than the positions of a model that is to be trained.
     """
+    if train:
+        from qlora_nb.model import configs, probes
+
+        shapes = configs.meta_model(configs.config_of(settings.model_id))
+        probes.require_positions(shapes, settings.max_length)
     gpu = machine.card(here)
     if gpu is None:
         return

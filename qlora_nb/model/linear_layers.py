@@ -7,19 +7,25 @@ transformer's blocks to match full fine-tuning. Embedding and head are not among
 
 from collections.abc import Sequence
 
+import bitsandbytes as bnb
 import torch
 from peft.utils.integrations import dequantize_module_weight
 from transformers import PreTrainedModel
 
 from qlora_nb.errors import KitError
+from qlora_nb.model import quantized
 
 
 def linear_layers(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
-    """Name → module of every linear layer inside the blocks: not the head, no adapter's matrix."""
+    """Name → module of every linear layer inside the blocks: not the head, no adapter's matrix.
+
+    Only torch's own class counts, as bitsandbytes quantizes no other.
+    """
     head = set(model.get_output_embeddings().modules())
     found = {}
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and module not in head and "lora_" not in name:
+        is_linear = type(module) is torch.nn.Linear or isinstance(module, bnb.nn.Linear4bit)
+        if is_linear and module not in head and "lora_" not in name:
             found[name] = module
     return found
 
@@ -32,15 +38,11 @@ def adapted_names(model: PreTrainedModel, target_modules: Sequence[str]) -> list
 
     Raises:
         KitError: a name that no linear layer of the blocks has, `all-linear` beside other names, or
-            blocks without linear layers (GPT-2's are of a class of their own until it is loaded).
+            blocks without linear layers of torch's own class.
     """
     names = sorted({name.rsplit(".", 1)[-1] for name in linear_layers(model)})
     if not names:
-        raise KitError(
-            "the blocks of this model have no linear layers that could be adapted",
-            value=model.config.model_type,
-            remedy="choose a model of another family",
-        )
+        quantized.require_four_bit(model)
     if list(target_modules) == ["all-linear"]:
         return names
     wrong = [target for target in target_modules if target not in names]

@@ -9,13 +9,10 @@ repository is ever run.
 """
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -24,7 +21,7 @@ from transformers import (
 )
 
 from qlora_nb import sources
-from qlora_nb.errors import KitError, refusing
+from qlora_nb.errors import KitError
 from qlora_nb.model import (
     chat_templates,
     device,
@@ -33,6 +30,8 @@ from qlora_nb.model import (
     quantized,
     quantized_copy,
 )
+from qlora_nb.model.configs import loading, meta_model, saved_config
+from qlora_nb.model.linear_layers import adapted_names
 from qlora_nb.record import seal
 
 
@@ -41,29 +40,6 @@ def ignore_checkpointing_warning() -> None:
     transformers 6: PEFT and this kit do, as the new one is not in every version that is supported.
     """
     warnings.filterwarnings("ignore", ".*gradient_checkpointing.* deprecated", FutureWarning)
-
-
-@contextmanager
-def loading(part: str, model_id: str) -> Iterator[None]:
-    """Context in which whatever a broken file makes a library say becomes a refusal.
-
-    transformers' warning that a model saved in 4 bit keeps its own storage is left out:
-    `weights_of` has said so.
-    """
-    remedy = (
-        "needed are config.json, tokenizer and whole .safetensors files; "
-        "fetch the model again if one was cut short"
-    )
-    with warnings.catch_warnings(), refusing(f"the {part} cannot be loaded", model_id, remedy):
-        warnings.filterwarnings("ignore", "You passed `quantization_config`")
-        yield
-
-
-def saved_config(model_id: str):
-    """transformers' configuration of a model, from its config.json."""
-    path = sources.model_path(model_id)
-    with loading("configuration", model_id):
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
 
 
 def enable_checkpointing(model: PreTrainedModel) -> None:
@@ -75,15 +51,15 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
 
 
 def load_tokenizer(settings) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with a padding token that is not the end-of-text token, and with a
-    chat template: its own, or the kit's.
+    """The model's tokenizer, with a chat template, its own or the kit's, and with a padding token
+    that is not the end-of-text token if it has any.
 
-    If both were the same, a collator that masks padding by its id would mask the end of every
-    answer and the model would never learn to stop. The embedding is never resized: Pythia has 411
-    spare rows (12b), and id 1 is already `<|padding|>`.
+    If both are the same (GPT-2 has one special token), a collator that masks padding by its id
+    masks the end of every answer, and the model never learns to stop; ours masks by position. The
+    embedding is never resized: Pythia has 411 spare rows (12b), and id 1 is already `<|padding|>`.
 
     Raises:
-        KitError: it cannot be read, has no end token, or none that it could pad with.
+        KitError: it cannot be read, has no end token, or does not fit the model.
     """
     path = sources.model_path(settings.model_id)
     with loading("tokenizer", settings.model_id):
@@ -98,18 +74,50 @@ def load_tokenizer(settings) -> PreTrainedTokenizerBase:
             value=settings.model_id,
             remedy="name one in its tokenizer_config.json, or choose another model",
         )
-    if tokenizer.pad_token_id not in (None, tokenizer.eos_token_id):
-        return tokenizer
+    n_rows = saved_config(settings.model_id).vocab_size
+    _require_known_ids(tokenizer, n_rows, settings.model_id)
+    pad = tokenizer.pad_token_id
+    if pad is None or pad == tokenizer.eos_token_id or pad >= n_rows:
+        tokenizer.pad_token = _spare_token(tokenizer, n_rows)
+    return tokenizer
+
+
+def _require_known_ids(tokenizer, n_rows: int, model_id: str) -> None:
+    """Compare a tokenizer's ids with the rows of the model's embedding. Those of added tokens may
+    be beyond them, as long as no text uses them (Gemma 3 has one for images).
+
+    Raises:
+        KitError: texts would get ids that have no row.
+    """
     known = tokenizer.get_vocab()
-    for token in ("<|padding|>", "<|endoftext|>", tokenizer.unk_token):
-        if token in known and token != tokenizer.eos_token:
-            tokenizer.pad_token = token
-            return tokenizer
-    raise KitError(
-        "the tokenizer has no token to pad with besides its end token",
-        value=settings.model_id,
-        remedy="choose another model",
-    )
+    added = tokenizer.get_added_vocab()
+    beyond = [token for token, number in known.items() if number >= n_rows]
+    used = {tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token}
+    without = [token for token in beyond if token in used or token not in added]
+    if without:
+        raise KitError(
+            f"the tokenizer and the model do not fit: {len(without)} tokens, such as "
+            f"{without[0]!r}, have ids beyond the {n_rows} rows of the model's embedding",
+            value=model_id,
+            remedy="take the tokenizer that the model was saved with",
+        )
+    if len(known) < n_rows / 2:
+        print(
+            f"the tokenizer has {len(known):,} tokens, the model's embedding {n_rows:,} rows: "
+            "if it is another model's, its answers mean nothing"
+        )
+
+
+def _spare_token(tokenizer, n_rows: int) -> str:
+    """A special token to pad with: one made for it if there is one, the end token if there is no
+    other.
+    """
+    spare = []
+    for number, token in tokenizer.added_tokens_decoder.items():
+        if token.special and number < n_rows and number != tokenizer.eos_token_id:
+            spare.append(token.content)
+    spare.sort(key=lambda token: "pad" not in token)
+    return spare[0] if spare else tokenizer.eos_token
 
 
 def quantization_config(settings) -> BitsAndBytesConfig:
@@ -157,12 +165,19 @@ def weights_of(settings, four_bit: bool = True) -> str:
 
     Raises:
         KitError: the model is saved quantized in a way that is not trained here, or in 4 bit where
-            unquantized weights are asked for, or is not the one that was shipped or sealed.
+            unquantized weights are asked for, nothing of it could be stored in 4 bit, or it is not
+            the one that was shipped or sealed.
     """
     path = sources.model_path(settings.model_id)
     seal.require_whole(Path(path), "model")
-    own = quantized.own_quantization(saved_config(settings.model_id))
-    if not four_bit:
+    config = saved_config(settings.model_id)
+    folder = Path(path)
+    if not folder.is_dir() or any(folder.glob("*token*")):
+        load_tokenizer(settings)  # one that does not fit is refused before the weights are fetched
+    own = quantized.own_quantization(config)
+    if four_bit:
+        adapted_names(meta_model(config), ["all-linear"])
+    else:
         if own:
             raise KitError(
                 "the model is saved in 4 bit, its original weights are not there",

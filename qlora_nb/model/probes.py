@@ -66,15 +66,16 @@ def require_positions(model: nn.Module, max_length: int) -> None:
     """Compare `max_length` with the positions that the model was made for.
 
     A rotary model computes on beyond them, which is said. One with a table of positions (an
-    embedding, or a buffer of sines) has no row for them: on a GPU that would end the process.
+    embedding, or a buffer of sines) has no row for them: on a GPU that would end the process. MPT
+    weakens attention by a matrix of `max_seq_len` distances.
 
     Raises:
         KitError: the model has such a table and it is shorter than `max_length`.
     """
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = positions_of(model.config)
     if not limit or max_length <= limit:
         return
-    if has_position_table(model, limit):
+    if not hasattr(model.config, "max_position_embeddings") or has_position_table(model, limit):
         raise KitError(
             "max_length is more than the positions this model has a vector for",
             value=max_length,
@@ -85,6 +86,12 @@ def require_positions(model: nn.Module, max_length: int) -> None:
         f"max_length={max_length} is more than the {limit} positions this model was made for: "
         "beyond them it may write nonsense"
     )
+
+
+def positions_of(config) -> int | None:
+    """How many positions a model was made for; None where its configuration names no limit."""
+    distances = getattr(config, "max_seq_len", None)
+    return getattr(config, "max_position_embeddings", distances)
 
 
 def has_position_table(model: nn.Module, limit: int) -> bool:

@@ -13,6 +13,8 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from qlora_nb.errors import KitError
 
+OWN = "bitsandbytes quantizes torch's own linear layers alone"
+
 
 def own_quantization(config) -> BitsAndBytesConfig | None:
     """How a saved model is quantized, from its config.json; None for a model in 16 or 32 bit.
@@ -47,7 +49,8 @@ def described(quant_type: str, double_quant: bool) -> str:
 def require_four_bit(model: PreTrainedModel) -> None:
     """Count what is in 4 bit; print in one line what of the blocks is not, and why.
 
-    Matrices outside the embeddings and the head are counted, whatever module holds them.
+    Matrices outside the embeddings and the head are counted, whatever module holds them. Of a model
+    without memory (`configs.meta_model`) it is told what would be.
 
     Raises:
         KitError: nothing is in 4 bit.
@@ -62,12 +65,14 @@ def require_four_bit(model: PreTrainedModel) -> None:
         for name, parameter in module.named_parameters(recurse=False):
             if hasattr(parameter, "quant_state"):
                 n_packed += parameter.quant_state.shape.numel()
+            elif parameter.is_meta and type(module) is nn.Linear and name == "weight":
+                n_packed += parameter.numel()
             elif sum(side > 1 for side in parameter.shape) >= 2:
                 left[_whose(path, name, module)] += parameter.numel()
     shown = ", ".join(f"{n:,} in {whose}" for whose, n in left.most_common(3))
     if not n_packed:
         raise KitError(
-            f"no weight of this model can be stored in 4 bit ({shown})",
+            f"no weight of this model can be stored in 4 bit: {OWN} ({shown})",
             value=model.config.model_type,
             remedy="choose a model whose blocks are made of torch's linear layers",
         )
@@ -75,7 +80,7 @@ def require_four_bit(model: PreTrainedModel) -> None:
         dtype = str(model.dtype).removeprefix("torch.")
         print(
             f"in 4 bit: {n_packed:,} weights of the blocks; "
-            f"{left.total():,} are not and stay in {dtype}: {shown}"
+            f"{left.total():,} are not and stay in {dtype}: {shown}; {OWN}"
         )
 
 
@@ -84,4 +89,4 @@ def _whose(path: str, name: str, module: nn.Module) -> str:
     layer = path.rsplit(".", 1)[-1]
     if type(module) is nn.Linear:
         return f"{layer} (left out by the model's own settings)"
-    return f"{layer}.{name} ({own}, which is not torch's linear layer)"
+    return f"{layer}.{name} ({own})"

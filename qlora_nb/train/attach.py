@@ -28,12 +28,12 @@ def layers_to_adapt(model: PreTrainedModel, settings) -> list[str]:
     """
     names = adapted_names(model, settings.target_modules)
     layers = linear_layers(model).values()
-    smallest = min(min(layer.in_features, layer.out_features) for layer in layers)
-    if settings.r > smallest:
+    largest = max(min(layer.in_features, layer.out_features) for layer in layers)
+    if settings.r > largest:
         raise KitError(
             "r is larger than the layers it approximates",
             value=settings.r,
-            allowed=f"1 to {smallest}",
+            allowed=f"1 to {largest}",
         )
     return names
 

@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_nb import sources
 from qlora_nb.errors import KitError
-from qlora_nb.memory import dry_run
+from qlora_nb.memory import budget, dry_run
+from qlora_nb.memory.plan import plan_of
 from qlora_nb.model import batching, chat_templates, configs, data, device, load, probes
 from qlora_nb.record import files, runs, seal
 from qlora_nb.train import attach
@@ -57,11 +58,13 @@ def write_untrained(settings, out: str = "") -> list[Path]:
         KitError: see `write`, `data.load` and `attach.layers_to_adapt`.
     """
     require_plain(settings)
+    load.weights_of(settings)
     tokenizer = load.load_tokenizer(settings)
     texts, _ = data.load(settings)
     rows = data.tokenize_rows(texts, tokenizer, settings)
     model = configs.meta_model(configs.config_of(settings.model_id))
     probes.require_positions(model, settings.max_length)
+    budget.peak(plan_of(settings))  # what cannot be planned is refused
     targets = attach.layers_to_adapt(model, settings)
     if settings.packing:
         rows = batching.pack(rows, settings.max_length)
@@ -119,6 +122,7 @@ def write(
         "with_input": with_input,
         "without_input": without_input,
         "pad_token": str(tokenizer.pad_token),
+        "pad_is_own": tokenizer.pad_token_id != tokenizer.eos_token_id,
         "ends_texts": tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id,
         "mark": MARK,
         "out": "adapter_by_script" if has_run else "adapter",
