@@ -726,6 +726,7 @@ def test_latest_is_the_newest_by_the_runs_own_time(tmp_path, times, case):
         (None, "no time with a zone"),
         (1772352000, "no time with a zone"),
     ],
+    ids=["two days", "five minutes", "9999", "no zone", "a day", "a word", "none", "a number"],
 )
 @pytest.mark.parametrize("asked", ["adapter", "resume", "sequence"])
 def test_a_run_whose_time_cannot_be_right_is_left_out_and_said(
