@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from qlora_nb import pocket
-from qlora_nb.model import data
+from qlora_nb.model import data, reading
 from qlora_nb.model.tables import read_table
 
 
@@ -30,6 +30,10 @@ def test_every_sample_is_read(page, tmp_path):
         path.write_text(text, encoding="utf-8")
         table = read_table(str(path))
         assert table.n_rows == (2 if "message_id" in text else 1)
+        columns = {"instruction": "question", "output": "answer"} if "question" in text else {}
+        rows = reading.read(str(path), columns)
+        assert len(rows.kept) == 1
+        assert not rows.left_out
         found.append(tuple(table.columns))
     assert found == [
         ("instruction", "input", "output"),
