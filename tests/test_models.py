@@ -838,16 +838,6 @@ def test_the_end_trains_also_where_it_is_what_is_padded_with(saved):
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
 
 
-def test_an_adapter_that_trained_biases_is_refused(tmp_path):
-    """Switched off, it would leave its biases in the base."""
-    settings = validate({})
-    config = LoraConfig(r=4, target_modules=["query_key_value"], bias="lora_only")
-    model = get_peft_model(load.load_base(settings), config)
-    model.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(KitError, match="it trained biases too"):
-        adapters.load_adapter(load.load_base(settings), tmp_path / "adapter")
-
-
 # --- what `load.prepared` guards ---
 
 
