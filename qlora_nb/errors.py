@@ -160,10 +160,7 @@ def _sentence(text: str) -> str:
 
 
 def _short(value: object) -> str:
-    try:
-        text = repr(value)
-    except ValueError:  # a number of more digits than Python writes
-        return f"something too long to show ({type(value).__name__})"
+    text = repr(value)
     if len(text) > 80:
         text = f"{text[:79]}…"
     return text

@@ -149,13 +149,11 @@ def require_reachable(what: str, name: str, allowed: str) -> None:
         KitError: a path where nothing lies, a folder that holds no model, or a hub name that is not
             in the local cache while the hub cannot be reached.
     """
-    if name in KITS_OWN:
-        return
-    path = local_path(name).absolute()
     if what == "model":
         require_safetensors(name)
     if is_here(name):
         return
+    path = local_path(name).absolute()
     is_hub_name = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)
     names_a_file = not DATA_FORMATS.keys().isdisjoint(path.suffixes)
     if names_a_file or not is_hub_name:

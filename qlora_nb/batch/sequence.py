@@ -54,7 +54,7 @@ def run_sequence(
     """
     settings = validate(parameters)
     preflight.refuse_what_cannot_run(settings)
-    given = _for_the_notebooks(settings, parameters)
+    given = _for_the_notebooks(settings)
     folder = None
     before = {}
     if resume != "no":
@@ -170,14 +170,11 @@ def choose(folder: Path, only: list[str] | None = None) -> list[Path]:
     return [path for path in there if path.stem.startswith(tuple(only))]
 
 
-def _for_the_notebooks(settings, parameters: dict[str, object]) -> dict[str, object]:
-    """What was given, resolved; a path of the user's folder is made absolute, for the notebooks run
-    in the repository's.
+def _for_the_notebooks(settings) -> dict[str, object]:
+    """The profile and what differs from it; a path of the user's folder is made absolute, for the
+    notebooks run in the repository's.
     """
-    given = {"profile": settings.profile}
-    for name, value in parameters.items():
-        if value is not None:
-            given[name] = getattr(settings, name)
+    given = {"profile": settings.profile, **settings.changed()}
     for name in ("model_id", "dataset", "adapter", "resume"):
         if name in given:
             given[name] = sources.seen_from_anywhere(given[name])

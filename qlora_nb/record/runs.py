@@ -35,9 +35,6 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "data
 
 MANIFEST = "manifest.json"
 
-AHEAD = timedelta(minutes=1)
-"""So much may another machine's clock be ahead of this one's."""
-
 
 def key_results(results: dict[str, object]) -> dict[str, object]:
     """Round a notebook's key results for showing and comparing, and hand them to the batch run if
@@ -186,11 +183,12 @@ def _began(record: dict) -> datetime:
     """The instant at which a run began.
 
     Raises:
-        ValueError: its record has no time, or one without a zone.
+        ValueError: its record has no time, one without a zone, or one later than now; another
+            machine's clock may be a minute ahead.
     """
     began = datetime.fromisoformat(str(record.get("started")))
-    if began.tzinfo is None:
-        raise ValueError("a time without a zone")
+    if began.tzinfo is None or began > datetime.now(UTC) + timedelta(minutes=1):
+        raise ValueError("a time without a zone, or later than now")
     return began
 
 
@@ -227,7 +225,7 @@ def newest(root: Path, is_meant: Callable[[Path, dict], bool], name: str = MANIF
     """The run that began last, as its own record says; of two that began at one instant, the one
     with the larger running number. None if there is none.
 
-    A run whose record has no time with a zone, or one that is later than now, is left out and said.
+    A run whose record cannot be right about its time (`_began`) is left out and said.
 
     Args:
         root: a profile's folder; the names of the folders in it do not matter.
@@ -241,14 +239,12 @@ def newest(root: Path, is_meant: Callable[[Path, dict], bool], name: str = MANIF
         if not is_meant(folder, record):
             continue
         try:
-            began = _began(record)
+            dated.append((_began(record), record.get("number", 0), folder))
         except ValueError:
-            print(f"{folder.name} is left out: its {name} has no time with a zone")
-            continue
-        if began > datetime.now(UTC) + AHEAD:
-            print(f"{folder.name} is left out: it began later than now, at {began}")
-            continue
-        dated.append((began, record.get("number", 0), folder))
+            print(
+                f"{folder.name} is left out: its {name} says that it began at "
+                f"{record.get('started')}, which is later than now or no time with a zone"
+            )
     return max(dated)[-1] if dated else None
 
 
