@@ -25,7 +25,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Literal, get_args, get_origin
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -274,10 +274,11 @@ def resolve(values: dict[str, object]) -> Settings:
     if "get_ipython" in values:
         explain_missing_names(values["get_ipython"]())
     given = {}
-    if "In" in values and "profile" not in values:
-        remedy = "run the cell of parameters first (profile = …)"
-        raise KitError("profile is not there yet", remedy=remedy)
-    if "__file__" in values and values.get("__name__") == "__main__" and "In" not in values:
+    if "In" in values:
+        if "profile" not in values:
+            remedy = "run the cell of parameters first (profile = …)"
+            raise KitError("profile is not there yet", remedy=remedy)
+    elif "__file__" in values and values.get("__name__") == "__main__":
         show_refusals_alone()
         given = parameters(sys.argv[1:])
     own = _set_in_parameters_cells(_cells(values))
@@ -374,23 +375,21 @@ def _explain(error: ValidationError, defaults: dict[str, Default]) -> KitError:
     """The first bad value in full, the others by name."""
     first, *more = error.errors(include_url=False)
     name = str(first["loc"][0])
-    field = Settings.model_fields[name]
-    what = f"{name} ({field.description}): {first['msg'].lower()}"
+    schema = Settings.model_json_schema()["properties"][name]
+    what = f"{name} ({schema['description']}): {first['msg'].lower()}"
     others = sorted({str(problem["loc"][0]) for problem in more} - {name})
     if others:
         what += f"; also bad: {', '.join(others)}"
     remedy = f"leave it None for this profile's value ({defaults[name].value})"
-    return KitError(what, value=first["input"], allowed=_allowed(field), remedy=remedy)
+    return KitError(what, value=first["input"], allowed=_allowed(schema), remedy=remedy)
 
 
-def _allowed(field) -> str:
-    """A field's choices or bounds in words."""
-    if get_origin(field.annotation) is Literal:
-        return ", ".join(map(str, get_args(field.annotation)))
-    words = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
-    bounds = []
-    for constraint in field.metadata:
-        for key, word in words.items():
-            if hasattr(constraint, key):
-                bounds.append(f"{word} {getattr(constraint, key)}")
-    return " and ".join(bounds)
+def _allowed(schema: dict) -> str:
+    """A parameter's bounds in words, from its JSON schema; pydantic's message has the choices."""
+    words = {
+        "minimum": "at least",
+        "exclusiveMinimum": "more than",
+        "maximum": "at most",
+        "exclusiveMaximum": "less than",
+    }
+    return " and ".join(f"{words[key]} {schema[key]}" for key in words if key in schema)

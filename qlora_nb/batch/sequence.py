@@ -18,7 +18,7 @@ from pathlib import Path
 
 import yaml
 
-from qlora_nb import machine, sources
+from qlora_nb import sources
 from qlora_nb.batch import one_notebook, report
 from qlora_nb.errors import KitError
 from qlora_nb.memory import preflight
@@ -120,10 +120,10 @@ class _Record:
             unchanged = outcome.source == self.hashes.get(outcome.notebook)
             if unchanged and outcome.status == "done":
                 self.outcomes[outcome.notebook] = outcome
-        packages = [version.package for version in machine.versions()]
-        self.summary = runs.new_record(folder, given, packages)
-        about = {"folder": str(folder), "profile": given["profile"], "chosen": list(self.hashes)}
-        self.summary.update(about)
+        self.summary = runs.new_record(folder, given)
+        self.summary["folder"] = str(folder)
+        self.summary["profile"] = given["profile"]
+        self.summary["chosen"] = list(self.hashes)
         self.summary["started"] = before.get("started", self.summary["started"])
 
     def begin(self, name: str) -> one_notebook.Outcome:
