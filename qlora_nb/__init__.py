@@ -4,7 +4,8 @@ The rooms, each of which imports only from those before it (tests/test_rooms.py)
 
 - `errors`, `pythia`, `cards`, `machine`, `pocket`, `progress`, `sources`, `recorded`: the ground.
   Refusals, model sizes, this machine, the small model that ships, what a name stands for.
-- `settings`: every parameter, its check and its default in each profile.
+- `spellings`, `settings`: how people write values; every parameter, its check and its default in
+  each profile.
 - `theory`: QLoRA's arithmetic, written out in NumPy and plain torch.
 - `record`: what a run writes, whole and without secrets.
 - `model`, `memory`, `answer`, `train`: load a base, predict peak memory, generate, fine-tune.

@@ -31,18 +31,16 @@ class _Group(TyperGroup):
     def invoke(self, ctx):
         try:
             return super().invoke(ctx)
-        except KitError as error:
-            typer.echo(f"qlora-nb: {error}", err=True)
-            raise SystemExit(2) from None
         except KeyboardInterrupt:
             typer.echo("qlora-nb: stopped by you", err=True)
             raise SystemExit(130) from None
         except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            reason = str(error).partition("\n")[0][:200]
-            explained = KitError(f"memory ran out ({reason})", remedy=MORE_MEMORY)
-            typer.echo(f"qlora-nb: {explained}", err=True)
+            refusal = error
+            if not isinstance(error, KitError):
+                if not is_out_of_memory(error):
+                    raise
+                refusal = KitError("memory ran out", value=error, remedy=MORE_MEMORY)
+            typer.echo(f"qlora-nb: {refusal}", err=True)
             raise SystemExit(2) from None
 
 
@@ -58,6 +56,14 @@ TAKES_PARAMETERS = {"allow_extra_args": True, "ignore_unknown_options": True}
 """For commands that take `-p NAME VALUE`: typer has no option of two values that repeats."""
 
 Profile = Annotated[str, typer.Option(help="tiny, smollm2, t4 or full")]
+
+
+def _settings(ctx: typer.Context, profile: str, **options: object):
+    """The settings that a command's own options and its -p NAME VALUE make."""
+    from qlora_nb.settings import resolve
+    from qlora_nb.spellings import parameters
+
+    return resolve({"profile": profile, **options, **parameters(ctx.args)})
 
 
 @app.command()
@@ -132,9 +138,7 @@ def plan(
     """Every byte of a run's peak memory before anything is loaded, and what would lower it.
     Parameters: -p NAME VALUE.
     """
-    from qlora_nb.settings import parameters, validate
-
-    settings = validate({"profile": profile, **parameters(ctx.args), "gpu_gib": gpu_gib})
+    settings = _settings(ctx, profile, gpu_gib=gpu_gib)
     from qlora_nb import sources
     from qlora_nb.memory import budget, estimates
     from qlora_nb.memory.plan import plan_of
@@ -179,12 +183,9 @@ def data(
     """What of a data set trains, what is left out and why, and its first row as the model of the
     profile sees it. Parameters: -p NAME VALUE.
     """
-    from qlora_nb.settings import parameters, resolve
-
-    settings = resolve({"profile": profile, "dataset": name, **parameters(ctx.args)})
+    settings = _settings(ctx, profile, dataset=name)
     from qlora_nb.memory import preflight
 
-    preflight.require_address_space()
     preflight.require_model_and_data(settings)
     from qlora_nb.model import data_report, load
 
@@ -201,12 +202,9 @@ def script(
     """Write a run as train.py, ask.py and rows.jsonl, which need nothing of this kit. Parameters:
     -p NAME VALUE.
     """
-    from qlora_nb.settings import parameters, resolve
-
-    settings = resolve({"profile": profile, **parameters(ctx.args)})
+    settings = _settings(ctx, profile)
     from qlora_nb.memory import preflight
 
-    preflight.require_address_space()
     preflight.require_model_and_data(settings)
     from qlora_nb.train import script
 
@@ -229,9 +227,7 @@ def generate(
     """Answer prompts greedily with the tuned model, in batches. Parameters: -p NAME VALUE, as -p
     adapter runs/…/adapter.
     """
-    from qlora_nb.settings import parameters, resolve
-
-    settings = resolve({"profile": profile, **parameters(ctx.args)})
+    settings = _settings(ctx, profile)
     from qlora_nb import sources
     from qlora_nb.memory import preflight
 
@@ -279,7 +275,7 @@ def run(
     """
     from qlora_nb import sources
     from qlora_nb.batch import sequence, solutions
-    from qlora_nb.settings import parameters
+    from qlora_nb.spellings import parameters
 
     given = {"profile": profile}
     if out:

@@ -12,7 +12,6 @@ rows. The host's is said to be what it is, whatever words the system has for it.
 """
 
 import dis
-import errno
 import sys
 import traceback
 from collections.abc import Iterator
@@ -76,6 +75,8 @@ def refusing(what: str, value: object, remedy: str) -> Iterator[None]:
 MORE_MEMORY = "close other programs and kernels, raise a limit (ulimit -v), or use profile=tiny"
 
 _OUT_OF_MEMORY = (
+    "MemoryError",
+    "[Errno 12]",
     "ALLOC_FAILED",
     "out of memory",
     "allocate memory",
@@ -84,18 +85,15 @@ _OUT_OF_MEMORY = (
     "failed to map segment",
     "start new thread",
 )
-"""Words of cuBLAS, the driver, torch, C++, the loader of libraries and Python's threads."""
+"""Words of Python (OutOfMemoryError of torch too), the system (ENOMEM), cuBLAS, the driver, torch,
+C++, the loader of libraries and Python's threads.
+"""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: torch's own class, Python's, the system's error number, or the words
-    of another allocator or loader.
-    """
-    if type(error).__name__ in ("OutOfMemoryError", "MemoryError"):
-        return True
-    if getattr(error, "errno", None) == errno.ENOMEM:
-        return True
-    return any(words in str(error) for words in _OUT_OF_MEMORY)
+    """Whether memory ran out, by the name of the error and its words."""
+    said = f"{type(error).__name__}: {error}"
+    return any(words in said for words in _OUT_OF_MEMORY)
 
 
 def explain_missing_names(shell) -> None:
@@ -160,10 +158,7 @@ def _sentence(text: str) -> str:
 
 
 def _short(value: object) -> str:
-    try:
-        text = repr(value)
-    except ValueError:  # a number of more digits than Python writes
-        return f"something too long to show ({type(value).__name__})"
+    text = repr(value)
     if len(text) > 80:
         text = f"{text[:79]}…"
     return text

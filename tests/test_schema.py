@@ -210,7 +210,6 @@ def test_a_prompt_is_a_prompt_whatever_it_looks_like(prompt):
         ("model_id", object()),
         ("r", np.array([8, 16])),
         ("seed", -1),
-        pytest.param("seed", 10**5000, id="a number too long to write"),
         ("pythia", "13b"),
     ],
 )
@@ -565,11 +564,10 @@ def test_a_run_to_resume_is_looked_for_before_anything_is_loaded(monkeypatch, tm
         with pytest.raises(KitError, match="resume is no run folder") as refused:
             preflight.refuse_what_cannot_run(validate({"resume": name}))
         assert refused.value.value == str(tmp_path / name)
-    given = sequence._for_the_notebooks(validate({"resume": "a run"}), {"resume": "a run"})
+    given = sequence._for_the_notebooks(validate({"resume": "a run"}))
     assert given["resume"] == str(tmp_path / "a run")
     (tmp_path / "no").mkdir()
-    given = sequence._for_the_notebooks(validate({"resume": "no"}), {"resume": "no"})
-    assert given["resume"] == "no"
+    assert "resume" not in sequence._for_the_notebooks(validate({"resume": "no"}))
 
 
 def test_a_name_is_the_kits_own_or_a_path_or_the_hubs(monkeypatch, tmp_path):

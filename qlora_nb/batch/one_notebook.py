@@ -135,12 +135,10 @@ def _start_papermill(source: Path, folder: Path, log: Path, results: Path) -> su
 def _resident_bytes(pid: int) -> int:
     """Resident memory of the kernel and its children. Pages they share are counted for each."""
     n_bytes = 0
-    children = []
     with suppress(psutil.Error):  # here and below: it has ended by itself
-        children = psutil.Process(pid).children(recursive=True)
-    for child in children:
-        with suppress(psutil.Error):
-            n_bytes += child.memory_info().rss
+        for child in psutil.Process(pid).children(recursive=True):
+            with suppress(psutil.Error):
+                n_bytes += child.memory_info().rss
     return n_bytes
 
 
@@ -190,8 +188,7 @@ def judge(outcome: Outcome, executed: Path, results: Path, said: list[str]) -> N
             problems = [error[:600] for error in stored_errors(nbformat.read(executed, 4))]
     except ValueError:
         problems = [f"{executed.name} is cut off: papermill was ended while it wrote"]
-    log = "\n".join(said)
-    died = outcome.exit_code in (-9, 137, 138) or "Kernel died" in log or "DeadKernelError" in log
+    died = outcome.exit_code in (-9, 138)  # papermill was killed, or says that its kernel died
     if died:
         problems.append(
             f"the kernel died (exit {outcome.exit_code}), most often because memory ran out"

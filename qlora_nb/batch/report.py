@@ -50,10 +50,9 @@ def figures(notebook: nbformat.NotebookNode) -> list[tuple[str, str]]:
 
 
 def _title(notebook: nbformat.NotebookNode) -> str:
-    """The notebook's first heading without Markdown's marks."""
+    """The notebook's first heading."""
     for cell in notebook.cells:
         heading = re.search(r"^# (.+)$", cell.source, re.MULTILINE)
         if heading and cell.cell_type == "markdown":
-            without_links = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading[1])
-            return re.sub(r"[*_`$]+(?=\S)|(?<=\S)[*`$]+", "", without_links)[:500]
+            return heading[1]
     return ""

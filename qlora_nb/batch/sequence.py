@@ -18,7 +18,7 @@ from pathlib import Path
 
 import yaml
 
-from qlora_nb import machine, sources
+from qlora_nb import sources
 from qlora_nb.batch import one_notebook, report
 from qlora_nb.errors import KitError
 from qlora_nb.memory import preflight
@@ -54,7 +54,7 @@ def run_sequence(
     """
     settings = validate(parameters)
     preflight.refuse_what_cannot_run(settings)
-    given = _for_the_notebooks(settings, parameters)
+    given = _for_the_notebooks(settings)
     folder = None
     before = {}
     if resume != "no":
@@ -120,10 +120,10 @@ class _Record:
             unchanged = outcome.source == self.hashes.get(outcome.notebook)
             if unchanged and outcome.status == "done":
                 self.outcomes[outcome.notebook] = outcome
-        packages = [version.package for version in machine.versions()]
-        self.summary = runs.new_record(folder, given, packages)
-        about = {"folder": str(folder), "profile": given["profile"], "chosen": list(self.hashes)}
-        self.summary.update(about)
+        self.summary = runs.new_record(folder, given)
+        self.summary["folder"] = str(folder)
+        self.summary["profile"] = given["profile"]
+        self.summary["chosen"] = list(self.hashes)
         self.summary["started"] = before.get("started", self.summary["started"])
 
     def begin(self, name: str) -> one_notebook.Outcome:
@@ -170,14 +170,11 @@ def choose(folder: Path, only: list[str] | None = None) -> list[Path]:
     return [path for path in there if path.stem.startswith(tuple(only))]
 
 
-def _for_the_notebooks(settings, parameters: dict[str, object]) -> dict[str, object]:
-    """What was given, resolved; a path of the user's folder is made absolute, for the notebooks run
-    in the repository's.
+def _for_the_notebooks(settings) -> dict[str, object]:
+    """The profile and what differs from it; a path of the user's folder is made absolute, for the
+    notebooks run in the repository's.
     """
-    given = {"profile": settings.profile}
-    for name, value in parameters.items():
-        if value is not None:
-            given[name] = getattr(settings, name)
+    given = {"profile": settings.profile, **settings.changed()}
     for name in ("model_id", "dataset", "adapter", "resume"):
         if name in given:
             given[name] = sources.seen_from_anywhere(given[name])

@@ -11,11 +11,10 @@ began. A folder's name or date is no witness: folders are renamed, copied, unzip
 """
 
 import json
-import math
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
@@ -29,14 +28,9 @@ from qlora_nb import machine, sources
 from qlora_nb.errors import refusing
 from qlora_nb.record import files, redaction
 
-SCHEMA_VERSION = 1
-
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "qlora-nb")
 
 MANIFEST = "manifest.json"
-
-AHEAD = timedelta(minutes=1)
-"""So much may another machine's clock be ahead of this one's."""
 
 
 def key_results(results: dict[str, object]) -> dict[str, object]:
@@ -72,20 +66,17 @@ def new_folder(settings, name: str) -> Path:
                 return folder
 
 
-def new_record(
-    folder: Path, parameters: dict[str, object], packages: Iterable[str]
-) -> dict[str, object]:
-    """What the record of a run says before anything has run: the time and a running number, the
-    parameters, this machine, its packages.
+def new_record(folder: Path, parameters: dict[str, object]) -> dict[str, object]:
+    """What the record of a run says before anything has run: the time, the parameters, this
+    machine, the packages that numbers depend on.
     """
     return {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": 1,
         "status": "running",
         "started": _now(),
-        "number": len(list(folder.parent.iterdir())),
         "parameters": parameters,
         "hardware": asdict(machine.this_machine(folder)),
-        "versions": {package: machine.installed(package) for package in packages},
+        "versions": {package: machine.installed(package) for package in PACKAGES},
     }
 
 
@@ -100,7 +91,7 @@ class Run:
     def __init__(self, settings, notebook: str, folder: Path | None = None):
         self.resumed = folder is not None
         self.folder = folder or new_folder(settings, notebook)
-        self.manifest = new_record(self.folder, settings.model_dump(), PACKAGES)
+        self.manifest = new_record(self.folder, settings.model_dump())
         self.manifest["notebook"] = notebook
         self.manifest["commit"] = commit()
         self.manifest["pid"] = os.getpid()
@@ -136,10 +127,9 @@ class Run:
         kept = []
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             # the last line of a killed run may be cut short
-            with suppress(ValueError, KeyError, TypeError, AttributeError):
+            with suppress(ValueError, KeyError, TypeError):
                 record = json.loads(line)
-                loss = record.get("loss", record.get("held_out_loss"))
-                if record["step"] <= step and math.isfinite(loss):
+                if record["step"] <= step:
                     kept.append(record)
         files.write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
         return kept
@@ -179,18 +169,19 @@ class Run:
 
 
 def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
+    return datetime.now(UTC).isoformat()
 
 
 def _began(record: dict) -> datetime:
     """The instant at which a run began.
 
     Raises:
-        ValueError: its record has no time, or one without a zone.
+        ValueError: its record has no time, one without a zone, or one later than now; another
+            machine's clock may be a minute ahead.
     """
     began = datetime.fromisoformat(str(record.get("started")))
-    if began.tzinfo is None:
-        raise ValueError("a time without a zone")
+    if began.tzinfo is None or began > datetime.now(UTC) + timedelta(minutes=1):
+        raise ValueError("a time without a zone, or later than now")
     return began
 
 
@@ -224,10 +215,9 @@ def status_of(folder: Path) -> str:
 
 
 def newest(root: Path, is_meant: Callable[[Path, dict], bool], name: str = MANIFEST) -> Path | None:
-    """The run that began last, as its own record says; of two that began at one instant, the one
-    with the larger running number. None if there is none.
+    """The folder of the run that began last, as its own record says. None if there is none.
 
-    A run whose record has no time with a zone, or one that is later than now, is left out and said.
+    A run whose record cannot be right about its time (`_began`) is left out and said.
 
     Args:
         root: a profile's folder; the names of the folders in it do not matter.
@@ -241,14 +231,12 @@ def newest(root: Path, is_meant: Callable[[Path, dict], bool], name: str = MANIF
         if not is_meant(folder, record):
             continue
         try:
-            began = _began(record)
+            dated.append((_began(record), folder))
         except ValueError:
-            print(f"{folder.name} is left out: its {name} has no time with a zone")
-            continue
-        if began > datetime.now(UTC) + AHEAD:
-            print(f"{folder.name} is left out: it began later than now, at {began}")
-            continue
-        dated.append((began, record.get("number", 0), folder))
+            print(
+                f"{folder.name} is left out: its {name} says that it began at "
+                f"{record.get('started')}, which is later than now or no time with a zone"
+            )
     return max(dated)[-1] if dated else None
 
 
