@@ -663,7 +663,10 @@ def test_an_adapter_that_cannot_be_merged_is_refused_in_a_sentence(saved, tmp_pa
     settings = validate({"model_id": saved("Llama")})
     an_adapter(settings, tmp_path / "adapter", lora_bias=True)
     for way in merge.WAYS:
-        with pytest.raises(KitError, match=r"cannot be merged.*no bias"):
+        # PEFT itself has no words for packed weights
+        with pytest.raises(
+            KitError, match=f"cannot be merged.*{'' if way == 'packed' else 'no bias'}"
+        ):
             merge.merged(settings, tmp_path / "adapter", way)
 
 
