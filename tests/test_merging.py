@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bitsandbytes.functional as bnb
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -15,7 +16,7 @@ from qlora_nb.answer import adapters, generate, merge, prompt_files
 from qlora_nb.errors import KitError
 from qlora_nb.memory import ledger, live_bytes
 from qlora_nb.model import data, load
-from qlora_nb.model.linear_layers import dense_weight, linear_layers
+from qlora_nb.model.linear_layers import linear_layers
 from qlora_nb.pocket import ADAPTER_DIR
 from qlora_nb.settings import validate
 
@@ -52,15 +53,18 @@ def test_only_the_dequantized_weights_give_the_model_that_was_trained(tuned, wan
 
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-def test_rounded_is_what_a_4bit_layer_holds(quant_type, double_quant):
+def test_the_plain_model_is_what_the_4bit_layers_stand_for(quant_type, double_quant):
+    """bitsandbytes' own functions on the original weights are the reference."""
     settings = validate({"quant_type": quant_type, "double_quant": double_quant})
-    whole, packed = (
-        linear_layers(load.load_base(settings, four_bit)) for four_bit in (False, True)
-    )
-    for name, layer in packed.items():
-        assert torch.equal(
-            merge.rounded(whole[name].weight.data, quant_type, double_quant), dense_weight(layer)
+    plain = linear_layers(merge.dequantized(settings))
+    for name, layer in linear_layers(load.load_base(settings, four_bit=False)).items():
+        codes, state = bnb.quantize_4bit(
+            layer.weight.data,
+            blocksize=64,
+            quant_type=quant_type,
+            compress_statistics=double_quant,
         )
+        assert torch.equal(plain[name].weight, bnb.dequantize_4bit(codes, state))
 
 
 def test_an_export_is_loaded_by_plain_transformers_in_a_fresh_process(tuned, wanted, tmp_path):

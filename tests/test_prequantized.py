@@ -167,7 +167,7 @@ def test_what_a_killed_copy_left_is_cleared_and_a_live_one_is_not(source, tmp_pa
         load.load_base(settings_for(source))
         [copy] = [path for path in copies(tmp_path) if not path.name.startswith(".")]
         hidden = {path.name for path in folder.glob(".*")}
-        assert hidden == {held, f"{held}.lock"}
+        assert hidden == {held}
         assert (folder / held / "half").exists()
         alive.stdin.close()
         alive.wait()

@@ -14,32 +14,21 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import product
 from types import SimpleNamespace
-from weakref import WeakKeyDictionary
 
 import datasets
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qlora_nb.answer import adapters, generate
-from qlora_nb.model import batching, chunked_loss, data, probes
+from qlora_nb.answer import generate
+from qlora_nb.memory import dry_run
+from qlora_nb.model import batching, chunked_loss, data
 
 BATCH = 8
 """Rows in one forward pass."""
 
 CHUNK = 256
 """Tokens whose logits are held at once."""
-
-_heads_that_are_last: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
-
-
-def _head_is_last(model: PreTrainedModel) -> bool:
-    """`probes.head_is_last`, three forward passes, tried once for each model."""
-    if adapters.adds_tokens(model):
-        return False
-    if model not in _heads_that_are_last:
-        _heads_that_are_last[model] = probes.head_is_last(model)
-    return _heads_that_are_last[model]
 
 
 @torch.no_grad()
@@ -50,11 +39,11 @@ def row_losses(
     and end token, no prompt.
 
     The head is applied in slices, as whole logits would be the largest thing in memory; where a
-    model computes something after its head (`probes.head_is_last`), its own logits count, and rows
+    model computes something after its head (`dry_run.head_is_last`), its own logits count, and rows
     go one at a time.
     """
     collate = batching.collator(tokenizer)
-    if _head_is_last(model):
+    if dry_run.head_is_last(model.config):
         head = chunked_loss.chunked_head(model, CHUNK)
         rows_at_once = BATCH
     else:

@@ -11,8 +11,9 @@ Source: transformers, `generation/utils.py`.
 import math
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from threading import Event, Thread
+from threading import Event
 
 import torch
 from peft import PeftModel
@@ -101,7 +102,7 @@ def unanswerable(rows: list[dict], tokenizer, model, settings) -> dict[int, str]
     return reasons
 
 
-def _config(model, tokenizer, max_new_tokens: int, **more) -> GenerationConfig:
+def _config(model, tokenizer, settings, **more) -> GenerationConfig:
     """Greedy unless more is said; an answer ends with the tokenizer's end token, the model's own or
     the chat template's.
 
@@ -112,21 +113,11 @@ def _config(model, tokenizer, max_new_tokens: int, **more) -> GenerationConfig:
     if ends and turn_end is not None and turn_end not in ends:
         ends.append(turn_end)
     return GenerationConfig(
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=settings.max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=ends,
         **more,
     )
-
-
-def _greedy(model, tokenizer, encoded: dict[str, torch.Tensor], max_new_tokens: int) -> list[str]:
-    """What a model writes after each encoded prompt when it always takes the most probable
-    token.
-    """
-    config = _config(model, tokenizer, max_new_tokens)
-    written = model.generate(**encoded, generation_config=config)
-    new = written[:, encoded["input_ids"].shape[1] :]
-    return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
 
 
 def in_batches(
@@ -141,11 +132,14 @@ def in_batches(
         batch = 1
     lengths = [len(data.prompt_ids(row, tokenizer, settings.prompt_template)) for row in rows]
     order = sorted(range(len(rows)), key=lambda i: lengths[i])
+    config = _config(model, tokenizer, settings)
     with Bar(total=len(rows), unit="row", desc="answering", leave=False) as bar:
         for group in batching.groups(order, batch):
             encoded = tokenize_prompts([rows[i] for i in group], tokenizer, model, settings)
-            said = _greedy(model, tokenizer, encoded, settings.max_new_tokens)
-            yield dict(zip(group, said, strict=True))
+            written = model.generate(**encoded, generation_config=config)
+            new = written[:, encoded["input_ids"].shape[1] :]
+            said = tokenizer.batch_decode(new, skip_special_tokens=True)
+            yield {i: text.strip() for i, text in zip(group, said, strict=True)}
             bar.update(len(group))
 
 
@@ -197,14 +191,16 @@ def stream(
     encoded = tokenize_prompts([row], tokenizer, model, settings)
     sampling = {}
     if settings.temperature:
-        sampling["do_sample"] = True
-        sampling["temperature"] = settings.temperature
-        sampling["top_p"] = settings.top_p
-        sampling["top_k"] = 0
+        sampling = {
+            "do_sample": True,
+            "temperature": settings.temperature,
+            "top_p": settings.top_p,
+            "top_k": 0,
+        }
     config = _config(
         model,
         tokenizer,
-        settings.max_new_tokens,
+        settings,
         repetition_penalty=settings.repetition_penalty,
         output_scores=True,
         output_logits=True,
@@ -214,7 +210,6 @@ def stream(
     streamer = TextIteratorStreamer(
         tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=600
     )
-    outcome = []
 
     def stopped(input_ids, scores, **_):
         asked = stop is not None and stop.is_set()
@@ -224,20 +219,17 @@ def stream(
         try:
             torch.manual_seed(settings.seed)
             with adapters.base_or_tuned(model, tuned):
-                found = model.generate(
+                return model.generate(
                     **encoded,
                     generation_config=config,
                     streamer=streamer,
                     stopping_criteria=StoppingCriteriaList([stopped]),
                 )
-            outcome.append(found)
-        except BaseException as error:  # a silent thread would leave the reader waiting
-            outcome.append(error)
-            streamer.end()
+        finally:
+            streamer.end()  # a silent thread would leave the reader waiting
 
-    thread = Thread(target=work, daemon=True)
     started = time.perf_counter()
-    thread.start()
+    working = ThreadPoolExecutor(max_workers=1).submit(work)
     text = ""
     first_token_s = 0.0
     for n_pieces, piece in enumerate(streamer, start=1):
@@ -246,10 +238,7 @@ def stream(
             first_token_s = seconds
         text += piece
         yield Answer(text, n_pieces, first_token_s, seconds)
-    thread.join()
-    [found] = outcome
-    if isinstance(found, BaseException):
-        raise found
+    found = working.result()
     n_tokens = len(found.scores)
     whole = Answer(text.strip(), n_tokens, first_token_s, time.perf_counter() - started)
     if settings.temperature:

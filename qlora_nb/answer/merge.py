@@ -14,15 +14,13 @@ import re
 import warnings
 from pathlib import Path
 
-import bitsandbytes.functional as bnb
 import torch
 from jinja2 import StrictUndefined, Template
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from safetensors import safe_open
-from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.bitsandbytes import Bnb4bitDeserialize
 from transformers.pytorch_utils import Conv1D
 
@@ -30,7 +28,6 @@ from qlora_nb.answer import adapters
 from qlora_nb.errors import KitError, refusing
 from qlora_nb.memory import ledger
 from qlora_nb.model import configs, load, quantized
-from qlora_nb.model.linear_layers import linear_layers
 from qlora_nb.record import files, runs
 
 WAYS = ("dequantized", "packed", "original")
@@ -64,21 +61,8 @@ def merged(settings, adapter: Path, way: str = "dequantized") -> PreTrainedModel
     with warnings.catch_warnings(), refusing(what, adapter.name, remedy):
         # PEFT warns of the rounding, which is what "packed" is about
         warnings.filterwarnings("ignore", "Merge lora module to 4-bit")
-        _require_room_for_biases(tuned)
         _separate_ends(tuned.get_base_model())
         return tuned.merge_and_unload(progressbar=True)
-
-
-def _require_room_for_biases(tuned: PeftModel) -> None:
-    """Raise a ValueError for an adapter (`lora_bias`) whose bias has none in the base to be added
-    to.
-    """
-    for name, layer in tuned.named_modules():
-        has_bias = any(getattr(layer, "lora_bias", {}).values())
-        if has_bias and layer.get_base_layer().bias is None:
-            raise ValueError(
-                f"{name} has no bias in the base to which the adapter's could be added"
-            )
 
 
 def _separate_ends(base: PreTrainedModel) -> None:
@@ -108,40 +92,29 @@ def ways_for(settings) -> tuple[str, ...]:
 def dequantized(settings) -> PreTrainedModel:
     """The plain model that the 4-bit one stands for, in the compute dtype.
 
-    The original weights are rounded to 4 bit and back, layer by layer. transformers' `dequantize`
-    is taken only where there are no original weights: it makes every layer an `nn.Linear`, and
-    GPT-2's layers, which keep their weights the other way round, could not be loaded again.
+    transformers' `dequantize` makes every layer an `nn.Linear`. GPT-2's layers, which keep their
+    weights the other way round, are put back, as the model could not be loaded again.
     """
-    if "original" not in ways_for(settings):
-        plain = settings.replace(head_4bit=False, embedding_on_cpu=False)
-        base = load.load_base(plain).dequantize()
-        # transformers leaves that it is in 4 bit, and how files are unpacked, which cannot be
-        # turned round to save
-        base.is_loaded_in_4bit = False
-        base._weight_conversions = [c for c in base._weight_conversions if not _unpacks(c)]
-        return base
-    base = load.load_base(settings, four_bit=False)
-    how = {"quant_type": settings.quant_type, "double_quant": settings.double_quant}
-    for layer in tqdm(linear_layers(base).values(), desc="rounding", unit="layer"):
-        layer.weight.data = rounded(layer.weight.data, **how)
-    for layer in base.modules():
-        if isinstance(layer, Conv1D):  # GPT-2 keeps (in, out); in 4 bit (out, in) is stored
-            turned = layer.weight.data.T.contiguous()
-            layer.weight.data = rounded(turned, **how).T.contiguous()
+    plain = settings.replace(head_4bit=False, embedding_on_cpu=False)
+    base = load.load_base(plain).dequantize()
+    # transformers leaves that it is in 4 bit, and how files are unpacked, which cannot be
+    # turned round to save
+    base.is_loaded_in_4bit = False
+    base._weight_conversions = [c for c in base._weight_conversions if not _unpacks(c)]
+    with torch.device("meta"):
+        family = AutoModelForCausalLM.from_config(base.config)
+    for name, layer in family.named_modules():
+        if isinstance(layer, Conv1D):
+            linear = base.get_submodule(name)
+            layer.weight = torch.nn.Parameter(linear.weight.T.contiguous())
+            layer.bias = linear.bias
+            base.set_submodule(name, layer)
     return base
 
 
 def _unpacks(conversion) -> bool:
     operations = getattr(conversion, "operations", ())
     return any(isinstance(step, Bnb4bitDeserialize) for step in operations)
-
-
-def rounded(weight: torch.Tensor, quant_type: str, double_quant: bool) -> torch.Tensor:
-    """What 4-bit storage leaves of a weight: quantized and dequantized again, in its own dtype."""
-    codes, state = bnb.quantize_4bit(
-        weight, blocksize=64, quant_type=quant_type, compress_statistics=double_quant
-    )
-    return bnb.dequantize_4bit(codes, state).to(weight.dtype)
 
 
 @torch.no_grad()

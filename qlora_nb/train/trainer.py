@@ -20,7 +20,7 @@ from transformers import PrinterCallback, Trainer
 from transformers.trainer_utils import TrainOutput
 
 from qlora_nb.errors import KitError
-from qlora_nb.memory import out_of_memory
+from qlora_nb.memory import dry_run, out_of_memory
 from qlora_nb.model import chunked_loss, device, fetch, probes
 from qlora_nb.record import files, interrupts, seal
 from qlora_nb.train import attach, callbacks, checkpoints, optimizers, retry
@@ -202,9 +202,11 @@ class QLoRATrainer(Trainer):
             return checkpoint
 
         with ExitStack() as stack:
+            stack.enter_context(_without_cache(self.model))
+            with out_of_memory.explained(self.settings, self.model):
+                probes.before_training(self.model, self.settings)
             self._choose_loss(stack)
             stack.push(self.measured.measuring)
-            stack.enter_context(_without_cache(self.model))
             stack.callback(self._let_go)
             if self.run.resumed:
                 print(f"going on after step {self._rewind(checkpoint)}")
@@ -219,19 +221,19 @@ class QLoRATrainer(Trainer):
 
     def _choose_loss(self, stack: ExitStack) -> None:
         """The loss in slices while `stack` is open; of all logits where the model does not bear
-        slices.
-
-        Raises:
-            KitError: the model does not do what these settings rely on, or memory runs out already.
+        slices, which is said.
         """
-        with out_of_memory.explained(self.settings, self.model):
-            chunk = probes.before_training(self.model, self.settings)
-        if chunk:
-            loss = stack.enter_context(chunked_loss.chunked_head(self.model, chunk))
-        elif self.settings.loss_chunk:
-            loss = chunked_loss.logits_cross_entropy
-        else:
+        chunk = self.settings.loss_chunk
+        if not chunk:
             loss = None  # the model's own
+        elif dry_run.head_is_last(self.model.config):
+            loss = stack.enter_context(chunked_loss.chunked_head(self.model, chunk))
+        else:
+            loss = chunked_loss.logits_cross_entropy
+            print(
+                "this model computes its loss from more than its head's logits: "
+                "all are kept at once, as with loss_chunk=0"
+            )
         self.options["compute_loss_func"] = loss
         self.compute_loss_func = loss
 
