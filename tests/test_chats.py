@@ -26,7 +26,7 @@ def tokenizer():
 
 
 def write(path: Path, rows: list) -> Path:
-    path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    path.write_text(json.dumps(rows), encoding="utf-8")
     return path
 
 
@@ -218,6 +218,8 @@ CALL = [{"id": "1", "type": "function", "function": {"name": "look", "arguments"
         ),
         ([{"role": "user", "content": 3}, *talk("assistant: A")["messages"]], "other than text"),
         (["Q", "A"], "the role 'none'"),
+        (talk("system: \ude00", "user: Q", "assistant: A")["messages"], "half a character"),
+        (talk("user: Q", "assistant: A\ud83d")["messages"], "half a character"),
         ("Q", "no turn by an assistant"),
         ([], "no turn by a user"),
         (None, "no turn by a user"),
@@ -444,7 +446,7 @@ def trained_texts(row: dict, tokenizer, train_on="all") -> list[str]:
     ids, trains = chat_templates.encode(text, spans, tokenizer)
     assert tokenizer(text, add_special_tokens=False)["input_ids"] == ids
     return [text for text, is_trained in data_report.pieces(
-        ids, [i if train else -100 for i, train in zip(ids, trains, strict=True)], tokenizer.decode
+        ids, trains, tokenizer.decode
     ) if is_trained]  # fmt: skip
 
 
