@@ -254,6 +254,20 @@ def test_turns_that_nobody_answers_are_counted(tmp_path, capsys):
     assert "2 turns behind a last answer are not used" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "Q", "output": "A", "history": [["only a question"]]},
+        {"instruction": "Q", "output": "A", "history": "said before"},
+        {"prompt": talk("user: Q")["messages"], "completion": 3},
+    ],
+)
+def test_a_shape_that_nobody_foresaw_is_refused_in_a_sentence(tmp_path, row):
+    path = write(tmp_path / "a.json", [row] * 3)
+    with pytest.raises(KitError, match=r"a\.json cannot be used: .*own_data"):
+        data.load(settings_for(path))
+
+
 def test_any_other_text_is_not_a_conversation(tmp_path):
     path = write(tmp_path / "a.json", [{"text": "Once upon a time."}] * 4)
     with pytest.raises(KitError, match=r"no column instruction and output.*text"):

@@ -71,13 +71,15 @@ def text_and_spans(
     text = _render(messages, tokenizer)
     if any(m["role"] == "user" and m["content"].strip() not in text for m in messages):
         raise ValueError("the chat template leaves out what the user says")
-    spans = _marked(messages, tokenizer) or _found(messages, text, tokenizer)
+    answers = [message for message in messages if message["role"] == "assistant"]
+    spans = _marked(messages, tokenizer)
+    if len(spans) != len(answers):
+        spans = _found(messages, text, tokenizer)
     spans = [_with_end(text, span, tokenizer) for span in spans]
     end = spans[-1][1]
     if not text[:end].endswith(_special_tokens(tokenizer)):
         text = text[:end] + tokenizer.eos_token  # else it would never learn to stop
         spans[-1] = spans[-1][0], len(text)
-    answers = [message for message in messages if message["role"] == "assistant"]
     chosen = [span for span, answer in zip(spans, answers, strict=True) if answer["trains"]]
     return text, chosen[-1:] if train_on == "last" else chosen
 
@@ -143,9 +145,7 @@ def _accepted(messages: list[dict], tokenizer) -> list[dict]:
 
 
 def _marked(messages: list[dict], tokenizer) -> Spans:
-    """Where the answers are by the template's own marks; empty if it has none, or not one for each
-    answer.
-    """
+    """Where the answers are by the template's own marks; empty if it has none."""
     if not re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()):
         return []
     encoded = tokenizer.apply_chat_template(
@@ -160,8 +160,7 @@ def _marked(messages: list[dict], tokenizer) -> Spans:
         offsets = [offset for _, offset in group]
         if is_answer:
             spans.append((offsets[0][0], offsets[-1][1]))
-    n_answers = sum(message["role"] == "assistant" for message in messages)
-    return spans if len(spans) == n_answers else []
+    return spans
 
 
 def _found(messages: list[dict], text: str, tokenizer) -> Spans:

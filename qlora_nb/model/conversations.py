@@ -66,14 +66,12 @@ def of_table(table, asking: bool) -> Iterator[dict[str, object]] | None:
     if columns.issuperset(_TREE):
         return _of_trees(table, asking)
     turns_of = _turns_of(table)
-    if turns_of is None:
-        return None
+    return _of_rows(table, turns_of, asking) if turns_of else None
+
+
+def _of_rows(table, turns_of: Callable, asking: bool) -> Iterator[dict[str, object]]:
     needed = [name for name in table.columns if name in READ]
-    return _of_rows(table.rows(needed), turns_of, asking)
-
-
-def _of_rows(rows, turns_of: Callable, asking: bool) -> Iterator[dict[str, object]]:
-    for number, row in enumerate(rows):
+    for number, row in enumerate(table.rows(needed)):
         turns = [turn if isinstance(turn, dict) else {} for turn in turns_of(row)]
         for name in SYSTEM:
             system = row.get(name)

@@ -7,11 +7,11 @@ many, which ones and why is kept, as `data_report` shows it and refusals name it
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import datasets
 
-from qlora_nb.errors import KitError
+from qlora_nb.errors import KitError, refusing
 from qlora_nb.model import conversations, tables
 
 COLUMNS = ("instruction", "input", "output")
@@ -45,9 +45,9 @@ class Rows:
 
     kept: datasets.Dataset
     n_read: int
-    left_out: dict[str, list[int]] = field(default_factory=dict)
-    unused: list[str] = field(default_factory=list)
-    n_unused_turns: int = 0
+    left_out: dict[str, list[int]]
+    unused: list[str]
+    n_unused_turns: int
 
     def remarks(self) -> list[str]:
         """A sentence for each reason for which rows are left out, and for what is not used."""
@@ -96,13 +96,14 @@ def read(name: str, columns: dict[str, str], asking: bool = False, as_chat: bool
         KitError: the data cannot be read, lacks a column, or holds something other than text.
     """
     table = _own_names(tables.read_table(name), columns)
-    talks = conversations.of_table(table, asking)
-    if talks is not None:
-        return _sorted_out(list(talks), unused=[])
-    rows = list(_as_texts(table, name, asking))
-    if as_chat:
-        rows = [{**row, **conversations.of_instruction(row, asking)} for row in rows]
-    return _sorted_out(rows, sorted(set(table.columns) - set(COLUMNS)))
+    with refusing(f"the rows of {name} cannot be used", None, "docs/own_data.md shows what can"):
+        talks = conversations.of_table(table, asking)
+        if talks is not None:
+            return _sorted_out(list(talks), unused=[])
+        rows = list(_as_texts(table, asking))
+        if as_chat:
+            rows = [{**row, **conversations.of_instruction(row, asking)} for row in rows]
+        return _sorted_out(rows, sorted(set(table.columns) - set(COLUMNS)))
 
 
 def _sorted_out(found: list[dict], unused: list[str]) -> Rows:
@@ -153,7 +154,7 @@ def _own_names(table: tables.Table, columns: dict[str, str]) -> tables.Table:
     return tables.Table(list(names), table.n_rows, rows)
 
 
-def _as_texts(table: tables.Table, name: str, asking: bool) -> Iterator[dict[str, object]]:
+def _as_texts(table: tables.Table, asking: bool) -> Iterator[dict[str, object]]:
     """The three columns of every row, `left_out` (why it cannot be used, or nothing) and `number`.
     Whatever is not there is empty text, and so is an answer that is not needed.
 
@@ -181,7 +182,7 @@ def _as_texts(table: tables.Table, name: str, asking: bool) -> Iterator[dict[str
                     f"column {column} is not text in row {number}",
                     value=text,
                     allowed="text",
-                    remedy=f"look at {name}",
+                    remedy="write it as text",
                 )
             if column in needed and not text.strip():
                 found["left_out"] = f"no {column}"

@@ -145,10 +145,11 @@ def _format_of(path: Path) -> str | None:
 def _read_files(files: list[Path]) -> Table:
     """One table of files that have the same format."""
     kind = _format_of(files[0])
+    path = files[0] if len(files) == 1 else files[0].parent
     if kind == "Parquet":
-        return _of_arrow(files, files[0].parent if files[1:] else files[0])
+        return _of_arrow(files, path)
     if kind == "Arrow":
-        return _of_arrow([_arrow_table(file) for file in files], files[0].parent)
+        return _of_arrow([_arrow_table(file) for file in files], path)
     rows = []
     for file in files:
         with _reading(file):
