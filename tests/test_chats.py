@@ -26,7 +26,7 @@ def tokenizer():
 
 
 def write(path: Path, rows: list) -> Path:
-    path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    path.write_text(json.dumps(rows), encoding="utf-8")
     return path
 
 
@@ -218,6 +218,8 @@ CALL = [{"id": "1", "type": "function", "function": {"name": "look", "arguments"
         ),
         ([{"role": "user", "content": 3}, *talk("assistant: A")["messages"]], "other than text"),
         (["Q", "A"], "the role 'none'"),
+        (talk("system: \ude00", "user: Q", "assistant: A")["messages"], "half a character"),
+        (talk("user: Q", "assistant: A\ud83d")["messages"], "half a character"),
         ("Q", "no turn by an assistant"),
         ([], "no turn by a user"),
         (None, "no turn by a user"),
@@ -250,6 +252,20 @@ def test_turns_that_nobody_answers_are_counted(tmp_path, capsys):
     rows = [talk("user: Q1?", "assistant: A1.", "user: Bye.", "user: Bye!"), *WHOLE]
     data.load(settings_for(write(tmp_path / "a.json", rows)))
     assert "2 turns behind a last answer are not used" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "Q", "output": "A", "history": [["only a question"]]},
+        {"instruction": "Q", "output": "A", "history": "said before"},
+        {"prompt": talk("user: Q")["messages"], "completion": 3},
+    ],
+)
+def test_a_shape_that_nobody_foresaw_is_refused_in_a_sentence(tmp_path, row):
+    path = write(tmp_path / "a.json", [row] * 3)
+    with pytest.raises(KitError, match=r"a\.json cannot be used: .*own_data"):
+        data.load(settings_for(path))
 
 
 def test_any_other_text_is_not_a_conversation(tmp_path):
@@ -444,7 +460,7 @@ def trained_texts(row: dict, tokenizer, train_on="all") -> list[str]:
     ids, trains = chat_templates.encode(text, spans, tokenizer)
     assert tokenizer(text, add_special_tokens=False)["input_ids"] == ids
     return [text for text, is_trained in data_report.pieces(
-        ids, [i if train else -100 for i, train in zip(ids, trains, strict=True)], tokenizer.decode
+        ids, trains, tokenizer.decode
     ) if is_trained]  # fmt: skip
 
 

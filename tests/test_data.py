@@ -143,6 +143,16 @@ def test_rows_without_an_answer_are_named_and_left_out(tmp_path, capsys):
     assert "1 of 9 rows are left out (no output): rows 8" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("column", ["instruction", "input", "output"])
+@pytest.mark.parametrize("template", ["alpaca", "chat"])
+def test_half_a_character_is_left_out(tmp_path, capsys, column, template):
+    path = write(tmp_path / "a.json", [*ROWS, {**ROWS[0], column: "so \ud83d"}, ROWS[1]])
+    train, test = data.load(settings_for(path, prompt_template=template))
+    assert len(train) + len(test) == len(ROWS) + 1
+    said = "1 of 10 rows are left out (half a character, a surrogate alone): rows 8"
+    assert said in capsys.readouterr().out
+
+
 @pytest.mark.fault(26)
 @pytest.mark.parametrize(
     ("rows", "message"),

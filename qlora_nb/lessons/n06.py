@@ -25,12 +25,6 @@ from qlora_nb.model.chunked_loss import IGNORED
 from qlora_nb.ui import style
 from qlora_nb.ui.written import Written
 
-STYLES = {
-    True: f"background:{style.GREEN}33;border-bottom:2px solid {style.GREEN};white-space:pre-wrap",
-    False: "opacity:.65;white-space:pre-wrap",
-}
-"""CSS of a token: does it train?"""
-
 
 def label_mask(ids: list[int], trains: list[bool], decode: Callable[[list[int]], str]) -> str:
     """A row as HTML, the tokens that train both coloured and underlined; text is escaped.
@@ -38,21 +32,17 @@ def label_mask(ids: list[int], trains: list[bool], decode: Callable[[list[int]],
     A tokenizer of bytes, as Pythia's, cuts a rare character into several tokens. Alone none of them
     has a text (`decode` gives "\ufffd"): they are shown as the one character that they are.
     """
-    cells = []
+    row = []
     group = []
     for place, (token, train) in enumerate(zip(ids, trains, strict=True)):
         group.append(token)
         text = decode(group)
         if text.endswith("\ufffd") and trains[place + 1 : place + 2] == [train]:
             continue
-        text = html.escape(text).replace("\n", "⏎<br>")
-        cells.append(f"<span style='{STYLES[train]}'>{text}</span>")
+        row.append((text, train))
         group = []
-    return (
-        "<div style='font-family:monospace;line-height:1.7;max-width:60em'>"
-        f"{''.join(cells)}</div>"
-        f"<p>underlined and green: the {sum(trains)} tokens that train, of {len(ids)}</p>"
-    )
+    count = f"the {sum(trains)} tokens that train, of {len(ids)}"
+    return f"{data_report.shown(row)}<p>underlined and green: {count}</p>"
 
 
 A_CHAT = [
@@ -70,8 +60,7 @@ def a_chat(tokenizer) -> HTML:
     messages = conversations.conversation(A_CHAT, asking=False)["messages"]
     text, spans = chat_templates.text_and_spans(messages, tokenizer, "all")
     ids, trains = chat_templates.encode(text, spans, tokenizer)
-    labels = [token if train else IGNORED for token, train in zip(ids, trains, strict=True)]
-    row = data_report.shown(data_report.pieces(ids, labels, tokenizer.decode))
+    row = data_report.shown(data_report.pieces(ids, trains, tokenizer.decode))
     summary = "<summary>How a conversation would read: every answer trains</summary>"
     return HTML(f"<details>{summary}{row}</details>")
 

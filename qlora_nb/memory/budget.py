@@ -215,11 +215,8 @@ def largest_pythia(
     """
     for size in reversed(PYTHIA):
         config = configs.pythia_config(size)
-        chosen = settings
-        taken = []
         fit = make_fit(settings, card_bytes, config) if with_options else None
-        if fit:
-            chosen, taken = fit
+        chosen, taken = fit or (settings, [])
         found = peak(plan_of(chosen, train, config, on_gpu=True))
         if found.total_bytes <= card_bytes:
             return size, found, taken

@@ -12,6 +12,7 @@ thoughts out), the words of the answer are looked for.
 """
 
 import re
+from contextlib import suppress
 from itertools import groupby
 
 from transformers import PreTrainedTokenizerBase
@@ -70,13 +71,15 @@ def text_and_spans(
     text = _render(messages, tokenizer)
     if any(m["role"] == "user" and m["content"].strip() not in text for m in messages):
         raise ValueError("the chat template leaves out what the user says")
-    spans = _marked(messages, tokenizer) or _found(messages, text, tokenizer)
+    answers = [message for message in messages if message["role"] == "assistant"]
+    spans = _marked(messages, tokenizer)
+    if len(spans) != len(answers):
+        spans = _found(messages, text, tokenizer)
     spans = [_with_end(text, span, tokenizer) for span in spans]
     end = spans[-1][1]
-    if not text[:end].endswith(tuple(_special_tokens(tokenizer))):
+    if not text[:end].endswith(_special_tokens(tokenizer)):
         text = text[:end] + tokenizer.eos_token  # else it would never learn to stop
         spans[-1] = spans[-1][0], len(text)
-    answers = [message for message in messages if message["role"] == "assistant"]
     chosen = [span for span, answer in zip(spans, answers, strict=True) if answer["trains"]]
     return text, chosen[-1:] if train_on == "last" else chosen
 
@@ -99,14 +102,18 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
         text, spans = text_and_spans(exchange["messages"], tokenizer, "all")
     except ValueError:
         return None
-    ids, trains = encode(text, spans, tokenizer)
-    last = [i for i, train in zip(ids, trains, strict=True) if train][-1]
-    return last if tokenizer.decode([last]) in _special_tokens(tokenizer) else None
+    start, end = spans[-1]
+    for token in _special_tokens(tokenizer):
+        if text[start:end].endswith(token):
+            return tokenizer.convert_tokens_to_ids(token)
+    return None
 
 
-def _special_tokens(tokenizer) -> list[str]:
+def _special_tokens(tokenizer) -> tuple[str, ...]:
+    """The longest first, as one can be the end of another."""
     added = tokenizer.added_tokens_decoder.values()
-    return [str(token) for token in added if token.special]
+    special = [str(token) for token in added if token.special]
+    return tuple(sorted(special, key=len, reverse=True))
 
 
 def _render(messages: list[dict], tokenizer, asking: bool = False) -> str:
@@ -126,26 +133,19 @@ def _accepted(messages: list[dict], tokenizer) -> list[dict]:
     """The messages as the template takes them. One that knows no system prompt, or says nothing of
     it, is given its text at the beginning of the next question.
     """
-    systems = [message["content"] for message in messages if message["role"] == "system"]
-    if systems:
-        try:
-            text = _render(messages, tokenizer)
-            lost = [system for system in systems if system.strip() not in text]
-        except ValueError:
-            lost = systems
-        if lost:
-            asked = []
-            for message in messages:
-                who = "user" if message["role"] == "system" else message["role"]
-                asked.append({**message, "role": who})
-            return conversations.taking_turns(asked)
-    return messages
+    with suppress(ValueError):
+        text = _render(messages, tokenizer)
+        if all(m["content"].strip() in text for m in messages if m["role"] == "system"):
+            return messages
+    asked = []
+    for message in messages:
+        who = "user" if message["role"] == "system" else message["role"]
+        asked.append({**message, "role": who})
+    return conversations.taking_turns(asked)
 
 
 def _marked(messages: list[dict], tokenizer) -> Spans:
-    """Where the answers are by the template's own marks; empty if it has none, or not one for each
-    answer.
-    """
+    """Where the answers are by the template's own marks; empty if it has none."""
     if not re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()):
         return []
     encoded = tokenizer.apply_chat_template(
@@ -160,8 +160,7 @@ def _marked(messages: list[dict], tokenizer) -> Spans:
         offsets = [offset for _, offset in group]
         if is_answer:
             spans.append((offsets[0][0], offsets[-1][1]))
-    n_answers = sum(message["role"] == "assistant" for message in messages)
-    return spans if len(spans) == n_answers else []
+    return spans
 
 
 def _found(messages: list[dict], text: str, tokenizer) -> Spans:
@@ -197,10 +196,10 @@ def _with_end(text: str, span: tuple[int, int], tokenizer) -> tuple[int, int]:
     """A stretch with the special token that ends it, and without the blanks behind that."""
     start, end = span
     said = text[start:end].rstrip()
-    if said.endswith(tuple(_special_tokens(tokenizer))):
+    if said.endswith(_special_tokens(tokenizer)):
         return start, start + len(said)
     behind = text[end:].lstrip()
-    for token in sorted(_special_tokens(tokenizer), key=len, reverse=True):
+    for token in _special_tokens(tokenizer):
         if behind.startswith(token):
             return start, len(text) - len(behind) + len(token)
     return span

@@ -17,11 +17,11 @@ conversation that cannot be used says why.
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-
-import pandas
+from itertools import islice
 
 ROLES = {
     "system": ("system", "developer", "systemprompt", "系统"),
@@ -66,15 +66,13 @@ def of_table(table, asking: bool) -> Iterator[dict[str, object]] | None:
     if columns.issuperset(_TREE):
         return _of_trees(table, asking)
     turns_of = _turns_of(table)
-    if turns_of is None:
-        return None
+    return _of_rows(table, turns_of, asking) if turns_of else None
+
+
+def _of_rows(table, turns_of: Callable, asking: bool) -> Iterator[dict[str, object]]:
     needed = [name for name in table.columns if name in READ]
-    return _of_rows(table.rows(needed), turns_of, asking)
-
-
-def _of_rows(rows, turns_of: Callable, asking: bool) -> Iterator[dict[str, object]]:
-    for number, row in enumerate(rows):
-        turns = turns_of(row)
+    for number, row in enumerate(table.rows(needed)):
+        turns = [turn if isinstance(turn, dict) else {} for turn in turns_of(row)]
         for name in SYSTEM:
             system = row.get(name)
             if isinstance(system, str) and not any(_who(turn) == "system" for turn in turns):
@@ -88,7 +86,7 @@ def _turns_of(table) -> Callable[[dict], list] | None:
     if "instruction" in columns:
         beside = [name for name in ("history", *SYSTEM) if name in columns]
         if any(any(row.values()) for row in table.rows(beside)):
-            return _turns_of_instruction
+            return instruction_turns
         return None
     for name in COLUMNS:
         if name in columns:
@@ -126,17 +124,9 @@ def _answer(completion: object) -> list:
     return completion or []
 
 
-def _turns_of_instruction(row: dict[str, object]) -> list[dict[str, object]]:
-    """An instruction row with what was said before it: pairs of question and answer."""
-    turns = []
-    for question, answer in row.get("history") or []:
-        turns.append({"role": "user", "content": question})
-        turns.append({"role": "assistant", "content": answer})
-    return turns + instruction_turns(row)
-
-
 def instruction_turns(row: dict[str, object]) -> list[dict[str, object]]:
-    """The exchange of an instruction row: instruction and input are one question.
+    """The turns of an instruction row: pairs of question and answer that were said before it, and
+    its own exchange, in which instruction and input are one question.
 
     >>> instruction_turns({"instruction": "Add.", "input": "2 3", "output": "5"})[0]["content"]
     'Add.\\n\\n2 3'
@@ -144,8 +134,10 @@ def instruction_turns(row: dict[str, object]) -> list[dict[str, object]]:
     question = row.get("instruction")
     if row.get("input"):
         question = f"{question}\n\n{row['input']}"
-    turns = [{"role": "user", "content": question}]
-    turns.append({"role": "assistant", "content": row.get("output")})
+    turns = []
+    for asked, answer in [*(row.get("history") or []), (question, row.get("output"))]:
+        turns.append({"role": "user", "content": asked})
+        turns.append({"role": "assistant", "content": answer})
     return turns
 
 
@@ -155,20 +147,20 @@ def of_instruction(row: dict[str, object], asking: bool = False) -> dict[str, ob
 
 
 def _are_guanaco(table) -> bool:
-    texts = [row["text"] for _, row in zip(range(100), table.rows(["text"]), strict=False)]
-    there = [text for text in texts if isinstance(text, str) and text.strip()]
-    return bool(there) and all(_MARK.match(text.strip()) for text in there)
+    texts = [str(row["text"] or "").strip() for row in islice(table.rows(["text"]), 100)]
+    return any(texts) and all(_MARK.match(text) for text in texts if text)
 
 
 def _turns_of_text(text: str | None) -> list[dict[str, str]]:
-    start, *parts = _MARK.split(text or "")
-    turns = [{"role": "system", "content": start.strip()}]
+    """What stands before the first mark is the system's."""
+    _, *parts = _MARK.split(f"### System:{text or ''}")
+    turns = []
     for role, said in zip(parts[::2], parts[1::2], strict=True):
         turns.append({"role": role, "content": said.strip()})
     return turns
 
 
-def conversation(turns: list, asking: bool) -> dict[str, object]:
+def conversation(turns: list[dict], asking: bool) -> dict[str, object]:
     """Turns as they are written → one conversation.
 
     Returns:
@@ -182,7 +174,9 @@ def conversation(turns: list, asking: bool) -> dict[str, object]:
     >>> [message["role"] for message in found["messages"]], found["n_unused"]
     (['user', 'assistant'], 1)
     """
-    n_used = _n_used(turns, asking)
+    last = "user" if asking else "assistant"
+    places = [place for place, turn in enumerate(turns, start=1) if _who(turn) == last]
+    n_used = max(places, default=len(turns))
     messages = []
     problem = ""
     for turn in turns[:n_used]:
@@ -209,15 +203,6 @@ def conversation(turns: list, asking: bool) -> dict[str, object]:
     }
 
 
-def _n_used(turns: list, asking: bool) -> int:
-    """How many turns are used: up to the last answer, or up to the last question if the
-    conversation is to be asked.
-    """
-    last = "user" if asking else "assistant"
-    places = [place for place, turn in enumerate(turns) if _who(turn) == last]
-    return places[-1] + 1 if places else len(turns)
-
-
 def taking_turns(messages: list[dict]) -> list[dict]:
     """Messages in which nobody speaks twice in a row: what was said together is joined by a blank
     line, and trains if all of it may. An answer that follows no question does not train.
@@ -236,25 +221,24 @@ def taking_turns(messages: list[dict]) -> list[dict]:
     return joined
 
 
-def _message(turn: object) -> tuple[dict[str, object], str]:
+def _message(turn: dict) -> tuple[dict[str, object], str]:
     """A turn as a message, and why it cannot be used, or nothing."""
     who = _who(turn)
     text, problem = _text(turn)
-    fields = turn if isinstance(turn, dict) else {}
     if not who:
-        word = str(_first_of(fields, _WHO)).strip().lower()
+        word = str(_first_of(turn, _WHO)).strip().lower()
         problem = f"the role {word[:40]!r} is neither system, user nor assistant"
-    elif fields.get("deleted"):
+    elif turn.get("deleted"):
         problem = "a turn is deleted"
-    elif fields.get("tool_calls") or fields.get("function_call"):
+    elif turn.get("tool_calls") or turn.get("function_call"):
         problem = "an assistant's turn calls a tool"
-    trains = who == "assistant" and fields.get("weight") != 0 and fields.get("train") is not False
+    trains = who == "assistant" and turn.get("weight") != 0 and turn.get("train") is not False
     return {"role": who, "content": text, "trains": trains}, problem
 
 
-def _who(turn: object) -> str:
+def _who(turn: dict) -> str:
     """system, user or assistant; nothing if the role is another one."""
-    word = _first_of(turn, _WHO) if isinstance(turn, dict) else None
+    word = _first_of(turn, _WHO)
     if isinstance(word, dict):
         word = word.get("role")
     letters = re.sub(r"[\W\d_]", "", str(word).lower())
@@ -265,21 +249,17 @@ def _who(turn: object) -> str:
 
 
 def _first_of(fields: dict, names: tuple[str, ...]) -> object:
-    for name in names:
-        if fields.get(name) is not None:
-            return fields[name]
-    return None
+    there = (fields[name] for name in names if fields.get(name) is not None)
+    return next(there, None)
 
 
-def _text(turn: object) -> tuple[str, str]:
+def _text(turn: dict) -> tuple[str, str]:
     """What a turn says, its parts joined as chat templates join them; and a problem if a part is
     not text.
     """
-    content = _first_of(turn, _WHAT) if isinstance(turn, dict) else None
-    if content is None:
-        return "", ""
+    content = _first_of(turn, _WHAT)
     text = ""
-    for part in content if isinstance(content, list) else [content]:
+    for part in content if isinstance(content, list) else [content or ""]:
         words = part.get("text") if isinstance(part, dict) else part
         if not isinstance(words, str):
             return "", "a turn holds something other than text"
@@ -289,33 +269,33 @@ def _text(turn: object) -> tuple[str, str]:
 
 def _of_trees(table, asking: bool) -> Iterator[dict[str, object]]:
     """One conversation for each tree: its first message, and after it the best replies."""
-    names = [*_TREE, "rank", "deleted"]
-    messages = pandas.DataFrame(table.rows(names), columns=names, dtype=object)
-    messages = messages.where(messages.notna(), None)
-    has_parent = messages["parent_id"].map(bool)
-    is_reply = has_parent & messages["parent_id"].isin(messages["message_id"])
-    ranked = messages[is_reply].sort_values("rank", kind="stable")
-    replies = {name: group.to_dict("records") for name, group in ranked.groupby("parent_id")}
-    for number, root in messages[~is_reply].to_dict("index").items():
-        turns = [root] if asking else _best_turns(root, replies)
-        row = conversation(turns, asking)
-        row["number"] = number
-        if has_parent[number]:
+    messages = list(table.rows([*_TREE, "rank", "deleted"]))
+    replies = {message["message_id"]: [] for message in messages}
+    roots = []
+    for number, message in enumerate(messages):
+        if message["parent_id"] in replies:
+            replies[message["parent_id"]].append(message)
+        else:
+            roots.append((number, message))
+    for number, root in roots:
+        row = conversation([root] if asking else _best_turns(root, replies), asking)
+        if root["parent_id"]:
             row["left_out"] = "the message it replies to is not in the data"
-        yield row
+        yield {**row, "number": number}
 
 
 def _best_turns(root: dict[str, object], replies: dict[str, list[dict]]) -> list[dict[str, object]]:
     """The messages from the root along the best-ranked reply of another speaker to each."""
+
+    def rank(message: dict) -> float:
+        return math.inf if message["rank"] is None else message["rank"]
+
     turns = []
     message = root
-    while message is not None:
+    while message:
         turns.append(message)
-        ranked = replies.pop(message["message_id"], [])
-        speaker = _who(message)
-        message = None
-        for reply in ranked:
-            if not reply.get("deleted") and _who(reply) != speaker:
-                message = reply
-                break
+        spoke = _who(message)
+        others = replies.pop(message["message_id"], [])
+        others = [reply for reply in others if not reply["deleted"] and _who(reply) != spoke]
+        message = min(others, key=rank, default=None)
     return turns

@@ -88,13 +88,11 @@ def split(settings) -> Split:
     source = None
     as_chat = settings.prompt_template == "chat"
     if settings.dataset == "pocket":
-        rows = pocket.read("train")
-        asked = pocket.read("test")[: settings.eval_rows]
-        if as_chat:
-            rows = [row | conversations.of_instruction(row) for row in rows]
-            asked = [row | conversations.of_instruction(row) for row in asked]
-        train = datasets.Dataset.from_list(rows)
-        held_out = datasets.Dataset.from_list(asked)
+        halves = []
+        for rows in (pocket.read("train"), pocket.read("test")[: settings.eval_rows]):
+            chats = [row | conversations.of_instruction(row) for row in rows] if as_chat else rows
+            halves.append(datasets.Dataset.from_list(chats))
+        train, held_out = halves
     else:
         source = reading.read(settings.dataset, settings.columns, as_chat=as_chat)
         _require_enough(source, settings)
@@ -196,24 +194,19 @@ _TOO_LONG = "the prompt is longer than max_length"
 
 def remarks(encoded: datasets.Dataset) -> list[str]:
     """What happened to rows on their way to tokens, a sentence each."""
-    lines = []
     facts = encoded.select_columns(["left_out", "n_lost", "special", "number"]).to_pandas()
-    for reason, left_out in facts[facts["left_out"] != ""].groupby("left_out", sort=False)[
-        "number"
-    ]:
-        numbers = reading.first_few(list(left_out))
-        lines.append(f"{len(left_out)} of {len(facts)} rows left out ({reason}): rows {numbers}")
     used = facts[facts["left_out"] == ""]
+    others = facts.drop(used.index).groupby("left_out", sort=False)["number"]
+    lines = reading.why_left_out(others.agg(list).to_dict(), len(facts))
     n_cut = (used["n_lost"] > 0).sum()
     if n_cut:
+        lost = f"{used['n_lost'].sum()} tokens lost"
+        lines.append(f"{n_cut} of {len(facts)} rows cut to max_length, {lost}")
+    special = [token for token in used["special"] if token]
+    if special:
         lines.append(
-            f"{n_cut} of {len(facts)} rows cut to max_length, {used['n_lost'].sum()} tokens lost"
-        )
-    found = used[used["special"] != ""]["special"]
-    if len(found):
-        lines.append(
-            f"{len(found)} of {len(used)} rows write a special token in their text, "
-            f"as {found.iloc[0]!r}: it is read as that token"
+            f"{len(special)} of {len(used)} rows write a special token in their text, "
+            f"as {special[0]!r}: it is read as that token"
         )
     return lines
 

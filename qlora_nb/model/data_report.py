@@ -18,7 +18,7 @@ from qlora_nb.model import data
 from qlora_nb.model.chunked_loss import IGNORED
 from qlora_nb.settings import Settings
 
-TRAINS = "border-bottom:2px solid #009e73;background:#009e7333"
+TRAINS = "border-bottom:2px solid #009E73;background:#009E7333"
 """CSS of what trains, in the colour that stands for training in every figure."""
 
 
@@ -69,7 +69,7 @@ def check(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Report:
     usable = data.usable(encoded, settings)
     lengths = [len(ids) for ids in usable["input_ids"]]
     n_lost = [row["n_lost"] for row in encoded if not row["left_out"]]
-    n_trained = sum(label != IGNORED for labels in usable["labels"] for label in labels)
+    trains = [[label != IGNORED for label in labels] for labels in usable["labels"]]
     n_read = len(split.train) + len(split.held_out)
     n_left_out = len(encoded) - len(usable)
     if split.source:
@@ -87,24 +87,23 @@ def check(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Report:
         "rows with a special token in text": sum(token != "" for token in encoded["special"]),
         "tokens of the longest row": max(lengths),
         "tokens": sum(lengths),
-        "tokens that train": n_trained,
+        "tokens that train": sum(map(sum, trains)),
     }
-    row = usable[0]
-    first_row = pieces(row["input_ids"], row["labels"], tokenizer.decode)
+    first_row = pieces(usable[0]["input_ids"], trains[0], tokenizer.decode)
     remarks = split.remarks() + data.remarks(encoded)
     if "messages" in split.train.column_names:
         settings = settings.replace(prompt_template="chat")
     return Report(split, settings, usable, counts, remarks, first_row)
 
 
-def pieces(ids: list[int], labels: list[int], decode: Callable) -> list[tuple[str, bool]]:
+def pieces(ids: list[int], trains: list[bool], decode: Callable) -> list[tuple[str, bool]]:
     """A row's text, cut where training begins and ends, and whether each piece trains. Pieces and
     not tokens: a tokenizer of bytes, as Pythia's, cuts a rare character into several tokens, and
     none of them has a text of its own.
     """
     found = []
-    for trains, group in groupby(zip(ids, labels, strict=True), lambda pair: pair[1] != IGNORED):
-        found.append((decode([token for token, _ in group]), trains))
+    for train, group in groupby(zip(ids, trains, strict=True), lambda pair: pair[1]):
+        found.append((decode([token for token, _ in group]), train))
     return found
 
 

@@ -5,13 +5,13 @@ A row is an instruction, perhaps an input to it, and an output, or a conversatio
 many, which ones and why is kept, as `data_report` shows it and refusals name it.
 """
 
-import math
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import datasets
 
-from qlora_nb.errors import KitError
+from qlora_nb.errors import KitError, refusing
 from qlora_nb.model import conversations, tables
 
 COLUMNS = ("instruction", "input", "output")
@@ -23,6 +23,9 @@ MOST_REASONS = 8
 _TEXT = datasets.Value("string")
 
 _TEXTS = dict.fromkeys(COLUMNS, _TEXT)
+
+_HALF = re.compile("[\ud800-\udfff]")
+"""What JSON can write ("\\ud83d" without its other half) and no file in UTF-8 can hold."""
 
 _MESSAGE = {"role": _TEXT, "content": _TEXT, "trains": datasets.Value("bool")}
 
@@ -42,29 +45,39 @@ class Rows:
 
     kept: datasets.Dataset
     n_read: int
-    left_out: dict[str, list[int]] = field(default_factory=dict)
-    unused: list[str] = field(default_factory=list)
-    n_unused_turns: int = 0
+    left_out: dict[str, list[int]]
+    unused: list[str]
+    n_unused_turns: int
 
     def remarks(self) -> list[str]:
         """A sentence for each reason for which rows are left out, and for what is not used."""
-        lines = []
-        for reason, numbers in list(self.left_out.items())[:MOST_REASONS]:
-            n_rows = f"{len(numbers)} of {self.n_read} rows are left out"
-            lines.append(f"{n_rows} ({reason}): rows {first_few(numbers)}")
-        others = list(self.left_out.values())[MOST_REASONS:]
-        if others:
-            n_others = sum(map(len, others))
-            lines.append(f"{n_others} more rows are left out for {len(others)} other reasons")
+        lines = why_left_out(self.left_out, self.n_read)
         if self.n_unused_turns:
             lines.append(f"{self.n_unused_turns} turns behind a last answer are not used")
         if self.unused:
             names = [repr(column) for column in self.unused]
-            lines.append(f"columns that are not used: {first_few(names)}")
+            lines.append(f"columns that are not used: {_first_few(names)}")
         return lines
 
 
-def first_few(items: list) -> str:
+def why_left_out(left_out: dict[str, list[int]], n_rows: int) -> list[str]:
+    """A sentence for each reason: how many rows of all, and which ones.
+
+    >>> why_left_out({"no output": [3, 7]}, 50)
+    ['2 of 50 rows are left out (no output): rows 3, 7']
+    """
+    lines = []
+    for reason, numbers in list(left_out.items())[:MOST_REASONS]:
+        n_left_out = f"{len(numbers)} of {n_rows} rows are left out"
+        lines.append(f"{n_left_out} ({reason}): rows {_first_few(numbers)}")
+    others = list(left_out.values())[MOST_REASONS:]
+    if others:
+        n_others = sum(map(len, others))
+        lines.append(f"{n_others} more rows are left out for {len(others)} other reasons")
+    return lines
+
+
+def _first_few(items: list) -> str:
     """The first five, and a sign if there are more."""
     more = " …" if len(items) > 5 else ""
     return ", ".join(str(item) for item in items[:5]) + more
@@ -83,13 +96,14 @@ def read(name: str, columns: dict[str, str], asking: bool = False, as_chat: bool
         KitError: the data cannot be read, lacks a column, or holds something other than text.
     """
     table = _own_names(tables.read_table(name), columns)
-    talks = conversations.of_table(table, asking)
-    if talks is not None:
-        return _sorted_out(list(talks), unused=[])
-    rows = list(_as_texts(table, name, asking))
-    if as_chat:
-        rows = [{**row, **conversations.of_instruction(row, asking)} for row in rows]
-    return _sorted_out(rows, sorted(set(table.columns) - set(COLUMNS)))
+    with refusing(f"the rows of {name} cannot be used", None, "docs/own_data.md shows what can"):
+        talks = conversations.of_table(table, asking)
+        if talks is not None:
+            return _sorted_out(list(talks), unused=[])
+        rows = list(_as_texts(table, asking))
+        if as_chat:
+            rows = [{**row, **conversations.of_instruction(row, asking)} for row in rows]
+        return _sorted_out(rows, sorted(set(table.columns) - set(COLUMNS)))
 
 
 def _sorted_out(found: list[dict], unused: list[str]) -> Rows:
@@ -97,8 +111,13 @@ def _sorted_out(found: list[dict], unused: list[str]) -> Rows:
     left_out: dict[str, list[int]] = {}
     kept = []
     for row in found:
-        if row["left_out"]:
-            left_out.setdefault(row["left_out"], []).append(row["number"])
+        texts = [row[column] for column in COLUMNS]
+        texts += [message["content"] for message in row.get("messages", [])]
+        reason = row["left_out"]
+        if not reason and _HALF.search("".join(texts)):
+            reason = "half a character, a surrogate alone"
+        if reason:
+            left_out.setdefault(reason, []).append(row["number"])
         else:
             kept.append(row)
     features = {**_TEXTS, "number": datasets.Value("int64")}
@@ -110,27 +129,7 @@ def _sorted_out(found: list[dict], unused: list[str]) -> Rows:
     return Rows(dataset, len(found), left_out, unused, n_unused_turns)
 
 
-@dataclass
-class _Renamed:
-    """A table whose columns are called by other names.
-
-    Attributes:
-        names: name → the table's own name for the column.
-    """
-
-    table: tables.Table
-    names: dict[str, str]
-
-    @property
-    def columns(self) -> list[str]:
-        return list(self.names)
-
-    def rows(self, columns: list[str]) -> Iterator[dict[str, object]]:
-        for row in self.table.rows([self.names.get(name, name) for name in columns]):
-            yield {name: row[self.names.get(name, name)] for name in columns}
-
-
-def _own_names(table: tables.Table, columns: dict[str, str]) -> _Renamed:
+def _own_names(table: tables.Table, columns: dict[str, str]) -> tables.Table:
     """Call the data's own columns what the kit calls them; a column that had such a name before
     goes. A question in a column `prompt` and an answer in `completion` need no renaming.
     """
@@ -147,10 +146,15 @@ def _own_names(table: tables.Table, columns: dict[str, str]) -> _Renamed:
         names["instruction"] = names.pop("prompt")
         if "completion" in names:
             names["output"] = names.pop("completion")
-    return _Renamed(table, names)
+
+    def rows(asked: list[str]) -> Iterator[dict[str, object]]:
+        for row in table.read([names[name] for name in asked if name in names]):
+            yield {name: row.get(own) for name, own in names.items()}
+
+    return tables.Table(list(names), table.n_rows, rows)
 
 
-def _as_texts(table: _Renamed, name: str, asking: bool) -> Iterator[dict[str, object]]:
+def _as_texts(table: tables.Table, asking: bool) -> Iterator[dict[str, object]]:
     """The three columns of every row, `left_out` (why it cannot be used, or nothing) and `number`.
     Whatever is not there is empty text, and so is an answer that is not needed.
 
@@ -168,24 +172,19 @@ def _as_texts(table: _Renamed, name: str, asking: bool) -> Iterator[dict[str, ob
             remedy="name them, as columns=instruction=question,output=answer",
         )
     for number, row in enumerate(table.rows([*needed, "input"])):
-        yield _as_text(row, number, name, needed)
-
-
-def _as_text(row: dict, number: int, name: str, needed: list[str]) -> dict[str, object]:
-    """A row as text: a column, a null or the NaN that pandas writes becomes empty."""
-    found = {"left_out": "", "number": number}
-    for column in COLUMNS:
-        value = row.get(column)
-        if value is None or (isinstance(value, float) and math.isnan(value)):
-            value = ""
-        if not isinstance(value, str):
-            raise KitError(
-                f"column {column} is not text in row {number}",
-                value=value,
-                allowed="text",
-                remedy=f"look at {name}",
-            )
-        if column in needed and not value.strip():
-            found["left_out"] = f"no {column}"
-        found[column] = value
-    return found
+        found = {"left_out": "", "number": number}
+        for column in COLUMNS:
+            text = row.get(column)
+            if text is None:
+                text = ""
+            if not isinstance(text, str):
+                raise KitError(
+                    f"column {column} is not text in row {number}",
+                    value=text,
+                    allowed="text",
+                    remedy="write it as text",
+                )
+            if column in needed and not text.strip():
+                found["left_out"] = f"no {column}"
+            found[column] = text
+        yield found

@@ -2,8 +2,8 @@
 folder or a data set of the hub, all by one set of rules.
 
 - *JSON* is parsed by Python's `json`: a date stays text, an integer an integer, and a column that
-  nobody asks for can hold anything. One row a line, a list of rows, an object around such a
-  list, or one of the forms that pandas writes (records, columns, index, split, table).
+  nobody asks for can hold anything. One row after another, a list of rows, an object around
+  such a list, or one of the forms that pandas writes (records, columns, index, split, table).
 - *CSV* is parsed by Python's `csv`, and every field is text ("007", "NA", ""). The separator is the
   one of `,;\\t|` that makes the most of the first line.
 - *Parquet, Arrow and Feather* are read by pyarrow, the asked columns alone.
@@ -19,8 +19,8 @@ no line. No code of a data set is ever run: `datasets` has not done so since its
 import csv
 import glob
 import json
+import re
 import zipfile
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +105,7 @@ def _read_folder(folder: Path) -> Table:
         saved = datasets.load_from_disk(folder)
         if isinstance(saved, datasets.DatasetDict):
             saved = _train_of(saved)
-        return _of_arrow(saved.data.table, folder)
+        return _of_arrow([saved.data.table], folder)
     if glob.has_magic(str(folder)):
         raise ValueError("a folder with [, * or ? in its path cannot be searched: name the file")
     splits = datasets.load_dataset_builder(str(folder)).config.data_files
@@ -147,10 +147,9 @@ def _read_files(files: list[Path]) -> Table:
     kind = _format_of(files[0])
     path = files[0] if len(files) == 1 else files[0].parent
     if kind == "Parquet":
-        return _of_arrow([str(file) for file in files], path)
+        return _of_arrow(files, path)
     if kind == "Arrow":
-        tables = [_arrow_table(file) for file in files]
-        return _of_arrow(pyarrow.concat_tables(tables, promote_options="permissive"), path)
+        return _of_arrow([_arrow_table(file) for file in files], path)
     rows = []
     for file in files:
         with _reading(file):
@@ -159,23 +158,21 @@ def _read_files(files: list[Path]) -> Table:
     return Table(list(names), len(rows), lambda columns: rows)
 
 
-def _of_arrow(source, path: Path) -> Table:
-    """A table of Parquet files or of an Arrow table, whose columns are read when they are asked
-    for.
+def _of_arrow(parts: list, path: Path) -> Table:
+    """A table of Parquet files or of Arrow tables, whose columns are read when they are asked for.
+    A part may lack columns that others have, or have them of another type.
     """
-    fragments = pyarrow.dataset.dataset(source).get_fragments()
-    schemas = [fragment.physical_schema for fragment in fragments]
-    schema = pyarrow.unify_schemas(schemas, promote_options="permissive")
-    found = pyarrow.dataset.dataset(source, schema=schema)
-    names = found.schema.names
+    found = [pyarrow.dataset.dataset(part) for part in parts]
+    names = dict.fromkeys(name for part in found for name in part.schema.names)
 
     def rows(columns: list[str]) -> Iterator[dict[str, object]]:
         with _reading(path):
-            table = found.to_table([name for name in names if name in columns])
-            table.validate(full=True)  # a damaged file can hold texts that are none
-            yield from datasets.Dataset(table).to_list()
+            for part in found:
+                table = part.to_table([name for name in part.schema.names if name in columns])
+                table.validate(full=True)  # a damaged file can hold texts that are none
+                yield from datasets.Dataset(table).to_list()
 
-    return Table(names, found.count_rows(), rows)
+    return Table(list(names), sum(part.count_rows() for part in found), rows)
 
 
 def _arrow_table(path: Path) -> pyarrow.Table:
@@ -194,56 +191,55 @@ def _read_text(path: Path, kind: str | None) -> list[dict[str, object]]:
     with fsspec.filesystem("file").open(str(path), "rt", **how) as file:
         if kind == "CSV":
             return _csv_rows(file)
-        return _json_rows(file, is_row=kind == "JSON lines")
-
-
-def _json_rows(file: TextIO, is_row: bool) -> list[dict[str, object]]:
-    """The rows of a JSON file: one a line, if the first line is a value of its own.
-
-    Args:
-        is_row: an only line is a row, not an object around rows.
-    """
-    decode = json.JSONDecoder(object_pairs_hook=_named).decode
-    found = []
-    for number, line in enumerate(file, start=1):
-        try:
-            if line.strip():
-                found.append(decode(line))
-        except ValueError as error:
-            if found:
-                reason = str(error).replace(": line 1 column", " at character")
-                raise ValueError(f"line {number}: {reason}") from None
-            file.seek(0)
-            found = [decode(file.read())]
-            is_row = False
-            break
-    if len(found) == 1 and not is_row:
-        found = _unwrapped(found[0])
-    for i, row in enumerate(found):
+        rows = _json_values(file.read())
+    if len(rows) == 1 and isinstance(rows[0], list):
+        rows = rows[0]
+    elif len(rows) == 1 and isinstance(rows[0], dict) and kind == "JSON":
+        rows = _unwrapped(rows[0])
+    for i, row in enumerate(rows):
         if not isinstance(row, dict):
             raise ValueError(f"row {i} has no named columns: {row!r:.60}")
-    return found
+    return rows
 
 
-def _named(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise ValueError(f"the name {name!r} occurs more than once")
+def _json_values(text: str) -> list:
+    """The JSON values that follow each other in a text, be it one a line or one alone. NaN, which
+    pandas has for what is missing, is read as null.
+
+    >>> _json_values('{"a": 1}\\n{"a": 2}')
+    [{'a': 1}, {'a': 2}]
+    """
+    decoder = json.JSONDecoder(object_pairs_hook=_named, parse_constant=lambda name: None)
+    blanks = re.compile(r"\s*")
+    values = []
+    start = blanks.match(text).end()
+    while start < len(text):
+        try:
+            value, end = decoder.raw_decode(text, start)
+        except ValueError as error:
+            n_lines = text.count("\n", 0, start)
+            raise ValueError(f"line {n_lines + 1}: {error}") from None
+        values.append(value)
+        start = blanks.match(text, end).end()
+    return values
+
+
+def _named(pairs: Iterable[tuple[str, object]]) -> dict[str, object]:
+    row = {}
+    for name, value in pairs:
+        if name in row:
+            raise ValueError(f"the name {name!r} occurs more than once")
+        row[name] = value
     return row
 
 
-def _unwrapped(value: object) -> list:
-    """The rows in one JSON value: a list, an object around one or around several splits, a form
-    that pandas writes, or a row.
+def _unwrapped(value: dict[str, object]) -> list:
+    """The rows in an object around a list or around several splits, or in a form that pandas
+    writes; any other object is a row.
 
     >>> _unwrapped({"version": 1, "data": [{"a": 1}, {"a": 2}]})
     [{'a': 1}, {'a': 2}]
     """
-    if isinstance(value, list):
-        return value
-    if not isinstance(value, dict):
-        return [value]
     tables = {}
     for name, cell in value.items():
         if isinstance(cell, list) and cell and isinstance(cell[0], dict):
@@ -252,9 +248,7 @@ def _unwrapped(value: object) -> list:
                 return [value]  # one conversation
     if len(tables) == 1:
         return next(iter(tables.values()))
-    if tables:
-        return _train_of(tables)
-    return _rows_of_pandas(value)
+    return _train_of(tables) if tables else _rows_of_pandas(value)
 
 
 def _rows_of_pandas(value: dict[str, object]) -> list:
@@ -264,7 +258,7 @@ def _rows_of_pandas(value: dict[str, object]) -> list:
     [{'a': 1}, {'a': 2}]
     """
     if "columns" in value and "data" in value:
-        return [_named(list(zip(value["columns"], row, strict=True))) for row in value["data"]]
+        return [_named(zip(value["columns"], row, strict=True)) for row in value["data"]]
     cells = list(value.values())
     if all(isinstance(cell, dict) for cell in cells):
         if not all(label.isdigit() for cell in cells for label in cell):
@@ -294,7 +288,7 @@ def _csv_rows(file: TextIO) -> list[dict[str, str]]:
         for fields in lines:
             if not names and fields and not fields[0].startswith("sep="):
                 names = [name.strip() or f"column {i}" for i, name in enumerate(fields, start=1)]
-                _named([(name, name) for name in names])
+                _named(zip(names, names))
             elif fields and len(fields) == len(names):
                 rows.append(dict(zip(names, fields)))
             elif names and "".join(fields).strip():

@@ -34,7 +34,7 @@ class LiveTraining:
         self.text = W.Label("waiting for the first step")
         self.curve = W.HTML(layout=W.Layout(max_width="700px"))
         self.box = W.VBox([self.bar, self.text, self.curve])
-        self.losses: list[float] = []
+        self.losses: dict[int, float] = {}
         self.every = max(1, max_steps // 8)
         self.drawn = 0.0
         self.said = time.perf_counter()
@@ -49,17 +49,16 @@ class LiveTraining:
             f"learning rate {step['learning_rate']:.1e} · {step['tokens_per_s']:,.0f} tokens/s · "
             f"{step['memory_bytes'] / cards.GIB:.2f} GiB · {step['seconds_left']:.0f} s left"
         )
-        # steps before a resume were not seen, steps that are done again are drawn anew
-        self.losses = self.losses[: number - 1]
-        self.losses += [math.nan] * (number - 1 - len(self.losses))
-        self.losses.append(step["loss"])
+        self.losses[number] = step["loss"]
         self.bar.value = number
         self.text.value = line
         if last or number % self.every == 0 or now - self.said > 60:
             print(line)
             self.said = now
         if last or now - self.drawn > 2:
-            figure = charts.loss_curve(self.losses, max_steps=step["max_steps"])
+            # steps before a resume were not seen, steps that are done again are drawn anew
+            losses = [self.losses.get(n, math.nan) for n in range(1, number + 1)]
+            figure = charts.loss_curve(losses, max_steps=step["max_steps"])
             self.curve.value = widgets.picture(figure)
             self.drawn = time.perf_counter()
 
@@ -146,7 +145,7 @@ class SideBySide:
         self.tokenizer = tokenizer
         self.settings = settings
         self.stopping = threading.Event()
-        self.turns = {"base": [], "tuned": []}
+        self.forget()
         self.prompt = widgets.text_box("prompt", disabled=False, value=settings.prompts[0])
         controls = [
             widgets.float_slider("temperature", settings.temperature, 0, 2, 0.1),
