@@ -749,7 +749,7 @@ def test_a_run_whose_time_cannot_be_right_is_left_out_and_said(tmp_path, capsys,
         assert sequence._unfinished(settings, "latest", given)[0] == right
     said = capsys.readouterr().out
     assert re.search(
-        rf"wrong is left out: its \w+\.json says that it began at {started!s:.10}", said
+        rf"wrong is left out: its \w+\.json says that it began at {started!r:.10}", said
     )
 
 
