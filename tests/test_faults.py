@@ -718,7 +718,7 @@ def test_latest_is_the_newest_by_the_runs_own_time(tmp_path, times, case):
     "started",
     [
         (datetime.now(UTC) + timedelta(days=2)).isoformat(),
-        (datetime.now(UTC) + timedelta(minutes=5)).isoformat(),
+        (datetime.now(UTC) + timedelta(hours=1)).isoformat(),
         "9999-12-31T23:59:59+0000",
         "2026-03-01T08:00:00",
         "2026-03-01",
