@@ -77,6 +77,7 @@ MORE_MEMORY = "close other programs and kernels, raise a limit (ulimit -v), or u
 _OUT_OF_MEMORY = (
     "MemoryError",
     "[Errno 12]",
+    "Not enough memory",
     "ALLOC_FAILED",
     "out of memory",
     "allocate memory",
@@ -85,8 +86,8 @@ _OUT_OF_MEMORY = (
     "failed to map segment",
     "start new thread",
 )
-"""Words of Python (OutOfMemoryError of torch too), the system (ENOMEM), cuBLAS, the driver, torch,
-C++, the loader of libraries and Python's threads.
+"""Words of Python and torch's own error, the system (ENOMEM, Windows), cuBLAS, the driver, C++, the
+loader of libraries and Python's threads.
 """
 
 

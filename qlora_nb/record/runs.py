@@ -67,13 +67,15 @@ def new_folder(settings, name: str) -> Path:
 
 
 def new_record(folder: Path, parameters: dict[str, object]) -> dict[str, object]:
-    """What the record of a run says before anything has run: the time, the parameters, this
-    machine, the packages that numbers depend on.
+    """What the record of a run says before anything has run: the time, the process, the
+    parameters, this machine, the code and the packages that numbers depend on.
     """
     return {
         "schema_version": 1,
         "status": "running",
         "started": _now(),
+        "pid": os.getpid(),
+        "commit": commit(),
         "parameters": parameters,
         "hardware": asdict(machine.this_machine(folder)),
         "versions": {package: machine.installed(package) for package in PACKAGES},
@@ -93,8 +95,6 @@ class Run:
         self.folder = folder or new_folder(settings, notebook)
         self.manifest = new_record(self.folder, settings.model_dump())
         self.manifest["notebook"] = notebook
-        self.manifest["commit"] = commit()
-        self.manifest["pid"] = os.getpid()
         self.manifest["metrics"] = {}
         if not self.resumed:
             self.begin()
@@ -235,7 +235,7 @@ def newest(root: Path, is_meant: Callable[[Path, dict], bool], name: str = MANIF
         except ValueError:
             print(
                 f"{folder.name} is left out: its {name} says that it began at "
-                f"{record.get('started')}, which is later than now or no time with a zone"
+                f"{record.get('started')!r}, which is later than now or no time with a zone"
             )
     return max(dated)[-1] if dated else None
 
