@@ -311,7 +311,7 @@ def test_checkpoints(tmp_path, capsys):
                 shutil.rmtree(extra)
             continue
         hurt = next(wounds)
-        found = seal.newest_checkpoint(run.folder, say=lambda text: None)
+        found = seal.newest_checkpoint(run.folder)
         if hurt.name != seal.SEAL:
             assert found.name == "checkpoint-4", hurt.name
         elif found == folder:  # a wound of the seal that leaves the list of files whole

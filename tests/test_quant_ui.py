@@ -147,11 +147,20 @@ def test_weights_come_back_after_a_replacement_and_after_an_error(pocket):
     assert all(torch.equal(before[n], m.weight) for n, m in linear_layers(model).items())
 
 
-def test_recall_does_not_depend_on_batching_or_padding(pocket):
+def test_recall_does_not_depend_on_batching_or_padding(pocket, monkeypatch):
     _, model, tokenizer = pocket
-    prompts = [("Anna Vale lives in", "town"), ("Ben Vale works as a", "baker"), ("It was", "cold")]
-    together = quality.recall(model, tokenizer, prompts)[0]
-    alone = torch.cat([quality.recall(model, tokenizer, [p])[0] for p in prompts])
+    facts = [
+        {"prompt": "Anna Vale lives in", "answer": "town"},
+        {"prompt": "Ben Vale works as a", "answer": "baker"},
+        {"prompt": "It was", "answer": "cold"},
+    ]
+
+    def losses(asked):
+        monkeypatch.setattr(quality.pocket, "read", lambda name: asked)
+        return quality.recall(model, tokenizer)[0]
+
+    together = losses(facts)
+    alone = torch.cat([losses([fact]) for fact in facts])
     assert torch.allclose(together, alone, atol=1e-4)
 
 

@@ -135,23 +135,14 @@ def loading(model: PreTrainedModel, folder: Path) -> Iterator[None]:
 
 
 def _fitting(model: PreTrainedModel, folder: Path) -> AbstractContextManager:
+    own = _base_name(model.config.name_or_path)
+    made_for = _made_for(folder)
     what = "the adapter does not fit"
     remedy = "take another copy of the adapter"
-    other_base = _other_base(model, folder)
-    if other_base:
-        what += f": it was {other_base}"
+    if made_for != own:
+        what += f": it was made for {made_for}, the model here is {own}"
         remedy = f"load the base the adapter was trained on, or {remedy}"
     return refusing(what, folder.name, remedy)
-
-
-def _other_base(model: torch.nn.Module, folder: Path) -> str:
-    """For which base an adapter was trained, and which one is here; empty if they have one name."""
-    made_for = "another model"
-    with suppress(ValueError, AttributeError, OSError):
-        config = json.loads((folder / CONFIG).read_text())
-        made_for = _base_name(str(config.get("base_model_name_or_path")))
-    own = _base_name(model.config.name_or_path)
-    return "" if made_for == own else f"made for {made_for}, the model here is {own}"
 
 
 @torch.no_grad()
@@ -208,9 +199,12 @@ def checked(tuned: PeftModel, folder: Path) -> PeftModel:
                 "plain LoRA as PEFT's documentation says"
             )
     del base.kept_numbers, base.logits_before
-    other_base = _other_base(tuned, folder)
-    if other_base:
-        print(f"the adapter was {other_base}: if these are two models, its answers mean nothing")
+    own = _base_name(tuned.config.name_or_path)
+    if _made_for(folder) != own:
+        print(
+            f"the adapter was made for {_made_for(folder)}, the model here is {own}: "
+            "if these are two models, its answers mean nothing"
+        )
     return tuned
 
 
@@ -236,6 +230,14 @@ def _keep_switchable(tuned: PeftModel, own: dict[torch.nn.Parameter, torch.Tenso
 def _set_all(numbers: dict[torch.nn.Parameter, torch.Tensor]) -> None:
     for parameter, values in numbers.items():
         parameter.data = values
+
+
+def _made_for(folder: Path) -> str:
+    """The name of the base an adapter was trained on, as its configuration says."""
+    with suppress(ValueError, AttributeError, OSError):
+        config = json.loads((folder / CONFIG).read_text())
+        return _base_name(str(config.get("base_model_name_or_path")))
+    return "another model"
 
 
 def _require_whole_use(tuned: PeftModel, folder: Path) -> None:

@@ -257,17 +257,15 @@ def answer(
     return last
 
 
-def next_tokens(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, row: dict, settings, k: int = 5
-):
-    """The `k` most probable first tokens of base and tuned model, and how far the distributions are
-    apart.
+def next_tokens(model: PeftModel, tokenizer: PreTrainedTokenizerBase, row: dict, settings):
+    """The five most probable first tokens of base and tuned model, and how far the distributions
+    are apart.
 
     Returns:
         (base, tuned, divergence): two lists of (token text, probability) and KL(tuned ‖ base) in
         bits, over the whole vocabulary.
     """
-    [(_, base, tuned, divergence)] = next_tokens_along(model, tokenizer, row, settings, "", k)
+    [(_, base, tuned, divergence)] = next_tokens_along(model, tokenizer, row, settings, "", k=5)
     return base, tuned, divergence
 
 

@@ -49,26 +49,22 @@ def replaced_weights(model, change: Callable[[torch.Tensor], torch.Tensor]) -> I
 
 
 @torch.no_grad()
-def recall(
-    model, tokenizer, prompts: list[tuple[str, str]] | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ask each prompt and look at the first token of the answer.
+def recall(model, tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ask for each of the almanac's 720 facts and look at the first token of the answer.
 
     Args:
         model, tokenizer: any causal language model; only the pocket model knows the almanac.
-        prompts: (prompt, answer) pairs; the whole almanac (720 facts) if left out.
 
     Returns:
-        (n,) loss of the right first answer token for each prompt (nats), and (n,) True where it is
+        (n,) loss of the right first answer token for each fact (nats), and (n,) True where it is
         the model's first choice.
     """
-    if prompts is None:
-        prompts = [(row["prompt"], row["answer"]) for row in pocket.read("almanac")]
-    answers = [f" {answer}" for _, answer in prompts]
+    facts = pocket.read("almanac")
+    answers = [f" {fact['answer']}" for fact in facts]
     answer_ids = tokenizer(answers, add_special_tokens=False)["input_ids"]
     wanted = torch.tensor([ids[0] for ids in answer_ids])
     asked = tokenizer(
-        [question for question, _ in prompts],
+        [fact["prompt"] for fact in facts],
         add_special_tokens=False,
         padding=True,
         padding_side="right",

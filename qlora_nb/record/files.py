@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from uuid import uuid4
+from tempfile import TemporaryDirectory
 
 from filelock import FileLock, Timeout
 
@@ -78,13 +78,9 @@ def temporary_folder(parent: Path, prefix: str) -> Iterator[Path]:
     """A new folder for what is not whole yet; it goes at the end. If the process is killed, it
     stays until `clear_leftovers`.
     """
-    folder = parent / f"{prefix}{uuid4().hex}"
-    folder.mkdir()
-    try:
-        with sole_writer(folder):
-            yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    temporary = TemporaryDirectory(prefix=prefix, dir=parent, ignore_cleanup_errors=True)
+    with temporary as name, sole_writer(Path(name)):
+        yield Path(name)
 
 
 def clear_leftovers(parent: Path, prefix: str) -> None:

@@ -9,7 +9,6 @@ What ships with the kit has one seal too.
 
 import json
 import shutil
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -75,7 +74,7 @@ def require_whole(folder: Path, what: str = "adapter") -> None:
         raise KitError(f"the {what} is damaged: {reason}", value=folder.name, remedy=remedy)
 
 
-def newest_checkpoint(run_folder: Path, say: Callable[[str], None] = print) -> Path | None:
+def newest_checkpoint(run_folder: Path) -> Path | None:
     """The newest checkpoint of a run that verifies; the reason is said for each one that does not.
     None if there is none.
     """
@@ -83,7 +82,7 @@ def newest_checkpoint(run_folder: Path, say: Callable[[str], None] = print) -> P
         reason = damage(folder)
         if not reason:
             return folder
-        say(f"{folder.name} is left out: {reason}")
+        print(f"{folder.name} is left out: {reason}")
     return None
 
 

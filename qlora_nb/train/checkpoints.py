@@ -70,7 +70,7 @@ def start(settings, notebook: str) -> runs.Run:
         if settings.resume == "latest":
             print("there is no unfinished run to go on with: a new one starts")
         return runs.Run(settings, notebook)
-    checkpoint = seal.newest_checkpoint(folder, say=lambda text: None)
+    checkpoint = seal.newest_checkpoint(folder)
     if checkpoint:
         require_same(checkpoint, settings)
     print(f"going on with {folder.name} ({runs.status_of(folder)})")

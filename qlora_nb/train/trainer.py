@@ -139,12 +139,13 @@ class QLoRATrainer(Trainer):
             KitError: another process writes into the folder.
         """
         try:
-            with interrupts.stop_on_interrupt() as stop, ExitStack() as stack:
+            with interrupts.stop_on_interrupt() as stop, files.sole_writer(self.run.folder):
                 self.watch.stop = stop
-                stack.enter_context(files.sole_writer(self.run.folder))
-                # before the lock is given back: a SIGTERM ends this process right after
-                stack.callback(self._note_interrupt)
-                yield
+                try:
+                    yield
+                finally:  # before the lock is given back: a SIGTERM ends this process right after
+                    if stop.is_set():
+                        self.run.finish("interrupted")
         except BaseException as error:
             if self.watch.begun:
                 self.run.finish("failed", error=f"{type(error).__name__}: {error}"[:500])
@@ -153,10 +154,6 @@ class QLoRATrainer(Trainer):
             raise
         if not stop.is_set():
             self.run.finish("done")
-
-    def _note_interrupt(self) -> None:
-        if self.watch.stop.is_set():
-            self.run.finish("interrupted")
 
     def newest_checkpoint(self) -> Path | None:
         """The checkpoint to begin from, None where training begins at the first step.
