@@ -198,6 +198,7 @@ def checked(tuned: PeftModel, folder: Path) -> PeftModel:
                 "weights (raw OLoRA or PiSSA) or layers (layer_replication), so convert it to a "
                 "plain LoRA as PEFT's documentation says"
             )
+    tuned.requires_grad_(False)  # PEFT lets an adapter train that is switched on again
     del base.kept_numbers, base.logits_before
     own = _base_name(tuned.config.name_or_path)
     if _made_for(folder) != own:

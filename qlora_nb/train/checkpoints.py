@@ -91,12 +91,14 @@ def _stopped_here(folder: Path, settings) -> bool:
 
 
 def _differing(before: dict, now: dict) -> list[str]:
-    """What of a run's settings would train something else, with both values."""
-    return [
-        f"{name} was {before.get(name)}, is {value}"
-        for name, value in now.items()
-        if name not in MAY_DIFFER and before.get(name) != value
-    ]
+    """What of a run's settings would train something else, with both values. A parameter that the
+    version of the run did not have has decided nothing.
+    """
+    found = []
+    for name, value in now.items():
+        if name not in MAY_DIFFER and before.get(name, value) != value:
+            found.append(f"{name} was {before[name]}, is {value}")
+    return found
 
 
 def fingerprint(rows) -> str:
@@ -113,8 +115,9 @@ def require_same(checkpoint: Path, settings, rows_hash: str | None = None) -> No
         KitError: names every field that differs, with both values.
     """
     record = json.loads((checkpoint / seal.SEAL).read_text())
-    before = {**record.get("settings", {}), "training rows": record.get("rows")}
     now = settings.model_dump(mode="json")
+    recorded = record.get("settings") or dict.fromkeys(now)
+    before = {**recorded, "training rows": record.get("rows")}
     if rows_hash:
         now["training rows"] = rows_hash
     differing = _differing(before, now)
