@@ -165,7 +165,7 @@ def test_data_that_is_odd_works(tmp_path, name, content):
         ("dict.json", json.dumps({"data": 3}), "no column instruction and output"),
         ("deep.json", "[" * 100_000, "cannot be read"),
         ("cut.json", json.dumps(ROWS)[:100], "line 1"),
-        ("line.jsonl", LINES.replace('"Say 5."', '"Say 5.'), "line 6: .* at character"),
+        ("line.jsonl", LINES.replace('"Say 5."', '"Say 5.'), "line 6: Expecting"),
         ("null row.jsonl", LINES + "\nnull", "row 8 has no named columns"),
         (
             "number row.jsonl",
@@ -197,7 +197,7 @@ def test_data_that_is_odd_works(tmp_path, name, content):
         (
             "tree.json",
             json.dumps([{"message_id": ["a"], "parent_id": None, "role": "x", "text": ""}] * 4),
-            "0 usable rows",
+            "cannot be used",
         ),
     ],
 )
@@ -319,7 +319,7 @@ def with_nan(folder):
         (lambda f: (f / "config.json").write_bytes(b"{\xff}"), "cannot be loaded"),
         (config(hidden_size="x"), "cannot be loaded"),
         (config(num_attention_heads=7), "cannot be loaded"),
-        (config(hidden_act="nope"), "cannot be loaded"),
+        (config(hidden_act="nope"), "cannot build this model"),
         (config(num_hidden_layers=10), "of its weights are not in the files"),
         (config(model_type="gpt2"), "of its weights are not in the files"),
         (as_pickle, "safetensors"),
@@ -352,7 +352,7 @@ def test_a_broken_model_folder_is_refused_in_a_sentence(tmp_path, hurt, words):
     with pytest.raises(KitError, match=words) as refused:
         both()
     assert refused.value.remedy
-    assert refused.value.value == str(folder)
+    assert refused.value.value in (str(folder), "gpt_neox")
 
 
 def adapter_config(**changes):
@@ -974,7 +974,7 @@ def test_after_a_cell_that_failed_the_others_say_what_is_missing(tmp_path):
             assert re.match(rf"\w+Error: {name} is not there yet", kernel.run(others[i])), name
         assert "run the cell" in kernel.run(others[train])
         assert not runs_root.exists()
-        for i in (*range(load, train), attach):
+        for i in (*range(load - 1, train), attach):
             assert kernel.run(others[i]) == ""
         for name in ("in_order", "tokenizer", "model", "args"):
             kernel.run(f"kept, {name} = {name}, None")

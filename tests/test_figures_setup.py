@@ -434,7 +434,7 @@ def check_planner(box, size: str, card_gib: float | None, changes: dict[str, obj
     assert words[:3] == ["papermill", "notebooks/06_finetune_pythia_12b.ipynb", "out.ipynb"]
     given = {}
     for flag, name, value in zip(words[3::3], words[4::3], words[5::3], strict=True):
-        assert flag == "-p"
+        assert flag in ("-p", "-r")
         given[name] = value
     wanted = SMALL | {"model_id": f"EleutherAI/pythia-{size}"} | changes
     assert validate(given) == validate(wanted), "the line repeats the run"

@@ -38,7 +38,7 @@ def test_planner_redraws_at_every_end_and_prints_a_line_that_validates(profile, 
             said, line = planner.advice.value.split("\n")
             assert line.startswith("papermill notebooks/06_finetune_pythia_12b.ipynb ")
             words = line.split()
-            given = {words[i + 1]: words[i + 2] for i, w in enumerate(words) if w == "-p"}
+            given = {words[i + 1]: words[i + 2] for i, w in enumerate(words) if w in ("-p", "-r")}
             if name != "gpu_gib":
                 assert getattr(validate(given), name) == value
             assert said.startswith("Fine-tuning")
