@@ -1022,6 +1022,10 @@ TOGETHER = [
     {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"},
     {"PMI_SIZE": "4", "PMI_RANK": "0"},
     {"MV2_COMM_WORLD_SIZE": "2"},
+    {"PMIX_RANK": "1"},
+    {"LOCAL_RANK": "1"},
+    {"SLURM_NTASKS": "2", "SLURM_PROCID": "1"},
+    {"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_STEP_ID": "0"},
     {"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"},
 ]
 ALONE = [
@@ -1071,6 +1075,15 @@ def test_a_process_that_was_started_alone_runs(no_launcher, given):
     for name, value in given.items():
         no_launcher.setenv(name, value)
     preflight.refuse_what_cannot_run(resolve({"seed": 3}))
+
+
+def test_a_process_in_a_group_of_others_is_refused(no_launcher):
+    no_launcher.setattr(torch.distributed, "is_initialized", lambda: True)
+    no_launcher.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(KitError, match="a process group of 2"):
+        preflight.refuse_what_cannot_run(resolve({}))
+    no_launcher.setattr(torch.distributed, "get_world_size", lambda: 1)
+    preflight.refuse_what_cannot_run(resolve({}))
 
 
 @pytest.mark.fault(48)

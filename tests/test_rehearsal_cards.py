@@ -423,7 +423,7 @@ def test_rehearsal_memory_held_by_others_is_told(monkeypatch, train):
     cuda_of(monkeypatch, card)
     with pytest.raises(
         KitError,
-        match=r"24\.0 GiB, 5\.00 GiB of them to be had\.",
+        match=r"24\.0 GiB, 5\.00 GiB of them to be had, 19\.0 GiB of them are held by other programs",
     ) as refused:
         preflight.require_fit(validate({"profile": "full"}), machine.this_machine(), train)
     assert refused.value.remedy.startswith("close the other programs")

@@ -8,6 +8,7 @@ to be compared.
 """
 
 import os
+import sys
 from importlib.util import find_spec
 
 from qlora_nb import cards, machine, sources
@@ -87,9 +88,19 @@ SIZES = (
     "SLURM_STEP_NUM_TASKS",
 )
 """Where torchrun and accelerate, Open MPI, MPICH, MVAPICH, srun say how many processes they
-started. A job of Slurm may hold many tasks (SLURM_NTASKS) and run one process in its shell or batch
-script: what counts is the step that `srun` starts.
+started.
 """
+
+RANKS = (
+    "RANK",
+    "LOCAL_RANK",
+    "OMPI_COMM_WORLD_RANK",
+    "PMI_RANK",
+    "PMIX_RANK",
+    "MV2_COMM_WORLD_RANK",
+    "SLURM_PROCID",
+)
+"""Where they say which of them this one is, from 0."""
 
 
 def refuse_many_processes() -> None:
@@ -98,15 +109,31 @@ def refuse_many_processes() -> None:
 
     One that was started alone loses LOCAL_RANK, by which accelerate would set up a process group
     and wait for others.
+
+    A job of Slurm may hold many tasks (SLURM_NTASKS) and run one process in its shell or batch
+    script: what counts is the step that `srun` starts.
     """
-    for name in SIZES:
-        given = os.environ.get(name, "")
-        if given.isdecimal() and int(given) > 1:
-            raise KitError(
-                "this is one of several processes started together, and the kit runs in one alone",
-                value=f"{name}={given}",
-                remedy="start it once, without torchrun, accelerate launch, mpirun or srun -n",
-            )
+    sizes = list(SIZES)
+    if "SLURM_STEP_ID" in os.environ and "SLURM_STEP_NUM_TASKS" not in os.environ:
+        sizes.append("SLURM_NTASKS")
+    alone = dict.fromkeys(sizes, 1)
+    alone.update(dict.fromkeys(RANKS, 0))
+    signs = []
+    for name, value in alone.items():
+        given = os.environ.get(name, "").strip()
+        if given.isdecimal() and int(given) > value:
+            signs.append(f"{name}={given}")
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and distributed.is_available() and distributed.is_initialized():
+        n_processes = distributed.get_world_size()
+        if n_processes > 1:
+            signs.append(f"a process group of {n_processes}")
+    if signs:
+        raise KitError(
+            "this is one of several processes started together, and the kit runs in one alone",
+            value=", ".join(signs),
+            remedy="start it once, without torchrun, accelerate launch, mpirun or srun -n",
+        )
     os.environ.pop("LOCAL_RANK", None)
 
 
@@ -179,6 +206,8 @@ def require_fit(settings, here: machine.Machine, train: bool = True) -> None:
     )
     if limit < gpu.total_bytes:
         what += f", {limit / cards.GIB:.2f} GiB of them to be had"
-    if needed <= limit + gpu.others_bytes:
-        remedy = f"close the other programs on this GPU (nvidia-smi lists them); or {remedy}"
+    if gpu.others_bytes > budget.SLACK * gpu.total_bytes:
+        what += f", {gpu.others_bytes / cards.GIB:.1f} GiB of them are held by other programs"
+        if needed <= limit + gpu.others_bytes:
+            remedy = f"close the other programs on this GPU (nvidia-smi lists them); or {remedy}"
     raise KitError(what, remedy=remedy)

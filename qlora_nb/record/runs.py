@@ -11,6 +11,7 @@ began. A folder's name or date is no witness: folders are renamed, copied, unzip
 """
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -127,9 +128,10 @@ class Run:
         kept = []
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             # the last line of a killed run may be cut short
-            with suppress(ValueError, KeyError, TypeError):
+            with suppress(ValueError, KeyError, TypeError, AttributeError):
                 record = json.loads(line)
-                if record["step"] <= step:
+                loss = record.get("loss", record.get("held_out_loss"))
+                if record["step"] <= step and math.isfinite(loss):
                     kept.append(record)
         files.write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
         return kept
