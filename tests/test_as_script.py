@@ -48,6 +48,7 @@ def python(*words, cwd, timeout=60):
     )
 
 
+@pytest.mark.fault(55)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_notebook_becomes_a_script_that_takes_parameters(script, name, tmp_path):
     path = script(name)
@@ -59,6 +60,7 @@ def test_every_notebook_becomes_a_script_that_takes_parameters(script, name, tmp
         assert done.stdout.splitlines()[-1] == repr(changed)
 
 
+@pytest.mark.fault(55)
 @pytest.mark.fault(1)
 @pytest.mark.parametrize("script", [True], ids=["no prompt"], indirect=True)
 @pytest.mark.parametrize(
@@ -80,6 +82,7 @@ def test_a_scripts_refusal_is_one_sentence(script, replace, words, said, tmp_pat
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.fault(55)
 def test_own_variables_of_a_script_are_its_own(script, tmp_path):
     own = "DRIVE = '/x'\nfor i in range(2):\n    pass\n\n\nfrom typing import Optional\n"
     path = script("01_setup", ("from typing import Optional\n", own), only_resolve=True)

@@ -151,7 +151,7 @@ with files.temporary_folder(pathlib.Path(sys.argv[1]), sys.argv[2]) as folder:
 """
 
 
-@pytest.mark.fault(49)
+@pytest.mark.fault(51)
 def test_what_a_killed_copy_left_is_cleared_and_a_live_one_is_not(source, tmp_path, capsys):
     folder = tmp_path / "cache" / "quantized"
     (folder / ".small-0123456789ab.4711").mkdir(parents=True)  # as the first version named them

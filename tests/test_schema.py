@@ -384,6 +384,7 @@ OWN = {
 }
 
 
+@pytest.mark.fault(55)
 @pytest.mark.parametrize("above", [True, False])
 @pytest.mark.parametrize("own", OWN.values(), ids=OWN)
 def test_own_variables_are_not_refused_at_the_first_try_nor_at_the_second(own, above):
@@ -436,6 +437,7 @@ MISSPELT = {
 }
 
 
+@pytest.mark.fault(55)
 @pytest.mark.parametrize("cell", MISSPELT.values(), ids=MISSPELT)
 @pytest.mark.parametrize("injected", [False, True])
 def test_a_misspelt_parameter_is_refused_until_it_is_put_right(cell, injected):

@@ -386,7 +386,7 @@ def test_a_run_without_checkpoints_is_not_gone_on_with_by_a_trained_adapter(tmp_
     assert runs.status_of(folder) == "failed"
 
 
-@pytest.mark.fault(48)
+@pytest.mark.fault(56)
 def test_a_launcher_of_one_process_changes_nothing(tmp_path, monkeypatch):
     """As torchrun starts a process alone, with an address that nobody answers at: no process group
     is set up.
