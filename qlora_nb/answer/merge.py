@@ -10,6 +10,7 @@ in notebook 07. Merging itself, W + (alpha / r) B A, is PEFT's `merge_and_unload
 """
 
 import json
+import logging
 import re
 import warnings
 from pathlib import Path
@@ -96,6 +97,8 @@ def dequantized(settings) -> PreTrainedModel:
     weights the other way round, are put back, as the model could not be loaded again.
     """
     plain = settings.replace(head_4bit=False, embedding_on_cpu=False)
+    # transformers warns of the dtype, which the settings chose
+    logging.getLogger("transformers.integrations.bitsandbytes").setLevel(logging.ERROR)
     base = load.load_base(plain).dequantize()
     # transformers leaves that it is in 4 bit, and how files are unpacked, which cannot be
     # turned round to save
