@@ -4,9 +4,9 @@ and seconds.
     python benchmarks/random_weights.py 12b FOLDER
 
 The model is never whole in memory: its parameters are known by name and shape from torch's *meta*
-device, are drawn one block at a time and written as one file of safetensors each, so that pythia-12b
-(24 GB) takes less than 3 GiB of memory. Matrices are drawn as GPT-NeoX draws them (a normal
-distribution of standard deviation 0.02), norms are one, biases zero.
+device, are drawn one block at a time and written as one file of safetensors each, so that
+pythia-12b (24 GB) takes less than 3 GiB of memory. Matrices are drawn as GPT-NeoX draws them (a
+normal distribution of standard deviation 0.02), norms are one, biases zero.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def random_pythia(size: str, folder: Path) -> str:
         parts[_part_of(name)][name] = parameter.shape
     generator = torch.Generator().manual_seed(0)
     files = {}
-    for number, (part, shapes) in enumerate(tqdm(parts.items(), desc=size, unit="file"), start=1):
+    for number, shapes in enumerate(tqdm(parts.values(), desc=size, unit="file"), start=1):
         tensors = {name: _drawn(name, shape, generator) for name, shape in shapes.items()}
         file = f"model-{number:05}-of-{len(parts):05}.safetensors"
         save_file(tensors, target / file, metadata={"format": "pt"})
