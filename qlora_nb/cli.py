@@ -157,15 +157,15 @@ def plan(
     print(f"download and disk: {size}")
     host_gib = estimates.host_bytes(config) / 2**30
     print(f"host memory while loading onto a GPU: {host_gib:.1f} GiB (assumed)")
+    plan = plan_of(settings, True, config)
     if gpu_gib is None:
-        rate = estimates.operations_per_s()
-        where = "here: operations over this device's measured float32 rate"
+        seconds = estimates.step_seconds(plan)
+        where = "about {} h here: operations and unpacking by this device's measured rates"
     else:
-        rate = estimates.T4_OPERATIONS_PER_S
-        where = "on a T4: operations over a quarter (assumed) of its published rate"
-    operations = estimates.step_flops(plan_of(settings, True, config))
-    hours = settings.max_steps * operations / rate / 3600
-    print(f"time: {settings.max_steps} steps take at least {hours:.2g} h {where}")
+        seconds = estimates.step_flops(plan) / estimates.T4_OPERATIONS_PER_S
+        where = "at least {} h on a T4: operations over a quarter (assumed) of its published rate"
+    hours = f"{settings.max_steps * seconds / 3600:.2g}"
+    print(f"time: {settings.max_steps} steps take {where.format(hours)}")
     print(budget.advice(settings, gpu_gib))
     for option in budget.options(settings, config, on_gpu):
         print(f"  option: {option}")

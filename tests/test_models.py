@@ -441,7 +441,7 @@ def test_the_models_own_end_tokens_end_an_answer():
     tokenizer, model = AutoTokenizer.from_pretrained(MODEL_DIR), random_model("Llama")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|eot|>"]})
     own = tokenizer.convert_tokens_to_ids("<|eot|>")
-    model.generation_config.eos_token_id = [own, 700]  # 700 is a word here
+    model.generation_config.eos_token_id = [own, 700, {"a": 1}, [2], "x"]  # 700 is a word
     assert generation_defaults.end_tokens(model, tokenizer) == [tokenizer.eos_token_id, own]
 
 

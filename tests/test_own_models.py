@@ -341,6 +341,16 @@ def test_a_token_for_images_without_a_row_is_no_reason_to_refuse(model):
     assert (len(tokenizer), tokenizer.pad_token) == (1089, "<pad>")
 
 
+@pytest.mark.parametrize("longest", ["x", "", [512], {"tokens": 512}, "512"])
+def test_a_tokenizer_whose_configuration_fails_only_in_use_is_refused(model, longest):
+    """`model_max_length` is compared with a text's length, and nowhere before."""
+    path = model / "tokenizer_config.json"
+    config = json.loads(path.read_text()) | {"model_max_length": longest}
+    path.write_text(json.dumps(config))
+    with pytest.raises(KitError, match="the tokenizer cannot be loaded"):
+        load.load_tokenizer(families.settings_for(model))
+
+
 def test_a_tokenizer_with_far_fewer_tokens_than_rows_is_said(model, capsys):
     words(300, eos_token="w1").save_pretrained(model)
     load.load_tokenizer(families.settings_for(model))

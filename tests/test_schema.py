@@ -26,7 +26,8 @@ from papermill.parameterize import translate_parameters
 from qlora_nb import cards, machine, sources
 from qlora_nb.batch import sequence
 from qlora_nb.errors import KitError
-from qlora_nb.memory import preflight
+from qlora_nb.memory import budget, estimates, preflight
+from qlora_nb.memory.plan import plan_of
 from qlora_nb.settings import PROFILES, Settings, resolve, validate
 
 
@@ -502,6 +503,40 @@ def test_the_12b_is_refused_without_a_gpu_before_any_download(monkeypatch):
     ) as refused:
         preflight.refuse_what_cannot_run(validate({"profile": "full"}))
     assert "tiny" in refused.value.remedy
+
+
+SLOW = {"profile": "full", "allow_slow": True, "dataset": "pocket", "max_steps": 30}
+
+
+@pytest.mark.fault(11)
+def test_a_large_model_goes_on_without_a_gpu_where_that_is_asked_for(monkeypatch, capsys):
+    here(monkeypatch)
+    plan = plan_of(validate(SLOW), on_gpu=False)
+    unpacked = 3 * 11_324_620_800 * plan.accumulation  # forward, again, backward
+    monkeypatch.setattr(estimates, "operations_per_s", lambda dtype: 1e11)
+    monkeypatch.setattr(estimates, "unpacked_per_s", lambda dtype: 1e9)
+    seconds = estimates.step_flops(plan) / 1e11 + unpacked / 1e9
+    preflight.refuse_what_cannot_run(validate(SLOW))
+    said = capsys.readouterr().out
+    assert f"about {seconds / 60:.1f} minutes a step of 16 rows of 512 tokens" in said
+    assert f"{30 * seconds / 3600:.1f} hours for 30 steps" in said
+    [loading, training] = map(float, re.findall(r"([\d.]+) GiB for", said))
+    assert 9.35 < loading < 12  # measured at its true size: 9.35 GiB
+    assert training > budget.peak(plan).total_gib
+
+    here(monkeypatch, free_gib=loading - 1)
+    with pytest.raises(KitError, match="does not fit this machine's memory"):
+        preflight.refuse_what_cannot_run(validate(SLOW))
+    here(monkeypatch)
+    monkeypatch.setattr(sources, "hub_is_reachable", lambda: False)
+    with pytest.raises(KitError, match="cannot be reached"):
+        preflight.refuse_what_cannot_run(validate(SLOW))
+
+
+def test_a_model_that_a_cpu_bears_is_not_called_slow(monkeypatch, capsys):
+    here(monkeypatch)
+    preflight.refuse_what_cannot_run(validate({"allow_slow": True}))
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.fault(11)

@@ -1,11 +1,14 @@
-"""How long a step takes at least, and how much host memory loading takes.
+"""How long a step takes, and how much host memory loading takes.
 
-Both are arithmetic over a count: floating-point operations divided by a rate that was measured (or
-published), and twice the largest tensor. They are lower bounds and orders of magnitude, not
+Both are arithmetic over a count: floating-point operations and unpacked weights divided by rates
+that are measured (or published), and twice the largest tensor. They are orders of magnitude, not
 predictions to the second.
 """
 
+from collections.abc import Callable
+
 import torch
+from bitsandbytes import functional
 from torch.utils import benchmark
 
 from qlora_nb import cards
@@ -27,12 +30,30 @@ def step_flops(plan: Plan) -> float:
     checkpointing, forward again; the head takes part in two passes. Attention's own products and
     the unpacking of weights come on top: read it as a lower bound.
     """
+    n_linear, n_head = _n_weights(plan)
+    n_tokens = plan.batch * plan.length * plan.accumulation
+    return 2.0 * n_tokens * (_passes(plan) * n_linear + 2 * n_head)
+
+
+def step_seconds(plan: Plan) -> float:
+    """Seconds of one optimizer step on this device, from two rates measured right now: its
+    operations take those of a matrix product, and every pass unpacks every 4-bit weight anew.
+    """
+    n_linear, _ = _n_weights(plan)
+    n_unpacked = plan.accumulation * _passes(plan) * n_linear
+    computing = step_flops(plan) / operations_per_s(plan.dtype)
+    return computing + n_unpacked / unpacked_per_s(plan.dtype)
+
+
+def _n_weights(plan: Plan) -> tuple[int, int]:
+    """Weights of the linear layers in the blocks, and of the head."""
     model = configs.meta_model(plan.config)
     n_linear = sum(layer.weight.numel() for layer in linear_layers(model).values())
-    n_head = model.get_output_embeddings().weight.numel()
-    n_tokens = plan.batch * plan.length * plan.accumulation
-    passes = 3 if plan.checkpointing else 2
-    return 2.0 * n_tokens * (passes * n_linear + 2 * n_head)
+    return n_linear, model.get_output_embeddings().weight.numel()
+
+
+def _passes(plan: Plan) -> int:
+    return 3 if plan.checkpointing else 2
 
 
 def operations_per_s(dtype: torch.dtype = torch.float32) -> float:
@@ -41,9 +62,24 @@ def operations_per_s(dtype: torch.dtype = torch.float32) -> float:
     """
     n = 1024
     a = torch.ones(n, n, dtype=dtype, device=device.compute_device())
-    # the timer waits for a GPU to be done
-    timer = benchmark.Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())
-    return 2 * n**3 / timer.blocked_autorange().mean
+    return 2 * n**3 / _seconds(lambda: a @ a)
+
+
+def unpacked_per_s(dtype: torch.dtype = torch.float32) -> float:
+    """NF4 weights, with double quantization, that bitsandbytes unpacks in a second on this device,
+    right now, from a matrix of 4,096 × 4,096.
+    """
+    n = 4096
+    weight = torch.ones(n, n, dtype=dtype, device=device.compute_device())
+    packed, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    return n**2 / _seconds(lambda: functional.dequantize_4bit(packed, state))
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """Mean seconds of a call; the timer waits for a GPU to be done."""
+    threads = torch.get_num_threads()
+    timer = benchmark.Timer("work()", globals={"work": work}, num_threads=threads)
+    return timer.blocked_autorange().mean
 
 
 def host_bytes(config) -> int:

@@ -48,6 +48,11 @@ def refuse_what_cannot_run(settings) -> None:
         )
     here = machine.this_machine()
     size = sources.download_bytes(settings.model_id)
+    is_slow = not here.gpus and size and size > 2 * CPU_LIMIT_PARAMETERS
+    if is_slow and settings.allow_slow:
+        require_model_and_data(settings)
+        tell_how_slow(settings, here)
+        return
     if not here.gpus:
         refuse_on_cpu(settings.model_id, size or 0, here)
     require_model_and_data(settings)
@@ -156,11 +161,41 @@ def refuse_on_cpu(model_id: str, bytes_16_bit: int, here: machine.Machine) -> No
         )
         if here.gpu_remedy:
             remedy = f"{here.gpu_remedy}; {remedy}"
+        remedy += "; allow_slow=True goes on, and says how slow it is"
         raise KitError(what, remedy=remedy)
     if max(need, MIN_FREE_BYTES) > here.ram_free_bytes:
         free = f"{here.ram_free_bytes / cards.GIB:.1f} GiB are free"
         what = f"{model_id} does not fit this machine's memory: {free}"
         raise KitError(what, remedy='close other kernels, or use profile="tiny"')
+
+
+def tell_how_slow(settings, here: machine.Machine) -> None:
+    """Print what a large model takes without a GPU: minutes a step and hours of the run, by the
+    rates of this machine right now, and memory.
+
+    Raises:
+        KitError: less memory is free than loading or training takes.
+    """
+    from qlora_nb.memory import budget, estimates, ledger
+    from qlora_nb.memory.plan import plan_of
+
+    plan = plan_of(settings, on_gpu=False)
+    loading = ledger.predict(plan).total_bytes + estimates.host_bytes(plan.config)
+    training = budget.peak(plan).total_bytes + 2 * cards.GIB  # Python and torch (assumed)
+    seconds = estimates.step_seconds(plan)
+    print(
+        f"{settings.model_id} without a GPU, by this machine's rates now: about "
+        f"{seconds / 60:.1f} minutes a step of {settings.rows_in_a_step} rows of "
+        f"{settings.max_length} tokens, {seconds * settings.max_steps / 3600:.1f} hours for "
+        f"{settings.max_steps} steps; memory: {loading / cards.GIB:.1f} GiB for the first load, "
+        f"{training / cards.GIB:.1f} GiB for training"
+    )
+    if max(loading, training) > here.ram_free_bytes:
+        raise KitError(
+            f"{settings.model_id} does not fit this machine's memory: "
+            f"{here.ram_free_bytes / cards.GIB:.1f} GiB are free",
+            remedy="close other programs and kernels, or use a smaller model",
+        )
 
 
 def require_fit(settings, here: machine.Machine, train: bool = True) -> None:

@@ -67,8 +67,7 @@ def end_tokens(model: PreTrainedModel, tokenizer) -> list[int] | None:
     if not isinstance(own, list):
         own = [own]  # one id or None
     ids = [tokenizer.eos_token_id]
-    for number in own:
-        token = tokenizer.added_tokens_decoder.get(number)
-        if number not in ids and token and token.special:
+    for number, token in tokenizer.added_tokens_decoder.items():
+        if token.special and number in own and number not in ids:
             ids.append(number)
     return ids

@@ -67,6 +67,7 @@ def load_tokenizer(settings) -> PreTrainedTokenizerBase:
         # transformers makes an empty one where there is none
         if len(tokenizer) <= len(tokenizer.all_special_ids):
             raise ValueError("it is not there")
+        tokenizer("")  # some of what its configuration has wrong shows only in use
         chat_templates.give_template(tokenizer)
     if tokenizer.eos_token_id is None:
         raise KitError(
