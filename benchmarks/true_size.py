@@ -50,11 +50,23 @@ from qlora_nb.train import checkpoints
 
 TARGET = provenance.ROOT / "qlora_nb" / "recorded" / "true_size.json"
 
-CASES = ("12b, r 16", "12b, r 64", "6.9b, r 16", "2.8b, r 16")
-"""Size of the Pythia and rank of the adapter."""
+LITTLE = "one step in 6 GiB"
 
-STAGES = ("load", "from the copy", "train", "killed", "resumed", "answer")
-"""What is done in each case, in this order."""
+STAGES = ("load", "from the copy", "train", "killed", "resumed", "answer", LITTLE)
+"""What is done with the first case, in this order."""
+
+LIMIT_BYTES = 6 * 2**30
+"""Memory of the stage `LITTLE`, less than the 4-bit model has: mapped files count, so that pages of
+the weights have to be read from the disk again and again.
+"""
+
+CASES = {
+    "12b, r 16": STAGES,
+    "12b, r 64": ("train",),
+    "6.9b, r 16": ("load", "train"),
+    "2.8b, r 16": ("load", "train"),
+}
+"""Size of the Pythia and rank of the adapter → what is done."""
 
 TRAIN = {
     "profile": "full",
@@ -225,6 +237,8 @@ def stage(name: str, settings: Settings) -> dict:
         return answer(settings)
     if name == "resumed":
         settings = settings.replace(resume="latest")
+    if name == LITTLE:
+        settings = settings.replace(max_steps=1)
     return train(settings, kill=name == "killed")
 
 
@@ -251,6 +265,8 @@ def prepare(size: str, folder: Path, source: Path) -> str:
 def apart(name: str, values: dict) -> dict:
     """One stage in a process of its own."""
     command = [sys.executable, __file__, "--stage", json.dumps([name, values])]
+    if name == LITTLE:
+        return limited(command)
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if name == "killed":
         return {"exit_code": done.returncode}
@@ -259,24 +275,46 @@ def apart(name: str, values: dict) -> dict:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def _has_copy(folder: Path) -> bool:
-    return any((folder / "cache" / "quantized").glob("*/seal.json"))
+def limited(command: list[str]) -> dict:
+    """A stage under a limit of memory, by a control group of Linux (version 1, as root)."""
+    group = Path("/sys/fs/cgroup/memory/true-size")
+    try:
+        group.mkdir(exist_ok=True)
+        (group / "memory.limit_in_bytes").write_text(str(LIMIT_BYTES))
+        Path("/proc/sys/vm/drop_caches").write_text("1")  # what others have read would not count
+    except OSError as error:
+        return {"skipped": f"no limit can be set here: {error}"}
+
+    def join() -> None:
+        (group / "cgroup.procs").write_text(str(os.getpid()))
+
+    done = subprocess.run(
+        command,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+        preexec_fn=join,  # noqa: PLW1509
+    )
+    most = int((group / "memory.max_usage_in_bytes").read_text())
+    group.rmdir()
+    found = {"limit_bytes": LIMIT_BYTES, "most_bytes": most, "exit_code": done.returncode}
+    if done.returncode == 0:
+        found |= json.loads(done.stdout.strip().splitlines()[-1])
+    return found
 
 
 def run_case(case: str, folder: Path, source: Path, record: dict, note) -> None:
     """All stages of one case that are not in the record yet."""
     size, r = case.split(", r ")
     found = record["cases"].setdefault(case, {})
-    left = [name for name in STAGES if name not in found]
-    if not left or left == ["load"]:
+    left = [name for name in CASES.get(case, STAGES) if name not in found]
+    if not left:
         return
     model = prepare(size, folder, source)
     values = {**TRAIN, "model_id": model, "dataset": str(folder / "alpaca.json"), "r": int(r)}
     runs = folder / f"runs {case}"
     for name in left:
-        if name == "load" and _has_copy(folder):  # an earlier case of this size made it
-            continue
-        kind = "killed" if name in ("killed", "resumed") else "whole"
+        kind = {"killed": "killed", "resumed": "killed", LITTLE: "little"}.get(name, "whole")
         values["output_dir"] = str(runs / kind)
         if name == "answer":
             [weights] = (runs / "whole").rglob(f"adapter/{adapters.WEIGHTS}")
@@ -284,10 +322,13 @@ def run_case(case: str, folder: Path, source: Path, record: dict, note) -> None:
         found[name] = apart(name, values)
         print(case, name, found[name], flush=True)
         note()
-    found["same_adapter_after_resume"] = (
-        found["resumed"]["adapter_sha256"] == found["train"]["adapter_sha256"]
-    )
+    if "resumed" in found:
+        found["same_adapter_after_resume"] = (
+            found["resumed"]["adapter_sha256"] == found["train"]["adapter_sha256"]
+        )
     found["parameters"] = PYTHIA[size].n_parameters
+    made = provenance.provenance()
+    found["measured"] = {key: made[key] for key in ("date", "commit", "clean")}
     shutil.rmtree(runs, ignore_errors=True)
     note()
 
@@ -319,7 +360,7 @@ def main() -> None:
     def note() -> None:
         provenance.write(given.out, record)
 
-    cases = given.only or CASES
+    cases = list(given.only or CASES)
     for i, case in enumerate(cases):
         run_case(case, given.folder, given.data, record, note)
         size = case.split(",")[0]
