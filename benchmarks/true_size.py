@@ -293,7 +293,7 @@ def limited(command: list[str]) -> dict:
         stdout=subprocess.PIPE,
         text=True,
         check=False,
-        preexec_fn=join,  # noqa: PLW1509
+        preexec_fn=join,
     )
     most = int((group / "memory.max_usage_in_bytes").read_text())
     group.rmdir()
