@@ -537,7 +537,8 @@ def test_an_end_token_behind_every_text_does_not_stand_before_the_answer():
     )
     prompts = list(rows)
     model = types.SimpleNamespace(
-        config=types.SimpleNamespace(max_position_embeddings=512), device="cpu"
+        config=types.SimpleNamespace(max_position_embeddings=512, vocab_size=50_304),
+        device="cpu",
     )
     with_end, without = (
         generate.tokenize_prompts(prompts, tokenizer, model, settings)

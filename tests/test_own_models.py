@@ -26,7 +26,7 @@ from qlora_nb.answer import adapters, generate
 from qlora_nb.errors import KitError
 from qlora_nb.memory import budget, ledger, preflight
 from qlora_nb.memory.plan import Plan, plan_of
-from qlora_nb.model import load, probes
+from qlora_nb.model import data, load, probes, reading
 from qlora_nb.pocket import MODEL_DIR
 
 
@@ -349,6 +349,36 @@ def test_a_tokenizer_whose_configuration_fails_only_in_use_is_refused(model, lon
     path.write_text(json.dumps(config))
     with pytest.raises(KitError, match="the tokenizer cannot be loaded"):
         load.load_tokenizer(families.settings_for(model))
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_text_with_a_token_that_has_no_row_is_left_out(model, special, chat, capsys):
+    """Somebody has added tokens and not resized the embedding."""
+    tokenizer = with_added(pocket(model), *(f"<new{i}>" for i in range(20)), special=special)
+    assert len(tokenizer) > 1088
+    tokenizer.save_pretrained(model)
+    words = ["Anna", "<new19>", "Ben"]
+    path = model.parent / "rows.json"
+    if chat:
+        rows = [
+            {"messages": [{"role": "user", "content": w}, {"role": "assistant", "content": w}]}
+            for w in words
+        ]
+    else:
+        rows = [{"instruction": w, "output": w} for w in words]
+    path.write_text(json.dumps(rows))
+    settings = families.settings_for(model, dataset=str(path), eval_rows=1, train_rows=2)
+    loaded = load.load_tokenizer(settings)
+    found = reading.read(str(path), {}).kept
+    usable = data.tokenize_rows(found, loaded, settings)
+    assert list(usable["row"]) == [0, 2]
+    assert "its text holds '<new19>', which the model's embedding has no row for" in (
+        capsys.readouterr().out
+    )
+    base = load.load_base(settings)
+    asked = [generate.row_of(word, settings.prompt_template) for word in words]
+    assert list(generate.unanswerable(asked, loaded, base, settings)) == [1]
 
 
 def test_a_tokenizer_with_far_fewer_tokens_than_rows_is_said(model, capsys):

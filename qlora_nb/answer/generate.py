@@ -72,7 +72,8 @@ def tokenize_prompts(
     padded on the left.
 
     Raises:
-        KitError: with the answer it would be longer than the model's context.
+        KitError: with the answer it would be longer than the model's context, or it holds a token
+            that the model's embedding has no row for.
     """
     template = settings.prompt_template
     prompts = [{"input_ids": data.prompt_ids(row, tokenizer, template)} for row in rows]
@@ -86,6 +87,13 @@ def tokenize_prompts(
             f"the prompt has {n_tokens} tokens; with max_new_tokens={settings.max_new_tokens} "
             f"that is over the model's {limit}",
             remedy="shorten the prompt or lower max_new_tokens",
+        )
+    largest = int(encoded["input_ids"].max())
+    if largest >= model.config.vocab_size:
+        raise KitError(
+            "the prompt holds a token that the model's embedding has no row for",
+            value=tokenizer.convert_ids_to_tokens(largest),
+            remedy="write it without this token, or take a model whose embedding was resized",
         )
     return {name: tensor.to(model.device) for name, tensor in encoded.items()}
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_nb import pocket
 from qlora_nb.errors import KitError
-from qlora_nb.model import chat_templates, chunked_loss, conversations, reading
+from qlora_nb.model import chat_templates, chunked_loss, configs, conversations, reading
 
 _WITH_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 
@@ -220,16 +220,24 @@ def encode_rows(
     """
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     special.discard(tokenizer.unk_token_id)  # any unknown character becomes this one
+    n_known = configs.saved_config(settings.model_id).vocab_size
     return rows.map(
         _encode_row,
         with_indices=True,
-        fn_kwargs={"tokenizer": tokenizer, "settings": settings, "special": special},
+        fn_kwargs={
+            "tokenizer": tokenizer,
+            "settings": settings,
+            "special": special,
+            "n_known": n_known,
+        },
         remove_columns=rows.column_names,
         desc="tokenizing",
     )
 
 
-def _encode_row(row: dict, number: int, tokenizer, settings, special: set[int]) -> dict:
+def _encode_row(
+    row: dict, number: int, tokenizer, settings, special: set[int], n_known: int
+) -> dict:
     texts = [row["instruction"], row["input"], row["output"]]
     ids = []
     trains = []
@@ -256,6 +264,9 @@ def _encode_row(row: dict, number: int, tokenizer, settings, special: set[int]) 
         kept[-1] = ids[last]  # the token that ends an answer
     if ids and sum(trains) < 2:
         left_out = _TOO_LONG
+    elif ids and max(ids) >= n_known:
+        unknown = tokenizer.convert_ids_to_tokens(max(ids))
+        left_out = f"its text holds {unknown!r}, which the model's embedding has no row for"
     written = tokenizer("\n".join(texts), add_special_tokens=False)["input_ids"]
     in_text = [i for i in written if i in special]
     return {
