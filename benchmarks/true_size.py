@@ -312,6 +312,8 @@ def run_case(case: str, folder: Path, source: Path, record: dict, note) -> None:
         return
     model = prepare(size, folder, source)
     values = {**TRAIN, "model_id": model, "dataset": str(folder / "alpaca.json"), "r": int(r)}
+    if "killed" not in CASES.get(case, STAGES):
+        values["max_steps"] = 2  # the second is measured
     runs = folder / f"runs {case}"
     for name in left:
         kind = {"killed": "killed", "resumed": "killed", LITTLE: "little"}.get(name, "whole")
