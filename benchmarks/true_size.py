@@ -22,7 +22,6 @@ import json
 import lzma
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -44,7 +43,7 @@ from qlora_nb.memory import budget, estimates, ledger
 from qlora_nb.memory.plan import plan_of
 from qlora_nb.model import configs, data, load, quantized_copy
 from qlora_nb.pythia import PYTHIA
-from qlora_nb.record import files
+from qlora_nb.record import files, seal
 from qlora_nb.settings import Settings, validate
 from qlora_nb.train import checkpoints
 
@@ -83,7 +82,7 @@ TRAIN = {
 }
 
 KILLED_AFTER = 2
-"""The step whose checkpoint the killed run leaves."""
+"""The step whose checkpoint the killed run leaves: it is killed in the next one."""
 
 
 class Memory:
@@ -168,12 +167,9 @@ def _static(model, settings: Settings) -> dict:
     }
 
 
-def train(settings: Settings, kill: bool = False) -> dict:
-    """Three optimizer steps of notebook 06 on real rows, each with its checkpoint.
-
-    Args:
-        settings: where `resume` is "latest", the run that was killed goes on.
-        kill: end this process by SIGKILL in the step after `KILLED_AFTER`.
+def train(settings: Settings) -> dict:
+    """Optimizer steps of notebook 06 on real rows, each with its checkpoint; where `resume` is
+    "latest", the run that was killed goes on.
     """
     tokenizer = load.load_tokenizer(settings)
     rows = data.tokenize_rows(data.load(settings)[0], tokenizer, settings)
@@ -188,8 +184,6 @@ def train(settings: Settings, kill: bool = False) -> dict:
         def report(step: dict) -> None:
             seconds.append(step["seconds"])
             print(step, file=sys.stderr, flush=True)
-            if kill and step["step"] == KILLED_AFTER + 1:
-                os.kill(os.getpid(), signal.SIGKILL)
 
         result = open_cells.finetune(model, tokenizer, rows, settings, run, report)
     found = {
@@ -239,7 +233,7 @@ def stage(name: str, settings: Settings) -> dict:
         settings = settings.replace(resume="latest")
     if name == LITTLE:
         settings = settings.replace(max_steps=1)
-    return train(settings, kill=name == "killed")
+    return train(settings)
 
 
 # ---- the parent
@@ -267,12 +261,23 @@ def apart(name: str, values: dict) -> dict:
     command = [sys.executable, __file__, "--stage", json.dumps([name, values])]
     if name == LITTLE:
         return limited(command)
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if name == "killed":
-        return {"exit_code": done.returncode}
+        return killed(command, Path(values["output_dir"]))
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"stage {name!r} ended with {done.returncode}")
     return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def killed(command: list[str], runs: Path) -> dict:
+    """A stage that is ended by SIGKILL in the step after a checkpoint."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    whole = f"*/*/checkpoints/checkpoint-{KILLED_AFTER}/{seal.SEAL}"
+    while process.poll() is None and not any(runs.glob(whole)):
+        time.sleep(1)
+    time.sleep(1)
+    process.kill()
+    return {"exit_code": process.wait()}
 
 
 def limited(command: list[str]) -> dict:
