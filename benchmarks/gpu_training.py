@@ -51,6 +51,18 @@ POCKET = {
     "every option, all logits": {**EVERY, "loss_chunk": 0},
 }
 WARM_UP, MEASURED = 5, 50
+"""Steps of a speed."""
+
+POCKET_RUN = {"max_steps": 30, "train_rows": 480, "eval_rows": 16}
+FEW = {
+    "max_steps": 2,
+    "train_rows": 48,
+    "eval_rows": 2,
+    "per_device_train_batch_size": 2,
+    "max_new_tokens": 4,
+}
+"""A run of the pocket model, with a card and without."""
+
 PAGED_FROM = 100_000
 """Numbers in the smallest state that bitsandbytes pages (`Optimizer8bit.get_state_buffer`)."""
 
@@ -178,12 +190,12 @@ def pocket(watch: Watch, dtype: str) -> dict:
 
 def one_pocket(watch: Watch, values: dict) -> dict:
     """One run of some steps, without what would take long: looks, warm-up and most of the rows."""
-    steps = 30 if device.on_gpu() else 2
-    short = {"max_steps": steps, "train_rows": 480, "eval_rows": 16, "warmup_steps": 0}
+    if device.on_gpu():
+        values = POCKET_RUN | values
+    else:
+        values = FEW | values | {"compute_dtype": "float32"}
     with tempfile.TemporaryDirectory() as folder:
-        settings = validate({**short, "sample_steps": 0, "output_dir": folder, **values})
-        if not device.on_gpu():
-            settings = settings.replace(compute_dtype="float32", per_device_train_batch_size=4)
+        settings = validate({"sample_steps": 0, "warmup_steps": 0, "output_dir": folder, **values})
         tokenizer = load.load_tokenizer(settings)
         rows, held_out = [
             data.tokenize_rows(part, tokenizer, settings) for part in data.load(settings)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from random import Random
 
 import datasets
@@ -27,7 +26,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from qlora_nb.model import batching, chunked_loss, configs, device, load
+from qlora_nb.model import batching, chunked_loss, device, load
 from qlora_nb.record import runs
 from qlora_nb.settings import Settings
 
@@ -159,19 +158,6 @@ def common(*arguments) -> tuple[float, torch.nn.Module]:
 def pasted(*arguments) -> tuple[float, torch.nn.Module]:
     """The recipe as often pasted."""
     return recipe(*arguments, pasted=True)
-
-
-def random_pythia(size: str, folder: Path) -> str:
-    """A Pythia of true shape with random weights in 16 bit under `folder`; made once."""
-    target = folder / f"random-pythia-{size}"
-    if not (target / "config.json").is_file():
-        torch.manual_seed(0)
-        with torch.device(device.compute_device()):
-            model = AutoModelForCausalLM.from_config(
-                configs.pythia_config(size), dtype=torch.float16
-            )
-        model.save_pretrained(target, max_shard_size="4GB")
-    return str(target)
 
 
 def random_rows(

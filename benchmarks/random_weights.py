@@ -1,12 +1,79 @@
-"""A Pythia of its true shape with random weights."""
+"""A Pythia of its true shape with random weights, for what does not depend on what they are: bytes
+and seconds.
+
+    python benchmarks/random_weights.py 12b FOLDER
+
+The model is never whole in memory: its parameters are known by name and shape from torch's *meta*
+device, are drawn one block at a time and written as one file of safetensors each, so that
+pythia-12b (24 GB) takes less than 3 GiB of memory. Matrices are drawn as GPT-NeoX draws them (a
+normal distribution of standard deviation 0.02), norms are one, biases zero.
+"""
 
 from __future__ import annotations
 
+import json
+import shutil
+import sys
+from collections import defaultdict
 from pathlib import Path
 
-import peers
+import torch
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from qlora_nb.model import configs
+from qlora_nb.pythia import PYTHIA
+
+INDEX = "model.safetensors.index.json"
 
 
 def random_pythia(size: str, folder: Path) -> str:
-    """The folder under `folder` of a Pythia with random float16 weights; made once."""
-    return peers.random_pythia(size, folder)
+    """The folder of a Pythia of this size ("14m" … "12b") with random float16 weights, made under
+    `folder` if it is not there yet. Its tokenizer is not in it.
+
+    Raises:
+        SystemExit: the disk has no room for it.
+    """
+    target = folder / f"random-pythia-{size}"
+    if (target / INDEX).is_file():  # written last
+        return str(target)
+    target.mkdir(parents=True, exist_ok=True)
+    needed = 2 * PYTHIA[size].n_parameters
+    free = shutil.disk_usage(target).free
+    if free < needed:
+        raise SystemExit(f"{needed / 1e9:.1f} GB are needed in {folder}, {free / 1e9:.1f} are free")
+    config = configs.pythia_config(size)
+    config.save_pretrained(target)
+    parts = defaultdict(dict)
+    for name, parameter in configs.meta_model(config).named_parameters():
+        parts[_part_of(name)][name] = parameter.shape
+    generator = torch.Generator().manual_seed(0)
+    files = {}
+    for number, shapes in enumerate(tqdm(parts.values(), desc=size, unit="file"), start=1):
+        tensors = {name: _drawn(name, shape, generator) for name, shape in shapes.items()}
+        file = f"model-{number:05}-of-{len(parts):05}.safetensors"
+        save_file(tensors, target / file, metadata={"format": "pt"})
+        files.update(dict.fromkeys(tensors, file))
+    index = {"metadata": {"total_size": needed}, "weight_map": files}
+    (target / INDEX).write_text(json.dumps(index, indent=1))
+    return str(target)
+
+
+def _part_of(name: str) -> str:
+    """The block that a parameter belongs to; outside the blocks its module."""
+    parts = name.split(".")
+    if "layers" in parts:
+        return parts[parts.index("layers") + 1]
+    return parts[-2]
+
+
+def _drawn(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    if len(shape) == 2:
+        return torch.empty(shape).normal_(0, 0.02, generator=generator).half()
+    if name.endswith("bias"):
+        return torch.zeros(shape, dtype=torch.float16)
+    return torch.ones(shape, dtype=torch.float16)
+
+
+if __name__ == "__main__":
+    print(random_pythia(sys.argv[1], Path(sys.argv[2])))
