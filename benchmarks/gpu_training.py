@@ -190,10 +190,9 @@ def pocket(watch: Watch, dtype: str) -> dict:
 
 def one_pocket(watch: Watch, values: dict) -> dict:
     """One run of some steps, without what would take long: looks, warm-up and most of the rows."""
-    if device.on_gpu():
-        values = POCKET_RUN | values
-    else:
-        values = FEW | values | {"compute_dtype": "float32"}
+    values = {**POCKET_RUN, **values}
+    if not device.on_gpu():
+        values = {**values, **FEW, "compute_dtype": "float32"}
     with tempfile.TemporaryDirectory() as folder:
         settings = validate({"sample_steps": 0, "warmup_steps": 0, "output_dir": folder, **values})
         tokenizer = load.load_tokenizer(settings)

@@ -35,14 +35,9 @@ def provenance(seeds: tuple[int, ...] = ()) -> dict:
     """Date, commit (and whether the working copy was clean), hardware, versions, threads and seeds;
     None: not known.
     """
-    clean = None
+    status = _git("status", "--porcelain")
     # where the kit is not installed, only on the path: those that numbers depend on
     versions = {package: machine.installed(package) for package in runs.PACKAGES}
-    with suppress(OSError):  # no git
-        status = subprocess.run(
-            ["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=False
-        )
-        clean = not status.stdout.strip() if status.returncode == 0 else None
     with suppress(PackageNotFoundError):
         versions = {
             version.package: version.installed
@@ -52,8 +47,8 @@ def provenance(seeds: tuple[int, ...] = ()) -> dict:
     hardware = asdict(machine.this_machine(ROOT))
     return {
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "commit": runs.commit(),
-        "clean": clean,  # False: the commit does not say all
+        "commit": _git("rev-parse", "HEAD"),
+        "clean": None if status is None else not status,  # False: the commit does not say all
         "hardware": {
             k: hardware[k] for k in ("cpu", "n_cores", "ram_bytes", "gpus", "python", "system")
         },
@@ -61,6 +56,17 @@ def provenance(seeds: tuple[int, ...] = ()) -> dict:
         "threads": torch.get_num_threads(),
         "seeds": list(seeds),
     }
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says of the repository that this file lies in; None without git or repository."""
+    with suppress(OSError):
+        done = subprocess.run(
+            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        if done.returncode == 0:
+            return done.stdout.strip()
+    return None
 
 
 def write(path: Path, record: dict) -> None:

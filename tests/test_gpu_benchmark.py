@@ -7,6 +7,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -278,6 +279,35 @@ def test_a_child_that_is_killed_is_told(monkeypatch):
     assert gpu.apart([None, "gpu_card.header", {}], {}, 10) == {"error": "exit 1: "}
 
 
+def test_a_child_ends_when_the_process_that_asks_is_gone():
+    """Its parent is not the process that asked."""
+    call = json.dumps([None, "gpu_training.peak", {"folder": "pocket", "values": {}}])
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_child.py"), "1", call]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout) == (1, "")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
+def test_a_copy_without_git_and_not_installed_measures_itself(tmp_path, monkeypatch):
+    """From another folder: the copy's own code is measured, its commit is what the caller says."""
+    copy = tmp_path / "copy"
+    for folder in ("qlora_nb", "benchmarks", "tools"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    with open(copy / "qlora_nb" / "machine.py", "a") as file:
+        file.write("\n\ndef describe(here):\n    return {'this': 'is the copy'}\n")
+    out = tmp_path / "out" / "gpu.json"
+    command = [sys.executable, str(copy / "benchmarks" / "gpu.py"), "--shape", "14m"]
+    command += ["--out", str(out), "--commit", "abc", "--only", "machine/doctor"]
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))  # no git
+    subprocess.run(command, cwd=tmp_path, capture_output=True, check=True)
+    record = json.loads(out.read_text())
+    assert record["machine"]["doctor"]["described"] == {"this": "is the copy"}
+    assert record["commit"] == "abc"
+    assert record["clean"] is None
+    assert record["versions"]["torch"]
+
+
 # ---- the whole, killed and gone on with ----------------------------------------------------------
 
 
@@ -302,7 +332,7 @@ def test_killed_in_the_middle_it_goes_on(tmp_path):
     command = [sys.executable, PROGRAM, "--shape", "14m", "--out", str(out), "--commit", "abc"]
     command += ["--folder", str(tmp_path), "--only", "machine/doctor", "loading/plain"]
     command += ["peaks/r 16", "out of memory"]
-    first = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=tmp_path)
     in_time(lambda: written(out, "machine"))
     in_time(lambda: psutil.Process(first.pid).children())
     children = psutil.Process(first.pid).children()
@@ -311,10 +341,13 @@ def test_killed_in_the_middle_it_goes_on(tmp_path):
     _, alive = psutil.wait_procs(children, timeout=30)
     assert not alive
     before = json.loads(out.read_text())
+    head = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    done = subprocess.run(head, capture_output=True, text=True, check=False)
+    assert before["commit"] == (done.stdout.strip() or "abc")
     kept = json.dumps(before["machine"]["doctor"], indent=1).splitlines()[1:-1]
     assert before["loading"] == before["peaks"] == {}
 
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     after = json.loads(out.read_text())
     assert "machine/doctor:" not in done.stdout
     assert after["machine"] == before["machine"]
