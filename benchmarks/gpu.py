@@ -10,8 +10,9 @@ Run again, it goes on: what is in the file already, made by the same code on the
 what failed is tried once more. docs/gpu.md says what each entry answers.
 
 This file is the table of entries and the process that starts one child for each of them. It loads
-no torch and so holds nothing of the card; the measurements are in gpu_card.py and gpu_training.py.
-Real weights cannot be told from random ones by their bytes; what a random model says means nothing.
+no torch and so holds nothing of the card; what they measure is in gpu_card.py, gpu_training.py and
+gpu_answers.py. Real weights cannot be told from random ones by their bytes; what a random model
+says means nothing.
 """
 
 from __future__ import annotations
@@ -120,11 +121,11 @@ def entries(shape: str = "12b", rounds: int = 1) -> list[Entry]:
         Entry("t4", for_t4, "gpu_training.peak", {"values": T4}, for_t4),
     ]
     for name, values in LOADING.items():
-        found.append(Entry("loading", name, "gpu_training.load_seconds", values, shape))
+        found.append(Entry("loading", name, "gpu_answers.load_seconds", values, shape))
     for name, values in PEAKS.items():
         found.append(Entry("peaks", name, "gpu_training.peak", {"values": values}, shape))
     for name, values in ANSWERS.items():
-        found.append(Entry("answers", name, "gpu_training.answer", {"values": values}, shape))
+        found.append(Entry("answers", name, "gpu_answers.answer", {"values": values}, shape))
     for number in range(1, rounds + 1):
         for who, values in SPEED.items():
             found.append(

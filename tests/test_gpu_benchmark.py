@@ -21,6 +21,7 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu
+import gpu_answers
 import gpu_card
 import gpu_training
 import peers
@@ -159,7 +160,7 @@ def test_tf32_is_asked_of_torch(watch, monkeypatch):
 @pytest.mark.slow
 def test_an_answer_and_a_load(watch, monkeypatch, tmp_path):
     monkeypatch.setattr(sources, "CACHE", tmp_path)
-    found = gpu_training.answer(watch, "pocket", {})
+    found = gpu_answers.answer(watch, "pocket", {})
     assert found["first_token_s"] > 0
     assert found["predicted"] > 2_000_000
     assert {"tokens_per_s", "allocated", "reserved", "process", "context"} < set(found)
@@ -181,11 +182,11 @@ def test_loading_says_from_what(watch, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sources, "CACHE", tmp_path)
     folder = load.sources.model_path("pocket")
     with pytest.raises(FileNotFoundError, match="no copy is kept"):
-        gpu_training.load_seconds(watch, folder, "copy")
+        gpu_answers.load_seconds(watch, folder, "copy")
     held = []
     for way in ("keep", "plain", "copy", "keep"):
         capsys.readouterr()
-        held.append(gpu_training.load_seconds(watch, folder, way)["held"])
+        held.append(gpu_answers.load_seconds(watch, folder, way)["held"])
         assert ("loading the 4-bit copy" in capsys.readouterr().out) == (way == "copy")
     assert held[0] > 1_000_000
     assert len(set(held)) == 1
@@ -399,7 +400,7 @@ def run(monkeypatch, tmp_path, *arguments: str) -> dict:
 
 
 def test_what_failed_is_tried_again_and_what_was_measured_is_not(monkeypatch, tmp_path, child):
-    child.failing = {"gpu_training.answer", "gpu_training.pocket"}
+    child.failing = {"gpu_answers.answer", "gpu_training.pocket"}
     small = ("--shape", "14m", "--only", "pocket", "answers", "loading")
     found = run(monkeypatch, tmp_path, *small)
     assert set(found["pocket"]) == {"bfloat16", "float16"}, "one that fails stops no other"
@@ -408,7 +409,7 @@ def test_what_failed_is_tried_again_and_what_was_measured_is_not(monkeypatch, tm
     child.calls.clear()
     again = run(monkeypatch, tmp_path, *small)
     assert again["loading"] == found["loading"]
-    assert "gpu_training.load_seconds" not in child.calls
+    assert "gpu_answers.load_seconds" not in child.calls
     assert child.calls.count("gpu_training.pocket") == 2
     assert not any("error" in one for one in again["answers"].values())
 
