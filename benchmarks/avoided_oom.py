@@ -34,14 +34,23 @@ def run_cells(device: str, **names: object) -> dict[str, object]:
     return space
 
 
+def measured() -> dict[str, object]:
+    """What the cells find on this card, and its size in bytes."""
+    free, total = torch.cuda.mem_get_info()
+    space = run_cells("cuda")
+    return {
+        "numel": space["numel"],
+        "free_bytes": free,
+        "total_bytes": total,
+        "avoided": space["avoided"],
+    }
+
+
 def main() -> int:
     if not torch.cuda.is_available():
         print("no CUDA device here: nothing is measured and nothing is written")
         return 1
-    free, total = torch.cuda.mem_get_info()
-    space = run_cells("cuda")
-    sizes = {"numel": space["numel"], "free_bytes": free, "total_bytes": total}
-    provenance.write(TARGET, provenance.provenance() | sizes | {"avoided": space["avoided"]})
+    provenance.write(TARGET, provenance.provenance() | measured())
     return 0
 
 

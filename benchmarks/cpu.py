@@ -28,6 +28,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import peers
 import provenance
 import psutil
+import random_weights
 
 from qlora_nb import sources
 from qlora_nb.answer import evaluate
@@ -186,13 +187,15 @@ def main() -> None:
             }
             results["levers"] = {
                 "pocket": cost_of_levers("pocket", {"per_device_train_batch_size": 12}, 600, 12),
-                "410m": cost_of_levers(peers.random_pythia("410m", Path(folder)), wide, 60, 3),
+                "410m": cost_of_levers(
+                    random_weights.random_pythia("410m", Path(folder)), wide, 60, 3
+                ),
                 "provenance": provenance.provenance((0,)),
             }
         if "loading" in wanted:
             results["loading"] = {"provenance": provenance.provenance((0,))}
             for size in ("410m", "1.4b"):
-                made = peers.random_pythia(size, Path(folder))
+                made = random_weights.random_pythia(size, Path(folder))
                 results["loading"][size] = loading(made)
                 with multiprocessing.get_context("spawn").Pool(1) as pool:
                     results["loading"][size]["memory"] = pool.apply(memory_of_loading, (made,))

@@ -1,46 +1,51 @@
-"""pythia-12b's true shape with random weights on a CUDA card: peaks by option, speed against two
-recipes, loading, answering.
+"""What only a CUDA card can tell, measured in the order in which it is wanted: the card itself,
+fine-tuning in 16 bit, resuming, running out of memory, and pythia-12b's true shape with random
+weights (loading, peaks, answers, speed against two recipes).
 
-    python benchmarks/gpu.py                       into qlora_nb/recorded/gpu.json, which notebooks
-    06 and 07 show python benchmarks/gpu.py --shape 14m --out f   anywhere, also without a GPU: the
-    same code, small
+    python benchmarks/gpu.py                        everything, into qlora_nb/recorded/gpu.json
+    python benchmarks/gpu.py --only peaks answers   these parts, or entries that begin so
+    python benchmarks/gpu.py --shape 14m --out FILE anywhere, also without a GPU: the same, small
 
-Every measurement has a process of its own, so that the next one starts with an empty card. A peak
-is given three ways: allocated and reserved by torch, and the most this process held according to
-the driver (NVML, CUDA's context included), sampled every 20 ms. Real weights cannot be told from
-random ones by their bytes; what a random model says means nothing.
+Run again, it goes on: what is in the file already, made by the same code on the same card, stays;
+what failed is tried once more. docs/gpu.md says what each entry answers.
+
+This file is the table of entries and the process that starts one child for each of them. It loads
+no torch and so holds nothing of the card; what they measure is in gpu_card.py, gpu_training.py and
+gpu_answers.py. Real weights cannot be told from random ones by their bytes; what a random model
+says means nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import hashlib
 import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import peers
-import provenance
-import torch
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # this working copy, whether the kit is installed or not
 
-from qlora_nb import cards
-from qlora_nb.memory import budget, ledger
-from qlora_nb.memory.plan import plan_of
-from qlora_nb.model import device, load
-from qlora_nb.settings import validate
+from qlora_nb.record import files  # noqa: E402
 
-TARGET = provenance.ROOT / "qlora_nb" / "recorded" / "gpu.json"
+TARGET = ROOT / "qlora_nb" / "recorded" / "gpu.json"
+AVOIDED = "avoided by pages"
+NO_CARD = "needs a CUDA device"
+LIMIT_S = 120
+WEIGHTS_LIMIT_S = 300
+"""Seconds that an entry may take, and that pythia-12b's weights may take to be made and written."""
+
 LOW = {"head_4bit": True, "embedding_on_cpu": True, "optim": "paged_adamw_8bit"}
 PEAKS = {  # what is trained, three steps of full-length rows
     "r 64, 512 tokens, as profile full": {},
     "r 64, 512 tokens, all logits at once": {"loss_chunk": 0},
-    "r 64, 512 tokens, no double quantization": {"double_quant": False},
+    "r 64, 512 tokens, no double quantization": {"double_quant": False, "prequantized": False},
     "r 64, 512 tokens, 8-bit states": {"optim": "paged_adamw_8bit"},
     "r 64, 512 tokens, embedding on the CPU": {"embedding_on_cpu": True},
     "r 64, 512 tokens, 4-bit head": {"head_4bit": True},
@@ -52,232 +57,300 @@ ANSWERS = {
     "1,024 tokens": {},
     "1,024 tokens, every option": {"head_4bit": True, "embedding_on_cpu": True},
 }
-SPEED = {
-    "per_device_train_batch_size": 4,
-    "gradient_accumulation_steps": 1,
-    "max_steps": 8,
-    "r": 64,
+LOADING = {
+    "plain": {"way": "plain"},
+    "first, and kept": {"way": "keep"},
+    "from the copy": {"way": "copy"},
 }
+SPEED = {
+    "kit": {"who": "kit"},
+    "kit with TF32": {"who": "kit", "tf32": True},
+    "common": {"who": "common"},
+    "pasted": {"who": "pasted"},
+}
+RATIOS = (("kit", "common"), ("kit", "pasted"), ("kit with TF32", "kit"))
+T4 = {"profile": "t4", "compute_dtype": "float16"}
 
 
-class _Watch:
-    """The most bytes this process held on the card that torch computes on, by NVML; 0 without
-    one.
+@dataclass(frozen=True)
+class Entry:
+    """One measurement: `results[part][name] = function(watch, **values)`, in a process of its own.
+
+    Attributes:
+        function: its module and name.
+        size: the Pythia whose random weights it is given; None: none.
+        needs_card: without a CUDA device it is not tried.
     """
 
-    def __enter__(self):
-        self.peak, self.ended = 0, threading.Event()
-        self.uuid = torch.cuda.get_device_properties(0).uuid if torch.cuda.is_available() else None
-        self.thread = threading.Thread(target=self._sample, daemon=True)
-        self.thread.start()
-        return self
+    part: str
+    name: str
+    function: str
+    values: dict[str, object] = field(default_factory=dict)
+    size: str | None = None
+    needs_card: bool = False
 
-    def __exit__(self, *error):
-        self.ended.set()
-        self.thread.join()
-
-    def _sample(self):
-        if self.uuid is None:
-            return
-        before = cards.driver_memory(self.uuid)
-        if before is None:
-            return
-        while not self.ended.wait(0.02):
-            # in a container the driver does not know our process number
-            used = cards.driver_memory(self.uuid).used - before.used
-            self.peak = max(self.peak, used)
+    @property
+    def title(self) -> str:
+        return f"{self.part}/{self.name}"
 
 
-def measured(watch: _Watch) -> dict[str, int]:
-    """Peaks in bytes; where there is no card, what torch's profiler cannot see stays 0."""
-    cuda = torch.cuda.is_available()
-    return {
-        "allocated": torch.cuda.max_memory_allocated() if cuda else 0,
-        "reserved": torch.cuda.max_memory_reserved() if cuda else 0,
-        "process": watch.peak,
-    }
+def entries(shape: str = "12b", rounds: int = 1) -> list[Entry]:
+    """All measurements in their order.
 
-
-def settings_for(folder: str, **values):
-    """Profile `full` on the random model; on a CPU in float32."""
-    return validate(
-        {
-            "profile": "full",
-            "model_id": folder,
-            "prequantized": True,
-            "save_steps": 0,
-            "warmup_steps": 0,
-            **values,
-        }
-    )
-
-
-def tokenizer_for():
-    return load.load_tokenizer(validate({}))
-
-
-def peak(folder: str, values: dict) -> dict:
-    """Three optimizer steps on rows of full length; predicted and measured."""
-    settings = settings_for(folder, **{"max_steps": 3, "gradient_accumulation_steps": 2, **values})
-    ids = [3 + i % 900 for i in range(settings.max_length)]
-    rows = peers.datasets.Dataset.from_list([{"input_ids": ids, "labels": ids}] * 6)
-    predicted = budget.peak(plan_of(settings))
-    with _Watch() as watch:
-        peers.kit(settings, rows, tokenizer_for())
-        found = measured(watch)
-    return {
-        "predicted": predicted.total_bytes,
-        "predicted_lines": {line.name: line.bytes for line in predicted.lines},
-        **found,
-    }
-
-
-def speed(folder: str, who: str) -> dict:
-    """Tokens a second, padding not counted."""
-    settings = settings_for(folder, **SPEED)
-    rows = peers.random_rows(400, 1000, settings.max_length)
-    with _Watch() as watch:
-        tokens_per_s, _ = getattr(peers, who)(settings, rows, tokenizer_for())
-        return {"tokens_per_s": round(tokens_per_s, 1), **measured(watch)}
-
-
-def load_seconds(folder: str, keep: bool) -> dict:
-    """Seconds to load, from 16-bit safetensors or from the 4-bit copy."""
-    started = time.perf_counter()
-    with _Watch() as watch:
-        model = load.load_base(settings_for(folder, prequantized=keep))
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return {
-            "seconds": round(time.perf_counter() - started, 2),
-            "held": ledger.measure(model).total_bytes,
-            **measured(watch),
-        }
-
-
-def answer(folder: str, values: dict) -> dict:
-    """960 tokens read, 64 written, one row: peak, time to the first token, tokens a second.
-
-    And the share of what the card's memory bandwidth allows: each token reads the weights and, on
-    average, a cache of 992 tokens.
+    Args:
+        shape: the Pythia of loading, peaks, answers and speed. If it is a small one, it also stands
+            for the 410m and the 2.8b of the other parts.
+        rounds: how often the speeds are measured.
     """
-    settings = settings_for(folder, **{"max_length": 960, "max_new_tokens": 64, "r": 1, **values})
-    with _Watch() as watch:
-        model = load.load_base(settings)
-        ids = torch.arange(3, 963, device=device.compute_device())[None] % 900 + 3
-        how = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 1}
-        seconds = {}
-        with torch.no_grad():
-            for n in (1, 64, 1, 64):  # the first two warm up
-                started = time.perf_counter()
-                model.generate(input_ids=ids, min_new_tokens=n, max_new_tokens=n, **how)
-                seconds[n] = time.perf_counter() - started
-        found = measured(watch)
-    plan = plan_of(settings, train=False)
-    without_adapter = dataclasses.replace(plan, r=0)
-    tokens_per_s = 63 / (seconds[64] - seconds[1])
-    read = ledger.read_for_a_token(model).total_bytes + 992 * ledger.kv_cache_bytes(
-        model.config, model.dtype
-    )
-    limit = bandwidth() / read
-    return {
-        "predicted": budget.peak(without_adapter).total_bytes,
-        "first_token_s": round(seconds[1], 4),
-        "tokens_per_s": round(tokens_per_s, 2),
-        "bytes_read_per_token": read,
-        "limit_tokens_per_s": round(limit, 1),
-        "share_of_limit": round(tokens_per_s / limit, 3),
-        **found,
-    }
+    resumed, for_t4 = ("410m", "2.8b") if shape == "12b" else (shape, shape)
+    found = [
+        Entry("machine", "doctor", "gpu_card.doctor"),
+        Entry("machine", "NVML beside CUDA", "gpu_card.two_counts", needs_card=True),
+        Entry("machine", "CUDA_VISIBLE_DEVICES", "gpu_card.chosen_cards", needs_card=True),
+        Entry("pocket", "bfloat16", "gpu_training.pocket", {"dtype": "bfloat16"}),
+        Entry("pocket", "float16", "gpu_training.pocket", {"dtype": "float16"}),
+        Entry("resume", resumed, "gpu_training.resume", size=resumed),
+        Entry(
+            "out of memory",
+            "batch 4 and 1",
+            "gpu_training.out_of_memory",
+            size=resumed,
+            needs_card=True,
+        ),
+        Entry("out of memory", AVOIDED, "gpu_card.avoided", needs_card=True),
+        Entry("t4", for_t4, "gpu_training.peak", {"values": T4}, for_t4),
+    ]
+    for name, values in LOADING.items():
+        found.append(Entry("loading", name, "gpu_answers.load_seconds", values, shape))
+    for name, values in PEAKS.items():
+        found.append(Entry("peaks", name, "gpu_training.peak", {"values": values}, shape))
+    for name, values in ANSWERS.items():
+        found.append(Entry("answers", name, "gpu_answers.answer", {"values": values}, shape))
+    for number in range(1, rounds + 1):
+        for who, values in SPEED.items():
+            found.append(
+                Entry("speed", f"{who}, round {number}", "gpu_training.speed", values, shape)
+            )
+    return found
 
 
-def bandwidth(n: int = 2**28) -> float:
-    """Bytes a second that this device really copies: read and write counted."""
-    source = torch.empty(
-        n if torch.cuda.is_available() else n // 8,
-        dtype=torch.uint8,
-        device=device.compute_device(),
-    )
-    target, seconds = torch.empty_like(source), []
-    for _ in range(5):
-        started = time.perf_counter()
-        target.copy_(source)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-    return 2 * source.nbytes / min(seconds)
+def chosen(table: list[Entry], words: list[str]) -> list[Entry]:
+    """The entries that begin with one of these words; all of them if there is none."""
+    for word in words:
+        if not any(entry.title.startswith(word) for entry in table):
+            raise SystemExit(f"no entry begins with {word!r}; --help names them")
+    return [entry for entry in table if entry.title.startswith(tuple(words) or "")]
 
 
-def apart(kind: str, *arguments) -> dict:
-    """Run one measurement in a process of its own."""
-    command = [sys.executable, __file__, "--one", json.dumps([kind, *arguments])]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        return {
-            "error": done.stderr.strip().splitlines()[-1][:300]
-            if done.stderr
-            else f"exit {done.returncode}"
-        }
-    return json.loads(done.stdout.strip().splitlines()[-1])
+def apart(call: list, environment: dict[str, str], limit_s: float) -> dict:
+    """What a measurement returns in a process of its own.
+
+    Args:
+        call: the card's UUID, the function's name and its arguments by name.
+
+    Returns:
+        That, or {"error": why there is nothing}: it raised, was killed, took longer than `limit_s`
+        seconds.
+    """
+    program = str(Path(__file__).with_name("gpu_child.py"))
+    command = [sys.executable, program, str(os.getpid()), json.dumps(call)]
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=limit_s,
+            env=os.environ | environment,
+        )
+    except subprocess.TimeoutExpired:
+        return {"error": f"not finished after {limit_s:.0f} s"}
+    lines = done.stdout.strip().splitlines()
+    if done.returncode == 0 and lines:
+        found = json.loads(lines[-1])
+    else:
+        last = (done.stderr.strip().splitlines() or [""])[-1]
+        found = {"error": f"exit {done.returncode}: {last}"[:300]}
+    if "error" in found:
+        print(done.stderr[-3000:], file=sys.stderr)
+    return found
+
+
+def code_hash() -> str:
+    """SHA-256 of what measures and what is measured, for where git does not tell a change."""
+    found = hashlib.sha256()
+    for folder in ("qlora_nb", "benchmarks", "tools", "notebooks"):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in (".py", ".toml", ".j2", ".ipynb"):
+                found.update(path.read_bytes())
+    return found.hexdigest()
+
+
+def began_before(out: Path, header: dict) -> dict | None:
+    """What an earlier call has measured, if it was the same code, shape, card and packages; the
+    file of any other is set aside beside it.
+    """
+    if not out.is_file():
+        return None
+    found = json.loads(out.read_text(encoding="utf-8"))
+    same = ("commit", "code", "shape", "versions")
+    different = [name for name in same if found.get(name) != header[name]]
+    names = [[gpu["name"] for gpu in one["hardware"]["gpus"]] for one in (found, header)]
+    if names[0] != names[1]:
+        different.append("card")
+    if not different:
+        return found
+    aside = out.with_suffix(".before")
+    out.replace(aside)
+    print(f"{out.name} has another {', '.join(different)}: set aside as {aside.name}")
+    return None
+
+
+def ratios(speeds: dict[str, dict]) -> dict[str, dict]:
+    """How many times as fast one is as another, round by round, and the median of that."""
+    found = {}
+    for faster, slower in RATIOS:
+        values = []
+        for name, one in speeds.items():
+            who, _, number = name.partition(", ")
+            other = speeds.get(f"{slower}, {number}", {})
+            if who == faster and "tokens_per_s" in one and "tokens_per_s" in other:
+                values.append(round(one["tokens_per_s"] / other["tokens_per_s"], 3))
+        if values:
+            found[f"{faster} over {slower}"] = {"median": statistics.median(values), "all": values}
+    return found
+
+
+class Benchmark:
+    """The record, and the children that fill it.
+
+    Args:
+        out: the JSON file.
+        folder: where random weights and the 4-bit copy go.
+        patience: what the limits are multiplied with, for slower machines.
+        ends: when the last child must have ended, on time.monotonic()'s clock.
+    """
+
+    def __init__(self, out: Path, folder: Path, patience: float, ends: float):
+        self.out = out
+        self.folder = folder
+        self.patience = patience
+        self.ends = ends
+        self.uuid = None
+        self.weights: dict[str, str] = {}  # size → folder
+        self.results: dict[str, dict] = {}
+
+    def measure(self, function: str, values: dict, limit_s: float = LIMIT_S) -> dict:
+        """See `apart`. Raises TimeoutError where the whole time is up, not the child's own."""
+        environment = {"QLORA_NB_CACHE": str(self.folder / "qlora-nb-cache")}
+        limit_s = limit_s * self.patience
+        left = self.ends - time.monotonic()
+        call = [self.uuid, function, values]
+        found = apart(call, environment, max(0.1, min(limit_s, left)))
+        if left < limit_s and time.monotonic() >= self.ends:
+            raise TimeoutError
+        return found
+
+    def begin(self, shape: str, commit: str | None) -> None:
+        """Find the card, and what was measured before.
+
+        Raises:
+            SystemExit: there is no card and the shape is too large without one.
+        """
+        header = self.measure("gpu_card.header", {})
+        if "error" in header:
+            raise SystemExit(header["error"])
+        self.uuid = header.pop("uuid")
+        if not header["hardware"]["gpus"] and shape == "12b":
+            raise SystemExit("no CUDA device here: try --shape 14m --out FILE")
+        header["commit"] = header["commit"] or commit
+        header |= {"code": code_hash(), "shape": shape, "weights": "random, of the true shape"}
+        self.results = began_before(self.out, header) or header
+
+    def write(self) -> None:
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.results, indent=1, ensure_ascii=False) + "\n"
+        files.write_atomically(self.out, text)
+
+    def note(self, part: str, name: str, found: dict) -> None:
+        self.results[part][name] = found
+        if part == "speed":
+            self.results["ratios"] = ratios(self.results["speed"])
+        print(f"{part}/{name}: {json.dumps(found)}", flush=True)
+        self.write()
+
+    def weights_of(self, size: str) -> str | None:
+        """The folder of a Pythia's random weights, made in a child; None if that failed."""
+        if size not in self.weights:
+            found = self.measure(
+                "gpu_card.weights", {"size": size, "folder": str(self.folder)}, WEIGHTS_LIMIT_S
+            )
+            made = found.pop("folder", None)
+            if made is None or size not in self.results["made"]:
+                self.note("made", size, found)
+            if made is None:
+                return None
+            self.weights[size] = made
+        return self.weights[size]
+
+    def run(self, table: list[Entry]) -> None:
+        """Measure what is not there yet."""
+        for part in dict.fromkeys(entry.part for entry in entries()):
+            self.results.setdefault(part, {})
+        self.results.setdefault("made", {})
+        for entry in table:
+            before = self.results[entry.part].get(entry.name, {"error": "not measured"})
+            if "error" in before or "skipped" in before:
+                self.note(entry.part, entry.name, self.one(entry))
+        self.write()
+
+    def one(self, entry: Entry) -> dict:
+        """Measure one entry, or say why not."""
+        if entry.needs_card and not self.results["hardware"]["gpus"]:
+            return {"skipped": NO_CARD}
+        values = entry.values
+        if entry.size:
+            folder = self.weights_of(entry.size)
+            if folder is None:
+                return {"error": f"no weights of a {entry.size}"}
+            values = {"folder": folder, **values}
+        found = self.measure(entry.function, values)
+        if entry.name == AVOIDED and "error" not in found:  # notebook 05 reads it by that name
+            header = {k: v for k, v in self.results.items() if k not in self.parts()}
+            text = json.dumps(header | found, indent=1, ensure_ascii=False) + "\n"
+            files.write_atomically(self.out.with_name("avoided_oom.json"), text)
+        return found
+
+    def parts(self) -> set[str]:
+        return {entry.part for entry in entries()} | {"made", "ratios"}
 
 
 def main() -> None:
+    table = entries()
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        epilog="entries:\n  " + "\n  ".join(entry.title for entry in table),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--shape", default="12b", help="Pythia size")
+    parser.add_argument("--only", nargs="+", default=[], metavar="ENTRY", help="parts or entries")
+    parser.add_argument("--out", type=Path, default=TARGET)
     parser.add_argument(
-        "--folder", default=tempfile.gettempdir(), help="where the random model goes"
+        "--folder", type=Path, default=Path(tempfile.gettempdir()), help="for weights: 32 GB"
     )
-    parser.add_argument("--out", default=str(TARGET))
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--rounds", type=int, default=1, help="of the speeds")
+    parser.add_argument("--minutes", type=float, default=1e6, help="end after so many")
+    parser.add_argument("--patience", type=float, default=1.0, help="times the time limits")
+    parser.add_argument("--commit", help="what to record where there is no git")
     given = parser.parse_args()
-    if given.one:
-        kind, *arguments = json.loads(given.one)
-        print(
-            json.dumps(
-                {"peak": peak, "speed": speed, "load": load_seconds, "answer": answer}[kind](
-                    *arguments
-                )
-            )
-        )
-        return
-    if not torch.cuda.is_available() and given.shape == parser.get_default("shape"):
-        raise SystemExit("no CUDA device here: try --shape 14m --out FILE")
-    os.environ["QLORA_NB_CACHE"] = str(Path(given.folder) / "qlora-nb-cache")
-    results: dict[str, object] = {
-        **provenance.provenance((0,)),
-        "shape": given.shape,
-        "weights": "random, of the true shape",
-    }
-    folder = peers.random_pythia(given.shape, Path(given.folder))
-
-    def note(part: str, name: str, found: dict) -> None:
-        results.setdefault(part, {})[name] = found
-        print(part, name, found, flush=True)
-        provenance.write(Path(given.out), results)
-
-    note("loading", "plain", apart("load", folder, False))
-    note("loading", "first, and kept", apart("load", folder, True))
-    note("loading", "from the copy", apart("load", folder, True))
-    for name, values in PEAKS.items():
-        note("peaks", name, apart("peak", folder, values))
-    for name, values in ANSWERS.items():
-        note("answers", name, apart("answer", folder, values))
-    rounds = [
-        {who: apart("speed", folder, who) for who in ("kit", "common", "pasted")}
-        for _ in range(given.rounds)
-    ]
-    note("speed", "rounds", rounds)
-    whole = [found for found in rounds if all("error" not in one for one in found.values())]
-    for who in ("common", "pasted"):
-        ratios = [found["kit"]["tokens_per_s"] / found[who]["tokens_per_s"] for found in whole]
-        note(
-            "speed",
-            f"kit over {who}",
-            {"median": round(statistics.median(ratios), 3) if ratios else None},
-        )
+    selected = chosen(entries(given.shape, given.rounds), given.only)
+    ends = time.monotonic() + 60 * given.minutes
+    benchmark = Benchmark(given.out, given.folder, given.patience, ends)
+    try:
+        benchmark.begin(given.shape, given.commit)
+        benchmark.run(selected)
+    except TimeoutError:
+        raise SystemExit("the time is up: the same command goes on") from None
 
 
 if __name__ == "__main__":

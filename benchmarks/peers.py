@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from pathlib import Path
+from collections.abc import Sequence
 from random import Random
 
 import datasets
@@ -26,8 +26,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from qlora_nb import sources
-from qlora_nb.model import chunked_loss, configs, device, load
+from qlora_nb.model import batching, chunked_loss, device, load
 from qlora_nb.record import runs
 from qlora_nb.settings import Settings
 
@@ -42,9 +41,15 @@ OPTIONS = {
 }
 
 
-class _Clock(TrainerCallback):
-    def __init__(self):
-        self.started = self.seconds = 0.0
+class StepClock(TrainerCallback):
+    """The seconds of all steps after the first `warm_up`: neither what comes before the first step
+    nor what is saved after the last one.
+    """
+
+    def __init__(self, warm_up: int = 0):
+        self.warm_up = warm_up
+        self.started = 0.0
+        self.seconds = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.started = time.perf_counter()
@@ -52,22 +57,46 @@ class _Clock(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.seconds = time.perf_counter() - self.started
+        now = time.perf_counter()
+        if state.global_step == self.warm_up:
+            self.started = now
+        self.seconds = now - self.started
 
 
-def kit(settings: Settings, rows: datasets.Dataset, tokenizer) -> tuple[float, torch.nn.Module]:
-    """Tokens a second of notebook 06 (with its record keeping), and the trained model."""
+def kit(
+    settings: Settings,
+    rows: datasets.Dataset,
+    tokenizer,
+    warm_up: int = 0,
+    watching: Sequence[TrainerCallback] = (),
+) -> tuple[float, torch.nn.Module]:
+    """Tokens a second of notebook 06 (with its record keeping), and the trained model.
+
+    Args:
+        warm_up: steps before the clock starts.
+        watching: callbacks of the Trainer besides the clock.
+    """
     model = open_cells.attach_adapter(load.load_base(settings), settings)
+    clock = StepClock(warm_up)
     with tempfile.TemporaryDirectory() as folder:
         run = runs.Run(settings.replace(output_dir=folder), "peers")
-        result = open_cells.finetune(model, tokenizer, rows, settings, run, lambda step: None)
-    return result["tokens_per_s"], model
+        open_cells.finetune(
+            model, tokenizer, rows, settings, run, lambda step: None, watching=(clock, *watching)
+        )
+    in_order = batching.in_training_order(rows, settings)["input_ids"]
+    n_tokens = sum(len(ids) for ids in in_order[warm_up * settings.rows_in_a_step :])
+    return n_tokens / clock.seconds, model
 
 
 def recipe(
-    settings: Settings, rows: datasets.Dataset, tokenizer, pasted: bool = False
+    settings: Settings,
+    rows: datasets.Dataset,
+    tokenizer,
+    warm_up: int = 0,
+    watching: Sequence[TrainerCallback] = (),
+    pasted: bool = False,
 ) -> tuple[float, torch.nn.Module]:
-    """Tokens a second of the common recipe, or of the one often pasted, and the trained model."""
+    """As `kit`, of the common recipe, or of the one often pasted."""
     settings = settings.replace(compute_dtype="bfloat16") if pasted else settings
     dtype, on_gpu = device.compute_dtype(settings.compute_dtype), torch.cuda.is_available()
     how = {
@@ -75,7 +104,8 @@ def recipe(
         "quantization_config": load.quantization_config(settings),
         "device_map": {"": device.compute_device()},
     }
-    base = AutoModelForCausalLM.from_pretrained(sources.model_path(settings.model_id), **how)
+    path = load.weights_of(settings)  # with `prequantized` the same weights, packed already
+    base = AutoModelForCausalLM.from_pretrained(path, **how)
     model = prepare_model_for_kbit_training(
         base, gradient_checkpointing_kwargs={"use_reentrant": False}
     )
@@ -85,14 +115,12 @@ def recipe(
         model, LoraConfig(**lora, target_modules="all-linear", task_type="CAUSAL_LM")
     )
     how = {"padding": "max_length", "max_length": settings.max_length} if pasted else {}
-    pad, seen, clock = (
-        DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=chunked_loss.IGNORED, **how),
-        [],
-        _Clock(),
-    )
+    pad = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=chunked_loss.IGNORED, **how)
+    clock = StepClock(warm_up)
+    in_passes: list[int] = []  # tokens of each pass
 
     def collate(batch):
-        seen.append(sum(len(row["input_ids"]) for row in batch))
+        in_passes.append(sum(len(row["input_ids"]) for row in batch))
         return pad(batch)
 
     with tempfile.TemporaryDirectory() as folder:
@@ -115,32 +143,21 @@ def recipe(
             args=arguments,
             train_dataset=rows,
             data_collator=collate,
-            callbacks=[clock],
+            callbacks=[clock, *watching],
         ).train()
-    return sum(seen) / clock.seconds, model
+    first = warm_up * settings.gradient_accumulation_steps
+    end = settings.max_steps * settings.gradient_accumulation_steps  # what was fetched ahead: left
+    return sum(in_passes[first:end]) / clock.seconds, model
 
 
-def common(settings: Settings, rows: datasets.Dataset, tokenizer) -> tuple[float, torch.nn.Module]:
+def common(*arguments) -> tuple[float, torch.nn.Module]:
     """The common recipe."""
-    return recipe(settings, rows, tokenizer)
+    return recipe(*arguments)
 
 
-def pasted(settings: Settings, rows: datasets.Dataset, tokenizer) -> tuple[float, torch.nn.Module]:
+def pasted(*arguments) -> tuple[float, torch.nn.Module]:
     """The recipe as often pasted."""
-    return recipe(settings, rows, tokenizer, pasted=True)
-
-
-def random_pythia(size: str, folder: Path) -> str:
-    """A Pythia of true shape with random weights in 16 bit under `folder`; made once."""
-    target = folder / f"random-pythia-{size}"
-    if not (target / "config.json").is_file():
-        torch.manual_seed(0)
-        with torch.device(device.compute_device()):
-            model = AutoModelForCausalLM.from_config(
-                configs.pythia_config(size), dtype=torch.float16
-            )
-        model.save_pretrained(target, max_shard_size="4GB")
-    return str(target)
+    return recipe(*arguments, pasted=True)
 
 
 def random_rows(

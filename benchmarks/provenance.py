@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -19,20 +21,24 @@ from qlora_nb.record import files, runs
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "tools"))
 
-import open_cells  # noqa: E402, F401
+
+def __getattr__(name: str) -> ModuleType:
+    """`from provenance import open_cells`, the notebook's own cells: they bring transformers and
+    PEFT with them, so they are loaded where they are asked for (PEP 562).
+    """
+    if name != "open_cells":
+        raise AttributeError(name)
+    return importlib.import_module(name)
 
 
 def provenance(seeds: tuple[int, ...] = ()) -> dict:
     """Date, commit (and whether the working copy was clean), hardware, versions, threads and seeds;
     None: not known.
     """
-    clean, versions = None, None
-    with suppress(OSError):  # no git
-        status = subprocess.run(
-            ["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=False
-        )
-        clean = not status.stdout.strip() if status.returncode == 0 else None
-    with suppress(PackageNotFoundError):  # the kit is not installed, only on the path
+    status = _git("status", "--porcelain")
+    # where the kit is not installed, only on the path: those that numbers depend on
+    versions = {package: machine.installed(package) for package in runs.PACKAGES}
+    with suppress(PackageNotFoundError):
         versions = {
             version.package: version.installed
             for version in machine.versions()
@@ -41,8 +47,8 @@ def provenance(seeds: tuple[int, ...] = ()) -> dict:
     hardware = asdict(machine.this_machine(ROOT))
     return {
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "commit": runs.commit(),
-        "clean": clean,  # False: the commit does not say all
+        "commit": _git("rev-parse", "HEAD"),
+        "clean": None if status is None else not status,  # False: the commit does not say all
         "hardware": {
             k: hardware[k] for k in ("cpu", "n_cores", "ram_bytes", "gpus", "python", "system")
         },
@@ -50,6 +56,17 @@ def provenance(seeds: tuple[int, ...] = ()) -> dict:
         "threads": torch.get_num_threads(),
         "seeds": list(seeds),
     }
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says of the repository that this file lies in; None without git or repository."""
+    with suppress(OSError):
+        done = subprocess.run(
+            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        if done.returncode == 0:
+            return done.stdout.strip()
+    return None
 
 
 def write(path: Path, record: dict) -> None:

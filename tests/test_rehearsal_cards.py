@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import json
 import os
 import re
 import struct
@@ -24,7 +23,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from qlora_nb import cards, cli, machine, recorded, sources
+from qlora_nb import cards, cli, machine, sources
 from qlora_nb.errors import KitError
 from qlora_nb.memory import budget, preflight
 from qlora_nb.model import device
@@ -541,50 +540,3 @@ def test_rehearsal_training_stays_on_the_cpu_beside_apples_gpu(monkeypatch):
     assert (
         open_cells.arguments(validate({})).device == device.compute_device() == torch.device("cpu")
     )
-
-
-# ---- the benchmarks --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def benchmarks(root, monkeypatch):
-    monkeypatch.syspath_prepend(str(root / "benchmarks"))
-    import gpu
-    import provenance
-
-    return types.SimpleNamespace(gpu=gpu, provenance=provenance)
-
-
-def test_rehearsal_the_benchmark_watches_the_card_that_is_used(monkeypatch, benchmarks):
-    """CUDA_VISIBLE_DEVICES=1: torch's only card is NVML's second."""
-    idle, used = Card("idle", "GPU-1"), Card("used", "GPU-2")
-    Nvml(monkeypatch, idle, used)
-    cuda_of(monkeypatch, used)
-    with benchmarks.gpu._Watch() as watch:
-        while used.asked + idle.asked < 2:
-            watch.ended.wait(0.005)
-        used.free = 20.0
-        already = used.asked + idle.asked
-        while used.asked + idle.asked == already:
-            watch.ended.wait(0.005)
-    assert watch.peak == 4 * cards.GIB
-    assert idle.asked == 0
-
-
-def test_rehearsal_a_measurement_without_git_and_without_the_kits_metadata(
-    monkeypatch, benchmarks, tmp_path
-):
-    def nothing(*_, **__):
-        raise FileNotFoundError("git")
-
-    def unknown(name):
-        raise importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(subprocess, "run", nothing)
-    monkeypatch.setattr(subprocess, "check_output", nothing)
-    monkeypatch.setattr(importlib.metadata, "requires", unknown)
-    record = benchmarks.provenance.provenance()
-    assert record["commit"] is record["clean"] is record["versions"] is None
-    (tmp_path / "gpu.json").write_text(json.dumps(record))
-    monkeypatch.setattr(recorded, "FOLDER", tmp_path)
-    assert "commit unknown" in recorded.read("gpu")[1]

@@ -81,7 +81,9 @@ def arguments(settings) -> transformers.TrainingArguments:
     return names["args"]
 
 
-def finetune(model, tokenizer, train, settings, run, report, held_out=None) -> dict[str, object]:
+def finetune(
+    model, tokenizer, train, settings, run, report, held_out=None, watching=()
+) -> dict[str, object]:
     """The cells from the rows to the saved adapter.
 
     Args:
@@ -90,7 +92,12 @@ def finetune(model, tokenizer, train, settings, run, report, held_out=None) -> d
         run: the `runs.Run` to train in.
         report: called after each step with its numbers.
         held_out: tokenized rows whose loss is measured every `sample_steps` steps.
+        watching: callbacks of the Trainer besides those of the cell.
     """
+
+    def make_trainer(callbacks, **options):
+        return QLoRATrainer(callbacks=[*callbacks, *watching], **options)
+
     rows = batching.pack(train, settings.max_length) if settings.packing else train
     rows = batching.in_training_order(rows, settings)
     names = {
@@ -104,7 +111,7 @@ def finetune(model, tokenizer, train, settings, run, report, held_out=None) -> d
         "callbacks": callbacks,
         "files": files,
         "seal": seal,
-        "QLoRATrainer": QLoRATrainer,
+        "QLoRATrainer": make_trainer,
         "panels": SimpleNamespace(LiveTraining=lambda max_steps: View(report)),
         "checkpoints": SimpleNamespace(start=lambda settings, notebook: run),
         "display": lambda box: None,
