@@ -51,4 +51,6 @@ def _predicted_bytes(shape: dict, entry: dict) -> int:
     for name in ("dtype", "rest_dtype"):
         if name in fields:
             fields[name] = getattr(torch, fields[name])
+    if "target_modules" in fields:
+        fields["target_modules"] = tuple(fields["target_modules"])
     return budget.peak(Plan(config, **fields)).total_bytes
