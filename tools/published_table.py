@@ -1,0 +1,93 @@
+"""Write `docs/published_figures.md`: published memory figures beside the ledger's predictions.
+
+    python tools/published_table.py
+
+Ten seconds on one core. `tests/test_published.py` compares the committed page with what is written
+now, so that no prediction changes unseen.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+from qlora_nb.memory import published
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "published_figures.md"
+SOURCE = Path(published.__file__).with_name("published.toml")
+COLUMNS = ("figure", "published", "predicted", "difference", "their own code, counted", "cause")
+
+TEXT = """# Published memory figures
+
+What others have measured or calculated, beside what `budget.peak` predicts for the same
+configuration, in GB (10^9 bytes). Configurations were taken from the sources and entered before
+anything was predicted; no constant is fitted to a figure.
+
+A prediction is for *this kit's* libraries. Where a source's own code of that time could be run
+without memory (on torch's *meta* device), its weights and the tensors alive at the peak were
+counted too: that tells a difference in code from a fault of the ledger. Sources were looked at on
+{looked_at}.
+
+Counted was litgpt at 0cc02af (resource tables; its RMSNorm in float32 is four days younger than the
+commit that the tables name), e549398 and 00af8b0 (2 × 512: two full micro-batches one after the
+other), its 4-bit layers keeping and unpacking what bitsandbytes 0.41 and 0.42 do; qlora.py with
+transformers 4.31 and PEFT 0.4; Unsloth's neighbour with transformers 4.47 and PEFT 0.14. Attention
+is fused in all but qlora.py's. The count meets more of litgpt's figures that are no QLoRA of a
+family here: phi-1.5 and StableLM-3B in NF4 3.70 and 6.17 GB (published 3.72, 6.19), without
+quantization and 1, 2, 4 rows 4.79, 6.74, 10.64 (4.82, 6.76, 10.68) and 9.68, 12.08, 16.87 (9.69,
+12.10, 16.92), Llama-2-7B with 1 and 2 rows 21.22 and 28.95 (21.30, 29.07), 13B 37.94 (38.12).
+
+"""
+
+
+def table(figures: dict[str, dict], rows: list[dict[str, object]]) -> list[str]:
+    """Lines of the table: a figure a line."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    for row in rows:
+        counted = figures[row["figure"]].get("counted_gb", "")
+        difference = row["predicted"] / row["published"] - 1
+        if counted:
+            of_counted = counted / row["published"] - 1
+            counted = f"{counted:.2f} ({of_counted:+.1%})"
+        cells = [
+            row["figure"],
+            f"{row['published']:.2f}",
+            f"{row['predicted']:.2f}",
+            f"{difference:+.1%}",
+            counted,
+            row["remark"],
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def configurations(figures: dict[str, dict]) -> list[str]:
+    """Lines of a list: where each figure stands, what was read, and its configuration."""
+    lines = []
+    for name, entry in figures.items():
+        lines.append(f"- **{name}**: [{entry['source']}]({entry['address']}).")
+        lines.append(f"  Read: {entry['measured']}. {entry['setup']}.")
+    return lines
+
+
+def render() -> str:
+    """The whole page."""
+    tables = tomllib.loads(SOURCE.read_text(encoding="utf-8"))
+    figures = tables["figures"]
+    lines = [
+        TEXT.format(looked_at=tables["looked_at"]).strip(),
+        "",
+        *table(figures, published.published_figures()),
+        "",
+        "## Sources and configurations",
+        "",
+        *configurations(figures),
+        "",
+        "Written by `tools/published_table.py` from `qlora_nb/memory/published.toml`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render(), encoding="utf-8")
