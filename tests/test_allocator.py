@@ -2,6 +2,7 @@
 rules of torch's `CUDACachingAllocator.cpp`.
 """
 
+import json
 import sys
 
 import pytest
@@ -10,7 +11,9 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from allocator import MIB, Allocating, Allocator
+from allocator import MIB, TARGET, Allocating, Allocator
+
+from qlora_nb.memory import budget
 
 
 @pytest.mark.parametrize(
@@ -72,3 +75,12 @@ def test_tensors_of_a_run_are_given_blocks_while_they_live():
     assert allocator.allocated == count.live == b.nbytes + c.nbytes
     assert allocator.peak_allocated == count.peak == 6 * MIB
     assert allocator.reserved == 20 * MIB
+
+
+def test_the_record_is_of_the_slack_that_is_assumed():
+    record = json.loads(TARGET.read_text(encoding="utf-8"))
+    assert record["clean"]
+    assert record["summary"]["assumed"] == budget.SLACK
+    for run in record["runs"]:
+        assert run["live"] <= run["blocks"] <= run["segments"]
+        assert run["slack"] == pytest.approx(run["segments"] / run["live"] - 1, abs=1e-4)

@@ -8,6 +8,7 @@ now, so that no prediction changes unseen.
 
 from __future__ import annotations
 
+import json
 import tomllib
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from qlora_nb.memory import published
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "published_figures.md"
 SOURCE = Path(published.__file__).with_name("published.toml")
+ALLOCATOR = ROOT / "benchmarks" / "results" / "allocator.json"
 COLUMNS = ("figure", "published", "predicted", "difference", "their own code, counted", "cause")
 
 TEXT = """# Published memory figures
@@ -71,6 +73,21 @@ def configurations(figures: dict[str, dict]) -> list[str]:
     return lines
 
 
+def allocator() -> str:
+    """What is assumed for the allocator, beside the simulation."""
+    summary = json.loads(ALLOCATOR.read_text(encoding="utf-8"))["summary"]
+    assumed = f"{summary['assumed']:.0%}"
+    simulated = f"{summary['smallest']:.0%} to {summary['largest']:.0%}"
+    return (
+        f"Of changing memory {assumed} are added for the allocator (`budget.SLACK`, assumed). A "
+        "simulation of torch's allocator on whole steps of pythia-1.4b and 12b reserves "
+        f"{simulated} more than their tensors hold "
+        "([benchmarks/results/allocator.json](../benchmarks/results/allocator.json)); what is "
+        "reserved and not used torch gives back before it runs out of memory. Figures of allocated "
+        "memory, litgpt's among them, do not contain it."
+    )
+
+
 def render() -> str:
     """The whole page."""
     tables = tomllib.loads(SOURCE.read_text(encoding="utf-8"))
@@ -79,6 +96,10 @@ def render() -> str:
         TEXT.format(looked_at=tables["looked_at"]).strip(),
         "",
         *table(figures, published.published_figures()),
+        "",
+        "## The allocator",
+        "",
+        allocator(),
         "",
         "## Sources and configurations",
         "",
