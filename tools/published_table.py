@@ -31,14 +31,18 @@ without memory (on torch's *meta* device), its weights and the tensors alive at 
 counted too: that tells a difference in code from a fault of the ledger. Sources were looked at on
 {looked_at}.
 
-Counted was litgpt at 0cc02af (resource tables; its RMSNorm in float32 is four days younger than the
-commit that the tables name), e549398 and 00af8b0 (2 × 512: two full micro-batches one after the
-other), its 4-bit layers keeping and unpacking what bitsandbytes 0.41 and 0.42 do; qlora.py with
-transformers 4.31 and PEFT 0.4; Unsloth's neighbour with transformers 4.47 and PEFT 0.14. Attention
-is fused in all but qlora.py's. The count meets more of litgpt's figures that are no QLoRA of a
-family here: phi-1.5 and StableLM-3B in NF4 3.70 and 6.17 GB (published 3.72, 6.19), without
-quantization and 1, 2, 4 rows 4.79, 6.74, 10.64 (4.82, 6.76, 10.68) and 9.68, 12.08, 16.87 (9.69,
-12.10, 16.92), Llama-2-7B with 1 and 2 rows 21.22 and 28.95 (21.30, 29.07), 13B 37.94 (38.12).
+Counted was litgpt at three commits, its 4-bit layers keeping and unpacking what bitsandbytes 0.41
+and 0.42 do; qlora.py with transformers 4.31 and PEFT 0.4; Unsloth's neighbour with transformers
+4.47 and PEFT 0.14. Attention is fused in all but qlora.py's. Two things about litgpt were found by
+comparing and are not said by its sources. Its resource tables name commit 8641822, which counts
+13.08 and 21.39 GB for 7B and 13B; the column has 0cc02af, eight days younger, whose RMSNorm
+computes in float32. And its 2 × 512 stands for two full micro-batches one after the other; the
+first alone counts 12.05, 12.46, 15.64, 9.30 and 5.06 GB in the order of the table (e549398, 00af8b0).
+
+The same count meets figures of litgpt that the ledger has no plan for: phi-1.5 and StableLM-3B in
+NF4 3.70 and 6.17 GB (published 3.72, 6.19), without quantization and 1, 2, 4 rows 4.79, 6.74, 10.64
+(4.82, 6.76, 10.68) and 9.68, 12.08, 16.87 (9.69, 12.10, 16.92), Llama-2-7B with 1 and 2 rows 21.22
+and 28.95 (21.30, 29.07), 13B with 1 row 37.94 (38.12).
 
 """
 
