@@ -2,7 +2,7 @@
 
     python tools/published_table.py
 
-Ten seconds on one core. `tests/test_published.py` compares the committed page with what is written
+Half a minute on one core. `tests/test_published.py` compares the committed page with what is written
 now, so that no prediction changes unseen.
 """
 
@@ -37,7 +37,7 @@ and 0.42 do; qlora.py with transformers 4.31 and PEFT 0.4; Unsloth's neighbour w
 comparing and are not said by its sources. Its resource tables name commit 8641822, which counts
 13.08 and 21.39 GB for 7B and 13B; the column has 0cc02af, eight days younger, whose RMSNorm
 computes in float32. And its 2 × 512 stands for two full micro-batches one after the other; the
-first alone counts 12.05, 12.46, 15.64, 9.30 and 5.06 GB in the order of the table (e549398, 00af8b0).
+first alone counts 12.05, 12.46, 15.64, 9.30, 5.06 GB in the order of the table (e549398, 00af8b0).
 
 The same count meets figures of litgpt that the ledger has no plan for: phi-1.5 and StableLM-3B in
 NF4 3.70 and 6.17 GB (published 3.72, 6.19), without quantization and 1, 2, 4 rows 4.79, 6.74, 10.64
