@@ -257,7 +257,7 @@ def test_predicted_is_measured_after_two_steps(tmp_path):
 def test_published_figures_follow_from_their_configurations():
     found = {row["figure"].split(" (")[0]: row for row in published.published_figures()}
     off = {name: row["predicted"] / row["published"] - 1 for name, row in found.items()}
-    assert len(found) == 10
+    assert len(found) == 26
     for name in ("pythia-12b, plain", "LLaMA-65B, full fine-tuning"):
         assert abs(off[name]) < 0.02
     for name in (

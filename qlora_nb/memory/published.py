@@ -23,13 +23,15 @@ def published_figures() -> list[dict[str, object]]:
         source.
     """
     text = Path(__file__).with_name("published.toml").read_text(encoding="utf-8")
+    tables = tomllib.loads(text)
     rows = []
-    for name, entry in tomllib.loads(text).items():
+    for name, entry in tables["figures"].items():
+        shape = tables["shapes"][entry["shape"]]
         rows.append(
             {
                 "figure": name,
                 "published": entry["published_gb"],
-                "predicted": _predicted_bytes(entry) / 1e9,
+                "predicted": _predicted_bytes(shape, entry) / 1e9,
                 "remark": entry["why"],
                 "source": entry["source"],
             }
@@ -37,8 +39,7 @@ def published_figures() -> list[dict[str, object]]:
     return rows
 
 
-def _predicted_bytes(entry: dict) -> int:
-    shape = entry["config"]
+def _predicted_bytes(shape: dict, entry: dict) -> int:
     if "pythia" in shape:
         config = configs.pythia_config(shape["pythia"])
     else:
@@ -50,4 +51,6 @@ def _predicted_bytes(entry: dict) -> int:
     for name in ("dtype", "rest_dtype"):
         if name in fields:
             fields[name] = getattr(torch, fields[name])
+    if "target_modules" in fields:
+        fields["target_modules"] = tuple(fields["target_modules"])
     return budget.peak(Plan(config, **fields)).total_bytes
