@@ -30,7 +30,7 @@ def cases():
 
 
 def test_the_record_has_all_cases(cases):
-    assert tuple(cases) == CASES
+    assert set(cases) == set(CASES)
     for case, found in cases.items():
         assert found["parameters"] == PYTHIA[case.split(",")[0]].n_parameters
         assert found["measured"]["clean"] is True
@@ -89,10 +89,24 @@ def test_a_step_is_estimated_within_a_factor_of_two_or_so(cases):
         assert 0.5 < ratio < 2.5, case
 
 
+def test_the_readme_says_what_was_measured(cases):
+    text = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+    [row] = [line for line in text.splitlines() if "at pythia-12b's true size" in line]
+    found = cases["12b, r 16"]
+    peak = found["train"]["lines"]["peak"]
+    for said in (
+        f"{found['load']['static_measured']:,} bytes predicted and held",
+        f"{peak['predicted'] / 1e9:.3f} GB predicted and {peak['measured'] / 1e9:.3f} measured",
+        f"{found['load']['anonymous_bytes'] / 2**30:.1f} GiB beside mapped files",
+        f"from the 4-bit copy {found['from the copy']['anonymous_bytes'] / 2**30:.2f}",
+    ):
+        assert said in row
+
+
 def test_the_table_shows_the_record(cases):
     table, where = n01.at_true_size()
-    assert list(table.index) == [f"pythia-{case}" for case in CASES]
-    for case, row in zip(CASES, table.to_dict("records"), strict=True):
+    assert list(table.index) == [f"pythia-{case}" for case in cases]
+    for case, row in zip(cases, table.to_dict("records"), strict=True):
         trained = cases[case]["train"]
         peak = trained["lines"]["peak"]
         assert row["step, measured (s)"] == pytest.approx(
