@@ -9,6 +9,7 @@ to be compared.
 
 import os
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 
 from qlora_nb import cards, machine, sources
@@ -180,7 +181,7 @@ def tell_how_slow(settings, here: machine.Machine) -> None:
     from qlora_nb.memory.plan import plan_of
 
     plan = plan_of(settings, on_gpu=False)
-    loading = ledger.predict(plan).total_bytes + estimates.host_bytes(plan.config)
+    loading = ledger.predict(replace(plan, r=0)).total_bytes + estimates.host_bytes(plan.config)
     training = budget.peak(plan).total_bytes + 2 * cards.GIB  # Python and torch (assumed)
     seconds = estimates.step_seconds(plan)
     print(
