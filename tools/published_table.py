@@ -2,8 +2,8 @@
 
     python tools/published_table.py
 
-Half a minute on one core. `tests/test_published.py` compares the committed page with what is written
-now, so that no prediction changes unseen.
+Half a minute on one core. `tests/test_published.py` compares the committed page with what is
+written now, so that no prediction changes unseen.
 """
 
 from __future__ import annotations
