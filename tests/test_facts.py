@@ -266,9 +266,9 @@ def test_what_07_says_of_the_bytes_pythia_12b_reads_for_a_token(capsys):
         for cell in nbformat.read(NOTEBOOKS / "07_inference.ipynb", 4).cells
         if "936e9" in cell.source
     ]
-    none = SimpleNamespace(read=lambda name: None)
-    names = {"ledger": ledger, "Plan": Plan, "torch": torch, "configs": configs, "recorded": none}
-    exec(source, names)
+    no_card = SimpleNamespace(read=lambda name: None if name == "gpu" else recorded.read(name))
+    names = {"ledger": ledger, "Plan": Plan, "torch": torch, "configs": configs}
+    exec(source, {**names, "recorded": no_card})
     layers, hidden, _, vocab, total, *_ = TABLE["12b"]
     packed = 12 * layers * hidden**2
     weights = (
@@ -277,8 +277,11 @@ def test_what_07_says_of_the_bytes_pythia_12b_reads_for_a_token(capsys):
         + 4 * packed // (64 * 256)
         + 2 * (total - packed - vocab * hidden)
     )
-    *lines, last = capsys.readouterr().out.splitlines()
-    assert "GPU" in last
+    *lines, no_gpu, base, tuned, _ = capsys.readouterr().out.splitlines()
+    assert "GPU" in no_gpu
+    answered = recorded.read("true_size")[0]["cases"]["12b, r 16"]["answer"]
+    for who, line in (("base", base), ("tuned", tuned)):
+        assert line == f"on a CPU, {who}: 8 tokens in {answered['seconds_of_an_answer'][who]:.0f} s"
     for n, line in zip((0, 1024, 2048), lines, strict=True):
         read = weights + n * 4 * layers * hidden
         assert f"{n:,} tokens in the cache: {read / 1e9:.2f} GB" in line
