@@ -80,6 +80,15 @@ def test_the_killed_run_ended_with_the_same_bits(cases):
     assert found["resumed"]["losses"] == found["train"]["losses"]
 
 
+def test_a_machine_with_less_memory_than_the_model_takes_the_same_step(cases):
+    """Mapped weights are read from the disk again where they do not stay in memory."""
+    found = cases["12b, r 16"]
+    little = found["one step in 6 GiB"]
+    assert little["most_bytes"] <= little["limit_bytes"] < found["load"]["static_measured"]
+    assert little["exit_code"] == 0
+    assert little["losses"] == found["train"]["losses"][:1]
+
+
 def test_a_step_is_estimated_within_a_factor_of_two_or_so(cases):
     """Twelve times the size of the step is what an estimate must tell apart; a busy machine
     doubles any step.
