@@ -18,7 +18,6 @@ import os
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -27,8 +26,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import peers
 import provenance
-import psutil
 import random_weights
+from host_memory import Memory
 
 from qlora_nb import sources
 from qlora_nb.answer import evaluate
@@ -143,31 +142,20 @@ def loading(model_id: str) -> dict:
 
 def memory_of_loading(model_id: str) -> dict[str, int]:
     """What loading takes besides the model itself, in a process of its own: the most anonymous
-    memory (mapped files are the system's to give back), sampled every 5 ms, above what was there
-    before and what the 4-bit model holds."""
-    process, ended = psutil.Process(), threading.Event()
-
-    def anonymous() -> int:
-        info = process.memory_info()
-        return info.rss - info.shared
-
+    memory (mapped files are the system's to give back) above what was there before and what the
+    4-bit model holds.
+    """
     quietly(load.load_base, validate({}))  # libraries and their own buffers
-    before, peak = anonymous(), [0]
-
-    def sample():
-        while not ended.wait(0.005):
-            peak[0] = max(peak[0], anonymous())
-
-    watcher = threading.Thread(target=sample, daemon=True)
-    watcher.start()
-    held = ledger.measure(quietly(load.load_base, validate({"model_id": model_id}))).total_bytes
-    ended.set()
-    watcher.join()
+    with Memory() as before:
+        pass
+    with Memory() as memory:
+        model = quietly(load.load_base, validate({"model_id": model_id}))
+    held = ledger.measure(model).total_bytes
     config = configs.config_of(model_id)
     largest = max(p.numel() for p in configs.meta_model(config).parameters())
     return {
         "held": held,
-        "besides": peak[0] - before - held,
+        "besides": memory.anonymous - before.anonymous - held,
         "largest_tensor_16_bit": 2 * largest,
         "assumed": estimates.host_bytes(config),
     }

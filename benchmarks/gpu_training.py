@@ -28,24 +28,6 @@ from qlora_nb.model import data, device, load
 from qlora_nb.settings import validate
 from qlora_nb.train import checkpoints
 
-EVERY = {
-    "gradient_checkpointing": True,
-    "head_4bit": True,
-    "embedding_on_cpu": True,
-    "optim": "paged_adamw_8bit",
-}
-POCKET = {
-    "plain": {},
-    "packed": {"packing": True},
-    "all logits": {"loss_chunk": 0},
-    "checkpointing": {"gradient_checkpointing": True},
-    "4-bit head": {"head_4bit": True},
-    "embedding on the CPU": {"embedding_on_cpu": True},
-    "8-bit states": {"optim": "paged_adamw_8bit"},
-    "every option": EVERY,
-    "every option, packed": {**EVERY, "packing": True},
-    "every option, all logits": {**EVERY, "loss_chunk": 0},
-}
 WARM_UP, MEASURED = 5, 50
 """Steps of a speed."""
 
@@ -170,7 +152,7 @@ def pocket(watch: Watch, dtype: str) -> dict:
     """
     found = {}
     in_float32: dict[tuple, list[float]] = {}
-    for name, options in POCKET.items():
+    for name, options in open_cells.OPTIONS.items():
         key = options.get("packing", False), options.get("head_4bit", False)
         try:
             if key not in in_float32:

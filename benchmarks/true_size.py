@@ -10,7 +10,7 @@ depend on what they are; what such a model answers means nothing.
 
 Needed are 24 GB of disk for the 16-bit weights, 8 for the 4-bit copy and some for checkpoints (all
 are removed in the end), 12 GiB of memory and one to two hours on two cores. Every stage is a
-process of its own, so that the next one begins with nothing; its memory is read every 50 ms.
+process of its own, so that the next one begins with nothing; its memory is read every 5 ms.
 Anonymous memory is counted apart from mapped files, which the system takes back when it needs room.
 A stage that is in the file already is not made again.
 """
@@ -25,15 +25,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import provenance
-import psutil
 import random_weights
+from host_memory import Memory
 from provenance import open_cells
 from transformers import PreTrainedTokenizerFast
 
@@ -83,38 +82,6 @@ TRAIN = {
 
 KILLED_AFTER = 2
 """The step whose checkpoint the killed run leaves: it is killed in the next one."""
-
-
-class Memory:
-    """The most memory that this process held inside the context, in bytes, by kind."""
-
-    def __enter__(self):
-        self.process = psutil.Process()
-        self.anonymous = 0
-        self.resident = 0
-        self.ended = threading.Event()
-        self.thread = threading.Thread(target=self._sample, daemon=True)
-        self.started = time.perf_counter()
-        self.thread.start()
-        return self
-
-    def __exit__(self, *error):
-        self.seconds = time.perf_counter() - self.started
-        self.ended.set()
-        self.thread.join()
-
-    def _sample(self):
-        while not self.ended.wait(0.05):
-            now = self.process.memory_info()
-            self.resident = max(self.resident, now.rss)
-            self.anonymous = max(self.anonymous, now.rss - now.shared)
-
-    def found(self) -> dict[str, float]:
-        return {
-            "seconds": round(self.seconds, 1),
-            "anonymous_bytes": self.anonymous,
-            "resident_bytes": self.resident,
-        }
 
 
 # ---- the stages, each called in a process of its own

@@ -157,15 +157,17 @@ def plan(
     print(f"download and disk: {size}")
     host_gib = estimates.host_bytes(config) / 2**30
     print(f"host memory while loading onto a GPU: {host_gib:.1f} GiB (assumed)")
-    plan = plan_of(settings, True, config)
+    step = plan_of(settings, True, config)
     if gpu_gib is None:
-        seconds = estimates.step_seconds(plan)
-        where = "about {} h here: operations and unpacking by this device's measured rates"
+        seconds = estimates.step_seconds(step)
+        about = "about"
+        where = "here: operations and unpacking by this device's measured rates"
     else:
-        seconds = estimates.step_flops(plan) / estimates.T4_OPERATIONS_PER_S
-        where = "at least {} h on a T4: operations over a quarter (assumed) of its published rate"
-    hours = f"{settings.max_steps * seconds / 3600:.2g}"
-    print(f"time: {settings.max_steps} steps take {where.format(hours)}")
+        seconds = estimates.step_flops(step) / estimates.T4_OPERATIONS_PER_S
+        about = "at least"
+        where = "on a T4: operations over a quarter (assumed) of its published rate"
+    hours = settings.max_steps * seconds / 3600
+    print(f"time: {settings.max_steps} steps take {about} {hours:.2g} h {where}")
     print(budget.advice(settings, gpu_gib))
     for option in budget.options(settings, config, on_gpu):
         print(f"  option: {option}")

@@ -40,7 +40,11 @@ PROGRAM = str(ROOT / "benchmarks" / "gpu.py")
 
 
 def test_every_setting_of_it_is_valid():
-    for values in [*gpu.PEAKS.values(), *gpu.ANSWERS.values(), *gpu_training.POCKET.values()]:
+    for values in [
+        *gpu.PEAKS.values(),
+        *gpu.ANSWERS.values(),
+        *gpu_training.open_cells.OPTIONS.values(),
+    ]:
         validate({"profile": "full", **values})
     assert validate(gpu.T4).compute_dtype == "float16"
 
@@ -200,7 +204,7 @@ def test_one_option_of_the_pocket_model_that_fails_hides_no_other(watch, monkeyp
 
     monkeypatch.setattr(gpu_training, "one_pocket", fail)
     found = gpu_training.pocket(watch, "bfloat16")
-    assert found.keys() == gpu_training.POCKET.keys()
+    assert found.keys() == gpu_training.open_cells.OPTIONS.keys()
     assert {name for name, one in found.items() if "error" in one} == {
         "packed",
         "every option, packed",

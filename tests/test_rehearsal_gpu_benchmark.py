@@ -23,6 +23,7 @@ import gpu
 import gpu_card
 import gpu_training
 import provenance
+from gpu_training import open_cells
 
 from qlora_nb import cards, recorded
 from qlora_nb.settings import validate
@@ -205,8 +206,8 @@ def short(monkeypatch, **values) -> None:
 def test_rehearsal_of_the_pocket_model_in_16_bit(monkeypatch, watch, capability, dtype):
     seen = rehearsal.card(monkeypatch, capability)
     monkeypatch.setattr(gpu_training, "POCKET_RUN", gpu_training.FEW)
-    few = {name: gpu_training.POCKET[name] for name in ("plain", "every option, packed")}
-    monkeypatch.setattr(gpu_training, "POCKET", few)
+    few = {name: open_cells.OPTIONS[name] for name in ("plain", "every option, packed")}
+    monkeypatch.setattr(open_cells, "OPTIONS", few)
     found = gpu_training.pocket(watch, dtype)
     for one in found.values():
         assert one["computes in"] == f"torch.{dtype}"

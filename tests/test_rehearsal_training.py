@@ -34,24 +34,6 @@ SHORT = {
     "warmup_steps": 0,
     "max_new_tokens": 4,
 }
-EVERYTHING = {
-    "gradient_checkpointing": True,
-    "head_4bit": True,
-    "embedding_on_cpu": True,
-    "optim": "paged_adamw_8bit",
-}
-OPTIONS = {
-    "plain": {},
-    "packed": {"packing": True},
-    "all logits": {"loss_chunk": 0},
-    "checkpointing": {"gradient_checkpointing": True},
-    "4-bit head": {"head_4bit": True},
-    "embedding on the CPU": {"embedding_on_cpu": True},
-    "8-bit states": {"optim": "paged_adamw_8bit"},
-    "every option": EVERYTHING,
-    "every option, packed": {**EVERYTHING, "packing": True},
-    "every option, all logits": {**EVERYTHING, "loss_chunk": 0},
-}
 T4, AMPERE = (7, 5), (8, 6)
 OFF = {T4: 0.007, AMPERE: 0.21}
 """Nats by which a step's loss may differ from float32's: twice the largest seen with seeds 0 to 2
@@ -101,7 +83,7 @@ def in_float32(tmp_path_factory):
     return reference
 
 
-CASES = [(T4, name) for name in OPTIONS] + [
+CASES = [(T4, name) for name in open_cells.OPTIONS] + [
     (AMPERE, name) for name in ("plain", "packed", "all logits", "every option")
 ]
 
@@ -113,9 +95,11 @@ CASES = [(T4, name) for name in OPTIONS] + [
 )
 def test_rehearsal_of_a_run_in_16_bit(tmp_path, monkeypatch, in_float32, capability, name):
     """The losses are float32's, to within the rounding of 16 bits (`OFF`)."""
-    expected = in_float32(OPTIONS[name])
+    expected = in_float32(open_cells.OPTIONS[name])
     seen = rehearsal.card(monkeypatch, capability)
-    settings, tokenizer, model, run, result = finetuned(tmp_path, sample_steps=3, **OPTIONS[name])
+    settings, tokenizer, model, run, result = finetuned(
+        tmp_path, sample_steps=3, **open_cells.OPTIONS[name]
+    )
     assert model.get_base_model().dtype == (torch.float16 if capability == T4 else torch.bfloat16)
     assert seen.scalers == (capability == T4)
     off = max(abs(a - b) for a, b in zip(result["losses"], expected, strict=True))
@@ -138,7 +122,7 @@ def test_rehearsal_of_a_run_in_16_bit(tmp_path, monkeypatch, in_float32, capabil
 @pytest.mark.parametrize("name", ["plain", "every option"])
 def test_rehearsal_of_a_float16_run_that_is_stopped_and_resumed(tmp_path, monkeypatch, name):
     rehearsal.card(monkeypatch, T4)
-    way = {**OPTIONS[name], "max_steps": 5, "save_steps": 2, "lora_dropout": 0.1}
+    way = {**open_cells.OPTIONS[name], "max_steps": 5, "save_steps": 2, "lora_dropout": 0.1}
     *_, whole, _, expected = finetuned(tmp_path / "whole", **way)
 
     def break_off(model):

@@ -27,6 +27,27 @@ from qlora_nb.train.trainer import QLoRATrainer
 NOTEBOOK = Path(__file__).resolve().parent.parent / "notebooks" / "06_finetune_pythia_12b.ipynb"
 
 
+EVERY_OPTION = {
+    "gradient_checkpointing": True,
+    "head_4bit": True,
+    "embedding_on_cpu": True,
+    "optim": "paged_adamw_8bit",
+}
+OPTIONS = {
+    "plain": {},
+    "packed": {"packing": True},
+    "all logits": {"loss_chunk": 0},
+    "checkpointing": {"gradient_checkpointing": True},
+    "4-bit head": {"head_4bit": True},
+    "embedding on the CPU": {"embedding_on_cpu": True},
+    "8-bit states": {"optim": "paged_adamw_8bit"},
+    "every option": EVERY_OPTION,
+    "every option, packed": {**EVERY_OPTION, "packing": True},
+    "every option, all logits": {**EVERY_OPTION, "loss_chunk": 0},
+}
+"""What of the settings changes how a step computes: each alone, and together."""
+
+
 class View:
     """The panel of the cell, without a widget: each step's numbers are passed on."""
 

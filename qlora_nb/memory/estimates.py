@@ -30,30 +30,27 @@ def step_flops(plan: Plan) -> float:
     checkpointing, forward again; the head takes part in two passes. Attention's own products and
     the unpacking of weights come on top: read it as a lower bound.
     """
-    n_linear, n_head = _n_weights(plan)
-    n_tokens = plan.batch * plan.length * plan.accumulation
-    return 2.0 * n_tokens * (_passes(plan) * n_linear + 2 * n_head)
+    operations, _ = _work(plan)
+    return operations
 
 
 def step_seconds(plan: Plan) -> float:
     """Seconds of one optimizer step on this device, from two rates measured right now: its
     operations take those of a matrix product, and every pass unpacks every 4-bit weight anew.
     """
-    n_linear, _ = _n_weights(plan)
-    n_unpacked = plan.accumulation * _passes(plan) * n_linear
-    computing = step_flops(plan) / operations_per_s(plan.dtype)
-    return computing + n_unpacked / unpacked_per_s(plan.dtype)
+    operations, n_unpacked = _work(plan)
+    return operations / operations_per_s(plan.dtype) + n_unpacked / unpacked_per_s(plan.dtype)
 
 
-def _n_weights(plan: Plan) -> tuple[int, int]:
-    """Weights of the linear layers in the blocks, and of the head."""
+def _work(plan: Plan) -> tuple[float, int]:
+    """Operations of one step, and the 4-bit weights that it unpacks."""
     model = configs.meta_model(plan.config)
     n_linear = sum(layer.weight.numel() for layer in linear_layers(model).values())
-    return n_linear, model.get_output_embeddings().weight.numel()
-
-
-def _passes(plan: Plan) -> int:
-    return 3 if plan.checkpointing else 2
+    n_head = model.get_output_embeddings().weight.numel()
+    n_tokens = plan.batch * plan.length * plan.accumulation
+    passes = 3 if plan.checkpointing else 2
+    operations = 2.0 * n_tokens * (passes * n_linear + 2 * n_head)
+    return operations, plan.accumulation * passes * n_linear
 
 
 def operations_per_s(dtype: torch.dtype = torch.float32) -> float:

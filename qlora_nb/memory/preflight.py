@@ -49,14 +49,12 @@ def refuse_what_cannot_run(settings) -> None:
         )
     here = machine.this_machine()
     size = sources.download_bytes(settings.model_id)
-    is_slow = not here.gpus and size and size > 2 * CPU_LIMIT_PARAMETERS
-    if is_slow and settings.allow_slow:
-        require_model_and_data(settings)
-        tell_how_slow(settings, here)
-        return
-    if not here.gpus:
+    is_slow = not here.gpus and settings.allow_slow and _is_large(size or 0)
+    if not here.gpus and not is_slow:
         refuse_on_cpu(settings.model_id, size or 0, here)
     require_model_and_data(settings)
+    if is_slow:
+        tell_how_slow(settings, here)
     if here.gpus and size:
         require_fit(settings, here, train=False)
 
@@ -148,7 +146,7 @@ def refuse_on_cpu(model_id: str, bytes_16_bit: int, here: machine.Machine) -> No
     quarter of 16-bit ones).
     """
     need = bytes_16_bit // 4
-    if bytes_16_bit > 2 * CPU_LIMIT_PARAMETERS:
+    if _is_large(bytes_16_bit):
         gpu = "no NVIDIA GPU"
         if here.gpu_problem:
             gpu = f"no GPU that can be used ({here.gpu_problem})"
@@ -164,7 +162,16 @@ def refuse_on_cpu(model_id: str, bytes_16_bit: int, here: machine.Machine) -> No
             remedy = f"{here.gpu_remedy}; {remedy}"
         remedy += "; allow_slow=True goes on, and says how slow it is"
         raise KitError(what, remedy=remedy)
-    if max(need, MIN_FREE_BYTES) > here.ram_free_bytes:
+    _require_memory(model_id, max(need, MIN_FREE_BYTES), here)
+
+
+def _is_large(bytes_16_bit: int) -> bool:
+    return bytes_16_bit > 2 * CPU_LIMIT_PARAMETERS
+
+
+def _require_memory(model_id: str, n_bytes: int, here: machine.Machine) -> None:
+    """Raise `KitError` if less memory is free than this."""
+    if n_bytes > here.ram_free_bytes:
         free = f"{here.ram_free_bytes / cards.GIB:.1f} GiB are free"
         what = f"{model_id} does not fit this machine's memory: {free}"
         raise KitError(what, remedy='close other kernels, or use profile="tiny"')
@@ -191,12 +198,7 @@ def tell_how_slow(settings, here: machine.Machine) -> None:
         f"{settings.max_steps} steps; memory: {loading / cards.GIB:.1f} GiB for the first load, "
         f"{training / cards.GIB:.1f} GiB for training"
     )
-    if max(loading, training) > here.ram_free_bytes:
-        raise KitError(
-            f"{settings.model_id} does not fit this machine's memory: "
-            f"{here.ram_free_bytes / cards.GIB:.1f} GiB are free",
-            remedy="close other programs and kernels, or use a smaller model",
-        )
+    _require_memory(settings.model_id, max(loading, training), here)
 
 
 def require_fit(settings, here: machine.Machine, train: bool = True) -> None:
