@@ -10,9 +10,9 @@ A reader's run of the notebook writes nothing.
 from __future__ import annotations
 
 import bitsandbytes as bnb
-import nbformat
 import provenance
 import torch
+from provenance import open_cells
 
 from qlora_nb import recorded
 
@@ -28,9 +28,8 @@ def run_cells(device: str, **names: object) -> dict[str, object]:
         **names: stand-ins for `torch`, `bnb` or `recorded`.
     """
     space = {"torch": torch, "bnb": bnb, "recorded": recorded, "device": device} | names
-    for cell in nbformat.read(NOTEBOOK, 4).cells:
-        if "avoided-oom" in cell.metadata.get("tags", []):
-            exec(cell.source, space)
+    for source in open_cells.tagged(NOTEBOOK, "avoided-oom"):
+        exec(source, space)
     return space
 
 

@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -80,6 +81,8 @@ class Entry:
         function: its module and name.
         size: the Pythia whose random weights it is given; None: none.
         needs_card: without a CUDA device it is not tried.
+        alone: nothing runs beside it; without that, its part's entries run at once and their peaks
+            hold each other's bytes.
     """
 
     part: str
@@ -88,6 +91,7 @@ class Entry:
     values: dict[str, object] = field(default_factory=dict)
     size: str | None = None
     needs_card: bool = False
+    alone: bool = True
 
     @property
     def title(self) -> str:
@@ -107,8 +111,8 @@ def entries(shape: str = "12b", rounds: int = 1) -> list[Entry]:
         Entry("machine", "doctor", "gpu_card.doctor"),
         Entry("machine", "NVML beside CUDA", "gpu_card.two_counts", needs_card=True),
         Entry("machine", "CUDA_VISIBLE_DEVICES", "gpu_card.chosen_cards", needs_card=True),
-        Entry("pocket", "bfloat16", "gpu_training.pocket", {"dtype": "bfloat16"}),
-        Entry("pocket", "float16", "gpu_training.pocket", {"dtype": "float16"}),
+        Entry("pocket", "bfloat16", "gpu_training.pocket", {"dtype": "bfloat16"}, alone=False),
+        Entry("pocket", "float16", "gpu_training.pocket", {"dtype": "float16"}, alone=False),
         Entry("resume", resumed, "gpu_training.resume", size=resumed),
         Entry(
             "out of memory",
@@ -135,11 +139,26 @@ def entries(shape: str = "12b", rounds: int = 1) -> list[Entry]:
 
 
 def chosen(table: list[Entry], words: list[str]) -> list[Entry]:
-    """The entries that begin with one of these words; all of them if there is none."""
-    for word in words:
-        if not any(entry.title.startswith(word) for entry in table):
+    """The entries that begin with one of these words, in the words' order; all if there is none."""
+    found = []
+    for word in words or [""]:
+        begin_so = [entry for entry in table if entry.title.startswith(word)]
+        if not begin_so:
             raise SystemExit(f"no entry begins with {word!r}; --help names them")
-    return [entry for entry in table if entry.title.startswith(tuple(words) or "")]
+        found += [entry for entry in begin_so if entry not in found]
+    return found
+
+
+def at_once(table: list[Entry]) -> list[list[Entry]]:
+    """The entries in their order, grouped by what may run at the same time."""
+    groups = []
+    for entry in table:
+        before = groups[-1][-1] if groups else None
+        if before and not (entry.alone or before.alone) and entry.part == before.part:
+            groups[-1].append(entry)
+        else:
+            groups.append([entry])
+    return groups
 
 
 def apart(call: list, environment: dict[str, str], limit_s: float) -> dict:
@@ -298,11 +317,16 @@ class Benchmark:
         for part in dict.fromkeys(entry.part for entry in entries()):
             self.results.setdefault(part, {})
         self.results.setdefault("made", {})
-        for entry in table:
-            before = self.results[entry.part].get(entry.name, {"error": "not measured"})
-            if "error" in before or "skipped" in before:
-                self.note(entry.part, entry.name, self.one(entry))
+        missing = [entry for entry in table if self.is_missing(entry)]
+        for group in at_once(missing):
+            with ThreadPoolExecutor(len(group)) as pool:
+                for entry, found in zip(group, pool.map(self.one, group)):
+                    self.note(entry.part, entry.name, found)
         self.write()
+
+    def is_missing(self, entry: Entry) -> bool:
+        before = self.results[entry.part].get(entry.name, {"error": "not measured"})
+        return "error" in before or "skipped" in before
 
     def one(self, entry: Entry) -> dict:
         """Measure one entry, or say why not."""

@@ -12,9 +12,11 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import provenance
+import psutil
 import pynvml
 import torch
 
@@ -176,27 +178,30 @@ def chosen_cards(watch: Watch) -> dict:
     """What is seen with CUDA_VISIBLE_DEVICES as an index, as a UUID of a card or of a MIG instance
     (one of the two hides every card), and empty.
     """
+    values = ("0", f"GPU-{watch.uuid}", f"MIG-{watch.uuid}", "")
+    with ThreadPoolExecutor(len(values)) as pool:
+        all_seen = list(pool.map(seen_with, values))
     found = {}
-    for value in ("0", f"GPU-{watch.uuid}", f"MIG-{watch.uuid}", ""):
-        command = [
-            sys.executable,
-            "-c",
-            "import gpu_card, json; print(json.dumps(gpu_card.seen()))",
-        ]
-        paths = os.pathsep.join([str(Path(__file__).parent), str(provenance.ROOT)])
-        environment = os.environ | {"CUDA_VISIBLE_DEVICES": value, "PYTHONPATH": paths}
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=60, env=environment
-        )
-        name = value.replace(str(watch.uuid), "UUID")
-        if done.returncode:
-            found[name] = {"error": done.stderr.strip()[-300:]}
-            continue
-        told = json.loads(done.stdout.splitlines()[-1])
+    for value, told in zip(values, all_seen):
         if "uuid" in told:
             told["is the same card"] = told.pop("uuid") == watch.uuid
-        found[name] = told
+        found[value.replace(str(watch.uuid), "UUID")] = told
     return found
+
+
+def seen_with(value: str) -> dict:
+    """`seen` in a process of its own with this CUDA_VISIBLE_DEVICES, or its {"error": …}."""
+    command = [sys.executable, "-c", "import gpu_card, json; print(json.dumps(gpu_card.seen()))"]
+    paths = os.pathsep.join([str(Path(__file__).parent), str(provenance.ROOT)])
+    if "PYTHONPATH" in os.environ:
+        paths = os.pathsep.join([paths, os.environ["PYTHONPATH"]])
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": value, "PYTHONPATH": paths}
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=60, env=environment
+    )
+    if done.returncode:
+        return {"error": done.stderr.strip()[-300:]}
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def avoided(watch: Watch) -> dict:
@@ -211,9 +216,20 @@ def weights(watch: Watch, size: str, folder: str) -> dict:
     import random_weights
 
     started = time.perf_counter()
-    made = Path(random_weights.random_pythia(size, Path(folder)))
+    at_once = max(1, min(os.cpu_count(), psutil.virtual_memory().available // (4 * 1024 * MIB)))
+    made = Path(random_weights.random_pythia(size, Path(folder), at_once))
     return {
         "seconds": round(time.perf_counter() - started, 2),
         "bytes": sum(path.stat().st_size for path in made.glob("*.safetensors")),
+        "file system": file_system(made),
         "folder": str(made),
     }
+
+
+def file_system(folder: Path) -> str:
+    """Its kind: "tmpfs" is memory, read faster than any disk."""
+    mounted = {part.mountpoint: part.fstype for part in psutil.disk_partitions(all=True)}
+    for path in (folder, *folder.parents):
+        if str(path) in mounted:
+            return mounted[str(path)]
+    return "unknown"

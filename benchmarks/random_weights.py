@@ -5,8 +5,10 @@ and seconds.
 
 The model is never whole in memory: its parameters are known by name and shape from torch's *meta*
 device, are drawn one block at a time and written as one file of safetensors each, so that
-pythia-12b (24 GB) takes less than 3 GiB of memory. Matrices are drawn as GPT-NeoX draws them (a
-normal distribution of standard deviation 0.02), norms are one, biases zero.
+pythia-12b (24 GB) takes less than 3 GiB of memory; several at a time where a machine has the cores
+and the memory. Each block has a seed of its own, so how many are made at once changes nothing.
+Matrices are drawn as GPT-NeoX draws them (a normal distribution of standard deviation 0.02), norms
+are one, biases zero.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import json
 import shutil
 import sys
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -27,9 +30,12 @@ from qlora_nb.pythia import PYTHIA
 INDEX = "model.safetensors.index.json"
 
 
-def random_pythia(size: str, folder: Path) -> str:
+def random_pythia(size: str, folder: Path, at_once: int = 1) -> str:
     """The folder of a Pythia of this size ("14m" … "12b") with random float16 weights, made under
     `folder` if it is not there yet. Its tokenizer is not in it.
+
+    Args:
+        at_once: blocks in memory at a time, each drawn by a thread.
 
     Raises:
         SystemExit: the disk has no room for it.
@@ -47,13 +53,17 @@ def random_pythia(size: str, folder: Path) -> str:
     parts = defaultdict(dict)
     for name, parameter in configs.meta_model(config).named_parameters():
         parts[_part_of(name)][name] = parameter.shape
-    generator = torch.Generator().manual_seed(0)
-    files = {}
-    for number, shapes in enumerate(tqdm(parts.values(), desc=size, unit="file"), start=1):
+    names = [f"model-{n:05}-of-{len(parts):05}.safetensors" for n in range(1, len(parts) + 1)]
+
+    def write(number: int, shapes: dict[str, torch.Size]) -> None:
+        generator = torch.Generator().manual_seed(number)
         tensors = {name: _drawn(name, shape, generator) for name, shape in shapes.items()}
-        file = f"model-{number:05}-of-{len(parts):05}.safetensors"
-        save_file(tensors, target / file, metadata={"format": "pt"})
-        files.update(dict.fromkeys(tensors, file))
+        save_file(tensors, target / names[number], metadata={"format": "pt"})
+
+    with ThreadPoolExecutor(at_once) as pool:  # torch draws and writes without Python's lock
+        written = pool.map(write, range(len(parts)), parts.values())
+        list(tqdm(written, total=len(parts), desc=size, unit="file"))
+    files = {name: file for file, shapes in zip(names, parts.values()) for name in shapes}
     index = {"metadata": {"total_size": needed}, "weight_map": files}
     (target / INDEX).write_text(json.dumps(index, indent=1))
     return str(target)

@@ -83,6 +83,20 @@ def test_entries_are_chosen_by_their_beginning(words, n):
     assert len(gpu.chosen(gpu.entries(), words)) == n
 
 
+def test_entries_come_in_the_order_of_the_words_and_once():
+    words = ["speed/kit", "machine/doctor", "speed"]
+    titles = [entry.title for entry in gpu.chosen(gpu.entries(), words)]
+    assert titles[:3] == ["speed/kit, round 1", "speed/kit with TF32, round 1", "machine/doctor"]
+    assert sorted(titles[3:]) == ["speed/common, round 1", "speed/pasted, round 1"]
+
+
+def test_what_is_timed_or_weighed_runs_alone():
+    groups = gpu.at_once(gpu.entries())
+    together = [[entry.title for entry in group] for group in groups if len(group) > 1]
+    assert together == [["pocket/bfloat16", "pocket/float16"]]
+    assert sum(len(group) for group in groups) == len(gpu.entries())
+
+
 def test_a_word_that_names_no_entry_is_refused():
     with pytest.raises(SystemExit, match="'peak memory'"):
         gpu.chosen(gpu.entries(), ["answers", "peak memory"])

@@ -144,7 +144,10 @@ def test_random_weights_are_a_whole_model(tmp_path):
 
 
 def test_random_weights_are_written_a_block_at_a_time_and_the_same_again(tmp_path):
-    made = [Path(random_weights.random_pythia("14m", tmp_path / part)) for part in "ab"]
+    made = [
+        Path(random_weights.random_pythia("14m", tmp_path / part, at_once))
+        for part, at_once in (("a", 1), ("b", 3))
+    ]
     index = json.loads((made[0] / random_weights.INDEX).read_text())
     per_file: dict[str, set[str]] = {}
     for name, file in index["weight_map"].items():

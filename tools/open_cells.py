@@ -8,13 +8,13 @@ would have made.
 from __future__ import annotations
 
 import functools
+import json
 import os
 from pathlib import Path
 from types import CodeType, SimpleNamespace
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as qlora_nb does, before torch is loaded
 
-import nbformat
 import peft
 import torch
 import transformers
@@ -67,9 +67,16 @@ def no_guess(*args, **options) -> None:
 @functools.cache
 def cell(tag: str) -> CodeType:
     """The one cell of notebook 06 with this tag, compiled."""
-    cells = nbformat.read(NOTEBOOK, 4).cells
-    [source] = [c.source for c in cells if tag in c.metadata.get("tags", [])]
+    [source] = tagged(NOTEBOOK, tag)
     return compile(source, f"06, {tag}", "exec")
+
+
+def tagged(notebook: Path, tag: str) -> list[str]:
+    """The sources of the cells with this tag, read without Jupyter, which a machine that only
+    computes may lack.
+    """
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    return ["".join(c["source"]) for c in cells if tag in c["metadata"].get("tags", [])]
 
 
 def attach_adapter(model, settings):
