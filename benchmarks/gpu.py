@@ -282,7 +282,8 @@ class Benchmark:
         self.uuid = header.pop("uuid")
         if not header["hardware"]["gpus"] and shape == "12b":
             raise SystemExit("no CUDA device here: try --shape 14m --out FILE")
-        header["commit"] = header["commit"] or commit
+        if commit:
+            header |= {"commit": commit, "clean": None}
         header |= {"code": code_hash(), "shape": shape, "weights": "random, of the true shape"}
         self.results = began_before(self.out, header) or header
 
@@ -365,7 +366,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1, help="of the speeds")
     parser.add_argument("--minutes", type=float, default=1e6, help="end after so many")
     parser.add_argument("--patience", type=float, default=1.0, help="times the time limits")
-    parser.add_argument("--commit", help="what to record where there is no git")
+    parser.add_argument("--commit", help="of the files, where git does not know it")
     given = parser.parse_args()
     selected = chosen(entries(given.shape, given.rounds), given.only)
     ends = time.monotonic() + 60 * given.minutes

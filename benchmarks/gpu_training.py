@@ -301,6 +301,7 @@ def peak(watch: Watch, folder: str, values: dict) -> dict:
         here = settings.replace(output_dir=runs)
         _, result = train(here, base, rows, tokenizer_for(), during)
     return {
+        "values": values,
         "predicted": predicted.total_bytes,
         "predicted_lines": {line.name: line.bytes for line in predicted.lines},
         "held": result["held"].total_bytes if result["held"] else None,

@@ -26,8 +26,10 @@ from packaging.version import Version
 
 GIB = 2**30
 
-CONTEXT_BYTES = int(0.45 * GIB)
-"""What CUDA's driver and libraries take before the first tensor: assumed until it is measured."""
+CONTEXT_BYTES = 718_077_952
+"""What CUDA's context (552 MB) and kernels take besides tensors: an H100 after its first products
+(`recorded/gpu.json`, "NVML beside CUDA"). Smaller cards have smaller contexts.
+"""
 
 OLDEST = {(13, 0): (7, 5), (12, 8): (7, 0), (11, 8): (6, 0)}
 """From this CUDA version of torch on → the oldest compute capability in the library that

@@ -99,7 +99,7 @@ def parts(found: ledger.Ledger, unit: float) -> dict[str, float]:
         "embedding and head": "unquantized rest",
         "biases and norms": "unquantized rest",
         "buffers": "unquantized rest",
-        "CUDA context, slack (assumed)": "CUDA itself (assumed)",
+        "CUDA context, kernels, reserve": "CUDA itself",
     }
     sums = {}
     for line in found.lines:
@@ -137,7 +137,7 @@ def test_plan_figure_shows_both_peaks(gpu_gib):
         for part, size in still("70m", r=4).items():
             assert widths(ax, row)[part] == pytest.approx(size / unit)
     assert drawn.y_ticks(ax) == [(0, "fine-tuning\npythia-70m"), (1, "answering\npythia-70m")]
-    assert ("CUDA itself (assumed)" in drawn.bars(ax)) == (gpu_gib is not None)
+    assert ("CUDA itself" in drawn.bars(ax)) == (gpu_gib is not None)
     if gpu_gib is None:
         assert len(ax.lines) == 0
         assert drawn.title(ax).startswith("The largest part: ")
@@ -170,7 +170,7 @@ def test_tuned_whole_has_a_gradient_and_two_means_for_every_weight():
     assert drawn_parts["gradients"] == pytest.approx(2 * n_weights)
     assert drawn_parts["optimizer states"] == pytest.approx(8 * n_weights)
     assert "LoRA weights" not in drawn_parts
-    others = ("kept for the backward pass", "working memory", "CUDA itself (assumed)")
+    others = ("kept for the backward pass", "working memory", "CUDA itself")
     with_lora = parts(budget.peak(in_16_bit), unit=1)
     for part in others:
         assert drawn_parts[part] == pytest.approx(with_lora[part])

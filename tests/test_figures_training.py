@@ -28,7 +28,7 @@ SHOWN_AS = {
     "kept for the backward pass": ("kept for the backward pass",),
     "working memory": ("working memory",),
     "key-value cache": ("key-value cache",),
-    "CUDA itself (assumed)": ("CUDA context, slack (assumed)",),
+    "CUDA itself": ("CUDA context, kernels, reserve",),
 }
 """Part of the figure of memory → the ledger's lines in it, in the order of drawing."""
 EVERY_LINE = [line for lines in SHOWN_AS.values() for line in lines]
@@ -105,7 +105,11 @@ def test_budget_against_a_card(limit, title):
     gib = 1024 * MIB
     ledgers = {
         "small": {"4-bit codes": gib // 4, "working memory": gib // 4},
-        "large": {"4-bit codes": 6 * gib, "buffers": 3 * gib, "CUDA context, slack (assumed)": gib},
+        "large": {
+            "4-bit codes": 6 * gib,
+            "buffers": 3 * gib,
+            "CUDA context, kernels, reserve": gib,
+        },
     }
     figure = charts.memory_bars({name: book(sizes) for name, sizes in ledgers.items()}, limit)
     [ax] = figure.axes

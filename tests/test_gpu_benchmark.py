@@ -360,9 +360,7 @@ def test_killed_in_the_middle_it_goes_on(tmp_path):
     _, alive = psutil.wait_procs(children, timeout=30)
     assert not alive
     before = json.loads(out.read_text())
-    head = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-    done = subprocess.run(head, capture_output=True, text=True, check=False)
-    assert before["commit"] == (done.stdout.strip() or "abc")
+    assert before["commit"] == "abc"
     kept = json.dumps(before["machine"]["doctor"], indent=1).splitlines()[1:-1]
     assert before["loading"] == before["peaks"] == {}
 

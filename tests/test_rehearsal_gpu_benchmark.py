@@ -223,7 +223,7 @@ def test_rehearsal_of_profile_t4_in_float16(monkeypatch, watch):
     found = gpu_training.peak(watch, "pocket", {**gpu.T4, "max_steps": 2})
     assert seen.scalers == 1
     assert len(found["losses"]) == 2
-    assert "CUDA context, slack (assumed)" in found["predicted_lines"]
+    assert "CUDA context, kernels, reserve" in found["predicted_lines"]
 
 
 @pytest.mark.parametrize("optim", ["paged_adamw_32bit", "paged_adamw_8bit"])

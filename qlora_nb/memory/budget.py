@@ -5,8 +5,9 @@ arranged in time by `theory.paging`), the key-value cache of a generation, and w
 takes. The same constants serve every model and setting; none is fitted to a published figure
 (`published` compares).
 
-`SLACK` is the part of changing memory that the allocator's whole blocks waste. Like
-`cards.CONTEXT_BYTES` it is an assumption until it is measured on a GPU.
+What CUDA takes besides tensors was measured on one card, an H100 (`recorded/gpu.json`,
+docs/gpu.md); another has another context, and torch gives back what it holds in reserve before it
+runs out of memory.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -19,12 +20,18 @@ from qlora_nb.model import configs
 from qlora_nb.pythia import PYTHIA
 from qlora_nb.theory import paging
 
-SLACK = 0.05
+SLACK = 0.1
+"""What torch's allocator holds in reserve, as a part of the memory that comes and goes: 8 % to 10 %
+with rows of 512 tokens.
+"""
+
+WORKSPACES = 2 * 32 * 2**20
+"""Bytes of cuBLAS' and cuBLASLt's workspaces on Hopper; 8 MiB each on cards before it."""
 
 CACHE = "key-value cache"
 KEPT = "kept for the backward pass"
 WORK = "working memory"
-CUDA = "CUDA context, slack (assumed)"
+CUDA = "CUDA context, kernels, reserve"
 
 CHANGING = (ledger.GRADIENTS, KEPT, WORK, CACHE)
 """The lines that come and go during a step or a generation; all others stay as they are."""
@@ -33,8 +40,8 @@ CHANGING = (ledger.GRADIENTS, KEPT, WORK, CACHE)
 def peak(plan: Plan) -> ledger.Ledger:
     """Predicted memory at the peak of a training step, or of a generation, a line for each part.
 
-    What is stored comes from `ledger.predict`, the activations from a dry run, CUDA's own share is
-    assumed. Nothing is loaded.
+    What is stored comes from `ledger.predict`, the activations from a dry run, CUDA's own share
+    from measurements on one card. Nothing is loaded.
 
     Attention is counted as fused (query, key, value and output are kept, scores are not).
 
@@ -50,12 +57,21 @@ def peak(plan: Plan) -> ledger.Ledger:
             changing = _at_the_peak_of_a_generation(plan)
     lines = {line.name: line for line in (*static.lines, *changing.lines)}
     if plan.on_gpu:
-        slack = int(SLACK * changing.total_bytes)
-        source = f"0.45 GiB + {SLACK:.0%} of gradients, activations and cache"
-        lines[CUDA] = ledger.Line(CUDA, cards.CONTEXT_BYTES + slack, source)
+        lines[CUDA] = _taken_by_cuda(plan, changing.total_bytes)
     kind = "fine-tuning" if plan.train else "answering"
     found = tuple(line for line in lines.values() if line.bytes)
     return ledger.Ledger(f"predicted peak, {kind}", found)
+
+
+def _taken_by_cuda(plan: Plan, changing_bytes: int) -> ledger.Line:
+    own = cards.CONTEXT_BYTES + WORKSPACES
+    source = f"{own / cards.GIB:.2f} GiB as on an H100, {SLACK:.0%} of what comes and goes"
+    taken = own + int(SLACK * changing_bytes)
+    if plan.train and plan.r and "paged" in plan.optim:
+        bits = 8 if "8bit" in plan.optim else 32
+        taken += paging.page_waste(ledger.trained_numels(plan), bits)
+        source += ", whole pages of states"
+    return ledger.Line(CUDA, taken, source)
 
 
 def _at_the_peak_of_a_step(plan: Plan, gradients: int) -> ledger.Ledger:

@@ -17,7 +17,7 @@ counted with it, scores and all.
 import copy
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from unittest.mock import patch
 
@@ -90,6 +90,42 @@ def _attention(module, query, key, value, attention_mask, **kwargs):
     return _Attention.apply(query, key, value).transpose(1, 2).contiguous(), None
 
 
+@contextmanager
+def _autocast(dtype: torch.dtype) -> Iterator[None]:
+    """What torch's autocast does to linear layers, layer norms and attention, done on *meta*, where
+    its own does nothing: products in `dtype`, norms in float32 (`aten/src/ATen/autocast_mode.h`).
+    What is added to the stream between the layers then is float32 too.
+    """
+    linear, layer_norm, attention = nn.functional.linear, nn.functional.layer_norm, _Attention.apply
+
+    def cast(tensors, dtype):
+        return [tensor if tensor is None else tensor.to(dtype) for tensor in tensors]
+
+    def cast_linear(x, weight, bias=None):
+        return linear(*cast((x, weight, bias), dtype))
+
+    def cast_norm(x, shape, weight=None, bias=None, eps=1e-5):
+        x, weight, bias = cast((x, weight, bias), torch.float32)
+        return layer_norm(x, shape, weight, bias, eps)
+
+    def cast_attention(*query_key_value):
+        return attention(*cast(query_key_value, dtype))
+
+    with (
+        patch.object(nn.functional, "linear", cast_linear),
+        patch.object(nn.functional, "layer_norm", cast_norm),
+        patch.object(_Attention, "apply", cast_attention),
+    ):
+        yield
+
+
+def _fused_dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False):
+    """A GPU's dropout remembers a byte an element; a CPU's, and that of *meta*, a whole number."""
+    if p and training:
+        x, _ = torch.native_dropout(x, p, training)
+    return x
+
+
 @dataclass(frozen=True)
 class Activations:
     """Bytes besides weights, gradients and states.
@@ -121,7 +157,6 @@ def dry_run(plan: Plan) -> Activations:
             double_quant=True,
             embedding_on_cpu=False,
             optim="",
-            on_gpu=True,
         )
     )
 
@@ -134,7 +169,8 @@ def _dry_run(plan: Plan) -> Activations:
     if not plan.train:
         kept = 0
     elif plan.checkpointing:
-        kept = plan.batch * plan.length * plan.config.hidden_size * plan.rest_dtype.itemsize
+        stream = torch.float32 if plan.autocast and _norms(plan) else plan.rest_dtype
+        kept = plan.batch * plan.length * plan.config.hidden_size * stream.itemsize
     else:
         kept = _count(2, plan).kept - one.kept
     shared = one.kept - kept
@@ -144,6 +180,14 @@ def _dry_run(plan: Plan) -> Activations:
         backward=one.backward + shared,
         loss=one.loss + shared,
     )
+
+
+def _norms(plan: Plan) -> list[nn.LayerNorm]:
+    """Those of torch, which autocast knows; families with RMSNorm write it out themselves, and give
+    what they take.
+    """
+    modules = configs.meta_model(plan.config).modules()
+    return [module for module in modules if isinstance(module, nn.LayerNorm)]
 
 
 def _count(n_layers: int, plan: Plan) -> Activations:
@@ -158,6 +202,8 @@ def _count(n_layers: int, plan: Plan) -> Activations:
     with (
         LiveBytes(model, all_true=plan.batch == 1) as count,
         torch.set_grad_enabled(trained),
+        _autocast(plan.dtype) if plan.autocast else nullcontext(),
+        patch.object(nn.functional, "dropout", _fused_dropout) if plan.on_gpu else nullcontext(),
         patch.object(moe, "_can_use_grouped_mm", return_value=False, create=True),
     ):
         hidden = base.base_model(

@@ -136,6 +136,11 @@ def lora_numels(
     return numels
 
 
+def trained_numels(plan: Plan) -> list[int]:
+    """`lora_numels` of a plan."""
+    return lora_numels(_shapes(Plan(plan.config)), plan.r, plan.target_modules)
+
+
 def optimizer_bytes(numels: Sequence[int], optim: str) -> int:
     """Bytes of Adam's two states for tensors of these sizes, as the optimizer named by Trainer's
     `optim` stores them.
@@ -203,7 +208,7 @@ def predict(plan: Plan) -> Ledger:
         Line(BUFFERS, sum(b.nbytes for b in model.buffers()), "rotary frequencies, float32"),
     ]
     if plan.r:
-        numels = lora_numels(model, plan.r, plan.target_modules)
+        numels = trained_numels(plan)
         n_trained = sum(numels)
         lines.append(Line(LORA, 4 * n_trained, f"{n_trained:,} × float32, r = {plan.r}"))
         if plan.train:

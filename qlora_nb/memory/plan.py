@@ -34,6 +34,7 @@ class Plan:
         four_bit: False stores the linear weights in `rest_dtype` too.
         dtype: of the arithmetic. `rest_dtype`: of what is not quantized; after PEFT's
             `prepare_model_for_kbit_training` it is float32.
+        autocast: products in `dtype`, norms in float32, as accelerate trains in float16 on a GPU.
         r: rank of the adapter; 0 is a model without one.
         loss_chunk: tokens in a slice of the loss; 0 is all of them at once.
         on_gpu: count what CUDA takes, and leave an embedding on the CPU out.
@@ -51,6 +52,7 @@ class Plan:
     embedding_on_cpu: bool = False
     dtype: torch.dtype = torch.float16
     rest_dtype: torch.dtype = torch.float16
+    autocast: bool = False
     r: int = 0
     target_modules: tuple[str, ...] = ("all-linear",)
     lora_dropout: float = 0.0
@@ -92,6 +94,7 @@ def plan_of(settings, train: bool = True, config=None, on_gpu: bool | None = Non
         embedding_on_cpu=settings.embedding_on_cpu,
         dtype=dtype,
         rest_dtype=dtype,
+        autocast=train and on_gpu and dtype is torch.float16,
         r=settings.r,
         target_modules=tuple(settings.target_modules),
         lora_dropout=settings.lora_dropout,

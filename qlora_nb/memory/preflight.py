@@ -244,7 +244,7 @@ def require_fit(settings, here: machine.Machine, train: bool = True) -> None:
     )
     if limit < gpu.total_bytes:
         what += f", {limit / cards.GIB:.2f} GiB of them to be had"
-    if gpu.others_bytes > budget.SLACK * gpu.total_bytes:
+    if gpu.others_bytes > 0.05 * gpu.total_bytes:
         what += f", {gpu.others_bytes / cards.GIB:.1f} GiB of them are held by other programs"
         if needed <= limit + gpu.others_bytes:
             remedy = f"close the other programs on this GPU (nvidia-smi lists them); or {remedy}"

@@ -25,7 +25,7 @@ PARTS = {
     "kept for the backward pass": (budget.KEPT,),
     "working memory": (budget.WORK,),
     "key-value cache": (budget.CACHE,),
-    "CUDA itself (assumed)": (budget.CUDA,),
+    "CUDA itself": (budget.CUDA,),
     PAGED: (PAGED,),
 }
 """Part of a bar, named as in `style.LOOKS` → the ledger's lines in it, in the order of drawing."""

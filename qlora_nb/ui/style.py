@@ -65,7 +65,7 @@ LOOKS = {
     "kept for the backward pass": Look(ORANGE, "//"),
     "working memory": Look(VERMILION, "\\\\"),
     "key-value cache": Look(BROWN, "OO"),
-    "CUDA itself (assumed)": Look(GREY, "--"),
+    "CUDA itself": Look(GREY, "--"),
 }
 """What is drawn → how, in all notebooks."""
 
