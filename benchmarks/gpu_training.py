@@ -107,10 +107,14 @@ class DuringTraining(TrainerCallback):
         self.watch.stop()
 
     @property
+    def seconds(self) -> list[float]:
+        """Of each step after the first."""
+        return [round(end - start, 4) for start, end in zip(self.ends, self.ends[1:])]
+
+    @property
     def seconds_a_step(self) -> float:
         """Median over the steps after the first."""
-        spans = [end - start for start, end in zip(self.ends, self.ends[1:])]
-        return round(statistics.median(spans), 4) if spans else 0.0
+        return statistics.median(self.seconds) if self.seconds else 0.0
 
 
 class CountPages(TrainerCallback):
@@ -329,6 +333,7 @@ def speed(watch: Watch, folder: str, who: str, tf32: bool = False) -> dict:
     return {
         "tokens_per_s": round(tokens_per_s, 1),
         "seconds_a_step": during.seconds_a_step,
+        "seconds_of_the_steps": during.seconds,
         "steps": [warm_up, measured],
         **watch.peaks,
     }

@@ -12,7 +12,7 @@ import json
 import tomllib
 from pathlib import Path
 
-from qlora_nb.memory import published
+from qlora_nb.memory import budget, published
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "published_figures.md"
@@ -78,15 +78,15 @@ def configurations(figures: dict[str, dict]) -> list[str]:
 
 
 def allocator() -> str:
-    """What is assumed for the allocator, beside the simulation."""
+    """What is added for the allocator, beside the simulation."""
     summary = json.loads(ALLOCATOR.read_text(encoding="utf-8"))["summary"]
-    assumed = f"{summary['assumed']:.0%}"
+    added = f"{budget.SLACK:.0%}"
     simulated = f"{summary['smallest']:.0%} to {summary['largest']:.0%}"
     return (
-        f"Of changing memory {assumed} are added for the allocator (`budget.SLACK`, assumed). A "
-        "simulation of torch's allocator on whole steps of pythia-1.4b and 12b reserves "
-        f"{simulated} more than their tensors hold "
-        "([benchmarks/results/allocator.json](../benchmarks/results/allocator.json)); what is "
+        f"Of changing memory {added} are added for what the allocator holds in reserve "
+        "(`budget.SLACK`, as measured on one card: [gpu.md](gpu.md)). A simulation of torch's "
+        f"allocator on whole steps of pythia-1.4b and 12b reserves {simulated} more than their "
+        "tensors hold ([benchmarks/results/allocator.json](../benchmarks/results/allocator.json)); what is "
         "reserved and not used torch gives back before it runs out of memory. Figures of allocated "
         "memory, litgpt's among them, do not contain it."
     )

@@ -119,7 +119,7 @@ def _autocast(dtype: torch.dtype) -> Iterator[None]:
         yield
 
 
-def _fused_dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False):
+def fused_dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False):
     """A GPU's dropout remembers a byte an element; a CPU's, and that of *meta*, a whole number."""
     if p and training:
         x, _ = torch.native_dropout(x, p, training)
@@ -203,7 +203,7 @@ def _count(n_layers: int, plan: Plan) -> Activations:
         LiveBytes(model, all_true=plan.batch == 1) as count,
         torch.set_grad_enabled(trained),
         _autocast(plan.dtype) if plan.autocast else nullcontext(),
-        patch.object(nn.functional, "dropout", _fused_dropout) if plan.on_gpu else nullcontext(),
+        patch.object(nn.functional, "dropout", fused_dropout) if plan.on_gpu else nullcontext(),
         patch.object(moe, "_can_use_grouped_mm", return_value=False, create=True),
     ):
         hidden = base.base_model(
