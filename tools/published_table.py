@@ -86,9 +86,9 @@ def allocator() -> str:
         f"Of changing memory {added} are added for what the allocator holds in reserve "
         "(`budget.SLACK`, as measured on one card: [gpu.md](gpu.md)). A simulation of torch's "
         f"allocator on whole steps of pythia-1.4b and 12b reserves {simulated} more than their "
-        "tensors hold ([benchmarks/results/allocator.json](../benchmarks/results/allocator.json)); what is "
-        "reserved and not used torch gives back before it runs out of memory. Figures of allocated "
-        "memory, litgpt's among them, do not contain it."
+        "tensors hold ([benchmarks/results/allocator.json](../benchmarks/results/allocator.json)); "
+        "what is reserved and not used torch gives back before it runs out of memory. Figures of "
+        "allocated memory, litgpt's among them, do not contain it."
     )
 
 
