@@ -57,10 +57,10 @@ def test_12b_line_by_line_by_hand(config):
     assert found[ledger.STATES] == 8 * 188_743_680
     assert found[budget.KEPT] == 36 * 512 * 5120 * 2
     moving = found.sum((ledger.GRADIENTS, budget.KEPT, budget.WORK))
-    assert found[budget.CUDA] == cards.CONTEXT_BYTES + int(0.05 * moving)
-    assert (
-        10.0 < found.total_gib < 10.7
-    )  # facts: 10.7 to 11.3 at r 16 and 1,280 tokens with whole logits
+    ends_of_pages = 36 * 2 * 6 * 2**20  # of 1.25 MiB five times .75, of 3.75 .25, of 5 twice 1
+    own = 718_077_952 + 2 * 32 * 2**20  # context and kernels, workspaces
+    assert found[budget.CUDA] == own + ends_of_pages + int(0.1 * moving)
+    assert 10.9 < found.total_gib < 11.1  # an H100: 11.02 (test_on_a_card.py)
     assert all(line.source for line in found.lines)
     answering = budget.peak(plan_of(FULL.replace(max_length=960), False, config, on_gpu=True))
     assert answering[ledger.STATES] == answering[ledger.GRADIENTS] == 0
@@ -143,7 +143,7 @@ def test_a_run_that_cannot_fit_is_refused_with_the_options_that_help():
     preflight.require_fit(FULL, machine_with(24))
     with pytest.raises(
         KitError,
-        match=r"pythia-12b does not fit this GPU: fine-tuning is predicted to need 10\.\d\d GiB",
+        match=r"pythia-12b does not fit this GPU: fine-tuning is predicted to need 11\.\d\d GiB",
     ) as refused:
         preflight.require_fit(FULL, machine_with(8))
     assert "r=16" in refused.value.remedy
@@ -296,7 +296,7 @@ def test_plan_prints_the_ledger_the_options_and_the_line():
 
 
 def test_8_gb_are_enough_with_the_settings_that_the_readme_names():
-    """A card sold with 8 GB offers about 7.6 GiB: no two of the settings are enough."""
+    """A card sold with 8 GB offers about 7.6 GiB: no three of the settings are enough."""
 
     def gib(*some):
         chosen = validate({"profile": "full", **dict(some)})
@@ -308,17 +308,18 @@ def test_8_gb_are_enough_with_the_settings_that_the_readme_names():
         ("head_4bit", True),
         ("r", 16),
     ]
-    assert min(gib(*two) for two in itertools.combinations(settings, 2)) > 7.6
+    assert min(gib(*three) for three in itertools.combinations(settings, 3)) > 7.6
     fits, taken = budget.make_fit(FULL, 7.6 * cards.GIB)
-    assert len(taken) == 3
+    assert len(taken) == 4
     assert (fits.optim, fits.embedding_on_cpu, fits.r) == ("paged_adamw_8bit", True, 16)
+    assert fits.head_4bit
     [row] = [
         line
         for line in (ROOT / "README.md").read_text().splitlines()
         if line.startswith("| `full` |")
     ]
-    assert "three settings changed: 8-bit states, the embedding on the CPU, r = 16" in row
-    assert f"({gib(*settings[:2], settings[3]):.1f} GiB)" in row
+    assert "four settings changed: 8-bit states, the embedding on the CPU, r = 16, the head" in row
+    assert f"({gib(*settings):.1f} GiB)" in row
     assert f"({gib():.1f} GiB)" in row
 
 
@@ -335,11 +336,13 @@ def test_the_recipe_of_06_says_what_each_setting_saves_alone():
     first = rows["profile full"]
     alone = {name: row["saves alone (GiB)"] for name, row in rows.items() if row is not first}
     n_rank_64, n_rank_16, embedding = 188_743_680, 47_185_920, 50_688 * 5120
+    mib = 36 * 2 * 2**20  # layers, states; of pages: 2, 4, 6 MiB or a power of two
+    ends = {(64, 32): 6 * mib, (64, 8): 2.5 * mib, (16, 32): 1.5625 * mib}
     by_hand = {
-        "8-bit states": n_rank_64 * (8 - 2 - 2 * 4 / 256),
+        "8-bit states": n_rank_64 * (8 - 2 - 2 * 4 / 256) + ends[64, 32] - ends[64, 8],
         "embedding on the CPU": 2 * embedding,
         "head in 4 bit": embedding * (2 - 4.127 / 8),
-        "r = 16": (n_rank_64 - n_rank_16) * (16 + 4 * budget.SLACK),
+        "r = 16": (n_rank_64 - n_rank_16) * (16 + 4 * budget.SLACK) + ends[64, 32] - ends[16, 32],
     }
     assert alone == pytest.approx(
         {name: size / cards.GIB for name, size in by_hand.items()}, abs=0.02

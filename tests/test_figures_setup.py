@@ -61,6 +61,7 @@ def plan(size: str, train: bool, on_gpu: bool = True, **changes) -> Plan:
         embedding_on_cpu=values.get("embedding_on_cpu", False),
         r=values["r"],
         lora_dropout=values["lora_dropout"],
+        autocast=train and on_gpu,  # float16
         optim=values["optim"],
         checkpointing=values["gradient_checkpointing"],
         loss_chunk=values["loss_chunk"],
@@ -209,7 +210,8 @@ def test_each_step_of_notebook_01_saves_what_its_idea_saves():
     scales = linear / 16 - linear / 64 - linear / 64 / 64 - 144 * 1028
     assert nf4.total_bytes - nested.total_bytes == scales
     assert paged[charts.PAGED] == 8 * adapter
-    assert paged.total_bytes == pytest.approx(nested.total_bytes, rel=1e-6)
+    ends_of_pages = 452_984_832  # 36 layers × 2 states × 6 MiB
+    assert paged.total_bytes == pytest.approx(nested.total_bytes + ends_of_pages, rel=1e-6)
 
 
 # --- the tables of notebook 01 ---# --- the tables of notebook 01 ---
