@@ -10,7 +10,6 @@ import json
 import math
 import re
 import statistics
-from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -266,9 +265,8 @@ def test_what_07_says_of_the_bytes_pythia_12b_reads_for_a_token(capsys):
         for cell in nbformat.read(NOTEBOOKS / "07_inference.ipynb", 4).cells
         if "936e9" in cell.source
     ]
-    no_card = SimpleNamespace(read=lambda name: None if name == "gpu" else recorded.read(name))
     names = {"ledger": ledger, "Plan": Plan, "torch": torch, "configs": configs}
-    exec(source, {**names, "recorded": no_card})
+    exec(source, {**names, "recorded": recorded})
     layers, hidden, _, vocab, total, *_ = TABLE["12b"]
     packed = 12 * layers * hidden**2
     weights = (
@@ -277,8 +275,12 @@ def test_what_07_says_of_the_bytes_pythia_12b_reads_for_a_token(capsys):
         + 4 * packed // (64 * 256)
         + 2 * (total - packed - vocab * hidden)
     )
-    *lines, no_gpu, base, tuned, _ = capsys.readouterr().out.splitlines()
-    assert "GPU" in no_gpu
+    *lines, base, tuned, _, plain, optioned, where = capsys.readouterr().out.splitlines()
+    assert "H100" in where
+    for line, found in zip((plain, optioned), recorded.read("gpu")[0]["answers"].values()):
+        assert f"{found['tokens_per_s']} tokens/s" in line
+        assert f"{found['share_of_limit']:.0%} of what" in line
+        assert f"{found['process'] / 1e9:.2f} GB at the peak" in line
     answered = recorded.read("true_size")[0]["cases"]["12b, r 16"]["answer"]
     for who, line in (("base", base), ("tuned", tuned)):
         assert line == f"on a CPU, {who}: 8 tokens in {answered['seconds_of_an_answer'][who]:.0f} s"
