@@ -111,7 +111,7 @@ def test_another_error_keeps_its_traceback(script, tmp_path):
 @pytest.mark.parametrize(
     ("name", "words", "last"),
     [
-        ("01_setup", (), "6.4 in 4 bit, 10.3 when fine-tuned"),
+        ("01_setup", (), "6.4 in 4 bit, 11.0 when fine-tuned"),
         (
             "06_finetune_pythia_12b",
             ("-p", "max_steps", "4", "-p", "eval_rows", "20", "-p", "output_dir", "runs here"),
