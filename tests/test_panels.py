@@ -50,7 +50,7 @@ def test_planner_redraws_at_every_end_and_prints_a_line_that_validates(profile, 
 
 def test_planner_answers_the_question_of_notebook_01():
     planner = panels.planner(validate({"profile": "full"}), 12.0)
-    assert "fits: 10.26 of 12 GiB" in planner.advice.value
+    assert "fits: 11.00 of 12 GiB" in planner.advice.value
     planner.controls["gpu_gib"].value = 8.0
     assert "does not fit" in planner.advice.value
     assert "Change first: optim='paged_adamw_8bit' saves" in planner.advice.value
