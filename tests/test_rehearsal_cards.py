@@ -432,7 +432,8 @@ def test_rehearsal_what_this_process_holds_counts_as_free(monkeypatch):
     """Notebook 06's cell is run again after the model was loaded: 18 GiB are this kernel's own, 1
     GiB another's.
     """
-    card = Card("RTX 3090", "GPU-1", 24, free=24 - 1 - 18 - 0.45)
+    context = cards.CONTEXT_BYTES / cards.GIB
+    card = Card("RTX 3090", "GPU-1", 24, free=24 - 1 - 18 - context)
     Nvml(monkeypatch, card)
     cuda_of(monkeypatch, card, held=18)
     here = machine.this_machine()
