@@ -55,6 +55,8 @@ def test_planner_answers_the_question_of_notebook_01():
     assert "does not fit" in planner.advice.value
     assert "Change first: optim='paged_adamw_8bit' saves" in planner.advice.value
     planner.controls["optim"].value, planner.controls["r"].value = "paged_adamw_8bit", 16
+    assert "embedding_on_cpu=True saves" in planner.advice.value
+    planner.controls["embedding_on_cpu"].value = True
     assert "Fine-tuning fits" in planner.advice.value
 
 
