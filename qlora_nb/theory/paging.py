@@ -79,8 +79,8 @@ def paged_bytes(numels: Sequence[int], bits: int = 32) -> tuple[int, int]:
 
 def page_waste(numels: Sequence[int], bits: int = 32) -> int:
     """Bytes that whole pages add to the paged states of tensors of these sizes: a state has pages
-    of its own, 2 MiB each, or the next power of two where it is smaller. So it was on an H100, to
-    the byte where most states are larger than a page (`recorded/gpu.json`).
+    of its own, 2 MiB each. So it was on an H100, to within a page, where most states are larger
+    than one (`recorded/gpu.json`); a smaller state is taken to fill the next power of two.
 
     By hand: 327,680 elements in float32 are 1.25 MiB of 2, 1,310,720 are 5 MiB of 6.
 
