@@ -16,7 +16,6 @@ import bisect
 import warnings
 import weakref
 from dataclasses import dataclass, field
-from unittest.mock import patch
 
 import provenance
 import torch
@@ -197,7 +196,7 @@ def simulate(plan: Plan, lengths: list[int]) -> dict[str, float]:
     model.train().zero_grad()
     with (
         Allocating(model, allocator, all_true=plan.batch == 1) as count,
-        patch.object(torch.nn.functional, "dropout", dry_run.fused_dropout),
+        dry_run.as_on_its_device(plan),
     ):
         for length in lengths:
             step(base, plan, length)

@@ -66,11 +66,11 @@ def on_a_card() -> tuple[pandas.DataFrame, str]:
     CUDA's own share, and measured.
     """
     record, where = recorded.read("gpu")
+    config = configs.pythia_config(record["shape"])
+    how = {"profile": "full", "compute_dtype": "bfloat16", "gradient_accumulation_steps": 2}
     rows = {}
     for name, found in record["peaks"].items():
-        how = {"profile": "full", "compute_dtype": "bfloat16", "gradient_accumulation_steps": 2}
         settings = validate({**how, **found["values"]})
-        config = configs.pythia_config(record["shape"])
         now = budget.peak(plan_of(settings, config=config, on_gpu=True)).total_bytes
         rows[f"pythia-{record['shape']}, {name}"] = {
             "predicted before (GiB)": found["predicted"] / cards.GIB,

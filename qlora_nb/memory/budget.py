@@ -68,7 +68,7 @@ def _taken_by_cuda(plan: Plan, changing_bytes: int) -> ledger.Line:
     source = f"{own / cards.GIB:.2f} GiB as on an H100, {SLACK:.0%} of what comes and goes"
     taken = own + int(SLACK * changing_bytes)
     if plan.train and plan.r and "paged" in plan.optim:
-        bits = 8 if "8bit" in plan.optim else 32
+        bits = ledger.state_bits(plan.optim)
         taken += paging.page_waste(ledger.trained_numels(plan), bits)
         source += ", whole pages of states"
     return ledger.Line(CUDA, taken, source)

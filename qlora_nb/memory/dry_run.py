@@ -17,7 +17,7 @@ counted with it, scores and all.
 import copy
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from unittest.mock import patch
 
@@ -119,11 +119,22 @@ def _autocast(dtype: torch.dtype) -> Iterator[None]:
         yield
 
 
-def fused_dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False):
+def _fused_dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False):
     """A GPU's dropout remembers a byte an element; a CPU's, and that of *meta*, a whole number."""
     if p and training:
         x, _ = torch.native_dropout(x, p, training)
     return x
+
+
+@contextmanager
+def as_on_its_device(plan: Plan) -> Iterator[None]:
+    """Inside, what runs on *meta* keeps what it would keep on the plan's device."""
+    with ExitStack() as stack:
+        if plan.on_gpu:
+            stack.enter_context(patch.object(nn.functional, "dropout", _fused_dropout))
+        if plan.autocast:
+            stack.enter_context(_autocast(plan.dtype))
+        yield
 
 
 @dataclass(frozen=True)
@@ -169,7 +180,9 @@ def _dry_run(plan: Plan) -> Activations:
     if not plan.train:
         kept = 0
     elif plan.checkpointing:
-        stream = torch.float32 if plan.autocast and _norms(plan) else plan.rest_dtype
+        stream = plan.rest_dtype
+        if plan.autocast and _has_layer_norm(plan):
+            stream = torch.float32
         kept = plan.batch * plan.length * plan.config.hidden_size * stream.itemsize
     else:
         kept = _count(2, plan).kept - one.kept
@@ -182,12 +195,12 @@ def _dry_run(plan: Plan) -> Activations:
     )
 
 
-def _norms(plan: Plan) -> list[nn.LayerNorm]:
-    """Those of torch, which autocast knows; families with RMSNorm write it out themselves, and give
-    what they take.
+def _has_layer_norm(plan: Plan) -> bool:
+    """Whether it has torch's norm, which autocast knows; families with RMSNorm write it out
+    themselves, and give what they take.
     """
-    modules = configs.meta_model(plan.config).modules()
-    return [module for module in modules if isinstance(module, nn.LayerNorm)]
+    modules = _model_on_meta(1, Plan(plan.config)).modules()
+    return any(isinstance(module, nn.LayerNorm) for module in modules)
 
 
 def _count(n_layers: int, plan: Plan) -> Activations:
@@ -202,8 +215,7 @@ def _count(n_layers: int, plan: Plan) -> Activations:
     with (
         LiveBytes(model, all_true=plan.batch == 1) as count,
         torch.set_grad_enabled(trained),
-        _autocast(plan.dtype) if plan.autocast else nullcontext(),
-        patch.object(nn.functional, "dropout", fused_dropout) if plan.on_gpu else nullcontext(),
+        as_on_its_device(plan),
         patch.object(moe, "_can_use_grouped_mm", return_value=False, create=True),
     ):
         hidden = base.base_model(

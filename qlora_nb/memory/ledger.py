@@ -141,6 +141,11 @@ def trained_numels(plan: Plan) -> list[int]:
     return lora_numels(_shapes(Plan(plan.config)), plan.r, plan.target_modules)
 
 
+def state_bits(optim: str) -> int:
+    """Bits of one number of a state, by the optimizer's name."""
+    return 8 if "8bit" in optim else 32
+
+
 def optimizer_bytes(numels: Sequence[int], optim: str) -> int:
     """Bytes of Adam's two states for tensors of these sizes, as the optimizer named by Trainer's
     `optim` stores them.
@@ -151,7 +156,7 @@ def optimizer_bytes(numels: Sequence[int], optim: str) -> int:
     """
     if optim == "adamw_torch":
         return sum(8 * n + 4 for n in numels)
-    bits = 8 if "8bit" in optim else 32
+    bits = state_bits(optim)
     states = sum(paging.state_bytes(n, bits) for n in numels)
     if bits == 8 and max(numels, default=0) >= paging.MIN_8BIT:
         states += 2048
