@@ -383,6 +383,8 @@ def _explain(error: ValidationError, defaults: dict[str, Default]) -> KitError:
     if others:
         what += f"; also bad: {', '.join(others)}"
     remedy = f"leave it None for this profile's value ({defaults[name].value})"
+    if name == "optim":
+        remedy += "; other optimizers, Sophia among them, are raced in notebook 08"
     return KitError(what, value=first["input"], allowed=_allowed(schema), remedy=remedy)
 
 

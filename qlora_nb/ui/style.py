@@ -1,4 +1,4 @@
-"""One look for every figure of the seven notebooks: what a colour means, and how a figure is made.
+"""One look for every figure of the notebooks: what a colour means, and how a figure is made.
 
 `LOOKS` is the only table of colours. A datatype, a method and each part of memory has one colour,
 one hatch and (what is drawn as a line) one marker, in all notebooks. The colours are those of Okabe
@@ -53,6 +53,12 @@ LOOKS = {
     "LoRA": Look(GREEN, "..", "P"),
     "optimizer": Look(PINK, "++", "X"),
     "other": Look(GREY, "--", "."),
+    # optimizers
+    "AdamW": Look(PINK, "++", "X"),
+    "AdamW, 8-bit states": Look(BROWN, "..", "v"),
+    "Lion": Look(ORANGE, "", "s"),
+    "Muon": Look(BLUE, "||", "D"),
+    "Sophia-G": Look(BLACK, "//", "o"),
     # parts of memory
     "4-bit weights": Look(BLUE, ""),
     "scales": Look(SKY, "xx"),
