@@ -89,7 +89,7 @@ def test_a_colour_is_never_the_only_difference():
     assert {meaning: drawn.colour for meaning, drawn in style.LOOKS.items()} == style.COLOURS
     lines = [drawn for drawn in style.LOOKS.values() if drawn.marker]
     parts = [drawn for drawn in style.LOOKS.values() if not drawn.marker]
-    assert len({drawn.marker for drawn in lines}) == len(lines) == 8
+    assert len({drawn.marker for drawn in lines}) == len(lines) == 13
     assert len(parts) == 12
     for group in (lines, parts):
         hatches = [drawn.hatch for drawn in group if drawn.hatch]

@@ -54,11 +54,11 @@ LOOKS = {
     "optimizer": Look(PINK, "++", "X"),
     "other": Look(GREY, "--", "."),
     # optimizers
-    "AdamW": Look(PINK, "++", "X"),
-    "AdamW, 8-bit states": Look(BROWN, "..", "v"),
-    "Lion": Look(ORANGE, "", "s"),
-    "Muon": Look(BLUE, "||", "D"),
-    "Sophia-G": Look(BLACK, "//", "o"),
+    "AdamW": Look(PINK, "||", "*"),
+    "AdamW, 8-bit states": Look(BROWN, "oo", "<"),
+    "Lion": Look(ORANGE, "OO", ">"),
+    "Muon": Look(BLUE, "**", "p"),
+    "Sophia-G": Look(BLACK, "-\\", "h"),
     # parts of memory
     "4-bit weights": Look(BLUE, ""),
     "scales": Look(SKY, "xx"),
