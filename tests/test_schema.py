@@ -222,6 +222,12 @@ def test_bad_values_are_refused_by_name(name, value):
     assert "Do this:" in text or "Allowed:" in text
 
 
+@pytest.mark.parametrize("name", ["sophia", "SophiaG", "muon"])
+def test_another_optimizer_is_refused_with_a_pointer(name):
+    with pytest.raises(KitError, match="Sophia among them, are raced in notebook 08"):
+        validate({"optim": name})
+
+
 @pytest.mark.fault(1)
 @pytest.mark.parametrize(
     ("wrong", "right"),
