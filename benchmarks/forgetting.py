@@ -6,8 +6,9 @@ the rows keep what is forgotten.
 Trains in profile tiny with the cells of notebook 06, each seed twice: on the rows alone, and with
 the beginnings of two stories more in every step, about as long as a row. The rows of a step are the
 same in both. The stories are new ones of the kind that the base was trained on, each seen once,
-without any of the almanac's facts; each of their tokens is a label. Then the adapter is scaled, and at each strength the model is asked
-held-out questions and the almanac's facts, and reads stories that nobody trained on.
+without any of the almanac's facts; each of their tokens is a label. Then the adapter is scaled, and
+at each strength the model is asked held-out questions and the almanac's facts, and reads stories
+that nobody trained on.
 
 What is reported is each one's mean over the seeds and its 95 % interval, and at full strength the
 paired difference (with stories minus without) with its 95 % interval (Student's t).

@@ -299,3 +299,58 @@ def test_stories_join_every_step_and_hold_no_fact():
 def cell(name: str) -> str:
     [found] = [c for c in nbformat.read(NOTEBOOKS / "07_inference.ipynb", 4).cells if c.id == name]
     return found.source
+
+
+def test_what_07_says_of_forgetting(record):
+    """The paragraphs about five trainings, against the recorded numbers."""
+    said = cell("plugin-end")
+    right, known, loss = MEASURES
+    alone, mixed = record["by_strength"].values()
+
+    def percent(curve: dict, strength: str, name: str, digits: int = 1) -> str:
+        return f"{curve[strength][name]['mean']:.{digits}f} %"
+
+    def interval(name: str, digits: int) -> str:
+        ends = [f"{record['difference'][name][end]:+.{digits}f}" for end in ("low", "high")]
+        return " to ".join(ends).replace("-", "−")
+
+    def change(name: str, digits: int) -> str:
+        return f"{record['difference'][name]['mean']:+.{digits}f}".replace("-", "−")
+
+    at_three_quarters = percent(alone, "0.75", right), percent(alone, "0.75", known)
+    assert "they answer {} of the questions and leave {} of".format(*at_three_quarters) in said
+    at_full = percent(alone, "1", right), percent(alone, "1", known)
+    assert "at full strength {} and {}.".format(*at_full) in said
+    assert f"the model knows\n{percent(mixed, '1', known)} of the facts" in said
+    assert f"{change(known, 1)} points, 95 % interval of the paired difference" in said
+    assert f"difference {interval(known, 1)}." in said
+    assert f"changes by {change(loss, 2)} nats ({interval(loss, 2)})" in said
+    assert (
+        f"change by {change(right, 1)} points ({interval(right, 1)}): the interval holds 0" in said
+    )
+    assert record["difference"][right]["low"] < 0 < record["difference"][right]["high"]
+    assert record["difference"][known]["low"] > 0
+    assert mixed["1"][loss]["mean"] == pytest.approx(mixed["0"][loss]["mean"], abs=0.01)
+    at_half = percent(mixed, "0.5", right, 0), percent(alone, "0.5", right, 0)
+    assert "these adapters answer {} of the questions, the others {}.".format(*at_half) in said
+    asked = cell("plugin-remedy")
+    settings = record["settings"]
+    assert settings["rows_in_a_step"] == 16
+    assert settings["stories_in_a_step"] == 2
+    assert f"({settings['story_tokens']} tokens each)" in asked
+    assert f"all {settings['eval_rows']} held-out questions" in asked
+    assert f"read {settings['read']} other stories" in asked
+
+
+def test_what_07_says_of_the_curve_holds_for_the_shipped_adapter_and_for_a_run():
+    """The paragraph under the live figure, for every recorded seed too: half the strength brings
+    most answers and costs next to no fact.
+    """
+    for seed in recorded.read("forgetting")[0]["by_seed"].values():
+        curve = seed["rows alone"]["by_strength"]
+        half, full, most = curve["0.5"], curve["1"], curve["1.5"]
+        assert half["questions right (%)"] > 0.7 * full["questions right (%)"]
+        assert half["facts known (%)"] > 99.5
+        assert 100 - full["facts known (%)"] > 5 * (100 - half["facts known (%)"])
+        assert most["facts known (%)"] < full["facts known (%)"]
+        assert half["story loss (nats)"] < full["story loss (nats)"] < most["story loss (nats)"]
