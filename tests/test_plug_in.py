@@ -193,7 +193,7 @@ def test_the_figure_draws_the_numbers_it_is_given():
         assert points.tolist() == [[0, k], [0.5, 5 + k], [1.5, 15 + k]]
         assert marked[:, 0].tolist() == [0.75, 0.75]
         assert artists.labels(ax) == ("strength", measure)
-    assert drawn.legend(figure.axes[0]) == ["mine"]
+    assert drawn.legend(figure.axes[1]) == ["mine"]
 
 
 def test_the_figure_draws_intervals():
@@ -218,7 +218,7 @@ def test_the_figure_draws_intervals():
             assert ends[:, :, 1].tolist() == [[mean - 1.5, mean + 1.5] for mean in means]
         first, second = ax.lines
         assert (first.get_color(), first.get_marker()) != (second.get_color(), second.get_marker())
-    assert drawn.legend(figure.axes[0]) == ["alone", "mixed"]
+    assert drawn.legend(figure.axes[1]) == ["alone", "mixed"]
 
 
 # ---- what is recorded ----------------------------------------------------------------------------

@@ -106,7 +106,7 @@ def strengths(
         heading = f"{heading} {at:g}: {' · '.join(answers)}"
         for ax in axes:
             ax.axvline(at, color=style.GREY, linestyle="--")
-    axes[0].legend()
+    axes[1].legend(loc="lower left")
     axes[0].figure.suptitle(heading, x=0.01, ha="left")
 
 
