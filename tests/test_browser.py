@@ -377,7 +377,7 @@ def choose(page, select, open_list) -> None:
 
 @pytest.mark.parametrize("page", WITH_A_CHAT, indirect=True)
 def test_two_models_are_asked_by_keyboard_and_by_mouse(page):
-    """Notebook 07 has no figure under its controls but two answers."""
+    """Notebook 07's chat has no figure under its controls but two answers."""
     ask, prompt = (
         page.get_by_role("button", name="Ask both"),
         page.get_by_label("prompt", exact=True),
@@ -400,7 +400,7 @@ def test_two_models_are_asked_by_keyboard_and_by_mouse(page):
         )
         assert history.input_value().startswith(question)
         assert all(answers.evaluate_all("all => all.map(answer => answer.value)"))
-    sliders = page.locator(".jp-OutputArea .widget-slider").all()
+    sliders = page.locator(".jp-OutputArea .chat .widget-slider").all()
     assert len(sliders) == 3, "temperature, top_p, repetition_penalty"
     for slider in sliders:
         readout = slider.locator(".widget-readout")
