@@ -23,10 +23,11 @@ sys.path.append(str(ROOT / "tools"))
 
 
 def __getattr__(name: str) -> ModuleType:
-    """`from provenance import open_cells`, the notebook's own cells: they bring transformers and
-    PEFT with them, so they are loaded where they are asked for (PEP 562).
+    """`from provenance import open_cells`, the notebook's own cells, or `micro_world`: what lies in
+    `tools`. The cells bring transformers and PEFT with them, so they are loaded where they are
+    asked for (PEP 562).
     """
-    if name != "open_cells":
+    if name not in ("open_cells", "micro_world"):
         raise AttributeError(name)
     return importlib.import_module(name)
 

@@ -28,7 +28,7 @@ from conftest import NOTEBOOKS, ROOT
 
 pytestmark = pytest.mark.browser
 NAMES = [path.stem for path in sorted(NOTEBOOKS.glob("0*.ipynb"))]
-PANELS = {"01": 1, "02": 1, "03": 2, "04": 1, "05": 2, "06": 1, "07": 0}
+PANELS = {"01": 1, "02": 1, "03": 2, "04": 1, "05": 2, "06": 1, "07": 1}
 """Notebook → figures with controls over them. A check of such figures is made of the notebooks that
 have some.
 """
@@ -377,7 +377,7 @@ def choose(page, select, open_list) -> None:
 
 @pytest.mark.parametrize("page", WITH_A_CHAT, indirect=True)
 def test_two_models_are_asked_by_keyboard_and_by_mouse(page):
-    """Notebook 07 has no figure under its controls but two answers."""
+    """Notebook 07's chat has no figure under its controls but two answers."""
     ask, prompt = (
         page.get_by_role("button", name="Ask both"),
         page.get_by_label("prompt", exact=True),
@@ -400,7 +400,7 @@ def test_two_models_are_asked_by_keyboard_and_by_mouse(page):
         )
         assert history.input_value().startswith(question)
         assert all(answers.evaluate_all("all => all.map(answer => answer.value)"))
-    sliders = page.locator(".jp-OutputArea .widget-slider").all()
+    sliders = page.locator(".jp-OutputArea .chat .widget-slider").all()
     assert len(sliders) == 3, "temperature, top_p, repetition_penalty"
     for slider in sliders:
         readout = slider.locator(".widget-readout")

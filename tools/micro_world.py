@@ -10,6 +10,8 @@ Three kinds of text come out of one small world of people, places and things:
 * **instructions** (`instruction_rows`): the same kinds of question in Alpaca's columns
   *instruction, input, output*. The base model never sees this form; fine-tuning (notebook 06)
   teaches it.
+* **sentences** (`sentence_rows`): a sentence of a story, and the question that it answers. A second
+  adapter learns to ask (notebook 07).
 
 One (person, noun) pair in ten is *held out*: no story and no training instruction contains it, and
 every held-out instruction asks about such a pair.
@@ -298,4 +300,30 @@ def instruction_rows(split: str, n: int, seed: int = 0) -> list[dict[str, str]]:
         rows.append(
             {"instruction": instruction, "input": text, "output": f"{answer}.", "kind": kind}
         )
+    return rows
+
+
+ASK = "Make a question of it."
+"""The one instruction of the rows that teach a model to ask."""
+
+
+def sentence_rows(split: str, n: int, seed: int = 0) -> list[dict[str, str]]:
+    """`n` different rows as `instruction_rows` has them: a sentence of a story as input, as output
+    the question for its place, its thing or its number, the kinds taking turns. The verb changes
+    its form on the way ("found" becomes "did … find").
+
+    >>> sorted(sentence_rows("test", 1)[0])
+    ['input', 'instruction', 'kind', 'output']
+    """
+    rng = random.Random(f"sentences-{split}-{seed}")
+    rows = []
+    while len(rows) < n:
+        kind = ("where", "what", "how many")[len(rows) % 3]
+        maker = _MAKERS[len(rows) % 3]
+        nouns = [*PLACES, *OBJECTS, *THINGS]
+        fact = _fact(rng, maker, list(PEOPLE), nouns, want_held_out=split == "test")
+        question, _ = fact.questions[kind][-1]
+        row = {"instruction": ASK, "input": fact.sentence, "output": question, "kind": kind}
+        if row not in rows:
+            rows.append(row)
     return rows

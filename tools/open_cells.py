@@ -110,7 +110,15 @@ def arguments(settings) -> transformers.TrainingArguments:
 
 
 def finetune(
-    model, tokenizer, train, settings, run, report, held_out=None, watching=()
+    model,
+    tokenizer,
+    train,
+    settings,
+    run,
+    report,
+    held_out=None,
+    watching=(),
+    in_order=batching.in_training_order,
 ) -> dict[str, object]:
     """The cells from the rows to the saved adapter.
 
@@ -121,13 +129,14 @@ def finetune(
         report: called after each step with its numbers.
         held_out: tokenized rows whose loss is measured every `sample_steps` steps.
         watching: callbacks of the Trainer besides those of the cell.
+        in_order: (rows, settings) → the rows of every step, one after another.
     """
 
     def make_trainer(callbacks, **options):
         return QLoRATrainer(callbacks=[*callbacks, *watching], **options)
 
     rows = batching.pack(train, settings.max_length) if settings.packing else train
-    rows = batching.in_training_order(rows, settings)
+    rows = in_order(rows, settings)
     names = {
         "model": model,
         "tokenizer": tokenizer,

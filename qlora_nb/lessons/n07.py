@@ -3,12 +3,15 @@
 - `next_tokens`: the most probable next tokens of the base and the tuned model;
 - `along`: how far their distributions differ, token by token of an answer;
 - `sampled`: what temperature and top-p make of a distribution, and what is drawn from it;
+- `strengths`: what an adapter wins and what it forgets, from switched off to half as strong again;
 - `merge_ranks`: what three ways of merging change, at several ranks;
 - `check_next_distribution`, `check_merge_dequantized`: the exercises.
 """
 
 import statistics
+from collections.abc import Sequence
 
+import pandas
 import torch
 from peft.utils.integrations import dequantize_module_weight
 from transformers import TemperatureLogitsWarper, TopPLogitsWarper
@@ -70,6 +73,41 @@ def sampled(axes, shares: dict[str, dict[str, dict[str, float]]]) -> None:
         ax.set_title(heading)
         ax.tick_params("x", rotation=60)
     axes[0].legend()
+
+
+MEASURES = "questions right (%)", "facts known (%)", "story loss (nats)"
+"""What an adapter wins, and two sides of what its base forgets."""
+
+
+@style.draws(
+    (9.6, 3),
+    grid={"ncols": 3, **style.margins(left=0.07, bottom=0.17, top=0.84, wspace=0.3)},
+    xlabel="strength",
+)
+def strengths(
+    axes, curves: dict[str, dict], heading: str, at: float | None = None, answers: Sequence = ()
+) -> None:
+    """What an adapter wins and what it forgets at several strengths.
+
+    Args:
+        curves: label → strength → each of `MEASURES` → its value, or `mean` and `high`: the mean
+            over several trainings and the upper end of its interval, which is symmetric.
+        heading: above the figure.
+        at: a strength that is marked by a line.
+        answers: what the model says at that strength.
+    """
+    for (label, curve), meaning in zip(curves.items(), ("LoRA", "other")):
+        for ax, measure in zip(axes, MEASURES):
+            found = pandas.DataFrame({float(k): curve[k][measure] for k in curve}, ["mean", "high"])
+            half = found.loc["high"] - found.loc["mean"]
+            ax.errorbar(found.columns, found.loc["mean"], half, label=label, **style.mark(meaning))
+            ax.set_ylabel(measure)
+    if at is not None:
+        heading = f"{heading} {at:g}: {' · '.join(answers)}"
+        for ax in axes:
+            ax.axvline(at, color=style.GREY, linestyle="--")
+    axes[1].legend(loc="lower left")
+    axes[0].figure.suptitle(heading, x=0.01, ha="left")
 
 
 WAYS = {"dequantized": "LoRA", "packed": "NF4+DQ", "original": "16-bit"}

@@ -64,7 +64,7 @@ def require_whole(folder: Path, what: str = "adapter") -> None:
     """
     sealed = folder
     remedy = "take another copy, or run notebook 06 again"
-    if folder in (pocket.ADAPTER_DIR, pocket.MODEL_DIR):
+    if folder.parent == pocket.HERE:
         sealed = pocket.HERE
         remedy = "install the kit again"
     if not (sealed / SEAL).exists():
