@@ -354,12 +354,12 @@ def test_the_score_counts_the_marks_that_agree(space, found, capsys):
 
 
 def test_the_table_holds_every_claim_with_its_numbers(found):
-    columns = ("claim", "place", "said", "found", "verdict", "truth", "shown")
+    columns = ("claim", "said", "found", "verdict", "truth", "shown")
     shown = n09.table(found, *columns).data
     assert list(shown.index) == list(found)
     assert list(shown.columns) == list(columns)
     row = shown.loc["48 GB to run"]
-    assert row["said"] == "about 48 GB (10⁹ bytes)"
+    assert row["said"] == "about 48 GB"
     assert row["found"] == "47.38 (float32); 23.69 (16 bit)"
     assert row["verdict"] == "holds if: float32"
 

@@ -130,5 +130,5 @@ def plot_claim(ax, found: Mapping[str, Checked], name: str) -> str:
     ax.axvline(checked.theirs, color=style.BLACK, linestyle="--")
     ax.margins(x=0.15)
     ax.invert_yaxis()
-    ax.set_xlabel(f"{checked.unit} (said: {checked.said})")
+    ax.set_xlabel(f"{checked.unit} (said: {checked.relation} the dashed line)")
     return f"{name}: {checked.verdict}"
