@@ -57,7 +57,7 @@ def run(name: str, code: str, capsys, **more) -> str:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_notebook_asks_and_no_exercise_is_left_out(name):
     """What calls a checker is tagged, so that its solution is found; a function is written in
-    each.
+    each but 09, where claims are judged.
     """
     calling = [
         cell.source
@@ -65,7 +65,8 @@ def test_every_notebook_asks_and_no_exercise_is_left_out(name):
         if cell.cell_type == "code" and re.search(r"\.check_\w+\(", cell.source)
     ]
     assert [cell.source for cell, _ in ASKED[name]] == calling
-    assert name in {notebook for notebook, _ in WRITTEN}
+    if name != "09_claims_checked":
+        assert name in {notebook for notebook, _ in WRITTEN}
     text = "\n".join(cell.source for cell in CELLS[name] if cell.cell_type == "markdown")
     for fold in ("Hint", "Solution"):
         assert text.count(f"<summary>{fold}</summary>") == len(calling)

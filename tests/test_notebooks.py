@@ -30,7 +30,7 @@ NAMES = [p.stem for p in sorted(NOTEBOOKS.glob("0*.ipynb"))]
 each = pytest.mark.parametrize("name", NAMES)
 
 
-def test_all_seven_are_there():
+def test_all_are_there():
     numbers = [
         "setup",
         "lora",
@@ -40,7 +40,8 @@ def test_all_seven_are_there():
         "finetune_pythia_12b",
         "inference",
     ]
-    assert [f"{i:02d}_{name}" for i, name in enumerate(numbers, 1)] == NAMES
+    names = [f"{i:02d}_{name}" for i, name in enumerate(numbers, 1)]
+    assert [*names, "09_claims_checked"] == NAMES
 
 
 # ---- what is committed
