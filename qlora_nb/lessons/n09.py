@@ -3,7 +3,6 @@ measured. A verdict is never written down: it follows from the numbers.
 
 - `CLAIMS`: the claims in our words, each with the place of the original, from `claims.toml`;
 - `check`: a claim with the numbers that were measured, and its verdict;
-- `sophia_claim`: the numbers for the claim about Sophia;
 - `table`: claims as a table;
 - `plot_claim`: the numbers of one claim beside the one that is said.
 """
@@ -95,18 +94,6 @@ def check(name: str, ours: Mapping[str, float], my_verdicts: Mapping[str, str | 
     print(f"{name}: said {checked.said}, found {checked.found or 'nothing yet'}")
     print(f"    your mark: {my_verdicts.get(name) or 'none'} · verdict: {checked.verdict}")
     return checked
-
-
-def sophia_claim(speedup: float | None, low: float | None, high: float | None) -> dict[str, float]:
-    """Condition → number for the claim about Sophia; empty while there is no race.
-
-    Args:
-        speedup: how many times fewer steps than a tuned AdamW it needs to the same loss.
-        low, high: ends of the 95 % interval of that number.
-    """
-    if speedup is None:
-        return {}
-    return {"mean": speedup, "lower end of its interval": low, "upper end": high}
 
 
 def table(claims: Mapping[str, Checked], *columns: str):
