@@ -17,7 +17,7 @@ class Shape:
     n_layers: int
     hidden: int
     heads: int
-    vocab: int
+    vocab: int = 50304
 
     @property
     def linears(self) -> tuple[tuple[int, int], ...]:
@@ -39,13 +39,13 @@ class Shape:
 
 
 PYTHIA = {
-    "14m": Shape(n_layers=6, hidden=128, heads=4, vocab=50304),
-    "70m": Shape(n_layers=6, hidden=512, heads=8, vocab=50304),
-    "160m": Shape(n_layers=12, hidden=768, heads=12, vocab=50304),
-    "410m": Shape(n_layers=24, hidden=1024, heads=16, vocab=50304),
-    "1b": Shape(n_layers=16, hidden=2048, heads=8, vocab=50304),
-    "1.4b": Shape(n_layers=24, hidden=2048, heads=16, vocab=50304),
-    "2.8b": Shape(n_layers=32, hidden=2560, heads=32, vocab=50304),
+    "14m": Shape(n_layers=6, hidden=128, heads=4),
+    "70m": Shape(n_layers=6, hidden=512, heads=8),
+    "160m": Shape(n_layers=12, hidden=768, heads=12),
+    "410m": Shape(n_layers=24, hidden=1024, heads=16),
+    "1b": Shape(n_layers=16, hidden=2048, heads=8),
+    "1.4b": Shape(n_layers=24, hidden=2048, heads=16),
+    "2.8b": Shape(n_layers=32, hidden=2560, heads=32),
     "6.9b": Shape(n_layers=32, hidden=4096, heads=32, vocab=50432),
     "12b": Shape(n_layers=36, hidden=5120, heads=40, vocab=50688),
 }
