@@ -6,9 +6,9 @@ import json
 import sys
 from pathlib import Path
 
-import measured_tables
 import pandas
 import pytest
+import recorded_tables
 import torch
 from conftest import ROOT
 
@@ -149,7 +149,7 @@ def test_notebook_table_reads_the_record():
     rows = json.loads((recorded.FOLDER / "gpu_table.json").read_text(encoding="utf-8"))
     table = pandas.DataFrame(rows).T
     _, where = recorded.read("gpu")
-    assert rows == measured_tables.on_a_card()
+    assert rows == recorded_tables.on_a_card()
     assert "H100" in where
     assert len(table) == len(RECORD["peaks"])
     for name, found in RECORD["peaks"].items():

@@ -6,9 +6,9 @@ import json
 import sys
 from pathlib import Path
 
-import measured_tables
 import pandas
 import pytest
+import recorded_tables
 import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
@@ -118,7 +118,7 @@ def test_the_table_shows_the_record(cases):
     rows = json.loads((recorded.FOLDER / "true_size_table.json").read_text(encoding="utf-8"))
     table = pandas.DataFrame(rows).T
     _, where = recorded.read("true_size")
-    assert rows == measured_tables.at_true_size()
+    assert rows == recorded_tables.at_true_size()
     assert list(table.index) == [f"pythia-{case}" for case in cases]
     for case, row in zip(cases, table.to_dict("records"), strict=True):
         trained = cases[case]["train"]

@@ -4,8 +4,7 @@
 - `check_weight_gib`: an exercise, GiB of 4-bit weights;
 - `tuned_whole`, `with_pages`: first and last of the steps from tuning a model whole to QLoRA;
 - `profiles_here`: table of the four profiles, each with its predicted peak, and why one is refused;
-- `downloads`: what would come from the hub;
-- `what_fits`: table of cards, each with the largest Pythia that answers and that fine-tunes on it.
+- `downloads`: what would come from the hub.
 """
 
 import torch
@@ -147,34 +146,3 @@ def downloads(settings) -> list[str]:
     size = f"{2 * PYTHIA['12b'].n_parameters / 1e9:.1f} GB"
     unit = "GB of 10^9 bytes, as disks are sold"
     return [*lines, f"for comparison, EleutherAI/pythia-12b: {size} ({unit})"]
-
-
-CARDS_GIB = (8.0, 12.0, 16.0, 24.0, 48.0)
-
-
-def what_fits(settings) -> list[dict[str, str]]:
-    """One row for each of `CARDS_GIB`: the largest Pythia that answers on it, that fine-tunes with
-    these settings, and that fine-tunes with options that save memory, which are named.
-    """
-    rows = []
-    for size_gib in CARDS_GIB:
-        row = {"card": f"{size_gib:g} GiB"}
-        ways = {
-            "answering": (False, False),
-            "fine-tuning": (True, False),
-            "fine-tuning with options": (True, True),
-        }
-        for way, (train, with_options) in ways.items():
-            fit = budget.largest_pythia(settings, size_gib * cards.GIB, train, with_options)
-            row[way] = "none"
-            if fit is not None:
-                size, peak, options = fit
-                row[way] = f"{size} ({peak.total_gib:.1f} GiB)"
-        row["options"] = "none is enough"
-        if fit is not None:
-            taken = []
-            for option in options:
-                taken.append(", ".join(f"{name}={new}" for name, new in option.changes.items()))
-            row["options"] = "; ".join(taken) if taken else "none needed"
-        rows.append(row)
-    return rows

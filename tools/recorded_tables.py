@@ -1,11 +1,12 @@
-"""Predictions beside measurements that a laptop cannot repeat: write the tables that notebooks 01
-and 06 show, `qlora_nb/recorded/gpu_table.json` and `true_size_table.json`.
+"""Tables that depend on nothing that a reader sets: write `gpu_table.json`, `true_size_table.json`
+and `cards_table.json` into `qlora_nb/recorded`, which notebooks 01 and 06 show.
 
-    python tools/measured_tables.py
+    python tools/recorded_tables.py
 
-What was measured stands in the records of `benchmarks/gpu.py` and `benchmarks/true_size.py`; what
-is predicted now is the ledger's. A few seconds. `tests/test_on_a_card.py` and
-`tests/test_true_size.py` compare what is committed with the records and what is predicted now.
+The first two set predictions beside measurements that a laptop cannot repeat, the records of
+`benchmarks/gpu.py` and `benchmarks/true_size.py`; the third says what fits a card. What is
+predicted is the ledger's. A few seconds. `tests/test_on_a_card.py`, `tests/test_true_size.py` and
+`tests/test_panels.py` compare what is committed with the records and with what is predicted now.
 """
 
 from __future__ import annotations
@@ -60,11 +61,43 @@ def at_true_size() -> dict[str, dict[str, float]]:
     return rows
 
 
-TABLES = {"gpu_table": on_a_card, "true_size_table": at_true_size}
-"""Name in `qlora_nb/recorded` → what makes its rows."""
+CARDS_GIB = (8.0, 12.0, 16.0, 24.0, 48.0)
+
+
+def what_fits(settings) -> list[dict[str, str]]:
+    """One row for each of `CARDS_GIB`: the largest Pythia that answers on it, that fine-tunes with
+    these settings, and that fine-tunes with options that save memory, which are named.
+    """
+    rows = []
+    for size_gib in CARDS_GIB:
+        row = {"card": f"{size_gib:g} GiB"}
+        ways = {
+            "answering": (False, False),
+            "fine-tuning": (True, False),
+            "fine-tuning with options": (True, True),
+        }
+        for way, (train, with_options) in ways.items():
+            fit = budget.largest_pythia(settings, size_gib * cards.GIB, train, with_options)
+            row[way] = "none"
+            if fit is not None:
+                size, peak, options = fit
+                row[way] = f"{size} ({peak.total_gib:.1f} GiB)"
+        row["options"] = "none is enough"
+        if fit is not None:
+            taken = []
+            for option in options:
+                taken.append(", ".join(f"{name}={new}" for name, new in option.changes.items()))
+            row["options"] = "; ".join(taken) if taken else "none needed"
+        rows.append(row)
+    return rows
 
 
 if __name__ == "__main__":
-    for name, make in TABLES.items():
-        text = json.dumps(make(), indent=1, ensure_ascii=False) + "\n"
+    tables = {
+        "gpu_table": on_a_card(),
+        "true_size_table": at_true_size(),
+        "cards_table": what_fits(validate({"profile": "full"})),
+    }
+    for name, rows in tables.items():
+        text = json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
         (recorded.FOLDER / f"{name}.json").write_text(text, encoding="utf-8")
