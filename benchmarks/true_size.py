@@ -3,6 +3,7 @@ weights to two answers, with seconds and memory beside every step, predicted bes
 
     python benchmarks/true_size.py --data FOLDER      into qlora_nb/recorded/true_size.json
     python benchmarks/true_size.py --data FOLDER --only "70m, r 16" --out f
+    python tools/recorded_tables.py                   the notebooks' table, from what was measured
 
 FOLDER holds the real tokenizer of Pythia, `gpt_neox_20b_tokenizer.json`, and Alpaca's 52,002 rows,
 `alpaca/alpaca_data.json.xz`. The weights are random (`random_weights`): bytes and seconds do not

@@ -17,7 +17,9 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
+from qlora_nb import cards, machine, sources
 from qlora_nb.errors import MORE_MEMORY, KitError, is_out_of_memory
+from qlora_nb.memory import preflight
 
 
 class _Group(TyperGroup):
@@ -71,8 +73,6 @@ def doctor() -> None:
     """This machine, its packages, the profile that fits. Exits with 1 if a package is missing or
     outside its range.
     """
-    from qlora_nb import cards, machine, sources
-
     with suppress(ImportError, OSError):
         importlib.import_module("torch")  # so that `remarks` can say what it is built for
     here = machine.this_machine()
@@ -101,7 +101,6 @@ def doctor() -> None:
 
 
 def _fitting_profile(here) -> str:
-    from qlora_nb.memory import preflight
     from qlora_nb.settings import validate
 
     if here.gpus:
@@ -139,7 +138,6 @@ def plan(
     Parameters: -p NAME VALUE.
     """
     settings = _settings(ctx, profile, gpu_gib=gpu_gib)
-    from qlora_nb import sources
     from qlora_nb.memory import budget, estimates
     from qlora_nb.memory.plan import plan_of
     from qlora_nb.model import configs, probes, quantized
@@ -186,8 +184,6 @@ def data(
     profile sees it. Parameters: -p NAME VALUE.
     """
     settings = _settings(ctx, profile, dataset=name)
-    from qlora_nb.memory import preflight
-
     preflight.require_model_and_data(settings)
     from qlora_nb.model import data_report, load
 
@@ -205,8 +201,6 @@ def script(
     -p NAME VALUE.
     """
     settings = _settings(ctx, profile)
-    from qlora_nb.memory import preflight
-
     preflight.require_model_and_data(settings)
     from qlora_nb.train import script
 
@@ -230,9 +224,6 @@ def generate(
     adapter runs/…/adapter.
     """
     settings = _settings(ctx, profile)
-    from qlora_nb import sources
-    from qlora_nb.memory import preflight
-
     preflight.refuse_what_cannot_run(settings)
     from qlora_nb.answer import adapters, generate, prompt_files
     from qlora_nb.model import load
@@ -275,7 +266,6 @@ def run(
     """Execute the notebooks in order and write a report. Parameters as papermill takes them: -p
     NAME VALUE.
     """
-    from qlora_nb import sources
     from qlora_nb.batch import sequence, solutions
     from qlora_nb.spellings import parameters
 
@@ -302,8 +292,6 @@ def lab(
     """JupyterLab on your own copies in my_notebooks/, without outputs, so that your guess comes
     before the answer.
     """
-    from qlora_nb import sources
-
     root = sources.project_root()
     copy_for_learning(root / "notebooks", root / "my_notebooks")
     if not no_browser:

@@ -5,7 +5,9 @@ GPT-NeoX. `memory.ledger` counts any model exactly, tensor by tensor; this modul
 millisecond, before torch is loaded. Tests compare the two.
 """
 
+import tomllib
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,7 @@ class Shape:
     n_layers: int
     hidden: int
     heads: int
-    vocab: int
+    vocab: int = 50304
 
     @property
     def linears(self) -> tuple[tuple[int, int], ...]:
@@ -38,17 +40,9 @@ class Shape:
         return self.n_linear + self.hidden * (13 * self.n_layers + 2 + 2 * self.vocab)
 
 
-PYTHIA = {
-    "14m": Shape(n_layers=6, hidden=128, heads=4, vocab=50304),
-    "70m": Shape(n_layers=6, hidden=512, heads=8, vocab=50304),
-    "160m": Shape(n_layers=12, hidden=768, heads=12, vocab=50304),
-    "410m": Shape(n_layers=24, hidden=1024, heads=16, vocab=50304),
-    "1b": Shape(n_layers=16, hidden=2048, heads=8, vocab=50304),
-    "1.4b": Shape(n_layers=24, hidden=2048, heads=16, vocab=50304),
-    "2.8b": Shape(n_layers=32, hidden=2560, heads=32, vocab=50304),
-    "6.9b": Shape(n_layers=32, hidden=4096, heads=32, vocab=50432),
-    "12b": Shape(n_layers=36, hidden=5120, heads=40, vocab=50688),
-}
+_SIZES = tomllib.loads(Path(__file__).with_name("pythia.toml").read_text(encoding="utf-8"))
+
+PYTHIA = {size: Shape(**numbers) for size, numbers in _SIZES.items()}
 """The suite, smallest first."""
 
 

@@ -8,6 +8,7 @@ import weakref
 import nbformat
 import open_cells
 import pandas
+import published_table
 import pytest
 import torch
 from conftest import NOTEBOOKS, ROOT
@@ -20,7 +21,7 @@ from typer.testing import CliRunner
 from qlora_nb import cards, machine
 from qlora_nb.cli import app
 from qlora_nb.errors import KitError
-from qlora_nb.memory import budget, dry_run, estimates, ledger, out_of_memory, preflight, published
+from qlora_nb.memory import budget, dry_run, estimates, ledger, out_of_memory, preflight
 from qlora_nb.memory.plan import Plan, plan_of
 from qlora_nb.model import configs, load
 from qlora_nb.pythia import PYTHIA
@@ -255,7 +256,7 @@ def test_predicted_is_measured_after_two_steps(tmp_path):
 
 
 def test_published_figures_follow_from_their_configurations():
-    found = {row["figure"].split(" (")[0]: row for row in published.published_figures()}
+    found = {row["figure"].split(" (")[0]: row for row in published_table.published_figures()}
     off = {name: row["predicted"] / row["published"] - 1 for name, row in found.items()}
     assert len(found) == 26
     for name in ("pythia-12b, plain", "LLaMA-65B, full fine-tuning"):

@@ -11,6 +11,7 @@ from dataclasses import replace
 import drawn
 import nbformat
 import pytest
+import recorded_tables
 import torch
 from conftest import NOTEBOOKS
 
@@ -226,8 +227,8 @@ def test_what_fits_is_the_largest_that_fits(monkeypatch):
     between = (answering["70m"] + tuning["70m"]) / 2
     # fine-tuning fits with levers alone; fits the smaller one, with levers the larger one; both
     cards = (between, tuning["160m"] - 0.001, 2.5)
-    monkeypatch.setattr(n01, "CARDS_GIB", cards)
-    rows = n01.what_fits(validate(SMALL))
+    monkeypatch.setattr(recorded_tables, "CARDS_GIB", cards)
+    rows = recorded_tables.what_fits(validate(SMALL))
     assert [row["card"] for row in rows] == [f"{card:g} GiB" for card in cards]
     for card, row in zip(cards, rows, strict=True):
         for kind, needs in (("answering", answering), ("fine-tuning", tuning)):
@@ -246,8 +247,8 @@ def test_what_fits_is_the_largest_that_fits(monkeypatch):
 
 def test_what_fits_a_card_too_small_for_all(monkeypatch):
     only_these_pythias(monkeypatch, {"70m": PYTHIA["70m"]})
-    monkeypatch.setattr(n01, "CARDS_GIB", (0.25,))
-    [row] = n01.what_fits(validate(SMALL))
+    monkeypatch.setattr(recorded_tables, "CARDS_GIB", (0.25,))
+    [row] = recorded_tables.what_fits(validate(SMALL))
     kinds = ("answering", "fine-tuning", "fine-tuning with options")
     assert row == {"card": "0.25 GiB", **dict.fromkeys(kinds, "none"), "options": "none is enough"}
 

@@ -6,12 +6,13 @@ import json
 import sys
 from pathlib import Path
 
+import pandas
 import pytest
+import recorded_tables
 import torch
 from conftest import ROOT
 
-from qlora_nb import cards
-from qlora_nb.lessons import n06
+from qlora_nb import cards, recorded
 from qlora_nb.memory import budget, dry_run, ledger
 from qlora_nb.memory.plan import Plan, plan_of
 from qlora_nb.model import configs
@@ -145,7 +146,10 @@ def test_everything_that_was_tried_worked():
 
 
 def test_notebook_table_reads_the_record():
-    table, where = n06.on_a_card()
+    rows = json.loads((recorded.FOLDER / "gpu_table.json").read_text(encoding="utf-8"))
+    table = pandas.DataFrame(rows).T
+    _, where = recorded.read("gpu")
+    assert rows == recorded_tables.on_a_card()
     assert "H100" in where
     assert len(table) == len(RECORD["peaks"])
     for name, found in RECORD["peaks"].items():

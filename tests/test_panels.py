@@ -1,16 +1,18 @@
 """Panels and figures of notebooks 01, 06 and 07, driven as a reader would, without a browser."""
 
+import json
 import re
 
 import nbformat
 import pytest
+import recorded_tables
 import torch
 from conftest import NOTEBOOKS
 from matplotlib.figure import Figure
 from peft.tuners.lora.bnb import Linear4bit
 from transformers import GPTNeoXForCausalLM
 
-from qlora_nb import cards, machine, sources
+from qlora_nb import cards, machine, recorded, sources
 from qlora_nb.answer import adapters, generate
 from qlora_nb.lessons import n01, n06, n07
 from qlora_nb.memory import ledger
@@ -61,7 +63,9 @@ def test_planner_answers_the_question_of_notebook_01():
 
 
 def test_what_fits_names_a_size_for_every_card():
-    rows = n01.what_fits(validate({"profile": "full"}))
+    rows = recorded_tables.what_fits(validate({"profile": "full"}))
+    shown = recorded.FOLDER / "cards_table.json"
+    assert json.loads(shown.read_text(encoding="utf-8")) == rows
     assert [row["card"] for row in rows] == ["8 GiB", "12 GiB", "16 GiB", "24 GiB", "48 GiB"]
     assert rows[0]["fine-tuning"].startswith("6.9b")
     assert rows[-1]["fine-tuning"].startswith("12b")

@@ -1,5 +1,6 @@
 """The table of published memory figures: every entry is complete, and the page is what it predicts."""
 
+import json
 import tomllib
 
 import published_table
@@ -26,9 +27,11 @@ def test_gib_of_a_source_are_converted(name):
     assert FIGURES[name]["published_gb"] == pytest.approx(gib * 2**30 / 1e9, abs=0.006)
 
 
-def test_the_page_is_what_the_tool_writes():
-    """A ledger that predicts otherwise shows here: write the page again and look at it."""
-    assert published_table.PAGE.read_text(encoding="utf-8") == published_table.render()
+def test_page_and_table_are_what_the_tool_writes():
+    """A ledger that predicts otherwise shows here: write both again and look at them."""
+    found = published_table.published_figures()
+    assert published_table.PAGE.read_text(encoding="utf-8") == published_table.render(found)
+    assert json.loads(published_table.FIGURES.read_text(encoding="utf-8")) == found
 
 
 def test_what_is_allocated_is_predicted_without_what_cuda_takes():

@@ -6,13 +6,14 @@ import json
 import sys
 from pathlib import Path
 
+import pandas
 import pytest
+import recorded_tables
 import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from qlora_nb import cards, recorded
-from qlora_nb.lessons import n01
 from qlora_nb.memory import budget, ledger
 from qlora_nb.memory.plan import Plan
 from qlora_nb.model import configs
@@ -114,7 +115,10 @@ def test_the_readme_says_what_was_measured(cases):
 
 
 def test_the_table_shows_the_record(cases):
-    table, where = n01.at_true_size()
+    rows = json.loads((recorded.FOLDER / "true_size_table.json").read_text(encoding="utf-8"))
+    table = pandas.DataFrame(rows).T
+    _, where = recorded.read("true_size")
+    assert rows == recorded_tables.at_true_size()
     assert list(table.index) == [f"pythia-{case}" for case in cases]
     for case, row in zip(cases, table.to_dict("records"), strict=True):
         trained = cases[case]["train"]

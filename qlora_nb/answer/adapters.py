@@ -215,22 +215,25 @@ def _keep_switchable(tuned: PeftModel, own: dict[torch.nn.Parameter, torch.Tenso
 
     @contextmanager
     def disable_adapter() -> Iterator[None]:
-        before = {parameter: parameter.data for parameter in own}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Careful, disabling adapter layers")
-            with switched_off():
-                _set_all(own)
-                try:
-                    yield
-                finally:
-                    _set_all(before)
+            with switched_off(), replaced_numbers(own):
+                yield
 
     tuned.disable_adapter = disable_adapter
 
 
-def _set_all(numbers: dict[torch.nn.Parameter, torch.Tensor]) -> None:
-    for parameter, values in numbers.items():
-        parameter.data = values
+@contextmanager
+def replaced_numbers(numbers: dict[torch.nn.Parameter, torch.Tensor]) -> Iterator[None]:
+    """Inside, these parameters hold other numbers of the same shape; afterwards their own again."""
+    before = {parameter: parameter.data for parameter in numbers}
+    try:
+        for parameter, values in numbers.items():
+            parameter.data = values
+        yield
+    finally:
+        for parameter, values in before.items():
+            parameter.data = values
 
 
 def _made_for(folder: Path) -> str:

@@ -95,13 +95,14 @@ def loss_interval(
     return low, high
 
 
-def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(share: float, n: int) -> tuple[float, float]:
     """95 % interval of a share that was seen in `n` rows (Wilson, 1927); it stays between 0 and 1,
     also at the ends.
 
     >>> [round(end, 3) for end in wilson(0.5, 10)]
     [0.237, 0.763]
     """
+    z = 1.96
     middle = share + z * z / (2 * n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n

@@ -11,15 +11,15 @@ distribution, and the bytes they take.
 """
 
 import statistics
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import psutil
 import torch
 
 from qlora_nb import pocket, sources
-from qlora_nb.answer import evaluate
+from qlora_nb.answer import adapters, evaluate
 from qlora_nb.model import device
 from qlora_nb.model.linear_layers import dense_weight, linear_layers
 
@@ -29,8 +29,9 @@ same ones.
 """
 
 
-@contextmanager
-def replaced_weights(model, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+def replaced_weights(
+    model, change: Callable[[torch.Tensor], torch.Tensor]
+) -> AbstractContextManager:
     """Inside the context every linear weight in the blocks (not the head) is `change(weight)`;
     afterwards the old one is back.
 
@@ -38,14 +39,11 @@ def replaced_weights(model, change: Callable[[torch.Tensor], torch.Tensor]) -> I
         model: a model in 16 or 32 bit.
         change: (out, in) tensor → tensor of the same shape.
     """
-    before = [(module.weight, module.weight.data) for module in linear_layers(model).values()]
-    try:
-        for weight, old in before:
-            weight.data = change(old).to(weight.dtype)
-        yield
-    finally:
-        for weight, old in before:
-            weight.data = old
+    changed = {}
+    for module in linear_layers(model).values():
+        weight = module.weight
+        changed[weight] = change(weight.data).to(weight.dtype)
+    return adapters.replaced_numbers(changed)
 
 
 @torch.no_grad()

@@ -4,17 +4,14 @@
 - `check_weight_gib`: an exercise, GiB of 4-bit weights;
 - `tuned_whole`, `with_pages`: first and last of the steps from tuning a model whole to QLoRA;
 - `profiles_here`: table of the four profiles, each with its predicted peak, and why one is refused;
-- `downloads`: what would come from the hub;
-- `at_true_size`: Pythias that were trained at their true size on a CPU, predicted and measured;
-- `what_fits`: table of cards, each with the largest Pythia that answers and that fine-tunes on it.
+- `downloads`: what would come from the hub.
 """
 
-import pandas
 import torch
 from bitsandbytes import functional
 from torch import Tensor
 
-from qlora_nb import cards, machine, recorded, sources
+from qlora_nb import cards, machine, sources
 from qlora_nb.errors import KitError
 from qlora_nb.lessons import n02
 from qlora_nb.memory import budget, ledger, preflight
@@ -149,55 +146,3 @@ def downloads(settings) -> list[str]:
     size = f"{2 * PYTHIA['12b'].n_parameters / 1e9:.1f} GB"
     unit = "GB of 10^9 bytes, as disks are sold"
     return [*lines, f"for comparison, EleutherAI/pythia-12b: {size} ({unit})"]
-
-
-def at_true_size() -> tuple[pandas.DataFrame, str]:
-    """One row for each Pythia whose training was measured at its true size on a CPU
-    (`benchmarks/true_size.py`), and the line that says where: seconds of a step, estimated before
-    and measured; peak memory, predicted and measured.
-    """
-    record, where = recorded.read("true_size")
-    rows = {}
-    for case, stages in record["cases"].items():
-        trained = stages["train"]
-        peak = trained["lines"]["peak"]
-        seconds = trained["seconds_at_each_step"]
-        rows[f"pythia-{case}"] = {
-            "step, estimated (s)": trained["estimated_seconds_a_step"],
-            "step, measured (s)": seconds[-1] / len(seconds),
-            "peak, predicted (GiB)": peak["predicted"] / cards.GIB,
-            "peak, measured (GiB)": peak["measured"] / cards.GIB,
-            "off (%)": trained["peak_off_percent"],
-        }
-    return pandas.DataFrame(rows).T, where
-
-
-CARDS_GIB = (8.0, 12.0, 16.0, 24.0, 48.0)
-
-
-def what_fits(settings) -> list[dict[str, str]]:
-    """One row for each of `CARDS_GIB`: the largest Pythia that answers on it, that fine-tunes with
-    these settings, and that fine-tunes with options that save memory, which are named.
-    """
-    rows = []
-    for size_gib in CARDS_GIB:
-        row = {"card": f"{size_gib:g} GiB"}
-        ways = {
-            "answering": (False, False),
-            "fine-tuning": (True, False),
-            "fine-tuning with options": (True, True),
-        }
-        for way, (train, with_options) in ways.items():
-            fit = budget.largest_pythia(settings, size_gib * cards.GIB, train, with_options)
-            row[way] = "none"
-            if fit is not None:
-                size, peak, options = fit
-                row[way] = f"{size} ({peak.total_gib:.1f} GiB)"
-        row["options"] = "none is enough"
-        if fit is not None:
-            taken = []
-            for option in options:
-                taken.append(", ".join(f"{name}={new}" for name, new in option.changes.items()))
-            row["options"] = "; ".join(taken) if taken else "none needed"
-        rows.append(row)
-    return rows

@@ -12,14 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from qlora_nb.ui.checks import exercise
-from qlora_nb.ui.style import (
-    COLOURS,
-    draws,
-    log2_axis,
-    maps,
-    margins,
-    mark,
-)
+from qlora_nb.ui.style import COLOURS, draws, log2_axis, maps, margins, mark
 from qlora_nb.ui.written import Written
 
 LINES = cycler(

@@ -3,7 +3,6 @@
 - `label_mask`: a row of the data as HTML, the tokens that train marked;
 - `a_chat`: a conversation as the model reads it;
 - `lengths`: histogram of the rows' lengths;
-- `on_a_card`: predicted and measured peaks of pythia-12b;
 - `scores`: exact match by kind of question, of the baselines, the base and the tuned model;
 - `check_qlora_forward`, `check_mask_labels`: the functions that the reader writes.
 """
@@ -21,12 +20,8 @@ from IPython.display import HTML
 from pandas.io.formats.style import Styler
 from peft import LoraConfig, inject_adapter_in_model
 
-from qlora_nb import cards, recorded
-from qlora_nb.memory import budget
-from qlora_nb.memory.plan import plan_of
-from qlora_nb.model import chat_templates, configs, conversations, data_report
+from qlora_nb.model import chat_templates, conversations, data_report
 from qlora_nb.model.chunked_loss import IGNORED
-from qlora_nb.settings import validate
 from qlora_nb.ui import style
 from qlora_nb.ui.written import Written
 
@@ -58,27 +53,6 @@ A_CHAT = [
     {"role": "assistant", "content": "可以。"},
 ]
 """A conversation in two languages; its last question is whether one can walk there."""
-
-
-def on_a_card() -> tuple[pandas.DataFrame, str]:
-    """One row for each setting whose peak was measured on a card (`benchmarks/gpu.py`), and the
-    line that says where: predicted before a card was seen, predicted with what that one showed of
-    CUDA's own share, and measured.
-    """
-    record, where = recorded.read("gpu")
-    config = configs.pythia_config(record["shape"])
-    how = {"profile": "full", "compute_dtype": "bfloat16", "gradient_accumulation_steps": 2}
-    rows = {}
-    for name, found in record["peaks"].items():
-        settings = validate({**how, **found["values"]})
-        now = budget.peak(plan_of(settings, config=config, on_gpu=True)).total_bytes
-        rows[f"pythia-{record['shape']}, {name}"] = {
-            "predicted before (GiB)": found["predicted"] / cards.GIB,
-            "now (GiB)": now / cards.GIB,
-            "measured (GiB)": found["process"] / cards.GIB,
-            "off (%)": 100 * (now / found["process"] - 1),
-        }
-    return pandas.DataFrame(rows).T, where
 
 
 def a_chat(tokenizer) -> HTML:

@@ -3,7 +3,7 @@
 `peak` adds to the static ledger what a step holds besides: activations (counted in `dry_run`,
 arranged in time by `theory.paging`), the key-value cache of a generation, and what CUDA itself
 takes. The same constants serve every model and setting; none is fitted to a published figure
-(`published` compares).
+(`tools/published_table.py` compares).
 
 What CUDA takes besides tensors was measured on one card, an H100 (`recorded/gpu.json`,
 docs/gpu.md); another has another context, and torch gives back what it holds in reserve before it

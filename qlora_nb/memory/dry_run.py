@@ -17,7 +17,7 @@ counted with it, scores and all.
 import copy
 import functools
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from unittest.mock import patch
 
@@ -253,15 +253,13 @@ class _Hidden(BaseModelOutputWithPast):
         return None
 
 
-@contextmanager
-def _given(model: nn.Module, hidden: torch.Tensor) -> Iterator[None]:
+def _given(model: nn.Module, hidden: torch.Tensor) -> AbstractContextManager:
     """Inside, the model's blocks are left out: `hidden` (rows, tokens, width) is what they give."""
 
     def forward(*args, **kwargs):
         return _Hidden(last_hidden_state=hidden)
 
-    with chunked_loss.replaced_forward(model.base_model, forward):
-        yield
+    return patch.object(model.base_model, "forward", forward)
 
 
 def head_is_last(config) -> bool:
@@ -284,7 +282,7 @@ def head_is_last(config) -> bool:
         with (
             torch.no_grad(),
             _given(model, torch.zeros(1, 2, width)),
-            chunked_loss.replaced_forward(head, forward),
+            patch.object(head, "forward", forward),
         ):
             seen = model(input_ids=torch.zeros(1, 2, dtype=torch.long)).logits.float()
     except RuntimeError:  # its blocks cannot be left out (BART's)

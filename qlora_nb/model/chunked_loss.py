@@ -13,7 +13,8 @@ logits.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -85,21 +86,6 @@ def logits_cross_entropy(
 
 
 @contextmanager
-def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
-    """Inside, the module computes `forward`; after it what it did before, also where that was
-    replaced already.
-    """
-    before = vars(module).get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if before:
-            module.forward = before
-
-
-@contextmanager
 def chunked_head(model: nn.Module, chunk: int) -> Iterator[Callable]:
     """Inside, the model returns its last hidden state as `logits`; yields the loss function that
     applies the head to a chunk of tokens at a time.
@@ -126,16 +112,14 @@ def chunked_head(model: nn.Module, chunk: int) -> Iterator[Callable]:
         return hidden
 
     suspended.instead_of = forward
-    with replaced_forward(head, suspended):
+    with patch.object(head, "forward", suspended):
         yield loss
 
 
-@contextmanager
-def whole_head(model: nn.Module) -> Iterator[None]:
+def whole_head(model: nn.Module) -> AbstractContextManager:
     """Inside, a model in `chunked_head` gives logits again, for example to answer a prompt between
     two steps.
     """
     head = model.get_output_embeddings()
     forward = getattr(head.forward, "instead_of", head.forward)
-    with replaced_forward(head, forward):
-        yield
+    return patch.object(head, "forward", forward)

@@ -24,12 +24,10 @@ from contextlib import suppress
 from itertools import islice
 
 ROLES = {
-    "system": ("system", "developer", "systemprompt", "系统"),
-    "user": ("user", "human", "prompter", "customer", "client", "question", "questioner", "用户"),
-    "assistant": (
-        *("assistant", "gpt", "chatgpt", "bot", "chatbot", "ai", "aiassistant", "model", "llm"),
-        *("agent", "answer", "response", "claude", "gemini", "bard", "助手"),
-    ),
+    "system": "system developer systemprompt 系统",
+    "user": "user human prompter customer client question questioner 用户",
+    "assistant": "assistant gpt chatgpt bot chatbot ai aiassistant model llm agent answer response "
+    "claude gemini bard 助手",
 }
 """Who speaks → the words for it in data, in letters alone: "GPT-4:" counts as "gpt"."""
 
@@ -243,7 +241,7 @@ def _who(turn: dict) -> str:
         word = word.get("role")
     letters = re.sub(r"[\W\d_]", "", str(word).lower())
     for speaker, words in ROLES.items():
-        if letters in words:
+        if letters in words.split():
             return speaker
     return ""
 

@@ -88,7 +88,7 @@ class Run:
     without an error.
 
     `folder` continues in the folder of an earlier run (`resumed` is True then); its record stays as
-    it is until `begin`.
+    it is until `save`.
     """
 
     def __init__(self, settings, notebook: str, folder: Path | None = None):
@@ -98,11 +98,7 @@ class Run:
         self.manifest["notebook"] = notebook
         self.manifest["metrics"] = {}
         if not self.resumed:
-            self.begin()
-
-    def begin(self) -> None:
-        """Write down that this run is at work."""
-        self._save()
+            self.save()
 
     def withdraw(self) -> None:
         """Undo a run that was refused before its first step: a new one's folder goes, an earlier
@@ -141,7 +137,7 @@ class Run:
         self.manifest["metrics"].update(metrics)
         self.manifest["status"] = status
         self.manifest["ended"] = _now()
-        self._save()
+        self.save()
 
     def add(self, **metrics: object) -> None:
         """Add measurements to the record as it stands now; what became of the run is not
@@ -151,7 +147,7 @@ class Run:
         if written:
             self.manifest = written
         self.manifest["metrics"].update(metrics)
-        self._save()
+        self.save()
 
     def __enter__(self) -> Self:
         return self
@@ -165,7 +161,8 @@ class Run:
         elif self.manifest["status"] == "running":
             self.finish()
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Write down what is known: after a start or a resume, that this run is at work."""
         text = json.dumps(redaction.redact(self.manifest), indent=1, default=str)
         files.write_atomically(self.folder / MANIFEST, text + "\n")
 

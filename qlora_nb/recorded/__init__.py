@@ -2,7 +2,8 @@
 
 What needs a GPU or hours is measured once, by the scripts in `benchmarks/`, and stored here as JSON
 with hardware, versions, commit and date. A notebook shows such a number only with the line that
-says where it comes from.
+says where it comes from. Tables of what was measured, here and by others, beside what is predicted
+are written by `tools/recorded_tables.py` and `tools/published_table.py`.
 """
 
 import json

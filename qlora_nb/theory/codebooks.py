@@ -150,17 +150,13 @@ def lloyd_max(samples: Tensor, weights: Tensor, start: Tensor) -> Tensor:
     """
     x, order = samples.double().sort()
     w = weights.double()[order]
-    # sums over an interval of sorted samples are differences of running sums
-    zero = x.new_zeros(1)
-    mass = torch.cat([zero, w.cumsum(0)])
-    moment = torch.cat([zero, (w * x).cumsum(0)])
     code = start.double()
     for _ in range(100):
         borders = (code[:-1] + code[1:]) / 2
         edges = torch.tensor([0, *torch.searchsorted(x, borders), len(x)])
-        share = mass[edges].diff()
-        mean = moment[edges].diff() / share
-        moved = torch.where(share > 0, mean, code)
+        mass = torch.segment_reduce(w, "sum", offsets=edges)
+        moment = torch.segment_reduce(w * x, "sum", offsets=edges)
+        moved = torch.where(mass > 0, moment / mass, code)
         if torch.equal(moved, code):
             break
         code = moved

@@ -72,7 +72,7 @@ class Watch(TrainerCallback):
             return
         self.started = time.perf_counter()
         self.first_step = state.global_step
-        self.run.begin()
+        self.run.save()
         self.begun = True
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):

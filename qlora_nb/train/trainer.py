@@ -73,8 +73,12 @@ class QLoRATrainer(Trainer):
         super().__init__(**{**self.options, "args": args, "optimizers": (optimizer, None)})
         self.remove_callback(PrinterCallback)  # it would print every step's numbers a second time
 
-    def _let_go(self) -> None:
-        """Give back the optimizer's memory, although a notebook keeps its trainer."""
+    def _end(self) -> None:
+        """Afterwards, also after an error, the model is one that answers, with keys and values
+        kept; the optimizer's memory is given back, although a notebook keeps its trainer.
+        """
+        self.model.config.use_cache = True
+        self.model.eval()
         self.accelerator.free_memory()
         self.optimizer = None
         self.lr_scheduler = None
@@ -199,12 +203,12 @@ class QLoRATrainer(Trainer):
             return checkpoint
 
         with ExitStack() as stack:
-            stack.enter_context(_without_cache(self.model))
+            self.model.config.use_cache = False
+            stack.callback(self._end)
             with out_of_memory.explained(self.settings, self.model):
                 probes.before_training(self.model, self.settings)
             self._choose_loss(stack)
             stack.push(self.measured.measuring)
-            stack.callback(self._let_go)
             if self.run.resumed:
                 print(f"going on after step {self._rewind(checkpoint)}")
             ended = retry.train(self, checkpoint, go_back)
@@ -256,19 +260,6 @@ def _callback(kind: type, options: dict[str, object]):
         f"the callbacks have no {kind.__name__}",
         remedy="put it back: without it this run cannot be stopped, measured or resumed",
     )
-
-
-@contextmanager
-def _without_cache(model: PeftModel) -> Iterator[None]:
-    """Inside, a model that trains keeps no keys and values; afterwards, also after an error, it is
-    one that answers.
-    """
-    model.config.use_cache = False
-    try:
-        yield
-    finally:
-        model.config.use_cache = True
-        model.eval()
 
 
 def _require_room(model: PeftModel, settings, folder: Path) -> None:

@@ -1,9 +1,9 @@
 """One look for every figure of the notebooks: what a colour means, and how a figure is made.
 
-`LOOKS` is the only table of colours. A datatype, a method and each part of memory has one colour,
-one hatch and (what is drawn as a line) one marker, in all notebooks. The colours are those of Okabe
-and Ito (2008), chosen so that they stay apart for colour-blind eyes, and one dark brown; colour is
-never the only difference, so that a figure can also be read in grey.
+`LOOKS`, read from `looks.toml`, is the only table of colours. A datatype, a method and each part of
+memory has one colour, one hatch and (what is drawn as a line) one marker, in all notebooks. The
+colours are those of Okabe and Ito (2008), chosen so that they stay apart for colour-blind eyes, and
+one dark brown; colour is never the only difference, so that a figure can also be read in grey.
 
 A plotting function draws on axes and returns its finding, a sentence that becomes the title.
 `draws` makes the figure around it, in the kit's matplotlib style (`kit.mplstyle`).
@@ -13,6 +13,7 @@ import base64
 import html
 import inspect
 import io
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
@@ -33,47 +34,19 @@ class Look(NamedTuple):
     marker: str = ""
 
 
-BLACK = "#000000"
-ORANGE = "#E69F00"
-VERMILION = "#D55E00"
-BLUE = "#0072B2"
-SKY = "#56B4E9"
-GREEN = "#009E73"
-PINK = "#CC79A7"
-GREY = "#606060"
-BROWN = "#7A3E00"
+_TABLES = tomllib.loads(Path(__file__).with_name("looks.toml").read_text(encoding="utf-8"))
 
-LOOKS = {
-    # datatypes and methods
-    "16-bit": Look(BLACK, "", "o"),
-    "INT4": Look(ORANGE, "//", "s"),
-    "FP4": Look(VERMILION, "\\\\", "^"),
-    "NF4": Look(BLUE, "", "D"),
-    "NF4+DQ": Look(SKY, "xx", "v"),
-    "LoRA": Look(GREEN, "..", "P"),
-    "optimizer": Look(PINK, "++", "X"),
-    "other": Look(GREY, "--", "."),
-    # optimizers
-    "AdamW": Look(PINK, "||", "*"),
-    "AdamW, 8-bit states": Look(BROWN, "oo", "<"),
-    "Lion": Look(ORANGE, "OO", ">"),
-    "Muon": Look(BLUE, "**", "p"),
-    "Sophia-G": Look(BLACK, "-\\", "h"),
-    # parts of memory
-    "4-bit weights": Look(BLUE, ""),
-    "scales": Look(SKY, "xx"),
-    "scales of scales": Look(BLACK, ""),
-    "unquantized rest": Look(GREY, ".."),
-    "LoRA weights": Look(GREEN, "||"),
-    "gradients": Look(GREEN, "oo"),
-    "optimizer states": Look(PINK, "++"),
-    "paged optimizer states": Look(PINK, "**"),
-    "kept for the backward pass": Look(ORANGE, "//"),
-    "working memory": Look(VERMILION, "\\\\"),
-    "key-value cache": Look(BROWN, "OO"),
-    "CUDA itself": Look(GREY, "--"),
-}
+_COLOURS = _TABLES["colours"]
+BLACK = _COLOURS["black"]
+BLUE = _COLOURS["blue"]
+GREEN = _COLOURS["green"]
+GREY = _COLOURS["grey"]
+
+LOOKS = {}
 """What is drawn → how, in all notebooks."""
+
+for _meaning, (_colour, *_rest) in _TABLES["looks"].items():
+    LOOKS[_meaning] = Look(_COLOURS[_colour], *_rest)
 
 COLOURS = {meaning: drawn.colour for meaning, drawn in LOOKS.items()}
 
