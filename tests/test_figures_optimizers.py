@@ -29,7 +29,7 @@ def test_estimates_are_drawn_over_the_exact_ones():
     drawn = {1: exact * 1.5, 10: exact * torch.tensor([1.1, 1.1, 0.9, 0.9]), 1000: exact.clone()}
     figure = n08.estimates(exact, drawn)
     titles = [artists.title(ax) for ax in figure.axes]
-    assert titles == ["1 draws: off by 50 %", "10 draws: off by 10 %", "1,000 draws: off by 0 %"]
+    assert titles == ["1 draw: off by 50 %", "10 draws: off by 10 %", "1,000 draws: off by 0 %"]
     for ax, estimate in zip(figure.axes, drawn.values(), strict=True):
         equal, marks = artists.lines(ax)
         assert np.allclose(equal, np.column_stack([exact, exact]))
@@ -71,7 +71,9 @@ def test_rates_are_drawn_and_a_run_that_diverged_has_no_mark():
         [[1e-3, 0.8], [1e-2, 0.4]],
     ]
     assert artists.title(ax) == "Lowest: AdamW, 0.300 nats"
-    assert artists.legend(ax) == list(groups)
+    [legend] = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == list(groups)
+    assert len({line.get_marker() for line in ax.lines}) == 2, "told apart without colour"
     assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
     assert ax.lines[0].get_color() == style.COLOURS["AdamW"]
     artists.check_in_view(ax)

@@ -34,9 +34,10 @@ def estimates(axes, exact: torch.Tensor, drawn: Mapping[int, torch.Tensor]) -> N
     """
     for ax, (n, estimate) in zip(axes, drawn.items()):
         off = 100 * (estimate / exact - 1).abs().median()
+        draws = "draw" if n == 1 else "draws"
         ax.plot(exact, exact, color=style.GREY)
         ax.plot(exact, estimate, linestyle="", **style.mark("Sophia-G"))
-        ax.set_title(f"{n:,} draws: off by {off:.0f} %")
+        ax.set_title(f"{n:,} {draws}: off by {off:.0f} %")
     axes[0].set_ylabel("estimate")
 
 
@@ -54,7 +55,15 @@ def clipped(ax, shares: Mapping[float, list[float]]) -> None:
         ax.plot(steps, percent, label=f"ρ = {rho:g}", **look)
 
 
-@style.draws((8, 3.2), "best", xlabel="peak learning rate", ylabel="held-out loss (nats)")
+def _loss_axis(ax) -> None:
+    """A logarithmic axis of losses with numbers that can be read."""
+    ax.set_yscale("log")
+    ax.set_yticks([0.1, 0.2, 0.5, 1, 2, 5], ["0.1", "0.2", "0.5", "1", "2", "5"])
+    ax.minorticks_off()
+    ax.set_ylabel("held-out loss (nats)")
+
+
+@style.draws((9, 3.2), xlabel="peak learning rate", xscale="log")
 def rates(ax, groups: Mapping[str, Mapping[float, float | None]]) -> str:
     """Held-out loss after a run over its learning rate, both axes logarithmic.
 
@@ -62,21 +71,20 @@ def rates(ax, groups: Mapping[str, Mapping[float, float | None]]) -> str:
         groups: label → {learning rate: loss (nats), None or NaN where the run diverged}. A label of
             `style.LOOKS` is drawn as there.
     """
-    others = iter(("-", "--", ":", "-.", "-", "--", ":"))
+    others = iter(("LoRA", "NF4+DQ", "NF4", "INT4", "FP4", "16-bit"))  # six that stay apart
     best = {}
     for label, losses in groups.items():
         values = {rate: loss for rate, loss in losses.items() if loss is not None}
-        look = {"linestyle": next(others), "marker": "."}
-        if label in style.LOOKS:
-            look = style.mark(label)
-        ax.plot(list(values), list(values.values()), label=label, **look)
+        meaning = label if label in style.LOOKS else next(others)
+        ax.plot(list(values), list(values.values()), label=label, **style.mark(meaning))
         best[label] = min(values.values())
-    ax.set(xscale="log", yscale="log")
+    _loss_axis(ax)
+    ax.figure.legend(loc="outside right upper")
     first = min(best, key=best.get)
     return f"Lowest: {first}, {best[first]:.3f} nats"
 
 
-@style.draws((9.6, 3.4), grid={"ncols": 3, "sharey": True}, yscale="log")
+@style.draws((9.6, 3.4), grid={"ncols": 3, "sharey": True})
 def race(axes, curves: Mapping[str, Mapping[int, float]], of_each: Mapping[str, Mapping]) -> None:
     """Held-out loss against steps, against seconds, and at the end against bytes of state.
 
@@ -99,7 +107,7 @@ def race(axes, curves: Mapping[str, Mapping[int, float]], of_each: Mapping[str, 
     for ax, label in zip(axes, ("step", "time (s)", "optimizer states (KiB)")):
         ax.set_xlabel(label)
     axes[2].set_xlim(left=0)
-    axes[0].set_ylabel("held-out loss (nats)")
+    _loss_axis(axes[0])
     axes[0].figure.legend(loc="outside lower center", ncols=len(curves))
 
 
