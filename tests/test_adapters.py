@@ -74,9 +74,13 @@ def plain_base(model_id, four_bit=True, dtype=torch.float32):
         bnb_4bit_compute_dtype=dtype,
     )
     folder = MODEL_DIR if model_id == "pocket" else model_id
-    return AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=storage if four_bit else None, dtype=dtype
     ).eval()
+    for module in model.modules():  # some CPUs would repack the weights and compute in bfloat16
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def trained(model_id, config, folder, four_bit=True, how=None, **saving):

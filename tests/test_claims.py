@@ -14,13 +14,13 @@ import tomllib
 from dataclasses import replace
 
 import nbformat
+import published_table
 import pytest
 from artists import bars, check_drawn, check_in_view, labels, lines, texts, ticks, title
 from conftest import NOTEBOOKS
 
 from qlora_nb import recorded
 from qlora_nb.lessons import n09
-from qlora_nb.memory import published
 
 NOTEBOOK = nbformat.read(NOTEBOOKS / "09_claims_checked.ipynb", 4)
 CELLS = {cell.id: cell.source for cell in NOTEBOOK.cells if cell.cell_type == "code"}
@@ -191,7 +191,7 @@ def by_hand() -> dict[str, dict[str, float]]:
     gpu = raw("gpu")
     peak = gpu["peaks"]["r 64, 512 tokens, as profile full"]["process"]
     predicted = {}
-    for figure in published.published_figures():
+    for figure in published_table.published_figures():
         predicted[figure["figure"]] = figure["predicted"]
     qlora = predicted["pythia-12b, fine-tuning (2023 article: 23 GB)"]
     finetune = predicted["pythia-12b, fine-tuning by finetune.sh (2023 article: 23 GB)"]
