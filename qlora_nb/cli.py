@@ -196,6 +196,27 @@ def data(
 
 
 @app.command(context_settings=TAKES_PARAMETERS)
+def train(
+    ctx: typer.Context,
+    profile: Profile = "tiny",
+    processes: Annotated[
+        int, typer.Option(min=1, help="share each step among so many: one for each card")
+    ] = 1,
+) -> None:
+    """Fine-tune as notebook 06 does, without a notebook. Parameters: -p NAME VALUE, as -p resume
+    latest.
+    """
+    settings = _settings(ctx, profile)
+    if processes == 1:
+        from qlora_nb.train import run
+
+        raise typer.Exit(run.in_this_process(settings))
+    from qlora_nb.train import launch
+
+    raise typer.Exit(launch.together(processes, ["-p", "profile", profile, *ctx.args]))
+
+
+@app.command(context_settings=TAKES_PARAMETERS)
 def script(
     ctx: typer.Context,
     profile: Profile = "tiny",
