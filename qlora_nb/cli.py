@@ -12,7 +12,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from typer.core import TyperGroup
@@ -202,6 +202,9 @@ def train(
     processes: Annotated[
         int, typer.Option(min=1, help="share each step among so many: one for each card")
     ] = 1,
+    shard: Annotated[
+        Literal["none", "fsdp"], typer.Option(help="fsdp: each holds a share of every tensor")
+    ] = "none",
 ) -> None:
     """Fine-tune as notebook 06 does, without a notebook. Parameters: -p NAME VALUE, as -p resume
     latest.
@@ -210,10 +213,11 @@ def train(
     if processes == 1:
         from qlora_nb.train import run
 
-        raise typer.Exit(run.in_this_process(settings))
+        raise typer.Exit(run.in_this_process(settings, shard))
     from qlora_nb.train import launch
 
-    raise typer.Exit(launch.together(processes, ["-p", "profile", profile, *ctx.args]))
+    arguments = ["--shard", shard, "-p", "profile", profile, *ctx.args]
+    raise typer.Exit(launch.together(processes, arguments))
 
 
 @app.command(context_settings=TAKES_PARAMETERS)

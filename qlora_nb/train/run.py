@@ -19,18 +19,22 @@ from transformers import TrainingArguments
 
 from qlora_nb import machine, processes
 from qlora_nb.answer import merge
+from qlora_nb.errors import KitError
 from qlora_nb.memory import preflight
 from qlora_nb.model import batching, data_report, device, load
 from qlora_nb.record import files, runs, seal
-from qlora_nb.train import attach, callbacks, checkpoints, script
+from qlora_nb.train import attach, callbacks, checkpoints, script, sharded
 from qlora_nb.train.trainer import QLoRATrainer
 
 NOTEBOOK = "06_finetune_pythia_12b"
 """Whose runs these are: notebook 07 finds them, either resumes what the other began."""
 
 
-def fine_tune(settings) -> runs.Run:
+def fine_tune(settings, shard: str = "none") -> runs.Run:
     """Train, from the first step or with `resume` from a checkpoint, and save the adapter.
+
+    Args:
+        shard: "fsdp" leaves each process a share of every tensor (`sharded`), "none" the whole.
 
     Returns:
         The run; its folder is that of a run of notebook 06.
@@ -39,6 +43,10 @@ def fine_tune(settings) -> runs.Run:
         KitError: whatever notebook 06 refuses; a step that the processes cannot share.
     """
     preflight.refuse_what_cannot_run(settings, together=True)
+    kind = QLoRATrainer
+    if shard == "fsdp":
+        sharded.require_shardable(settings)
+        kind = sharded.ShardedTrainer
     tokenizer = load.load_tokenizer(settings)
     checked = data_report.check(settings, tokenizer)
     print(checked)
@@ -59,7 +67,7 @@ def fine_tune(settings) -> runs.Run:
         rows = batching.pack(rows, settings.max_length)
     rows = batching.in_training_order(rows, settings)
     batches = callbacks.CountingCollator(tokenizer)
-    trainer = QLoRATrainer(
+    trainer = kind(
         model=model,
         args=_arguments(settings),
         train_dataset=rows,
@@ -77,8 +85,9 @@ def fine_tune(settings) -> runs.Run:
     run = trainer.run
     with trainer.guarded():
         trainer.train(resume_from_checkpoint=trainer.newest_checkpoint())
+        trainer.save_model(run.folder / "adapter")  # all put it together, the first writes
         if run.writes:
-            _save(trainer, run.folder / "adapter")
+            _close(run.folder / "adapter", settings)
             if not any(getattr(settings, name) for name in script.OF_THE_KIT):
                 script.write(run.folder, settings, tokenizer, rows, checked.split.train, targets)
     return run
@@ -141,11 +150,10 @@ def _run_of_all(settings) -> runs.Run:
     return run
 
 
-def _save(trainer: QLoRATrainer, folder: Path) -> None:
-    with files.writing(folder):
-        trainer.model.save_pretrained(folder, save_embedding_layers=False)
-        seal.write_seal(folder)
-    merge.write_card(folder, merge.card_facts(folder, trainer.settings))
+def _close(adapter: Path, settings) -> None:
+    with files.writing(adapter):
+        seal.write_seal(adapter)
+    merge.write_card(adapter, merge.card_facts(adapter, settings))
 
 
 def _say(step: dict) -> None:
@@ -155,12 +163,14 @@ def _say(step: dict) -> None:
         print(f"step {step['step']} of {step['max_steps']}: loss {step['loss']:.3f}, {left:.0f} s left")
 
 
-def in_this_process(settings) -> int:
+def in_this_process(settings, shard: str = "none") -> int:
     """Train as what this process is: alone, or one of those that torchrun started. Returns its exit
     code.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         preflight.refuse_many_processes()
+        if shard != "none":
+            raise KitError("one process has nobody to share with", remedy="--processes 2 or more")
     else:
         if device.on_gpu():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -170,6 +180,6 @@ def in_this_process(settings) -> int:
         if processes.rank():
             said = nowhere  # the first speaks for all
         with redirect_stdout(said):
-            run = fine_tune(settings)
+            run = fine_tune(settings, shard)
             print(f"{run.manifest['status']}: {run.folder}")
     return 0 if run.manifest["status"] == "done" else 1
