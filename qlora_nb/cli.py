@@ -6,6 +6,7 @@ paragraph on stderr and exits with 2; a failed notebook exits with 1; Ctrl-C wit
 """
 
 import importlib
+import json
 import re
 import subprocess
 import sys
@@ -56,6 +57,9 @@ TAKES_PARAMETERS = {"allow_extra_args": True, "ignore_unknown_options": True}
 """For commands that take `-p NAME VALUE`: typer has no option of two values that repeats."""
 
 Profile = Annotated[str, typer.Option(help="tiny, smollm2, t4 or full")]
+Shard = Annotated[
+    Literal["none", "fsdp"], typer.Option(help="fsdp: each process holds a share of every tensor")
+]
 
 
 def _settings(ctx: typer.Context, profile: str, **options: object):
@@ -134,13 +138,16 @@ def plan(
     ctx: typer.Context,
     profile: Profile = "tiny",
     gpu_gib: Annotated[float | None, typer.Option(help="memory of the card you mean (GiB)")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="share each step among so many")] = 1,
+    shard: Shard = "none",
+    as_json: Annotated[bool, typer.Option("--json", help="the lines of the peak alone")] = False,
 ) -> None:
     """Every byte of a run's peak memory before anything is loaded, and what would lower it.
     Parameters: -p NAME VALUE.
     """
     settings = _settings(ctx, profile, gpu_gib=gpu_gib)
     from qlora_nb import sources
-    from qlora_nb.memory import budget, estimates
+    from qlora_nb.memory import budget, estimates, shares
     from qlora_nb.memory.plan import plan_of
     from qlora_nb.model import configs, probes, quantized
 
@@ -149,7 +156,16 @@ def plan(
     shapes = configs.meta_model(config)
     quantized.require_four_bit(shapes)
     probes.require_positions(shapes, settings.max_length)
-    training = budget.peak(plan_of(settings, True, config, on_gpu))
+    step, training, sent = shares.planned(settings, processes, shard, config, on_gpu)
+    too_large = gpu_gib is not None and training.total_gib > gpu_gib
+    if as_json:
+        lines = {line.name: line.bytes for line in training.lines}
+        found = {"processes": processes, "shard": shard, "peak": lines, "sent_in_a_step": sent}
+        print(json.dumps({**found, "total_bytes": training.total_bytes}))
+        raise typer.Exit(1 if too_large else 0)
+    if processes > 1:
+        print(f"{training}\n\neach sends {sent / 2**20:,.1f} MiB in a step")
+        raise typer.Exit(1 if too_large else 0)
     answering = budget.peak(plan_of(settings, False, config, on_gpu))
     print(f"{training}\n\n{answering}\n")
     n_bytes = sources.download_bytes(settings.model_id)
@@ -157,7 +173,6 @@ def plan(
     print(f"download and disk: {size}")
     host_gib = estimates.host_bytes(config) / 2**30
     print(f"host memory while loading onto a GPU: {host_gib:.1f} GiB (assumed)")
-    step = plan_of(settings, True, config)
     if gpu_gib is None:
         seconds = estimates.step_seconds(step)
         about = "about"
@@ -172,7 +187,6 @@ def plan(
     for option in budget.options(settings, config, on_gpu):
         print(f"  option: {option}")
     print(settings.papermill_line())
-    too_large = gpu_gib is not None and training.total_gib > gpu_gib
     raise typer.Exit(1 if too_large else 0)
 
 
@@ -202,9 +216,7 @@ def train(
     processes: Annotated[
         int, typer.Option(min=1, help="share each step among so many: one for each card")
     ] = 1,
-    shard: Annotated[
-        Literal["none", "fsdp"], typer.Option(help="fsdp: each holds a share of every tensor")
-    ] = "none",
+    shard: Shard = "none",
 ) -> None:
     """Fine-tune as notebook 06 does, without a notebook. Parameters: -p NAME VALUE, as -p resume
     latest.

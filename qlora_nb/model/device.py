@@ -35,7 +35,7 @@ def compute_device() -> torch.device:
     if not on_gpu():
         return torch.device("cpu")
     # of several processes each has a card, which its launcher numbers
-    number = int(os.environ.get("LOCAL_RANK", 0)) if processes.count() > 1 else 0
+    number = int(os.environ.get("LOCAL_RANK", "0")) if processes.count() > 1 else 0
     return torch.device("cuda", number)
 
 

@@ -45,7 +45,7 @@ def fine_tune(settings, shard: str = "none") -> runs.Run:
     preflight.refuse_what_cannot_run(settings, together=True)
     kind = QLoRATrainer
     if shard == "fsdp":
-        sharded.require_shardable(settings)
+        sharded.require_able(settings)
         kind = sharded.ShardedTrainer
     tokenizer = load.load_tokenizer(settings)
     checked = data_report.check(settings, tokenizer)
@@ -86,6 +86,8 @@ def fine_tune(settings, shard: str = "none") -> runs.Run:
     with trainer.guarded():
         trainer.train(resume_from_checkpoint=trainer.newest_checkpoint())
         trainer.save_model(run.folder / "adapter")  # all put it together, the first writes
+        held = {line.name: line.bytes for line in trainer.measured.held.lines}
+        run.manifest["metrics"]["bytes held by each process"] = processes.gathered(held)
         if run.writes:
             _close(run.folder / "adapter", settings)
             if not any(getattr(settings, name) for name in script.OF_THE_KIT):
@@ -160,7 +162,9 @@ def _say(step: dict) -> None:
     every = max(1, step["max_steps"] // 20)
     if step["step"] % every == 0 or step["step"] == step["max_steps"]:
         left = step["seconds_left"]
-        print(f"step {step['step']} of {step['max_steps']}: loss {step['loss']:.3f}, {left:.0f} s left")
+        print(
+            f"step {step['step']} of {step['max_steps']}: loss {step['loss']:.3f}, {left:.0f} s left"
+        )
 
 
 def in_this_process(settings, shard: str = "none") -> int:

@@ -22,6 +22,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from qlora_nb import processes
 from qlora_nb.errors import KitError
+from qlora_nb.memory import shares
 from qlora_nb.model import device
 from qlora_nb.train.trainer import QLoRATrainer
 
@@ -29,11 +30,11 @@ TORCH = Version("2.13")
 """The first with which bytes (uint8) were sharded here; 2.8 crashed."""
 
 
-def require_shardable(settings) -> None:
-    """Refuse what was not tried under `fully_shard`, or is known to fail.
+def require_able(settings) -> None:
+    """Refuse what this torch, these cards or these options cannot do under `fully_shard`.
 
     Raises:
-        KitError: names the parameter, or torch's version.
+        KitError: names torch's version, or the parameter.
     """
     if Version(torch.__version__).release < TORCH.release:
         raise KitError(
@@ -47,15 +48,7 @@ def require_shardable(settings) -> None:
             "compute_dtype: float16's gradient scaler is not used with shards",
             remedy="take cards with bfloat16, or --shard none",
         )
-    wanted = {"optim": "adamw_torch", "head_4bit": False, "embedding_on_cpu": False}
-    for name, value in wanted.items():
-        given = getattr(settings, name)
-        if given != value:
-            raise KitError(
-                f"{name}: not supported where every process holds a share",
-                value=given,
-                remedy=f"-p {name} {value}, or --shard none",
-            )
+    shares.require_shardable(settings)
 
 
 def shard(model: torch.nn.Module) -> None:

@@ -21,7 +21,7 @@ from transformers.trainer_utils import TrainOutput
 
 from qlora_nb import processes
 from qlora_nb.errors import KitError
-from qlora_nb.memory import dry_run, out_of_memory
+from qlora_nb.memory import dry_run, out_of_memory, shares
 from qlora_nb.model import chunked_loss, device, fetch, probes
 from qlora_nb.record import files, interrupts, seal
 from qlora_nb.train import attach, callbacks, checkpoints, optimizers, retry
@@ -66,7 +66,7 @@ class QLoRATrainer(Trainer):
         """Make the Trainer, or make it anew with fewer rows in a pass and the optimizer it has."""
         args = copy.copy(self.options["args"])
         args.output_dir = str(self.run.folder / "checkpoints")
-        rows, passes = share_of_a_step(settings)
+        rows, passes = shares.of_a_step(settings, processes.count())
         args.per_device_train_batch_size = rows
         args.gradient_accumulation_steps = passes
         if settings.tensorboard:
@@ -252,26 +252,6 @@ class QLoRATrainer(Trainer):
             if "held_out_loss" in record:
                 self.sample.losses[record["step"]] = record["held_out_loss"]
         return step
-
-
-def share_of_a_step(settings) -> tuple[int, int]:
-    """Rows in a pass and passes in a step of each process, so that a step holds the same rows
-    however many processes there are: they share the passes, or the rows of each.
-
-    Raises:
-        KitError: neither can be divided.
-    """
-    n = processes.count()
-    rows = settings.per_device_train_batch_size
-    passes = settings.gradient_accumulation_steps
-    if passes % n == 0:
-        return rows, passes // n
-    if rows % n == 0:
-        return rows // n, passes
-    raise KitError(
-        f"{n} processes cannot share a step of {passes} passes of {rows} rows",
-        remedy=f"let {n} divide gradient_accumulation_steps, or per_device_train_batch_size",
-    )
 
 
 def _callback(kind: type, options: dict[str, object]):
