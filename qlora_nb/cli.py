@@ -222,12 +222,17 @@ def train(
     latest.
     """
     settings = _settings(ctx, profile)
+    from qlora_nb.memory import preflight
+
+    preflight.refuse_what_cannot_run(settings)  # once, before there are several to refuse it
+    from qlora_nb.memory import shares
+    from qlora_nb.train import launch, run, sharded
+
+    shares.of_a_step(settings, processes)
+    if shard == "fsdp":
+        sharded.require_able(settings)
     if processes == 1:
-        from qlora_nb.train import run
-
         raise typer.Exit(run.in_this_process(settings, shard))
-    from qlora_nb.train import launch
-
     arguments = ["--shard", shard, "-p", "profile", profile, *ctx.args]
     raise typer.Exit(launch.together(processes, arguments))
 
@@ -237,6 +242,9 @@ def script(
     ctx: typer.Context,
     profile: Profile = "tiny",
     out: Annotated[str, typer.Option(help="a folder for the files [a new one in runs]")] = "",
+    torchrun: Annotated[
+        bool, typer.Option("--torchrun", help="train.py for several processes, as for one")
+    ] = False,
 ) -> None:
     """Write a run as train.py, ask.py and rows.jsonl, which need nothing of this kit. Parameters:
     -p NAME VALUE.
@@ -247,7 +255,7 @@ def script(
     preflight.require_model_and_data(settings)
     from qlora_nb.train import script
 
-    for path in script.write_untrained(settings, out):
+    for path in script.write_untrained(settings, out, torchrun):
         print(path)
 
 

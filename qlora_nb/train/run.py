@@ -161,17 +161,15 @@ def _close(adapter: Path, settings) -> None:
 def _say(step: dict) -> None:
     every = max(1, step["max_steps"] // 20)
     if step["step"] % every == 0 or step["step"] == step["max_steps"]:
-        left = step["seconds_left"]
-        print(
-            f"step {step['step']} of {step['max_steps']}: loss {step['loss']:.3f}, {left:.0f} s left"
-        )
+        done = f"step {step['step']} of {step['max_steps']}"
+        print(f"{done}: loss {step['loss']:.3f}, {step['seconds_left']:.0f} s left")
 
 
 def in_this_process(settings, shard: str = "none") -> int:
     """Train as what this process is: alone, or one of those that torchrun started. Returns its exit
     code.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         preflight.refuse_many_processes()
         if shard != "none":
             raise KitError("one process has nobody to share with", remedy="--processes 2 or more")
