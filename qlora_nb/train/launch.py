@@ -6,6 +6,7 @@ it becomes a sentence.
 """
 
 import logging
+import os
 import signal
 import sys
 import uuid
@@ -15,11 +16,15 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from qlora_nb import machine
+
 
 def together(n: int, arguments: list[str]) -> int:
     """Run `python -m qlora_nb.train` in `n` processes of this machine; returns the exit code: that
     of the process that failed first, 130 after Ctrl-C, 143 after SIGTERM.
     """
+    n_threads = max(1, machine.this_machine().n_cores // n)
+    os.environ.setdefault("OMP_NUM_THREADS", str(n_threads))  # each would take all cores
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     config = LaunchConfig(
         min_nodes=1,
