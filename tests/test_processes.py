@@ -23,6 +23,7 @@ from qlora_nb import processes
 from qlora_nb.errors import KitError
 from qlora_nb.memory import budget, ledger, shares
 from qlora_nb.memory.plan import plan_of
+from qlora_nb.model import device
 from qlora_nb.record import runs, seal
 from qlora_nb.settings import validate
 from qlora_nb.train import run as training
@@ -239,19 +240,19 @@ def test_the_script_for_several_processes_ends_with_the_same_bits(one, tmp_path)
 
 
 def test_a_sharded_run_is_the_same_run_but_for_the_order_of_sums(one, two_shards):
-    """The gradients' norm is summed over shares. Over ten seeds of six steps no loss differed by
-    more than 1e-6 of itself and no number of the adapter by more than 3e-6, of 0.08 at most.
+    """The gradients' norm is summed over shares. Over six seeds of six steps no loss differed by
+    more than 1.5e-7 of itself and no number of the adapter by more than 4e-6, of 0.08 at most.
     """
     folder, done = two_shards
     assert done.returncode == 0, done.stderr[-2000:]
     losses = [step["loss"] for step in steps(folder)]
-    assert losses == pytest.approx([step["loss"] for step in steps(one)], rel=1e-5)
+    assert losses == pytest.approx([step["loss"] for step in steps(one)], rel=1e-6)
     ours = load_file(adapter_file(folder))
     theirs = load_file(adapter_file(one))
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert tensor.shape == theirs[name].shape
-        assert (tensor - theirs[name]).abs().max() < 3e-5
+        assert (tensor - theirs[name]).abs().max() < 2e-5
 
 
 def test_every_rank_holds_the_bytes_that_were_predicted(two_shards):
@@ -364,6 +365,23 @@ def test_what_is_sent_by_the_ring():
     every = whole.sum(shares.CUT)
     assert shares.sent(whole, 8, "fsdp", passes=3) == 3 * 7 * (2 * every + gradients) // 8
     assert shares.sent(whole, 1, "none") == 0
+
+
+# on cards: rehearsed, no card was there
+
+
+def test_each_process_has_the_card_of_its_number(monkeypatch):
+    monkeypatch.setattr(device, "on_gpu", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert device.compute_device() == torch.device("cuda", 0), "alone: as before"
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    assert device.compute_device() == torch.device("cuda", 1)
+    assert training.backend() == "nccl"
+
+
+def test_float16_is_refused_under_shards(monkeypatch):
+    with pytest.raises(KitError, match="gradient scaler"):
+        sharded.require_able(validate({**GIVEN, "compute_dtype": "float16"}))
 
 
 # alone

@@ -10,6 +10,7 @@ What is saved is whole: a checkpoint or an adapter of a sharded run is read by a
 other way round.
 """
 
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -55,6 +56,8 @@ def shard(model: torch.nn.Module) -> None:
     """Cut every tensor of a model with its adapter among the processes, in place: each block alone,
     then what is left (embedding, head, last norm), which stays gathered from forward to backward.
     """
+    # the model hands out its last hidden states as they are; nothing is written into them
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
     where = device.compute_device()
     mesh = init_device_mesh(where.type, (processes.count(),))
     for block in blocks(model):
