@@ -6,13 +6,14 @@ paragraph on stderr and exits with 2; a failed notebook exits with 1; Ctrl-C wit
 """
 
 import importlib
+import json
 import re
 import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from typer.core import TyperGroup
@@ -58,6 +59,9 @@ TAKES_PARAMETERS = {"allow_extra_args": True, "ignore_unknown_options": True}
 """For commands that take `-p NAME VALUE`: typer has no option of two values that repeats."""
 
 Profile = Annotated[str, typer.Option(help="tiny, smollm2, t4 or full")]
+Shard = Annotated[
+    Literal["none", "fsdp"], typer.Option(help="fsdp: each process holds a share of every tensor")
+]
 
 
 def _settings(ctx: typer.Context, profile: str, **options: object):
@@ -133,12 +137,15 @@ def plan(
     ctx: typer.Context,
     profile: Profile = "tiny",
     gpu_gib: Annotated[float | None, typer.Option(help="memory of the card you mean (GiB)")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="share each step among so many")] = 1,
+    shard: Shard = "none",
+    as_json: Annotated[bool, typer.Option("--json", help="the lines of the peak alone")] = False,
 ) -> None:
     """Every byte of a run's peak memory before anything is loaded, and what would lower it.
     Parameters: -p NAME VALUE.
     """
     settings = _settings(ctx, profile, gpu_gib=gpu_gib)
-    from qlora_nb.memory import budget, estimates
+    from qlora_nb.memory import budget, estimates, shares
     from qlora_nb.memory.plan import plan_of
     from qlora_nb.model import configs, probes, quantized
 
@@ -147,7 +154,16 @@ def plan(
     shapes = configs.meta_model(config)
     quantized.require_four_bit(shapes)
     probes.require_positions(shapes, settings.max_length)
-    training = budget.peak(plan_of(settings, True, config, on_gpu))
+    step, training, sent = shares.planned(settings, processes, shard, config, on_gpu)
+    too_large = gpu_gib is not None and training.total_gib > gpu_gib
+    if as_json:
+        lines = {line.name: line.bytes for line in training.lines}
+        found = {"processes": processes, "shard": shard, "peak": lines, "sent_in_a_step": sent}
+        print(json.dumps({**found, "total_bytes": training.total_bytes}))
+        raise typer.Exit(1 if too_large else 0)
+    if processes > 1:
+        print(f"{training}\n\neach sends {sent / 2**20:,.1f} MiB in a step")
+        raise typer.Exit(1 if too_large else 0)
     answering = budget.peak(plan_of(settings, False, config, on_gpu))
     print(f"{training}\n\n{answering}\n")
     n_bytes = sources.download_bytes(settings.model_id)
@@ -155,7 +171,6 @@ def plan(
     print(f"download and disk: {size}")
     host_gib = estimates.host_bytes(config) / 2**30
     print(f"host memory while loading onto a GPU: {host_gib:.1f} GiB (assumed)")
-    step = plan_of(settings, True, config)
     if gpu_gib is None:
         seconds = estimates.step_seconds(step)
         about = "about"
@@ -170,7 +185,6 @@ def plan(
     for option in budget.options(settings, config, on_gpu):
         print(f"  option: {option}")
     print(settings.papermill_line())
-    too_large = gpu_gib is not None and training.total_gib > gpu_gib
     raise typer.Exit(1 if too_large else 0)
 
 
@@ -192,10 +206,39 @@ def data(
 
 
 @app.command(context_settings=TAKES_PARAMETERS)
+def train(
+    ctx: typer.Context,
+    profile: Profile = "tiny",
+    processes: Annotated[
+        int, typer.Option(min=1, help="share each step among so many: one for each card")
+    ] = 1,
+    shard: Shard = "none",
+) -> None:
+    """Fine-tune as notebook 06 does, without a notebook. Parameters: -p NAME VALUE, as -p resume
+    latest.
+    """
+    settings = _settings(ctx, profile)
+    preflight.refuse_what_cannot_run(settings)  # once, before there are several to refuse it
+    from qlora_nb.memory import shares
+    from qlora_nb.train import launch, run, sharded
+
+    shares.of_a_step(settings, processes)
+    if shard == "fsdp":
+        sharded.require_able(settings)
+    if processes == 1:
+        raise typer.Exit(run.in_this_process(settings, shard))
+    arguments = ["--shard", shard, "-p", "profile", profile, *ctx.args]
+    raise typer.Exit(launch.together(processes, arguments))
+
+
+@app.command(context_settings=TAKES_PARAMETERS)
 def script(
     ctx: typer.Context,
     profile: Profile = "tiny",
     out: Annotated[str, typer.Option(help="a folder for the files [a new one in runs]")] = "",
+    torchrun: Annotated[
+        bool, typer.Option("--torchrun", help="train.py for several processes, as for one")
+    ] = False,
 ) -> None:
     """Write a run as train.py, ask.py and rows.jsonl, which need nothing of this kit. Parameters:
     -p NAME VALUE.
@@ -204,7 +247,7 @@ def script(
     preflight.require_model_and_data(settings)
     from qlora_nb.train import script
 
-    for path in script.write_untrained(settings, out):
+    for path in script.write_untrained(settings, out, torchrun):
         print(path)
 
 

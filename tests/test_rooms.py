@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 ORDER = (
-    *("errors", "pythia", "cards", "machine", "pocket", "progress", "sources", "recorded"),
-    *("spellings", "settings", "theory", "record", "model", "memory", "answer", "train"),
-    *("batch", "ui", "lessons", "cli"),
+    *("errors", "pythia", "cards", "machine", "processes", "pocket", "progress", "sources"),
+    *("recorded", "spellings", "settings", "theory", "record", "model", "memory", "answer"),
+    *("train", "batch", "ui", "lessons", "cli"),
 )
 
 

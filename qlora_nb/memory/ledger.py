@@ -269,7 +269,9 @@ def measure(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
     for line, tensor in _live_tensors(model, optimizer):
         if tensor is None:  # given back by `merge.release`
             continue
-        storage = tensor.untyped_storage()
+        # of a sharded one the share that lies here
+        here = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        storage = here.untyped_storage()
         if storage._cdata not in counted:
             counted.add(storage._cdata)
             total[line] += storage.nbytes()
@@ -282,9 +284,10 @@ def _live_tensors(model: nn.Module, optimizer) -> Iterator[tuple[str, torch.Tens
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     embedded = {getattr(module, "weight", None) for module in ends}
     matrices = {module.weight for module in model.modules() if isinstance(module, nn.Linear)}
+    packed = _packed(model)
     for name, parameter in model.named_parameters():
-        if getattr(parameter, "quant_state", None) is not None:
-            yield from _packed_tensors(parameter)
+        if parameter in packed:
+            yield from _packed_tensors(parameter, packed[parameter])
         elif "lora_" in name:
             yield LORA, parameter
         elif parameter in embedded:
@@ -303,9 +306,19 @@ def _live_tensors(model: nn.Module, optimizer) -> Iterator[tuple[str, torch.Tens
             yield STATES, tensor
 
 
-def _packed_tensors(weight: torch.Tensor) -> Iterator[tuple[str, torch.Tensor | None]]:
-    """(line, tensor) for one weight as bitsandbytes stores it (`QuantState`)."""
-    state = weight.quant_state
+def _packed(model: nn.Module) -> dict[torch.Tensor, object]:
+    """Packed weight → its `QuantState`; a sharded weight has lost it, its layer has not."""
+    found = {}
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        state = getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
+        if state is not None:
+            found[weight] = state
+    return found
+
+
+def _packed_tensors(weight: torch.Tensor, state) -> Iterator[tuple[str, torch.Tensor | None]]:
+    """(line, tensor) for one weight as bitsandbytes stores it, with its `QuantState`."""
     yield CODES, weight
     yield SCALES, state.absmax
     yield TABLES, state.code

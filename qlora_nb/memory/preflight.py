@@ -27,14 +27,15 @@ MIN_ADDRESS_BYTES = 5 * cards.GIB // 4
 """So many addresses the libraries take: the pocket model answers within 1.4 GiB (`ulimit -v`)."""
 
 
-def refuse_what_cannot_run(settings) -> None:
+def refuse_what_cannot_run(settings, together: bool = False) -> None:
     """Raise `KitError` if the resolved model or data cannot be run or reached here; says what would
     fit.
 
     The judgement is about the *resolved* model and hardware: profile "full" with a small local
-    model is fine anywhere.
+    model is fine anywhere. `together`: this process may be one of several (`train.run`).
     """
-    refuse_many_processes()
+    if not together:
+        refuse_many_processes()
     resumed = sources.local_path(settings.resume)
     if settings.resume not in ("no", "latest") and not (resumed / "checkpoints").is_dir():
         raise KitError(
@@ -134,9 +135,10 @@ def refuse_many_processes() -> None:
             signs.append(f"a process group of {n_processes}")
     if signs:
         raise KitError(
-            "this is one of several processes started together, and the kit runs in one alone",
+            "this is one of several processes started together: each would train a run of its own",
             value=", ".join(signs),
-            remedy="start it once, without torchrun, accelerate launch, mpirun or srun -n",
+            remedy="start it once, without torchrun, accelerate launch, mpirun or srun -n; "
+            "several processes train one run with `qlora-nb train --processes N`",
         )
     os.environ.pop("LOCAL_RANK", None)
 

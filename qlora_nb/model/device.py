@@ -5,9 +5,11 @@ float16 alone. On a CPU float32 is no waste: without AVX512-BF16 units bfloat16 
 times slower there.
 """
 
+import os
+
 import torch
 
-from qlora_nb import cards, machine
+from qlora_nb import cards, machine, processes
 from qlora_nb.errors import KitError
 
 
@@ -19,7 +21,8 @@ def on_gpu() -> bool:
 
 
 def compute_device() -> torch.device:
-    """torch's first CUDA device if the kit computes on it, else the CPU.
+    """torch's first CUDA device if the kit computes on it, else the CPU; of several processes the
+    card of this one.
 
     Raises:
         KitError: this process was forked from one that uses the GPU.
@@ -29,7 +32,11 @@ def compute_device() -> torch.device:
             "this process was forked from one that uses the GPU, and cannot use it",
             remedy="start processes with torchrun, or with the method spawn",
         )
-    return torch.device("cuda", 0) if on_gpu() else torch.device("cpu")
+    if not on_gpu():
+        return torch.device("cpu")
+    # of several processes each has a card, which its launcher numbers
+    number = int(os.environ.get("LOCAL_RANK", "0")) if processes.count() > 1 else 0
+    return torch.device("cuda", number)
 
 
 def compute_dtype(choice: str = "auto") -> torch.dtype:

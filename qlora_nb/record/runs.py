@@ -25,7 +25,7 @@ from typing import Self
 
 import psutil
 
-from qlora_nb import machine, sources
+from qlora_nb import machine, processes, sources
 from qlora_nb.errors import refusing
 from qlora_nb.record import files, redaction
 
@@ -88,11 +88,12 @@ class Run:
     without an error.
 
     `folder` continues in the folder of an earlier run (`resumed` is True then); its record stays as
-    it is until `save`.
+    it is until `save`. Of several processes that train one run the first alone writes.
     """
 
     def __init__(self, settings, notebook: str, folder: Path | None = None):
         self.resumed = folder is not None
+        self.writes = processes.rank() == 0
         self.folder = folder or new_folder(settings, notebook)
         self.manifest = new_record(self.folder, settings.model_dump())
         self.manifest["notebook"] = notebook
@@ -104,7 +105,7 @@ class Run:
         """Undo a run that was refused before its first step: a new one's folder goes, an earlier
         run's record is left alone.
         """
-        if self.manifest["status"] != "running":
+        if self.manifest["status"] != "running" or not self.writes:
             return
         self.manifest["status"] = "refused"
         written = {path.name for path in self.folder.rglob("*") if path.is_file()}
@@ -113,6 +114,8 @@ class Run:
 
     def log(self, record: dict[str, object]) -> None:
         """Append one line to metrics.jsonl."""
+        if not self.writes:
+            return
         path = self.folder / "metrics.jsonl"
         with files.writing(path), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(redaction.redact(record)) + "\n")
@@ -120,16 +123,20 @@ class Run:
     def truncate_log(self, step: int) -> list[dict]:
         """Remove from metrics.jsonl what was logged after a step; returns the records that stay."""
         path = self.folder / "metrics.jsonl"
-        path.touch()  # before the first logged step there is none
+        text = ""
+        if path.is_file():  # not before the first logged step
+            text = path.read_text(encoding="utf-8", errors="replace")
         kept = []
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in text.splitlines():
             # the last line of a killed run may be cut short
             with suppress(ValueError, KeyError, TypeError, AttributeError):
                 record = json.loads(line)
                 loss = record.get("loss", record.get("held_out_loss"))
                 if record["step"] <= step and math.isfinite(loss):
                     kept.append(record)
-        files.write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
+        processes.wait()  # all have read it
+        if self.writes:
+            files.write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
         return kept
 
     def finish(self, status: str = "done", **metrics: object) -> None:
@@ -163,6 +170,8 @@ class Run:
 
     def save(self) -> None:
         """Write down what is known: after a start or a resume, that this run is at work."""
+        if not self.writes:
+            return
         text = json.dumps(redaction.redact(self.manifest), indent=1, default=str)
         files.write_atomically(self.folder / MANIFEST, text + "\n")
 

@@ -19,6 +19,7 @@ import torch
 from peft import PeftModel
 from transformers import TrainerCallback
 
+from qlora_nb import processes
 from qlora_nb.answer import evaluate, generate
 from qlora_nb.memory import ledger, out_of_memory, profiler
 from qlora_nb.model import batching, chunked_loss, device
@@ -80,13 +81,14 @@ class Watch(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.updating = False
-        if self.stop.is_set():
+        if any(processes.gathered(self.stop.is_set())):  # one process is asked, all stop
+            self.stop.set()
             control.should_training_stop = True
             control.should_save = True
 
     def on_train_end(self, args, state, control, **kwargs):
         self.seconds = time.perf_counter() - self.started
-        self.tokens_per_s = self.batches.n_tokens / self.seconds
+        self.tokens_per_s = self._n_tokens() / self.seconds
         self.run.manifest["metrics"].update(
             tokens_per_s=self.tokens_per_s, train_seconds=self.seconds
         )
@@ -111,7 +113,7 @@ class Watch(TrainerCallback):
             "loss": logs["loss"],
             "learning_rate": logs["learning_rate"],
             "grad_norm": grad_norm,
-            "tokens_per_s": self.batches.n_tokens / seconds,
+            "tokens_per_s": self._n_tokens() / seconds,
             "seconds": seconds,
             "seconds_left": seconds_a_step * (state.max_steps - state.global_step),
             "memory_bytes": _memory_in_use(),
@@ -124,6 +126,10 @@ class Watch(TrainerCallback):
             self.failure = f"{' and '.join(bad)} became {logs[bad[0]]} at step {state.global_step}"
             control.should_training_stop = True
             control.should_save = False  # the checkpoint before is the last good one
+
+    def _n_tokens(self) -> int:
+        """Of all processes together."""
+        return sum(processes.gathered(self.batches.n_tokens))
 
 
 def _was_skipped(optimizer) -> bool:

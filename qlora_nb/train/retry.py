@@ -15,6 +15,7 @@ import torch
 from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
+from qlora_nb import processes
 from qlora_nb.memory import out_of_memory
 from qlora_nb.train import optimizers
 
@@ -54,9 +55,10 @@ def train(trainer, checkpoint: Path | None, go_back: Callable[[], Path | None]) 
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory.freed_memory_of(error):
                 raise
-            if settings.per_device_train_batch_size == 1:
+            alone = processes.count() == 1  # of several the others wait inside the step
+            if settings.per_device_train_batch_size == 1 or not alone:
                 refusal = out_of_memory.explain(error, settings, trainer.model, trainer.optimizer)
-                if not watch.updating:
+                if alone and not watch.updating:
                     trainer.save_now()
                 raise refusal from error
         finally:

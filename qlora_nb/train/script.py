@@ -47,12 +47,13 @@ def require_plain(settings) -> None:
         )
 
 
-def write_untrained(settings, out: str = "") -> list[Path]:
+def write_untrained(settings, out: str = "", torchrun: bool = False) -> list[Path]:
     """As `write`, of a run that nobody has made: no weight is loaded, so that any machine can do
     it.
 
     Args:
         out: a folder, made if it is not there; without one a new run's folder.
+        torchrun: see `write`.
 
     Raises:
         KitError: see `write`, `data.load` and `attach.layers_to_adapt`.
@@ -75,7 +76,7 @@ def write_untrained(settings, out: str = "") -> list[Path]:
             folder.mkdir(parents=True, exist_ok=True)
     else:
         folder = runs.new_folder(settings, "script")
-    return write(folder, settings, tokenizer, rows, texts, targets)
+    return write(folder, settings, tokenizer, rows, texts, targets, torchrun)
 
 
 def write(
@@ -85,6 +86,7 @@ def write(
     rows: Dataset,
     texts: Dataset,
     targets: list[str],
+    torchrun: bool = False,
 ) -> list[Path]:
     """Write `train.py`, `ask.py` and `rows.jsonl` into a folder; returns the three paths.
 
@@ -95,6 +97,7 @@ def write(
         rows: tokenized, in the order of training: what the Trainer is given.
         texts: what they were tokenized from (instruction, input, output).
         targets: the names of the layers that are adapted.
+        torchrun: train.py may also be started in several processes, which share every step (DDP).
 
     Raises:
         KitError: an option that needs code of this kit, files of somebody else, or a disk that is
@@ -125,6 +128,7 @@ def write(
         "pad_is_own": tokenizer.pad_token_id != tokenizer.eos_token_id,
         "ends_texts": tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id,
         "mark": MARK,
+        "torchrun": torchrun,
         "out": "adapter_by_script" if has_run else "adapter",
     }
     templates = Environment(

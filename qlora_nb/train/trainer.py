@@ -11,7 +11,7 @@ paper (arXiv 2305.14314), sections 3 and 4.
 import copy
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -19,8 +19,9 @@ from peft import PeftModel
 from transformers import PrinterCallback, Trainer
 from transformers.trainer_utils import TrainOutput
 
+from qlora_nb import processes
 from qlora_nb.errors import KitError
-from qlora_nb.memory import dry_run, out_of_memory
+from qlora_nb.memory import dry_run, out_of_memory, shares
 from qlora_nb.model import chunked_loss, device, fetch, probes
 from qlora_nb.record import files, interrupts, seal
 from qlora_nb.train import attach, callbacks, checkpoints, optimizers, retry
@@ -65,8 +66,9 @@ class QLoRATrainer(Trainer):
         """Make the Trainer, or make it anew with fewer rows in a pass and the optimizer it has."""
         args = copy.copy(self.options["args"])
         args.output_dir = str(self.run.folder / "checkpoints")
-        args.per_device_train_batch_size = settings.per_device_train_batch_size
-        args.gradient_accumulation_steps = settings.gradient_accumulation_steps
+        rows, passes = shares.of_a_step(settings, processes.count())
+        args.per_device_train_batch_size = rows
+        args.gradient_accumulation_steps = passes
         if settings.tensorboard:
             os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.run.folder / "tensorboard")
         args._n_gpu = min(args.n_gpu, 1)  # of several cards one is used
@@ -94,7 +96,8 @@ class QLoRATrainer(Trainer):
         """The adapter alone. Embeddings are frozen; asking whether they changed would ask the
         hub.
         """
-        self.model.save_pretrained(output_dir, save_embedding_layers=False)
+        if self.args.should_save:  # the first process
+            self.model.save_pretrained(output_dir, save_embedding_layers=False)
 
     def _save_checkpoint(self, model, trial):
         """Older checkpoints are removed by the seal, not by `save_total_limit`, which would remove
@@ -103,7 +106,10 @@ class QLoRATrainer(Trainer):
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         with files.writing(folder):
             super()._save_checkpoint(model, trial)
-            seal.write_seal(folder, settings=self.settings.model_dump(), rows=self.rows_hash)
+            processes.wait()  # each has written its random state
+            if self.args.should_save:
+                about = self.settings.model_dump()
+                seal.write_seal(folder, settings=about, rows=self.rows_hash)
         return folder
 
     def get_batch_samples(self, *args):
@@ -143,7 +149,8 @@ class QLoRATrainer(Trainer):
             KitError: another process writes into the folder.
         """
         try:
-            with interrupts.stop_on_interrupt() as stop, files.sole_writer(self.run.folder):
+            writer = files.sole_writer(self.run.folder) if self.run.writes else nullcontext()
+            with interrupts.stop_on_interrupt() as stop, writer:
                 self.watch.stop = stop
                 try:
                     yield

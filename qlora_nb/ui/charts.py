@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import pandas
 
 from qlora_nb import cards
-from qlora_nb.memory import budget, ledger
+from qlora_nb.memory import budget, ledger, shares
 from qlora_nb.ui import style
 
 PAGED = "paged optimizer states"
@@ -20,10 +20,10 @@ PARTS = {
     "scales": (ledger.SCALES, ledger.NESTED, ledger.TABLES),
     "unquantized rest": (ledger.LINEARS, ledger.EMBEDDINGS, ledger.SMALL, ledger.BUFFERS),
     "LoRA weights": (ledger.LORA,),
-    "gradients": (ledger.GRADIENTS,),
+    "gradients": (ledger.GRADIENTS, shares.BUCKETS),
     "optimizer states": (ledger.STATES,),
     "kept for the backward pass": (budget.KEPT,),
-    "working memory": (budget.WORK,),
+    "working memory": (budget.WORK, shares.GATHERED),
     "key-value cache": (budget.CACHE,),
     "CUDA itself": (budget.CUDA,),
     PAGED: (PAGED,),

@@ -1,0 +1,55 @@
+"""Several processes that train one run: who is the first of them, and what all must agree on.
+
+torch starts and watches them (`torchrun`), each with its number in the environment, its *rank*;
+they talk through torch's process group (gloo between CPUs, NCCL between cards). What stands here is
+the little that the kit asks of that group. In a process that is alone every answer is its own, and
+torch is not loaded for it.
+"""
+
+import sys
+
+
+def _group():
+    """torch.distributed in a process that is one of several, else None."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and distributed.is_available() and distributed.is_initialized():
+        return distributed
+    return None
+
+
+def join(backend: str) -> None:
+    """Become one of the processes that a launcher started; all come here, or none goes on.
+
+    Args:
+        backend: nccl for processes with a card each, else gloo.
+    """
+    import torch.distributed
+
+    torch.distributed.init_process_group(backend)
+
+
+def count() -> int:
+    """How many processes train this run, 1 or more."""
+    group = _group()
+    return group.get_world_size() if group else 1
+
+
+def rank() -> int:
+    """The number of this process, from 0. The first writes files and speaks."""
+    group = _group()
+    return group.get_rank() if group else 0
+
+
+def gathered(value: object) -> list:
+    """The values that all processes give, by rank. All must ask, and equally often."""
+    group = _group()
+    if group is None:
+        return [value]
+    values = [None] * group.get_world_size()
+    group.all_gather_object(values, value)
+    return values
+
+
+def wait() -> None:
+    """Go on when all have come here."""
+    gathered(None)

@@ -1,0 +1,187 @@
+"""Notebook 06's training without a notebook, in one process or in several that share each step.
+
+The calls are those of the notebook's cells, in their order: rows, base in 4 bit, adapter, Trainer.
+Several processes (DDP, PyTorch's distributed data parallel, arXiv 2006.15704) hold the whole model
+each, take their share of a step's rows, and add up their gradients before the update. A step holds
+the same rows however many they are; two that have one pass each end with the bits of one process
+that has two. The first process writes the run's folder and speaks. Each must come to every
+collective call, so what one of them is told (stop, an error) ends all.
+"""
+
+import os
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import TrainingArguments
+
+from qlora_nb import machine, processes
+from qlora_nb.answer import merge
+from qlora_nb.errors import KitError
+from qlora_nb.memory import preflight
+from qlora_nb.model import batching, data_report, device, load
+from qlora_nb.record import files, runs, seal
+from qlora_nb.train import attach, callbacks, checkpoints, script, sharded
+from qlora_nb.train.trainer import QLoRATrainer
+
+NOTEBOOK = "06_finetune_pythia_12b"
+"""Whose runs these are: notebook 07 finds them, either resumes what the other began."""
+
+
+def fine_tune(settings, shard: str = "none") -> runs.Run:
+    """Train, from the first step or with `resume` from a checkpoint, and save the adapter.
+
+    Args:
+        shard: "fsdp" leaves each process a share of every tensor (`sharded`), "none" the whole.
+
+    Returns:
+        The run; its folder is that of a run of notebook 06.
+
+    Raises:
+        KitError: whatever notebook 06 refuses; a step that the processes cannot share.
+    """
+    preflight.refuse_what_cannot_run(settings, together=True)
+    kind = QLoRATrainer
+    if shard == "fsdp":
+        sharded.require_able(settings)
+        kind = sharded.ShardedTrainer
+    tokenizer = load.load_tokenizer(settings)
+    checked = data_report.check(settings, tokenizer)
+    print(checked)
+    settings = checked.settings
+    preflight.require_fit(settings, machine.this_machine())
+    if processes.rank():
+        processes.wait()  # the first makes the 4-bit copy that the others read
+    model = load.load_base(settings)
+    if not processes.rank():
+        processes.wait()
+    targets = attach.layers_to_adapt(model, settings)
+    torch.manual_seed(settings.seed)
+    model = get_peft_model(model, _lora(settings, targets))
+    if settings.gradient_checkpointing:
+        load.enable_checkpointing(model)
+    rows = checked.encoded
+    if settings.packing:
+        rows = batching.pack(rows, settings.max_length)
+    rows = batching.in_training_order(rows, settings)
+    batches = callbacks.CountingCollator(tokenizer)
+    trainer = kind(
+        model=model,
+        args=_arguments(settings),
+        train_dataset=rows,
+        data_collator=batches,
+        callbacks=[
+            callbacks.Watch(_say, batches),
+            callbacks.MeasureOneStep(batches),
+            callbacks.Sample(tokenizer, settings, None),
+        ],
+        settings=settings,
+        run=_run_of_all(settings),
+    )
+    if settings.lora_dropout:
+        torch.manual_seed(settings.seed + processes.rank())  # else all drop the same numbers
+    run = trainer.run
+    with trainer.guarded():
+        trainer.train(resume_from_checkpoint=trainer.newest_checkpoint())
+        trainer.save_model(run.folder / "adapter")  # all put it together, the first writes
+        held = {line.name: line.bytes for line in trainer.measured.held.lines}
+        run.manifest["metrics"]["bytes held by each process"] = processes.gathered(held)
+        if run.writes:
+            _close(run.folder / "adapter", settings)
+            if not any(getattr(settings, name) for name in script.OF_THE_KIT):
+                script.write(run.folder, settings, tokenizer, rows, checked.split.train, targets)
+    return run
+
+
+def _lora(settings, targets: list[str]) -> LoraConfig:
+    return LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+
+
+def _arguments(settings) -> TrainingArguments:
+    """Those of notebook 06, whose cell says what each is for, and two for several processes."""
+    on_gpu = device.on_gpu()
+    dtype = device.compute_dtype(settings.compute_dtype)
+    torch.set_autocast_cache_enabled(False)
+    return TrainingArguments(
+        output_dir=settings.output_dir,
+        seed=settings.seed,
+        max_steps=settings.max_steps,
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        optim=settings.optim,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.lr_scheduler_type,
+        warmup_steps=settings.warmup_steps,
+        max_grad_norm=settings.max_grad_norm,
+        fp16=on_gpu and dtype == torch.float16,
+        use_cpu=not on_gpu,
+        dataloader_pin_memory=on_gpu,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to="tensorboard" if settings.tensorboard else "none",
+        disable_tqdm=True,
+        save_strategy="steps" if settings.save_steps else "no",
+        save_steps=max(1, settings.save_steps),
+        ddp_backend=backend() if processes.count() > 1 else None,
+        ddp_find_unused_parameters=False,  # every A and B has a gradient in every pass
+    )
+
+
+def backend() -> str:
+    """How processes talk: NCCL between cards, gloo between CPUs."""
+    return "nccl" if device.on_gpu() else "gloo"
+
+
+def _run_of_all(settings) -> runs.Run:
+    """One run, and one folder, for all processes: the first opens it, the others are told."""
+    run = None
+    if not processes.rank():
+        run = checkpoints.start(settings, NOTEBOOK)
+    told = processes.gathered(run and (str(run.folder), run.resumed))[0]
+    if run is None:
+        run = runs.Run(settings, NOTEBOOK, Path(told[0]))
+        run.resumed = told[1]
+    return run
+
+
+def _close(adapter: Path, settings) -> None:
+    with files.writing(adapter):
+        seal.write_seal(adapter)
+    merge.write_card(adapter, merge.card_facts(adapter, settings))
+
+
+def _say(step: dict) -> None:
+    every = max(1, step["max_steps"] // 20)
+    if step["step"] % every == 0 or step["step"] == step["max_steps"]:
+        done = f"step {step['step']} of {step['max_steps']}"
+        print(f"{done}: loss {step['loss']:.3f}, {step['seconds_left']:.0f} s left")
+
+
+def in_this_process(settings, shard: str = "none") -> int:
+    """Train as what this process is: alone, or one of those that torchrun started. Returns its exit
+    code.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        preflight.refuse_many_processes()
+        if shard != "none":
+            raise KitError("one process has nobody to share with", remedy="--processes 2 or more")
+    else:
+        if device.on_gpu():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        processes.join(backend())
+    said = sys.stdout
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        if processes.rank():
+            said = nowhere  # the first speaks for all
+        with redirect_stdout(said):
+            run = fine_tune(settings, shard)
+            print(f"{run.manifest['status']}: {run.folder}")
+    return 0 if run.manifest["status"] == "done" else 1
