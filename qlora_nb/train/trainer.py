@@ -215,6 +215,9 @@ class QLoRATrainer(Trainer):
             if self.run.resumed:
                 print(f"going on after step {self._rewind(checkpoint)}")
             ended = retry.train(self, checkpoint, go_back)
+        if self.measured.held:
+            n_bytes = self.measured.held.total_bytes + self.measured.moved.peak_bytes
+            self.run.manifest["metrics"]["peak_bytes"] = n_bytes
         if self.watch.failure:
             raise KitError(
                 self.watch.failure,
@@ -249,6 +252,8 @@ class QLoRATrainer(Trainer):
         for record in self.run.truncate_log(step):
             if "loss" in record:
                 self.watch.losses.append(record["loss"])
+                if not self.watch.begun:
+                    self.watch.seconds_before = record.get("seconds", 0.0)
             if "held_out_loss" in record:
                 self.sample.losses[record["step"]] = record["held_out_loss"]
         return step

@@ -1,0 +1,279 @@
+"""Many runs: every point of a grid is one run of notebook 06, shared among workers that may die.
+
+Optuna (package optuna, extra `sweep`) keeps the list of points in a database that all workers
+reach: SQLite in the sweep's folder, or PostgreSQL for several machines. It chooses nothing here:
+who creates the study puts the whole grid into its queue, the workers take from it. While a worker
+has a point it gives a sign of life; when none has come for `grace_s` seconds the point goes back
+into the queue.
+
+A point has a folder of its own, named after its parameters, and whoever has the point holds that
+folder's lock. So who takes a dead worker's point over finds its run there and goes on from its last
+checkpoint; who finds it finished trains nothing; and a worker that was only slow lets go before
+another one begins. What is done is known from the runs' manifests.
+"""
+
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import time
+import tomllib
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+from qlora_nb import sources
+from qlora_nb.batch import leaderboard, one_notebook, sequence
+from qlora_nb.errors import KitError, refusing
+from qlora_nb.record import files, interrupts, runs
+from qlora_nb.settings import validate
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One sweep: `points` has the parameters of each by its name, `storage` the database's URL."""
+
+    name: str
+    folder: Path
+    storage: str
+    points: dict[str, dict[str, object]]
+    grace_s: int
+
+
+def run(
+    grid: Path, workers: int, storage: str = "", out: str = "", name: str = "", grace_s: int = 60
+) -> tuple[Path, bool]:
+    """Run all points of a grid that are not done yet, and wait for them.
+
+    Args:
+        grid: the file of `read_grid`.
+        workers: processes here; each trains one point at a time.
+        storage: a database's URL; empty means SQLite in the sweep's folder, which must not lie on
+            NFS.
+        out: a folder for the sweep's own; empty means the grid's `output_dir`.
+        name: of the sweep; empty means one made from its points.
+        grace_s: seconds without a sign of life after which a worker counts as dead.
+
+    Returns:
+        The sweep's folder, and whether all points are done.
+
+    Raises:
+        KitError: a bad grid, no Optuna, or a database that cannot be opened.
+    """
+    points, wanted = read_grid(grid)
+    name = name or _digest(sorted(points))
+    parent = sources.local_path(out) if out else sources.project_root() / sources.local_path(wanted)
+    folder = parent.absolute() / f"sweep-{name}"
+    sweep = Sweep(name, folder, storage or f"sqlite:///{folder}/study.db", points, grace_s)
+    one_notebook.require_own_kernel()
+    remedy = "pip install 'qlora-nb[sweep]'; docs/scale.md has URLs of databases and their drivers"
+    with refusing("this sweep cannot begin", value=str(folder), remedy=remedy):
+        folder.mkdir(parents=True, exist_ok=True)
+        study = _filled(sweep)
+    print(f"{len(points)} points, {workers} workers, into {folder}", flush=True)
+    spawn = multiprocessing.get_context("spawn")
+    processes = [spawn.Process(target=work, args=[sweep], daemon=True) for _ in range(workers)]
+    with interrupts.on_interrupt(sequence.end):  # leaving early ends daemons too
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+    done = {name for name, trial in _last_trials(study).items() if trial.values}
+    print(f"{len(done & points.keys())} of {len(points)} points are done")
+    return folder, done >= points.keys()
+
+
+def read_grid(path: Path) -> tuple[dict[str, dict[str, object]], str]:
+    """The points of a grid, by name, and the folder that it wants everything written to.
+
+    Args:
+        path: TOML with a table `grid` of lists, whose combinations are the points, and a table
+            `fixed` of parameters that all of them share.
+
+    Raises:
+        KitError: no such file, no such table, or a value that is refused in any of the points.
+    """
+    remedy = "write a table [grid] of lists and a table [fixed], as in docs/scale.md"
+    with refusing("this grid cannot be read", value=str(path), remedy=remedy):
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    lists = tables.pop("grid", {})
+    fixed = tables.pop("fixed", {})
+    if not lists or not all(isinstance(values, list) and values for values in lists.values()):
+        raise KitError("[grid] has no lists of values", value=lists, remedy=remedy)
+    points = {}
+    for values in itertools.product(*lists.values()):
+        given = {**tables, **fixed, **dict(zip(lists, values, strict=True))}
+        settings = validate(given)
+        point = settings.replace(output_dir="", resume="")  # these are set for each
+        shown = "-".join(str(getattr(point, name)) for name in lists)
+        slug = re.sub("[^A-Za-z0-9.]+", "_", shown)[:60].lstrip(".")
+        points[f"{slug}-{_digest([point.profile, point.changed()])}"] = given
+    return points, settings.output_dir
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _storage(sweep: Sweep):
+    """The database, in Optuna's words."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    is_file = sweep.storage.startswith("sqlite")
+    return optuna.storages.RDBStorage(
+        sweep.storage,
+        engine_kwargs={"connect_args": {"timeout": 60}} if is_file else {},  # others write too
+        heartbeat_interval=max(1, sweep.grace_s // 6),
+        grace_period=sweep.grace_s,
+        heartbeat_stale_trial_callback=_once_more,
+    )
+
+
+def _filled(sweep: Sweep):
+    """The study, with every point in its queue that is not done, waiting or running.
+
+    Of several machines that start at once one makes the study; the others wait until it is filled.
+    """
+    import optuna
+
+    with FileLock(sweep.folder / ".lock"):
+        storage = _storage(sweep)
+        try:
+            study = optuna.create_study(storage=storage, study_name=sweep.name)
+        except optuna.exceptions.DuplicatedStudyError:
+            study = optuna.load_study(storage=storage, study_name=sweep.name)
+            until = time.monotonic() + sweep.grace_s  # who made it may have died
+            while "enqueued" not in study.user_attrs and time.monotonic() < until:
+                time.sleep(0.2)
+        last = _last_trials(study)
+        for name, given in sweep.points.items():
+            if name not in last or last[name].state.name == "FAIL":
+                study.enqueue_trial({}, user_attrs={"point": name, "given": given})
+        study.set_user_attr("enqueued", True)
+    return study
+
+
+def _last_trials(study) -> dict[str, object]:
+    """Point → the last trial of it."""
+    trials = study.get_trials(deepcopy=False)
+    return {trial.user_attrs["point"]: trial for trial in trials if "point" in trial.user_attrs}
+
+
+def _once_more(study, trial) -> None:
+    """The point of a worker that died goes back into the queue."""
+    again = {name: trial.user_attrs[name] for name in ("point", "given")}
+    study.enqueue_trial({}, user_attrs=again)
+
+
+def work(sweep: Sweep) -> None:
+    """Take points and train them, until all are over. While others run theirs this worker waits,
+    for one of them may die.
+    """
+    import optuna
+
+    storage = _storage(sweep)
+    study = optuna.load_study(storage=storage, study_name=sweep.name)
+    with suppress(KeyboardInterrupt), interrupts.on_interrupt(sequence.end):
+        while _command_is_there():
+            trial = _next(study, sweep)
+            if trial:
+                _train(study, storage, trial, sweep.folder / trial.user_attrs["point"])
+            elif any(not trial.state.is_finished() for trial in study.get_trials(deepcopy=False)):
+                time.sleep(1)
+            else:
+                return
+
+
+def _command_is_there() -> bool:
+    """A worker does not outlive the command that started it."""
+    command = multiprocessing.parent_process()
+    return command is None or command.is_alive()
+
+
+def _next(study, sweep: Sweep):
+    """The next trial of the queue, None while there is none."""
+    from optuna.storages import fail_stale_trials
+    from optuna.trial import TrialState
+
+    with FileLock(sweep.folder / ".lock"):
+        fail_stale_trials(study)
+        for trial in study.get_trials(deepcopy=False):
+            # died as it took a point, before its first sign of life, which Optuna cannot see
+            if trial.state == TrialState.RUNNING and "worker" not in trial.user_attrs:
+                study.tell(trial.number, state=TrialState.FAIL)
+                _once_more(study, trial)
+        if not study.get_trials(deepcopy=False, states=[TrialState.WAITING]):
+            return None
+        trial = study.ask()
+        if "point" not in trial.user_attrs:  # a worker of another machine was quicker
+            study.tell(trial, state=TrialState.PRUNED)
+            return None
+        study._storage.record_heartbeat(trial._trial_id)
+        trial.set_user_attr("worker", os.getpid())
+        return trial
+
+
+def _train(study, storage, trial, folder: Path) -> None:
+    """Train a point whose folder nobody else holds, if that is not done, and tell the study."""
+    from optuna.storages._heartbeat import get_heartbeat_thread
+    from optuna.trial import TrialState
+
+    def is_lost() -> bool:
+        """Too long without a sign of life: the point is in the queue again."""
+        is_over = storage.get_trial(trial._trial_id).state.is_finished()
+        return is_over or not _command_is_there()
+
+    done = {}
+    folder.mkdir(exist_ok=True)
+    try:
+        with get_heartbeat_thread(trial._trial_id, storage), FileLock(folder / ".lock"):
+            if not leaderboard.finished(folder):
+                _mark_dead(folder)
+                _run_notebook(trial.user_attrs["given"], folder, is_lost)
+            done = leaderboard.finished(folder)
+    finally:
+        if done:
+            study.tell(trial, done["metrics"]["loss_after"], skip_if_finished=True)
+            print(f"{folder.name}: done", flush=True)
+        else:
+            study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+            print(f"{folder.name}: not done, see {folder / 'run.log'}", flush=True)
+
+
+def _mark_dead(folder: Path) -> None:
+    """Wait for a run that outlives its worker, and mark what did not come to its end, so that it is
+    resumed. Of a process on another machine its record alone could not tell.
+    """
+    for path in folder.glob(f"*/*/{runs.MANIFEST}"):
+        with FileLock(path.with_name(".lock")):
+            record = runs.read_record(path)
+            if record.get("status") in ("running", "done"):
+                record["status"] = "died"
+                files.write_atomically(path, json.dumps(record, indent=1) + "\n")
+
+
+def _run_notebook(given: dict, folder: Path, is_lost: Callable[[], bool]) -> None:
+    """`qlora-nb run --only 06` with a point's parameters, from its last checkpoint if there is
+    one; stopped in good order when the point is lost.
+    """
+    command = [sys.executable, "-m", "qlora_nb.cli", "run", "--only", "06"]
+    for name, value in {**given, "output_dir": str(folder), "resume": "latest"}.items():
+        command += ["-p", name, value if isinstance(value, str) else json.dumps(value)]
+    with open(folder / "run.log", "ab") as log:
+        process = one_notebook.start(command, signal.SIGTERM, stderr=log, stdout=log)
+    try:
+        while process.poll() is None and not is_lost():
+            time.sleep(1)
+    finally:
+        process.terminate()  # its kernel finishes the step and saves
+        process.wait()
