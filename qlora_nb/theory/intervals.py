@@ -17,7 +17,7 @@ Z_95 = 1.959964
 
 def t_95(degrees: int) -> float:
     """Student's t for a two-sided 95 % interval; beyond the table by the first terms of its series
-    in 1/degrees (Abramowitz and Stegun 26.7.5), within 0.001.
+    in 1/degrees (Abramowitz and Stegun 26.7.5), within 0.003.
     """
     if degrees <= len(T_95):
         return T_95[degrees - 1]
