@@ -128,10 +128,8 @@ def postgresql() -> dict:
         return {"passed": None, "skipped": "there is no PostgreSQL here (Debian: postgresql)"}
     with tempfile.TemporaryDirectory() as out, _server(programs) as port:
         driver = Path(out) / "driver"
-        must(
-            [sys.executable, "-m", "pip", "install", "-q", "--target", driver, "--no-deps"]
-            + ["psycopg", "psycopg-binary"]
-        )
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--target", driver, "--no-deps"]
+        must([*pip, "psycopg", "psycopg-binary"])
         environment = {**os.environ}
         environment["PYTHONPATH"] = f"{os.environ.get('PYTHONPATH', '')}:{driver}".lstrip(":")
         grid = Path(out) / "grid.toml"
@@ -149,10 +147,10 @@ def postgresql() -> dict:
 
 def _postgresql() -> Path | None:
     """The folder of initdb and pg_ctl; on Debian the package is installed if this user may."""
-    if not list(Path("/usr/lib/postgresql").glob("*/bin/initdb")):
-        if shutil.which("apt-get") and os.geteuid() == 0:
-            command = ["apt-get", "install", "-y", "-q", "postgresql"]
-            subprocess.run(command, check=False, capture_output=True)
+    is_there = any(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    if not is_there and shutil.which("apt-get") and os.geteuid() == 0:
+        command = ["apt-get", "install", "-y", "-q", "postgresql"]
+        subprocess.run(command, check=False, capture_output=True)
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
     return found[-1].parent if found else None
 
@@ -165,18 +163,20 @@ def _server(programs: Path) -> Iterator[int]:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        own = {"check": True, "capture_output": True, "cwd": folder}
+        own = {"cwd": folder, "stdout": subprocess.DEVNULL}
         if os.geteuid() == 0:
             user = pwd.getpwnam("postgres")
             os.chown(folder, user.pw_uid, user.pw_gid)
             own |= {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
         data = f"{folder}/data"
-        subprocess.run([programs / "initdb", "-D", data, "-A", "trust", "-U", "kit"], **own)
+        make = [programs / "initdb", "-D", data, "-A", "trust", "-U", "kit"]
+        subprocess.run(make, check=True, **own)
         options = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1"
         log = f"{folder}/log"
         start = [programs / "pg_ctl", "-D", data, "-o", options, "-l", log, "-w", "start"]
-        subprocess.run(start, **{**own, "capture_output": False, "stdout": subprocess.DEVNULL})
+        subprocess.run(start, check=True, **own)
         try:
             yield port
         finally:
-            subprocess.run([programs / "pg_ctl", "-D", data, "-m", "fast", "stop"], **own)
+            stop = [programs / "pg_ctl", "-D", data, "-m", "fast", "stop"]
+            subprocess.run(stop, check=True, **own)

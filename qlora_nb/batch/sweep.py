@@ -26,6 +26,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from filelock import FileLock
@@ -205,12 +206,13 @@ def _next(study, sweep: Sweep):
     from optuna.storages import fail_stale_trials
     from optuna.trial import TrialState
 
+    long_ago = datetime.now() - timedelta(seconds=sweep.grace_s)
     with FileLock(sweep.folder / ".lock"):
         fail_stale_trials(study)
-        for trial in study.get_trials(deepcopy=False):
+        for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
             # died as it took a point, before its first sign of life, which Optuna cannot see
-            if trial.state == TrialState.RUNNING and "worker" not in trial.user_attrs:
-                study.tell(trial.number, state=TrialState.FAIL)
+            if "worker" not in trial.user_attrs and trial.datetime_start < long_ago:
+                study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
                 _once_more(study, trial)
         if not study.get_trials(deepcopy=False, states=[TrialState.WAITING]):
             return None
