@@ -44,5 +44,5 @@ def drive(one: sweep.Sweep, said: str) -> None:
     """What a command with one worker does, in this very process; `said` takes what it prints."""
     sweep._run_notebook = run_nothing
     with open(said, "w") as file, redirect_stdout(file):
-        sweep._filled(one)
+        sweep.filled(one)
         sweep.work(one)

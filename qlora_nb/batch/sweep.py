@@ -16,7 +16,6 @@ import hashlib
 import itertools
 import json
 import multiprocessing
-import os
 import re
 import signal
 import sys
@@ -36,6 +35,14 @@ from qlora_nb.batch import leaderboard, one_notebook, sequence
 from qlora_nb.errors import KitError, refusing
 from qlora_nb.record import files, interrupts, runs
 from qlora_nb.settings import validate
+
+TAKEN = "taken by trial"
+"""A trial's attribute: its own number, once its worker gives signs of life. A trial that is tried
+again has the attributes of the one before.
+"""
+
+TAKING = timedelta(minutes=1)
+"""A worker that takes a trial and has given no sign of life for so long is dead."""
 
 
 @dataclass(frozen=True)
@@ -73,12 +80,13 @@ def run(
     name = name or _digest(sorted(points))
     parent = sources.local_path(out) if out else sources.project_root() / sources.local_path(wanted)
     folder = parent.absolute() / f"sweep-{name}"
-    sweep = Sweep(name, folder, storage or f"sqlite:///{folder}/study.db", points, grace_s)
+    storage = storage or f"sqlite:///{folder}/study.db?timeout=60"  # seconds, while another writes
+    sweep = Sweep(name, folder, storage, points, grace_s)
     one_notebook.require_own_kernel()
     remedy = "pip install 'qlora-nb[sweep]'; docs/scale.md has URLs of databases and their drivers"
     with refusing("this sweep cannot begin", value=str(folder), remedy=remedy):
         folder.mkdir(parents=True, exist_ok=True)
-        study = _filled(sweep)
+        study = filled(sweep)
     print(f"{len(points)} points, {workers} workers, into {folder}", flush=True)
     spawn = multiprocessing.get_context("spawn")
     processes = [spawn.Process(target=work, args=[sweep], daemon=True) for _ in range(workers)]
@@ -87,9 +95,9 @@ def run(
             process.start()
         for process in processes:
             process.join()
-    done = {name for name, trial in _last_trials(study).items() if trial.values}
-    print(f"{len(done & points.keys())} of {len(points)} points are done")
-    return folder, done >= points.keys()
+    done = points.keys() & _points(study, "COMPLETE")
+    print(f"{len(done)} of {len(points)} points are done")
+    return folder, done == points.keys()
 
 
 def read_grid(path: Path) -> tuple[dict[str, dict[str, object]], str]:
@@ -105,8 +113,8 @@ def read_grid(path: Path) -> tuple[dict[str, dict[str, object]], str]:
     remedy = "write a table [grid] of lists and a table [fixed], as in docs/scale.md"
     with refusing("this grid cannot be read", value=str(path), remedy=remedy):
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    lists = tables.pop("grid", {})
-    fixed = tables.pop("fixed", {})
+        fixed = dict(tables.pop("fixed", {}))
+        lists = dict(tables.pop("grid", {}))
     if not lists or not all(isinstance(values, list) and values for values in lists.values()):
         raise KitError("[grid] has no lists of values", value=lists, remedy=remedy)
     points = {}
@@ -124,23 +132,7 @@ def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def _storage(sweep: Sweep):
-    """The database, in Optuna's words."""
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-    is_file = sweep.storage.startswith("sqlite")
-    return optuna.storages.RDBStorage(
-        sweep.storage,
-        engine_kwargs={"connect_args": {"timeout": 60}} if is_file else {},  # others write too
-        heartbeat_interval=max(1, sweep.grace_s // 6),
-        grace_period=sweep.grace_s,
-        heartbeat_stale_trial_callback=_once_more,
-    )
-
-
-def _filled(sweep: Sweep):
+def filled(sweep: Sweep):
     """The study, with every point in its queue that is not done, waiting or running.
 
     Of several machines that start at once one makes the study; the others wait until it is filled.
@@ -148,32 +140,46 @@ def _filled(sweep: Sweep):
     import optuna
 
     with FileLock(sweep.folder / ".lock"):
-        storage = _storage(sweep)
         try:
-            study = optuna.create_study(storage=storage, study_name=sweep.name)
+            study = optuna.create_study(storage=_storage(sweep), study_name=sweep.name)
         except optuna.exceptions.DuplicatedStudyError:
-            study = optuna.load_study(storage=storage, study_name=sweep.name)
+            study = optuna.load_study(storage=_storage(sweep), study_name=sweep.name)
             until = time.monotonic() + sweep.grace_s  # who made it may have died
             while "enqueued" not in study.user_attrs and time.monotonic() < until:
                 time.sleep(0.2)
-        last = _last_trials(study)
+        known = _points(study, "COMPLETE", "WAITING", "RUNNING")
         for name, given in sweep.points.items():
-            if name not in last or last[name].state.name == "FAIL":
+            if name not in known:
                 study.enqueue_trial({}, user_attrs={"point": name, "given": given})
         study.set_user_attr("enqueued", True)
     return study
 
 
-def _last_trials(study) -> dict[str, object]:
-    """Point → the last trial of it."""
-    trials = study.get_trials(deepcopy=False)
-    return {trial.user_attrs["point"]: trial for trial in trials if "point" in trial.user_attrs}
+def _storage(sweep: Sweep):
+    """The database, in Optuna's words."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    return optuna.storages.RDBStorage(
+        sweep.storage,
+        heartbeat_interval=max(1, sweep.grace_s // 6),
+        grace_period=sweep.grace_s,
+        heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(),
+    )
 
 
-def _once_more(study, trial) -> None:
-    """The point of a worker that died goes back into the queue."""
-    again = {name: trial.user_attrs[name] for name in ("point", "given")}
-    study.enqueue_trial({}, user_attrs=again)
+def _points(study, *states: str) -> set[str]:
+    """The points of which there is a trial in one of these states. A worker that dies as it takes a
+    trial, before its first sign of life, leaves one that seems to run for ever; it does not count.
+    """
+    found = set()
+    for trial in study.get_trials(deepcopy=False):
+        is_taken = trial.user_attrs.get(TAKEN) == trial.number
+        is_new = trial.datetime_start is None or datetime.now() - trial.datetime_start < TAKING
+        if trial.state.name in states and (trial.state.is_finished() or is_taken or is_new):
+            found.add(trial.user_attrs.get("point"))
+    return found
 
 
 def work(sweep: Sweep) -> None:
@@ -182,74 +188,49 @@ def work(sweep: Sweep) -> None:
     """
     import optuna
 
-    storage = _storage(sweep)
-    study = optuna.load_study(storage=storage, study_name=sweep.name)
-    with suppress(KeyboardInterrupt), interrupts.on_interrupt(sequence.end):
-        while _command_is_there():
-            trial = _next(study, sweep)
-            if trial:
-                _train(study, storage, trial, sweep.folder / trial.user_attrs["point"])
-            elif any(not trial.state.is_finished() for trial in study.get_trials(deepcopy=False)):
-                time.sleep(1)
-            else:
-                return
+    def train(trial) -> float:
+        if "point" not in trial.user_attrs:
+            raise optuna.TrialPruned  # another worker was quicker, and the queue is empty
+        trial.set_user_attr(TAKEN, trial.number)
+        return _train(study, trial, sweep.folder / trial.user_attrs["point"])
 
-
-def _command_is_there() -> bool:
-    """A worker does not outlive the command that started it."""
+    study = optuna.load_study(storage=_storage(sweep), study_name=sweep.name)
     command = multiprocessing.parent_process()
-    return command is None or command.is_alive()
+    with suppress(KeyboardInterrupt), interrupts.on_interrupt(sequence.end):
+        while command.is_alive() and _points(study, "WAITING", "RUNNING"):
+            if _points(study, "WAITING"):
+                with suppress(ValueError, AssertionError):  # the trial was lost meanwhile
+                    study.optimize(train, n_trials=1, catch=Exception)
+            else:
+                time.sleep(1)
+                optuna.storages.fail_stale_trials(study)
 
 
-def _next(study, sweep: Sweep):
-    """The next trial of the queue, None while there is none."""
-    from optuna.storages import fail_stale_trials
-    from optuna.trial import TrialState
+def _train(study, trial, folder: Path) -> float:
+    """Train a point, if that is not done, while nobody else holds its folder.
 
-    long_ago = datetime.now() - timedelta(seconds=sweep.grace_s)
-    with FileLock(sweep.folder / ".lock"):
-        fail_stale_trials(study)
-        for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
-            # died as it took a point, before its first sign of life, which Optuna cannot see
-            if "worker" not in trial.user_attrs and trial.datetime_start < long_ago:
-                study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
-                _once_more(study, trial)
-        if not study.get_trials(deepcopy=False, states=[TrialState.WAITING]):
-            return None
-        trial = study.ask()
-        if "point" not in trial.user_attrs:  # a worker of another machine was quicker
-            study.tell(trial, state=TrialState.PRUNED)
-            return None
-        study._storage.record_heartbeat(trial._trial_id)
-        trial.set_user_attr("worker", os.getpid())
-        return trial
+    Returns:
+        Its held-out loss, in nats.
 
-
-def _train(study, storage, trial, folder: Path) -> None:
-    """Train a point whose folder nobody else holds, if that is not done, and tell the study."""
-    from optuna.storages._heartbeat import get_heartbeat_thread
-    from optuna.trial import TrialState
+    Raises:
+        KitError: its run did not come to its end.
+    """
 
     def is_lost() -> bool:
         """Too long without a sign of life: the point is in the queue again."""
-        is_over = storage.get_trial(trial._trial_id).state.is_finished()
-        return is_over or not _command_is_there()
+        return study.get_trials(deepcopy=False)[trial.number].state.is_finished()
 
-    done = {}
     folder.mkdir(exist_ok=True)
-    try:
-        with get_heartbeat_thread(trial._trial_id, storage), FileLock(folder / ".lock"):
-            if not leaderboard.finished(folder):
-                _mark_dead(folder)
-                _run_notebook(trial.user_attrs["given"], folder, is_lost)
-            done = leaderboard.finished(folder)
-    finally:
-        if done:
-            study.tell(trial, done["metrics"]["loss_after"], skip_if_finished=True)
-            print(f"{folder.name}: done", flush=True)
-        else:
-            study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
-            print(f"{folder.name}: not done, see {folder / 'run.log'}", flush=True)
+    with FileLock(folder / ".lock"):
+        if not leaderboard.finished(folder):
+            _mark_dead(folder)
+            _run_notebook(trial.user_attrs["given"], folder, is_lost)
+        done = leaderboard.finished(folder)
+    if not done:
+        print(f"{folder.name}: not done, see {folder / 'run.log'}", flush=True)
+        raise KitError("this point is not done", value=folder.name)
+    print(f"{folder.name}: done", flush=True)
+    return done["metrics"]["loss_after"]
 
 
 def _mark_dead(folder: Path) -> None:
