@@ -12,6 +12,7 @@ import os
 import time
 from contextlib import redirect_stdout
 from datetime import UTC, datetime
+from pathlib import Path
 
 from qlora_nb.batch import sweep
 from qlora_nb.settings import validate
@@ -40,9 +41,10 @@ def run_nothing(given, folder, is_lost):
         (run / "manifest.json").write_text(json.dumps(record))
 
 
-def drive(one: sweep.Sweep, said: str) -> None:
-    """What a command with one worker does, in this very process; `said` takes what it prints."""
+def drive(said: Path, name: str, folder: Path, *more) -> None:
+    """What a command with one worker does, in this very process; `said` takes what it prints, the
+    rest is for `sweep.filled`.
+    """
     sweep._run_notebook = run_nothing
     with open(said, "w") as file, redirect_stdout(file):
-        sweep.filled(one)
-        sweep.work(one)
+        sweep.work(sweep.filled(name, folder, *more), folder)

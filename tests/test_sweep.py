@@ -141,10 +141,10 @@ class Worker:
     which has read all libraries.
     """
 
-    def __init__(self, one: sweep.Sweep, said: Path):
+    def __init__(self, said: Path, *of_the_sweep):
         self._said = said
         fork = multiprocessing.get_context("fork")
-        self.process = fork.Process(target=drive, args=(one, str(said)))
+        self.process = fork.Process(target=drive, args=(said, *of_the_sweep))
         self.process.start()
         self.pid = self.process.pid
 
@@ -170,8 +170,8 @@ def start(tmp_path):
         folder = tmp_path / place
         folder.mkdir(exist_ok=True)
         url = f"sqlite:///{tmp_path}/study.db?timeout=60"
-        described = sweep.Sweep("s", folder, url, points, grace_s=2)
-        workers.append(Worker(described, tmp_path / f"said{len(workers)}"))
+        said = tmp_path / f"said{len(workers)}"
+        workers.append(Worker(said, "s", folder, url, points, 2))
         return workers[-1], folder
 
     yield one
@@ -278,8 +278,7 @@ def test_a_worker_that_died_while_it_took_a_point_leaves_it_to_the_next_start(
     points, _ = sweep.read_grid(path)
     folder = tmp_path / "sweep"
     folder.mkdir()
-    one = sweep.Sweep("s", folder, f"sqlite:///{tmp_path}/study.db", points, 2)
-    study = sweep.filled(one)
+    study = sweep.filled("s", folder, f"sqlite:///{tmp_path}/study.db", points, 2)
     assert study.ask().user_attrs["point"] in points  # taken, and not a sign of life
     assert len(sweep._points(study, "WAITING", "RUNNING")) == 2, "it may be at it just now"
     monkeypatch.setattr(sweep, "TAKING", timedelta(0))

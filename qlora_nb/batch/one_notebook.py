@@ -23,7 +23,6 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
 
 import nbformat
 import psutil
@@ -118,14 +117,13 @@ def _start_papermill(source: Path, folder: Path, log: Path, results: Path) -> su
 
     environment = {**os.environ, "QLORA_NB_RESULTS": str(results), "PYTHONUNBUFFERED": "1"}
     with open(log, "wb") as stderr:
-        return start(command, signal.SIGKILL, stderr, subprocess.DEVNULL, env=environment, cwd=root)
+        streams = {"stdout": subprocess.DEVNULL, "stderr": stderr}
+        return start(command, signal.SIGKILL, env=environment, cwd=root, **streams)
 
 
-def start(
-    command: list[str], number: signal.Signals, stderr: IO, stdout: IO | int, **options: object
-) -> subprocess.Popen:
+def start(command: list[str], number: signal.Signals, **options: object) -> subprocess.Popen:
     """Start a program that hears of Ctrl-C through this process alone. If this process is killed,
-    Linux sends it the signal `number`.
+    Linux sends it the signal `number`. The options are those of `Popen`.
     """
 
     def end_with_parent() -> None:
@@ -134,8 +132,6 @@ def start(
 
     return subprocess.Popen(
         command,
-        stdout=stdout,
-        stderr=stderr,
         start_new_session=True,
         preexec_fn=end_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509
         **options,

@@ -24,7 +24,6 @@ import tomllib
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -43,17 +42,6 @@ again has the attributes of the one before.
 
 TAKING = timedelta(minutes=1)
 """A worker that takes a trial and has given no sign of life for so long is dead."""
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """One sweep: `points` has the parameters of each by its name, `storage` the database's URL."""
-
-    name: str
-    folder: Path
-    storage: str
-    points: dict[str, dict[str, object]]
-    grace_s: int
 
 
 def run(
@@ -81,15 +69,16 @@ def run(
     parent = sources.local_path(out) if out else sources.project_root() / sources.local_path(wanted)
     folder = parent.absolute() / f"sweep-{name}"
     storage = storage or f"sqlite:///{folder}/study.db?timeout=60"  # seconds, while another writes
-    sweep = Sweep(name, folder, storage, points, grace_s)
     one_notebook.require_own_kernel()
     remedy = "pip install 'qlora-nb[sweep]'; docs/scale.md has URLs of databases and their drivers"
     with refusing("this sweep cannot begin", value=str(folder), remedy=remedy):
         folder.mkdir(parents=True, exist_ok=True)
-        study = filled(sweep)
+        study = filled(name, folder, storage, points, grace_s)
     print(f"{len(points)} points, {workers} workers, into {folder}", flush=True)
     spawn = multiprocessing.get_context("spawn")
-    processes = [spawn.Process(target=work, args=[sweep], daemon=True) for _ in range(workers)]
+    processes = [
+        spawn.Process(target=work, args=[study, folder], daemon=True) for _ in range(workers)
+    ]
     with interrupts.on_interrupt(sequence.end):  # leaving early ends daemons too
         for process in processes:
             process.start()
@@ -132,41 +121,43 @@ def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def filled(sweep: Sweep):
-    """The study, with every point in its queue that is not done, waiting or running.
+def filled(
+    name: str, folder: Path, storage: str, points: dict[str, dict[str, object]], grace_s: int
+):
+    """Optuna's study, with every point in its queue that is not done, waiting or running.
 
     Of several machines that start at once one makes the study; the others wait until it is filled.
     """
-    import optuna
-
-    with FileLock(sweep.folder / ".lock"):
+    optuna = _optuna()
+    with FileLock(folder / ".lock"):
+        database = optuna.storages.RDBStorage(
+            storage,
+            heartbeat_interval=max(1, grace_s // 6),
+            grace_period=grace_s,
+            heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(),
+        )
         try:
-            study = optuna.create_study(storage=_storage(sweep), study_name=sweep.name)
+            study = optuna.create_study(storage=database, study_name=name)
         except optuna.exceptions.DuplicatedStudyError:
-            study = optuna.load_study(storage=_storage(sweep), study_name=sweep.name)
-            until = time.monotonic() + sweep.grace_s  # who made it may have died
+            study = optuna.load_study(storage=database, study_name=name)
+            until = time.monotonic() + grace_s  # who made it may have died
             while "enqueued" not in study.user_attrs and time.monotonic() < until:
                 time.sleep(0.2)
         known = _points(study, "COMPLETE", "WAITING", "RUNNING")
-        for name, given in sweep.points.items():
-            if name not in known:
-                study.enqueue_trial({}, user_attrs={"point": name, "given": given})
+        for point, given in points.items():
+            if point not in known:
+                study.enqueue_trial({}, user_attrs={"point": point, "given": given})
         study.set_user_attr("enqueued", True)
     return study
 
 
-def _storage(sweep: Sweep):
-    """The database, in Optuna's words."""
+def _optuna():
+    """The package, which is an extra, without its log and its warnings of what is new in it."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-    return optuna.storages.RDBStorage(
-        sweep.storage,
-        heartbeat_interval=max(1, sweep.grace_s // 6),
-        grace_period=sweep.grace_s,
-        heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(),
-    )
+    return optuna
 
 
 def _points(study, *states: str) -> set[str]:
@@ -182,25 +173,24 @@ def _points(study, *states: str) -> set[str]:
     return found
 
 
-def work(sweep: Sweep) -> None:
-    """Take points and train them, until all are over. While others run theirs this worker waits,
-    for one of them may die.
+def work(study, folder: Path) -> None:
+    """Take points of a study and train them, until all are over. While others run theirs this
+    worker waits, for one of them may die.
     """
-    import optuna
+    optuna = _optuna()
 
     def train(trial) -> float:
         if "point" not in trial.user_attrs:
             raise optuna.TrialPruned  # another worker was quicker, and the queue is empty
         trial.set_user_attr(TAKEN, trial.number)
-        return _train(study, trial, sweep.folder / trial.user_attrs["point"])
+        return _train(study, trial, folder / trial.user_attrs["point"])
 
-    study = optuna.load_study(storage=_storage(sweep), study_name=sweep.name)
     command = multiprocessing.parent_process()
     with suppress(KeyboardInterrupt), interrupts.on_interrupt(sequence.end):
         while command.is_alive() and _points(study, "WAITING", "RUNNING"):
             if _points(study, "WAITING"):
                 with suppress(ValueError, AssertionError):  # the trial was lost meanwhile
-                    study.optimize(train, n_trials=1, catch=Exception)
+                    study.optimize(train, n_trials=1, catch=KitError)
             else:
                 time.sleep(1)
                 optuna.storages.fail_stale_trials(study)
@@ -253,7 +243,7 @@ def _run_notebook(given: dict, folder: Path, is_lost: Callable[[], bool]) -> Non
     for name, value in {**given, "output_dir": str(folder), "resume": "latest"}.items():
         command += ["-p", name, value if isinstance(value, str) else json.dumps(value)]
     with open(folder / "run.log", "ab") as log:
-        process = one_notebook.start(command, signal.SIGTERM, stderr=log, stdout=log)
+        process = one_notebook.start(command, signal.SIGTERM, stdout=log, stderr=log)
     try:
         while process.poll() is None and not is_lost():
             time.sleep(1)
