@@ -355,16 +355,20 @@ def test_real_runs_stopped_killed_and_gone_on_with(grid, tmp_path):
     assert cut in found
     assert len(list(cut.parent.glob("sequence-*"))) == n_starts + 1
     losses = []
+    peaks = []
     for run in found:
         lines = (run / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
         manifest = json.loads((run / "manifest.json").read_text())
         assert manifest["status"] == "done"
         losses.append(manifest["metrics"]["loss_after"])
+        peaks.append(max(json.loads(line)["memory_bytes"] for line in lines))
+        assert manifest["metrics"]["peak_bytes"] == peaks[-1]
         seconds = [json.loads(line)["seconds"] for line in lines]
         assert seconds == sorted(seconds), "those before it was killed count too"
         assert manifest["metrics"]["train_seconds"] >= seconds[-1]
     board = leaderboard.table(folder)
+    assert board["memory (MiB)"].tolist() == pytest.approx([numpy.mean(peaks) / 2**20])
     assert board["seeds"].tolist() == [2]
     assert board["loss (nats)"].tolist() == pytest.approx([numpy.mean(losses)])
     assert f"{numpy.mean(losses):.4g}" in said.splitlines()[-1], "the command ends with the board"
@@ -435,7 +439,7 @@ def test_the_leaderboards_numbers_are_numpys(record):
     record(None, status="interrupted", r=32, seed=0)
     board = leaderboard.table(folder)
     assert board.columns.tolist() == [
-        *("r", "seeds", "loss (nats)", "±", "exact match", "peak (MiB)", "training (s)"),
+        *("r", "seeds", "loss (nats)", "±", "exact match", "memory (MiB)", "training (s)"),
         "unfinished",
     ]
     assert board["r"].tolist() == [8, 16, 4, 32]
@@ -446,7 +450,7 @@ def test_the_leaderboards_numbers_are_numpys(record):
         assert row["seeds"] == n
         assert row["loss (nats)"] == pytest.approx(numpy.mean(of_seeds))
         assert row["exact match"] == pytest.approx(numpy.mean(of_seeds) / 10)
-        assert row["peak (MiB)"] == pytest.approx(r + numpy.mean(range(n)))
+        assert row["memory (MiB)"] == pytest.approx(r + numpy.mean(range(n)))
         assert row["training (s)"] == pytest.approx(r + 10 * numpy.mean(range(n)))
     half = T_975[2] * numpy.std(losses[4], ddof=1) / math.sqrt(3)
     assert by_r.loc[4, "±"] == pytest.approx(half, rel=1e-4)

@@ -16,7 +16,7 @@ from qlora_nb.theory import intervals
 MEASURES = {
     "loss_after": "loss (nats)",
     "exact_match_after": "exact match",
-    "peak_bytes": "peak (MiB)",
+    "peak_bytes": "memory (MiB)",
     "train_seconds": "training (s)",
 }
 """What runs measured, as their manifests call it, and its column."""
@@ -44,9 +44,10 @@ def table(folder: Path):
 
     Returns:
         A pandas table: the parameters that vary, the number of seeds, means over them of the
-        held-out loss (nats an answer token; ± is half its 95 % interval), exact match (share), peak
-        memory of a step (MiB) and training time (s), and the seeds that are not finished with
-        their status. What came out of a manifest is text in one line; pandas escapes HTML in it.
+        held-out loss (nats an answer token; ± is half its 95 % interval), exact match (share), the
+        most memory that the process held after a step (MiB; on a card what it reserved there) and
+        training time (s), and the seeds that are not finished with their status. What came out of a
+        manifest is text in one line; pandas escapes HTML in it.
 
     Raises:
         KitError: there are no such runs.
@@ -90,7 +91,7 @@ def _line(record: dict, status: str) -> dict[str, object]:
         if isinstance(measured, dict):
             measured = measured.get("all")  # of all kinds of questions
         line[column] = math.nan if measured is None or not line["finished"] else float(measured)
-    line["peak (MiB)"] /= 2**20
+    line["memory (MiB)"] /= 2**20
     return line
 
 

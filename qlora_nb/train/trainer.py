@@ -215,9 +215,6 @@ class QLoRATrainer(Trainer):
             if self.run.resumed:
                 print(f"going on after step {self._rewind(checkpoint)}")
             ended = retry.train(self, checkpoint, go_back)
-        if self.measured.held:
-            n_bytes = self.measured.held.total_bytes + self.measured.moved.peak_bytes
-            self.run.manifest["metrics"]["peak_bytes"] = n_bytes
         if self.watch.failure:
             raise KitError(
                 self.watch.failure,
@@ -252,6 +249,8 @@ class QLoRATrainer(Trainer):
         for record in self.run.truncate_log(step):
             if "loss" in record:
                 self.watch.losses.append(record["loss"])
+                held = record.get("memory_bytes", 0)
+                self.watch.peak_bytes = max(self.watch.peak_bytes, held)
                 if not self.watch.begun:
                     self.watch.seconds_before = record.get("seconds", 0.0)
             if "held_out_loss" in record:
