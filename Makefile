@@ -17,7 +17,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "qlora-nb: $(PYTHON) comes without venv. On Debian and Ubuntu: sudo apt install python3-venv" >&2; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	@echo "qlora-nb: installing into .venv, once (some minutes; torch alone is large: PIP_ARGS in the README)"
-	@$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e ".[lab,smollm2,test]" || { echo "qlora-nb: pip could not install what the kit needs; its reason stands above. The first set-up needs pip's network; behind a proxy or a mirror name it in pip's configuration or in PIP_ARGS." >&2; exit 1; }
+	@$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e ".[lab,smollm2,sweep,test]" || { echo "qlora-nb: pip could not install what the kit needs; its reason stands above. The first set-up needs pip's network; behind a proxy or a mirror name it in pip's configuration or in PIP_ARGS." >&2; exit 1; }
 	@touch $@
 
 setup: $(READY)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import math
 import os
 import statistics
 import sys
@@ -30,9 +29,7 @@ from qlora_nb.answer import evaluate
 from qlora_nb.model import data, load
 from qlora_nb.record import runs
 from qlora_nb.settings import validate
-
-T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-"""Student's t for a two-sided 95 % interval, by degrees of freedom."""
+from qlora_nb.theory import intervals
 
 
 def trained(settings, four_bit: bool) -> dict[str, float]:
@@ -62,7 +59,7 @@ def interval(differences: list[float]) -> dict[str, object]:
     n, mean = len(differences), statistics.mean(differences)
     if n == 1:
         return {"n": n, "mean": round(mean, 5), "low": None, "high": None}
-    half = T_95[n - 1] * statistics.stdev(differences) / math.sqrt(n)
+    half = intervals.half_width(differences)
     return {
         "n": n,
         "mean": round(mean, 5),

@@ -327,6 +327,39 @@ def run(
 
 
 @app.command()
+def sweep(
+    grid: Annotated[Path, typer.Argument(help="TOML: a table [grid] of lists, a table [fixed]")],
+    workers: Annotated[int, typer.Option(min=0, help="runs at a time on this machine")] = 1,
+    storage: Annotated[
+        str, typer.Option(help="URL of a database for several machines [SQLite; never on NFS]")
+    ] = "",
+    out: Annotated[str, typer.Option(help="folder for everything written [runs]")] = "",
+    name: Annotated[str, typer.Option(help="of the sweep [made from its points]")] = "",
+    grace: Annotated[
+        int, typer.Option(min=1, help="seconds without a sign of life: the worker is dead")
+    ] = 60,
+) -> None:
+    """Run notebook 06 at every point of a grid. The same command again does what is missing."""
+    from qlora_nb.batch import leaderboard
+    from qlora_nb.batch import sweep as sweeps
+
+    folder, all_done = sweeps.run(grid, workers, storage, out, name, grace)
+    with suppress(KitError):  # not one of them began
+        print(leaderboard.as_text(folder))
+    raise typer.Exit(0 if all_done else 1)
+
+
+@app.command()
+def leaderboard(
+    folder: Annotated[Path, typer.Argument(help="a sweep's folder, or any with runs in it")],
+) -> None:
+    """The runs of notebook 06 below a folder: means over their seeds, the lowest loss first."""
+    from qlora_nb.batch import leaderboard as board
+
+    print(board.as_text(folder))
+
+
+@app.command()
 def lab(
     no_browser: Annotated[
         bool, typer.Option("--no-browser", help="only copy the notebooks")

@@ -46,6 +46,8 @@ def test_import_brings_nothing_but_the_standard_library():
         "memory.preflight",
         "batch.sequence",
         "batch.report",
+        "batch.sweep",
+        "batch.leaderboard",
         "model.fetch",
     ],
 )

@@ -28,6 +28,7 @@ from pathlib import Path
 
 import hosts
 import nbformat
+import sweeps
 from hosts import closing_line
 
 from qlora_nb import machine
@@ -391,6 +392,8 @@ CHECKS: dict[str, Callable[[], dict]] = {
     "t4": t4,
     "families": families,
     "mutation": mutation,
+    "sweep": sweeps.killed_at_random,
+    "postgresql": sweeps.postgresql,
     "one_core": hosts.one_core,
     "colab": hosts.colab,
     "binder": hosts.binder,

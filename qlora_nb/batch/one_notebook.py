@@ -115,21 +115,27 @@ def _start_papermill(source: Path, folder: Path, log: Path, results: Path) -> su
     command += ["--kernel", "python3", "--cwd", str(root), "-f", str(folder / "parameters.yaml")]
     command += ["--progress-bar", "--log-level", "ERROR"]
 
-    def end_with_parent() -> None:
-        """If this process is killed, Linux ends papermill, and then its kernel ends."""
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-
+    environment = {**os.environ, "QLORA_NB_RESULTS": str(results), "PYTHONUNBUFFERED": "1"}
     with open(log, "wb") as stderr:
-        return subprocess.Popen(
-            command,
-            env={**os.environ, "QLORA_NB_RESULTS": str(results), "PYTHONUNBUFFERED": "1"},
-            cwd=root,
-            stdout=subprocess.DEVNULL,
-            stderr=stderr,
-            start_new_session=True,  # Ctrl-C reaches this process alone, which ends the kernel too
-            preexec_fn=end_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509
-        )
+        streams = {"stdout": subprocess.DEVNULL, "stderr": stderr}
+        return start(command, signal.SIGKILL, env=environment, cwd=root, **streams)
+
+
+def start(command: list[str], number: signal.Signals, **options: object) -> subprocess.Popen:
+    """Start a program that hears of Ctrl-C through this process alone. If this process is killed,
+    Linux sends it the signal `number`. The options are those of `Popen`.
+    """
+
+    def end_with_parent() -> None:
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, number)
+
+    return subprocess.Popen(
+        command,
+        start_new_session=True,
+        preexec_fn=end_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509
+        **options,
+    )
 
 
 def _resident_bytes(pid: int) -> int:

@@ -77,7 +77,7 @@ def run_sequence(
     total = sum(n_cells[path] for path in to_run)
     with (
         files.sole_writer(folder),
-        interrupts.on_interrupt(_end),
+        interrupts.on_interrupt(end),
         Bar(total=total, unit="cell", leave=False) as bar,
     ):
         try:
@@ -224,7 +224,7 @@ def _advice(settings) -> str:
     return f"{budget.advice(settings, None)} Next option: {options}"
 
 
-def _end(number: int) -> None:
+def end(number: int) -> None:
     """Leave the run, which ends the kernel too (SIGTERM: exit 143); a second signal does not
     disturb that.
     """

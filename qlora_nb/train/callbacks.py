@@ -55,7 +55,8 @@ class Watch(TrainerCallback):
     the end. `stop` is the event that asks for an end, `failure` says why
     training was stopped. `begun` is true from the first pass on. `updating` is true from the
     beginning of the optimizer's update until the step is counted: an error in between leaves some
-    or all weights updated.
+    or all weights updated. `seconds_before` are those of the run before it was resumed,
+    `peak_bytes` the most memory that the process held after any step.
     """
 
     def __init__(self, report: Callable[[dict], None], batches: CountingCollator):
@@ -66,6 +67,8 @@ class Watch(TrainerCallback):
         self.failure = ""
         self.begun = False
         self.updating = False
+        self.seconds_before = 0.0
+        self.peak_bytes = 0
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.updating = False
@@ -90,7 +93,9 @@ class Watch(TrainerCallback):
         self.seconds = time.perf_counter() - self.started
         self.tokens_per_s = self._n_tokens() / self.seconds
         self.run.manifest["metrics"].update(
-            tokens_per_s=self.tokens_per_s, train_seconds=self.seconds
+            tokens_per_s=self.tokens_per_s,
+            train_seconds=self.seconds_before + self.seconds,
+            peak_bytes=self.peak_bytes,
         )
 
     def on_log(self, args, state, control, logs=None, optimizer=None, **kwargs):
@@ -114,11 +119,12 @@ class Watch(TrainerCallback):
             "learning_rate": logs["learning_rate"],
             "grad_norm": grad_norm,
             "tokens_per_s": self._n_tokens() / seconds,
-            "seconds": seconds,
+            "seconds": self.seconds_before + seconds,
             "seconds_left": seconds_a_step * (state.max_steps - state.global_step),
             "memory_bytes": _memory_in_use(),
         }
         self.losses.append(step["loss"])
+        self.peak_bytes = max(self.peak_bytes, step["memory_bytes"])
         self.run.log(step)
         self.report(step)
         self.on_step_end(args, state, control)  # asked just now: this step can still be the last

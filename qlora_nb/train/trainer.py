@@ -253,6 +253,10 @@ class QLoRATrainer(Trainer):
         for record in self.run.truncate_log(step):
             if "loss" in record:
                 self.watch.losses.append(record["loss"])
+                held = record.get("memory_bytes", 0)
+                self.watch.peak_bytes = max(self.watch.peak_bytes, held)
+                if not self.watch.begun:
+                    self.watch.seconds_before = record.get("seconds", 0.0)
             if "held_out_loss" in record:
                 self.sample.losses[record["step"]] = record["held_out_loss"]
         return step
