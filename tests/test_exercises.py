@@ -16,7 +16,7 @@ from conftest import NOTEBOOKS
 from qlora_nb.batch import solutions
 from qlora_nb.settings import validate
 
-NAMES = [path.stem for path in sorted(NOTEBOOKS.glob("0*.ipynb"))]
+NAMES = [path.stem for path in sorted(NOTEBOOKS.glob("[01]*.ipynb"))]
 CELLS = {name: nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4).cells for name in NAMES}
 ASKED = {name: solutions.exercises(nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4)) for name in NAMES}
 EACH = [(name, number) for name in NAMES for number in range(len(ASKED[name]))]

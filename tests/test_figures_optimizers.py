@@ -9,15 +9,19 @@ import json
 import math
 
 import artists
+import nbformat
 import numpy as np
 import pytest
 import torch
+from conftest import NOTEBOOKS, ROOT
 
 from qlora_nb import recorded
 from qlora_nb.lessons import n08
 from qlora_nb.ui import style
 
 RECORD = json.loads((recorded.FOLDER / "optimizers.json").read_text(encoding="utf-8"))
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CELLS = nbformat.read(NOTEBOOKS / "08_optimizers.ipynb", 4).cells
 RUNS = list(RECORD["runs"].values())
 RACE = RECORD["summary"]["race"]
 T_975 = {2: 4.302653, 4: 2.776445}
@@ -229,3 +233,56 @@ def test_states_have_the_bytes_of_their_numbers():
             assert 2 < per_number < 8  # small tensors stay in 32 bit
         else:
             assert per_number == 8
+
+
+def test_the_readme_says_what_the_record_says():
+    [row] = [line for line in README.splitlines() if "recorded/optimizers.json" in line]
+    speed = RACE["Sophia-G"]["AdamW's steps a step"]
+    words = (
+        f"{speed['mean']:.2f} of AdamW's (95 % interval {speed['low']:.2f} to {speed['high']:.2f})"
+    )
+    assert words in row
+    for name in ("Lion", "Muon", "AdamW, 8-bit states"):
+        assert RACE[name]["minus AdamW"]["low"] < 0 < RACE[name]["minus AdamW"]["high"]
+    untuned = RECORD["summary"]["AdamW at 2e-4"]["mean"] / RACE["AdamW"]["loss"]["mean"]
+    assert "ten times the loss" in row
+    assert round(untuned) == 10
+
+
+def test_what_notebook_08_says_of_the_record():
+    """Each sentence of steps 5 to 7 that a number carries."""
+    text = "\n".join(c.source for c in CELLS if c.cell_type == "markdown")
+    assert "Sophia-G ends clearly higher, and its 80 steps are worth fewer" in text
+    assert RACE["Sophia-G"]["minus AdamW"]["low"] > 0
+    assert RACE["Sophia-G"]["AdamW's steps a step"]["high"] < 1
+    assert "Muon's lies at a rate three times as high as AdamW's, Sophia's at a third of it" in text
+    assert RACE["Muon"]["lr"] / RACE["AdamW"]["lr"] == pytest.approx(10 / 3)
+    assert RACE["AdamW"]["lr"] / RACE["Sophia-G"]["lr"] == pytest.approx(3)
+    assert "one at which most numbers, or all, are clipped" in text
+    assert RACE["Sophia-G"]["clipped (share)"] > 0.5
+    best = {}
+    for run in of("Sophia-G", steps=80, setup=None, seed=0):
+        best[run["rho"]] = min(best.get(run["rho"], math.inf), run["loss"])
+    smallest, second, third, largest = (best[rho] for rho in sorted(best))
+    assert "At the smallest two ρ the best losses are nearly the same" in text
+    assert second / smallest == pytest.approx(1, abs=0.05)
+    assert largest > third > 1.1 * second, "and larger ρ are worse at their best rate"
+    assert "A quarter of the steps at the tuned rate ends far below all of them" in text
+    twenty = np.mean([run["loss"] for run in of("AdamW", steps=20)])
+    assert twenty < 0.5 * RECORD["summary"]["AdamW at 2e-4"]["mean"]
+    setups = RECORD["summary"]["setups"]
+    assert "full tuning at a tenth of it" in text
+    assert setups["r 8"]["lr"] / setups["full tuning"]["lr"] == pytest.approx(10)
+    ranks = [setups[name] for name in ("r 1", "r 8", "r 64")]
+    assert "The three ranks have their valley at the same rate" in text
+    assert len({found["lr"] for found in ranks}) == 1
+    assert "The ranks cannot be told apart" in text
+    ends = [(found["loss"]["low"], found["loss"]["high"]) for found in ranks]
+    assert max(low for low, _ in ends) < min(high for _, high in ends)
+    assert "Full tuning ends lower than any adapter" in text
+    lowest = min(found["loss"]["mean"] for found in setups.values())
+    assert setups["full tuning"]["loss"]["mean"] == lowest
+    assert "attention alone, with fewer numbers, ends lower than the feed-forward part" in text
+    attention, feed_forward = setups["attention only"], setups["feed-forward only"]
+    assert attention["trained"] < feed_forward["trained"]
+    assert attention["loss"]["mean"] < feed_forward["loss"]["mean"]

@@ -26,7 +26,7 @@ from qlora_nb.batch import one_notebook, report
 from qlora_nb.errors import KitError
 from qlora_nb.settings import Settings
 
-NAMES = [p.stem for p in sorted(NOTEBOOKS.glob("0*.ipynb"))]
+NAMES = [p.stem for p in sorted(NOTEBOOKS.glob("[01]*.ipynb"))]
 each = pytest.mark.parametrize("name", NAMES)
 
 
@@ -41,6 +41,7 @@ def test_all_are_there():
         "inference",
         "optimizers",
         "claims_checked",
+        "scale_out",
     ]
     assert [f"{i:02d}_{name}" for i, name in enumerate(names, 1)] == NAMES
 
