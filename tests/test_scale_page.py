@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 
+import nbformat
 import pytest
 from conftest import ROOT
 from typer.testing import CliRunner
 
+from qlora_nb import recorded
 from qlora_nb.cli import app
 from qlora_nb.memory import estimates, shares
 from qlora_nb.model import configs
@@ -65,8 +68,30 @@ def test_the_plan_of_two_cards_as_json():
     words += ["--json", "-p", "optim", "adamw_torch", "-p", "model_id", "pocket"]
     told = CliRunner().invoke(app, words)
     assert told.exit_code == 0
-    import json
-
     found = json.loads(told.stdout.splitlines()[-1])
     assert found["total_bytes"] == sum(found["peak"].values())
     assert (found["processes"], found["shard"]) == (2, "fsdp")
+
+
+def test_what_notebook_10_says_of_the_recorded_sweep():
+    record = json.loads((recorded.FOLDER / "sweep.json").read_text(encoding="utf-8"))
+    board = {(row["r"], row["learning_rate"]): row for row in record["leaderboard"]}
+    assert len(board) == 4
+    assert all(row["seeds"] == 3 and not row["unfinished"] for row in board.values())
+
+    def interval(row):
+        return row["loss (nats)"] - row["±"], row["loss (nats)"] + row["±"]
+
+    higher = [interval(board[r, 6e-3]) for r in (2, 8)]
+    lower = [interval(board[r, 2e-3]) for r in (2, 8)]
+    cells = nbformat.read(ROOT / "notebooks" / "10_scale_out.ipynb", 4).cells
+    text = "\n".join(cell.source for cell in cells)
+    assert "no interval of the one pair reaches into the other" in text
+    assert max(high for _, high in higher) < min(low for low, _ in lower)
+    assert "at either rate the two intervals overlap" in text
+    for first, second in (higher, lower):
+        assert max(first[0], second[0]) < min(first[1], second[1])
+    for name, rest in re.findall(r"`qlora-nb (\w+)([^`]*)`", text):
+        told = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"})
+        for option in re.findall(r"--[a-z-]+", rest):
+            assert option in told.output, f"{name} has no {option}"
