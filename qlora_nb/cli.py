@@ -218,15 +218,13 @@ def train(
     latest.
     """
     settings = _settings(ctx, profile)
-    preflight.refuse_what_cannot_run(settings)  # once, before there are several to refuse it
-    from qlora_nb.memory import shares
-    from qlora_nb.train import launch, run, sharded
-
-    shares.of_a_step(settings, processes)
-    if shard == "fsdp":
-        sharded.require_able(settings)
     if processes == 1:
+        from qlora_nb.train import run
+
         raise typer.Exit(run.in_this_process(settings, shard))
+    preflight.refuse_many_processes()
+    from qlora_nb.train import launch
+
     arguments = ["--shard", shard, "-p", "profile", profile, *ctx.args]
     raise typer.Exit(launch.together(processes, arguments))
 

@@ -28,7 +28,7 @@ from conftest import NOTEBOOKS, ROOT
 
 pytestmark = pytest.mark.browser
 NAMES = [path.stem for path in sorted(NOTEBOOKS.glob("[01]*.ipynb"))]
-PANELS = {"01": 1, "02": 1, "03": 2, "04": 1, "05": 2, "06": 1, "07": 1, "08": 1, "09": 1, "10": 0}
+PANELS = {"01": 1, "02": 1, "03": 2, "04": 1, "05": 2, "06": 1, "07": 1, "08": 1, "09": 1, "10": 1}
 """Notebook → figures with controls over them. A check of such figures is made of the notebooks that
 have some.
 """

@@ -493,7 +493,7 @@ def test_the_shipped_seal_names_every_file():
     files = json.loads((folder / seal.SEAL).read_text())["files"]
     assert set(files) == {
         path.relative_to(folder).as_posix()
-        for part in ("adapter", "data", "model")
+        for part in ("adapter", "data", "model", "rewriter")
         for path in (folder / part).iterdir()
     }
     assert not seal.damage(folder)

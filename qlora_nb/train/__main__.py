@@ -2,6 +2,7 @@
 processes. On one machine `qlora-nb train --processes N` starts it so.
 """
 
+import argparse
 import sys
 
 from qlora_nb.errors import KitError
@@ -10,15 +11,13 @@ from qlora_nb.spellings import parameters
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(prog="qlora_nb.train", description=__doc__)
+    parser.add_argument("--shard", choices=["none", "fsdp"], default="none")
+    options, given = parser.parse_known_args()
     from qlora_nb.train import run
 
-    arguments = sys.argv[1:]
-    shard = "none"
-    if arguments[:1] == ["--shard"]:
-        shard = arguments[1]
-        arguments = arguments[2:]
     try:
-        return run.in_this_process(resolve(parameters(arguments)), shard)
+        return run.in_this_process(resolve(parameters(given)), options.shard)
     except KitError as error:
         print(f"qlora-nb: {error}", file=sys.stderr)
         return 2

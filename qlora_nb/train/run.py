@@ -13,6 +13,7 @@ import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
+import datasets
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import TrainingArguments
@@ -41,6 +42,13 @@ def fine_tune(settings, shard: str = "none") -> runs.Run:
 
     Raises:
         KitError: whatever notebook 06 refuses; a step that the processes cannot share.
+    """
+    return _train(*_made(settings, shard))
+
+
+def _made(settings, shard: str) -> tuple[QLoRATrainer, datasets.Dataset]:
+    """The Trainer of a run, and the texts of its rows. What is refused here, all processes
+    refuse.
     """
     preflight.refuse_what_cannot_run(settings, together=True)
     kind = QLoRATrainer
@@ -82,16 +90,25 @@ def fine_tune(settings, shard: str = "none") -> runs.Run:
     )
     if settings.lora_dropout:
         torch.manual_seed(settings.seed + processes.rank())  # else all drop the same numbers
+    return trainer, checked.split.train
+
+
+def _train(trainer: QLoRATrainer, texts: datasets.Dataset) -> runs.Run:
     run = trainer.run
+    settings = trainer.settings
     with trainer.guarded():
         trainer.train(resume_from_checkpoint=trainer.newest_checkpoint())
         trainer.save_model(run.folder / "adapter")  # all put it together, the first writes
-        held = {line.name: line.bytes for line in trainer.measured.held.lines}
-        run.manifest["metrics"]["bytes held by each process"] = processes.gathered(held)
+        if trainer.measured.held:  # not in a run of one step
+            held = {line.name: line.bytes for line in trainer.measured.held.lines}
+            run.manifest["metrics"]["bytes held by each process"] = processes.gathered(held)
         if run.writes:
             _close(run.folder / "adapter", settings)
             if not any(getattr(settings, name) for name in script.OF_THE_KIT):
-                script.write(run.folder, settings, tokenizer, rows, checked.split.train, targets)
+                tokenizer = trainer.sample.tokenizer
+                targets = trainer.model.peft_config["default"].target_modules
+                rows = trainer.train_dataset
+                script.write(run.folder, settings, tokenizer, rows, texts, targets)
     return run
 
 
@@ -182,6 +199,12 @@ def in_this_process(settings, shard: str = "none") -> int:
         if processes.rank():
             said = nowhere  # the first speaks for all
         with redirect_stdout(said):
-            run = fine_tune(settings, shard)
+            try:
+                made = _made(settings, shard)
+            except KitError:
+                if processes.rank():
+                    return 2  # the first says why
+                raise
+            run = _train(*made)
             print(f"{run.manifest['status']}: {run.folder}")
     return 0 if run.manifest["status"] == "done" else 1

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from packaging.version import Version
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
@@ -63,6 +63,7 @@ def shard(model: torch.nn.Module) -> None:
     for block in blocks(model):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
+    register_fsdp_forward_method(model, "generate")  # an answer between two steps gathers too
     whole = [name for name, p in model.named_parameters() if not isinstance(p, DTensor)]
     if whole:
         raise KitError("not sharded", value=whole[0], remedy="take --shard none")
