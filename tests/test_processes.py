@@ -14,6 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import open_cells
 import pytest
 import torch
 from conftest import ROOT
@@ -23,11 +24,11 @@ from qlora_nb import processes
 from qlora_nb.errors import KitError
 from qlora_nb.memory import budget, ledger, shares
 from qlora_nb.memory.plan import plan_of
-from qlora_nb.model import device
+from qlora_nb.model import data, device, load
 from qlora_nb.record import runs, seal
 from qlora_nb.settings import validate
+from qlora_nb.train import checkpoints, script, sharded
 from qlora_nb.train import run as training
-from qlora_nb.train import script, sharded
 
 GIVEN = {
     "max_steps": 6,
@@ -114,8 +115,9 @@ def killed(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two_shards(tmp_path_factory):
+    """With an answer and no further change: between two steps the model is asked something."""
     folder = tmp_path_factory.mktemp("shards")
-    return folder, start(folder, "--shard", "fsdp")
+    return folder, start(folder, "--shard", "fsdp", sample_steps=3)
 
 
 # the same run
@@ -158,6 +160,33 @@ def test_both_count_their_tokens(one, two):
         return metrics["tokens_per_s"] * metrics["train_seconds"]
 
     assert tokens(two[0]) == pytest.approx(tokens(one))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_alone_it_is_the_training_of_notebook_06(dropout, tmp_path):
+    settings = validate({**GIVEN, "output_dir": str(tmp_path / "cells"), "lora_dropout": dropout})
+    tokenizer = load.load_tokenizer(settings)
+    model = open_cells.attach_adapter(load.load_base(settings), settings)
+    rows = data.tokenize_rows(data.load(settings)[0], tokenizer, settings)
+    run = checkpoints.start(settings, training.NOTEBOOK)
+    found = open_cells.finetune(model, tokenizer, rows, settings, run, report=lambda step: None)
+    alone(tmp_path / "alone", lora_dropout=dropout)
+    assert [step["loss"] for step in steps(tmp_path / "alone")] == found["losses"]
+    assert adapter_hash(tmp_path / "alone") == adapter_hash(tmp_path / "cells")
+
+
+def test_a_run_of_one_step(tmp_path):
+    """Nothing is measured in its first step."""
+    alone(tmp_path, max_steps=1)
+    assert runs.status_of(only_run(tmp_path)) == "done"
+
+
+def test_what_all_refuse_is_said_once(tmp_path):
+    ended = start(tmp_path, "--shard", "fsdp", optim="paged_adamw_32bit")
+    assert ended.returncode == 2
+    assert ended.stderr.count("optim: not supported where every process holds a share") == 1
+    assert "Traceback" not in ended.stderr
+    assert not (tmp_path / "tiny").exists()
 
 
 # one of them is hurt
@@ -253,6 +282,11 @@ def test_a_sharded_run_is_the_same_run_but_for_the_order_of_sums(one, two_shards
     for name, tensor in ours.items():
         assert tensor.shape == theirs[name].shape
         assert (tensor - theirs[name]).abs().max() < 2e-5
+
+
+def test_a_sharded_model_answers_between_two_steps(two_shards):
+    said = [line for line in two_shards[1].stdout.splitlines() if ", asked " in line]
+    assert [line.split(",")[0] for line in said] == ["step 3", "step 6"]
 
 
 def test_every_rank_holds_the_bytes_that_were_predicted(two_shards):

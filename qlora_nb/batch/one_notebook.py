@@ -139,12 +139,17 @@ def start(command: list[str], number: signal.Signals, **options: object) -> subp
 
 
 def _resident_bytes(pid: int) -> int:
-    """Resident memory of the kernel and its children. Pages they share are counted for each."""
+    """Resident memory of the kernel and its children. Linux tells how many share a page (PSS);
+    elsewhere what they share is counted for each.
+    """
     n_bytes = 0
     with suppress(psutil.Error):  # here and below: it has ended by itself
         for child in psutil.Process(pid).children(recursive=True):
             with suppress(psutil.Error):
-                n_bytes += child.memory_info().rss
+                if sys.platform == "linux":
+                    n_bytes += child.memory_full_info().pss
+                else:
+                    n_bytes += child.memory_info().rss
     return n_bytes
 
 
