@@ -234,8 +234,11 @@ def test_error_map_shows_the_error_and_the_blocks(shape, blocksize, name):
     numbers = weight.double().flatten().tolist()
     left = np.array(restored(numbers, table(name), blocksize)).reshape(shape)
     if name in ("NF4", "FP4"):
-        packed, state = bnb.quantize_4bit(weight, blocksize=blocksize, quant_type=name.lower())
-        library = bnb.dequantize_4bit(packed, state).numpy()
+        # as one row of whole blocks: bitsandbytes 0.50 on CPUs with AVX512 takes a block for a part
+        # of one row when it unpacks
+        flat = torch.nn.functional.pad(weight.flatten(), (0, -weight.numel() % blocksize))[None]
+        packed, state = bnb.quantize_4bit(flat, blocksize=blocksize, quant_type=name.lower())
+        library = bnb.dequantize_4bit(packed, state)[0, : weight.numel()].reshape(shape).numpy()
         assert library == pytest.approx(left, abs=10 * SINGLE), "the loops are right"
     figure = n03.plot_error_map(weight, blocksize, name)
     *axes, scale = figure.axes
