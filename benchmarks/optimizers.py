@@ -75,7 +75,7 @@ def cells() -> dict:
         "cross_entropy": cross_entropy,
         "get_linear_schedule_with_warmup": get_linear_schedule_with_warmup,
     }
-    for tag in ("make-optimizer", "training-steps"):
+    for tag in ("make-optimizer", "training-steps", "state-bytes"):
         [source] = open_cells.tagged(NOTEBOOK, tag)
         exec(compile(source, f"08, {tag}", "exec"), names)
     return names
@@ -125,38 +125,25 @@ class Track:
         return found
 
 
-def states(optimizer) -> int:
-    """Bytes of the optimizer's states, scales included, code tables left out."""
-    n_bytes = 0
-    for state in optimizer.state.values():
-        for name, value in state.items():
-            if torch.is_tensor(value) and value.ndim and not name.startswith("qmap"):
-                n_bytes += value.nbytes
-    return n_bytes
-
-
 def race(track: Track, run: dict) -> dict:
     """One run from its first step to its last; ends early where the loss is not finite."""
     model = track.model(run)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = CELLS["make_optimizer"](run["optimizer"], trained, run["lr"], run["rho"])
     batches = track.batches(run["seed"], run["steps"])
-    losses = []
     held_out = {}
-    for loss in CELLS["train"](model, optimizer, batches):
+    for n_steps, loss in enumerate(CELLS["train"](model, optimizer, batches), 1):
         if not math.isfinite(loss):
             break
-        losses.append(round(loss, 4))
-        if len(losses) % LOOK_EVERY == 0 or len(losses) == run["steps"]:
-            held_out[len(losses)] = round(track.loss(model), 5)
-    found = {**run, "trained": sum(p.numel() for p in trained), "state bytes": states(optimizer)}
+        if n_steps % LOOK_EVERY == 0 or n_steps == run["steps"]:
+            held_out[n_steps] = round(track.loss(model), 5)
+    found = {**run, "trained": sum(p.numel() for p in trained)}
+    found["state bytes"] = CELLS["state_bytes"](optimizer)
     if run["rho"]:
         found["clipped at the end"] = round(optimizer.clipped(), 4)
     last = held_out.get(run["steps"])
     found["loss"] = last if last is not None and math.isfinite(last) else None
     found["held_out"] = held_out
-    if run["seed"] == 0 and run["steps"] == STEPS:
-        found["losses"] = losses
     return found
 
 

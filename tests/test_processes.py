@@ -59,10 +59,15 @@ def start(folder: Path, *options: str, hurt: str = "", **more) -> subprocess.Com
         command = [*launcher, str(ROOT / "tests" / "processes_driver.py"), *options]
     else:
         command = ["qlora_nb.cli", "train", "--processes", "2", *options]
+    return module([*command, *words], ROOT, environment)
+
+
+def module(words: list[str], cwd: Path, env: dict[str, str]) -> subprocess.CompletedProcess:
+    """`python -m …` to its end, whatever that is."""
     return subprocess.run(
-        [sys.executable, "-m", *command, *words],
-        cwd=ROOT,
-        env=environment,
+        [sys.executable, "-m", *words],
+        cwd=cwd,
+        env=env,
         capture_output=True,
         text=True,
         timeout=240,
@@ -177,7 +182,7 @@ def test_alone_it_is_the_training_of_notebook_06(dropout, tmp_path):
     tokenizer = load.load_tokenizer(settings)
     model = open_cells.attach_adapter(load.load_base(settings), settings)
     rows = data.tokenize_rows(data.load(settings)[0], tokenizer, settings)
-    run = checkpoints.start(settings, training.NOTEBOOK)
+    run = checkpoints.start(settings, runs.FINE_TUNING)
     found = open_cells.finetune(model, tokenizer, rows, settings, run, report=lambda step: None)
     alone(tmp_path / "alone", lora_dropout=dropout)
     assert [step["loss"] for step in steps(tmp_path / "alone")] == found["losses"]
@@ -260,15 +265,7 @@ def test_the_script_for_several_processes_ends_with_the_same_bits(one, tmp_path)
     command = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(program)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)}
     (tmp_path / "qlora_nb.py").write_text("raise ImportError('not needed')")
-    done = subprocess.run(
-        [sys.executable, "-m", *command],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    done = module(command, tmp_path, environment)
     assert done.returncode == 0, done.stderr[-2000:]
     theirs = tmp_path / "home" / "adapter" / "adapter_model.safetensors"
     assert hashlib.sha256(theirs.read_bytes()).hexdigest() == adapter_hash(one)

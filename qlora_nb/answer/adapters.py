@@ -46,7 +46,7 @@ def find_adapter(settings) -> tuple[Path, str]:
     if settings.adapter == "pocket":
         return ADAPTER_DIR, shipped
     if settings.adapter == "latest":
-        run_folder = runs.latest_done(settings, "06_finetune_pythia_12b")
+        run_folder = runs.latest_done(settings, runs.FINE_TUNING)
         if run_folder:
             return run_folder / "adapter", f"the adapter of your run {run_folder.name}"
         if settings.model_id == "pocket":

@@ -8,11 +8,10 @@ to be compared.
 """
 
 import os
-import sys
 from dataclasses import replace
 from importlib.util import find_spec
 
-from qlora_nb import cards, machine, sources
+from qlora_nb import cards, machine, processes, sources
 from qlora_nb.errors import KitError
 
 CPU_LIMIT_PARAMETERS = 1_500_000_000
@@ -128,11 +127,8 @@ def refuse_many_processes() -> None:
         given = os.environ.get(name, "").strip()
         if given.isdecimal() and int(given) > value:
             signs.append(f"{name}={given}")
-    distributed = sys.modules.get("torch.distributed")
-    if distributed and distributed.is_available() and distributed.is_initialized():
-        n_processes = distributed.get_world_size()
-        if n_processes > 1:
-            signs.append(f"a process group of {n_processes}")
+    if processes.count() > 1:
+        signs.append(f"a process group of {processes.count()}")
     if signs:
         raise KitError(
             "this is one of several processes started together: each would train a run of its own",

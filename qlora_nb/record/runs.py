@@ -33,6 +33,9 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "data
 
 MANIFEST = "manifest.json"
 
+FINE_TUNING = "06_finetune_pythia_12b"
+"""The notebook whose runs leave an adapter; `qlora-nb train` makes such runs too."""
+
 
 def key_results(results: dict[str, object]) -> dict[str, object]:
     """Round a notebook's key results for showing and comparing, and hand them to the batch run if

@@ -27,9 +27,6 @@ from qlora_nb.record import files, runs, seal
 from qlora_nb.train import attach, callbacks, checkpoints, script, sharded
 from qlora_nb.train.trainer import QLoRATrainer
 
-NOTEBOOK = "06_finetune_pythia_12b"
-"""Whose runs these are: notebook 07 finds them, either resumes what the other began."""
-
 
 def fine_tune(settings, shard: str = "none") -> runs.Run:
     """Train, from the first step or with `resume` from a checkpoint, and save the adapter.
@@ -158,13 +155,15 @@ def backend() -> str:
 
 
 def _run_of_all(settings) -> runs.Run:
-    """One run, and one folder, for all processes: the first opens it, the others are told."""
+    """One run, and one folder, for all processes: the first opens it, the others are told. It is a
+    run of notebook 06: notebook 07 finds it, and either resumes what the other began.
+    """
     run = None
     if not processes.rank():
-        run = checkpoints.start(settings, NOTEBOOK)
+        run = checkpoints.start(settings, runs.FINE_TUNING)
     told = processes.gathered(run and (str(run.folder), run.resumed))[0]
     if run is None:
-        run = runs.Run(settings, NOTEBOOK, Path(told[0]))
+        run = runs.Run(settings, runs.FINE_TUNING, Path(told[0]))
         run.resumed = told[1]
     return run
 
