@@ -206,4 +206,6 @@ def in_this_process(settings, shard: str = "none") -> int:
                 raise
             run = _train(*made)
             print(f"{run.manifest['status']}: {run.folder}")
-    return 0 if run.manifest["status"] == "done" else 1
+    code = 0 if run.manifest["status"] == "done" else 1
+    processes.leave(code)
+    return code
