@@ -3,12 +3,14 @@
 #   PIP_ARGS  more arguments for pip, for example an index with CPU builds of torch
 #   RUN_ARGS  more arguments for `qlora-nb run`, for example RUN_ARGS="--only 03 -p blocksize 128"
 #   TEST_ARGS more arguments for pytest; TEST_ARGS="-n 0" runs the tests one after another, in one process
+#   SITE_ARGS more arguments for tools/build_site.py, for example SITE_ARGS="--serve"
 #   VERIFY_ARGS more arguments for tools/verify.py, for example VERIFY_ARGS="--only colab"
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
+SITE_READY := .venv/.installed-site
 
-.PHONY: setup run test lab verify notebooks check pins clean
+.PHONY: setup run test lab verify site notebooks check pins clean
 
 # Everything is installed once; only a change of what is asked for installs again. A set-up that was cut short begins anew.
 $(READY): pyproject.toml constraints.txt
@@ -32,8 +34,16 @@ test: $(READY)
 lab: $(READY)
 	$(BIN)/qlora-nb lab
 
-verify: $(READY)
+verify: $(SITE_READY)
 	PIP_ARGS="$(PIP_ARGS)" $(BIN)/python tools/verify.py $(VERIFY_ARGS)
+
+# What only the site needs is installed when it is first asked for.
+$(SITE_READY): $(READY)
+	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e ".[site]"
+	@touch $@
+
+site: $(SITE_READY)
+	$(BIN)/python tools/build_site.py $(SITE_ARGS)
 
 notebooks: $(READY)
 	$(BIN)/python tools/build_notebooks.py

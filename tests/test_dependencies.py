@@ -22,7 +22,7 @@ from packaging.utils import canonicalize_name
 
 from qlora_nb import cli
 
-EXTRAS = ("lab", "smollm2", "sweep", "test")
+EXTRAS = ("lab", "smollm2", "sweep", "site", "test")
 # Read from Colab's published package list, 2026-08 (Python 3.13); bitsandbytes and papermill are
 # not there.
 COLAB = {
@@ -325,7 +325,7 @@ def test_no_address_of_an_index_and_no_path_of_a_machine(root):
 
 def test_make_knows_its_names(root):
     """`make -n` walks every target without doing anything."""
-    for target in ("run", "test", "lab", "verify", "notebooks", "check", "pins"):
+    for target in ("run", "test", "lab", "verify", "site", "notebooks", "check", "pins"):
         done = subprocess.run(
             ["make", "-n", target], cwd=root, capture_output=True, text=True, check=False
         )

@@ -20,7 +20,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "constraints.txt"
-EXTRAS = ("lab", "smollm2", "sweep", "test")
+EXTRAS = ("lab", "smollm2", "sweep", "site", "test")
 AUDITED = ROOT / "docs" / "dependencies.md"
 AUDIT_HEAD = (
     "# What the kit stands on\n\n"

@@ -28,6 +28,7 @@ from pathlib import Path
 
 import hosts
 import nbformat
+import site_check
 import sweeps
 from hosts import closing_line
 
@@ -394,6 +395,7 @@ CHECKS: dict[str, Callable[[], dict]] = {
     "mutation": mutation,
     "sweep": sweeps.killed_at_random,
     "postgresql": sweeps.postgresql,
+    "site": site_check.site,
     "one_core": hosts.one_core,
     "colab": hosts.colab,
     "binder": hosts.binder,
