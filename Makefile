@@ -39,7 +39,7 @@ verify: $(SITE_READY)
 
 # What only the site needs is installed when it is first asked for.
 $(SITE_READY): $(READY)
-	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e ".[site]"
+	@$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e ".[site]" || { echo "qlora-nb: pip could not install what the site is built with; its reason stands above." >&2; exit 1; }
 	@touch $@
 
 site: $(SITE_READY)

@@ -132,7 +132,9 @@ def mathml(tex: str, display: bool) -> str:
     """A formula as MathML, which browsers draw and screen readers read; raises if it is wrong."""
     options = {"displayMode": display, "output": "mathml", "throwOnError": True}
     call = f"JSON.stringify(katex.renderToString({json.dumps(tex)}, {json.dumps(options)}))"
-    return json.loads(katex().eval(call))
+    drawn = json.loads(katex().eval(call))
+    # KaTeX repeats the TeX in an annotation, which the search's excerpts would show
+    return re.sub(r"<annotation.*?</annotation>", "", drawn)
 
 
 def visit_inline_math(translator, node) -> None:

@@ -29,11 +29,16 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "site"
 SITE = BUILD / "html"
 START = Path("notebooks/start.md")
+FOLDERS = ("docs", "notebooks", ".")
 LEFT_OUT = {"nav", "colab-guard"}
 WIDGET = re.compile(r"\b(widgets\.explore|panels\.\w+)\(")
 IN_JUPYTER = "*In Jupyter this cell shows controls, which redraw the figure or ask the model.*"
 LINK = re.compile(r'(?P<before>\]\(|\b(?:href|src)=")(?P<target>[^)\s"#]+)')
+HTML_LINK = re.compile(r'<a href="(?P<target>[^"#:]+)">(?P<label>.*?)</a>')
 LABELLED = re.compile(r"\[(?P<label>[^\[\]]+)\]\((?P<target>[^)\s#]+)\)")
+# What a reader asks first; the other guides follow by name, and last those about the kit itself.
+FIRST = ["README.md", "install.md", "usage.md", "own_data.md", "troubleshooting.md"]
+ABOUT = {"architecture.md", "dependencies.md", "testing.md"}
 # What the math font keeps: Latin, Greek, arrows, operators, italic letters, accents.
 MATH_CHARACTERS = "20-7E,A0-FF,302-305,370-3FF,2010-2044,2070-209F,2100-214F,2190-22FF"
 MATH_CHARACTERS += ",2308-230B,27E8-27EB,1D434-1D467,1D6A4-1D6E1"
@@ -53,18 +58,28 @@ def home() -> Path:
 
 def sections() -> dict[str, list[Path]]:
     """Heading of the site's menu → its pages, in order. Every notebook and every guide is there."""
-    guides = []
-    chinese = []
-    for page in [*relative("docs", "*.md"), *relative(".", "*.md")]:
-        if ".zh-CN" in page.name:
-            chinese.append(page)
-        elif page != home():
-            guides.append(page)
-    return {
+    found = {
         "Notebooks": relative("notebooks", "*.ipynb"),
-        "Guides": guides,
-        "中文": chinese,
+        "Guides": [],
+        "中文": [],
+        "About the kit": [],
     }
+    for page in [page for folder in FOLDERS for page in relative(folder, "*.md")]:
+        if ".zh-CN" in page.name:
+            found["中文"].append(page)
+        elif page.parent == Path("docs") and page.name not in ABOUT:
+            found["Guides"].append(page)
+        elif page != home():
+            found["About the kit"].append(page)
+    found["Guides"].sort(key=asked_first)
+    return found
+
+
+def asked_first(page: Path) -> int:
+    """Place of a guide among those that are named in FIRST; all others come after them."""
+    if page.name in FIRST:
+        return FIRST.index(page.name)
+    return len(FIRST)
 
 
 def modules() -> dict[str, str]:
@@ -89,34 +104,40 @@ def places() -> dict[Path, Path]:
 def with_links_of_the_site(text: str, page: Path) -> str:
     """The text of a page, its links as they are from its place in the site.
 
-    A link to a file of the repository that is no page brings the file along, to be downloaded; one
-    to a folder becomes plain text.
+    A link to a file of the repository that is no page brings the file along, to be downloaded. A
+    link to a folder, or one in HTML to such a file, becomes plain text.
     """
     known = places()
-    folder = known[page].parent
 
-    def of(target: str) -> Path:
-        return Path(os.path.normpath(page.parent / target))
+    def of(match: re.Match) -> Path:
+        return Path(os.path.normpath(page.parent / match["target"]))
 
-    def unlinked(match: re.Match) -> str:
-        if (ROOT / of(match["target"])).is_dir():
+    def without_folders(match: re.Match) -> str:
+        if (ROOT / of(match)).is_dir():
             return match["label"]
         return match[0]
 
+    def without_files(match: re.Match) -> str:
+        if of(match) in known:
+            return match[0]
+        return match["label"]
+
     def moved(match: re.Match) -> str:
-        file = of(match["target"])
+        file = of(match)
         if ":" in match["target"] or not (ROOT / file).is_file():
             return match[0]
         if file not in known:
             copied = BUILD / "source" / file
             copied.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / file, copied)
-        there = Path(os.path.relpath(known.get(file, file), folder))
-        if match["before"].startswith("href") and file in known:
+        there = Path(os.path.relpath(known.get(file, file), known[page].parent))
+        if match["before"].startswith("href"):
             there = there.with_suffix(".html")
         return match["before"] + there.as_posix()
 
-    return LINK.sub(moved, LABELLED.sub(unlinked, text))
+    text = LABELLED.sub(without_folders, text)
+    text = HTML_LINK.sub(without_files, text)
+    return LINK.sub(moved, text)
 
 
 def staged_notebook(page: Path) -> str:

@@ -50,7 +50,8 @@ LOOK = """() => {
     formulas: formulas.length,
     'formulas not drawn': formulas.filter(m => m.getBoundingClientRect().height < 4
         && !m.closest('details:not([open])')).length + document.querySelectorAll('merror').length,
-    'math font': !formulas.length || document.fonts.check('16px "Site Math"'),
+    'math font': !formulas.length || [...document.fonts].some(f => f.family.includes('Site Math')
+        && f.status === 'loaded'),
     'too wide': document.documentElement.scrollWidth > window.innerWidth,
     text: article ? article.innerText : '',
     links: anchors,
@@ -70,7 +71,8 @@ CONTRAST = """() => {
       .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
     return 0.2126 * x + 0.7152 * y + 0.0722 * z;
   };
-  const over = (top, ground) => top.slice(0, 3).map((v, i) => v * top[3] + ground[i] * (1 - top[3]));
+  const over = (top, ground) =>
+    top.slice(0, 3).map((v, i) => v * top[3] + ground[i] * (1 - top[3]));
   const groundOf = (element) => {
     const layers = [];
     for (let e = element; e; e = e.parentElement) {
@@ -147,6 +149,31 @@ def built_without_network() -> dict:
     }
 
 
+def faults_of(page, name: str, width: int) -> tuple[dict, list[str]]:
+    """What the open page is made of, and what is wrong with it."""
+    found = page.evaluate(LOOK)
+    wrong = []
+    for what in ("without alt", "not loaded", "formulas not drawn", "too wide"):
+        if found[what]:
+            wrong.append(f"{name} at {width} px: {what}: {found[what]}")
+    if not found["math font"]:
+        wrong.append(f"{name}: the font for formulas is not there")
+    wrong += [f"{name}: shows {word}" for word in MADE_OF_WIDGETS if word in found["text"]]
+    return found, wrong
+
+
+def weak_texts(page, name: str) -> tuple[int, list[str]]:
+    """How many texts were compared with their ground, in both colour schemes, and the weak ones."""
+    n = 0
+    weak = []
+    for scheme in SCHEMES:
+        page.emulate_media(color_scheme=scheme)
+        contrast = page.evaluate(CONTRAST)
+        n += contrast["texts"]
+        weak += [f"{name}, {scheme}: contrast {text[:100]}" for text in contrast["weak"]]
+    return n, weak
+
+
 def looked_at(browser, address: str, names: list[str]) -> tuple[dict, list[str]]:
     """Every page at both widths and in both colour schemes: counts, and what is wrong."""
     counts = {"images": 0, "formulas": 0, "texts": 0}
@@ -166,26 +193,19 @@ def looked_at(browser, address: str, names: list[str]) -> tuple[dict, list[str]]
     page.on("pageerror", lambda error: wrong.append(f"{page.url}: {error}"))
     for name in names:
         for width in WIDTHS:
+            page.emulate_media(color_scheme="light")
             page.set_viewport_size({"width": width, "height": 900})
             page.goto(address + name, wait_until="load")
             page.evaluate("document.fonts.ready.then(() => true)")
-            found = page.evaluate(LOOK)
-            for what in ("without alt", "not loaded", "formulas not drawn", "too wide"):
-                if found[what]:
-                    wrong.append(f"{name} at {width} px: {what}: {found[what]}")
-            if not found["math font"]:
-                wrong.append(f"{name}: the font for formulas is not there")
-            wrong += [f"{name}: shows {word}" for word in MADE_OF_WIDGETS if word in found["text"]]
+            found, faults = faults_of(page, name, width)
+            wrong += faults
+        n_texts, weak = weak_texts(page, name)
+        wrong += weak
         counts["images"] += found["images"]
         counts["formulas"] += found["formulas"]
+        counts["texts"] += n_texts
         links[name] = found["links"]
         ids[name] = set(found["ids"])
-        for scheme in SCHEMES:
-            page.emulate_media(color_scheme=scheme)
-            contrast = page.evaluate(CONTRAST)
-            counts["texts"] += contrast["texts"]
-            wrong += [f"{name}, {scheme}: contrast {text[:100]}" for text in contrast["weak"]]
-        page.emulate_media(color_scheme="light")
     for name, targets in links.items():
         for target in targets:
             if target.startswith(address) and not leads_somewhere(target[len(address) :], ids):
