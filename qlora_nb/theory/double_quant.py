@@ -41,8 +41,8 @@ def ledger(
         second_blocksize: scales that share one second-level scale; None is no double quantization.
 
     Returns:
-        {"codes": 4, "scales": …, "scales of scales": …}, all in bits a weight. The one mean a
-        tensor is left out.
+        Bits a weight of "codes", "scales" and "scales of scales". The one mean a tensor is left
+        out.
 
     By hand: 8/64 = 0.125 and 32/(64 · 256) = 0.00195.
 

@@ -4,7 +4,7 @@ rate.
 Adam divides the running mean of the gradient by the root of its running square. Sophia (arXiv
 2305.14342, algorithm 3) divides it by an estimate h of the loss's second derivative, one number for
 each weight: long steps where the loss is flat, short ones where it is steep. Where h is small or
-negative such a step would be far too long, so every number is clipped to [-1, 1]:
+negative such a step would be far too long, so every number is clipped to [-1, 1]::
 
     m ← β₁ m + (1 − β₁) g                      every step
     h ← β₂ h + (1 − β₂) B ĝ²                   every k-th step
@@ -33,7 +33,7 @@ def sampled_labels(logits: Tensor, labels: Tensor) -> Tensor:
         labels: (rows, tokens) token ids; -100 is not counted, and stays.
 
     Returns:
-        (rows, tokens) token ids. The first of a row stays too: nothing is before it.
+        (rows, tokens) token ids. The first of a row stays too, as nothing is before it.
     """
     drawn = torch.distributions.Categorical(logits=logits[:, :-1].float()).sample()
     sampled = labels.clone()
