@@ -205,6 +205,19 @@ def test_commands_of_the_pages_exist():
             assert option in helps[name], line
 
 
+def test_windows_is_told_what_make_does():
+    """The same extras in the same order as the Makefile, and the Pythons that the project allows."""
+    install = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    [extras] = set(re.findall(r'-c constraints.txt -e "(.*?)"', makefile))
+    assert f'-c constraints.txt -e "{extras}"' in install
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    low, high = re.fullmatch(r">=3\.(\d+),<3\.(\d+)", project["requires-python"]).groups()
+    every = [f"3.{minor}" for minor in range(int(low), int(high))]
+    for page in (README, install, makefile):
+        assert f"Python {', '.join(every[:-1])} or {every[-1]}" in page
+
+
 # ---- messages
 # ------------------------------------------------------------------------------------------------
 
@@ -255,8 +268,6 @@ def test_the_workflow_tests_every_python_of_the_project():
     assert set(flow[True]) == {"push", "pull_request"}  # YAML 1.1 reads `on` as true
     assert flow["permissions"] == {"contents": "read"}
     [job] = flow["jobs"].values()
-    needs = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert needs["requires-python"] == ">=3.11,<3.14"
     assert job["strategy"]["matrix"]["python"] == ["3.11", "3.12", "3.13"]
     assert job["strategy"]["fail-fast"] is False
     for step in job["steps"]:
