@@ -168,7 +168,7 @@ def test_the_predicted_peaks_of_the_readme():
     config = configs.pythia_config("12b")
     _, each, _ = shares.planned(settings, 2, "fsdp", config, on_gpu=True)
     rows = {
-        "| `t4` |": f"| a 16 GB card | {gib(profile='t4'):.1f} |",
+        "| `t4` |": f"| a card such as a T4 | {gib(profile='t4'):.1f} |",
         "| `full` |": f"| a 12 GB card | {gib(profile='full'):.1f} |",
         "| `full`, four": f"| an 8 GB card | {gib(profile='full', **small):.1f} |",
         "| `full`, `--p": f"| two 8 GB cards | {each.total_gib:.1f} each |",
