@@ -34,9 +34,11 @@ lab: $(READY)
 
 verify: $(READY)
 	PIP_ARGS="$(PIP_ARGS)" $(BIN)/python tools/verify.py $(VERIFY_ARGS)
+	$(BIN)/python tools/claims_page.py
 
 notebooks: $(READY)
 	$(BIN)/python tools/build_notebooks.py
+	$(BIN)/python tools/claims_page.py
 
 check: $(READY)
 	$(BIN)/ruff check .
