@@ -223,8 +223,10 @@ def test_windows_is_told_what_make_does():
 
 
 def said_by_the_code() -> list[str]:
-    """Every text in the package and the Makefile, as one with … in the places of values."""
+    """Every text in the package and the Makefile, with … in the places of values."""
     texts = (ROOT / "Makefile").read_text(encoding="utf-8").split('"')
+    for path in (ROOT / "qlora_nb").rglob("*.toml"):
+        texts.append(path.read_text(encoding="utf-8"))
     for path in (ROOT / "qlora_nb").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
