@@ -1,4 +1,4 @@
-# Thin names for pip and CLI calls; the README gives the plain commands for Windows.
+# Thin names for pip and CLI calls; docs/install.md gives the plain commands for Windows.
 #   PYTHON    the Python the environment is made with
 #   PIP_ARGS  more arguments for pip, for example an index with CPU builds of torch
 #   RUN_ARGS  more arguments for `qlora-nb run`, for example RUN_ARGS="--only 03 -p blocksize 128"
@@ -18,7 +18,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("qlora-nb: Python 3.11, 3.12 or 3.13 is needed, $(PYTHON) is %d.%d. Name another one: make run PYTHON=python3.12" % sys.version_info[:2] if not (3, 11) <= sys.version_info[:2] <= (3, 13) else 0)'
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "qlora-nb: $(PYTHON) comes without venv. On Debian and Ubuntu: sudo apt install python3-venv" >&2; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
-	@echo "qlora-nb: installing into .venv, once (some minutes; torch alone is large: PIP_ARGS in the README)"
+	@echo "qlora-nb: installing into .venv, once (some minutes; torch alone is large: PIP_ARGS in docs/install.md)"
 	@$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e ".[lab,smollm2,sweep,test]" || { echo "qlora-nb: pip could not install what the kit needs; its reason stands above. The first set-up needs pip's network; behind a proxy or a mirror name it in pip's configuration or in PIP_ARGS." >&2; exit 1; }
 	@touch $@
 
@@ -36,6 +36,7 @@ lab: $(READY)
 
 verify: $(SITE_READY)
 	PIP_ARGS="$(PIP_ARGS)" $(BIN)/python tools/verify.py $(VERIFY_ARGS)
+	$(BIN)/python tools/claims_page.py
 
 # What only the site needs is installed when it is first asked for.
 $(SITE_READY): $(READY)
@@ -47,6 +48,7 @@ site: $(SITE_READY)
 
 notebooks: $(READY)
 	$(BIN)/python tools/build_notebooks.py
+	$(BIN)/python tools/claims_page.py
 
 check: $(READY)
 	$(BIN)/ruff check .

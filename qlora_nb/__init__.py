@@ -17,8 +17,10 @@ set yet (`OMP_WAIT_POLICY`, `TORCH_CPP_LOG_LEVEL`, `KINETO_LOG_LEVEL`), and the 
 (`bitsandbytes.backends.cpu.ops`); nothing else changes.
 """
 
+import importlib.metadata
 import logging
 import os
+from contextlib import suppress
 
 # Two OpenMP threads that spin on a busy two-core machine are five to eight times slower than one
 # (measured), so idle threads must sleep. OpenMP reads this when torch is loaded.
@@ -29,7 +31,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
-__version__ = "0.1.0"
+__version__ = "unknown"  # the folder alone, not installed
+with suppress(importlib.metadata.PackageNotFoundError):
+    __version__ = importlib.metadata.version("qlora-nb")  # as pyproject.toml has it
 
 # On CPUs with bfloat16 units bitsandbytes warns that an optional kernel from the hub is not
 # installed. The kit does without: profile tiny makes no hub call.

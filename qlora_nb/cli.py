@@ -18,9 +18,10 @@ from typing import Annotated, Literal
 import typer
 from typer.core import TyperGroup
 
-from qlora_nb import cards, machine, sources
+from qlora_nb import __version__, cards, machine, sources
 from qlora_nb.errors import MORE_MEMORY, KitError, is_out_of_memory
 from qlora_nb.memory import preflight
+from qlora_nb.record.redaction import redact
 
 
 class _Group(TyperGroup):
@@ -50,6 +51,7 @@ class _Group(TyperGroup):
 app = typer.Typer(
     cls=_Group,
     no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Learn QLoRA by taking it apart, then run it: from an offline CPU to pythia-12b.",
@@ -72,36 +74,55 @@ def _settings(ctx: typer.Context, profile: str, **options: object):
     return resolve({"profile": profile, **options, **parameters(ctx.args)})
 
 
+@app.callback()
+def _command(version: Annotated[bool, typer.Option("--version", help="print it")] = False) -> None:
+    if version:
+        print(f"qlora-nb {__version__}")
+        raise typer.Exit
+
+
 @app.command()
-def doctor() -> None:
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="for an issue: no secrets")] = False,
+) -> None:
     """This machine, its packages, the profile that fits. Exits with 1 if a package is missing or
     outside its range.
     """
     with suppress(ImportError, OSError):
         importlib.import_module("torch")  # so that `remarks` can say what it is built for
     here = machine.this_machine()
-    for what, how_much in machine.describe(here).items():
-        print(f"{what:10} {how_much}")
+    described = machine.describe(here)
     if here.gpu_remedy:
-        print(f"{'remedy':10} {here.gpu_remedy}")
-    for line in cards.remarks(here.gpus, here.system):
-        print(line)
+        described["remedy"] = here.gpu_remedy
+    remarks = cards.remarks(here.gpus, here.system)
     constraints = sources.project_root() / "constraints.txt"
     pins = constraints.read_text() if constraints.is_file() else ""
-    all_is_well = True
+    problems = []
+    packages = {}
     for version in machine.versions():
-        verdict = "ok"
+        verdict = version.problem or "ok"
         pin = re.search(rf"^{version.package}==([^\s;]+)", pins, re.MULTILINE)
-        if pin and pin[1] != str(version.installed).split("+")[0]:
-            verdict = f"tested with {pin[1]}"
         if version.problem:
-            verdict = version.problem
-            all_is_well = False
-        print(f"  {version.package:18} {version.installed or '-':12} {verdict}")
+            problems.append(version.package)
+        elif pin and pin[1] != version.installed.split("+")[0]:
+            verdict = f"tested with {pin[1]}"
+        packages[version.package] = (version.installed or "-", verdict)
     can = "can" if sources.hub_is_reachable() else "cannot"
-    print(f"hub: {sources.hub_endpoint()} {can} be reached")
-    print(f"take this profile: {_fitting_profile(here)}")
-    raise typer.Exit(0 if all_is_well else 1)
+    hub = f"{sources.hub_endpoint()} {can} be reached"
+    profile = _fitting_profile(here)
+    if as_json:
+        found = {"qlora-nb": __version__, "machine": described, "remarks": remarks}
+        found |= {"packages": packages, "hub": hub, "profile": profile}
+        print(json.dumps(redact(found), indent=1))
+    else:
+        for what, how_much in described.items():
+            print(f"{what:10} {how_much}")
+        for line in remarks:
+            print(line)
+        for package, (installed, verdict) in packages.items():
+            print(f"  {package:18} {installed:12} {verdict}")
+        print(f"hub: {hub}\ntake this profile: {profile}")
+    raise typer.Exit(1 if problems else 0)
 
 
 def _fitting_profile(here) -> str:

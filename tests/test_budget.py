@@ -316,7 +316,7 @@ def test_8_gb_are_enough_with_the_settings_that_the_readme_names():
     assert fits.head_4bit
     [row] = [
         line
-        for line in (ROOT / "README.md").read_text().splitlines()
+        for line in (ROOT / "docs" / "usage.md").read_text().splitlines()
         if line.startswith("| `full` |")
     ]
     assert "four settings changed: 8-bit states, the embedding on the CPU, r = 16, the head" in row

@@ -4,15 +4,21 @@ copy.
 
 from __future__ import annotations
 
+import json
 import os
+import platform
+import re
 import subprocess
 import sys
 import textwrap
+import tomllib
+from pathlib import Path
 
 import nbformat
 import pytest
 from typer.testing import CliRunner
 
+from qlora_nb import __version__ as qlora_nb_version
 from qlora_nb import cli, machine, sources, spellings
 from qlora_nb.batch import sequence
 from qlora_nb.errors import KitError
@@ -149,6 +155,33 @@ def test_doctor_lists_every_dependency():
     result = CliRunner().invoke(cli.app, ["doctor"])
     assert result.exit_code == 0, result.output
     assert all(name in result.output for name in ("torch", "bitsandbytes", "take this profile"))
+
+
+def test_doctor_as_json_says_the_same_and_names_nobody():
+    """What an issue asks for: no name of a person's folder or machine, no endpoint's password."""
+    said = CliRunner().invoke(cli.app, ["doctor"]).output
+    result = CliRunner().invoke(cli.app, ["doctor", "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.output)
+    assert found["qlora-nb"] == qlora_nb_version
+    for what, how_much in found["machine"].items():
+        if what not in ("memory", "disk"):  # they change meanwhile
+            assert f"{what:10} {how_much}" in said
+    for package, (installed, verdict) in found["packages"].items():
+        assert re.search(rf"{package} +{re.escape(installed)} +{re.escape(verdict)}", said)
+    assert f"hub: {found['hub']}" in said
+    assert f"take this profile: {found['profile']}" in said
+    for private in (str(Path.home()), platform.node(), str(Path(cli.__file__).parent)):
+        assert private not in result.output
+
+
+def test_the_version_is_that_of_the_project(root):
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert qlora_nb_version == project["version"]
+    result = CliRunner().invoke(cli.app, ["--version"])
+    assert result.exit_code == 0
+    assert result.output == f"qlora-nb {project['version']}\n"
+    assert machine.installed("qlora-nb") == project["version"]  # what a run's record carries
 
 
 @pytest.mark.fault(38)

@@ -100,7 +100,7 @@ FAULTS = {
 }
 
 LEAST_CASES = 280
-"""How many the README says there are."""
+"""How many docs/claims.md says there are."""
 
 
 def test_every_row_of_the_matrix_has_tests(fault_tests):

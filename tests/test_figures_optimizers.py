@@ -20,7 +20,7 @@ from qlora_nb.lessons import n08
 from qlora_nb.ui import style
 
 RECORD = json.loads((recorded.FOLDER / "optimizers.json").read_text(encoding="utf-8"))
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+CLAIMS = (ROOT / "docs" / "claims.md").read_text(encoding="utf-8")
 CELLS = nbformat.read(NOTEBOOKS / "08_optimizers.ipynb", 4).cells
 RUNS = list(RECORD["runs"].values())
 RACE = RECORD["summary"]["race"]
@@ -235,8 +235,8 @@ def test_states_have_the_bytes_of_their_numbers():
             assert per_number == 8
 
 
-def test_the_readme_says_what_the_record_says():
-    [row] = [line for line in README.splitlines() if "recorded/optimizers.json" in line]
+def test_the_claim_says_what_the_record_says():
+    [row] = [line for line in CLAIMS.splitlines() if "recorded/optimizers.json" in line]
     speed = RACE["Sophia-G"]["AdamW's steps a step"]
     words = (
         f"{speed['mean']:.2f} of AdamW's (95 % interval {speed['low']:.2f} to {speed['high']:.2f})"

@@ -372,7 +372,7 @@ def test_no_parameter_takes_a_token_and_no_command_shows_one():
     assert not [
         n for n in validate({}).model_dump() if n.endswith(("token", "key", "secret", "password"))
     ]
-    for command in (["doctor"], ["run", "-p", "hf_token", "x"]):
+    for command in (["doctor"], ["doctor", "--json"], ["run", "-p", "hf_token", "x"]):
         own = os.environ | SECRETS
         done = subprocess.run(
             [sys.executable, "-m", "qlora_nb.cli", *command],
