@@ -177,6 +177,12 @@ def remarks(seen: Sequence[Gpu], system: str) -> list[str]:
             "XPU: this torch knows Intel's GPUs, but the kit does not use them: "
             "it computes on the CPU"
         )
+    if "KAGGLE_KERNEL_RUN_TYPE" in os.environ:
+        lines.append(
+            "Kaggle: take GPU T4 x2 as the accelerator, not the P100, for which Kaggle's torch has "
+            "no code. A notebook uses one of the two T4s, torchrun both (docs/scale.md). pip and "
+            "the hub need Internet, which is off until you switch it on in the settings"
+        )
     if system == "Darwin arm64":
         lines.append(
             "MPS: the kit does not use Apple's GPU, it computes on the CPU; in code of your own on "

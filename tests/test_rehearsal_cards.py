@@ -520,6 +520,42 @@ def test_rehearsal_doctor_says_what_is_not_used(monkeypatch, what, build, versio
     ] == [True]
 
 
+@pytest.mark.parametrize("there", [("T4", "T4"), ("P100",), ()])
+def test_rehearsal_doctor_on_kaggle(monkeypatch, there):
+    """Two T4s, of which one is used; a P100, for which the torch of Kaggle's image (CUDA 12.8) has
+    no code; no accelerator chosen yet.
+    """
+    of = {
+        "T4": ("Tesla T4", 15.0, (7, 5)),
+        "P100": ("Tesla P100-PCIE-16GB", 16.0, (6, 0)),
+    }
+    cards_there = []
+    for number, short in enumerate(there):
+        name, total, capability = of[short]
+        cards_there.append(Card(name, f"GPU-{number}", total, capability=capability))
+    Nvml(monkeypatch, *cards_there)
+    codes = ("sm_70", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")
+    cuda_of(monkeypatch, *cards_there, cuda="12.8", codes=codes)
+    assert not any(line.startswith("Kaggle") for line in doctor())
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
+    said = doctor()
+    [line] = [line for line in said if line.startswith("Kaggle")]
+    assert "T4 x2" in line
+    assert "Internet" in line
+    text = "\n".join(said)
+    profile = re.search("take this profile: (\\w+)", text)[1]
+    if there == ("P100",):
+        assert "has no code for Tesla P100-PCIE-16GB (compute capability 6.0)" in text
+        assert "a build of torch for CUDA 11.8 or later, before 12.8" in text
+        assert profile == "tiny"
+    elif there:
+        assert "GPU        Tesla T4, 15.0 GiB" in text
+        assert "other GPUs Tesla T4: not used" in text
+        assert profile in ("t4", "full")
+    else:
+        assert profile == "tiny"
+
+
 def test_rehearsal_apples_gpu_is_said_not_to_be_used():
     assert cards.remarks((), "Darwin x86_64") == []
     assert cards.remarks((), "Darwin arm64")[0].startswith("MPS")

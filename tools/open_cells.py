@@ -19,7 +19,7 @@ import peft
 import torch
 import transformers
 
-from qlora_nb.model import batching, device
+from qlora_nb.model import batching, device, load
 from qlora_nb.record import files, seal
 from qlora_nb.train import attach, callbacks
 from qlora_nb.train.trainer import QLoRATrainer
@@ -85,6 +85,7 @@ def attach_adapter(model, settings):
         "model": model,
         "settings": settings,
         "attach": attach,
+        "load": load,
         "torch": torch,
         "LoraConfig": peft.LoraConfig,
         "PeftModel": peft.PeftModel,

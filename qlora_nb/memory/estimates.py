@@ -5,11 +5,12 @@ that are measured (or published), and twice the largest tensor. They are orders 
 predictions to the second.
 """
 
+import time
+import timeit
 from collections.abc import Callable
 
 import torch
 from bitsandbytes import functional
-from torch.utils import benchmark
 
 from qlora_nb import cards
 from qlora_nb.memory.plan import Plan
@@ -73,10 +74,17 @@ def unpacked_per_s(dtype: torch.dtype = torch.float32) -> float:
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    """Mean seconds of a call; the timer waits for a GPU to be done."""
-    threads = torch.get_num_threads()
-    timer = benchmark.Timer("work()", globals={"work": work}, num_threads=threads)
-    return timer.blocked_autorange().mean
+    """Mean seconds of a call, of as many as take a fifth of a second, after a first one."""
+    work()
+    n_calls, seconds = timeit.Timer(work, timer=_clock).autorange()
+    return seconds / n_calls
+
+
+def _clock() -> float:
+    """A time in seconds, read when the GPU has done what it was given."""
+    if device.on_gpu():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def host_bytes(config) -> int:

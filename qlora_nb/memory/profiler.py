@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd.profiler import profile
 
 from qlora_nb.model import device
 
@@ -34,9 +34,10 @@ def measure_peak() -> Iterator[PeakMemory]:
         yield moved
         moved.peak_bytes = torch.cuda.max_memory_allocated() - before
         return
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    # torch.profiler is made of this one; in torch 2.10 and 2.11 it warns of cycles at every use
+    with profile(profile_memory=True, use_kineto=True) as profiler:
         yield moved
-    events = profiler.profiler.kineto_results.events()
+    events = profiler.kineto_results.events()
     changes = [event for event in events if event.name() == "[memory]"]
     changes.sort(key=lambda event: event.start_ns())
     in_use = itertools.accumulate(event.nbytes() for event in changes)

@@ -36,8 +36,8 @@ from qlora_nb.record import seal
 
 
 def ignore_checkpointing_warning() -> None:
-    """From here on, gradient checkpointing may be asked for by a name that goes away in
-    transformers 6: PEFT and this kit do, as the new one is not in every version that is supported.
+    """PEFT 0.21 asks for gradient checkpointing by a name that goes away in transformers 6. From
+    here on nobody is told: only PEFT could change it.
     """
     warnings.filterwarnings("ignore", ".*gradient_checkpointing.* deprecated", FutureWarning)
 
@@ -45,8 +45,14 @@ def ignore_checkpointing_warning() -> None:
 def enable_checkpointing(model: PreTrainedModel) -> None:
     """Let a frozen model recompute activations in the backward pass; its inputs then ask for
     gradients, because none of its own weights does.
+
+    transformers 6 calls it `activation_checkpointing_enable`; 5.15, which Colab has, knows the
+    older name alone.
     """
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
 
 
