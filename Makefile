@@ -1,5 +1,5 @@
 # Thin names for pip and CLI calls; docs/install.md gives the plain commands for Windows.
-#   PYTHON    the Python the environment is made with
+#   PYTHON    the Python the environment is made with; naming another version makes the environment anew
 #   PIP_ARGS  more arguments for pip, for example an index with CPU builds of torch
 #   RUN_ARGS  more arguments for `qlora-nb run`, for example RUN_ARGS="--only 03 -p blocksize 128"
 #   TEST_ARGS more arguments for pytest; TEST_ARGS="-n 0" runs the tests one after another, in one process
@@ -10,14 +10,23 @@ BIN := .venv/bin
 READY := .venv/.installed
 SITE_READY := .venv/.installed-site
 
-.PHONY: setup run test lab verify site notebooks check pins clean
+.PHONY: setup run test lab verify site notebooks check pins clean again
+
+# A PYTHON that is named counts, also where there is an environment already: one of another version is not kept.
+ifneq ($(origin PYTHON),file)
+VERSION := -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null
+WANTED := $(shell $(PYTHON) $(VERSION))
+FOUND := $(shell $(BIN)/python $(VERSION))
+AGAIN := $(if $(FOUND),$(filter-out $(FOUND),$(or $(WANTED),none)))
+endif
 
 # Everything is installed once; only a change of what is asked for installs again. A set-up that was cut short begins anew.
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt $(if $(AGAIN),again)
 	@command -v $(PYTHON) >/dev/null && $(PYTHON) -c '' 2>/dev/null || { echo "qlora-nb: there is no $(PYTHON) here. Install Python 3.11, 3.12 or 3.13, or name yours: make run PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit("qlora-nb: Python 3.11, 3.12 or 3.13 is needed, $(PYTHON) is %d.%d. Name another one: make run PYTHON=python3.12" % sys.version_info[:2] if not (3, 11) <= sys.version_info[:2] <= (3, 13) else 0)'
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "qlora-nb: $(PYTHON) comes without venv. On Debian and Ubuntu: sudo apt install python3-venv" >&2; exit 1; }
-	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	@test -z "$(AGAIN)" || echo "qlora-nb: .venv has Python $(FOUND), $(PYTHON) is $(WANTED): making .venv anew"
+	@test -z "$(AGAIN)" && $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	@echo "qlora-nb: installing into .venv, once (some minutes; torch alone is large: PIP_ARGS in docs/install.md)"
 	@$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e ".[lab,smollm2,sweep,test]" || { echo "qlora-nb: pip could not install what the kit needs; its reason stands above. The first set-up needs pip's network; behind a proxy or a mirror name it in pip's configuration or in PIP_ARGS." >&2; exit 1; }
 	@touch $@

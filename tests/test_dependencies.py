@@ -375,3 +375,68 @@ def test_a_set_up_that_cannot_be_says_why(root, tmp_path, script, words):
     assert words in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / ".venv" / ".installed").exists()
+
+
+def fake_python(folder: Path, name: str, version: str) -> None:
+    """A program that says it is this version of Python, makes an environment of itself and installs
+    nothing.
+    """
+    major, minor = version.split(".")
+    told = f"import sys; sys.version_info = ({major}, {minor}, 0); "
+    lines = [
+        "#!/bin/sh",
+        f"case \"$2\" in *version_info*) exec {sys.executable} -c \"{told}$2\";; esac",
+        'case "$*" in *"-m venv"*)',
+        '  rm -rf .venv; mkdir -p .venv/bin; cp "$0" .venv/bin/python; exit 0;; esac',
+        'case "$*" in "-m pip"*) exit 0;; esac',
+        f'exec {sys.executable} "$@"',
+    ]
+    program = folder / name
+    program.write_text("\n".join(lines))
+    program.chmod(0o755)
+
+
+def test_another_python_is_not_ignored_for_the_environment_that_is_there(root, tmp_path):
+    """Naming another version makes .venv anew and says so; naming the same, or none, leaves it; one
+    that is not there or cannot be used is refused, and the environment stays.
+    """
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(root / name, tmp_path / name)
+    for version in ("3.9", "3.12", "3.13"):
+        fake_python(tmp_path, f"python-{version}", version)
+    path = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHON"} | path
+
+    def make(*arguments: str, **more: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            ["make", "setup", *arguments],
+            cwd=tmp_path,
+            env=environment | more,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    def version_of_environment() -> str:
+        found = re.search(r"version_info = \((\d), (\d+)", (tmp_path / ".venv/bin/python").read_text())
+        return f"{found[1]}.{found[2]}"
+
+    first = make("PYTHON=python-3.12")
+    assert first.returncode == 0, first.stderr
+    assert "anew" not in first.stdout
+    assert version_of_environment() == "3.12"
+    for same in (make("PYTHON=python-3.12"), make()):
+        assert same.returncode == 0, same.stderr
+        assert "installing" not in same.stdout
+        assert "anew" not in same.stdout
+    for refused, words in (("python-3.9", "is 3.9"), ("python-3.99", "there is no python-3.99")):
+        done = make(f"PYTHON={refused}")
+        assert done.returncode != 0
+        assert words in done.stderr
+        assert version_of_environment() == "3.12"
+        assert (tmp_path / ".venv" / ".installed").exists()
+    for done in (make("PYTHON=python-3.13"), make(PYTHON="python-3.12")):
+        assert done.returncode == 0, done.stderr
+        assert re.search(r"\.venv has Python (3\.\d+), python-(?!\1)\S+ is (?!\1)3\.\d+", done.stdout)
+        assert "installing into .venv" in done.stdout
+    assert version_of_environment() == "3.12"
