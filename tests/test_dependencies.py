@@ -385,7 +385,7 @@ def fake_python(folder: Path, name: str, version: str) -> None:
     told = f"import sys; sys.version_info = ({major}, {minor}, 0); "
     lines = [
         "#!/bin/sh",
-        f"case \"$2\" in *version_info*) exec {sys.executable} -c \"{told}$2\";; esac",
+        f'case "$2" in *version_info*) exec {sys.executable} -c "{told}$2";; esac',
         'case "$*" in *"-m venv"*)',
         '  rm -rf .venv; mkdir -p .venv/bin; cp "$0" .venv/bin/python; exit 0;; esac',
         'case "$*" in "-m pip"*) exit 0;; esac',
@@ -418,7 +418,9 @@ def test_another_python_is_not_ignored_for_the_environment_that_is_there(root, t
         )
 
     def version_of_environment() -> str:
-        found = re.search(r"version_info = \((\d), (\d+)", (tmp_path / ".venv/bin/python").read_text())
+        found = re.search(
+            r"version_info = \((\d), (\d+)", (tmp_path / ".venv/bin/python").read_text()
+        )
         return f"{found[1]}.{found[2]}"
 
     first = make("PYTHON=python-3.12")
@@ -437,6 +439,8 @@ def test_another_python_is_not_ignored_for_the_environment_that_is_there(root, t
         assert (tmp_path / ".venv" / ".installed").exists()
     for done in (make("PYTHON=python-3.13"), make(PYTHON="python-3.12")):
         assert done.returncode == 0, done.stderr
-        assert re.search(r"\.venv has Python (3\.\d+), python-(?!\1)\S+ is (?!\1)3\.\d+", done.stdout)
+        assert re.search(
+            r"\.venv has Python (3\.\d+), python-(?!\1)\S+ is (?!\1)3\.\d+", done.stdout
+        )
         assert "installing into .venv" in done.stdout
     assert version_of_environment() == "3.12"

@@ -1,8 +1,13 @@
-"""Checks of `make verify` for the machines that people really have: Colab, Binder, one core with 2
-GB.
+"""Checks of `make verify` for the machines that people really have: Python 3.12 and 3.13, Colab,
+Binder, conda, one core with 2 GB.
 
 Nothing here reaches Colab or Binder. What decides there is brought here: their versions, their way
-of installing, their memory. The Python stays this one, which the results say.
+of installing, their memory, Colab's Python. Binder runs on this Python, which the result says.
+
+Another Python is looked for in QLORA_NB_PYTHON313 (a path), as `python3.13`, and among pyenv's
+versions. Where there is none the check is skipped and says so. Each environment is made in a
+folder of its own that is removed at the end, also after a failure: with a CUDA build of torch it
+takes 6 GB.
 """
 
 from __future__ import annotations
@@ -42,17 +47,59 @@ pyzmq==26.2.1 regex==2025.11.3 requests==2.32.4 rich==13.9.4 safetensors==0.8.0
 tokenizers==0.22.2 tornado==6.5.7 tqdm==4.67.3 traitlets==5.7.1 transformers==5.15.0
 typer==0.27.1 widgetsnbextension==3.6.10
 """.split()
+EXTRAS = "lab,smollm2,sweep,test"
+TESTS = (
+    "test_notebooks",
+    "test_data",
+    "test_training",
+    "test_schema",
+    "test_blockwise",
+    "test_codebooks",
+    "test_double_quant",
+)
+"""What is tested on another Python: notebooks, data, training, parameters and the quantizer."""
 WIDGET_TESTS = ("test_panels", "test_quant_ui", "test_lora_paging_ui")
 
 
+def python312() -> dict:
+    """The pinned versions on Python 3.12: the whole sequence and the tests of what it rests on."""
+    return pinned_on("3.12")
+
+
+def python313() -> dict:
+    """The pinned versions on Python 3.13: the whole sequence and the tests of what it rests on."""
+    return pinned_on("3.13")
+
+
+def pinned_on(version: str) -> dict:
+    """What constraints.txt names, installed for this Python; then the sequence, and TESTS."""
+    base = python_of(version)
+    if base is None:
+        return skipped_without(version)
+    with tempfile.TemporaryDirectory(prefix=f"python{version}-") as name:
+        folder = Path(name)
+        kit = copy_of_the_kit(folder / "kit")
+        python, pip = new_environment(folder / "venv", base)
+        must([*pip, "-c", kit / "constraints.txt", "-e", f"{kit}[{EXTRAS}]"])
+        torch = frozen(python)["torch"]
+        result = sequence(python, kit, folder / "runs")
+        files = [kit / "tests" / f"{test}.py" for test in TESTS]
+        tests = call([python, "-m", "pytest", "-p", "no:cacheprovider", *files], cwd=kit)
+    said = {"python": full_version(base), "torch": torch, "tests": closing_line(tests)}
+    return {**result, **said, "passed": result["passed"] and tests.returncode == 0}
+
+
 def colab() -> dict:
-    """The whole sequence and the widget tests with Colab's versions, the kit installed as its first
-    cell does.
+    """The whole sequence and the widget tests with Colab's Python and versions, the kit installed
+    as its first cell does.
     """
+    base = python_of(COLAB_PYTHON)
+    if base is None:
+        return skipped_without(COLAB_PYTHON)
     with tempfile.TemporaryDirectory(prefix="colab-") as name:
         folder = Path(name)
         kit, content = copy_of_the_kit(folder / "kit"), folder / "content"
-        python, pip = new_environment(folder / "venv")
+        python, pip = new_environment(folder / "venv", base)
         must([*pip, torch_here(), *COLAB])
         before = frozen(python)
         held = [f"{package}=={before[package]}\n" for package in ("torch", "numpy", "ipywidgets")]
@@ -71,11 +118,7 @@ def colab() -> dict:
             [python, "-m", "pytest", *(kit / "tests" / f"{test}.py" for test in WIDGET_TESTS)],
             cwd=kit,
         )
-    pythons = {
-        "python": sys.version.split()[0],
-        "python_in_colab": COLAB_PYTHON,
-        "torch": after["torch"],
-    }
+    pythons = {"python": full_version(base), "torch": after["torch"]}
     added = {package: version for package, version in after.items() if package not in before}
     installed = {
         "versions": COLAB,
@@ -117,6 +160,27 @@ def binder() -> dict:
     return result | {"passed": result["passed"] and build.returncode == 0 and fits}
 
 
+def conda() -> dict:
+    """What conda is asked for in both environment files has a solution; nothing is installed."""
+    for name in ("micromamba", "mamba", "conda"):
+        program = shutil.which(name)
+        if program is not None:
+            break
+    else:
+        return {"passed": None, "skipped": "not solved here: no micromamba, mamba or conda"}
+    said = {}
+    passed = True
+    for file in ("environment.yml", "binder/environment.yml"):
+        command = [program, "env", "create"]
+        if name == "micromamba":
+            command = [program, "create", "--yes"]
+        command += ["--dry-run", "--name", "qlora-nb-dry-run", "--file", ROOT / file]
+        done = call(command)
+        passed = passed and done.returncode == 0
+        said[file] = (done.stdout + done.stderr)[-300:]
+    return {"passed": passed, "solver": name, "said": said}
+
+
 def one_core() -> dict:
     """The sequence on one core within 2 GB: under a cgroup's limit where one can be set, else by
     sampled resident memory.
@@ -143,7 +207,53 @@ def one_core() -> dict:
     return result | {"passed": result["passed"] and result["peak_bytes"] <= LIMIT_BYTES}
 
 
-# ---- what these three share
+# ---- other Pythons
+
+
+def python_of(version: str) -> str | None:
+    """A Python of this version ("3.13") that can make environments; None if none is found.
+
+    Raises:
+        RuntimeError: QLORA_NB_PYTHON… names one that is not.
+    """
+    variable = f"QLORA_NB_PYTHON{version.replace('.', '')}"
+    named = os.environ.get(variable)
+    if named:
+        if version_with_venv(named) != version:
+            raise RuntimeError(f"{variable}={named} is not a Python {version} with venv")
+        return named
+    candidates = []
+    on_path = shutil.which(f"python{version}")
+    if on_path:
+        candidates.append(on_path)
+    root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    candidates += sorted(map(str, root.glob(f"versions/{version}.*/bin/python{version}")))
+    for candidate in candidates:
+        if version_with_venv(candidate) == version:
+            return candidate
+    return None
+
+
+def version_with_venv(python: str) -> str:
+    """As "3.13", of a Python that has venv and brings pip; empty where there is no such Python."""
+    program = "import sys, venv, ensurepip; print('%d.%d' % sys.version_info[:2])"
+    with suppress(OSError):
+        return call([python, "-c", program]).stdout.strip()
+    return ""
+
+
+def full_version(python: str) -> str:
+    """As "3.13.0"."""
+    return call([python, "-c", "import platform; print(platform.python_version())"]).stdout.strip()
+
+
+def skipped_without(version: str) -> dict:
+    """The result where this Python is not there: which one, and how to name it."""
+    variable = f"QLORA_NB_PYTHON{version.replace('.', '')}"
+    return {"passed": None, "skipped": f"no Python {version} here; {variable} can name one"}
+
+
+# ---- what all share
 
 
 def call(
@@ -174,11 +284,11 @@ def must(command: list) -> None:
         )
 
 
-def new_environment(folder: Path) -> tuple[Path, list]:
-    """Make an empty virtual environment; returns its Python and the command that installs into
-    it.
+def new_environment(folder: Path, base: str = sys.executable) -> tuple[Path, list]:
+    """Make an empty virtual environment of a Python; returns its own Python and the command that
+    installs into it.
     """
-    must([sys.executable, "-m", "venv", folder])
+    must([base, "-m", "venv", folder])
     python = folder / "bin" / "python"
     return python, [
         python,

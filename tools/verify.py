@@ -5,8 +5,8 @@ committed.
     python tools/verify.py --only seeds
 
 A check is a function that returns a dictionary with `passed` and what it measured. Add one to
-CHECKS and it is part of it. The checks `colab` and `binder` install packages: PIP_ARGS is passed on
-to pip, as in `make run`.
+CHECKS and it is part of it. The checks `python312`, `python313`, `colab` and `binder` install
+packages: PIP_ARGS is passed on to pip, as in `make run`.
 """
 
 from __future__ import annotations
@@ -397,8 +397,11 @@ CHECKS: dict[str, Callable[[], dict]] = {
     "postgresql": sweeps.postgresql,
     "site": site_check.site,
     "one_core": hosts.one_core,
+    "python312": hosts.python312,
+    "python313": hosts.python313,
     "colab": hosts.colab,
     "binder": hosts.binder,
+    "conda": hosts.conda,
 }
 
 
