@@ -22,7 +22,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.integrations.bitsandbytes import Bnb4bitDeserialize
 from transformers.pytorch_utils import Conv1D
 
 from qlora_nb.answer import adapters
@@ -100,10 +99,11 @@ def dequantized(settings) -> PreTrainedModel:
     # transformers warns of the dtype, which the settings chose
     logging.getLogger("transformers.integrations.bitsandbytes").setLevel(logging.ERROR)
     base = load.load_base(plain).dequantize()
-    # transformers leaves that it is in 4 bit, and how files are unpacked, which cannot be
-    # turned round to save
+    # transformers leaves that it is in 4 bit; before 5.24 also how its files are unpacked, which
+    # cannot be turned round to save
     base.is_loaded_in_4bit = False
-    base._weight_conversions = [c for c in base._weight_conversions if not _unpacks(c)]
+    if hasattr(base, "_weight_conversions"):
+        del base._weight_conversions
     with torch.device("meta"):
         family = AutoModelForCausalLM.from_config(base.config)
     for name, layer in family.named_modules():
@@ -113,11 +113,6 @@ def dequantized(settings) -> PreTrainedModel:
             layer.bias = linear.bias
             base.set_submodule(name, layer)
     return base
-
-
-def _unpacks(conversion) -> bool:
-    operations = getattr(conversion, "operations", ())
-    return any(isinstance(step, Bnb4bitDeserialize) for step in operations)
 
 
 @torch.no_grad()
