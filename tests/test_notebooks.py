@@ -122,6 +122,37 @@ def test_no_stored_error(name, executed):
     assert one_notebook.stored_errors(nbformat.read(executed[name], 4)) == []
 
 
+def told_beside_the_outputs(path: Path) -> list[str]:
+    """What a notebook's cells wrote to stderr, progress bars left out."""
+    from build_notebooks import _NOISE
+
+    lines = []
+    for cell in nbformat.read(path, 4).cells:
+        for output in cell.get("outputs", []):
+            if output.get("name") == "stderr":
+                lines += [line for line in output.text.splitlines() if line.strip()]
+    return [line for line in lines if not _NOISE.search(line)]
+
+
+@each
+def test_no_library_warns_of_what_a_reader_cannot_change(name, executed):
+    """Neither in what is committed nor when it is run: a warning that matters is a sentence of the
+    kit's in the cell's own output.
+    """
+    assert told_beside_the_outputs(NOTEBOOKS / f"{name}.ipynb") == []
+    assert told_beside_the_outputs(executed[name]) == []
+
+
+def test_a_warning_would_be_found(toy):
+    folder = toy("01_warns", "import warnings; warnings.warn('old name', FutureWarning)")
+    path = folder / "01_warns.ipynb"
+    notebook = nbformat.read(path, 4)
+    text = "Loading weights: 100%|##| 2/2 [00:00<00:00]\nFutureWarning: old name\n"
+    notebook.cells[-2].outputs = [nbformat.v4.new_output("stream", name="stderr", text=text)]
+    nbformat.write(notebook, path)
+    assert told_beside_the_outputs(path) == ["FutureWarning: old name"]
+
+
 @pytest.mark.fault(37)
 @each
 def test_has_a_figure_and_a_widget(name, executed):

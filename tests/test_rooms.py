@@ -7,6 +7,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,28 @@ def test_a_planted_room_and_an_import_of_the_package_itself_are_found(toy_packag
     (toy_package / "__init__.py").write_text("from house import high")
     imports = imports_of(toy_package)
     assert upward(imports, ("low", "high")) == ["the package imports high", "cellar has no place"]
+
+
+def test_importing_every_module_says_nothing():
+    """torch's builder of C++ extensions, which `torch.utils.benchmark` loads, writes to stderr where
+    a CUDA build of torch finds no card.
+    """
+    program = """
+        import importlib, pkgutil, sys
+        import qlora_nb
+        for module in pkgutil.walk_packages(qlora_nb.__path__, "qlora_nb."):
+            if not module.name.endswith("__main__"):
+                importlib.import_module(module.name)
+        print("torch" in sys.modules, "torch.utils.cpp_extension" in sys.modules)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["True", "False"]
+    assert done.stderr == ""
 
 
 def test_importing_the_package_loads_no_torch_and_changes_what_it_says():
