@@ -96,6 +96,23 @@ def test_pins_are_complete_for_what_is_installed(pins):
     assert not missing, f"make pins: {missing}"
 
 
+def test_what_is_said_of_the_pins_is_said_of_these(root, pins):
+    """The page lists them all, holds the notes, and the notes speak of the versions that are
+    pinned.
+    """
+    page = (root / "docs" / "dependencies.md").read_text()
+    assert re.search(r"on 20\d\d-\d\d-\d\d, with Python 3\.11\.", page)
+    assert f"the {len(pins)} packages" in page
+    notes = (root / "tools" / "pin_notes.md").read_text()
+    assert notes in page, "make pins"
+    listed = page.split("## All of them")[1]
+    assert dict(re.findall(r"^- ([\w-]+)==([\w.]+)", listed, re.MULTILINE)) == pins
+    named = re.findall(r"\b([a-z-]+)==([\w.]*\w)", notes)
+    assert {name for name, _ in named} >= {"torch", "transformers"}
+    for name, version in named:
+        assert pins[name] == version, f"{name}: tools/pin_notes.md speaks of {version}"
+
+
 def conda_drift(root, project, pins) -> list[str]:
     """What the two conda files say that pyproject.toml and constraints.txt do not, and the other
     way round.
@@ -155,6 +172,25 @@ def read_pins(root) -> dict[str, str]:
 
 def test_conda_files_follow(root, project, pins):
     assert conda_drift(root, project, pins) == []
+
+
+def from_conda(file: Path) -> set[str]:
+    """The names that a conda environment does not leave to pip."""
+    listed = yaml.safe_load(file.read_text())["dependencies"]
+    return {re.match(r"[\w-]+", item)[0] for item in listed if isinstance(item, str)}
+
+
+def test_conda_brings_four_packages_and_pip_the_rest(root, tmp_path):
+    """Conda's bitsandbytes or transformers would be other builds than the pinned ones, and its
+    solution of everything could not be tried here.
+    """
+    assert from_conda(root / "environment.yml") == {"python", "pip"}
+    binder = root / "binder" / "environment.yml"
+    assert from_conda(binder) == {"python", "pip", "pytorch-cpu", "numpy"}
+    moved = re.sub(r"      - (pandas\S+)\n", "", binder.read_text())
+    planted = tmp_path / "environment.yml"
+    planted.write_text(moved.replace("  - pip\n", "  - pandas>=2.2\n  - pip\n"))
+    assert "pandas" in from_conda(planted)
 
 
 DRIFTS = {

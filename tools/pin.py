@@ -11,6 +11,7 @@ written, because pip's own configuration names the index.
 from __future__ import annotations
 
 import importlib.metadata
+import platform
 import time
 from pathlib import Path
 
@@ -22,10 +23,13 @@ ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "constraints.txt"
 EXTRAS = ("lab", "smollm2", "sweep", "site", "test")
 AUDITED = ROOT / "docs" / "dependencies.md"
+NOTES = ROOT / "tools" / "pin_notes.md"
+"""Written by hand: what is not the newest and why, and which changes mattered."""
 AUDIT_HEAD = (
     "# What the kit stands on\n\n"
-    "Written by `tools/pin.py` on {date}: the {n} packages of `constraints.txt`, whose versions "
-    "were installed and tested on that day.\n"
+    "Written by `tools/pin.py` on {date}, with Python {python}: the {n} packages of "
+    "`constraints.txt`, as installed on that day.\n"
+    "What was tried with them, on which Python and when, stands in `verified/`.\n"
     "To hold them against the known vulnerabilities, where their lists can be reached: "
     "`pip install pip-audit`, then\n"
     "`pip-audit -r constraints.txt --no-deps --disable-pip`. The result belongs to a day, so it "
@@ -101,8 +105,12 @@ def main() -> None:
         "pip install -c constraints.txt -e .\n"
     )
     CONSTRAINTS.write_text(head + "".join(lines), encoding="utf-8")
-    head = AUDIT_HEAD.format(date=time.strftime("%Y-%m-%d"), n=len(pins))
-    AUDITED.write_text(head + "".join(f"- {line}" for line in lines))
+    head = AUDIT_HEAD.format(
+        date=time.strftime("%Y-%m-%d"), n=len(pins), python=platform.python_version()
+    )
+    notes = NOTES.read_text(encoding="utf-8")
+    listed = "".join(f"- {line}" for line in lines)
+    AUDITED.write_text(f"{head}{notes}## All of them\n\n{listed}", encoding="utf-8")
     text = conda_file(
         "qlora-nb",
         "For a GPU: torch comes from pip, because its Linux wheel brings the CUDA libraries that "
