@@ -653,10 +653,10 @@ def test_side_by_side_shows_what_both_said_and_what_it_cost(monkeypatch):
         "tuned": "answer 2",
     }
     assert {name: cost.value for name, cost in chat.costs.items()} == {
-        "base": "7 tokens · first after 250 ms · 14 tokens/s · "
-        "12.2 tokens to choose from on average, 3 choices turned by the penalty",
-        "tuned": "14 tokens · first after 500 ms · 28 tokens/s · "
-        "24.5 tokens to choose from on average, 6 choices turned by the penalty",
+        "base": "7 tokens, 14 tokens/s\nfirst token after 250 ms\n"
+        "12.2 tokens to choose from\n3 choices turned by the penalty",
+        "tuned": "14 tokens, 28 tokens/s\nfirst token after 500 ms\n"
+        "24.5 tokens to choose from\n6 choices turned by the penalty",
     }
     assert chat.positions.value.split("\n") == [
         "' park' · 2.3 bits apart · base: ' home' 50% ' up' 25% · tuned: ' park' 88% '\\n' 6%",
@@ -752,7 +752,7 @@ def test_side_by_side_is_true_of_the_pocket_model():
     for name, out in (("base", base), ("tuned", tuned)):
         new = out[0, prompt.shape[1] :]
         assert chat.answers[name].value == tokenizer.decode(new, skip_special_tokens=True).strip()
-        assert chat.costs[name].value.startswith(f"{len(new)} tokens · ")
+        assert chat.costs[name].value.startswith(f"{len(new)} tokens, ")
     text = tokenizer(chat.answers["tuned"].value, add_special_tokens=False)["input_ids"]
     whole = torch.cat([prompt, torch.tensor([text], device=model.device)], dim=1)
     with torch.no_grad():
