@@ -5,14 +5,21 @@ the `gguf` package; where it can write a format, it writes the same.
 from __future__ import annotations
 
 import doctest
+import sys
 
 import numpy as np
 import pytest
 import torch
 from bitsandbytes import functional as bnb
+from conftest import ROOT
 from gguf import GGMLQuantizationType, quants
 
-from qlora_nb.theory import blockwise, formats
+from qlora_nb import recorded
+from qlora_nb.theory import blockwise
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import formats
 
 FILES = {name: GGMLQuantizationType[name] for name in formats.FORMATS}
 
@@ -143,6 +150,24 @@ def test_what_03_says_of_the_formats():
     e2m1 = blockwise.rmse(x, blockwise.round_trip(x, formats.E2M1 / 6, 64))
     int4 = blockwise.rmse(x, blockwise.round_trip(x, torch.arange(-7.0, 8.0) / 7, 64))
     assert e2m1 < int4
+
+
+def test_what_03_draws_is_what_the_formats_do():
+    x = torch.randn(2**20, generator=torch.Generator().manual_seed(0))
+    record, _ = recorded.read("formats")
+    assert set(record["rmse"]) == {"bell curve", "the pocket model's weights"}
+    of_bell = record["rmse"]["bell curve"]
+    assert set(of_bell) == {"NF4", "NF4+DQ", *formats.FORMATS}
+    for name, (bits, _) in formats.FORMATS.items():
+        theirs = blockwise.rmse(x, formats.round_trip(x, name))
+        assert of_bell[name] == {str(bits): pytest.approx(theirs, rel=1e-4)}
+    by_bits = {str(4 + 32 / size): size for size in (128, 64, 32)}
+    for bits, error in of_bell["NF4"].items():
+        packed, state = bnb.quantize_4bit(x, blocksize=by_bits[bits], quant_type="nf4")
+        restored = bnb.dequantize_4bit(packed, state)
+        assert error == pytest.approx(blockwise.rmse(x, restored), rel=1e-4)
+    smaller = list(of_bell["NF4+DQ"].values())
+    assert smaller == sorted(smaller, reverse=True)
 
 
 def test_e2m1_has_two_bits_of_exponent_and_one_of_fraction():

@@ -4,7 +4,8 @@ The figures: real weights beside the bell curve; the curve cut into the share of
 where one weight lands on the number line of each datatype; RMSE over bits a weight; a corner of a
 layer with what 4 bits leave of it; how often each code value is used; what an outlier does to its
 block; the loss of a model over the bytes of its weights; formats of other makers. The arithmetic is
-in `theory/codebooks.py`, `theory/blockwise.py` and `theory/formats.py`.
+in `theory/codebooks.py` and `theory/blockwise.py`; formats of other makers are recorded
+(`benchmarks/formats.py`).
 """
 
 from statistics import NormalDist
