@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from qlora_nb.errors import KitError
-from qlora_nb.theory.codebooks import lloyd_max, nf4_code
 
 SMALLEST_SCALE = 1e-38
 """Scales below it count as this much when dividing (bitsandbytes' number)."""
@@ -162,24 +161,6 @@ def round_trip(x: Tensor, code: Tensor, blocksize: int = 64) -> Tensor:
     """
     index, absmax = quantize(x, code, blocksize)
     return dequantize(index, absmax, code, blocksize).reshape(x.shape).to(x.dtype)
-
-
-def fitted_code(x: Tensor) -> Tensor:
-    """A Lloyd-Max code for `x` in blocks of 64, starting from NF4: least squared error of the
-    weights themselves, no value held fixed.
-
-    Args:
-        x: weights, as in `quantize`.
-
-    Returns:
-        (16,) float32, sorted. Its ends come to lie inside ±1: only one weight in a block is
-        ±absmax.
-    """
-    code = nf4_code()
-    _, absmax = quantize(x, code)
-    scale = absmax.clamp(min=SMALLEST_SCALE).repeat_interleave(64)[: x.numel()]
-    scaled = x.detach().flatten().float() / scale
-    return lloyd_max(scaled, scale.square(), start=code)
 
 
 def rmse(x: Tensor, y: Tensor) -> float:
