@@ -18,7 +18,7 @@ from qlora_nb.memory import step_sizes
 from qlora_nb.pythia import PYTHIA
 from qlora_nb.theory import paging
 from qlora_nb.ui.checks import exercise
-from qlora_nb.ui.style import LOOKS, draws, look, margins, mark
+from qlora_nb.ui.style import LOOKS, draws, look, mark
 from qlora_nb.ui.written import Written
 
 PARTS = {
@@ -51,11 +51,7 @@ def memory_axis(ax, stays: float, highest: float, room: float = 0.1) -> None:
     ax.locator_params(axis="y", nbins=6)  # few ticks: text is what takes time in a redraw
 
 
-@draws(
-    (8.8, 4.2),
-    grid=margins(right=0.74),
-    xlabel="one step (layer by layer)",
-)
+@draws
 def plot_step(ax, pythia: str, r: int, tokens: int, gpu_gib: float, bits: int = 32):
     """Memory through one step, stacked by part, under the card's line.
 
@@ -94,7 +90,7 @@ def plot_step(ax, pythia: str, r: int, tokens: int, gpu_gib: float, bits: int = 
     return f"{words}, {fits} {gpu_gib:g} GiB"
 
 
-@draws((7.6, 4.4), xlabel="rank r", ylabel="Pythia (size)")
+@draws
 def plot_paged_share(ax, ranks, pythia: str, r: int):
     """The share of the 32-bit optimizer states' bytes that bitsandbytes pages on a GPU, for every
     Pythia and rank; the reader's own cell is framed.
@@ -121,7 +117,7 @@ def plot_paged_share(ax, ranks, pythia: str, r: int):
     return f"pythia-{pythia}, r = {r}: {percent[row, column]:.0f} % of the state bytes are paged"
 
 
-@draws((9.0, 3.8), grid={"ncols": 2, **margins(wspace=0.22)}, xlabel="step")
+@draws
 def plot_run(axes, steps, gpu_gib: float, gb_per_s: float = 12.0):
     """A run of steps with and without paging: memory wanted beside the card, and bytes moved.
 
@@ -176,11 +172,7 @@ def sweep_moved(n_pages: int, room: int) -> int:
     return 2 * (misses_of_a_cache(sweep + sweep, room) - n_pages)
 
 
-@draws(
-    legend="lower left",
-    xlabel="room for the paged states (% of their size)",
-    ylabel="moved in a step (GiB)",
-)
+@draws
 def plot_thrashing(ax, paged_bytes: int, gb_per_s: float):
     """Bytes moved a step over the room left for the paged states: least-recently-used against the
     least that is possible.

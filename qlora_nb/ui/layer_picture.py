@@ -5,20 +5,17 @@ for the product below it; then A and B, the second way from X to Y; at the botto
 takes. The bytes are those of `theory.double_quant` and `memory.ledger`, for one matrix.
 """
 
-import tomllib
-from pathlib import Path
-
 import torch
 
 from qlora_nb.memory import ledger
 from qlora_nb.theory import double_quant
 from qlora_nb.ui import style
 
-DRAWN = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+DRAWN = style.table("layer_picture.toml")
 """Boxes, arrows, and what can be lit; the file says how they are written down."""
 
 
-@style.draws((9.6, 5.6))
+@style.draws
 def qlora_layer(
     ax,
     shape=(20480, 5120),

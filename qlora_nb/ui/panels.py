@@ -17,7 +17,7 @@ from qlora_nb.answer import generate
 from qlora_nb.memory import budget
 from qlora_nb.memory.plan import plan_of
 from qlora_nb.pythia import PYTHIA
-from qlora_nb.ui import charts, widgets
+from qlora_nb.ui import charts, style, widgets
 
 
 class LiveTraining:
@@ -79,16 +79,7 @@ def plan_figure(settings, gpu_gib: float | None = None):
     return charts.memory_bars(peaks, gpu_gib)
 
 
-OFFERED = {
-    "r": [4, 8, 16, 32, 64],
-    "max_length": [128, 256, 512, 1024, 2048],
-    "per_device_train_batch_size": [1, 2, 4, 8, 16],
-    "optim": ["paged_adamw_32bit", "paged_adamw_8bit"],
-    "gradient_checkpointing": [True, False],
-    "loss_chunk": [0, 128],
-    "embedding_on_cpu": [False, True],
-    "head_4bit": [False, True],
-}
+OFFERED = style.table("planner.toml")
 """What the planner offers of each parameter, besides the value it has."""
 
 
@@ -107,10 +98,10 @@ def planner(settings, gpu_gib: float | None = None) -> W.VBox:
     if gpu_gib is not None:
         own = settings.model_id
         models = dict.fromkeys([own, *(f"EleutherAI/pythia-{size}" for size in PYTHIA)])
-        cards_gib = sorted({6.0, 8.0, 12.0, 16.0, 24.0, 48.0, 80.0, gpu_gib})
+        cards_gib = sorted({*OFFERED["cards_gib"], gpu_gib})
         controls["model_id"] = widgets.choice("model_id", list(models), own)
         controls["gpu_gib"] = widgets.choice_slider("gpu_gib", cards_gib, gpu_gib)
-    for name, values in OFFERED.items():
+    for name, values in OFFERED["parameters"].items():
         own = getattr(settings, name)
         options = values if own in values else sorted([*values, own])
         control = widgets.choice_slider if name in ("r", "max_length") else widgets.choice
