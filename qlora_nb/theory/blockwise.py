@@ -15,8 +15,6 @@ bit. Source: QLoRA, arXiv 2305.14314, section 2, equations 1 and 2;
 bitsandbytes/backends/default/ops.py (`quantize_4bit`).
 """
 
-import math
-
 import torch
 from torch import Tensor, nn
 
@@ -143,14 +141,6 @@ def quantize_4bit(x: Tensor, code: Tensor, blocksize: int = 64) -> tuple[Tensor,
     index, absmax = quantize(x, code, blocksize)
     zero = int(code.abs().argmin())
     return pack(index, filler=zero)[:, None], absmax
-
-
-def dequantize_4bit(
-    packed: Tensor, absmax: Tensor, code: Tensor, blocksize: int, shape: tuple[int, ...]
-) -> Tensor:
-    """`unpack` and `dequantize`: float32 of this shape."""
-    index = unpack(packed, math.prod(shape))
-    return dequantize(index, absmax, code, blocksize).reshape(shape)
 
 
 def round_trip(x: Tensor, code: Tensor, blocksize: int = 64) -> Tensor:
