@@ -114,6 +114,19 @@ def test_every_line_of_a_ledger_is_in_one_part():
     assert sorted(drawn) == sorted(known)
 
 
+def test_every_figure_has_its_entry_and_no_entry_is_left_over():
+    """One that is not found would be drawn without labels."""
+    drawn = set()
+    for path in (ROOT / "qlora_nb").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                decorators = {ast.unparse(decorator) for decorator in node.decorator_list}
+                if decorators & {"draws", "style.draws"}:
+                    drawn.add(node.name)
+    assert len(drawn) > 30
+    assert drawn == set(style.FIGURES)
+
+
 def test_a_figure_is_shown_in_full_and_leaves_no_trace(monkeypatch):
     before = dict(plt.rcParams)
     places = {"left": 0.3, "right": 0.7, "bottom": 0.3, "top": 0.7}
