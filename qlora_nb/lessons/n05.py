@@ -11,6 +11,7 @@ import math
 from functools import lru_cache
 
 import numpy as np
+import pandas
 from matplotlib.patches import Rectangle
 
 from qlora_nb import cards
@@ -63,28 +64,23 @@ def plot_step(ax, pythia: str, r: int, tokens: int, gpu_gib: float, bits: int = 
         bits: width of the optimizer states.
     """
     moments = paging.step_timeline(step_sizes.step_sizes(pythia, r, tokens, bits))
-    heights = []
-    for part in PARTS:
-        heights.append([moment.parts[part] / cards.GIB for moment in moments])
+    parts = pandas.DataFrame([moment.parts for moment in moments])[list(PARTS)] / cards.GIB
     colours, hatches, _ = zip(*[LOOKS[meaning] for meaning in PARTS.values()])
     drawn = {"colors": colours, "hatch": hatches, "edgecolor": "white", "linewidth": 0}
-    x = range(len(moments))
-    ax.stackplot(x, heights, labels=list(PARTS), step="mid", **drawn)
+    ax.stackplot(parts.index, parts.T, labels=parts, step="mid", **drawn)
     peak = max(moments, key=lambda moment: moment.total)
     highest = peak.total / cards.GIB
     top = highest
     if gpu_gib < 1.5 * highest:
         top = max(highest, gpu_gib)
         ax.axhline(gpu_gib, linestyle="--", label=f"card {gpu_gib:g} GiB")
-    weights = moments[0].parts["frozen weights"] / cards.GIB
-    memory_axis(ax, min(weights, gpu_gib), top)
+    memory_axis(ax, min(parts["frozen weights"][0], gpu_gib), top)
     n = PYTHIA[pythia].n_layers
     for start in (n, n + 1, 2 * n + 1):
         ax.axvline(start - 0.5, linewidth=0.6, linestyle=":")
     middles = [n / 2 - 0.5, n, n + 0.5 + n / 2, 2 * n + 1]
     ax.set_xticks(middles, ["forward", "loss ", "backward", "  optimizer"])
     ax.set_xlim(-0.5, len(moments) - 0.5)
-    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9, reverse=True)
     fits = "fits" if highest <= gpu_gib else "does not fit"
     words = f"pythia-{pythia}, r = {r}, {tokens:,} tokens: peak {highest:.2f} GiB ({peak.phase})"
     return f"{words}, {fits} {gpu_gib:g} GiB"
