@@ -364,17 +364,10 @@ class Spans(HTMLParser):
 def test_label_mask_shows_every_token_and_whether_it_trains(tokens, trains):
     ids = list(range(len(tokens)))
     page = Spans(n06.label_mask(ids, trains, lambda some: "".join(tokens[i] for i in some)))
-    texts, trained = [tokens[0]], [trains[0]]
-    for token, train in zip(tokens[1:], trains[1:]):
-        if train == trained[-1]:
-            texts[-1] += token
-        else:
-            texts.append(token)
-            trained.append(train)
-    assert [text for text, _ in page.spans] == [text.replace("\n", "⏎[br]") for text in texts]
-    assert ["border-bottom" in style for _, style in page.spans] == trained
-    assert ["background:#009E73" in style for _, style in page.spans] == trained
-    assert ["opacity" in style for _, style in page.spans] == [not train for train in trained]
+    assert [text for text, _ in page.spans] == [token.replace("\n", "⏎[br]") for token in tokens]
+    assert ["border-bottom" in style for _, style in page.spans] == trains
+    assert ["background:#009E73" in style for _, style in page.spans] == trains
+    assert ["opacity" in style for _, style in page.spans] == [not trained for trained in trains]
     assert all("white-space:pre-wrap" in style for _, style in page.spans), "blanks are seen"
     n_trained = trains.count(True)
     assert page.rest == f"underlined and green: the {n_trained} tokens that train, of {len(tokens)}"
@@ -409,7 +402,7 @@ def shown(tokenizer, prompt: str, answer: str) -> tuple[Spans, int]:
     [("where is 安娜?\n", "在河边。"), ("猫", "狗"), ("你好 Anna", "at the river."), ("?", "🙂🙂")],
 )
 def test_label_mask_shows_whole_characters(bytes_tokenizer, prompt, answer):
-    """No character is cut, and the border between prompt and answer stays."""
+    """A character of three bytes is one piece, and the border between prompt and answer stays."""
     page, n_trained = shown(bytes_tokenizer, prompt, answer)
     pieces = {True: "", False: ""}
     for text, style in page.spans:
@@ -421,7 +414,7 @@ def test_label_mask_shows_whole_characters(bytes_tokenizer, prompt, answer):
         ids = bytes_tokenizer.encode(character).ids
         assert len(ids) > 1
         assert "\ufffd" in bytes_tokenizer.decode(ids[:1]), "alone, a token of it has no text"
-        assert character in "".join(text for text, _ in page.spans)
+        assert character in [text for text, _ in page.spans]
 
 
 def test_label_mask_joins_no_tokens_across_the_border(bytes_tokenizer):
