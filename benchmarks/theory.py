@@ -62,6 +62,12 @@ def alternating(pairs: dict[str, Callable[[], object]], rounds: int = ROUNDS) ->
     return {name: round(statistics.median(found), 2) for name, found in times.items()}
 
 
+def restored_from(packed: torch.Tensor, absmax: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
+    """The numbers in these bytes, in blocks of 64."""
+    index = blockwise.unpack(packed, N_WEIGHTS)
+    return blockwise.dequantize(index, absmax, code, 64)
+
+
 def quantizers() -> dict:
     """NF4 and FP4 in blocks of 64, there and back."""
     x, found = torch.randn(N_WEIGHTS, generator=torch.Generator().manual_seed(SEED)), {}
@@ -79,11 +85,11 @@ def quantizers() -> dict:
         )
         back = alternating(
             {
-                "ours_ms": partial(blockwise.dequantize_4bit, packed, absmax, code, 64, x.shape),
+                "ours_ms": partial(restored_from, packed, absmax, code),
                 "bitsandbytes_ms": partial(bnb.dequantize_4bit, theirs, state),
             }
         )
-        restored = blockwise.dequantize_4bit(packed, absmax, code, 64, x.shape)
+        restored = restored_from(packed, absmax, code)
         equal = torch.equal(packed, theirs) and torch.equal(
             restored, bnb.dequantize_4bit(theirs, state).reshape(-1)
         )

@@ -81,7 +81,9 @@ def test_equal_to_bitsandbytes_for_every_blocksize(quant_type, kind):
         assert torch.equal(ours, theirs), (blocksize, int((ours != theirs).sum()))
         assert torch.equal(absmax, state.absmax), blocksize
         if blocksize < 2048:  # above, bitsandbytes compiles a fallback, which takes seconds
-            back = blockwise.dequantize_4bit(ours, absmax, code, blocksize, x.shape)
+            back = blockwise.dequantize(
+                blockwise.unpack(ours, x.numel()), absmax, code, blocksize
+            ).reshape(x.shape)
             assert torch.equal(back, bnb.dequantize_4bit(theirs, state).reshape(-1)), blocksize
 
 

@@ -27,7 +27,7 @@ tokenizer = load.load_tokenizer(settings)
 tokenizer.eos_token_id = None  # answers as long as max_new_tokens, so that there is something to stop
 model = adapters.load_adapter(load.load_base(settings), ADAPTER_DIR)
 slow = model.get_base_model().register_forward_pre_hook(lambda *_: time.sleep(0.15))  # as slow as a larger model
-chat = panels.SideBySide(model, tokenizer, settings)
+chat = panels.SideBySide(model, tokenizer, settings, ["Anna", "river", *80 * ["park"]])
 chat.box"""
 
 
@@ -43,12 +43,19 @@ def test_ask_stream_stop_and_payloads_stay_inert(lab, browser):  # noqa: F811
     boxes.first.wait_for(timeout=60_000)
     prompt, base, tuned = boxes.nth(0), boxes.nth(1), boxes.nth(3)
     ask, stop = page.get_by_role("button", name="Ask both"), page.get_by_role("button", name="Stop")
-    prompt.fill(f"Where is Anna?\n{PAYLOAD} Anna walked to the river.")
-    prompt.press("Tab")
-    ask.click()
 
     def until(probe, seconds):
         return lab.wait(lambda: page.wait_for_timeout(50) or probe(), seconds)
+
+    prompt.fill(f"Where is Anna?\n{PAYLOAD} Anna walked to the")
+    prompt.press("Tab")
+    river = page.get_by_role("button", name="river", exact=True)
+    page.get_by_role("button", name="Anna", exact=True).focus()
+    page.keyboard.press("Tab")
+    assert river.evaluate("chip => chip === document.activeElement"), "a chip is a tab stop"
+    page.keyboard.press("Enter")
+    until(lambda: prompt.input_value().endswith("Anna walked to the river"), 30)
+    ask.click()
 
     until(lambda: len(base.input_value()) > 5, 60)
     early = base.input_value()
@@ -63,6 +70,12 @@ def test_ask_stream_stop_and_payloads_stay_inert(lab, browser):  # noqa: F811
     assert len(tokens) < 80, "it was stopped; by itself it ends after max_new_tokens"
     for box in (boxes.nth(5), boxes.nth(6)):
         assert box.input_value()
+    page.evaluate("jupyterapp.shell.collapseLeft()")
+    for width in (500, 800, 1280):
+        page.set_viewport_size({"width": width, "height": 1000})
+        page.wait_for_timeout(300)
+        for cost in (boxes.nth(2), boxes.nth(4)):
+            assert cost.evaluate("box => box.scrollHeight <= box.clientHeight"), "not cropped"
     assert PAYLOAD[:8] in boxes.nth(6).input_value(), "the history shows the prompt as it was typed"
     assert page.evaluate("window.hurt") is None
     assert (

@@ -1,4 +1,4 @@
-"""The codes: derived values against bitsandbytes' tables, and what fitting a code does."""
+"""The codes: derived values against bitsandbytes' tables, and where their values lie."""
 
 from __future__ import annotations
 
@@ -8,11 +8,8 @@ from statistics import NormalDist
 import pytest
 import torch
 from bitsandbytes import functional as bnb
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from qlora_nb.errors import KitError
-from qlora_nb.theory import blockwise, codebooks
+from qlora_nb.theory import codebooks
 
 
 def test_examples_in_docstrings():
@@ -56,41 +53,3 @@ def test_normal_floats_of_any_number_of_bits(n_bits):
 def test_codes_by_their_names():
     for name, code in (("nf4", codebooks.nf4_code()), ("INT4", codebooks.int4_code())):
         assert torch.equal(codebooks.code_by_name(name), code)
-
-
-def lloyd_max_loops(samples, weights, code):
-    """Plain loops, nothing shared with the fast version."""
-    for _ in range(100):
-        nearest = [min(range(len(code)), key=lambda i: abs(code[i] - x)) for x in samples]
-        moved = []
-        for i, value in enumerate(code):
-            mine = [(w, x) for w, x, n in zip(weights, samples, nearest) if n == i]
-            mass = sum(w for w, _ in mine)
-            moved.append(sum(w * x for w, x in mine) / mass if mine else value)
-        code = moved
-    return code
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.integers(0, 10_000), st.integers(2, 60))
-def test_lloyd_max_equals_loops(seed, n):
-    generator = torch.Generator().manual_seed(seed)
-    samples = torch.randn(n, generator=generator, dtype=torch.float64)
-    weights = torch.rand(n, generator=generator, dtype=torch.float64) + 0.01
-    start = torch.linspace(-1, 1, 5, dtype=torch.float64)
-    got = codebooks.lloyd_max(samples, weights, start)
-    slow = lloyd_max_loops(samples.tolist(), weights.tolist(), start.tolist())
-    assert got.tolist() == pytest.approx(slow, abs=1e-6)
-
-
-def test_a_fitted_code_refuses_nonsense():
-    with pytest.raises(KitError, match="position 1"):
-        blockwise.fitted_code(torch.tensor([1.0, float("nan")]))
-
-
-def test_lloyd_max_beats_nf4_by_some_percent_on_fresh_data():
-    draw = torch.Generator().manual_seed(3)
-    seen, fresh = (torch.randn(2**19, generator=draw) for _ in range(2))
-    fitted, nf4 = blockwise.fitted_code(seen), codebooks.nf4_code()
-    left = [blockwise.rmse(fresh, blockwise.round_trip(fresh, code)) for code in (fitted, nf4)]
-    assert 0.03 < 1 - left[0] / left[1] < 0.08

@@ -72,7 +72,9 @@ def test_equal_to_bitsandbytes(quant_type, blocksize):
             assert torch.equal(second.absmax_mean, state.offset)
             if blocksize < 2048 and n % 2 == 0:
                 restored = double_quant.dequantize_absmax(second)
-                back = blockwise.dequantize_4bit(ours, restored, code, blocksize, x.shape)
+                back = blockwise.dequantize(
+                    blockwise.unpack(ours, x.numel()), restored, code, blocksize
+                ).reshape(x.shape)
                 assert torch.equal(back, bnb.dequantize_4bit(theirs, state).reshape(-1))
 
 

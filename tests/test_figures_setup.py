@@ -4,6 +4,7 @@ here by hand.
 
 from __future__ import annotations
 
+import json
 import math
 import shlex
 from dataclasses import replace
@@ -15,7 +16,7 @@ import recorded_tables
 import torch
 from conftest import NOTEBOOKS
 
-from qlora_nb import cards, machine, sources
+from qlora_nb import cards, machine, recorded, sources
 from qlora_nb.answer import adapters, generate
 from qlora_nb.lessons import n01
 from qlora_nb.memory import budget, ledger
@@ -165,7 +166,7 @@ def over_the_card(peaks: list[ledger.Ledger], gpu_gib: float) -> list[str]:
 
 def test_tuned_whole_has_a_gradient_and_two_means_for_every_weight():
     in_16_bit = replace(plan("70m", train=True), four_bit=False)
-    [ax] = charts.memory_bars({"whole": n01.tuned_whole(in_16_bit)}).axes
+    [ax] = charts.memory_bars({"whole": recorded_tables.tuned_whole(in_16_bit)}).axes
     drawn_parts = {part: length * GIB for part, length in widths(ax, 0).items()}
     n_weights = 70_426_624  # Pythia paper, table 1
     assert drawn_parts["unquantized rest"] == pytest.approx(2 * n_weights, rel=1e-5)  # and buffers
@@ -180,7 +181,7 @@ def test_tuned_whole_has_a_gradient_and_two_means_for_every_weight():
 
 @pytest.mark.parametrize("r", [4, 64])
 def test_with_pages_draws_apart_what_bitsandbytes_pages(r):
-    found = n01.with_pages(plan("70m", train=True, r=r))
+    found = recorded_tables.with_pages(plan("70m", train=True, r=r))
     assert found.total_bytes == budget.peak(plan("70m", train=True, r=r)).total_bytes
     [ax] = charts.memory_bars({"QLoRA": found}, 8.0).axes
     drawn_parts = {part: length * GIB for part, length in widths(ax, 0).items()}
@@ -197,11 +198,19 @@ def test_with_pages_draws_apart_what_bitsandbytes_pages(r):
 def test_each_step_of_notebook_01_saves_what_its_idea_saves():
     """pythia-12b: 11,324,620,800 weights in linear layers of 11,846,072,320; rank 64."""
     cells = nbformat.read(NOTEBOOKS / "01_setup.ipynb", 4).cells
-    source = next(cell.source for cell in cells if "stairs = {" in cell.source)
-    names = {"validate": validate, "plan_of": plan_of, "replace": replace, "n01": n01}
-    names |= {"budget": budget, "guess_lora_gib": None, "guess_peak_gib": None}
+    source = next(cell.source for cell in cells if "stairs = {}" in cell.source)
+    names = {"json": json, "recorded": recorded, "ledger": ledger, "budget": budget}
+    names |= {
+        "validate": validate,
+        "plan_of": plan_of,
+        "guess_lora_gib": None,
+        "guess_peak_gib": None,
+    }
     names["compare_guess"] = lambda *_, **__: None
     exec(source, names)
+    table = json.loads((recorded.FOLDER / "steps_table.json").read_text(encoding="utf-8"))
+    full = validate({"profile": "full"})
+    assert table == recorded_tables.steps_to_qlora(full), "as it is predicted now"
     whole, lora, nf4, nested, paged = names["stairs"].values()
     linear, every, adapter = 11_324_620_800, 11_846_072_320, 188_743_680
     frozen = 2 * every + 8 * every - (4 + 4 + 8) * adapter  # less what LoRA itself needs
@@ -211,6 +220,7 @@ def test_each_step_of_notebook_01_saves_what_its_idea_saves():
     scales = linear / 16 - linear / 64 - linear / 64 / 64 - 144 * 1028
     assert nf4.total_bytes - nested.total_bytes == scales
     assert paged[charts.PAGED] == 8 * adapter
+    assert paged.total_bytes == names["peak"].total_bytes
     ends_of_pages = 452_984_832  # 36 layers × 2 states × 6 MiB
     assert paged.total_bytes == pytest.approx(nested.total_bytes + ends_of_pages, rel=1e-6)
 
@@ -653,10 +663,10 @@ def test_side_by_side_shows_what_both_said_and_what_it_cost(monkeypatch):
         "tuned": "answer 2",
     }
     assert {name: cost.value for name, cost in chat.costs.items()} == {
-        "base": "7 tokens · first after 250 ms · 14 tokens/s · "
-        "12.2 tokens to choose from on average, 3 choices turned by the penalty",
-        "tuned": "14 tokens · first after 500 ms · 28 tokens/s · "
-        "24.5 tokens to choose from on average, 6 choices turned by the penalty",
+        "base": "7 tokens, 14 tokens/s\nfirst token after 250 ms\n"
+        "12.2 tokens to choose from\n3 choices turned by the penalty",
+        "tuned": "14 tokens, 28 tokens/s\nfirst token after 500 ms\n"
+        "24.5 tokens to choose from\n6 choices turned by the penalty",
     }
     assert chat.positions.value.split("\n") == [
         "' park' · 2.3 bits apart · base: ' home' 50% ' up' 25% · tuned: ' park' 88% '\\n' 6%",
@@ -752,7 +762,7 @@ def test_side_by_side_is_true_of_the_pocket_model():
     for name, out in (("base", base), ("tuned", tuned)):
         new = out[0, prompt.shape[1] :]
         assert chat.answers[name].value == tokenizer.decode(new, skip_special_tokens=True).strip()
-        assert chat.costs[name].value.startswith(f"{len(new)} tokens · ")
+        assert chat.costs[name].value.startswith(f"{len(new)} tokens, ")
     text = tokenizer(chat.answers["tuned"].value, add_special_tokens=False)["input_ids"]
     whole = torch.cat([prompt, torch.tensor([text], device=model.device)], dim=1)
     with torch.no_grad():

@@ -5,14 +5,24 @@ the `gguf` package; where it can write a format, it writes the same.
 from __future__ import annotations
 
 import doctest
+import sys
 
 import numpy as np
 import pytest
 import torch
 from bitsandbytes import functional as bnb
+from conftest import ROOT
 from gguf import GGMLQuantizationType, quants
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from qlora_nb.theory import blockwise, formats
+from qlora_nb import recorded
+from qlora_nb.errors import KitError
+from qlora_nb.theory import blockwise
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import formats
 
 FILES = {name: GGMLQuantizationType[name] for name in formats.FORMATS}
 
@@ -145,11 +155,73 @@ def test_what_03_says_of_the_formats():
     assert e2m1 < int4
 
 
+def test_what_03_draws_is_what_the_formats_do():
+    x = torch.randn(2**20, generator=torch.Generator().manual_seed(0))
+    record, _ = recorded.read("formats")
+    assert set(record["rmse"]) == {"bell curve", "the pocket model's weights"}
+    of_bell = record["rmse"]["bell curve"]
+    assert set(of_bell) == {"NF4", "NF4+DQ", *formats.FORMATS}
+    for name, (bits, _) in formats.FORMATS.items():
+        theirs = blockwise.rmse(x, formats.round_trip(x, name))
+        assert of_bell[name] == {str(bits): pytest.approx(theirs, rel=1e-4)}
+    by_bits = {str(4 + 32 / size): size for size in (128, 64, 32)}
+    for bits, error in of_bell["NF4"].items():
+        packed, state = bnb.quantize_4bit(x, blocksize=by_bits[bits], quant_type="nf4")
+        restored = bnb.dequantize_4bit(packed, state)
+        assert error == pytest.approx(blockwise.rmse(x, restored), rel=1e-4)
+    smaller = list(of_bell["NF4+DQ"].values())
+    assert smaller == sorted(smaller, reverse=True)
+
+
 def test_e2m1_has_two_bits_of_exponent_and_one_of_fraction():
     magnitudes = [0.0, 0.5]
     for exponent in (1, 2, 3):
         magnitudes += [2 ** (exponent - 1) * (1 + fraction / 2) for fraction in (0, 1)]
     assert formats.E2M1.tolist() == magnitudes + [-magnitude for magnitude in magnitudes]
+
+
+def lloyd_max_loops(samples, weights, code):
+    """Plain loops, nothing shared with the fast version."""
+    for _ in range(100):
+        nearest = [min(range(len(code)), key=lambda i: abs(code[i] - x)) for x in samples]
+        moved = []
+        for i, value in enumerate(code):
+            mine = [(w, x) for w, x, n in zip(weights, samples, nearest) if n == i]
+            mass = sum(w for w, _ in mine)
+            moved.append(sum(w * x for w, x in mine) / mass if mine else value)
+        code = moved
+    return code
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000), st.integers(2, 60))
+def test_lloyd_max_equals_loops(seed, n):
+    generator = torch.Generator().manual_seed(seed)
+    samples = torch.randn(n, generator=generator, dtype=torch.float64)
+    weights = torch.rand(n, generator=generator, dtype=torch.float64) + 0.01
+    start = torch.linspace(-1, 1, 5, dtype=torch.float64)
+    got = formats.lloyd_max(samples, weights, start)
+    slow = lloyd_max_loops(samples.tolist(), weights.tolist(), start.tolist())
+    assert got.tolist() == pytest.approx(slow, abs=1e-6)
+
+
+def test_a_fitted_code_refuses_nonsense():
+    with pytest.raises(KitError, match="position 1"):
+        formats.fitted_code(torch.tensor([1.0, float("nan")]))
+
+
+def test_lloyd_max_beats_nf4_by_some_percent_on_fresh_data():
+    draw = torch.Generator().manual_seed(3)
+    seen, fresh = (torch.randn(2**19, generator=draw) for _ in range(2))
+    fitted, nf4 = formats.fitted_code(seen), bnb.get_4bit_type("nf4", device="cpu")
+    left = [blockwise.rmse(fresh, blockwise.round_trip(fresh, code)) for code in (fitted, nf4)]
+    assert 0.03 < 1 - left[0] / left[1] < 0.08
+
+
+def test_the_recorded_code_is_the_fitted_one():
+    x = torch.randn(2**20, generator=torch.Generator().manual_seed(0))
+    record, _ = recorded.read("formats")
+    assert record["fitted code"] == pytest.approx(formats.fitted_code(x).tolist(), abs=1e-6)
 
 
 def test_examples_in_docstrings():

@@ -75,7 +75,7 @@ def test_no_guess_and_a_guess_without_a_number(capsys):
 def test_a_panel_says_that_it_draws():
     seen = []
 
-    @draws()
+    @draws
     def plot(ax, x):
         """Nothing."""
         seen.append([child.value for child in panel[0].children[1:-1]] if panel else None)

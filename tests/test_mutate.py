@@ -16,18 +16,15 @@ from functools import wraps
 from matplotlib.figure import Figure
 
 
-def draws():
-    def decorate(plot):
-        @wraps(plot)
-        def drawn(*data):
-            figure = Figure()
-            ax = figure.subplots()
-            ax.set_title(plot(ax, *data))
-            return figure
+def draws(plot):
+    @wraps(plot)
+    def drawn(*data):
+        figure = Figure()
+        ax = figure.subplots()
+        ax.set_title(plot(ax, *data))
+        return figure
 
-        return drawn
-
-    return decorate
+    return drawn
 """
 
 FIGURES = """
@@ -39,20 +36,20 @@ def labelled(ax, heights):
     ax.bar_label(bars)
 
 
-@draws()
+@draws
 def seen(ax, heights):
     labelled(ax, heights)
     return f"highest {max(heights)}"
 
 
-@draws()
+@draws
 def blind(ax, x, unit):
     ax.plot(x, [value / unit for value in x])
     ax.axhline(0)
     return "two lines"
 
 
-@draws()
+@draws
 def never_drawn(ax):
     ax.text(1, 2, "3")
 """

@@ -103,6 +103,15 @@ def test_side_by_side_answers_twice(chat):
     assert chat.stop_button.disabled
 
 
+def test_a_word_that_is_clicked_goes_into_the_prompt(chat):
+    chat = panels.SideBySide(chat.model, chat.tokenizer, chat.settings, ["Anna", "river"])
+    assert [chip.description for chip in chat.chips] == ["Anna", "river"]
+    chat.prompt.value = "Where is\n"
+    for chip in chat.chips:
+        chip.click()
+    assert chat.prompt.value == "Where is Anna river"
+
+
 def test_side_by_side_refuses_in_words(chat):
     ask(chat, "   ")
     assert "prompt is empty" in chat.note.value
@@ -118,17 +127,17 @@ def test_each_control_does_what_it_says(chat):
     assert set(start) == {"temperature", "top_p", "repetition_penalty", "seed"}
     greedy = ask(chat, question)
     assert greedy == ask(chat, question)
-    assert "1.0 tokens to choose from on average, 0 choices turned" in chat.costs["tuned"].value
+    assert "1.0 tokens to choose from\n0 choices turned" in chat.costs["tuned"].value
     chat.controls["repetition_penalty"].value = 2.0
     ask(chat, question)
-    assert " 0 choices turned" not in chat.costs["base"].value
+    assert "\n0 choices turned" not in chat.costs["base"].value
     chat.controls["repetition_penalty"].value = 1.0
     left, said = {}, {}
     chat.controls["temperature"].value = 1.5
     for top_p in (0.5, 1.0):
         chat.controls["top_p"].value = top_p
         said[top_p] = ask(chat, question)
-        left[top_p] = float(chat.costs["base"].value.split(" tokens to choose")[0].split("· ")[-1])
+        left[top_p] = float(chat.costs["base"].value.split(" tokens to choose")[0].split("\n")[-1])
     vocabulary = chat.model.config.vocab_size
     assert 1 <= left[0.5] < left[1.0] == vocabulary, (
         "no hidden top_k: all tokens are left where nothing cuts"

@@ -19,6 +19,7 @@ from matplotlib import colors
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from qlora_nb.memory import budget, ledger, shares
 from qlora_nb.ui import charts, style, widgets
 
 # Machado, Oliveira, Fernandes 2009, severity 1.0: what is left of linear sRGB when one kind of cone
@@ -106,12 +107,33 @@ def test_parts_of_memory_are_told_apart_where_a_figure_stacks_them():
     assert len(set(looks)) == len(looks) == 11
 
 
+def test_every_line_of_a_ledger_is_in_one_part():
+    drawn = [line for lines in charts.PARTS.values() for line in lines]
+    moved = (budget.KEPT, budget.WORK, budget.CACHE, budget.CUDA)
+    known = [*ledger.ORDER, *moved, shares.BUCKETS, shares.GATHERED, charts.PAGED]
+    assert sorted(drawn) == sorted(known)
+
+
+def test_every_figure_has_its_entry_and_no_entry_is_left_over():
+    """One that is not found would be drawn without labels."""
+    drawn = set()
+    for path in (ROOT / "qlora_nb").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                decorators = {ast.unparse(decorator) for decorator in node.decorator_list}
+                if decorators & {"draws", "style.draws"}:
+                    drawn.add(node.name)
+    assert len(drawn) > 30
+    assert drawn == set(style.FIGURES)
+
+
 def test_a_figure_is_shown_in_full_and_leaves_no_trace(monkeypatch):
     before = dict(plt.rcParams)
+    places = {"left": 0.3, "right": 0.7, "bottom": 0.3, "top": 0.7}
+    how = {"figsize": [3, 2], "layout": "none", "gridspec_kw": places}
+    monkeypatch.setitem(style.FIGURES, "plot", how | {"axes": {"xlabel": "x", "ylabel": "y"}})
 
-    @style.draws(
-        (3, 2), grid=style.margins(left=0.3, right=0.7, bottom=0.3, top=0.7), xlabel="x", ylabel="y"
-    )
+    @style.draws
     def plot(ax, height):
         """A bar
         of this height.

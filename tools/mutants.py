@@ -1,6 +1,6 @@
 """Where `mutate.py` changes the package: every figure and every refusal, found in the syntax tree.
 
-A figure is a function under `@draws(…)`, or a helper that draws on its first parameter, ax or axes:
+A figure is a function under `@draws`, or a helper that draws on its first parameter, ax or axes:
 
 - a call that draws: all its data become other data of the same shape (`zero`);
 - a title, returned or written by a call: it becomes empty.
@@ -148,7 +148,7 @@ def last_name(node: ast.AST | None) -> str:
 
 
 def is_figure(function: ast.FunctionDef) -> bool:
-    return "draws" in [last_name(d) for d in function.decorator_list if isinstance(d, ast.Call)]
+    return "draws" in [last_name(d) for d in function.decorator_list]
 
 
 def is_helper(function: ast.FunctionDef) -> bool:

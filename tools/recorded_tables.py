@@ -1,23 +1,28 @@
-"""Tables that depend on nothing that a reader sets: write `gpu_table.json`, `true_size_table.json`
-and `cards_table.json` into `qlora_nb/recorded`, which notebooks 01 and 06 show.
+"""Tables that depend on nothing that a reader sets: write `gpu_table.json`, `true_size_table.json`,
+`cards_table.json` and `steps_table.json` into `qlora_nb/recorded`, which notebooks 01 and 06 show.
 
     python tools/recorded_tables.py
 
 The first two set predictions beside measurements that a laptop cannot repeat, the records of
-`benchmarks/gpu.py` and `benchmarks/true_size.py`; the third says what fits a card. What is
-predicted is the ledger's. A few seconds. `tests/test_on_a_card.py`, `tests/test_true_size.py` and
-`tests/test_panels.py` compare what is committed with the records and with what is predicted now.
+`benchmarks/gpu.py` and `benchmarks/true_size.py`; the third says what fits a card, the fourth what
+each idea of QLoRA removes. What is predicted is the ledger's. A few seconds.
+`tests/test_on_a_card.py`, `tests/test_true_size.py`, `tests/test_panels.py` and
+`tests/test_figures_setup.py` compare what is committed with the records and with what is predicted
+now.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 from qlora_nb import cards, recorded
-from qlora_nb.memory import budget
+from qlora_nb.memory import budget, ledger
 from qlora_nb.memory.plan import plan_of
 from qlora_nb.model import configs
 from qlora_nb.settings import validate
+from qlora_nb.theory import paging
+from qlora_nb.ui import charts
 
 
 def on_a_card() -> dict[str, dict[str, float]]:
@@ -92,11 +97,59 @@ def what_fits(settings) -> list[dict[str, str]]:
     return rows
 
 
+def tuned_whole(plan) -> ledger.Ledger:
+    """Predicted peak when every weight is tuned: a gradient in 16 bit and Adam's two states in
+    float32 for each. Activations are taken to be those of the same plan with LoRA.
+    """
+    n_weights = configs.meta_model(plan.config).num_parameters()
+    states = ledger.optimizer_bytes([n_weights], "adamw_torch")
+    sizes = {ledger.LORA: 0, ledger.GRADIENTS: 2 * n_weights, ledger.STATES: states}
+    return _with(sizes, budget.peak(plan))
+
+
+def with_pages(plan) -> ledger.Ledger:
+    """Predicted peak, with the states that bitsandbytes pages in a line of their own."""
+    shapes = configs.meta_model(plan.config)
+    numels = ledger.lora_numels(shapes, plan.r, plan.target_modules)
+    paged, rest = paging.paged_bytes(numels)
+    return _with({ledger.STATES: rest, charts.PAGED: paged}, budget.peak(plan))
+
+
+def _with(sizes: dict[str, int], found: ledger.Ledger) -> ledger.Ledger:
+    """A ledger with these lines instead of its own."""
+    lines = [line for line in found.lines if line.name not in sizes]
+    for name, size in sizes.items():
+        lines.append(ledger.Line(name, size, ""))
+    return ledger.Ledger(found.title, tuple(lines))
+
+
+def steps_to_qlora(settings) -> dict[str, dict[str, int]]:
+    """The predicted peak of fine-tuning on a card, line by line (bytes), from every weight trained
+    in 16 bit to QLoRA: each step has one more of its ideas.
+    """
+    qlora = plan_of(settings, on_gpu=True)
+    unpaged = replace(qlora, optim="adamw_torch")
+    once_quantized = replace(unpaged, double_quant=False)
+    in_16_bit = replace(unpaged, four_bit=False)
+    steps = {
+        "every weight trained, 16 bit": tuned_whole(in_16_bit),
+        "+ LoRA": budget.peak(in_16_bit),
+        "+ NF4": budget.peak(once_quantized),
+        "+ double quantization": budget.peak(unpaged),
+        "+ paged optimizer": with_pages(qlora),
+    }
+    rows = {}
+    for step, peak in steps.items():
+        rows[step] = {line.name: line.bytes for line in peak.lines}
+    return rows
+
+
 if __name__ == "__main__":
     tables = {
         "gpu_table": on_a_card(),
         "true_size_table": at_true_size(),
         "cards_table": what_fits(validate({"profile": "full"})),
+        "steps_table": steps_to_qlora(validate({"profile": "full"})),
     }
     for name, rows in tables.items():
         text = json.dumps(rows, indent=1, ensure_ascii=False) + "\n"

@@ -2,7 +2,6 @@
 
 - `check_layer`: an exercise, a QLoRA layer written by the reader;
 - `check_weight_gib`: an exercise, GiB of 4-bit weights;
-- `tuned_whole`, `with_pages`: first and last of the steps from tuning a model whole to QLoRA;
 - `profiles_here`: table of the four profiles, each with its predicted peak, and why one is refused;
 - `downloads`: what would come from the hub.
 """
@@ -14,13 +13,11 @@ from torch import Tensor
 from qlora_nb import cards, machine, sources
 from qlora_nb.errors import KitError
 from qlora_nb.lessons import n02
-from qlora_nb.memory import budget, ledger, preflight
+from qlora_nb.memory import budget, preflight
 from qlora_nb.memory.plan import plan_of
-from qlora_nb.model import configs
 from qlora_nb.pythia import PYTHIA
 from qlora_nb.settings import PROFILES, validate
-from qlora_nb.theory import paging
-from qlora_nb.ui import charts, checks
+from qlora_nb.ui import checks
 from qlora_nb.ui.written import Written
 
 
@@ -74,32 +71,6 @@ check_weight_gib = checks.exercise(
     tolerance=0.01,
 )
 """Exercise: memory of 11.8 billion weights of 4 bits."""
-
-
-def tuned_whole(plan) -> ledger.Ledger:
-    """Predicted peak when every weight is tuned: a gradient in 16 bit and Adam's two states in
-    float32 for each. Activations are taken to be those of the same plan with LoRA.
-    """
-    n_weights = configs.meta_model(plan.config).num_parameters()
-    states = ledger.optimizer_bytes([n_weights], "adamw_torch")
-    sizes = {ledger.LORA: 0, ledger.GRADIENTS: 2 * n_weights, ledger.STATES: states}
-    return _with(sizes, budget.peak(plan))
-
-
-def with_pages(plan) -> ledger.Ledger:
-    """Predicted peak, with the states that bitsandbytes pages in a line of their own."""
-    shapes = configs.meta_model(plan.config)
-    numels = ledger.lora_numels(shapes, plan.r, plan.target_modules)
-    paged, rest = paging.paged_bytes(numels)
-    return _with({ledger.STATES: rest, charts.PAGED: paged}, budget.peak(plan))
-
-
-def _with(sizes: dict[str, int], found: ledger.Ledger) -> ledger.Ledger:
-    """A ledger with these lines instead of its own."""
-    lines = [line for line in found.lines if line.name not in sizes]
-    for name, size in sizes.items():
-        lines.append(ledger.Line(name, size, ""))
-    return ledger.Ledger(found.title, tuple(lines))
 
 
 def profiles_here(here: machine.Machine) -> list[dict[str, str]]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from qlora_nb.ui.checks import exercise
-from qlora_nb.ui.style import COLOURS, draws, log2_axis, maps, margins, mark
+from qlora_nb.ui.style import COLOURS, draws, log2_axis, maps, mark
 from qlora_nb.ui.written import Written
 
 LINES = cycler(
@@ -21,7 +21,7 @@ LINES = cycler(
 """How one line after another is drawn, from the first again after the last."""
 
 
-@draws(legend="best", prop_cycle=LINES, xlabel="step", ylabel="mean squared error")
+@draws
 def plot_losses(ax, losses, title: str):
     """Loss over steps, one line a way of starting A and B.
 
@@ -29,19 +29,13 @@ def plot_losses(ax, losses, title: str):
         losses: {way of starting: loss of every step}.
         title: the finding.
     """
+    ax.set_prop_cycle(LINES)
     for name, values in losses.items():
         ax.plot(values, label=name, linewidth=2)
-    ax.set_yscale("log")
     return title
 
 
-@draws(
-    legend="lower right",
-    prop_cycle=LINES,
-    xlabel="rank r",
-    ylabel="share of ΔW held (% of squares)",
-    ylim=(0, 104),
-)
+@draws
 def plot_captured(ax, curves, r: int):
     """Share of an update that the best rank-r matrix holds, over r.
 
@@ -50,6 +44,7 @@ def plot_captured(ax, curves, r: int):
             others are for comparison.
         r: the rank to mark.
     """
+    ax.set_prop_cycle(LINES)
     for name, curve in curves.items():
         ranks = range(1, len(curve) + 1)
         ax.plot(ranks, 100 * curve, label=name, linewidth=2)
@@ -63,11 +58,7 @@ def plot_captured(ax, curves, r: int):
     return f"Rank {r} holds {held:.0f} % of this update"
 
 
-@draws(
-    (8.4, 3.2),
-    grid={"ncols": 3, "sharey": True, **margins()},
-    xlabel="input (index)",
-)
+@draws
 def plot_update(axes, update, factors, r: int):
     """A corner of the update (32 rows and columns), of its best rank-r matrix, and what is left, in
     one colour scale.

@@ -4,7 +4,8 @@ The figures: real weights beside the bell curve; the curve cut into the share of
 where one weight lands on the number line of each datatype; RMSE over bits a weight; a corner of a
 layer with what 4 bits leave of it; how often each code value is used; what an outlier does to its
 block; the loss of a model over the bytes of its weights; formats of other makers. The arithmetic is
-in `theory/codebooks.py`, `theory/blockwise.py` and `theory/formats.py`.
+in `theory/codebooks.py` and `theory/blockwise.py`; formats of other makers are recorded
+(`benchmarks/formats.py`).
 """
 
 from statistics import NormalDist
@@ -16,16 +17,11 @@ from matplotlib.ticker import LogLocator
 
 from qlora_nb.theory import blockwise, codebooks, double_quant
 from qlora_nb.ui.checks import exercise
-from qlora_nb.ui.style import COLOURS, draws, grouped_bars, log2_axis, look, maps, margins, mark
+from qlora_nb.ui.style import COLOURS, draws, grouped_bars, log2_axis, look, maps, mark
 from qlora_nb.ui.written import Written
 
 
-@draws(
-    (8.4, 3.2),
-    "upper right",
-    xlabel="weight (standard deviations of its layer)",
-    ylabel="density (1 / standard deviation)",
-)
+@draws
 def plot_weights(ax, weights, what: str):
     """A histogram of weights, and over it the bell curve with the same standard deviation.
 
@@ -41,12 +37,7 @@ def plot_weights(ax, weights, what: str):
     return f"{within:.0f} % of the weights of {what} lie within one standard deviation"
 
 
-@draws(
-    (8.4, 3.6),
-    xlabel="weight (standard deviations), and below it the same in the unit of the code",
-    ylabel="density (1 / standard deviation)",
-    ylim=(0, 0.43),
-)
+@draws
 def plot_bell(ax, code, tail_quantile: float = codebooks.TAIL_QUANTILE):
     """The bell curve cut into the share of each code value (by midpoints); a stick and a diamond
     stand at each value.
@@ -77,13 +68,7 @@ def plot_bell(ax, code, tail_quantile: float = codebooks.TAIL_QUANTILE):
     return f"{counts}: most near {below:.1f} % and {above:.1f} % of the weights"
 
 
-@draws(
-    (8.4, 2.9),
-    grid=margins(bottom=0.17, top=0.91),
-    xlabel="weight / absmax",
-    xlim=(-1.06, 1.22),
-    ylim=(-0.4, 2.5),
-)
+@draws
 def plot_number_line(ax, weight: float):
     """Where one scaled weight lands on each code's number line, and what it is stored as.
 
@@ -104,13 +89,7 @@ def plot_number_line(ax, weight: float):
     return f"{weight:+.2f} is stored with an error of: {errors}"
 
 
-@draws(
-    (8.4, 3.8),
-    "best",
-    2,
-    xlabel="bits a weight, 32-bit scales included (bit)",
-    ylabel="RMSE (standard deviations)",
-)
+@draws
 def plot_errors(ax, errors, blocksize: int, name: str):
     """RMSE over bits a weight, one line a datatype; one point (datatype, blocksize) is ringed.
 
@@ -131,7 +110,7 @@ def plot_errors(ax, errors, blocksize: int, name: str):
     return f"{here}, RMSE {error:.4f} on a Gaussian"
 
 
-@draws((8.4, 4.6), grid={"nrows": 3, "sharex": True, "sharey": True, **margins(hspace=0.08)})
+@draws
 def plot_error_map(axes, weight, blocksize: int, name: str):
     """A corner of a layer's weights (16 rows, 128 columns), what is left of it in 4 bits, and ten
     times the difference; thin lines separate the blocks.
@@ -157,7 +136,7 @@ def plot_error_map(axes, weight, blocksize: int, name: str):
     return f"{name}, blocks of {blocksize}: {bits:.3f} bits a weight, RMSE {error:.4f}"
 
 
-@draws((8.4, 3.2), "upper right", xlabel="NF4 value", ylabel="share of the weights (%)")
+@draws
 def plot_usage(ax, shares, code):
     """How often each code value is used, beside the even share that "each bin has equal
     probability" would give.
@@ -182,13 +161,7 @@ def plot_usage(ax, shares, code):
     return " · ".join(found)
 
 
-@draws(
-    (8.4, 3.2),
-    "upper right",
-    2,
-    xlabel="position in the block",
-    ylabel="error (standard deviations)",
-)
+@draws
 def plot_outlier(ax, block, outlier: float, code):
     """Errors of one block of weights, alone and after its first weight has become an outlier.
 
@@ -211,12 +184,7 @@ def plot_outlier(ax, block, outlier: float, code):
     return f"The other {len(x)} weights' error is {norms[0] / norms[1]:.1f} times as large"
 
 
-@draws(
-    (9.6, 3.6),
-    grid={"ncols": 2},
-    xlabel="size of the quantized layers (MB)",
-    ylabel="loss a token (nat), logarithmic",
-)
+@draws
 def plot_sizes(axes, panels):
     """A model's loss over the bytes of its quantized layers, one point for each number of bits, and
     the loss of the unquantized model as a dashed line.
@@ -239,7 +207,7 @@ def plot_sizes(axes, panels):
         ax.set_title(f"{title}: unquantized {unquantized:.3g}")
 
 
-@draws((9.6, 3.9), grid={"ncols": 2, "sharey": True}, xlabel="bits a weight, scales included (bit)")
+@draws
 def plot_formats(axes, errors):
     """RMSE over bits a weight of formats of four bits, for one kind of weights in each panel.
 

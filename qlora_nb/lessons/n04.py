@@ -31,7 +31,7 @@ BLOCKSIZES = [2**k for k in range(3, 13)]
 """Block sizes that are drawn (numbers that share a scale), 8 to 4096."""
 
 
-@draws((8.4, 2.2), "lower right", xlabel="bits a weight beyond the four (bit)")
+@draws
 def plot_ledger(ax, ledgers):
     """What the scales cost beyond a weight's four bits, one stacked bar for each way to store them.
 
@@ -47,9 +47,7 @@ def plot_ledger(ax, ledgers):
     return f"The scales cost {ends[0]:.3g} bits a weight; quantized too, {ends[-1]:.3g}"
 
 
-@draws(
-    (8.4, 3.6), "best", xlabel="block size (weights)", ylabel="bits a weight (bit)", ylim=(3.6, 8.4)
-)
+@draws
 def plot_bits(ax, blocksize: int, second_blocksize: int):
     """Bits a weight over the block size, without and with double quantization; one block size is
     read off.
@@ -76,7 +74,7 @@ def plot_bits(ax, blocksize: int, second_blocksize: int):
     return f"Blocks of {blocksize}: {plain:.3f} bits a weight become {double:.3f}, {less:.3f} less"
 
 
-@draws((8.4, 3.8), grid={"nrows": 2, "sharex": True, "height_ratios": [3, 1]})
+@draws
 def plot_scales(axes, scaled, code):
     """The centred scales of a layer beside the 256 values they may become.
 
@@ -96,7 +94,7 @@ def plot_scales(axes, scaled, code):
     return f"{inside:.0f} % of the scales lie within ±0.1, {where}"
 
 
-@draws((9.2, 3.4), grid={"ncols": 2, "sharey": True})
+@draws
 def plot_model_bytes(axes, rows, n_weights: int):
     """Bytes of the quantized layers on the left, of the whole model on the right.
 

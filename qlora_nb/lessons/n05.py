@@ -11,6 +11,7 @@ import math
 from functools import lru_cache
 
 import numpy as np
+import pandas
 from matplotlib.patches import Rectangle
 
 from qlora_nb import cards
@@ -18,7 +19,7 @@ from qlora_nb.memory import step_sizes
 from qlora_nb.pythia import PYTHIA
 from qlora_nb.theory import paging
 from qlora_nb.ui.checks import exercise
-from qlora_nb.ui.style import LOOKS, draws, look, margins, mark
+from qlora_nb.ui.style import LOOKS, draws, look, mark
 from qlora_nb.ui.written import Written
 
 PARTS = {
@@ -51,11 +52,7 @@ def memory_axis(ax, stays: float, highest: float, room: float = 0.1) -> None:
     ax.locator_params(axis="y", nbins=6)  # few ticks: text is what takes time in a redraw
 
 
-@draws(
-    (8.8, 4.2),
-    grid=margins(right=0.74),
-    xlabel="one step (layer by layer)",
-)
+@draws
 def plot_step(ax, pythia: str, r: int, tokens: int, gpu_gib: float, bits: int = 32):
     """Memory through one step, stacked by part, under the card's line.
 
@@ -67,34 +64,29 @@ def plot_step(ax, pythia: str, r: int, tokens: int, gpu_gib: float, bits: int = 
         bits: width of the optimizer states.
     """
     moments = paging.step_timeline(step_sizes.step_sizes(pythia, r, tokens, bits))
-    heights = []
-    for part in PARTS:
-        heights.append([moment.parts[part] / cards.GIB for moment in moments])
+    parts = pandas.DataFrame([moment.parts for moment in moments])[list(PARTS)] / cards.GIB
     colours, hatches, _ = zip(*[LOOKS[meaning] for meaning in PARTS.values()])
     drawn = {"colors": colours, "hatch": hatches, "edgecolor": "white", "linewidth": 0}
-    x = range(len(moments))
-    ax.stackplot(x, heights, labels=list(PARTS), step="mid", **drawn)
+    ax.stackplot(parts.index, parts.T, labels=parts, step="mid", **drawn)
     peak = max(moments, key=lambda moment: moment.total)
     highest = peak.total / cards.GIB
     top = highest
     if gpu_gib < 1.5 * highest:
         top = max(highest, gpu_gib)
         ax.axhline(gpu_gib, linestyle="--", label=f"card {gpu_gib:g} GiB")
-    weights = moments[0].parts["frozen weights"] / cards.GIB
-    memory_axis(ax, min(weights, gpu_gib), top)
+    memory_axis(ax, min(parts["frozen weights"][0], gpu_gib), top)
     n = PYTHIA[pythia].n_layers
     for start in (n, n + 1, 2 * n + 1):
         ax.axvline(start - 0.5, linewidth=0.6, linestyle=":")
     middles = [n / 2 - 0.5, n, n + 0.5 + n / 2, 2 * n + 1]
     ax.set_xticks(middles, ["forward", "loss ", "backward", "  optimizer"])
     ax.set_xlim(-0.5, len(moments) - 0.5)
-    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9, reverse=True)
     fits = "fits" if highest <= gpu_gib else "does not fit"
     words = f"pythia-{pythia}, r = {r}, {tokens:,} tokens: peak {highest:.2f} GiB ({peak.phase})"
     return f"{words}, {fits} {gpu_gib:g} GiB"
 
 
-@draws((7.6, 4.4), xlabel="rank r", ylabel="Pythia (size)")
+@draws
 def plot_paged_share(ax, ranks, pythia: str, r: int):
     """The share of the 32-bit optimizer states' bytes that bitsandbytes pages on a GPU, for every
     Pythia and rank; the reader's own cell is framed.
@@ -121,7 +113,7 @@ def plot_paged_share(ax, ranks, pythia: str, r: int):
     return f"pythia-{pythia}, r = {r}: {percent[row, column]:.0f} % of the state bytes are paged"
 
 
-@draws((9.0, 3.8), grid={"ncols": 2, **margins(wspace=0.22)}, xlabel="step")
+@draws
 def plot_run(axes, steps, gpu_gib: float, gb_per_s: float = 12.0):
     """A run of steps with and without paging: memory wanted beside the card, and bytes moved.
 
@@ -176,11 +168,7 @@ def sweep_moved(n_pages: int, room: int) -> int:
     return 2 * (misses_of_a_cache(sweep + sweep, room) - n_pages)
 
 
-@draws(
-    legend="lower left",
-    xlabel="room for the paged states (% of their size)",
-    ylabel="moved in a step (GiB)",
-)
+@draws
 def plot_thrashing(ax, paged_bytes: int, gb_per_s: float):
     """Bytes moved a step over the room left for the paged states: least-recently-used against the
     least that is possible.

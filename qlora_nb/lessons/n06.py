@@ -65,7 +65,7 @@ def a_chat(tokenizer) -> HTML:
     return HTML(f"<details>{summary}{row}</details>")
 
 
-@style.draws((8, 2.8), "best", xlabel="length of a row (tokens)", ylabel="rows")
+@style.draws
 def lengths(ax, n_tokens: list[int], max_length: int) -> str:
     """Histogram of row lengths, and the length that 95 % of the rows do not exceed.
 
@@ -82,7 +82,7 @@ def lengths(ax, n_tokens: list[int], max_length: int) -> str:
     return f"Rows have {np.mean(n_tokens):.0f} tokens on average; max_length allows {max_length}"
 
 
-@style.draws((8, 3.6), ylabel="exact match (%)", ylim=(0, 105))
+@style.draws
 def scores(ax, results: dict[str, dict[str, float]]) -> str:
     """Exact match by kind of question for up to four answerers, "all" kinds together first.
 

@@ -21,7 +21,7 @@ from qlora_nb.ui import style
 from qlora_nb.ui.written import Written
 
 
-@style.draws((8, 2.8), grid={"ncols": 2, "sharex": True}, xlabel="probability (%)", xlim=(0, 100))
+@style.draws
 def next_tokens(axes, base: list[tuple], tuned: list[tuple], divergence: float) -> None:
     """The most probable next tokens of both models, side by side.
 
@@ -42,7 +42,7 @@ def next_tokens(axes, base: list[tuple], tuned: list[tuple], divergence: float) 
     ax.figure.suptitle(heading, x=0.01, ha="left")
 
 
-@style.draws((8, 2.8), xlabel="token of the tuned answer", ylabel="divergence (bits)")
+@style.draws
 def along(ax, steps: list[tuple]) -> str:
     """Divergence at every position of an answer, the token written there under its bar.
 
@@ -59,7 +59,7 @@ def along(ax, steps: list[tuple]) -> str:
     return f"The models differ by {max(bits):.1f} bits at most, {mean:.1f} on average"
 
 
-@style.draws((9.6, 3.2), grid={"ncols": 4, "sharey": True}, ylabel="share (%)")
+@style.draws
 def sampled(axes, shares: dict[str, dict[str, dict[str, float]]]) -> None:
     """The distribution of the next token under several settings, and beside it how often each token
     was drawn.
@@ -79,11 +79,7 @@ MEASURES = "questions right (%)", "facts known (%)", "story loss (nats)"
 """What an adapter wins, and two sides of what its base forgets."""
 
 
-@style.draws(
-    (9.6, 3),
-    grid={"ncols": 3, **style.margins(left=0.07, bottom=0.17, top=0.84, wspace=0.3)},
-    xlabel="strength",
-)
+@style.draws
 def strengths(
     axes, curves: dict[str, dict], heading: str, at: float | None = None, answers: Sequence = ()
 ) -> None:
@@ -114,7 +110,7 @@ WAYS = {"dequantized": "LoRA", "packed": "NF4+DQ", "original": "16-bit"}
 """Weights that an adapter is merged into → how they are drawn."""
 
 
-@style.draws((9.6, 3), grid={"ncols": 3}, xlabel="rank r")
+@style.draws
 def merge_ranks(axes, by_rank: dict[str, dict]) -> None:
     """What merging changes at several ranks, in three ways: the logits, beside the distance from
     the likeliest token's logit to the second's; the answers; the loss on held-out rows.

@@ -17,13 +17,7 @@ from qlora_nb.ui.checks import exercise
 from qlora_nb.ui.written import Written
 
 
-@style.draws(
-    (9, 3.2),
-    grid={"ncols": 3, "sharey": True},
-    xlabel="exact second derivative",
-    xscale="log",
-    yscale="log",
-)
+@style.draws
 def estimates(axes, exact: torch.Tensor, drawn: Mapping[int, torch.Tensor]) -> None:
     """The estimated curvature of every weight over the exact one, for the mean of one draw and of
     many.
@@ -41,7 +35,7 @@ def estimates(axes, exact: torch.Tensor, drawn: Mapping[int, torch.Tensor]) -> N
     axes[0].set_ylabel("estimate")
 
 
-@style.draws((8, 2.8), "best", xlabel="optimizer step", ylabel="clipped (%)", ylim=(0, 105))
+@style.draws
 def clipped(ax, shares: Mapping[float, list[float]]) -> None:
     """Share of the numbers that are clipped in each step.
 
@@ -63,7 +57,7 @@ def _loss_axis(ax) -> None:
     ax.set_ylabel("held-out loss (nats)")
 
 
-@style.draws((9, 3.2), xlabel="peak learning rate", xscale="log")
+@style.draws
 def rates(ax, groups: Mapping[str, Mapping[float, float | None]]) -> str:
     """Held-out loss after a run over its learning rate, both axes logarithmic.
 
@@ -84,7 +78,7 @@ def rates(ax, groups: Mapping[str, Mapping[float, float | None]]) -> str:
     return f"Lowest: {first}, {best[first]:.3f} nats"
 
 
-@style.draws((9.6, 3.4), grid={"ncols": 3, "sharey": True})
+@style.draws
 def race(axes, curves: Mapping[str, Mapping[int, float]], of_each: Mapping[str, Mapping]) -> None:
     """Held-out loss against steps, against seconds, and at the end against bytes of state.
 

@@ -105,7 +105,7 @@ def table(claims: Mapping[str, Checked], *columns: str):
     return styled.set_properties(**look)
 
 
-@style.draws((8, 2.4))
+@style.draws
 def plot_claim(ax, found: Mapping[str, Checked], name: str) -> str:
     """One claim: the number that is said (dashed) and ours, without hatch where the claim holds."""
     checked = found[name]

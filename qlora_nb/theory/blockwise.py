@@ -15,13 +15,10 @@ bit. Source: QLoRA, arXiv 2305.14314, section 2, equations 1 and 2;
 bitsandbytes/backends/default/ops.py (`quantize_4bit`).
 """
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from qlora_nb.errors import KitError
-from qlora_nb.theory.codebooks import lloyd_max, nf4_code
 
 SMALLEST_SCALE = 1e-38
 """Scales below it count as this much when dividing (bitsandbytes' number)."""
@@ -146,14 +143,6 @@ def quantize_4bit(x: Tensor, code: Tensor, blocksize: int = 64) -> tuple[Tensor,
     return pack(index, filler=zero)[:, None], absmax
 
 
-def dequantize_4bit(
-    packed: Tensor, absmax: Tensor, code: Tensor, blocksize: int, shape: tuple[int, ...]
-) -> Tensor:
-    """`unpack` and `dequantize`: float32 of this shape."""
-    index = unpack(packed, math.prod(shape))
-    return dequantize(index, absmax, code, blocksize).reshape(shape)
-
-
 def round_trip(x: Tensor, code: Tensor, blocksize: int = 64) -> Tensor:
     """What is left of `x` after quantizing and dequantizing; same shape and dtype.
 
@@ -162,24 +151,6 @@ def round_trip(x: Tensor, code: Tensor, blocksize: int = 64) -> Tensor:
     """
     index, absmax = quantize(x, code, blocksize)
     return dequantize(index, absmax, code, blocksize).reshape(x.shape).to(x.dtype)
-
-
-def fitted_code(x: Tensor) -> Tensor:
-    """A Lloyd-Max code for `x` in blocks of 64, starting from NF4: least squared error of the
-    weights themselves, no value held fixed.
-
-    Args:
-        x: weights, as in `quantize`.
-
-    Returns:
-        (16,) float32, sorted. Its ends come to lie inside ±1: only one weight in a block is
-        ±absmax.
-    """
-    code = nf4_code()
-    _, absmax = quantize(x, code)
-    scale = absmax.clamp(min=SMALLEST_SCALE).repeat_interleave(64)[: x.numel()]
-    scaled = x.detach().flatten().float() / scale
-    return lloyd_max(scaled, scale.square(), start=code)
 
 
 def rmse(x: Tensor, y: Tensor) -> float:

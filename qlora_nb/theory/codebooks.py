@@ -7,7 +7,6 @@ as the index of the nearest one. NF4, FP4 and INT4 differ only in where their va
 * FP4 is a tiny floating-point format: two exponent bits, one bit of fraction. Coarse at the ends,
   and with a hole beside zero: bitsandbytes' has nothing between 0.005 and 0.167.
 * NF4 lies at quantiles of N(0, 1); the weights of a layer look like a bell curve.
-* Lloyd-Max is fitted: the least squared error on given samples.
 
 A bell curve never ends, so NF4 stops at the quantile t = 1 - (1/32 + 1/30)/2 = 0.96770833: the
 middle of 1/32 (half of one of 16 equal shares) and 1/30 (half of one of 15). bitsandbytes writes
@@ -125,42 +124,6 @@ def dynamic_code() -> Tensor:
         values += centres.tolist()
         values += (-centres).tolist()
     return torch.tensor(sorted(values))
-
-
-def lloyd_max(samples: Tensor, weights: Tensor, start: Tensor) -> Tensor:
-    """Fit a code to samples: repeat "nearest value" and "each value moves to the mean of its
-    samples" until it stands.
-
-    Args:
-        samples: (n,) numbers to be coded, finite (for a block-wise code: weight / absmax of its
-            block).
-        weights: (n,) how much each sample's squared error counts (for a block-wise code: absmax²,
-            so that the error is that of the weights and not of the scaled numbers).
-        start: (k,) sorted code to start from.
-
-    Returns:
-        (k,) float32, sorted. A value no sample chose stays where it was. A repetition lowers the
-        error or leaves it; there are a hundred at most.
-
-    By hand: samples 0, 1, 9, 11 from the start 0, 8 go to their means 0.5 and 10, and stay.
-
-    >>> samples = torch.tensor([0.0, 1, 9, 11])
-    >>> lloyd_max(samples, torch.ones(4), start=torch.tensor([0.0, 8])).tolist()
-    [0.5, 10.0]
-    """
-    x, order = samples.double().sort()
-    w = weights.double()[order]
-    code = start.double()
-    for _ in range(100):
-        borders = (code[:-1] + code[1:]) / 2
-        edges = torch.tensor([0, *torch.searchsorted(x, borders), len(x)])
-        mass = torch.segment_reduce(w, "sum", offsets=edges)
-        moment = torch.segment_reduce(w * x, "sum", offsets=edges)
-        moved = torch.where(mass > 0, moment / mass, code)
-        if torch.equal(moved, code):
-            break
-        code = moved
-    return code.float()
 
 
 def code_by_name(name: str) -> Tensor:

@@ -10,28 +10,16 @@ from collections.abc import Mapping
 import pandas
 
 from qlora_nb import cards
-from qlora_nb.memory import budget, ledger, shares
+from qlora_nb.memory import ledger
 from qlora_nb.ui import style
 
 PAGED = "paged optimizer states"
 
-PARTS = {
-    "4-bit weights": (ledger.CODES,),
-    "scales": (ledger.SCALES, ledger.NESTED, ledger.TABLES),
-    "unquantized rest": (ledger.LINEARS, ledger.EMBEDDINGS, ledger.SMALL, ledger.BUFFERS),
-    "LoRA weights": (ledger.LORA,),
-    "gradients": (ledger.GRADIENTS, shares.BUCKETS),
-    "optimizer states": (ledger.STATES,),
-    "kept for the backward pass": (budget.KEPT,),
-    "working memory": (budget.WORK, shares.GATHERED),
-    "key-value cache": (budget.CACHE,),
-    "CUDA itself": (budget.CUDA,),
-    PAGED: (PAGED,),
-}
+PARTS = style.TABLES["parts"]
 """Part of a bar, named as in `style.LOOKS` → the ledger's lines in it, in the order of drawing."""
 
 
-@style.draws()
+@style.draws
 def memory_bars(ax, ledgers: dict[str, ledger.Ledger], limit_gib: float | None = None) -> str:
     """Peak memory as stacked bars, beside the size of a card if there is one.
 
@@ -68,7 +56,7 @@ def memory_bars(ax, ledgers: dict[str, ledger.Ledger], limit_gib: float | None =
     return f"All fit {limit_gib:g} GiB"
 
 
-@style.draws((8, 3.2), "best", xlabel="optimizer step", ylabel="loss (nats per answer token)")
+@style.draws
 def loss_curve(
     ax,
     losses: list[float],

@@ -8,6 +8,7 @@ can run in the page. Work that a button starts runs in one worker thread and sto
 import math
 import threading
 import time
+from collections.abc import Sequence
 
 import ipywidgets as W
 
@@ -16,7 +17,7 @@ from qlora_nb.answer import generate
 from qlora_nb.memory import budget
 from qlora_nb.memory.plan import plan_of
 from qlora_nb.pythia import PYTHIA
-from qlora_nb.ui import charts, widgets
+from qlora_nb.ui import charts, style, widgets
 
 
 class LiveTraining:
@@ -78,16 +79,7 @@ def plan_figure(settings, gpu_gib: float | None = None):
     return charts.memory_bars(peaks, gpu_gib)
 
 
-OFFERED = {
-    "r": [4, 8, 16, 32, 64],
-    "max_length": [128, 256, 512, 1024, 2048],
-    "per_device_train_batch_size": [1, 2, 4, 8, 16],
-    "optim": ["paged_adamw_32bit", "paged_adamw_8bit"],
-    "gradient_checkpointing": [True, False],
-    "loss_chunk": [0, 128],
-    "embedding_on_cpu": [False, True],
-    "head_4bit": [False, True],
-}
+OFFERED = style.table("planner.toml")
 """What the planner offers of each parameter, besides the value it has."""
 
 
@@ -106,10 +98,10 @@ def planner(settings, gpu_gib: float | None = None) -> W.VBox:
     if gpu_gib is not None:
         own = settings.model_id
         models = dict.fromkeys([own, *(f"EleutherAI/pythia-{size}" for size in PYTHIA)])
-        cards_gib = sorted({6.0, 8.0, 12.0, 16.0, 24.0, 48.0, 80.0, gpu_gib})
+        cards_gib = sorted({*OFFERED["cards_gib"], gpu_gib})
         controls["model_id"] = widgets.choice("model_id", list(models), own)
         controls["gpu_gib"] = widgets.choice_slider("gpu_gib", cards_gib, gpu_gib)
-    for name, values in OFFERED.items():
+    for name, values in OFFERED["parameters"].items():
         own = getattr(settings, name)
         options = values if own in values else sorted([*values, own])
         control = widgets.choice_slider if name in ("r", "max_length") else widgets.choice
@@ -129,6 +121,10 @@ def planner(settings, gpu_gib: float | None = None) -> W.VBox:
     return box
 
 
+WRAPPED = {"width": "97%", "flex_flow": "row wrap"}
+"""Of a row that goes on in the next line where the page is narrow."""
+
+
 class SideBySide:
     """One prompt, two answers: the base model and the tuned one, streamed into two text boxes.
 
@@ -138,9 +134,10 @@ class SideBySide:
         model: a `PeftModel`, whose adapter is switched off for the base model's answer.
         tokenizer: its tokenizer.
         settings: the resolved parameters, where prompt and controls start.
+        words: offered as buttons, each of which adds its word to the prompt.
     """
 
-    def __init__(self, model, tokenizer, settings):
+    def __init__(self, model, tokenizer, settings, words: Sequence[str] = ()):
         self.model = model
         self.tokenizer = tokenizer
         self.settings = settings
@@ -170,23 +167,32 @@ class SideBySide:
         for name in ("base", "tuned"):
             box = widgets.text_box(f"{name} model", "8em", "99%", placeholder="no answer yet")
             self.answers[name] = box
-            self.costs[name] = widgets.text_box(f"{name} cost", "6em", "99%")
-            sides.append(W.VBox([box, self.costs[name]], layout=W.Layout(width="48%")))
+            self.costs[name] = widgets.text_box(f"{name} cost", "7em", "99%")
+            sides.append(W.VBox([box, self.costs[name]], layout=W.Layout(flex="1 1 330px")))
+        self.chips = []
+        for word in words:
+            chip = W.Button(description=word, layout=W.Layout(width="auto"))
+            chip.on_click(self._add_word)
+            self.chips.append(chip)
         self.positions = widgets.text_box("token by token")
         self.history = widgets.text_box("history")
         self.box = W.VBox(
             [
                 self.prompt,
                 *self.controls.values(),
-                W.HBox([self.ask, self.stop_button, self.goes_on]),
+                W.HBox([self.ask, self.stop_button, self.goes_on], layout=W.Layout(**WRAPPED)),
                 self.note,
-                W.HBox(sides, layout=W.Layout(width="97%")),
+                W.HBox(self.chips, layout=W.Layout(**WRAPPED, max_height="11em", overflow="auto")),
+                W.HBox(sides, layout=W.Layout(**WRAPPED)),
                 self.positions,
                 self.history,
                 widgets.naming(),
             ]
         )
         self.box.add_class("chat")
+
+    def _add_word(self, chip: W.Button) -> None:
+        self.prompt.value = f"{self.prompt.value.rstrip()} {chip.description}"
 
     def start(self) -> None:
         """Answer the prompt in a worker thread; ignored while one is at work."""
@@ -259,8 +265,8 @@ class SideBySide:
         question = {"role": "user", "content": self.prompt.value}
         self.turns[name] += [question, {"role": "assistant", "content": said.text}]
         cost.value = (
-            f"{said.n_tokens} tokens · first after {1000 * said.first_token_s:.0f} ms · "
-            f"{said.tokens_per_s:.0f} tokens/s · "
-            f"{said.left:.1f} tokens to choose from on average, "
+            f"{said.n_tokens} tokens, {said.tokens_per_s:.0f} tokens/s\n"
+            f"first token after {1000 * said.first_token_s:.0f} ms\n"
+            f"{said.left:.1f} tokens to choose from\n"
             f"{said.turned} choices turned by the penalty"
         )

@@ -6,7 +6,8 @@ colours are those of Okabe and Ito (2008), chosen so that they stay apart for co
 one dark brown; colour is never the only difference, so that a figure can also be read in grey.
 
 A plotting function draws on axes and returns its finding, a sentence that becomes the title.
-`draws` makes the figure around it, in the kit's matplotlib style (`kit.mplstyle`).
+`draws` makes the figure around it, as `figures.toml` says (size, labels, legend), in the kit's
+matplotlib style (`kit.mplstyle`).
 """
 
 import base64
@@ -34,9 +35,13 @@ class Look(NamedTuple):
     marker: str = ""
 
 
-_TABLES = tomllib.loads(Path(__file__).with_name("looks.toml").read_text(encoding="utf-8"))
+def table(name: str) -> dict[str, dict]:
+    """What a file beside this module says."""
+    return tomllib.loads(Path(__file__).with_name(name).read_text(encoding="utf-8"))
 
-_COLOURS = _TABLES["colours"]
+
+TABLES = table("looks.toml")
+_COLOURS = TABLES["colours"]
 BLACK = _COLOURS["black"]
 BLUE = _COLOURS["blue"]
 GREEN = _COLOURS["green"]
@@ -45,7 +50,7 @@ GREY = _COLOURS["grey"]
 LOOKS = {}
 """What is drawn → how, in all notebooks."""
 
-for _meaning, (_colour, *_rest) in _TABLES["looks"].items():
+for _meaning, (_colour, *_rest) in TABLES["looks"].items():
     LOOKS[_meaning] = Look(_COLOURS[_colour], *_rest)
 
 COLOURS = {meaning: drawn.colour for meaning, drawn in LOOKS.items()}
@@ -178,58 +183,37 @@ class ShownFigure(Figure):
         display(shown, raw=True, metadata={"image/png": {"alt": self.alt}})
 
 
-def draws(
-    figsize: tuple[float, float] | None = None,
-    legend: str = "",
-    columns: int = 1,
-    grid: Mapping = {},
-    **axes,
-) -> Callable:
+FIGURES = table("figures.toml")
+"""Function that draws → how its figure is made; the file says what stands there."""
+
+
+def draws(plot: Callable) -> Callable[..., ShownFigure]:
     """Turn `plot(ax, data)`, which draws on axes, into `plot(data)`, which returns a figure.
 
     What `plot` returns becomes the title of the first axes: its finding, or None. The first
-    paragraph of its docstring and the titles are the figure's alt text.
-
-    Args:
-        figsize: width and height (inches).
-        legend: where the legend lies ("best", "lower right", …); without it there is none.
-        columns: columns of the legend.
-        grid: what else `plt.subplots` takes (`nrows`, `ncols`, `sharey`, …). Several axes come as
-            an array. The layout is "constrained" unless given, which takes as long to compute as
-            the drawing: a figure under a widget has `margins`.
-        **axes: what `ax.set` takes and does not depend on the data: `xlabel` and `ylabel` (the
-            quantity and its unit in brackets), `xlim`, `ylim`, …
+    paragraph of its docstring and the titles are the figure's alt text. Size, grid of axes (several
+    come as an array), their labels and the legend are in `FIGURES`.
 
     Returns:
-        A decorator. Its figures are closed in pyplot, so that a notebook shows each exactly once.
+        The function. Its figures are closed in pyplot, so that a notebook shows each exactly once.
     """
+    about, _, _ = inspect.getdoc(plot).partition("\n\n")
+    grid = dict(FIGURES.get(plot.__name__, {}))
+    axes = grid.pop("axes", {})
+    legend = grid.pop("legend", None)
 
-    def decorate(plot: Callable) -> Callable[..., ShownFigure]:
-        about, _, _ = inspect.getdoc(plot).partition("\n\n")
+    @wraps(plot)
+    def drawn(*data, **options) -> ShownFigure:
+        with plt.style.context(KIT_STYLE):
+            figure, ax = plt.subplots(FigureClass=ShownFigure, subplot_kw=axes, **grid)
+            plt.close(figure)
+            figure.about = about
+            finding = plot(ax, *data, **options)
+            if finding:
+                figure.axes[0].set_title(finding)
+            if legend:
+                ax.legend(**legend)
+        return figure
 
-        @wraps(plot)
-        def drawn(*data, **options) -> ShownFigure:
-            with plt.style.context(KIT_STYLE):
-                figure, ax = plt.subplots(
-                    FigureClass=ShownFigure, figsize=figsize, subplot_kw=axes, **grid
-                )
-                plt.close(figure)
-                figure.about = about
-                finding = plot(ax, *data, **options)
-                if finding:
-                    figure.axes[0].set_title(finding)
-                if legend:
-                    ax.legend(loc=legend, ncols=columns)
-            return figure
-
-        del drawn.__wrapped__  # help() would show the signature of `plot`, with its axes
-        return drawn
-
-    return decorate
-
-
-def margins(**places: float) -> dict:
-    """A `grid` for `draws` with fixed places of the axes (shares of the figure): those of the kit's
-    style, and what differs (`left`, `right`, `bottom`, `top`; `wspace`, `hspace` between axes).
-    """
-    return {"layout": "none", "gridspec_kw": places}
+    del drawn.__wrapped__  # help() would show the signature of `plot`, with its axes
+    return drawn

@@ -1,4 +1,6 @@
-"""Formats of four bits that people meet outside QLoRA, for a comparison at equal bits.
+"""Formats of four bits that people meet outside QLoRA, beside NF4 at equal bits.
+
+    python benchmarks/formats.py              into qlora_nb/recorded/formats.json
 
 All cut a row into blocks of consecutive weights and keep an index of four bits for each weight and
 a scale for each block; a weight comes back as value · scale. They differ in the values, in the size
@@ -19,11 +21,18 @@ OCP Microscaling Formats (MX) Specification v1.0, sections 5.3.3 and 6.3; NVFP4 
 arXiv 2509.25149, section 2.
 """
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
+import provenance
 import torch
 from torch import Tensor
 
+from qlora_nb.answer import quality
+from qlora_nb.model import load
+from qlora_nb.settings import validate
+from qlora_nb.theory import blockwise, codebooks, double_quant
 from qlora_nb.theory.blockwise import SMALLEST_SCALE, midpoints
 
 MAGNITUDES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
@@ -136,3 +145,92 @@ def _nearest(scaled: Tensor, values: Tensor) -> Tensor:
     """Index of the nearest value."""
     borders, order = midpoints(values)
     return order[torch.bucketize(scaled, borders)]
+
+
+def lloyd_max(samples: Tensor, weights: Tensor, start: Tensor) -> Tensor:
+    """Fit a code to samples: repeat "nearest value" and "each value moves to the mean of its
+    samples" until it stands.
+
+    Args:
+        samples: (n,) numbers to be coded, finite (for a block-wise code: weight / absmax of its
+            block).
+        weights: (n,) how much each sample's squared error counts (for a block-wise code: absmax²,
+            so that the error is that of the weights and not of the scaled numbers).
+        start: (k,) sorted code to start from.
+
+    Returns:
+        (k,) float32, sorted. A value no sample chose stays where it was. A repetition lowers the
+        error or leaves it; there are a hundred at most.
+
+    By hand: samples 0, 1, 9, 11 from the start 0, 8 go to their means 0.5 and 10, and stay.
+
+    >>> samples = torch.tensor([0.0, 1, 9, 11])
+    >>> lloyd_max(samples, torch.ones(4), start=torch.tensor([0.0, 8])).tolist()
+    [0.5, 10.0]
+    """
+    x, order = samples.double().sort()
+    w = weights.double()[order]
+    code = start.double()
+    for _ in range(100):
+        borders = (code[:-1] + code[1:]) / 2
+        edges = torch.tensor([0, *torch.searchsorted(x, borders), len(x)])
+        mass = torch.segment_reduce(w, "sum", offsets=edges)
+        moment = torch.segment_reduce(w * x, "sum", offsets=edges)
+        moved = torch.where(mass > 0, moment / mass, code)
+        if torch.equal(moved, code):
+            break
+        code = moved
+    return code.float()
+
+
+def fitted_code(x: Tensor) -> Tensor:
+    """A Lloyd-Max code for `x` in blocks of 64, starting from NF4: least squared error of the
+    weights themselves, no value held fixed.
+
+    Args:
+        x: weights, as in `quantize`.
+
+    Returns:
+        (16,) float32, sorted. Its ends come to lie inside ±1: only one weight in a block is
+        ±absmax.
+    """
+    code = codebooks.nf4_code()
+    _, absmax = blockwise.quantize(x, code)
+    scale = absmax.clamp(min=SMALLEST_SCALE).repeat_interleave(64)[: x.numel()]
+    scaled = x.detach().flatten().float() / scale
+    return lloyd_max(scaled, scale.square(), start=code)
+
+
+def errors_of(data: Tensor) -> dict[str, dict[str, float]]:
+    """Format → bits a weight, scales included → RMSE, in the data's unit. NF4 stands there with
+    32-bit scales and with double quantization, each in three sizes of block.
+    """
+    nf4 = codebooks.nf4_code()
+    found = {"NF4": {}, "NF4+DQ": {}}
+    for size in (128, 64, 32):
+        restored = blockwise.round_trip(data, nf4, size)
+        bits = double_quant.bits_per_weight(size, None)
+        found["NF4"][str(bits)] = blockwise.rmse(data, restored)
+    for size in (64, 32, 16):
+        restored = double_quant.round_trip(data, size)
+        bits = double_quant.bits_per_weight(size)
+        found["NF4+DQ"][str(bits)] = blockwise.rmse(data, restored)
+    for name, (bits, _) in FORMATS.items():
+        found[name] = {str(bits): blockwise.rmse(data, round_trip(data, name))}
+    return found
+
+
+def main() -> None:
+    record = provenance.provenance((0,))
+    pocket = load.load_base(quality.comparison_settings(validate({})), four_bit=False)
+    data = {
+        "bell curve": torch.randn(2**20, generator=torch.Generator().manual_seed(0)),
+        "the pocket model's weights": quality.normalized_weights(pocket),
+    }
+    record["fitted code"] = fitted_code(data["bell curve"]).tolist()
+    record["rmse"] = {whose: errors_of(numbers) for whose, numbers in data.items()}
+    provenance.write(provenance.ROOT / "qlora_nb" / "recorded" / "formats.json", record)
+
+
+if __name__ == "__main__":
+    main()
