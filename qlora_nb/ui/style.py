@@ -7,16 +7,20 @@ one dark brown; colour is never the only difference, so that a figure can also b
 
 A plotting function draws on axes and returns its finding, a sentence that becomes the title.
 `draws` makes the figure around it, as `figures.toml` says (size, labels, legend), in the kit's
-matplotlib style (`kit.mplstyle`).
+matplotlib style (`kit.mplstyle`); `fonts.mplstyle` names the fonts that have Chinese, Japanese and
+Korean.
 """
 
 import base64
 import html
 import inspect
 import io
+import re
 import tomllib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
+from contextlib import suppress
+from functools import cache, wraps
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +29,7 @@ import numpy as np
 from IPython.display import display
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findSystemFonts, fontManager
 
 
 class Look(NamedTuple):
@@ -152,6 +157,21 @@ def maps(axes, parts: Sequence, limit: float, label: str, **settings) -> None:
 KIT_STYLE = Path(__file__).with_name("kit.mplstyle")
 """Used inside `plt.style.context` alone, which leaves the reader's own settings as they are."""
 
+FONTS = Path(__file__).with_name("fonts.mplstyle")
+"""The fonts, used where a figure is made and where it is drawn: some of its texts are made there."""
+
+NO_FONT = "cannot be drawn here; for Chinese, Japanese or Korean install the font fonts-noto-cjk"
+"""What is said beneath a figure of characters that no font of this machine has."""
+
+
+@cache
+def _know_new_fonts() -> None:
+    """Tell matplotlib of fonts that were installed after it had made its list, which it keeps."""
+    known = {font.fname for font in fontManager.ttflist}
+    for path in set(findSystemFonts()) - known:
+        with suppress(RuntimeError):  # a font of coloured pictures cannot be drawn
+            fontManager.addfont(path)
+
 
 class ShownFigure(Figure):
     """A figure that Jupyter shows as large as it was made, with a text for who cannot see it."""
@@ -166,15 +186,30 @@ class ShownFigure(Figure):
         sentences = " · ".join(filter(None, [self.about, *titles]))
         return " ".join(sentences.split())
 
-    def image(self, attributes: str = "") -> tuple[str, str]:
-        """Draw it once: the PNG in base64, and an HTML image of it with these further
-        attributes.
-        """
+    def _drawn(self) -> tuple[bytes, str]:
+        """The PNG, and the characters that no font has: matplotlib warns of each."""
         png = io.BytesIO()
-        FigureCanvasAgg(self).print_png(png)
-        source = base64.b64encode(png.getvalue()).decode()
+        with plt.style.context(FONTS), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            FigureCanvasAgg(self).print_png(png)
+        codes = re.findall(r"Glyph (\d+)", "".join(map(str, caught)))
+        missing = dict.fromkeys(chr(int(code)) for code in codes)
+        return png.getvalue(), "".join(missing)
+
+    def image(self, attributes: str = "") -> tuple[str, str]:
+        """The PNG in base64, and an HTML image of it with these further attributes; beneath it, what
+        could not be drawn.
+        """
+        png, missing = self._drawn()
+        if missing:
+            _know_new_fonts()
+            png, missing = self._drawn()
+        source = base64.b64encode(png).decode()
         described = f'alt="{html.escape(self.alt)}" style="max-width:100%" {attributes}'
-        return source, f'<img {described} src="data:image/png;base64,{source}">'
+        shown = f'<img {described} src="data:image/png;base64,{source}">'
+        if missing:
+            shown += f"<p>{html.escape(missing)} {NO_FONT}</p>"
+        return source, shown
 
     def _ipython_display_(self) -> None:
         """JupyterLab and nbconvert show the HTML; GitHub and a report the PNG with its metadata."""
