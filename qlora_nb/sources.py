@@ -13,6 +13,8 @@ network is told so at once (the hub's library tries for 23 s), and where run fol
 import functools
 import os
 import re
+import sys
+import tomllib
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, build_opener
@@ -30,16 +32,9 @@ SMOLLM2_DIR = CACHE / "SmolLM2-135M-Instruct"
 DATASETS = "pocket, a hub name (owner/name), a file or a folder"
 """What `dataset` can name."""
 
-DATA_FORMATS = {
-    ".json": "JSON",
-    ".jsonl": "JSON lines",
-    ".ndjson": "JSON lines",
-    ".csv": "CSV",
-    ".tsv": "CSV",
-    ".parquet": "Parquet",
-    ".arrow": "Arrow",
-    ".feather": "Arrow",
-}
+_TABLES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+
+DATA_FORMATS = _TABLES["data_formats"]
 """Endings of files that can be a data set → their format; JSON and CSV can be packed too."""
 
 KITS_OWN = ("pocket", "smollm2")
@@ -83,23 +78,7 @@ def model_path(model_id: str) -> str:
     return str(folder) if folder.is_dir() else model_id
 
 
-NO_SAFETENSORS = {
-    "adapter_config.json": (
-        "holds an adapter",
-        "give its base as model_id and this folder as adapter",
-    ),
-    "model_index.json": ("holds a diffusion pipeline", "choose a causal language model"),
-    "*.gguf": (
-        "holds GGUF weights",
-        "from_pretrained(folder, gguf_file=name) and save_pretrained(another folder) convert them "
-        "to safetensors",
-    ),
-    "*.bin *.pt *.pth *.ckpt *.pkl": (
-        "holds its weights as pickles, which can run code and are not loaded",
-        "from_pretrained(folder) and save_pretrained(another folder) convert them to safetensors; "
-        "do it where you trust them",
-    ),
-}
+NO_SAFETENSORS = _TABLES["no_safetensors"]
 """What a folder may hold in place of a model: file names → what it is, what to do."""
 
 
@@ -152,10 +131,12 @@ def require_reachable(what: str, name: str, allowed: str) -> None:
     """
     if what == "model":
         require_safetensors(name)
-    if is_here(name):
-        return
     path = local_path(name).absolute()
     is_hub_name = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)
+    if is_here(name):
+        if is_hub_name:
+            print(f"{what} {name}: taken from the folder {path}, not from the hub")
+        return
     names_a_file = not DATA_FORMATS.keys().isdisjoint(path.suffixes)
     if names_a_file or not is_hub_name:
         raise KitError(
@@ -170,7 +151,8 @@ def require_reachable(what: str, name: str, allowed: str) -> None:
             f"no folder lies at {path} either",
             remedy=(
                 "fetch it ahead on a machine with network (notebook 01, fetch_ahead=True), "
-                'or give a local path for it, or use profile="tiny"'
+                'or give a local path for it, or use profile="tiny"; '
+                "another address of the hub, such as a mirror's, is set by HF_ENDPOINT"
             ),
         )
 
@@ -179,16 +161,31 @@ def hub_endpoint() -> str:
     """The hub's address, or the mirror that HF_ENDPOINT names, without a name and password in
     it.
     """
-    return re.sub("//[^/]*@", "//", os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    address = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    return re.sub("//[^/]*@", "//", address).rstrip("/")
 
 
 def hub_is_reachable() -> bool:
     """Whether somebody answers at the hub's address, directly or through the proxy that the
     environment names; False if HF_HUB_OFFLINE is set.
+
+    Raises:
+        KitError: HF_ENDPOINT is no address, or was set when the hub's library had read it already.
     """
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
         return False
-    return _reachable(hub_endpoint())
+    endpoint = hub_endpoint()
+    scheme, _, host = endpoint.partition("://")
+    if not host:
+        raise KitError("HF_ENDPOINT is no address", value=scheme, allowed=f"https://{scheme}")
+    library = sys.modules.get("huggingface_hub.constants")
+    if library and not library.ENDPOINT.endswith(host):
+        raise KitError(
+            "HF_ENDPOINT was set after the hub's library had read it",
+            value=endpoint,
+            remedy="set it before Python starts, or in the first cell, and restart the kernel",
+        )
+    return _reachable(endpoint)
 
 
 @functools.lru_cache(maxsize=8)

@@ -5,6 +5,7 @@ export.
 
 import nbformat
 import pytest
+import spelled
 from nbconvert import HTMLExporter
 from test_browser import browser, errors, open_and_run  # noqa: F401  (a fixture)
 from test_security import PAYLOADS
@@ -163,7 +164,7 @@ def test_the_report_and_an_export_stay_inert(tmp_path, browser):  # noqa: F811
     pages = [
         part
         for s, text in zip(settings, PAYLOADS)
-        for part in (s._repr_html_(), n06.label_mask([0], [True], lambda ids, text=text: text))
+        for part in (s._repr_html_(), n06.label_mask([0], [True], spelled.Spelled(text)))
     ]
     outputs = [nbformat.v4.new_output("stream", text="\n".join(PAYLOADS))]
     outputs += [

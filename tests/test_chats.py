@@ -459,9 +459,8 @@ def trained_texts(row: dict, tokenizer, train_on="all") -> list[str]:
     text, spans = chat_templates.text_and_spans(row["messages"], tokenizer, train_on)
     ids, trains = chat_templates.encode(text, spans, tokenizer)
     assert tokenizer(text, add_special_tokens=False)["input_ids"] == ids
-    return [text for text, is_trained in data_report.pieces(
-        ids, trains, tokenizer.decode
-    ) if is_trained]  # fmt: skip
+    found = data_report.pieces(ids, trains, tokenizer)
+    return [text for text, is_trained in found if is_trained]
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import drawn
 import numpy as np
 import pytest
-import tokenizers
+import spelled
 
 from qlora_nb import recorded
 from qlora_nb.lessons import n06, n07
@@ -363,11 +363,17 @@ class Spans(HTMLParser):
 )
 def test_label_mask_shows_every_token_and_whether_it_trains(tokens, trains):
     ids = list(range(len(tokens)))
-    page = Spans(n06.label_mask(ids, trains, lambda some: "".join(tokens[i] for i in some)))
-    assert [text for text, _ in page.spans] == [token.replace("\n", "⏎[br]") for token in tokens]
-    assert ["border-bottom" in style for _, style in page.spans] == trains
-    assert ["background:#009E73" in style for _, style in page.spans] == trains
-    assert ["opacity" in style for _, style in page.spans] == [not trained for trained in trains]
+    page = Spans(n06.label_mask(ids, trains, spelled.Spelled(*tokens)))
+    expected = []  # by character: neighbours that both train share a span
+    for token, trained in zip(tokens, trains, strict=True):
+        expected += [(c, trained) for c in token.replace("\n", "⏎[br]")]
+    for mark, of_trained in (
+        ("border-bottom", True),
+        ("background:#009E73", True),
+        ("opacity", False),
+    ):
+        seen = [(c, (mark in style) == of_trained) for text, style in page.spans for c in text]
+        assert seen == expected
     assert all("white-space:pre-wrap" in style for _, style in page.spans), "blanks are seen"
     n_trained = trains.count(True)
     assert page.rest == f"underlined and green: the {n_trained} tokens that train, of {len(tokens)}"
@@ -378,22 +384,15 @@ def test_label_mask_shows_every_token_and_whether_it_trains(tokens, trains):
 
 @pytest.fixture(scope="module")
 def bytes_tokenizer():
-    """Like Pythia's: bytes, merged only where a text was often seen."""
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet)
-    tokenizer.train_from_iterator(["where is Anna? at the river.\n" * 9, "你好" * 9], trainer)
-    return tokenizer
+    return spelled.of_bytes()
 
 
 def shown(tokenizer, prompt: str, answer: str) -> tuple[Spans, int]:
     """What the reader sees of a row whose answer trains; how many tokens train."""
-    masked = tokenizer.encode(prompt).ids
-    trained = tokenizer.encode(answer).ids
+    masked = tokenizer.encode(prompt)
+    trained = tokenizer.encode(answer)
     trains = [False] * len(masked) + [True] * len(trained)
-    page = Spans(n06.label_mask(masked + trained, trains, tokenizer.decode))
+    page = Spans(n06.label_mask(masked + trained, trains, tokenizer))
     return page, len(trained)
 
 
@@ -411,23 +410,24 @@ def test_label_mask_shows_whole_characters(bytes_tokenizer, prompt, answer):
     assert pieces[False] == prompt.replace("\n", "⏎[br]")
     assert f"the {n_trained} tokens that train" in page.rest, "tokens are counted, not characters"
     for character in set("安娜在河边猫狗🙂") & set(prompt + answer):
-        ids = bytes_tokenizer.encode(character).ids
+        ids = bytes_tokenizer.encode(character)
         assert len(ids) > 1
         assert "\ufffd" in bytes_tokenizer.decode(ids[:1]), "alone, a token of it has no text"
-        assert character in [text for text, _ in page.spans]
+        assert character in "".join(text for text, _ in page.spans)
 
 
 def test_label_mask_joins_no_tokens_across_the_border(bytes_tokenizer):
-    """Where a row is cut in the middle of a character, the half is shown as such."""
-    ids = bytes_tokenizer.encode("猫").ids
-    page = Spans(n06.label_mask(ids, [False, *[True] * (len(ids) - 1)], bytes_tokenizer.decode))
-    assert page.spans[0][0] == "\ufffd"
+    """Where a row is cut in the middle of a character, each half is shown as its bytes."""
+    ids = bytes_tokenizer.encode("猫")
+    page = Spans(n06.label_mask(ids, [False, *[True] * (len(ids) - 1)], bytes_tokenizer))
+    first, *rest = [f"<0x{byte:02X}>" for byte in "猫".encode()]
+    assert [text for text, _ in page.spans] == [first, "".join(rest)]
     assert ["border-bottom" in style for _, style in page.spans] == [False, True]
 
 
 def test_label_mask_refuses_one_label_too_few():
     with pytest.raises(ValueError, match="shorter"):
-        n06.label_mask([0, 1], [True], str)
+        n06.label_mask([0, 1], [True], spelled.Spelled(*"ab"))
 
 
 @pytest.mark.parametrize(

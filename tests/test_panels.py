@@ -6,6 +6,7 @@ import re
 import nbformat
 import pytest
 import recorded_tables
+import spelled
 import torch
 from conftest import NOTEBOOKS
 from matplotlib.figure import Figure
@@ -215,7 +216,7 @@ def test_model_text_is_never_html(chat):
 
 def test_label_mask_is_escaped_and_marked_twice():
     texts = ["<script>alert(1)</script>", "yes"]
-    shown = n06.label_mask([0, 1], [False, True], lambda ids: "".join(texts[i] for i in ids))
+    shown = n06.label_mask([0, 1], [False, True], spelled.Spelled(*texts))
     assert "<script>" not in shown
     assert "border-bottom" in shown
     assert "background" in shown

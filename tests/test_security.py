@@ -16,6 +16,7 @@ from pathlib import Path
 import nbformat
 import open_cells
 import pytest
+import spelled
 
 import qlora_nb
 from qlora_nb import sources
@@ -142,8 +143,8 @@ def test_hostile_text_is_inert_in_tables_and_masks(evil, tmp_path):
     program.write_text(evil, encoding="utf-8", errors="replace")
     pages = [
         shown._repr_html_(),
-        n06.label_mask([0], [True], lambda ids: evil),
-        n06.label_mask([0], [False], lambda ids: evil),
+        n06.label_mask([0], [True], spelled.Spelled(evil)),
+        n06.label_mask([0], [False], spelled.Spelled(evil)),
         n06.answers([evil], before=[evil], after=[evil]).to_html().partition("</style>")[2],
         n06.folded(program).data,
     ]

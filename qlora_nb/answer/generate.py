@@ -30,6 +30,7 @@ from qlora_nb.answer import adapters
 from qlora_nb.errors import KitError
 from qlora_nb.model import (
     batching,
+    characters,
     chat_templates,
     conversations,
     data,
@@ -128,6 +129,11 @@ def _config(model, tokenizer, settings, **more) -> GenerationConfig:
     )
 
 
+def _whole(text: str) -> str:
+    """An answer without blanks around it, nor a last character that `max_new_tokens` cut off."""
+    return text.rstrip("\ufffd").strip()
+
+
 def in_batches(
     model: PreTrainedModel, tokenizer, rows: list[dict], settings, batch: int
 ) -> Iterator[dict[int, str]]:
@@ -147,7 +153,7 @@ def in_batches(
             written = model.generate(**encoded, generation_config=config)
             new = written[:, encoded["input_ids"].shape[1] :]
             said = tokenizer.batch_decode(new, skip_special_tokens=True)
-            yield {i: text.strip() for i, text in zip(group, said, strict=True)}
+            yield {i: _whole(text) for i, text in zip(group, said, strict=True)}
             bar.update(len(group))
 
 
@@ -248,7 +254,7 @@ def stream(
         yield Answer(text, n_pieces, first_token_s, seconds)
     found = working.result()
     n_tokens = len(found.scores)
-    whole = Answer(text.strip(), n_tokens, first_token_s, time.perf_counter() - started)
+    whole = Answer(_whole(text), n_tokens, first_token_s, time.perf_counter() - started)
     if settings.temperature:
         n_left = [scores.isfinite().sum().item() for scores in found.scores]
         whole.left = sum(n_left) / n_tokens
@@ -285,28 +291,32 @@ def next_tokens_along(
 
     Returns:
         (token written there, base's `k` most probable ones, the tuned model's, KL(tuned ‖ base) in
-        bits) for each position; probable tokens as (text, probability).
+        bits) for each position; probable tokens as (text, probability). The text of a token that
+        ends no character is its bytes, see `characters`.
     """
     prompt = tokenize_prompts([row], tokenizer, model, settings)["input_ids"]
     written = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
     written = written[:, : settings.max_new_tokens].long().to(model.device)
-    ids = torch.cat([prompt, written], dim=1)
+    all_ids = torch.cat([prompt, written], dim=1)
     n_predicted = written.shape[1] + 1  # the last token of the prompt predicts the first of them
     found = []
     for is_tuned in (False, True):
         with adapters.base_or_tuned(model, is_tuned):
-            logits = model(input_ids=ids).logits[0, -n_predicted:]
+            logits = model(input_ids=all_ids).logits[0, -n_predicted:]
         found.append(logits.float().log_softmax(-1))
     base, tuned = found
     divergence = kl_div(base, tuned, reduction="none", log_target=True).sum(-1) / math.log(2)
 
-    def most_probable(log_probabilities: torch.Tensor) -> list[tuple[str, float]]:
-        values, best = log_probabilities.exp().topk(k)
-        return [(tokenizer.decode([i]), p) for i, p in zip(best.tolist(), values.tolist())]
+    ids = written[0].tolist()
 
-    tokens = [tokenizer.decode([i]) for i in written[0].tolist()]
+    def most_probable(log_probabilities: torch.Tensor, place: int) -> list[tuple[str, float]]:
+        values, best = log_probabilities.exp().topk(k)
+        texts = [characters.last([*ids[:place], i], tokenizer)[0] for i in best.tolist()]
+        return list(zip(texts, values.tolist()))
+
+    tokens = [characters.last(ids[:end], tokenizer)[0] for end in range(1, n_predicted)]
     steps = []
-    for position, token in enumerate([*tokens, "(end)"]):
-        tops = most_probable(base[position]), most_probable(tuned[position])
-        steps.append((token, *tops, divergence[position].item()))
+    for place, token in enumerate([*tokens, "(end)"]):
+        tops = most_probable(base[place], place), most_probable(tuned[place], place)
+        steps.append((token, *tops, divergence[place].item()))
     return steps

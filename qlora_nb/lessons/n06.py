@@ -26,41 +26,19 @@ from qlora_nb.ui import style
 from qlora_nb.ui.written import Written
 
 
-def label_mask(ids: list[int], trains: list[bool], decode: Callable[[list[int]], str]) -> str:
-    """A row as HTML, the tokens that train both coloured and underlined; text is escaped.
-
-    A tokenizer of bytes, as Pythia's, cuts a rare character into several tokens. Alone none of them
-    has a text (`decode` gives "\ufffd"): they are shown as the one character that they are.
-    """
-    row = []
-    group = []
-    for place, (token, train) in enumerate(zip(ids, trains, strict=True)):
-        group.append(token)
-        text = decode(group)
-        if text.endswith("\ufffd") and trains[place + 1 : place + 2] == [train]:
-            continue
-        row.append((text, train))
-        group = []
+def label_mask(ids: list[int], trains: list[bool], tokenizer) -> str:
+    """A row as HTML, what trains both coloured and underlined; text is escaped."""
+    row = data_report.pieces(ids, trains, tokenizer)
     count = f"the {sum(trains)} tokens that train, of {len(ids)}"
     return f"{data_report.shown(row)}<p>underlined and green: {count}</p>"
 
 
-A_CHAT = [
-    {"role": "system", "content": "Answer in few words."},
-    {"role": "user", "content": "Where is the river?"},
-    {"role": "assistant", "content": "Behind the park."},
-    {"role": "user", "content": "我能步行去吗?"},
-    {"role": "assistant", "content": "可以。"},
-]
-"""A conversation in two languages; its last question is whether one can walk there."""
-
-
-def a_chat(tokenizer) -> HTML:
+def a_chat(turns: list[dict[str, str]], tokenizer) -> HTML:
     """How a conversation reaches the model, behind a line that unfolds it."""
-    messages = conversations.conversation(A_CHAT, asking=False)["messages"]
+    messages = conversations.conversation(turns, asking=False)["messages"]
     text, spans = chat_templates.text_and_spans(messages, tokenizer, "all")
     ids, trains = chat_templates.encode(text, spans, tokenizer)
-    row = data_report.shown(data_report.pieces(ids, trains, tokenizer.decode))
+    row = data_report.shown(data_report.pieces(ids, trains, tokenizer))
     summary = "<summary>How a conversation would read: every answer trains</summary>"
     return HTML(f"<details>{summary}{row}</details>")
 

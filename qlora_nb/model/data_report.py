@@ -6,7 +6,6 @@ seen now, and not after a download of 24 GB. Only the tokenizer is needed for it
 """
 
 import html
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -14,7 +13,7 @@ import datasets
 import pandas
 from transformers import PreTrainedTokenizerBase
 
-from qlora_nb.model import data
+from qlora_nb.model import characters, data
 from qlora_nb.model.chunked_loss import IGNORED
 from qlora_nb.settings import Settings
 
@@ -89,21 +88,19 @@ def check(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Report:
         "tokens": sum(lengths),
         "tokens that train": sum(map(sum, trains)),
     }
-    first_row = pieces(usable[0]["input_ids"], trains[0], tokenizer.decode)
+    first_row = pieces(usable[0]["input_ids"], trains[0], tokenizer)
     remarks = split.remarks() + data.remarks(encoded)
     if "messages" in split.train.column_names:
         settings = settings.replace(prompt_template="chat")
     return Report(split, settings, usable, counts, remarks, first_row)
 
 
-def pieces(ids: list[int], trains: list[bool], decode: Callable) -> list[tuple[str, bool]]:
-    """A row's text, cut where training begins and ends, and whether each piece trains. Pieces and
-    not tokens: a tokenizer of bytes, as Pythia's, cuts a rare character into several tokens, and
-    none of them has a text of its own.
-    """
+def pieces(ids: list[int], trains: list[bool], tokenizer) -> list[tuple[str, bool]]:
+    """A row's text, cut where training begins and ends, and whether each piece trains."""
     found = []
     for train, group in groupby(zip(ids, trains, strict=True), lambda pair: pair[1]):
-        found.append((decode([token for token, _ in group]), train))
+        text = characters.joined([token for token, _ in group], tokenizer)
+        found.append((text, train))
     return found
 
 

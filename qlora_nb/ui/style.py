@@ -15,6 +15,7 @@ import base64
 import html
 import inspect
 import io
+import logging
 import re
 import tomllib
 import warnings
@@ -30,6 +31,7 @@ from IPython.display import display
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findSystemFonts, fontManager
+from matplotlib.text import Text
 
 
 class Look(NamedTuple):
@@ -158,15 +160,18 @@ KIT_STYLE = Path(__file__).with_name("kit.mplstyle")
 """Used inside `plt.style.context` alone, which leaves the reader's own settings as they are."""
 
 FONTS = Path(__file__).with_name("fonts.mplstyle")
-"""The fonts, used where a figure is made and where it is drawn: some of its texts are made there."""
+"""matplotlib's family "fantasy" as the fonts for Chinese, Japanese and Korean, while it draws."""
 
 NO_FONT = "cannot be drawn here; for Chinese, Japanese or Korean install the font fonts-noto-cjk"
 """What is said beneath a figure of characters that no font of this machine has."""
 
 
 @cache
-def _know_new_fonts() -> None:
-    """Tell matplotlib of fonts that were installed after it had made its list, which it keeps."""
+def _find_more_fonts() -> None:
+    """Tell matplotlib of fonts that were installed after it had made its list, which it keeps; and
+    not to log that one has no bold face.
+    """
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
     known = {font.fname for font in fontManager.ttflist}
     for path in set(findSystemFonts()) - known:
         with suppress(RuntimeError):  # a font of coloured pictures cannot be drawn
@@ -197,12 +202,14 @@ class ShownFigure(Figure):
         return png.getvalue(), "".join(missing)
 
     def image(self, attributes: str = "") -> tuple[str, str]:
-        """The PNG in base64, and an HTML image of it with these further attributes; beneath it, what
-        could not be drawn.
+        """The PNG in base64, and an HTML image of it with these further attributes; beneath it the
+        characters that could not be drawn.
         """
         png, missing = self._drawn()
         if missing:
-            _know_new_fonts()
+            _find_more_fonts()
+            for text in self.findobj(Text):
+                text.set_family([*text.get_family(), "fantasy"])
             png, missing = self._drawn()
         source = base64.b64encode(png).decode()
         described = f'alt="{html.escape(self.alt)}" style="max-width:100%" {attributes}'
