@@ -17,13 +17,21 @@ SHA = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub:
-    """`files` is name → bytes of the repository `a/b`; `sent` says which byte ranges of the weights
-    went out.
+    """`files` is name → bytes of the repository, whatever it is called; `data` the same of a data
+    set, where that differs. `sent` says which byte ranges of the weights went out, `asked` which
+    paths were asked for.
     """
 
-    def __init__(self, files: dict[str, bytes], weights: str = "model.safetensors"):
+    def __init__(
+        self,
+        files: dict[str, bytes],
+        weights: str = "model.safetensors",
+        data: dict[str, bytes] | None = None,
+    ):
         self.files, self.weights, self.mode = files, weights, "fine"
+        self.data = data
         self.sent: list[tuple[int, int]] = []
+        self.asked: list[str] = []
         self.tokens: list[str] = []
         hub = self
 
@@ -50,6 +58,10 @@ class Hub:
                     self.finish_with(b"")
                     return
                 path = self.path.split("?")[0]
+                hub.asked.append(path)
+                self.files = hub.files
+                if hub.data is not None and "datasets/" in path:
+                    self.files = hub.data
                 if path == "/":  # whether the hub can be reached
                     self.send_response(200)
                     self.finish_with(b"")
@@ -57,11 +69,11 @@ class Hub:
                 if path.startswith("/api/"):
                     siblings = [
                         {"rfilename": n, "size": len(c), "blobId": blob(c)}
-                        for n, c in hub.files.items()
+                        for n, c in self.files.items()
                     ]
                     tree = [
                         {"type": "file", "path": n, "size": len(c), "oid": blob(c)}
-                        for n, c in hub.files.items()
+                        for n, c in self.files.items()
                     ]
                     said = (
                         tree
@@ -84,7 +96,12 @@ class Hub:
                 self.wfile.write(content)
 
             def file(self, name: str, body: bool) -> None:
-                content, start = hub.files[name], 0
+                if name not in self.files:
+                    self.send_response(404)
+                    self.send_header("X-Error-Code", "EntryNotFound")
+                    self.finish_with(b"")
+                    return
+                content, start = self.files[name], 0
                 if wanted := self.headers.get("Range"):
                     start = int(wanted.removeprefix("bytes=").split("-")[0])
                 self.send_response(206 if wanted else 200)

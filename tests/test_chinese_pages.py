@@ -56,7 +56,7 @@ def notebook_texts(path: Path) -> list[str]:
 def test_the_readme_is_short():
     """A Chinese text has about 1.6 characters where an English one has a word."""
     text = re.sub(r"\]\([^)]*\)", "", README)
-    words = [word for word in text.split() if not CHINESE.search(word)]
+    words = [word for word in text.split() if re.search(r"\w", word) and not CHINESE.search(word)]
     assert len(CHINESE.findall(text)) / 1.6 + len(words) <= 900
 
 
@@ -111,7 +111,7 @@ def test_numbers_and_answers_are_those_of_the_english_readme():
 
 @pytest.mark.parametrize("text", [README, OWN_DATA], ids=["README", "own_data"])
 def test_no_address_but_papers_and_a_blank_to_fill_in(text):
-    hosts = set(re.findall(r"https?://([^/\s`)]*)", text))
+    hosts = set(re.findall(r"https?://([^/\s`)]+)", text))
     assert hosts <= {"arxiv.org", "<镜像地址>"}
 
 
@@ -240,7 +240,7 @@ def test_tokens_per_character():
 
 ROW = r"^\| (.+?) \| (.+?) \| (.*?) \| \[(\d\d)\]\(\.\./notebooks/(.+?)\) (.+) \|$"
 TERMS = re.findall(ROW, GLOSSARY, re.MULTILINE)
-ELSEWHERE = re.findall(r"^\| ([^|]+?) \| ([^|]+?) \|$", GLOSSARY, re.MULTILINE)[2:]
+ELSEWHERE = re.findall(r"^\| ([^|]+?) \| ([^|]+?) \|$", GLOSSARY, re.MULTILINE)[1:]
 
 
 def order(term: str) -> str:

@@ -151,6 +151,7 @@ def test_an_offline_hub_is_told_after_one_short_attempt(monkeypatch):
     import huggingface_hub
 
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(
         huggingface_hub.HfApi,
         "model_info",

@@ -13,6 +13,7 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import huggingface_hub.constants
 import nbformat
 import open_cells
 import pytest
@@ -364,7 +365,9 @@ def test_a_secret_that_is_a_word_of_the_format_breaks_nothing(toy, tmp_path, mon
 
 @pytest.mark.fault(33)
 def test_an_endpoint_is_shown_without_its_password(monkeypatch):
-    monkeypatch.setenv("HF_ENDPOINT", "http://teacher:S3cretPassw0rd@127.0.0.1:9")
+    address = "http://teacher:S3cretPassw0rd@127.0.0.1:9"
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
     assert sources.hub_endpoint() == "http://127.0.0.1:9"
     assert not sources.hub_is_reachable()
 
