@@ -142,7 +142,7 @@ def test_other_figures_are_the_same_with_every_font(fonts, tmp_path):
 def test_the_labels_that_are_made_when_a_figure_is_drawn(fonts, tmp_path):
     """Names of bars are among them."""
 
-    @style.draws()
+    @style.draws
     def named(ax, names):
         """Two bars."""
         style.stacked_bars(ax, {name: {"a": 1} for name in names}, {"a": {}}, str)
