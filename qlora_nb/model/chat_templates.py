@@ -5,7 +5,7 @@ other, and with which special tokens they begin and end. A base model such as Py
 is given the kit's own, `TEMPLATE`, whose turns look like Alpaca's prompts.
 
 Only the assistant's answers train, each with the token that ends it. Some templates mark them
-(`{% generation %}`), and then the tokenizer's own mask says where they are. In the others they are
+(`{% generation %}`), and then transformers says where they are. In the others they are
 found turn by turn: what the template writes up to a question is the beginning of what it writes up
 to the answer, and this is checked; where a template rewrites earlier turns (Qwen3 takes their
 thoughts out), the words of the answer are looked for.
@@ -13,9 +13,9 @@ thoughts out), the words of the answer are looked for.
 
 import re
 from contextlib import suppress
-from itertools import groupby
 
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from qlora_nb.model import conversations
 
@@ -148,19 +148,13 @@ def _marked(messages: list[dict], tokenizer) -> Spans:
     """Where the answers are by the template's own marks; empty if it has none."""
     if not re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()):
         return []
-    encoded = tokenizer.apply_chat_template(
-        _plain(messages),
-        return_dict=True,
+    _, spans = render_jinja_template(
+        [_plain(messages)],
+        chat_template=tokenizer.get_chat_template(),
         return_assistant_tokens_mask=True,
-        tokenizer_kwargs={"return_offsets_mapping": True},
+        **tokenizer.special_tokens_map,
     )
-    tokens = zip(encoded["assistant_masks"], encoded["offset_mapping"], strict=True)
-    spans = []
-    for is_answer, group in groupby(tokens, key=lambda token: token[0]):
-        offsets = [offset for _, offset in group]
-        if is_answer:
-            spans.append((offsets[0][0], offsets[-1][1]))
-    return spans
+    return spans[0]
 
 
 def _found(messages: list[dict], text: str, tokenizer) -> Spans:
