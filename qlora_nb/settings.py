@@ -374,26 +374,17 @@ def _suggest(name: str, known: Iterable[str]) -> str:
 
 
 def _explain(error: ValidationError, defaults: dict[str, Default]) -> KitError:
-    """The first bad value in full, the others by name."""
+    """The first bad value in full, with pydantic's sentence on what is allowed; the others by
+    name.
+    """
     first, *more = error.errors(include_url=False)
     name = str(first["loc"][0])
-    schema = Settings.model_json_schema()["properties"][name]
-    what = f"{name} ({schema['description']}): {first['msg'].lower()}"
+    description = Settings.model_fields[name].description
+    what = f"{name} ({description}): {first['msg'].lower()}"
     others = sorted({str(problem["loc"][0]) for problem in more} - {name})
     if others:
         what += f"; also bad: {', '.join(others)}"
     remedy = f"leave it None for this profile's value ({defaults[name].value})"
     if name == "optim":
         remedy += "; other optimizers, Sophia among them, are raced in notebook 08"
-    return KitError(what, value=first["input"], allowed=_allowed(schema), remedy=remedy)
-
-
-def _allowed(schema: dict) -> str:
-    """A parameter's bounds in words, from its JSON schema; pydantic's message has the choices."""
-    words = {
-        "minimum": "at least",
-        "exclusiveMinimum": "more than",
-        "maximum": "at most",
-        "exclusiveMaximum": "less than",
-    }
-    return " and ".join(f"{words[key]} {schema[key]}" for key in words if key in schema)
+    return KitError(what, value=first["input"], remedy=remedy)

@@ -181,27 +181,23 @@ def weights_of(settings, four_bit: bool = True) -> str:
     if not folder.is_dir() or any(folder.glob("*token*")):
         load_tokenizer(settings)  # one that does not fit is refused before the weights are fetched
     own = quantized.own_quantization(config)
+    if own and not four_bit:
+        raise KitError(
+            "the model is saved in 4 bit, its original weights are not there",
+            value=settings.model_id,
+            remedy='load it in 4 bit; an adapter can be merged with way="dequantized"',
+        )
     if four_bit:
         adapted_names(meta_model(config), ["all-linear"])
-    else:
-        if own:
-            raise KitError(
-                "the model is saved in 4 bit, its original weights are not there",
-                value=settings.model_id,
-                remedy='load it in 4 bit; an adapter can be merged with way="dequantized"',
-            )
-        return path
     if own:
         found = quantized.described(own.bnb_4bit_quant_type, own.bnb_4bit_use_double_quant)
         asked = quantized.described(settings.quant_type, settings.double_quant)
         instead = "" if found == asked else f" ({asked} was asked for)"
         print(f"the model is saved in 4 bit and stays as it is: {found}{instead}")
         return path
-    if settings.prequantized:
+    if four_bit and settings.prequantized:
         dtype = device.compute_dtype(settings.compute_dtype)
-        copy = quantized_copy.find(path, settings, dtype)
-        if copy:
-            return str(copy)
+        path = str(quantized_copy.find(path, settings, dtype) or path)
     return path
 
 
