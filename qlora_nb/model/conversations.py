@@ -268,14 +268,13 @@ def _text(turn: dict) -> tuple[str, str]:
 def _of_trees(table, asking: bool) -> Iterator[dict[str, object]]:
     """One conversation for each tree: its first message, and after it the best replies."""
     messages = list(table.rows([*_TREE, "rank", "deleted"]))
-    replies = {message["message_id"]: [] for message in messages}
-    roots = []
-    for number, message in enumerate(messages):
-        if message["parent_id"] in replies:
-            replies[message["parent_id"]].append(message)
-        else:
-            roots.append((number, message))
-    for number, root in roots:
+    known = {message["message_id"] for message in messages}
+    replies = {}
+    for message in messages:
+        replies.setdefault(message["parent_id"], []).append(message)
+    for number, root in enumerate(messages):
+        if root["parent_id"] in known:
+            continue
         row = conversation([root] if asking else _best_turns(root, replies), asking)
         if root["parent_id"]:
             row["left_out"] = "the message it replies to is not in the data"
