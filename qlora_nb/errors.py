@@ -24,7 +24,7 @@ class KitError(ValueError):
 
     Args:
         what: the parameter, file or resource and what is wrong with it.
-        value: the offending value, shown with `repr`, 80 characters of it; None where there is none.
+        value: the offending value, as `repr` shows it (80 characters); None where there is none.
         allowed: the allowed range or choices.
         remedy: what to do next.
 
@@ -118,9 +118,7 @@ def explain_missing_names(shell) -> None:
     shell.set_custom_exc((NameError, AttributeError, TypeError), explain)
 
 
-def _missing_name(
-    error: Exception, trace: TracebackType, names: dict[str, object]
-) -> tuple[str, str]:
+def _missing_name(error: Exception, trace: TracebackType, names: dict) -> tuple[str, str]:
     """The notebook's name that a cell lacked, and the line of a function where that is; both empty
     if something else went wrong.
     """

@@ -27,20 +27,8 @@ from qlora_nb.ui.written import Written
 
 
 def label_mask(ids: list[int], trains: list[bool], decode: Callable[[list[int]], str]) -> str:
-    """A row as HTML, the tokens that train both coloured and underlined; text is escaped.
-
-    A tokenizer of bytes, as Pythia's, cuts a rare character into several tokens. Alone none of them
-    has a text (`decode` gives "\ufffd"): they are shown as the one character that they are.
-    """
-    row = []
-    group = []
-    for place, (token, train) in enumerate(zip(ids, trains, strict=True)):
-        group.append(token)
-        text = decode(group)
-        if text.endswith("\ufffd") and trains[place + 1 : place + 2] == [train]:
-            continue
-        row.append((text, train))
-        group = []
+    """A row as HTML, what trains both coloured and underlined; text is escaped."""
+    row = data_report.pieces(ids, trains, decode)
     count = f"the {sum(trains)} tokens that train, of {len(ids)}"
     return f"{data_report.shown(row)}<p>underlined and green: {count}</p>"
 

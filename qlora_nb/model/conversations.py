@@ -50,7 +50,7 @@ READ |= {"instruction", "input", "output"}
 _MARK = re.compile(r"### (Human|User|Assistant|System):", re.IGNORECASE)
 
 
-def of_table(table, asking: bool) -> Iterator[dict[str, object]] | None:
+def of_table(table, asking: bool) -> Iterator[dict] | None:
     """The conversations of a table; None if it holds none of the known shapes.
 
     Args:
@@ -67,7 +67,7 @@ def of_table(table, asking: bool) -> Iterator[dict[str, object]] | None:
     return _of_rows(table, turns_of, asking) if turns_of else None
 
 
-def _of_rows(table, turns_of: Callable, asking: bool) -> Iterator[dict[str, object]]:
+def _of_rows(table, turns_of: Callable, asking: bool) -> Iterator[dict]:
     needed = [name for name in table.columns if name in READ]
     for number, row in enumerate(table.rows(needed)):
         turns = [turn if isinstance(turn, dict) else {} for turn in turns_of(row)]
@@ -122,7 +122,7 @@ def _answer(completion: object) -> list:
     return completion or []
 
 
-def instruction_turns(row: dict[str, object]) -> list[dict[str, object]]:
+def instruction_turns(row: dict) -> list[dict]:
     """The turns of an instruction row: pairs of question and answer that were said before it, and
     its own exchange, in which instruction and input are one question.
 
@@ -139,7 +139,7 @@ def instruction_turns(row: dict[str, object]) -> list[dict[str, object]]:
     return turns
 
 
-def of_instruction(row: dict[str, object], asking: bool = False) -> dict[str, object]:
+def of_instruction(row: dict, asking: bool = False) -> dict:
     """An instruction row as a conversation of one exchange."""
     return conversation(instruction_turns(row), asking)
 
@@ -158,7 +158,7 @@ def _turns_of_text(text: str | None) -> list[dict[str, str]]:
     return turns
 
 
-def conversation(turns: list[dict], asking: bool) -> dict[str, object]:
+def conversation(turns: list[dict], asking: bool) -> dict:
     """Turns as they are written → one conversation.
 
     Returns:
@@ -219,7 +219,7 @@ def taking_turns(messages: list[dict]) -> list[dict]:
     return joined
 
 
-def _message(turn: dict) -> tuple[dict[str, object], str]:
+def _message(turn: dict) -> tuple[dict, str]:
     """A turn as a message, and why it cannot be used, or nothing."""
     who = _who(turn)
     text, problem = _text(turn)
@@ -265,7 +265,7 @@ def _text(turn: dict) -> tuple[str, str]:
     return text, ""
 
 
-def _of_trees(table, asking: bool) -> Iterator[dict[str, object]]:
+def _of_trees(table, asking: bool) -> Iterator[dict]:
     """One conversation for each tree: its first message, and after it the best replies."""
     messages = list(table.rows([*_TREE, "rank", "deleted"]))
     known = {message["message_id"] for message in messages}
@@ -281,7 +281,7 @@ def _of_trees(table, asking: bool) -> Iterator[dict[str, object]]:
         yield {**row, "number": number}
 
 
-def _best_turns(root: dict[str, object], replies: dict[str, list[dict]]) -> list[dict[str, object]]:
+def _best_turns(root: dict, replies: dict[str, list[dict]]) -> list[dict]:
     """The messages from the root along the best-ranked reply of another speaker to each."""
 
     def rank(message: dict) -> float:

@@ -201,7 +201,7 @@ def weights_of(settings, four_bit: bool = True) -> str:
     return path
 
 
-def prepared(model: PreTrainedModel, settings, loading_info: dict[str, object]) -> PreTrainedModel:
+def prepared(model: PreTrainedModel, settings, loading_info: dict) -> PreTrainedModel:
     """A loaded model, guarded against what would go wrong without a word.
 
     - Every weight came from the files: transformers would fill in random numbers.

@@ -20,14 +20,8 @@ COLUMNS = ("instruction", "input", "output")
 MOST_REASONS = 8
 """For no more reasons than this are the rows that are left out named."""
 
-_TEXT = datasets.Value("string")
-
-_TEXTS = dict.fromkeys(COLUMNS, _TEXT)
-
 _HALF = re.compile("[\ud800-\udfff]")
 """What JSON can write ("\\ud83d" without its other half) and no file in UTF-8 can hold."""
-
-_MESSAGE = {"role": _TEXT, "content": _TEXT, "trains": datasets.Value("bool")}
 
 
 @dataclass
@@ -120,11 +114,10 @@ def _sorted_out(found: list[dict], unused: list[str]) -> Rows:
             left_out.setdefault(reason, []).append(row["number"])
         else:
             kept.append(row)
-    features = {**_TEXTS, "number": datasets.Value("int64")}
+    names = [*COLUMNS, "number"]
     if found and "messages" in found[0]:
-        features["messages"] = [_MESSAGE]
-    columns = {name: [row[name] for row in kept] for name in features}
-    dataset = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+        names.append("messages")
+    dataset = datasets.Dataset.from_dict({name: [row[name] for row in kept] for name in names})
     n_unused_turns = sum(row.get("n_unused", 0) for row in kept)
     return Rows(dataset, len(found), left_out, unused, n_unused_turns)
 
@@ -147,14 +140,14 @@ def _own_names(table: tables.Table, columns: dict[str, str]) -> tables.Table:
         if "completion" in names:
             names["output"] = names.pop("completion")
 
-    def rows(asked: list[str]) -> Iterator[dict[str, object]]:
+    def rows(asked: list[str]) -> Iterator[dict]:
         for row in table.read([names[name] for name in asked if name in names]):
             yield {name: row.get(own) for name, own in names.items()}
 
     return tables.Table(list(names), table.n_rows, rows)
 
 
-def _as_texts(table: tables.Table, asking: bool) -> Iterator[dict[str, object]]:
+def _as_texts(table: tables.Table, asking: bool) -> Iterator[dict]:
     """The three columns of every row, `left_out` (why it cannot be used, or nothing) and `number`.
     Whatever is not there is empty text, and so is an answer that is not needed.
 
@@ -181,7 +174,6 @@ def _as_texts(table: tables.Table, asking: bool) -> Iterator[dict[str, object]]:
                 raise KitError(
                     f"column {column} is not text in row {number}",
                     value=text,
-                    allowed="text",
                     remedy="write it as text",
                 )
             if column in needed and not text.strip():

@@ -22,6 +22,7 @@ import json
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -47,10 +48,10 @@ class Table:
     columns: list[str]
     """the names, in the data's order"""
     n_rows: int
-    read: Callable[[list[str]], Iterable[dict[str, object]]]
+    read: Callable[[list[str]], Iterable[dict]]
     """columns → the rows, which may have other columns besides, or lack some"""
 
-    def rows(self, columns: list[str]) -> Iterator[dict[str, object]]:
+    def rows(self, columns: list[str]) -> Iterator[dict]:
         """Every row with these columns and no others; a value that is missing is None.
 
         Raises:
@@ -119,7 +120,7 @@ def _read_folder(folder: Path) -> Table:
     return _read_files(files)
 
 
-def _train_of(splits: dict[str, object]) -> object:
+def _train_of(splits: dict) -> object:
     """The split `train`, or the only one that begins with it."""
     names = [name for name in splits if str(name).startswith("train")]
     if "train" in names:
@@ -165,7 +166,7 @@ def _of_arrow(parts: list, path: Path) -> Table:
     found = [pyarrow.dataset.dataset(part) for part in parts]
     names = dict.fromkeys(name for part in found for name in part.schema.names)
 
-    def rows(columns: list[str]) -> Iterator[dict[str, object]]:
+    def rows(columns: list[str]) -> Iterator[dict]:
         with _reading(path):
             for part in found:
                 table = part.to_table([name for name in part.schema.names if name in columns])
@@ -177,14 +178,12 @@ def _of_arrow(parts: list, path: Path) -> Table:
 
 def _arrow_table(path: Path) -> pyarrow.Table:
     file = pyarrow.memory_map(str(path))
-    opened = pyarrow.ipc.open_stream  # as `datasets` writes it
-    if file.read(6) == b"ARROW1":
-        opened = pyarrow.ipc.open_file  # Feather
-    file.seek(0)
-    return opened(file).read_all()
+    with suppress(pyarrow.ArrowInvalid):
+        return pyarrow.ipc.open_file(file).read_all()  # Feather
+    return pyarrow.ipc.open_stream(file).read_all()  # as `datasets` writes it
 
 
-def _read_text(path: Path, kind: str | None) -> list[dict[str, object]]:
+def _read_text(path: Path, kind: str | None) -> list[dict]:
     if kind is None:
         raise ValueError("its ending is that of no data")
     how = {"compression": "infer", "encoding": "utf-8-sig", "newline": ""}
@@ -224,7 +223,7 @@ def _json_values(text: str) -> list:
     return values
 
 
-def _named(pairs: Iterable[tuple[str, object]]) -> dict[str, object]:
+def _named(pairs: Iterable[tuple[str, object]]) -> dict:
     row = {}
     for name, value in pairs:
         if name in row:
@@ -233,7 +232,7 @@ def _named(pairs: Iterable[tuple[str, object]]) -> dict[str, object]:
     return row
 
 
-def _unwrapped(value: dict[str, object]) -> list:
+def _unwrapped(value: dict) -> list:
     """The rows in an object around a list or around several splits, or in a form that pandas
     writes; any other object is a row.
 
@@ -251,7 +250,7 @@ def _unwrapped(value: dict[str, object]) -> list:
     return _train_of(tables) if tables else _rows_of_pandas(value)
 
 
-def _rows_of_pandas(value: dict[str, object]) -> list:
+def _rows_of_pandas(value: dict) -> list:
     """The rows in what `DataFrame.to_json` writes; any other object is a row.
 
     >>> _rows_of_pandas({"a": {"0": 1, "1": 2}})
