@@ -220,7 +220,7 @@ def encode_rows(
     """
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     special.discard(tokenizer.unk_token_id)  # any unknown character becomes this one
-    n_known = configs.saved_config(settings.model_id).vocab_size
+    n_known = configs.config_of(settings.model_id).vocab_size
     return rows.map(
         _encode_row,
         with_indices=True,

@@ -30,7 +30,7 @@ from qlora_nb.model import (
     quantized,
     quantized_copy,
 )
-from qlora_nb.model.configs import loading, meta_model, saved_config
+from qlora_nb.model.configs import config_of, loading, meta_model
 from qlora_nb.model.linear_layers import adapted_names
 from qlora_nb.record import seal
 
@@ -81,7 +81,7 @@ def load_tokenizer(settings) -> PreTrainedTokenizerBase:
             value=settings.model_id,
             remedy="name one in its tokenizer_config.json, or choose another model",
         )
-    n_rows = saved_config(settings.model_id).vocab_size
+    n_rows = config_of(settings.model_id).vocab_size
     _require_known_ids(tokenizer, n_rows, settings.model_id)
     pad = tokenizer.pad_token_id
     if pad is None or pad == tokenizer.eos_token_id or pad >= n_rows:
@@ -177,7 +177,7 @@ def weights_of(settings, four_bit: bool = True) -> str:
     path = sources.model_path(settings.model_id)
     folder = Path(path)
     seal.require_whole(folder, "model")
-    config = saved_config(settings.model_id)
+    config = config_of(settings.model_id)
     if not folder.is_dir() or any(folder.glob("*token*")):
         load_tokenizer(settings)  # one that does not fit is refused before the weights are fetched
     own = quantized.own_quantization(config)
@@ -248,18 +248,18 @@ def prepared(model: PreTrainedModel, settings, loading_info: dict) -> PreTrained
     came_from = model.name_or_path
     model.name_or_path = path
     model.config.name_or_path = path
-    generation_defaults.set_aside(model, path)
+    generation_defaults.set_aside(model)
     if getattr(model, "is_loaded_in_4bit", False):
         quantized.require_four_bit(model)
         if settings.prequantized and came_from == path and not was_quantized(settings):
-            quantized_copy.save(model, path, settings, dtype)
+            quantized_copy.save(model, settings, dtype)
         _place_ends(model, settings, dtype)
     return model.eval()
 
 
 def was_quantized(settings) -> bool:
     """Whether the model is saved in 4 bit by its makers."""
-    return quantized.own_quantization(saved_config(settings.model_id)) is not None
+    return quantized.own_quantization(config_of(settings.model_id)) is not None
 
 
 @torch.no_grad()
