@@ -282,4 +282,4 @@ def _place_ends(model: PreTrainedModel, settings, dtype: torch.dtype) -> None:
     if settings.head_4bit:
         embeddings.quantize_head(model, settings.quant_type, settings.double_quant, dtype)
     if settings.embedding_on_cpu and device.on_gpu():  # without a card it lies there anyway
-        embeddings.keep_embedding_on_cpu(model, device.compute_device())
+        embeddings.keep_embedding_on_cpu(model)
