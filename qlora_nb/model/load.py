@@ -27,11 +27,15 @@ from qlora_nb.model import (
     device,
     embeddings,
     generation_defaults,
-    quantized,
     quantized_copy,
 )
 from qlora_nb.model.configs import config_of, loading, meta_model
-from qlora_nb.model.linear_layers import adapted_names
+from qlora_nb.model.linear_layers import (
+    adapted_names,
+    described,
+    own_quantization,
+    require_four_bit,
+)
 from qlora_nb.record import seal
 
 
@@ -180,7 +184,7 @@ def weights_of(settings, four_bit: bool = True) -> str:
     config = config_of(settings.model_id)
     if not folder.is_dir() or any(folder.glob("*token*")):
         load_tokenizer(settings)  # one that does not fit is refused before the weights are fetched
-    own = quantized.own_quantization(config)
+    own = own_quantization(config)
     if own and not four_bit:
         raise KitError(
             "the model is saved in 4 bit, its original weights are not there",
@@ -190,8 +194,8 @@ def weights_of(settings, four_bit: bool = True) -> str:
     if four_bit:
         adapted_names(meta_model(config), ["all-linear"])
     if own:
-        found = quantized.described(own.bnb_4bit_quant_type, own.bnb_4bit_use_double_quant)
-        asked = quantized.described(settings.quant_type, settings.double_quant)
+        found = described(own.bnb_4bit_quant_type, own.bnb_4bit_use_double_quant)
+        asked = described(settings.quant_type, settings.double_quant)
         instead = "" if found == asked else f" ({asked} was asked for)"
         print(f"the model is saved in 4 bit and stays as it is: {found}{instead}")
         return path
@@ -209,7 +213,7 @@ def prepared(model: PreTrainedModel, settings, loading_info: dict) -> PreTrained
       weights at the first inference and compute in bfloat16 from then on, after which training
       fails.
     - A model that was saved in 4 bit computes in the dtype asked for.
-    - The model computes numbers, and something of it is in 4 bit (`quantized`).
+    - The model computes numbers, and something of it is in 4 bit (`require_four_bit`).
     - Its own generation defaults do not decide (`generation_defaults`).
     - The 4-bit weights are kept for the next time, where `prequantized` says so.
     - `head_4bit` and `embedding_on_cpu` are carried out, and left alone where embedding and head
@@ -250,7 +254,7 @@ def prepared(model: PreTrainedModel, settings, loading_info: dict) -> PreTrained
     model.config.name_or_path = path
     generation_defaults.set_aside(model)
     if getattr(model, "is_loaded_in_4bit", False):
-        quantized.require_four_bit(model)
+        require_four_bit(model)
         if settings.prequantized and came_from == path and not was_quantized(settings):
             quantized_copy.save(model, settings, dtype)
         _place_ends(model, settings, dtype)
@@ -259,7 +263,7 @@ def prepared(model: PreTrainedModel, settings, loading_info: dict) -> PreTrained
 
 def was_quantized(settings) -> bool:
     """Whether the model is saved in 4 bit by its makers."""
-    return quantized.own_quantization(config_of(settings.model_id)) is not None
+    return own_quantization(config_of(settings.model_id)) is not None
 
 
 @torch.no_grad()
