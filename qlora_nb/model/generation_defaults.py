@@ -16,6 +16,12 @@ _DECIDE_NOTHING = {
     "pad_token_id",
     "decoder_start_token_id",
     "transformers_version",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "output_scores",
+    "output_logits",
+    "return_dict_in_generate",
 }
 
 
