@@ -168,12 +168,12 @@ def plan(
     settings = _settings(ctx, profile, gpu_gib=gpu_gib)
     from qlora_nb.memory import budget, estimates, shares
     from qlora_nb.memory.plan import plan_of
-    from qlora_nb.model import configs, probes, quantized
+    from qlora_nb.model import configs, linear_layers, probes
 
     config = configs.config_of(settings.model_id)
     on_gpu = True if gpu_gib is not None else None  # None: as on this machine
     shapes = configs.meta_model(config)
-    quantized.require_four_bit(shapes)
+    linear_layers.require_four_bit(shapes)
     probes.require_positions(shapes, settings.max_length)
     step, training, sent = shares.planned(settings, processes, shard, config, on_gpu)
     too_large = gpu_gib is not None and training.total_gib > gpu_gib

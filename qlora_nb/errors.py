@@ -24,7 +24,7 @@ class KitError(ValueError):
 
     Args:
         what: the parameter, file or resource and what is wrong with it.
-        value: the offending value, shown with `repr`; None where there is none.
+        value: the offending value, as `repr` shows it (80 characters); None where there is none.
         allowed: the allowed range or choices.
         remedy: what to do next.
 
@@ -37,7 +37,7 @@ class KitError(ValueError):
         self.value = value
         self.allowed = allowed
         self.remedy = remedy
-        got = "" if value is None else f" (got {_short(value)})"
+        got = "" if value is None else f" (got {value!r:.80})"
         text = _sentence(f"{what}{got}")
         if allowed:
             text += _sentence(f" Allowed: {allowed}")
@@ -118,9 +118,7 @@ def explain_missing_names(shell) -> None:
     shell.set_custom_exc((NameError, AttributeError, TypeError), explain)
 
 
-def _missing_name(
-    error: Exception, trace: TracebackType, names: dict[str, object]
-) -> tuple[str, str]:
+def _missing_name(error: Exception, trace: TracebackType, names: dict) -> tuple[str, str]:
     """The notebook's name that a cell lacked, and the line of a function where that is; both empty
     if something else went wrong.
     """
@@ -156,10 +154,3 @@ def show_refusals_alone() -> None:
 
 def _sentence(text: str) -> str:
     return text if text.endswith((".", "?", "!")) else f"{text}."
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    if len(text) > 80:
-        text = f"{text[:79]}…"
-    return text

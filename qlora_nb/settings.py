@@ -178,7 +178,7 @@ class Settings(
             rows.append((name, value, reason))
         return rows
 
-    def changed(self) -> dict[str, object]:
+    def changed(self) -> dict:
         """The parameters that differ from the profile's defaults, in schema order."""
         return {name: value for name, value, reason in self.table() if reason == "set by you"}
 
@@ -190,17 +190,16 @@ class Settings(
         """The shell command that repeats a run with these settings: only what differs from the
         profile is named.
         """
-        words = [f"papermill notebooks/{notebook}.ipynb out.ipynb -p profile {self.profile}"]
+        words = ["papermill", f"notebooks/{notebook}.ipynb", "out.ipynb"]
+        words += ["-p", "profile", self.profile]
         for name, value in self.changed().items():
             if name in ELSEWHERE:
                 continue
-            flag = "-p"
-            text = json.dumps(value, ensure_ascii=False)
             if isinstance(value, str):
-                flag = "-r"  # as it stands: of -p model_id 007 papermill makes a number
-                text = value
-            words.append(f"{flag} {name} {shlex.quote(text)}")
-        return " ".join(words)
+                words += ["-r", name, value]  # of -p model_id 007 papermill makes a number
+            else:
+                words += ["-p", name, json.dumps(value, ensure_ascii=False)]
+        return shlex.join(words)
 
     def __repr__(self) -> str:
         lines = [f"{'profile':28} {self.profile:28} "]
@@ -250,7 +249,7 @@ PROFILES = _read_profiles()
 """Profile → parameter → its value there and the reason for it."""
 
 
-def resolve(values: dict[str, object]) -> Settings:
+def resolve(values: dict) -> Settings:
     """Validate a notebook's parameters and fill in the profile's values, before anything heavy is
     imported.
 
@@ -295,7 +294,7 @@ def resolve(values: dict[str, object]) -> Settings:
     return settings
 
 
-def validate(values: dict[str, object]) -> Settings:
+def validate(values: dict) -> Settings:
     """As `resolve`, for a plain dictionary and nothing more: what the command line and the tests
     use.
     """
@@ -320,7 +319,7 @@ def validate(values: dict[str, object]) -> Settings:
         raise _explain(error, PROFILES[profile]) from None
 
 
-def _cells(values: dict[str, object]) -> list[str]:
+def _cells(values: dict) -> list[str]:
     """The cells of a notebook that have run, as they were typed (%%time, not what IPython makes of
     it); of a script its paragraphs.
     """
@@ -374,26 +373,17 @@ def _suggest(name: str, known: Iterable[str]) -> str:
 
 
 def _explain(error: ValidationError, defaults: dict[str, Default]) -> KitError:
-    """The first bad value in full, the others by name."""
+    """The first bad value in full, with pydantic's sentence on what is allowed; the others by
+    name.
+    """
     first, *more = error.errors(include_url=False)
     name = str(first["loc"][0])
-    schema = Settings.model_json_schema()["properties"][name]
-    what = f"{name} ({schema['description']}): {first['msg'].lower()}"
+    description = Settings.model_fields[name].description
+    what = f"{name} ({description}): {first['msg'].lower()}"
     others = sorted({str(problem["loc"][0]) for problem in more} - {name})
     if others:
         what += f"; also bad: {', '.join(others)}"
     remedy = f"leave it None for this profile's value ({defaults[name].value})"
     if name == "optim":
         remedy += "; other optimizers, Sophia among them, are raced in notebook 08"
-    return KitError(what, value=first["input"], allowed=_allowed(schema), remedy=remedy)
-
-
-def _allowed(schema: dict) -> str:
-    """A parameter's bounds in words, from its JSON schema; pydantic's message has the choices."""
-    words = {
-        "minimum": "at least",
-        "exclusiveMinimum": "more than",
-        "maximum": "at most",
-        "exclusiveMaximum": "less than",
-    }
-    return " and ".join(f"{words[key]} {schema[key]}" for key in words if key in schema)
+    return KitError(what, value=first["input"], remedy=remedy)

@@ -117,7 +117,7 @@ Mapping = Annotated[dict[Column, Name], BeforeValidator(_mapping)]
 Prompts = Annotated[list[str], BeforeValidator(_prompts), Field(min_length=1)]
 
 
-def parameters(arguments: list[str]) -> dict[str, object]:
+def parameters(arguments: list[str]) -> dict:
     """`-p NAME VALUE`, as often as wanted, as a dictionary."""
     given = {}
     for i in range(0, len(arguments), 3):

@@ -200,7 +200,7 @@ def test_refusals_come_before_any_process(toy, tmp_path, monkeypatch):
     (tmp_path / "a file").write_text("")
     for parameters, only, expected in (
         ({"max_stepz": 3}, None, "did you mean max_steps"),
-        ({"r": "0"}, None, "at least 1"),
+        ({"r": "0"}, None, "greater than or equal to 1"),
         ({"profile": "huge"}, None, "unknown profile"),
         ({}, ["09"], "no such notebook"),
         ({}, [""], "no such notebook"),

@@ -642,7 +642,7 @@ def test_what_a_token_reads_is_what_the_operations_take(saved, name):
     )
     model = load.load_base(settings)
     if how == "embedding on the CPU":
-        embeddings.keep_embedding_on_cpu(model, model.device)
+        embeddings.keep_embedding_on_cpu(model)
     for step in ("base", "tuned"):
         if step == "tuned":
             model = open_cells.attach_adapter(model, settings).eval()

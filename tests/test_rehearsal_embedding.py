@@ -59,7 +59,7 @@ def on_card(request):
     table = copy.deepcopy(model.get_input_embeddings())
     model.to(rehearsal.Meta.CARD)
     model.set_input_embeddings(table)
-    embeddings.keep_embedding_on_cpu(model, rehearsal.Meta.CARD)
+    embeddings.keep_embedding_on_cpu(model)
     assert not table.weight.is_meta
     return model
 

@@ -21,7 +21,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from qlora_nb.errors import KitError
 from qlora_nb.memory import budget
 from qlora_nb.memory.plan import plan_of
-from qlora_nb.model import configs, quantized
+from qlora_nb.model import configs, linear_layers
 from qlora_nb.settings import validate
 
 LIMIT_S = 60
@@ -47,7 +47,7 @@ def outcome_of(kind) -> str:
         settings = validate({"model_id": folder, "max_length": 64, "r": 4})
         try:
             shapes = configs.meta_model(configs.config_of(folder))
-            quantized.require_four_bit(shapes)
+            linear_layers.require_four_bit(shapes)
             for train in (True, False):
                 assert budget.peak(plan_of(settings, train)).total_bytes > 0
         except KitError as error:

@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from qlora_nb.answer import adapters
 from qlora_nb.errors import KitError, refusing
 from qlora_nb.memory import ledger
-from qlora_nb.model import configs, load, quantized
+from qlora_nb.model import load
 from qlora_nb.record import files, runs
 
 WAYS = ("dequantized", "packed", "original")
@@ -84,7 +84,7 @@ def ways_for(settings) -> tuple[str, ...]:
     """The ways of merging that a base allows: one that is saved in 4 bit has no original
     weights.
     """
-    if quantized.own_quantization(configs.config_of(settings.model_id)):
+    if load.was_quantized(settings):
         return tuple(way for way in WAYS if way != "original")
     return WAYS
 

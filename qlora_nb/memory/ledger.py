@@ -27,8 +27,8 @@ from torch import nn
 from qlora_nb import cards
 from qlora_nb.errors import KitError
 from qlora_nb.memory.plan import Plan
-from qlora_nb.model import configs, embeddings, quantized
-from qlora_nb.model.linear_layers import adapted_names, linear_layers
+from qlora_nb.model import configs, embeddings
+from qlora_nb.model.linear_layers import adapted_names, linear_layers, own_quantization
 from qlora_nb.theory import double_quant, paging
 
 CODES = "4-bit codes"
@@ -199,7 +199,7 @@ def predict(plan: Plan) -> Ledger:
     size = plan.rest_dtype.itemsize
     if plan.four_bit:
         nested = plan.double_quant
-        own = quantized.own_quantization(plan.config)
+        own = own_quantization(plan.config)
         if own:
             nested = own.bnb_4bit_use_double_quant
         title = f"predicted: 4-bit{' + double quantization' if nested else ''}, rest {name}"

@@ -94,7 +94,7 @@ def collator(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict]], Batch
     right = copy.copy(tokenizer)  # as some models' own tokenizers pad on the left, without a mask
     right.padding_side = "right"
     right.model_input_names = ["input_ids", "attention_mask"]
-    pad = DataCollatorForSeq2Seq(right, label_pad_token_id=chunked_loss.IGNORED)
+    pad = DataCollatorForSeq2Seq(right)
 
     def collate(rows: list[dict]) -> BatchEncoding:
         batch = pad([{name: row[name] for name in ("input_ids", "labels")} for row in rows])

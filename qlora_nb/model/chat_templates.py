@@ -4,16 +4,13 @@ A model that was tuned to chat brings a template (Jinja, in its tokenizer): how 
 other, and with which special tokens they begin and end. A base model such as Pythia brings none and
 is given the kit's own, `TEMPLATE`, whose turns look like Alpaca's prompts.
 
-Only the assistant's answers train, each with the token that ends it. Some templates mark them
-(`{% generation %}`), and then the tokenizer's own mask says where they are. In the others they are
-found turn by turn: what the template writes up to a question is the beginning of what it writes up
-to the answer, and this is checked; where a template rewrites earlier turns (Qwen3 takes their
-thoughts out), the words of the answer are looked for.
+Only the assistant's answers train, each with the token that ends it. They are found turn by turn:
+what the template writes up to a question is the beginning of what it writes up to the answer, and
+this is checked; where a template rewrites earlier turns (Qwen3 takes their thoughts out), the words
+of the answer are looked for. Marks of a template (`{% generation %}`) are not needed for that.
 """
 
-import re
 from contextlib import suppress
-from itertools import groupby
 
 from transformers import PreTrainedTokenizerBase
 
@@ -72,12 +69,9 @@ def text_and_spans(
     if any(m["role"] == "user" and m["content"].strip() not in text for m in messages):
         raise ValueError("the chat template leaves out what the user says")
     answers = [message for message in messages if message["role"] == "assistant"]
-    spans = _marked(messages, tokenizer)
-    if len(spans) != len(answers):
-        spans = _found(messages, text, tokenizer)
-    spans = [_with_end(text, span, tokenizer) for span in spans]
+    spans = [_with_end(text, span, tokenizer) for span in _found(messages, text, tokenizer)]
     end = spans[-1][1]
-    if not text[:end].endswith(_special_tokens(tokenizer)):
+    if not text[:end].endswith(special_tokens(tokenizer)):
         text = text[:end] + tokenizer.eos_token  # else it would never learn to stop
         spans[-1] = spans[-1][0], len(text)
     chosen = [span for span, answer in zip(spans, answers, strict=True) if answer["trains"]]
@@ -88,7 +82,7 @@ def encode(text: str, spans: Spans, tokenizer: PreTrainedTokenizerBase) -> tuple
     """Token ids of a text, and which of them lie in a stretch that trains, be it in part: as the
     tokenizer's own mask has it.
     """
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    encoded = tokenizer(text, addspecial_tokens=False, return_offsets_mapping=True)
     trains = []
     for begin, end in encoded["offset_mapping"]:
         trains.append(any(start < end and begin < stop for start, stop in spans))
@@ -103,30 +97,27 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     except ValueError:
         return None
     start, end = spans[-1]
-    for token in _special_tokens(tokenizer):
+    for token in special_tokens(tokenizer):
         if text[start:end].endswith(token):
             return tokenizer.convert_tokens_to_ids(token)
     return None
 
 
-def _special_tokens(tokenizer) -> tuple[str, ...]:
-    """The longest first, as one can be the end of another."""
+def special_tokens(tokenizer) -> tuple[str, ...]:
+    """The texts of a tokenizer's special tokens, the longest first, as one can be the end of
+    another.
+    """
     added = tokenizer.added_tokens_decoder.values()
     special = [str(token) for token in added if token.special]
     return tuple(sorted(special, key=len, reverse=True))
 
 
 def _render(messages: list[dict], tokenizer, asking: bool = False) -> str:
+    plain = [{"role": message["role"], "content": message["content"]} for message in messages]
     try:
-        return tokenizer.apply_chat_template(
-            _plain(messages), tokenize=False, add_generation_prompt=asking
-        )
+        return tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=asking)
     except Exception as error:  # a template is a program, and not ours
         raise ValueError(f"the chat template refuses it: {error}"[:120]) from None
-
-
-def _plain(messages: list[dict]) -> list[dict[str, str]]:
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
 def _accepted(messages: list[dict], tokenizer) -> list[dict]:
@@ -142,25 +133,6 @@ def _accepted(messages: list[dict], tokenizer) -> list[dict]:
         who = "user" if message["role"] == "system" else message["role"]
         asked.append({**message, "role": who})
     return conversations.taking_turns(asked)
-
-
-def _marked(messages: list[dict], tokenizer) -> Spans:
-    """Where the answers are by the template's own marks; empty if it has none."""
-    if not re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()):
-        return []
-    encoded = tokenizer.apply_chat_template(
-        _plain(messages),
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-        tokenizer_kwargs={"return_offsets_mapping": True},
-    )
-    tokens = zip(encoded["assistant_masks"], encoded["offset_mapping"], strict=True)
-    spans = []
-    for is_answer, group in groupby(tokens, key=lambda token: token[0]):
-        offsets = [offset for _, offset in group]
-        if is_answer:
-            spans.append((offsets[0][0], offsets[-1][1]))
-    return spans
 
 
 def _found(messages: list[dict], text: str, tokenizer) -> Spans:
@@ -196,10 +168,10 @@ def _with_end(text: str, span: tuple[int, int], tokenizer) -> tuple[int, int]:
     """A stretch with the special token that ends it, and without the blanks behind that."""
     start, end = span
     said = text[start:end].rstrip()
-    if said.endswith(_special_tokens(tokenizer)):
+    if said.endswith(special_tokens(tokenizer)):
         return start, start + len(said)
     behind = text[end:].lstrip()
-    for token in _special_tokens(tokenizer):
+    for token in special_tokens(tokenizer):
         if behind.startswith(token):
             return start, len(text) - len(behind) + len(token)
     return span

@@ -43,13 +43,17 @@ def loading(
         yield
 
 
-def saved_config(model_id: str):
-    """transformers' configuration of a model, from its config.json.
+def config_of(model_id: str):
+    """transformers' configuration behind a `model_id`: a Pythia's from its known sizes, any other
+    model's from its config.json.
 
     Raises:
         KitError: it cannot be read, the folder holds something else than a model in safetensors,
             or the model is none that writes text from left to right by attention.
     """
+    size = pythia_size(model_id)
+    if size:
+        return pythia_config(size)
     path = sources.model_path(model_id)
     sources.require_safetensors(model_id)
     remedy = (
@@ -101,16 +105,6 @@ def pythia_config(size: str) -> GPTNeoXConfig:
         bos_token_id=0,
         eos_token_id=0,
     )
-
-
-def config_of(model_id: str):
-    """The configuration behind a `model_id`: a Pythia from its known sizes, everything else from
-    its config.json.
-    """
-    size = pythia_size(model_id)
-    if size:
-        return pythia_config(size)
-    return saved_config(model_id)
 
 
 def meta_model(config, **options) -> nn.Module:

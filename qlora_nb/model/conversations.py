@@ -21,7 +21,6 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from itertools import islice
 
 ROLES = {
     "system": "system developer systemprompt 系统",
@@ -43,33 +42,32 @@ _WHAT = ("content", "value", "text", "message")
 
 _TREE = ("message_id", "parent_id", "role", "text")
 
-READ = {*COLUMNS, *SYSTEM, "text", "prompt", "completion", "history"}
+READ = {*COLUMNS, *SYSTEM, *_TREE, "rank", "deleted", "prompt", "completion", "history"}
 READ |= {"instruction", "input", "output"}
-"""Columns that a conversation is read from, outside of trees."""
+"""Columns that rows are read from."""
 
 _MARK = re.compile(r"### (Human|User|Assistant|System):", re.IGNORECASE)
 
 
-def of_table(table, asking: bool) -> Iterator[dict[str, object]] | None:
+def of_table(columns: list[str], rows: list[dict], asking: bool) -> Iterator[dict] | None:
     """The conversations of a table; None if it holds none of the known shapes.
 
     Args:
-        table: a `tables.Table`.
+        columns: their names.
+        rows: with those of them that `READ` names.
         asking: the conversations are to be asked, so they end with the user's turn.
 
     Returns:
         What `conversation` returns for each, and `number`, its place in the table.
     """
-    columns = set(table.columns)
-    if columns.issuperset(_TREE):
-        return _of_trees(table, asking)
-    turns_of = _turns_of(table)
-    return _of_rows(table, turns_of, asking) if turns_of else None
+    if set(columns).issuperset(_TREE):
+        return _of_trees(rows, asking)
+    turns_of = _turns_of(columns, rows)
+    return _of_rows(rows, turns_of, asking) if turns_of else None
 
 
-def _of_rows(table, turns_of: Callable, asking: bool) -> Iterator[dict[str, object]]:
-    needed = [name for name in table.columns if name in READ]
-    for number, row in enumerate(table.rows(needed)):
+def _of_rows(rows: list[dict], turns_of: Callable, asking: bool) -> Iterator[dict]:
+    for number, row in enumerate(rows):
         turns = [turn if isinstance(turn, dict) else {} for turn in turns_of(row)]
         for name in SYSTEM:
             system = row.get(name)
@@ -78,12 +76,10 @@ def _of_rows(table, turns_of: Callable, asking: bool) -> Iterator[dict[str, obje
         yield {**conversation(turns, asking), "number": number}
 
 
-def _turns_of(table) -> Callable[[dict], list] | None:
+def _turns_of(columns: list[str], rows: list[dict]) -> Callable[[dict], list] | None:
     """The function that takes a row of this table to its turns; None if no row has any."""
-    columns = set(table.columns)
     if "instruction" in columns:
-        beside = [name for name in ("history", *SYSTEM) if name in columns]
-        if any(any(row.values()) for row in table.rows(beside)):
+        if any(row.get(name) for row in rows for name in ("history", *SYSTEM)):
             return instruction_turns
         return None
     for name in COLUMNS:
@@ -91,18 +87,18 @@ def _turns_of(table) -> Callable[[dict], list] | None:
             return lambda row: _listed(row[name])
     if "prompt" in columns:
         return lambda row: _listed(row["prompt"]) + _answer(row.get("completion"))
-    if "text" in columns and _are_guanaco(table):
+    if "text" in columns and _are_guanaco(rows):
         return lambda row: _turns_of_text(row["text"])
     return None
 
 
-def are_prompts(table) -> bool:
+def are_prompts(columns: list[str], rows: list[dict]) -> bool:
     """Whether a column `prompt` holds instructions as text; it may hold turns, and be an extract of
     a conversation that stands beside it.
     """
-    if "prompt" not in table.columns or set(COLUMNS) & set(table.columns):
+    if "prompt" not in columns or set(COLUMNS) & set(columns):
         return False
-    there = (row["prompt"] for row in table.rows(["prompt"]) if row["prompt"] is not None)
+    there = (row["prompt"] for row in rows if row["prompt"] is not None)
     return isinstance(next(there, ""), str)
 
 
@@ -122,7 +118,7 @@ def _answer(completion: object) -> list:
     return completion or []
 
 
-def instruction_turns(row: dict[str, object]) -> list[dict[str, object]]:
+def instruction_turns(row: dict) -> list[dict]:
     """The turns of an instruction row: pairs of question and answer that were said before it, and
     its own exchange, in which instruction and input are one question.
 
@@ -139,13 +135,13 @@ def instruction_turns(row: dict[str, object]) -> list[dict[str, object]]:
     return turns
 
 
-def of_instruction(row: dict[str, object], asking: bool = False) -> dict[str, object]:
+def of_instruction(row: dict, asking: bool = False) -> dict:
     """An instruction row as a conversation of one exchange."""
     return conversation(instruction_turns(row), asking)
 
 
-def _are_guanaco(table) -> bool:
-    texts = [str(row["text"] or "").strip() for row in islice(table.rows(["text"]), 100)]
+def _are_guanaco(rows: list[dict]) -> bool:
+    texts = [str(row["text"] or "").strip() for row in rows[:100]]
     return any(texts) and all(_MARK.match(text) for text in texts if text)
 
 
@@ -158,7 +154,7 @@ def _turns_of_text(text: str | None) -> list[dict[str, str]]:
     return turns
 
 
-def conversation(turns: list[dict], asking: bool) -> dict[str, object]:
+def conversation(turns: list[dict], asking: bool) -> dict:
     """Turns as they are written → one conversation.
 
     Returns:
@@ -219,7 +215,7 @@ def taking_turns(messages: list[dict]) -> list[dict]:
     return joined
 
 
-def _message(turn: dict) -> tuple[dict[str, object], str]:
+def _message(turn: dict) -> tuple[dict, str]:
     """A turn as a message, and why it cannot be used, or nothing."""
     who = _who(turn)
     text, problem = _text(turn)
@@ -265,28 +261,26 @@ def _text(turn: dict) -> tuple[str, str]:
     return text, ""
 
 
-def _of_trees(table, asking: bool) -> Iterator[dict[str, object]]:
+def _of_trees(messages: list[dict], asking: bool) -> Iterator[dict]:
     """One conversation for each tree: its first message, and after it the best replies."""
-    messages = list(table.rows([*_TREE, "rank", "deleted"]))
-    replies = {message["message_id"]: [] for message in messages}
-    roots = []
-    for number, message in enumerate(messages):
-        if message["parent_id"] in replies:
-            replies[message["parent_id"]].append(message)
-        else:
-            roots.append((number, message))
-    for number, root in roots:
+    known = {message["message_id"] for message in messages}
+    replies = {}
+    for message in messages:
+        replies.setdefault(message["parent_id"], []).append(message)
+    for number, root in enumerate(messages):
+        if root["parent_id"] in known:
+            continue
         row = conversation([root] if asking else _best_turns(root, replies), asking)
         if root["parent_id"]:
             row["left_out"] = "the message it replies to is not in the data"
         yield {**row, "number": number}
 
 
-def _best_turns(root: dict[str, object], replies: dict[str, list[dict]]) -> list[dict[str, object]]:
+def _best_turns(root: dict, replies: dict[str, list[dict]]) -> list[dict]:
     """The messages from the root along the best-ranked reply of another speaker to each."""
 
     def rank(message: dict) -> float:
-        return math.inf if message["rank"] is None else message["rank"]
+        return math.inf if message.get("rank") is None else message["rank"]
 
     turns = []
     message = root
@@ -294,6 +288,6 @@ def _best_turns(root: dict[str, object], replies: dict[str, list[dict]]) -> list
         turns.append(message)
         spoke = _who(message)
         others = replies.pop(message["message_id"], [])
-        others = [reply for reply in others if not reply["deleted"] and _who(reply) != spoke]
+        others = [reply for reply in others if not reply.get("deleted") and _who(reply) != spoke]
         message = min(others, key=rank, default=None)
     return turns

@@ -218,16 +218,14 @@ def encode_rows(
     nothing), `n_lost` (tokens that were cut off), `special` (a special token in its text) and
     `number` (its place in the data).
     """
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special.discard(tokenizer.unk_token_id)  # any unknown character becomes this one
-    n_known = configs.saved_config(settings.model_id).vocab_size
+    n_known = configs.config_of(settings.model_id).vocab_size
     return rows.map(
         _encode_row,
         with_indices=True,
         fn_kwargs={
             "tokenizer": tokenizer,
             "settings": settings,
-            "special": special,
+            "special": chat_templates.special_tokens(tokenizer),
             "n_known": n_known,
         },
         remove_columns=rows.column_names,
@@ -236,7 +234,7 @@ def encode_rows(
 
 
 def _encode_row(
-    row: dict, number: int, tokenizer, settings, special: set[int], n_known: int
+    row: dict, number: int, tokenizer, settings, special: tuple[str, ...], n_known: int
 ) -> dict:
     texts = [row["instruction"], row["input"], row["output"]]
     ids = []
@@ -267,8 +265,7 @@ def _encode_row(
     elif ids and max(ids) >= n_known:
         unknown = tokenizer.convert_ids_to_tokens(max(ids))
         left_out = f"its text holds {unknown!r}, which the model's embedding has no row for"
-    written = tokenizer("\n".join(texts), add_special_tokens=False)["input_ids"]
-    in_text = [i for i in written if i in special]
+    in_text = [token for token in special if token in "\n".join(texts)]
     return {
         "input_ids": kept,
         "labels": [i if train else chunked_loss.IGNORED for i, train in zip(kept, trains)],
@@ -276,5 +273,5 @@ def _encode_row(
         "number": row.get("number", number),
         "n_lost": len(ids) - len(kept),
         "left_out": left_out,
-        "special": tokenizer.convert_ids_to_tokens(in_text[0]) if in_text else "",
+        "special": in_text[0] if in_text else "",
     }

@@ -12,6 +12,7 @@ the GPU:
 
 import bitsandbytes as bnb
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import nn
 from tqdm import tqdm
 
@@ -69,25 +70,17 @@ def quantize_head(
     model.set_output_embeddings(SlicedHead(slices).eval())
 
 
-def keep_embedding_on_cpu(model: nn.Module, device: torch.device) -> None:
+def keep_embedding_on_cpu(model: nn.Module) -> None:
     """Move the input embedding to the host's memory: token ids are looked up there, the vectors
-    are sent to `device`. Tied embeddings are left alone by the caller.
+    are sent to where the ids came from. Tied embeddings are left alone by the caller.
 
     The weight becomes a plain attribute of its module, out of `parameters()`. As a parameter it
     would be the model's first, and transformers takes the device of the first parameter for that
     of the whole model (`PreTrainedModel.device`): `generate` would send everything to the CPU.
     """
-
-    def ids_to_cpu(module, args):
-        return tuple(ids.cpu() for ids in args)
-
-    def vectors_to_device(module, args, vectors):
-        return vectors.to(device)
-
     table = model.get_input_embeddings()
     table.to("cpu")
     weight = table.weight.detach()
     del table.weight
     table.weight = weight
-    table.register_forward_pre_hook(ids_to_cpu)
-    table.register_forward_hook(vectors_to_device)
+    add_hook_to_module(table, AlignDevicesHook("cpu", io_same_device=True))

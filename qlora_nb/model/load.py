@@ -27,11 +27,15 @@ from qlora_nb.model import (
     device,
     embeddings,
     generation_defaults,
-    quantized,
     quantized_copy,
 )
-from qlora_nb.model.configs import loading, meta_model, saved_config
-from qlora_nb.model.linear_layers import adapted_names
+from qlora_nb.model.configs import config_of, loading, meta_model
+from qlora_nb.model.linear_layers import (
+    adapted_names,
+    described,
+    own_quantization,
+    require_four_bit,
+)
 from qlora_nb.record import seal
 
 
@@ -81,7 +85,7 @@ def load_tokenizer(settings) -> PreTrainedTokenizerBase:
             value=settings.model_id,
             remedy="name one in its tokenizer_config.json, or choose another model",
         )
-    n_rows = saved_config(settings.model_id).vocab_size
+    n_rows = config_of(settings.model_id).vocab_size
     _require_known_ids(tokenizer, n_rows, settings.model_id)
     pad = tokenizer.pad_token_id
     if pad is None or pad == tokenizer.eos_token_id or pad >= n_rows:
@@ -177,35 +181,31 @@ def weights_of(settings, four_bit: bool = True) -> str:
     path = sources.model_path(settings.model_id)
     folder = Path(path)
     seal.require_whole(folder, "model")
-    config = saved_config(settings.model_id)
+    config = config_of(settings.model_id)
     if not folder.is_dir() or any(folder.glob("*token*")):
         load_tokenizer(settings)  # one that does not fit is refused before the weights are fetched
-    own = quantized.own_quantization(config)
+    own = own_quantization(config)
+    if own and not four_bit:
+        raise KitError(
+            "the model is saved in 4 bit, its original weights are not there",
+            value=settings.model_id,
+            remedy='load it in 4 bit; an adapter can be merged with way="dequantized"',
+        )
     if four_bit:
         adapted_names(meta_model(config), ["all-linear"])
-    else:
-        if own:
-            raise KitError(
-                "the model is saved in 4 bit, its original weights are not there",
-                value=settings.model_id,
-                remedy='load it in 4 bit; an adapter can be merged with way="dequantized"',
-            )
-        return path
     if own:
-        found = quantized.described(own.bnb_4bit_quant_type, own.bnb_4bit_use_double_quant)
-        asked = quantized.described(settings.quant_type, settings.double_quant)
+        found = described(own.bnb_4bit_quant_type, own.bnb_4bit_use_double_quant)
+        asked = described(settings.quant_type, settings.double_quant)
         instead = "" if found == asked else f" ({asked} was asked for)"
         print(f"the model is saved in 4 bit and stays as it is: {found}{instead}")
         return path
-    if settings.prequantized:
+    if four_bit and settings.prequantized:
         dtype = device.compute_dtype(settings.compute_dtype)
-        copy = quantized_copy.find(path, settings, dtype)
-        if copy:
-            return str(copy)
+        path = str(quantized_copy.find(path, settings, dtype) or path)
     return path
 
 
-def prepared(model: PreTrainedModel, settings, loading_info: dict[str, object]) -> PreTrainedModel:
+def prepared(model: PreTrainedModel, settings, loading_info: dict) -> PreTrainedModel:
     """A loaded model, guarded against what would go wrong without a word.
 
     - Every weight came from the files: transformers would fill in random numbers.
@@ -213,7 +213,7 @@ def prepared(model: PreTrainedModel, settings, loading_info: dict[str, object]) 
       weights at the first inference and compute in bfloat16 from then on, after which training
       fails.
     - A model that was saved in 4 bit computes in the dtype asked for.
-    - The model computes numbers, and something of it is in 4 bit (`quantized`).
+    - The model computes numbers, and something of it is in 4 bit (`require_four_bit`).
     - Its own generation defaults do not decide (`generation_defaults`).
     - The 4-bit weights are kept for the next time, where `prequantized` says so.
     - `head_4bit` and `embedding_on_cpu` are carried out, and left alone where embedding and head
@@ -252,18 +252,18 @@ def prepared(model: PreTrainedModel, settings, loading_info: dict[str, object]) 
     came_from = model.name_or_path
     model.name_or_path = path
     model.config.name_or_path = path
-    generation_defaults.set_aside(model, path)
+    generation_defaults.set_aside(model)
     if getattr(model, "is_loaded_in_4bit", False):
-        quantized.require_four_bit(model)
+        require_four_bit(model)
         if settings.prequantized and came_from == path and not was_quantized(settings):
-            quantized_copy.save(model, path, settings, dtype)
+            quantized_copy.save(model, settings, dtype)
         _place_ends(model, settings, dtype)
     return model.eval()
 
 
 def was_quantized(settings) -> bool:
     """Whether the model is saved in 4 bit by its makers."""
-    return quantized.own_quantization(saved_config(settings.model_id)) is not None
+    return own_quantization(config_of(settings.model_id)) is not None
 
 
 @torch.no_grad()
@@ -286,4 +286,4 @@ def _place_ends(model: PreTrainedModel, settings, dtype: torch.dtype) -> None:
     if settings.head_4bit:
         embeddings.quantize_head(model, settings.quant_type, settings.double_quant, dtype)
     if settings.embedding_on_cpu and device.on_gpu():  # without a card it lies there anyway
-        embeddings.keep_embedding_on_cpu(model, device.compute_device())
+        embeddings.keep_embedding_on_cpu(model)

@@ -38,10 +38,11 @@ def find(path: str, settings, dtype: torch.dtype) -> Path | None:
     return None
 
 
-def save(model, path: str, settings, dtype: torch.dtype) -> None:
+def save(model, settings, dtype: torch.dtype) -> None:
     """Keep a model that was just packed; a disk that is full or closed costs the copy, not the
     run.
     """
+    path = model.name_or_path
     folder = _folder(path, settings, dtype)
     try:
         files.clear_leftovers(folder.parent, ".")

@@ -20,14 +20,8 @@ COLUMNS = ("instruction", "input", "output")
 MOST_REASONS = 8
 """For no more reasons than this are the rows that are left out named."""
 
-_TEXT = datasets.Value("string")
-
-_TEXTS = dict.fromkeys(COLUMNS, _TEXT)
-
 _HALF = re.compile("[\ud800-\udfff]")
 """What JSON can write ("\\ud83d" without its other half) and no file in UTF-8 can hold."""
-
-_MESSAGE = {"role": _TEXT, "content": _TEXT, "trains": datasets.Value("bool")}
 
 
 @dataclass
@@ -95,15 +89,16 @@ def read(name: str, columns: dict[str, str], asking: bool = False, as_chat: bool
     Raises:
         KitError: the data cannot be read, lacks a column, or holds something other than text.
     """
-    table = _own_names(tables.read_table(name), columns)
+    wanted = {*conversations.READ, *columns.values()}
+    names, rows = _own_names(*tables.read_table(name, wanted), columns)
     with refusing(f"the rows of {name} cannot be used", None, "docs/own_data.md shows what can"):
-        talks = conversations.of_table(table, asking)
+        talks = conversations.of_table(names, rows, asking)
         if talks is not None:
             return _sorted_out(list(talks), unused=[])
-        rows = list(_as_texts(table, asking))
+        rows = list(_as_texts(names, rows, asking))
         if as_chat:
             rows = [{**row, **conversations.of_instruction(row, asking)} for row in rows]
-        return _sorted_out(rows, sorted(set(table.columns) - set(COLUMNS)))
+        return _sorted_out(rows, sorted(set(names) - set(COLUMNS)))
 
 
 def _sorted_out(found: list[dict], unused: list[str]) -> Rows:
@@ -120,41 +115,35 @@ def _sorted_out(found: list[dict], unused: list[str]) -> Rows:
             left_out.setdefault(reason, []).append(row["number"])
         else:
             kept.append(row)
-    features = {**_TEXTS, "number": datasets.Value("int64")}
+    names = [*COLUMNS, "number"]
     if found and "messages" in found[0]:
-        features["messages"] = [_MESSAGE]
-    columns = {name: [row[name] for row in kept] for name in features}
-    dataset = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+        names.append("messages")
+    dataset = datasets.Dataset.from_dict({name: [row[name] for row in kept] for name in names})
     n_unused_turns = sum(row.get("n_unused", 0) for row in kept)
     return Rows(dataset, len(found), left_out, unused, n_unused_turns)
 
 
-def _own_names(table: tables.Table, columns: dict[str, str]) -> tables.Table:
+def _own_names(found: list[str], rows: list[dict], columns: dict[str, str]) -> tables.Table:
     """Call the data's own columns what the kit calls them; a column that had such a name before
     goes. A question in a column `prompt` and an answer in `completion` need no renaming.
     """
     theirs = set(columns.values())
-    if len(theirs & set(table.columns)) < len(columns):
+    if len(theirs & set(found)) < len(columns):
         raise KitError(
             "columns names what the data does not have, or one column of the data twice",
             value=columns,
-            allowed=f"{', '.join(table.columns)}, each once",
+            allowed=f"{', '.join(found)}, each once",
         )
-    names = {name: name for name in table.columns if name not in theirs}
+    names = {name: name for name in found if name not in theirs}
     names.update(columns)
-    if conversations.are_prompts(table) and "instruction" not in names:
+    if conversations.are_prompts(found, rows) and "instruction" not in names:
         names["instruction"] = names.pop("prompt")
         if "completion" in names:
             names["output"] = names.pop("completion")
-
-    def rows(asked: list[str]) -> Iterator[dict[str, object]]:
-        for row in table.read([names[name] for name in asked if name in names]):
-            yield {name: row.get(own) for name, own in names.items()}
-
-    return tables.Table(list(names), table.n_rows, rows)
+    return list(names), [{name: row.get(names[name]) for name in names} for row in rows]
 
 
-def _as_texts(table: tables.Table, asking: bool) -> Iterator[dict[str, object]]:
+def _as_texts(names: list[str], rows: list[dict], asking: bool) -> Iterator[dict]:
     """The three columns of every row, `left_out` (why it cannot be used, or nothing) and `number`.
     Whatever is not there is empty text, and so is an answer that is not needed.
 
@@ -162,26 +151,25 @@ def _as_texts(table: tables.Table, asking: bool) -> Iterator[dict[str, object]]:
         KitError: a needed column is missing, or a value is something other than text.
     """
     needed = ["instruction"] if asking else ["instruction", "output"]
-    missing = [column for column in needed if column not in table.columns]
+    missing = [column for column in needed if column not in names]
     if missing:
         raise KitError(
             f"the data has no column {' and '.join(missing)}",
-            value=", ".join(table.columns),
+            value=", ".join(names),
             allowed="instruction, output, input if there is one; prompt and completion; "
             "or a conversation (messages, conversations, OASST, Guanaco)",
             remedy="name them, as columns=instruction=question,output=answer",
         )
-    for number, row in enumerate(table.rows([*needed, "input"])):
+    for number, row in enumerate(rows):
         found = {"left_out": "", "number": number}
         for column in COLUMNS:
             text = row.get(column)
-            if text is None:
+            if text is None or column not in (*needed, "input"):
                 text = ""
             if not isinstance(text, str):
                 raise KitError(
                     f"column {column} is not text in row {number}",
                     value=text,
-                    allowed="text",
                     remedy="write it as text",
                 )
             if column in needed and not text.strip():

@@ -1,12 +1,12 @@
-"""Whatever somebody names as `dataset` becomes a table of plain Python values here: a file, a
-folder or a data set of the hub, all by one set of rules.
+"""Whatever somebody names as `dataset` becomes rows of plain Python values here: a file, a folder
+or a data set of the hub, all by one set of rules.
 
 - *JSON* is parsed by Python's `json`: a date stays text, an integer an integer, and a column that
   nobody asks for can hold anything. One row after another, a list of rows, an object around
   such a list, or one of the forms that pandas writes (records, columns, index, split, table).
 - *CSV* is parsed by Python's `csv`, and every field is text ("007", "NA", ""). The separator is the
   one of `,;\\t|` that makes the most of the first line.
-- *Parquet, Arrow and Feather* are read by pyarrow, the asked columns alone.
+- *Parquet, Arrow and Feather* are read by pyarrow, the wanted columns alone.
 
 JSON and CSV can be packed, as .gz, .bz2, .xz or .zip. Of a folder `datasets` says which files are
 the split `train`, by its README or by their names; a folder that `save_to_disk` wrote is read as
@@ -21,8 +21,8 @@ import glob
 import json
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Container, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -39,32 +39,16 @@ from qlora_nb import sources
 from qlora_nb.errors import refusing
 from qlora_nb.model import fetch
 
-
-@dataclass
-class Table:
-    """Rows that can be read again and again, a few columns at a time."""
-
-    columns: list[str]
-    """the names, in the data's order"""
-    n_rows: int
-    read: Callable[[list[str]], Iterable[dict[str, object]]]
-    """columns → the rows, which may have other columns besides, or lack some"""
-
-    def rows(self, columns: list[str]) -> Iterator[dict[str, object]]:
-        """Every row with these columns and no others; a value that is missing is None.
-
-        Raises:
-            KitError: a Parquet or Arrow file is damaged.
-        """
-        for row in self.read(columns):
-            yield {column: row.get(column) for column in columns}
+Table = tuple[list[str], list[dict]]
+"""The names of all columns, in the data's order, and the rows."""
 
 
-def read_table(name: str) -> Table:
+def read_table(name: str, wanted: Container[str]) -> Table:
     """The table in a file, a folder or a data set of the hub.
 
     Args:
         name: the path, with `~` for the home folder, or owner/name.
+        wanted: the columns that every row gets; a value that is missing is None.
 
     Raises:
         KitError: nothing lies there, it is no table, it is damaged (the line is named), or it holds
@@ -74,10 +58,14 @@ def read_table(name: str) -> Table:
     if not path.exists():
         path = _snapshot(name)
     with _reading(path):
-        table = _read_folder(path) if path.is_dir() else _read_files([path])
-        if not table.n_rows:
+        if path.is_dir():
+            columns, rows = _read_folder(path, wanted)
+        else:
+            columns, rows = _read_files([path], wanted)
+        if not rows:
             raise ValueError("it holds no row")
-    return table
+    found = [column for column in columns if column in wanted]
+    return columns, [{column: row.get(column) for column in found} for row in rows]
 
 
 def _reading(path: Path | str):
@@ -96,16 +84,21 @@ def _snapshot(repo_id: str) -> Path:
     if sources.hub_is_reachable():
         fetch.fetch_repo(repo_id, "dataset")
     with _reading(repo_id):
-        how = {"allow_patterns": fetch.PATTERNS["dataset"], "local_files_only": True}
-        return Path(snapshot_download(repo_id, repo_type="dataset", **how))
+        folder = snapshot_download(
+            repo_id,
+            repo_type="dataset",
+            allow_patterns=fetch.PATTERNS["dataset"],
+            local_files_only=True,
+        )
+    return Path(folder)
 
 
-def _read_folder(folder: Path) -> Table:
+def _read_folder(folder: Path, wanted: Container[str]) -> Table:
     if any(folder.rglob("state.json")):  # of save_to_disk
         saved = datasets.load_from_disk(folder)
         if isinstance(saved, datasets.DatasetDict):
             saved = _train_of(saved)
-        return _of_arrow([saved.data.table], folder)
+        return _of_arrow([saved.data.table], wanted)
     if glob.has_magic(str(folder)):
         raise ValueError("a folder with [, * or ? in its path cannot be searched: name the file")
     splits = datasets.load_dataset_builder(str(folder)).config.data_files
@@ -116,10 +109,10 @@ def _read_folder(folder: Path) -> Table:
             formats.add(_format_of(file))
     if len(formats - {None}) > 1:
         raise ValueError(f"{files[0].name} lies beside data of another format: name the file")
-    return _read_files(files)
+    return _read_files(files, wanted)
 
 
-def _train_of(splits: dict[str, object]) -> object:
+def _train_of(splits: dict) -> object:
     """The split `train`, or the only one that begins with it."""
     names = [name for name in splits if str(name).startswith("train")]
     if "train" in names:
@@ -142,53 +135,48 @@ def _format_of(path: Path) -> str | None:
     return sources.DATA_FORMATS.get(Path(name).suffix.lower())
 
 
-def _read_files(files: list[Path]) -> Table:
+def _read_files(files: list[Path], wanted: Container[str]) -> Table:
     """One table of files that have the same format."""
     kind = _format_of(files[0])
-    path = files[0] if len(files) == 1 else files[0].parent
     if kind == "Parquet":
-        return _of_arrow(files, path)
+        return _of_arrow(files, wanted)
     if kind == "Arrow":
-        return _of_arrow([_arrow_table(file) for file in files], path)
+        return _of_arrow([_arrow_table(file) for file in files], wanted)
     rows = []
     for file in files:
         with _reading(file):
             rows += _read_text(file, kind)
-    names = dict.fromkeys(name for row in rows for name in row)
-    return Table(list(names), len(rows), lambda columns: rows)
+    return list(dict.fromkeys(name for row in rows for name in row)), rows
 
 
-def _of_arrow(parts: list, path: Path) -> Table:
-    """A table of Parquet files or of Arrow tables, whose columns are read when they are asked for.
-    A part may lack columns that others have, or have them of another type.
+def _of_arrow(parts: list, wanted: Container[str]) -> Table:
+    """A table of Parquet files or of Arrow tables. A part may lack columns that others have, or
+    have them of another type.
     """
-    found = [pyarrow.dataset.dataset(part) for part in parts]
-    names = dict.fromkeys(name for part in found for name in part.schema.names)
-
-    def rows(columns: list[str]) -> Iterator[dict[str, object]]:
-        with _reading(path):
-            for part in found:
-                table = part.to_table([name for name in part.schema.names if name in columns])
-                table.validate(full=True)  # a damaged file can hold texts that are none
-                yield from datasets.Dataset(table).to_list()
-
-    return Table(list(names), sum(part.count_rows() for part in found), rows)
+    names = {}
+    rows = []
+    for part in parts:
+        found = pyarrow.dataset.dataset(part)
+        names.update(dict.fromkeys(found.schema.names))
+        table = found.to_table([name for name in found.schema.names if name in wanted])
+        table.validate(full=True)  # a damaged file can hold texts that are none
+        rows += datasets.Dataset(table).to_list() or [{}] * found.count_rows()
+    return list(names), rows
 
 
 def _arrow_table(path: Path) -> pyarrow.Table:
     file = pyarrow.memory_map(str(path))
-    opened = pyarrow.ipc.open_stream  # as `datasets` writes it
-    if file.read(6) == b"ARROW1":
-        opened = pyarrow.ipc.open_file  # Feather
-    file.seek(0)
-    return opened(file).read_all()
+    with suppress(pyarrow.ArrowInvalid):
+        return pyarrow.ipc.open_file(file).read_all()  # Feather
+    return pyarrow.ipc.open_stream(file).read_all()  # as `datasets` writes it
 
 
-def _read_text(path: Path, kind: str | None) -> list[dict[str, object]]:
+def _read_text(path: Path, kind: str | None) -> list[dict]:
     if kind is None:
         raise ValueError("its ending is that of no data")
-    how = {"compression": "infer", "encoding": "utf-8-sig", "newline": ""}
-    with fsspec.filesystem("file").open(str(path), "rt", **how) as file:
+    with fsspec.filesystem("file").open(
+        str(path), "rt", compression="infer", encoding="utf-8-sig", newline=""
+    ) as file:
         if kind == "CSV":
             return _csv_rows(file)
         rows = _json_values(file.read())
@@ -224,7 +212,7 @@ def _json_values(text: str) -> list:
     return values
 
 
-def _named(pairs: Iterable[tuple[str, object]]) -> dict[str, object]:
+def _named(pairs: Iterable[tuple[str, object]]) -> dict:
     row = {}
     for name, value in pairs:
         if name in row:
@@ -233,7 +221,7 @@ def _named(pairs: Iterable[tuple[str, object]]) -> dict[str, object]:
     return row
 
 
-def _unwrapped(value: dict[str, object]) -> list:
+def _unwrapped(value: dict) -> list:
     """The rows in an object around a list or around several splits, or in a form that pandas
     writes; any other object is a row.
 
@@ -251,7 +239,7 @@ def _unwrapped(value: dict[str, object]) -> list:
     return _train_of(tables) if tables else _rows_of_pandas(value)
 
 
-def _rows_of_pandas(value: dict[str, object]) -> list:
+def _rows_of_pandas(value: dict) -> list:
     """The rows in what `DataFrame.to_json` writes; any other object is a row.
 
     >>> _rows_of_pandas({"a": {"0": 1, "1": 2}})

@@ -37,7 +37,7 @@ FINE_TUNING = "06_finetune_pythia_12b"
 """The notebook whose runs leave an adapter; `qlora-nb train` makes such runs too."""
 
 
-def key_results(results: dict[str, object]) -> dict[str, object]:
+def key_results(results: dict) -> dict:
     """Round a notebook's key results for showing and comparing, and hand them to the batch run if
     there is one.
 
@@ -70,7 +70,7 @@ def new_folder(settings, name: str) -> Path:
                 return folder
 
 
-def new_record(folder: Path, parameters: dict[str, object]) -> dict[str, object]:
+def new_record(folder: Path, parameters: dict) -> dict:
     """What the record of a run says before anything has run: the time, the process, the
     parameters, this machine, the code and the packages that numbers depend on.
     """
@@ -115,7 +115,7 @@ class Run:
         if not self.resumed and written <= {MANIFEST, ".lock"}:
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def log(self, record: dict[str, object]) -> None:
+    def log(self, record: dict) -> None:
         """Append one line to metrics.jsonl."""
         if not self.writes:
             return
