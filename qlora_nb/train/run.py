@@ -28,26 +28,11 @@ from qlora_nb.train import attach, callbacks, checkpoints, script, sharded
 from qlora_nb.train.trainer import QLoRATrainer
 
 
-def fine_tune(settings, shard: str = "none") -> runs.Run:
-    """Train, from the first step or with `resume` from a checkpoint, and save the adapter.
-
-    Args:
-        shard: "fsdp" leaves each process a share of every tensor (`sharded`), "none" the whole.
-
-    Returns:
-        The run; its folder is that of a run of notebook 06.
-
-    Raises:
-        KitError: whatever notebook 06 refuses; a step that the processes cannot share.
-    """
-    return _train(*_made(settings, shard))
-
-
 def _made(settings, shard: str) -> tuple[QLoRATrainer, datasets.Dataset]:
     """The Trainer of a run, and the texts of its rows. What is refused here, all processes
     refuse.
     """
-    preflight.refuse_what_cannot_run(settings, together=True)
+    preflight.refuse_what_cannot_run(settings, together=processes.count() > 1)
     kind = QLoRATrainer
     if shard == "fsdp":
         sharded.require_able(settings)
@@ -182,17 +167,24 @@ def _say(step: dict) -> None:
 
 
 def in_this_process(settings, shard: str = "none") -> int:
-    """Train as what this process is: alone, or one of those that torchrun started. Returns its exit
-    code.
+    """Train as what this process is, alone or one of those that torchrun started: from the first
+    step or with `resume` from a checkpoint, in the folder of a run of notebook 06.
+
+    Args:
+        shard: "fsdp" leaves each process a share of every tensor (`sharded`), "none" the whole.
+
+    Returns:
+        The process's exit code.
+
+    Raises:
+        KitError: whatever notebook 06 refuses; a step that the processes cannot share.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        preflight.refuse_many_processes()
-        if shard != "none":
-            raise KitError("one process has nobody to share with", remedy="--processes 2 or more")
-    else:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         if device.on_gpu():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        processes.join(backend())
+        torch.distributed.init_process_group(backend())  # all come here, or none goes on
+    elif shard != "none":
+        raise KitError("one process has nobody to share with", remedy="--processes 2 or more")
     said = sys.stdout
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
         if processes.rank():
