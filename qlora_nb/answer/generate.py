@@ -19,6 +19,7 @@ import torch
 from peft import PeftModel
 from torch.nn.functional import kl_div
 from transformers import (
+    BatchEncoding,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -67,7 +68,7 @@ def chat_row(turns: list[dict[str, str]]) -> dict[str, object]:
 
 def tokenize_prompts(
     rows: list[dict], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, settings
-) -> dict[str, torch.Tensor]:
+) -> BatchEncoding:
     """Prompts of rows as `input_ids` and `attention_mask` (rows, tokens) on the model's device,
     padded on the left.
 
@@ -95,19 +96,25 @@ def tokenize_prompts(
             value=tokenizer.convert_ids_to_tokens(largest),
             remedy="write it without this token, or take a model whose embedding was resized",
         )
-    return {name: tensor.to(model.device) for name, tensor in encoded.items()}
+    return encoded.to(model.device)
 
 
-def unanswerable(rows: list[dict], tokenizer, model, settings) -> dict[int, str]:
-    """Row number → why it cannot be asked, so that the others can; said too."""
-    reasons = {}
+def askable(
+    rows: list[dict], tokenizer, model, settings
+) -> tuple[list[dict], list[dict[str, object]]]:
+    """The rows that can be asked, and the others, each with no `answer` and why (`left_out`), which
+    is said too.
+    """
+    found = []
+    refused = []
     for n, row in enumerate(rows):
         try:
             tokenize_prompts([row], tokenizer, model, settings)
+            found.append(row)
         except KitError as refusal:
-            reasons[n] = str(refusal)
+            refused.append({**row, "answer": None, "left_out": str(refusal)})
             print(f"row {row.get('n', n)} is not answered: {refusal}")
-    return reasons
+    return found, refused
 
 
 def _config(model, tokenizer, settings, **more) -> GenerationConfig:
@@ -300,13 +307,10 @@ def next_tokens_along(
     base, tuned = found
     divergence = kl_div(base, tuned, reduction="none", log_target=True).sum(-1) / math.log(2)
 
-    def most_probable(log_probabilities: torch.Tensor) -> list[tuple[str, float]]:
+    def most_probable(log_probabilities: torch.Tensor) -> list[list[tuple[str, float]]]:
         values, best = log_probabilities.exp().topk(k)
-        return [(tokenizer.decode([i]), p) for i, p in zip(best.tolist(), values.tolist())]
+        texts = [map(tokenizer.decode, ids) for ids in best.tolist()]
+        return [list(zip(*pair)) for pair in zip(texts, values.tolist())]
 
-    tokens = [tokenizer.decode([i]) for i in written[0].tolist()]
-    steps = []
-    for position, token in enumerate([*tokens, "(end)"]):
-        tops = most_probable(base[position]), most_probable(tuned[position])
-        steps.append((token, *tops, divergence[position].item()))
-    return steps
+    tokens = [*map(tokenizer.decode, written[0].tolist()), "(end)"]
+    return list(zip(tokens, most_probable(base), most_probable(tuned), divergence.tolist()))
