@@ -176,37 +176,33 @@ def plan(
     quantized.require_four_bit(shapes)
     probes.require_positions(shapes, settings.max_length)
     step, training, sent = shares.planned(settings, processes, shard, config, on_gpu)
-    too_large = gpu_gib is not None and training.total_gib > gpu_gib
     if as_json:
         lines = {line.name: line.bytes for line in training.lines}
         found = {"processes": processes, "shard": shard, "peak": lines, "sent_in_a_step": sent}
         print(json.dumps({**found, "total_bytes": training.total_bytes}))
-        raise typer.Exit(1 if too_large else 0)
-    if processes > 1:
+    elif processes > 1:
         print(f"{training}\n\neach sends {sent / 2**20:,.1f} MiB in a step")
-        raise typer.Exit(1 if too_large else 0)
-    answering = budget.peak(plan_of(settings, False, config, on_gpu))
-    print(f"{training}\n\n{answering}\n")
-    n_bytes = sources.download_bytes(settings.model_id)
-    size = f"{n_bytes / 1e9:.1f} GB" if n_bytes else "nothing, or known only to the hub"
-    print(f"download and disk: {size}")
-    host_gib = estimates.host_bytes(config) / 2**30
-    print(f"host memory while loading onto a GPU: {host_gib:.1f} GiB (assumed)")
-    if gpu_gib is None:
-        seconds = estimates.step_seconds(step)
-        about = "about"
-        where = "here: operations and unpacking by this device's measured rates"
     else:
-        seconds = estimates.step_flops(step) / estimates.T4_OPERATIONS_PER_S
-        about = "at least"
-        where = "on a T4: operations over a quarter (assumed) of its published rate"
-    hours = settings.max_steps * seconds / 3600
-    print(f"time: {settings.max_steps} steps take {about} {hours:.2g} h {where}")
-    print(budget.advice(settings, gpu_gib))
-    for option in budget.options(settings, config, on_gpu):
-        print(f"  option: {option}")
-    print(settings.papermill_line())
-    raise typer.Exit(1 if too_large else 0)
+        answering = budget.peak(plan_of(settings, False, config, on_gpu))
+        print(f"{training}\n\n{answering}\n")
+        n_bytes = sources.download_bytes(settings.model_id)
+        size = f"{n_bytes / 1e9:.1f} GB" if n_bytes else "nothing, or known only to the hub"
+        print(f"download and disk: {size}")
+        host_gib = estimates.host_bytes(config) / 2**30
+        print(f"host memory while loading onto a GPU: {host_gib:.1f} GiB (assumed)")
+        if gpu_gib is None:
+            seconds = estimates.step_seconds(step)
+            how = "about {:.2g} h here: operations and unpacking by this device's measured rates"
+        else:
+            seconds = estimates.step_flops(step) / estimates.T4_OPERATIONS_PER_S
+            how = "at least {:.2g} h on a T4: operations over a quarter (assumed) of its rate"
+        hours = settings.max_steps * seconds / 3600
+        print(f"time: {settings.max_steps} steps take {how.format(hours)}")
+        print(budget.advice(settings, gpu_gib))
+        for option in budget.options(settings, config, on_gpu):
+            print(f"  option: {option}")
+        print(settings.papermill_line())
+    raise typer.Exit(int(gpu_gib is not None and training.total_gib > gpu_gib))
 
 
 @app.command(context_settings=TAKES_PARAMETERS)
@@ -307,8 +303,7 @@ def generate(
         n_answered = prompt_files.answer_file(model, tokenizer, rows, target, settings)
         print(f"{n_answered} of {len(rows)} answered into {out}")
         return
-    reasons = generate.unanswerable(rows, tokenizer, model, settings)
-    rows = [row for n, row in enumerate(rows) if n not in reasons]
+    rows, _ = generate.askable(rows, tokenizer, model, settings)
     answers = generate.answer_all(model, tokenizer, rows, settings)
     for row, text in zip(rows, answers, strict=True):
         print(f"{row['instruction']}\n    {text!r}")

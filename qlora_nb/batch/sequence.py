@@ -114,17 +114,15 @@ class _Record:
         self.folder = folder
         self.hashes = {path.stem: files.sha256(path) for path in chosen}
         self.started = time.time() - before.get("wall_s", 0)
+        self.summary = runs.new_record(folder, given)
+        self.summary.update(folder=str(folder), chosen=list(self.hashes))
+        self.summary["started"] = before.get("started", self.summary["started"])
         self.outcomes = {}
         for earlier in before.get("notebooks", []):
             outcome = one_notebook.Outcome(**earlier)
             unchanged = outcome.source == self.hashes.get(outcome.notebook)
             if unchanged and outcome.status == "done":
                 self.outcomes[outcome.notebook] = outcome
-        self.summary = runs.new_record(folder, given)
-        self.summary["folder"] = str(folder)
-        self.summary["profile"] = given["profile"]
-        self.summary["chosen"] = list(self.hashes)
-        self.summary["started"] = before.get("started", self.summary["started"])
 
     def begin(self, name: str) -> one_notebook.Outcome:
         """Write down what is known, then note that a notebook begins."""
@@ -134,8 +132,8 @@ class _Record:
 
     def save(self) -> None:
         self.summary["wall_s"] = round(time.time() - self.started, 1)
-        in_order = sorted(self.outcomes)
-        self.summary["notebooks"] = [asdict(self.outcomes[name]) for name in in_order]
+        in_order = sorted(self.outcomes.items())
+        self.summary["notebooks"] = [asdict(outcome) for _, outcome in in_order]
         text = json.dumps(self.summary, indent=1, default=str) + "\n"
         files.write_atomically(self.folder / SUMMARY, text)
 
