@@ -8,10 +8,10 @@ that has two. The first process writes the run's folder and speaks. Each must co
 collective call, so what one of them is told (stop, an error) ends all.
 """
 
+import io
 import os
 import sys
 from contextlib import redirect_stdout
-from pathlib import Path
 
 import datasets
 import torch
@@ -26,6 +26,18 @@ from qlora_nb.model import batching, data_report, device, load
 from qlora_nb.record import files, runs, seal
 from qlora_nb.train import attach, callbacks, checkpoints, script, sharded
 from qlora_nb.train.trainer import QLoRATrainer
+
+OF_THE_TRAINER = {
+    "output_dir",
+    "seed",
+    "max_steps",
+    "optim",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "max_grad_norm",
+}
+"""Parameters that `TrainingArguments` takes under the same names."""
 
 
 def _made(settings, shard: str) -> tuple[QLoRATrainer, datasets.Dataset]:
@@ -49,7 +61,14 @@ def _made(settings, shard: str) -> tuple[QLoRATrainer, datasets.Dataset]:
         processes.wait()
     targets = attach.layers_to_adapt(model, settings)
     torch.manual_seed(settings.seed)
-    model = get_peft_model(model, _lora(settings, targets))
+    lora = LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(model, lora)
     if settings.gradient_checkpointing:
         load.enable_checkpointing(model)
     rows = checked.encoded
@@ -78,14 +97,17 @@ def _made(settings, shard: str) -> tuple[QLoRATrainer, datasets.Dataset]:
 def _train(trainer: QLoRATrainer, texts: datasets.Dataset) -> runs.Run:
     run = trainer.run
     settings = trainer.settings
+    adapter = run.folder / "adapter"
     with trainer.guarded():
         trainer.train(resume_from_checkpoint=trainer.newest_checkpoint())
-        trainer.save_model(run.folder / "adapter")  # all put it together, the first writes
+        trainer.save_model(adapter)  # all put it together, the first writes
         if trainer.measured.held:  # not in a run of one step
             held = {line.name: line.bytes for line in trainer.measured.held.lines}
             run.manifest["metrics"]["bytes held by each process"] = processes.gathered(held)
         if run.writes:
-            _close(run.folder / "adapter", settings)
+            with files.writing(adapter):
+                seal.write_seal(adapter)
+            merge.write_card(adapter, merge.card_facts(adapter, settings))
             if not any(getattr(settings, name) for name in script.OF_THE_KIT):
                 tokenizer = trainer.sample.tokenizer
                 targets = trainer.model.peft_config["default"].target_modules
@@ -94,32 +116,15 @@ def _train(trainer: QLoRATrainer, texts: datasets.Dataset) -> runs.Run:
     return run
 
 
-def _lora(settings, targets: list[str]) -> LoraConfig:
-    return LoraConfig(
-        r=settings.r,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=settings.lora_dropout,
-        target_modules=targets,
-        task_type="CAUSAL_LM",
-    )
-
-
 def _arguments(settings) -> TrainingArguments:
     """Those of notebook 06, whose cell says what each is for, and two for several processes."""
     on_gpu = device.on_gpu()
     dtype = device.compute_dtype(settings.compute_dtype)
     torch.set_autocast_cache_enabled(False)
     return TrainingArguments(
-        output_dir=settings.output_dir,
-        seed=settings.seed,
-        max_steps=settings.max_steps,
+        **settings.model_dump(include=OF_THE_TRAINER),
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
-        optim=settings.optim,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type=settings.lr_scheduler_type,
-        warmup_steps=settings.warmup_steps,
-        max_grad_norm=settings.max_grad_norm,
         fp16=on_gpu and dtype == torch.float16,
         use_cpu=not on_gpu,
         dataloader_pin_memory=on_gpu,
@@ -146,17 +151,11 @@ def _run_of_all(settings) -> runs.Run:
     run = None
     if not processes.rank():
         run = checkpoints.start(settings, runs.FINE_TUNING)
-    told = processes.gathered(run and (str(run.folder), run.resumed))[0]
+    folder, resumed = processes.gathered(run and (run.folder, run.resumed))[0]
     if run is None:
-        run = runs.Run(settings, runs.FINE_TUNING, Path(told[0]))
-        run.resumed = told[1]
+        run = runs.Run(settings, runs.FINE_TUNING, folder)
+        run.resumed = resumed
     return run
-
-
-def _close(adapter: Path, settings) -> None:
-    with files.writing(adapter):
-        seal.write_seal(adapter)
-    merge.write_card(adapter, merge.card_facts(adapter, settings))
 
 
 def _say(step: dict) -> None:
@@ -185,19 +184,17 @@ def in_this_process(settings, shard: str = "none") -> int:
         torch.distributed.init_process_group(backend())  # all come here, or none goes on
     elif shard != "none":
         raise KitError("one process has nobody to share with", remedy="--processes 2 or more")
-    said = sys.stdout
-    with open(os.devnull, "w", encoding="utf-8") as nowhere:
-        if processes.rank():
-            said = nowhere  # the first speaks for all
-        with redirect_stdout(said):
-            try:
-                made = _made(settings, shard)
-            except KitError:
-                if processes.rank():
-                    return 2  # the first says why
-                raise
-            run = _train(*made)
-            print(f"{run.manifest['status']}: {run.folder}")
+    said = io.StringIO() if processes.rank() else sys.stdout  # the first speaks for all
+    with redirect_stdout(said):
+        try:
+            made = _made(settings, shard)
+        except KitError:
+            if processes.rank():
+                return 2  # the first says why
+            raise
+        run = _train(*made)
+        print(f"{run.manifest['status']}: {run.folder}")
+    processes.wait()  # who ends with another code than 0 ends all: the first has written and said
     code = 0 if run.manifest["status"] == "done" else 1
     processes.leave(code)
     return code
