@@ -82,6 +82,7 @@ class QLoRATrainer(Trainer):
         self.model.config.use_cache = True
         self.model.eval()
         self.accelerator.free_memory()
+        self.first_values.clear()
         self.optimizer = None
         self.lr_scheduler = None
         self.callback_handler.optimizer = None
@@ -199,16 +200,7 @@ class QLoRATrainer(Trainer):
         if not checkpoint:
             _require_untrained(self.model)
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        first_values = [p.detach().to("cpu", copy=True) for p in trained]
-
-        def go_back() -> Path | None:
-            checkpoint = seal.newest_checkpoint(self.run.folder)
-            step = self._rewind(checkpoint)
-            print(f"the update had begun: training is resumed after step {step}")
-            for parameter, value in zip(trained, first_values, strict=True):
-                parameter.data.copy_(value)
-            return checkpoint
-
+        self.first_values = {p: p.detach().to("cpu", copy=True) for p in trained}
         with ExitStack() as stack:
             self.model.config.use_cache = False
             stack.callback(self._end)
@@ -218,7 +210,7 @@ class QLoRATrainer(Trainer):
             stack.push(self.measured.measuring)
             if self.run.resumed:
                 print(f"going on after step {self._rewind(checkpoint)}")
-            ended = retry.train(self, checkpoint, go_back)
+            ended = retry.train(self, checkpoint)
         if self.watch.failure:
             raise KitError(
                 self.watch.failure,
@@ -244,6 +236,16 @@ class QLoRATrainer(Trainer):
             )
         self.options["compute_loss_func"] = loss
         self.compute_loss_func = loss
+
+    def go_back(self) -> Path | None:
+        """Put the weights back to their first values; returns the checkpoint to begin from, None if
+        there is none.
+        """
+        checkpoint = seal.newest_checkpoint(self.run.folder)
+        print(f"the update had begun: training is resumed after step {self._rewind(checkpoint)}")
+        for parameter, value in self.first_values.items():
+            parameter.data.copy_(value)
+        return checkpoint
 
     def _rewind(self, checkpoint: Path | None) -> int:
         """Forget what was logged after a checkpoint; returns its step, 0 without one."""
