@@ -62,8 +62,6 @@ def run_sequence(
             what = "a sequence goes on with the notebooks it began with"
             raise KitError(what, value=only, remedy="leave --only or --resume out")
         folder, before = _unfinished(settings, resume, given)
-    if notebooks is None:
-        notebooks = sources.project_root() / "notebooks"
     chosen = choose(notebooks, only or before.get("chosen"))
     n_cells = {path: len(one_notebook.read(path).cells) for path in chosen}
     one_notebook.require_own_kernel()
@@ -93,7 +91,9 @@ def run_sequence(
                 if outcome.status == "died":
                     outcome.problems.append(_advice(settings))
                 print(_line(outcome))
-            record.summary["status"] = "failed" if record.failed() else "done"
+            outcomes = record.outcomes.items()
+            failed = [name for name, outcome in outcomes if outcome.status != "done"]
+            record.summary["status"] = "failed" if failed else "done"
         except BaseException:
             record.summary["status"] = "interrupted"
             print(f"go on with: qlora-nb run --resume {folder}")
@@ -101,7 +101,11 @@ def run_sequence(
         finally:
             record.save()
             files.write_atomically(folder / "report.html", report.page(record.summary, folder))
-    print(record.last_words())
+    n_done = len(outcomes) - len(failed)
+    print(f"{n_done} of {len(outcomes)} done in {record.summary['wall_s']:.0f} s")
+    if failed:
+        print(f"failed: {', '.join(failed)}")
+    print(f"report: {folder / 'report.html'}")
     return record.summary
 
 
@@ -137,24 +141,16 @@ class _Record:
         text = json.dumps(self.summary, indent=1, default=str) + "\n"
         files.write_atomically(self.folder / SUMMARY, text)
 
-    def failed(self) -> list[str]:
-        return [name for name, outcome in self.outcomes.items() if outcome.status != "done"]
 
-    def last_words(self) -> str:
-        failed = self.failed()
-        n_done = len(self.outcomes) - len(failed)
-        line = f"{n_done} of {len(self.outcomes)} done in {self.summary['wall_s']:.0f} s"
-        if failed:
-            line += f"; failed: {', '.join(failed)}"
-        return f"{line}\nreport: {self.folder / 'report.html'}"
-
-
-def choose(folder: Path, only: list[str] | None = None) -> list[Path]:
-    """The notebooks of a folder in reading order, or those whose names begin with one of `only`.
+def choose(folder: Path | None, only: list[str] | None = None) -> list[Path]:
+    """The notebooks of a folder (None: the repository's) in reading order, or those whose names
+    begin with one of `only`.
 
     Raises:
         KitError: there are none, or none that begins so.
     """
+    if folder is None:
+        folder = sources.project_root() / "notebooks"
     there = sorted(folder.glob("[0-9]*.ipynb"))
     if not there:
         remedy = "run this in the kit's repository (a clone)"
@@ -193,7 +189,7 @@ def _unfinished(settings, which: str, given: dict[str, object]) -> tuple[Path, d
     if not _is_unfinished(folder, record):
         raise KitError(
             "there is no unfinished sequence to go on with",
-            value=which if which == "latest" else str(folder.absolute()),
+            value=which,
             allowed="latest, or a folder sequence-… whose summary.json does not say done",
             remedy="leave --resume out",
         )
