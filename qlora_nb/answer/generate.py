@@ -148,14 +148,12 @@ def in_batches(
     lengths = [len(data.prompt_ids(row, tokenizer, settings.prompt_template)) for row in rows]
     order = sorted(range(len(rows)), key=lambda i: lengths[i])
     config = _config(model, tokenizer, settings)
-    with Bar(total=len(rows), unit="row", desc="answering", leave=False) as bar:
-        for group in batching.groups(order, batch):
-            encoded = tokenize_prompts([rows[i] for i in group], tokenizer, model, settings)
-            written = model.generate(**encoded, generation_config=config)
-            new = written[:, encoded["input_ids"].shape[1] :]
-            said = tokenizer.batch_decode(new, skip_special_tokens=True)
-            yield {i: text.strip() for i, text in zip(group, said, strict=True)}
-            bar.update(len(group))
+    for group in Bar(batching.groups(order, batch), unit="batch", desc="answering", leave=False):
+        encoded = tokenize_prompts([rows[i] for i in group], tokenizer, model, settings)
+        written = model.generate(**encoded, generation_config=config)
+        new = written[:, encoded["input_ids"].shape[1] :]
+        said = tokenizer.batch_decode(new, skip_special_tokens=True)
+        yield {i: text.strip() for i, text in zip(group, said, strict=True)}
 
 
 def answer_all(
@@ -307,10 +305,13 @@ def next_tokens_along(
     base, tuned = found
     divergence = kl_div(base, tuned, reduction="none", log_target=True).sum(-1) / math.log(2)
 
-    def most_probable(log_probabilities: torch.Tensor) -> list[list[tuple[str, float]]]:
+    def most_probable(log_probabilities: torch.Tensor) -> list[tuple[str, float]]:
         values, best = log_probabilities.exp().topk(k)
-        texts = [map(tokenizer.decode, ids) for ids in best.tolist()]
-        return [list(zip(*pair)) for pair in zip(texts, values.tolist())]
+        return [(tokenizer.decode([i]), p) for i, p in zip(best.tolist(), values.tolist())]
 
-    tokens = [*map(tokenizer.decode, written[0].tolist()), "(end)"]
-    return list(zip(tokens, most_probable(base), most_probable(tuned), divergence.tolist()))
+    tokens = [tokenizer.decode([i]) for i in written[0].tolist()]
+    steps = []
+    for position, token in enumerate([*tokens, "(end)"]):
+        tops = most_probable(base[position]), most_probable(tuned[position])
+        steps.append((token, *tops, divergence[position].item()))
+    return steps

@@ -30,6 +30,7 @@ from qlora_nb.model import configs, load, quantized
 from qlora_nb.record import files, runs
 
 WAYS = ("dequantized", "packed", "original")
+"""Onto what an adapter can be merged; what is saved in 4 bit has no original weights."""
 
 
 def merged(settings, adapter: Path, way: str = "dequantized") -> PreTrainedModel:
@@ -84,7 +85,7 @@ def ways_for(settings) -> tuple[str, ...]:
     weights.
     """
     if quantized.own_quantization(configs.config_of(settings.model_id)):
-        return tuple(way for way in WAYS if way != "original")
+        return WAYS[:2]
     return WAYS
 
 
