@@ -180,9 +180,9 @@ class QLoRATrainer(Trainer):
             checkpoints.require_same(checkpoint, self.settings, self.rows_hash)
         return checkpoint
 
-    def train(self, resume_from_checkpoint: Path | bool | None = None) -> TrainOutput:
-        """Train to the end, from the first step or from a checkpoint (True: the newest one); what
-        was logged after that is forgotten, and the optimizer's memory is given back.
+    def train(self, resume_from_checkpoint: Path | None = None) -> TrainOutput:
+        """Train to the end, from the first step or from a checkpoint; what was logged after that is
+        forgotten, and the optimizer's memory is given back.
 
         Raises:
             KitError: the run is over, the disk has no room for its checkpoints, training would
@@ -191,13 +191,11 @@ class QLoRATrainer(Trainer):
                 settings rely on (`probes.before_training`).
         """
         if self.run.manifest["status"] != "running":
-            name = self.run.folder.name
-            raise KitError("this run is over", value=name, remedy="start another one")
+            raise KitError(
+                "this run is over", value=self.run.folder.name, remedy="start another one"
+            )
         _require_room(self.model, self.settings, self.run.folder)
-        checkpoint = resume_from_checkpoint
-        if checkpoint is True:
-            checkpoint = self.newest_checkpoint()
-        if not checkpoint:
+        if not resume_from_checkpoint:
             _require_untrained(self.model)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.first_values = {p: p.detach().to("cpu", copy=True) for p in trained}
@@ -209,8 +207,8 @@ class QLoRATrainer(Trainer):
             self._choose_loss(stack)
             stack.push(self.measured.measuring)
             if self.run.resumed:
-                print(f"going on after step {self._rewind(checkpoint)}")
-            ended = retry.train(self, checkpoint)
+                print(f"going on after step {self._rewind(resume_from_checkpoint)}")
+            ended = retry.train(self, resume_from_checkpoint)
         if self.watch.failure:
             raise KitError(
                 self.watch.failure,
