@@ -78,8 +78,7 @@ def table(folder: Path):
 
 def as_text(folder: Path) -> str:
     """`table` for a terminal."""
-    found = table(folder)
-    return found.to_string(index=False, na_rep="-", float_format="{:.4g}".format)
+    return table(folder).to_string(index=False, na_rep="-", float_format="{:.4g}".format)
 
 
 def _line(record: dict, status: str) -> dict[str, object]:

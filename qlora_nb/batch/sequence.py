@@ -59,8 +59,11 @@ def run_sequence(
     before = {}
     if resume != "no":
         if only:
-            what = "a sequence goes on with the notebooks it began with"
-            raise KitError(what, value=only, remedy="leave --only or --resume out")
+            raise KitError(
+                "a sequence goes on with the notebooks it began with",
+                value=only,
+                remedy="leave --only or --resume out",
+            )
         folder, before = _unfinished(settings, resume, given)
     chosen = choose(notebooks, only or before.get("chosen"))
     n_cells = {path: len(one_notebook.read(path).cells) for path in chosen}
@@ -153,8 +156,11 @@ def choose(folder: Path | None, only: list[str] | None = None) -> list[Path]:
         folder = sources.project_root() / "notebooks"
     there = sorted(folder.glob("[0-9]*.ipynb"))
     if not there:
-        remedy = "run this in the kit's repository (a clone)"
-        raise KitError("no notebooks found", value=str(folder), remedy=remedy)
+        raise KitError(
+            "no notebooks found",
+            value=str(folder),
+            remedy="run this in the kit's repository (a clone)",
+        )
     if only is None:
         return there
     for start in only:
@@ -189,7 +195,7 @@ def _unfinished(settings, which: str, given: dict[str, object]) -> tuple[Path, d
     if not _is_unfinished(folder, record):
         raise KitError(
             "there is no unfinished sequence to go on with",
-            value=which,
+            value=which if which == "latest" else str(folder.absolute()),
             allowed="latest, or a folder sequence-… whose summary.json does not say done",
             remedy="leave --resume out",
         )
@@ -199,9 +205,11 @@ def _unfinished(settings, which: str, given: dict[str, object]) -> tuple[Path, d
         if then.get(name) != given.get(name):
             differences.append(f"{name} was {then.get(name)}, is {given.get(name)}")
     if differences:
-        what = f"this sequence was started with something else: {', '.join(differences)}"
-        remedy = "give the same parameters, or leave --resume out"
-        raise KitError(what, value=folder.name, remedy=remedy)
+        raise KitError(
+            f"this sequence was started with something else: {', '.join(differences)}",
+            value=folder.name,
+            remedy="give the same parameters, or leave --resume out",
+        )
     return folder, record
 
 

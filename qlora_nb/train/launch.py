@@ -8,7 +8,6 @@ it becomes a sentence.
 import logging
 import os
 import sys
-import uuid
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -29,7 +28,7 @@ def together(n: int, arguments: list[str]) -> int:
         max_nodes=1,
         nproc_per_node=n,
         max_restarts=0,  # the default, 3, would begin three more runs
-        run_id=str(uuid.uuid4()),
+        run_id="qlora-nb",
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
     )

@@ -154,8 +154,11 @@ def _require_own(folder: Path) -> None:
         return
     for name in FILES:
         if (folder / name).exists():
-            what = f"{name} is there already, and not of this kit"
-            raise KitError(what, value=str(folder), remedy="name another folder")
+            raise KitError(
+                f"{name} is there already, and not of this kit",
+                value=str(folder),
+                remedy="name another folder",
+            )
 
 
 def _named(value: object, name: str) -> str:
