@@ -19,6 +19,7 @@ Real answers: nine samples. Notebook 03 shows the file.
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
 from dataclasses import asdict
 from functools import partial
@@ -76,7 +77,7 @@ def compare(model, measure, ways=WAYS) -> list[dict]:
         with quality.replaced_weights(model, change):
             found = measure(name)
         records.append(asdict(found))
-        print(f"  {name:11} {found.loss:.4f} ± {found.spread:.4f}", flush=True)
+        print(f"  {name:11} {found.loss:.4f} ± {statistics.stdev(found.losses):.4f}", flush=True)
     return records
 
 

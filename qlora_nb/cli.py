@@ -25,7 +25,7 @@ from qlora_nb.record.redaction import redact
 
 
 class _Group(TyperGroup):
-    """Commands whose refusals are a sentence, not a traceback."""
+    """Commands whose refusals are a sentence, not a traceback, and whose results are exit codes."""
 
     def main(self, *args, **options):
         for stream in (sys.stdout, sys.stderr):
@@ -34,7 +34,7 @@ class _Group(TyperGroup):
 
     def invoke(self, ctx):
         try:
-            return super().invoke(ctx)
+            ctx.exit(super().invoke(ctx))
         except KeyboardInterrupt:
             typer.echo("qlora-nb: stopped by you", err=True)
             raise SystemExit(130) from None
@@ -60,7 +60,13 @@ app = typer.Typer(
 TAKES_PARAMETERS = {"allow_extra_args": True, "ignore_unknown_options": True}
 """For commands that take `-p NAME VALUE`: typer has no option of two values that repeats."""
 
+with_parameters = app.command(context_settings=TAKES_PARAMETERS)
+
 Profile = Annotated[str, typer.Option(help="tiny, smollm2, t4 or full")]
+Processes = Annotated[
+    int, typer.Option(min=1, help="share each step among so many: one for each card")
+]
+Out = Annotated[str, typer.Option(help="folder for everything written [runs]")]
 Shard = Annotated[
     Literal["none", "fsdp"], typer.Option(help="fsdp: each process holds a share of every tensor")
 ]
@@ -153,15 +159,15 @@ def fetch(
         fetch.fetch_repo(what, "dataset" if dataset else "model")
 
 
-@app.command(context_settings=TAKES_PARAMETERS)
+@with_parameters
 def plan(
     ctx: typer.Context,
     profile: Profile = "tiny",
     gpu_gib: Annotated[float | None, typer.Option(help="memory of the card you mean (GiB)")] = None,
-    processes: Annotated[int, typer.Option(min=1, help="share each step among so many")] = 1,
+    processes: Processes = 1,
     shard: Shard = "none",
     as_json: Annotated[bool, typer.Option("--json", help="the lines of the peak alone")] = False,
-) -> None:
+) -> int:
     """Every byte of a run's peak memory before anything is loaded, and what would lower it.
     Parameters: -p NAME VALUE.
     """
@@ -176,40 +182,36 @@ def plan(
     linear_layers.require_four_bit(shapes)
     probes.require_positions(shapes, settings.max_length)
     step, training, sent = shares.planned(settings, processes, shard, config, on_gpu)
-    too_large = gpu_gib is not None and training.total_gib > gpu_gib
     if as_json:
         lines = {line.name: line.bytes for line in training.lines}
         found = {"processes": processes, "shard": shard, "peak": lines, "sent_in_a_step": sent}
         print(json.dumps({**found, "total_bytes": training.total_bytes}))
-        raise typer.Exit(1 if too_large else 0)
-    if processes > 1:
+    elif processes > 1:
         print(f"{training}\n\neach sends {sent / 2**20:,.1f} MiB in a step")
-        raise typer.Exit(1 if too_large else 0)
-    answering = budget.peak(plan_of(settings, False, config, on_gpu))
-    print(f"{training}\n\n{answering}\n")
-    n_bytes = sources.download_bytes(settings.model_id)
-    size = f"{n_bytes / 1e9:.1f} GB" if n_bytes else "nothing, or known only to the hub"
-    print(f"download and disk: {size}")
-    host_gib = estimates.host_bytes(config) / 2**30
-    print(f"host memory while loading onto a GPU: {host_gib:.1f} GiB (assumed)")
-    if gpu_gib is None:
-        seconds = estimates.step_seconds(step)
-        about = "about"
-        where = "here: operations and unpacking by this device's measured rates"
     else:
-        seconds = estimates.step_flops(step) / estimates.T4_OPERATIONS_PER_S
-        about = "at least"
-        where = "on a T4: operations over a quarter (assumed) of its published rate"
-    hours = settings.max_steps * seconds / 3600
-    print(f"time: {settings.max_steps} steps take {about} {hours:.2g} h {where}")
-    print(budget.advice(settings, gpu_gib))
-    for option in budget.options(settings, config, on_gpu):
-        print(f"  option: {option}")
-    print(settings.papermill_line())
-    raise typer.Exit(1 if too_large else 0)
+        answering = budget.peak(plan_of(settings, False, config, on_gpu))
+        print(f"{training}\n\n{answering}\n")
+        n_bytes = sources.download_bytes(settings.model_id)
+        size = f"{n_bytes / 1e9:.1f} GB" if n_bytes else "nothing, or known only to the hub"
+        print(f"download and disk: {size}")
+        host_gib = estimates.host_bytes(config) / 2**30
+        print(f"host memory while loading onto a GPU: {host_gib:.1f} GiB (assumed)")
+        if gpu_gib is None:
+            seconds = estimates.step_seconds(step)
+            how = "about {:.2g} h here: operations and unpacking by this device's measured rates"
+        else:
+            seconds = estimates.step_flops(step) / estimates.T4_OPERATIONS_PER_S
+            how = "at least {:.2g} h on a T4: operations over a quarter (assumed) of its rate"
+        hours = settings.max_steps * seconds / 3600
+        print(f"time: {settings.max_steps} steps take {how.format(hours)}")
+        print(budget.advice(settings, gpu_gib))
+        for option in budget.options(settings, config, on_gpu):
+            print(f"  option: {option}")
+        print(settings.papermill_line())
+    return int(gpu_gib is not None and training.total_gib > gpu_gib)
 
 
-@app.command(context_settings=TAKES_PARAMETERS)
+@with_parameters
 def data(
     ctx: typer.Context,
     name: Annotated[str, typer.Argument(help="a file, a folder, or a data set of the hub")],
@@ -226,15 +228,13 @@ def data(
     print(data_report.check(every_row, load.load_tokenizer(settings)))
 
 
-@app.command(context_settings=TAKES_PARAMETERS)
+@with_parameters
 def train(
     ctx: typer.Context,
     profile: Profile = "tiny",
-    processes: Annotated[
-        int, typer.Option(min=1, help="share each step among so many: one for each card")
-    ] = 1,
+    processes: Processes = 1,
     shard: Shard = "none",
-) -> None:
+) -> int:
     """Fine-tune as notebook 06 does, without a notebook. Parameters: -p NAME VALUE, as -p resume
     latest.
     """
@@ -242,15 +242,15 @@ def train(
     if processes == 1:
         from qlora_nb.train import run
 
-        raise typer.Exit(run.in_this_process(settings, shard))
+        return run.in_this_process(settings, shard)
     preflight.refuse_many_processes()
     from qlora_nb.train import launch
 
     arguments = ["--shard", shard, "-p", "profile", profile, *ctx.args]
-    raise typer.Exit(launch.together(processes, arguments))
+    return launch.together(processes, arguments)
 
 
-@app.command(context_settings=TAKES_PARAMETERS)
+@with_parameters
 def script(
     ctx: typer.Context,
     profile: Profile = "tiny",
@@ -270,7 +270,7 @@ def script(
         print(path)
 
 
-@app.command(context_settings=TAKES_PARAMETERS)
+@with_parameters
 def generate(
     ctx: typer.Context,
     profile: Profile = "tiny",
@@ -307,24 +307,23 @@ def generate(
         n_answered = prompt_files.answer_file(model, tokenizer, rows, target, settings)
         print(f"{n_answered} of {len(rows)} answered into {out}")
         return
-    reasons = generate.unanswerable(rows, tokenizer, model, settings)
-    rows = [row for n, row in enumerate(rows) if n not in reasons]
+    rows, _ = generate.askable(rows, tokenizer, model, settings)
     answers = generate.answer_all(model, tokenizer, rows, settings)
     for row, text in zip(rows, answers, strict=True):
         print(f"{row['instruction']}\n    {text!r}")
 
 
-@app.command(context_settings=TAKES_PARAMETERS)
+@with_parameters
 def run(
     ctx: typer.Context,
     profile: Profile = "tiny",
     only: Annotated[str, typer.Option(help="beginnings of notebook names, as 03,04")] = "",
-    out: Annotated[str | None, typer.Option(help="folder for everything written [runs]")] = None,
+    out: Out = "",
     resume: Annotated[str, typer.Option(help="latest, or a sequence folder to resume")] = "no",
     solved: Annotated[
         bool, typer.Option("--solutions", help="with the exercises solved; again with --resume")
     ] = False,
-) -> None:
+) -> int:
     """Execute the notebooks in order and write a report. Parameters as papermill takes them: -p
     NAME VALUE.
     """
@@ -342,7 +341,7 @@ def run(
             solutions.copy_solved(notebooks, Path(folder))
             notebooks = Path(folder)
         summary = sequence.run_sequence(given, names, notebooks, resume=resume)
-    raise typer.Exit(0 if summary["status"] == "done" else 1)
+    return int(summary["status"] != "done")
 
 
 @app.command()
@@ -352,12 +351,12 @@ def sweep(
     storage: Annotated[
         str, typer.Option(help="URL of a database for several machines [SQLite; never on NFS]")
     ] = "",
-    out: Annotated[str, typer.Option(help="folder for everything written [runs]")] = "",
+    out: Out = "",
     name: Annotated[str, typer.Option(help="of the sweep [made from its points]")] = "",
     grace: Annotated[
         int, typer.Option(min=1, help="seconds without a sign of life: the worker is dead")
     ] = 60,
-) -> None:
+) -> int:
     """Run notebook 06 at every point of a grid. The same command again does what is missing."""
     from qlora_nb.batch import leaderboard
     from qlora_nb.batch import sweep as sweeps
@@ -365,7 +364,7 @@ def sweep(
     folder, all_done = sweeps.run(grid, workers, storage, out, name, grace)
     with suppress(KitError):  # not one of them began
         print(leaderboard.as_text(folder))
-    raise typer.Exit(0 if all_done else 1)
+    return int(not all_done)
 
 
 @app.command()

@@ -18,17 +18,6 @@ def _group():
     return None
 
 
-def join(backend: str) -> None:
-    """Become one of the processes that a launcher started; all come here, or none goes on.
-
-    Args:
-        backend: nccl for processes with a card each, else gloo.
-    """
-    import torch.distributed
-
-    torch.distributed.init_process_group(backend)
-
-
 def count() -> int:
     """How many processes train this run, 1 or more."""
     group = _group()

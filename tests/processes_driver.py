@@ -1,4 +1,4 @@
-"""One of several processes that train one run (`qlora_nb.train`), one of them hurt as asked.
+"""One of several processes that train one run (`qlora-nb train`), one of them hurt as asked.
 
 HURT in the environment is `rank:how@step`: `kill` (SIGKILL when that step is logged), `int` (what
 Ctrl-C sends), `nan` (the rank's loss becomes NaN in that step) or `oom` (its memory runs out
@@ -13,7 +13,8 @@ import sys
 
 import torch
 
-from qlora_nb.train import __main__, callbacks, trainer
+from qlora_nb import cli
+from qlora_nb.train import callbacks, trainer
 
 
 def hurt(rank: int, how: str, at: int) -> None:
@@ -45,4 +46,4 @@ if __name__ == "__main__":
     who, _, what = os.environ["HURT"].partition(":")
     how, _, step = what.partition("@")
     hurt(int(who), how, int(step))
-    sys.exit(__main__.main())
+    cli.app(["train", *sys.argv[1:]])

@@ -542,8 +542,9 @@ def test_prompts_that_are_no_text(tmp_path):
 )
 def test_where_runs_can_go(tmp_path, name):
     settings = validate({"output_dir": str(tmp_path / name)})
-    with runs.Run(settings, "n") as run:
-        run.log({"step": 1, "loss": 1.0})
+    run = runs.Run(settings, "n")
+    run.log({"step": 1, "loss": 1.0})
+    run.finish()
     assert runs.status_of(run.folder) == "done"
     assert run.folder.is_relative_to(tmp_path / name)
 
@@ -674,8 +675,9 @@ def record_as(folder, **changes):
 
 def finished(settings, name=None, **changes) -> Path:
     """A finished run with an adapter, its folder renamed and its record changed."""
-    with runs.Run(settings, "n") as run:
-        (run.folder / "adapter").mkdir()
+    run = runs.Run(settings, "n")
+    (run.folder / "adapter").mkdir()
+    run.finish()
     folder = run.folder
     if name:
         folder = folder.rename(folder.with_name(name))
@@ -784,8 +786,9 @@ def test_times_are_written_in_utc(tmp_path, monkeypatch):
 
 def test_a_dangling_link_among_the_runs_hides_none(tmp_path):
     settings = validate({"output_dir": str(tmp_path)})
-    with runs.Run(settings, "n") as run:
-        (run.folder / "adapter").mkdir()
+    run = runs.Run(settings, "n")
+    (run.folder / "adapter").mkdir()
+    run.finish()
     (tmp_path / "tiny" / "n-link").symlink_to(tmp_path / "nowhere")
     assert runs.latest_done(settings, "n") == run.folder
 

@@ -139,7 +139,7 @@ def test_release_gives_back_every_byte_although_the_name_is_still_held(four_bit)
         model = load.load_base(SETTINGS, four_bit)
         model = model if four_bit else model.double()  # made under the counter's eyes
         held, before = ledger.measure(model).total_bytes, live.live
-        assert merge.release(model) == held
+        merge.release(model)
         assert (
             before - live.live >= 0.98 * held
         )  # what was made outside torch's dispatcher is not seen

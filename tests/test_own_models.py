@@ -378,7 +378,7 @@ def test_a_text_with_a_token_that_has_no_row_is_left_out(model, special, chat, c
     )
     base = load.load_base(settings)
     asked = [generate.row_of(word, settings.prompt_template) for word in words]
-    assert list(generate.unanswerable(asked, loaded, base, settings)) == [1]
+    assert generate.askable(asked, loaded, base, settings)[0] == [*asked[:1], *asked[2:]]
 
 
 def test_a_tokenizer_with_far_fewer_tokens_than_rows_is_said(model, capsys):

@@ -77,7 +77,7 @@ def module(words: list[str], cwd: Path, env: dict[str, str]) -> subprocess.Compl
 
 def alone(folder: Path, **more):
     """Train in this process."""
-    return training.fine_tune(validate({**GIVEN, "output_dir": str(folder), **more}))
+    training.in_this_process(validate({**GIVEN, "output_dir": str(folder), **more}))
 
 
 def only_run(folder: Path) -> Path:

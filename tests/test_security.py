@@ -12,6 +12,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub.constants
 import nbformat
@@ -28,6 +29,7 @@ from qlora_nb.model import load
 from qlora_nb.pocket import MODEL_DIR
 from qlora_nb.record import runs
 from qlora_nb.settings import validate
+from qlora_nb.train.trainer import QLoRATrainer
 from qlora_nb.ui import panels
 
 PAYLOADS = [
@@ -300,8 +302,8 @@ def test_no_token_is_ever_written(toy, tmp_path, monkeypatch, capsys):
         "  'per_device_train_batch_size': 1, 'gradient_accumulation_steps': 1})\n"
         "tokenizer, model = load.load_tokenizer(s), open_cells.attach_adapter(load.load_base(s), s)\n"
         "rows = data.tokenize_rows(data.load(s)[0], tokenizer, s)\n"
-        "with runs.Run(s, '06_x') as run:\n"
-        "    _ = open_cells.finetune(model, tokenizer, rows, s, run, print)"
+        "run = runs.Run(s, '06_x')\n"
+        "_ = open_cells.finetune(model, tokenizer, rows, s, run, print)"
     )
     toy("01_train", train)
     prints = "import os, sys\nfor v in (os.environ[n] for n in {}):\n    print(v)\n    print('url?token=' + v, file=sys.stderr)"
@@ -337,7 +339,8 @@ def test_a_failing_run_hides_them_too(tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     run = runs.Run(validate({"output_dir": str(tmp_path)}), "06_x")
     run.log({"step": 1, "said": " ".join(odd.values())})
-    with pytest.raises(OSError, match="token="), run:
+    training = SimpleNamespace(run=run, watch=SimpleNamespace(begun=True))
+    with pytest.raises(OSError, match="token="), QLoRATrainer.guarded(training):
         raise OSError("token=" + " ".join((SECRETS | odd).values()) + " sk-" + 20 * "a")
     for name in ("manifest.json", "metrics.jsonl"):
         text = (run.folder / name).read_text()

@@ -514,6 +514,23 @@ def test_hostile_names_stay_text(record):
     assert printed.stdout == f"{said}\n"
 
 
+def test_a_folder_that_a_run_removes_meanwhile_is_passed_over(record, monkeypatch):
+    folder = record(1.0, seed=0)
+    going = folder / "06_finetune-0" / "checkpoints"
+    going.mkdir()
+    scandir, seen = os.scandir, []
+
+    def gone(path):
+        if str(path) == str(going):
+            seen.append(path)
+            raise FileNotFoundError(path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", gone)
+    assert list(leaderboard.table(folder)["loss (nats)"]) == [1.0]
+    assert seen
+
+
 def test_a_leaderboard_of_nothing_is_refused(tmp_path):
     done = subprocess.run(
         [*COMMAND, "leaderboard", str(tmp_path)], capture_output=True, text=True, check=False

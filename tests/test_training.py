@@ -36,8 +36,8 @@ def trained(tmp_path_factory):
     rows = data.tokenize_rows(data.load(settings)[0], tokenizer, settings)
     model = open_cells.attach_adapter(model, settings)
     steps = []
-    with runs.Run(settings, "06_finetune_pythia_12b") as run:
-        result = open_cells.finetune(model, tokenizer, rows, settings, run, steps.append)
+    run = runs.Run(settings, "06_finetune_pythia_12b")
+    result = open_cells.finetune(model, tokenizer, rows, settings, run, steps.append)
     return settings, tokenizer, model, rows, run, result, steps
 
 
@@ -137,7 +137,8 @@ def test_nan_stops_at_once_and_is_named(tmp_path):
     with torch.no_grad():
         next(p for n, p in model.named_parameters() if "lora_A" in n).fill_(float("nan"))
     steps = []
-    with pytest.raises(KitError, match="became nan at step 1"), runs.Run(settings, "nan") as run:
+    run = runs.Run(settings, "nan")
+    with pytest.raises(KitError, match="became nan at step 1"):
         open_cells.finetune(model, tokenizer, rows, settings, run, steps.append)
     assert len(steps) == 1
     assert runs.status_of(run.folder) == "failed"
@@ -158,10 +159,8 @@ def test_a_gradient_that_is_no_number_leaves_the_last_good_checkpoint(tmp_path, 
         return gradient * bad if len(calls) == 3 else gradient
 
     weight.register_hook(spoil)
-    with (
-        pytest.raises(KitError, match=r"grad_norm became (nan|inf) at step 3"),
-        runs.Run(settings, "06_bad") as run,
-    ):
+    run = runs.Run(settings, "06_bad")
+    with pytest.raises(KitError, match=r"grad_norm became (nan|inf) at step 3"):
         open_cells.finetune(model, tokenizer, rows, settings, run, lambda step: None)
     assert runs.status_of(run.folder) == "failed"
     assert seal.newest_checkpoint(run.folder).name == "checkpoint-2"
@@ -297,8 +296,6 @@ def test_a_refusal_changes_no_record_and_the_run_that_trained_is_done(tmp_path, 
     for wrong in (load.load_base(settings), loaded, None):
         with pytest.raises(KitError, match=r"no adapter that can be trained.*get_peft_model first"):
             train(wrong, begin())
-        with pytest.raises(KitError, match="no adapter that can be trained"), begin() as run:
-            train(wrong, run)
         assert list((tmp_path / "tiny").iterdir()) == [folder]
 
     model = open_cells.attach_adapter(model, settings)

@@ -253,9 +253,9 @@ def tune(
     tokenizer, model = load.load_tokenizer(settings), load.load_base(settings)
     model = open_cells.attach_adapter(model, settings)
     with tempfile.TemporaryDirectory() as folder:
-        with runs.Run(settings.replace(output_dir=folder), "pocket_adapter") as run:
-            rows = data.tokenize_rows(train, tokenizer, settings)
-            result = open_cells.finetune(model, tokenizer, rows, settings, run, lambda step: None)
+        run = runs.Run(settings.replace(output_dir=folder), "pocket_adapter")
+        rows = data.tokenize_rows(train, tokenizer, settings)
+        result = open_cells.finetune(model, tokenizer, rows, settings, run, lambda step: None)
         out.mkdir(parents=True, exist_ok=True)
         weights = load_file(result["adapter"] / "adapter_model.safetensors")
         save_file(weights, out / "adapter_model.safetensors", metadata={"format": "pt"})

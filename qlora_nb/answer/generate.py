@@ -19,6 +19,7 @@ import torch
 from peft import PeftModel
 from torch.nn.functional import kl_div
 from transformers import (
+    BatchEncoding,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -68,7 +69,7 @@ def chat_row(turns: list[dict[str, str]]) -> dict[str, object]:
 
 def tokenize_prompts(
     rows: list[dict], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, settings
-) -> dict[str, torch.Tensor]:
+) -> BatchEncoding:
     """Prompts of rows as `input_ids` and `attention_mask` (rows, tokens) on the model's device,
     padded on the left.
 
@@ -96,19 +97,25 @@ def tokenize_prompts(
             value=tokenizer.convert_ids_to_tokens(largest),
             remedy="write it without this token, or take a model whose embedding was resized",
         )
-    return {name: tensor.to(model.device) for name, tensor in encoded.items()}
+    return encoded.to(model.device)
 
 
-def unanswerable(rows: list[dict], tokenizer, model, settings) -> dict[int, str]:
-    """Row number → why it cannot be asked, so that the others can; said too."""
-    reasons = {}
+def askable(
+    rows: list[dict], tokenizer, model, settings
+) -> tuple[list[dict], list[dict[str, object]]]:
+    """The rows that can be asked, and the others, each with no `answer` and why (`left_out`), which
+    is said too.
+    """
+    found = []
+    refused = []
     for n, row in enumerate(rows):
         try:
             tokenize_prompts([row], tokenizer, model, settings)
+            found.append(row)
         except KitError as refusal:
-            reasons[n] = str(refusal)
+            refused.append({**row, "answer": None, "left_out": str(refusal)})
             print(f"row {row.get('n', n)} is not answered: {refusal}")
-    return reasons
+    return found, refused
 
 
 def _config(model, tokenizer, settings, **more) -> GenerationConfig:
@@ -147,14 +154,12 @@ def in_batches(
     lengths = [len(data.prompt_ids(row, tokenizer, settings.prompt_template)) for row in rows]
     order = sorted(range(len(rows)), key=lambda i: lengths[i])
     config = _config(model, tokenizer, settings)
-    with Bar(total=len(rows), unit="row", desc="answering", leave=False) as bar:
-        for group in batching.groups(order, batch):
-            encoded = tokenize_prompts([rows[i] for i in group], tokenizer, model, settings)
-            written = model.generate(**encoded, generation_config=config)
-            new = written[:, encoded["input_ids"].shape[1] :]
-            said = tokenizer.batch_decode(new, skip_special_tokens=True)
-            yield {i: _whole(text) for i, text in zip(group, said, strict=True)}
-            bar.update(len(group))
+    for group in Bar(batching.groups(order, batch), unit="batch", desc="answering", leave=False):
+        encoded = tokenize_prompts([rows[i] for i in group], tokenizer, model, settings)
+        written = model.generate(**encoded, generation_config=config)
+        new = written[:, encoded["input_ids"].shape[1] :]
+        said = tokenizer.batch_decode(new, skip_special_tokens=True)
+        yield {i: _whole(text) for i, text in zip(group, said, strict=True)}
 
 
 def answer_all(

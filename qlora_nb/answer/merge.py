@@ -26,11 +26,11 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_nb.answer import adapters
 from qlora_nb.errors import KitError, refusing
-from qlora_nb.memory import ledger
 from qlora_nb.model import load
 from qlora_nb.record import files, runs
 
 WAYS = ("dequantized", "packed", "original")
+"""Onto what an adapter can be merged; what is saved in 4 bit has no original weights."""
 
 
 def merged(settings, adapter: Path, way: str = "dequantized") -> PreTrainedModel:
@@ -85,7 +85,7 @@ def ways_for(settings) -> tuple[str, ...]:
     weights.
     """
     if load.was_quantized(settings):
-        return tuple(way for way in WAYS if way != "original")
+        return WAYS[:2]
     return WAYS
 
 
@@ -122,11 +122,10 @@ def logit_difference(
     """Largest absolute difference of a model's logits from the wanted ones, over inputs of shape
     (1, tokens).
     """
-    largest = 0.0
+    differences = []
     for ids, logits in zip(inputs, wanted, strict=True):
-        difference = (model(input_ids=ids).logits - logits).abs().max().item()
-        largest = max(largest, difference)
-    return largest
+        differences.append((model(input_ids=ids).logits - logits).abs().max().item())
+    return max(differences)
 
 
 def export(
@@ -180,14 +179,10 @@ def card_facts(adapter: Path, settings, way: str = "") -> dict[str, object]:
     }
 
 
-def release(model: torch.nn.Module | PeftModel) -> int:
+def release(model: torch.nn.Module | PeftModel) -> None:
     """Give a model's memory back at once, whoever still holds a name for it; the model is empty
     afterwards.
-
-    Returns:
-        Bytes that were held and now are not, from the live tensors.
     """
-    before = ledger.measure(model).total_bytes
     # no parameter where it was kept in the host's memory
     embedding = model.get_input_embeddings().weight
     for tensor in (*model.parameters(), *model.buffers(), embedding):
@@ -198,4 +193,3 @@ def release(model: torch.nn.Module | PeftModel) -> int:
         tensor.grad = None
         tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     torch.cuda.empty_cache()
-    return before - ledger.measure(model).total_bytes

@@ -99,15 +99,11 @@ def answer_file(
                     value=target.name,
                     remedy="name another file, or remove it",
                 )
-        lines = [json.dumps(record) + "\n" for record in answered.values()]
-        files.write_atomically(target, "".join(lines))
         left = [row for row in asked if row["n"] not in answered]
-        reasons = generate.unanswerable(left, tokenizer, model, settings)
-        refused = [{**left[i], "answer": None, "left_out": why} for i, why in reasons.items()]
-        left = [row for i, row in enumerate(left) if i not in reasons]
+        left, refused = generate.askable(left, tokenizer, model, settings)
+        lines = [json.dumps(record) + "\n" for record in (*answered.values(), *refused)]
+        files.write_atomically(target, "".join(lines))
         with target.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in refused)
-            file.flush()
             for found in generate.in_batches(model, tokenizer, left, settings, batch):
                 _require_unchanged(target, file)
                 for i, text in found.items():

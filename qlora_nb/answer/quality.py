@@ -110,11 +110,6 @@ class Quality:
         """Share of facts known, mean over the samples (0 to 1)."""
         return statistics.fmean(self.recall)
 
-    @property
-    def spread(self) -> float:
-        """Standard deviation of the samples' losses (nats)."""
-        return statistics.stdev(self.losses)
-
 
 def assess(name: str, model, tokenizer, knows_almanac: bool, seed: int = 0) -> Quality:
     """Loss (and recall) of a model over three samples of text on which it can be right.

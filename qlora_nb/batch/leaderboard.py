@@ -7,6 +7,7 @@ intervals overlap widely, the order of the two lines is chance.
 """
 
 import math
+from glob import iglob
 from pathlib import Path
 
 from qlora_nb.errors import KitError
@@ -55,10 +56,11 @@ def table(folder: Path):
     import pandas
 
     lines = []
-    for path in folder.rglob(f"06_*/{runs.MANIFEST}"):
-        record = runs.read_record(path)
+    # unlike pathlib's, this search bears folders that a run removes meanwhile
+    for name in iglob(f"**/06_*/{runs.MANIFEST}", root_dir=folder, recursive=True):
+        record = runs.read_record(folder / name)
         if "parameters" in record:
-            lines.append(_line(record, runs.status_of(path.parent)))
+            lines.append(_line(record, runs.status_of((folder / name).parent)))
     if not lines:
         raise KitError("no runs of notebook 06 lie here", value=str(folder.absolute()))
     frame = pandas.DataFrame(lines)
@@ -76,8 +78,7 @@ def table(folder: Path):
 
 def as_text(folder: Path) -> str:
     """`table` for a terminal."""
-    found = table(folder)
-    return found.to_string(index=False, na_rep="-", float_format="{:.4g}".format)
+    return table(folder).to_string(index=False, na_rep="-", float_format="{:.4g}".format)
 
 
 def _line(record: dict, status: str) -> dict[str, object]:

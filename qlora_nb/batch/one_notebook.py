@@ -67,9 +67,11 @@ def require_own_kernel() -> None:
     this = Path(sys.executable)
     # jupyter_client starts a bare "python" with its own Python
     if program.is_absolute() and program.parent.resolve() != this.parent.resolve():
-        what = "the Jupyter kernel python3 belongs to another Python"
-        remedy = f"{this.name} -m ipykernel install --sys-prefix"
-        raise KitError(what, value=str(program), remedy=remedy)
+        raise KitError(
+            "the Jupyter kernel python3 belongs to another Python",
+            value=str(program),
+            remedy=f"{this.name} -m ipykernel install --sys-prefix",
+        )
 
 
 def run(source: Path, folder: Path, outcome: Outcome, bar: Bar) -> None:

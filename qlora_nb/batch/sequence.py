@@ -59,11 +59,12 @@ def run_sequence(
     before = {}
     if resume != "no":
         if only:
-            what = "a sequence goes on with the notebooks it began with"
-            raise KitError(what, value=only, remedy="leave --only or --resume out")
+            raise KitError(
+                "a sequence goes on with the notebooks it began with",
+                value=only,
+                remedy="leave --only or --resume out",
+            )
         folder, before = _unfinished(settings, resume, given)
-    if notebooks is None:
-        notebooks = sources.project_root() / "notebooks"
     chosen = choose(notebooks, only or before.get("chosen"))
     n_cells = {path: len(one_notebook.read(path).cells) for path in chosen}
     one_notebook.require_own_kernel()
@@ -93,7 +94,9 @@ def run_sequence(
                 if outcome.status == "died":
                     outcome.problems.append(_advice(settings))
                 print(_line(outcome))
-            record.summary["status"] = "failed" if record.failed() else "done"
+            outcomes = record.outcomes.items()
+            failed = [name for name, outcome in outcomes if outcome.status != "done"]
+            record.summary["status"] = "failed" if failed else "done"
         except BaseException:
             record.summary["status"] = "interrupted"
             print(f"go on with: qlora-nb run --resume {folder}")
@@ -101,7 +104,11 @@ def run_sequence(
         finally:
             record.save()
             files.write_atomically(folder / "report.html", report.page(record.summary, folder))
-    print(record.last_words())
+    n_done = len(outcomes) - len(failed)
+    print(f"{n_done} of {len(outcomes)} done in {record.summary['wall_s']:.0f} s")
+    if failed:
+        print(f"failed: {', '.join(failed)}")
+    print(f"report: {folder / 'report.html'}")
     return record.summary
 
 
@@ -114,17 +121,15 @@ class _Record:
         self.folder = folder
         self.hashes = {path.stem: files.sha256(path) for path in chosen}
         self.started = time.time() - before.get("wall_s", 0)
+        self.summary = runs.new_record(folder, given)
+        self.summary.update(folder=str(folder), chosen=list(self.hashes))
+        self.summary["started"] = before.get("started", self.summary["started"])
         self.outcomes = {}
         for earlier in before.get("notebooks", []):
             outcome = one_notebook.Outcome(**earlier)
             unchanged = outcome.source == self.hashes.get(outcome.notebook)
             if unchanged and outcome.status == "done":
                 self.outcomes[outcome.notebook] = outcome
-        self.summary = runs.new_record(folder, given)
-        self.summary["folder"] = str(folder)
-        self.summary["profile"] = given["profile"]
-        self.summary["chosen"] = list(self.hashes)
-        self.summary["started"] = before.get("started", self.summary["started"])
 
     def begin(self, name: str) -> one_notebook.Outcome:
         """Write down what is known, then note that a notebook begins."""
@@ -134,33 +139,28 @@ class _Record:
 
     def save(self) -> None:
         self.summary["wall_s"] = round(time.time() - self.started, 1)
-        in_order = sorted(self.outcomes)
-        self.summary["notebooks"] = [asdict(self.outcomes[name]) for name in in_order]
+        in_order = sorted(self.outcomes.items())
+        self.summary["notebooks"] = [asdict(outcome) for _, outcome in in_order]
         text = json.dumps(self.summary, indent=1, default=str) + "\n"
         files.write_atomically(self.folder / SUMMARY, text)
 
-    def failed(self) -> list[str]:
-        return [name for name, outcome in self.outcomes.items() if outcome.status != "done"]
 
-    def last_words(self) -> str:
-        failed = self.failed()
-        n_done = len(self.outcomes) - len(failed)
-        line = f"{n_done} of {len(self.outcomes)} done in {self.summary['wall_s']:.0f} s"
-        if failed:
-            line += f"; failed: {', '.join(failed)}"
-        return f"{line}\nreport: {self.folder / 'report.html'}"
-
-
-def choose(folder: Path, only: list[str] | None = None) -> list[Path]:
-    """The notebooks of a folder in reading order, or those whose names begin with one of `only`.
+def choose(folder: Path | None, only: list[str] | None = None) -> list[Path]:
+    """The notebooks of a folder (None: the repository's) in reading order, or those whose names
+    begin with one of `only`.
 
     Raises:
         KitError: there are none, or none that begins so.
     """
+    if folder is None:
+        folder = sources.project_root() / "notebooks"
     there = sorted(folder.glob("[0-9]*.ipynb"))
     if not there:
-        remedy = "run this in the kit's repository (a clone)"
-        raise KitError("no notebooks found", value=str(folder), remedy=remedy)
+        raise KitError(
+            "no notebooks found",
+            value=str(folder),
+            remedy="run this in the kit's repository (a clone)",
+        )
     if only is None:
         return there
     for start in only:
@@ -205,9 +205,11 @@ def _unfinished(settings, which: str, given: dict[str, object]) -> tuple[Path, d
         if then.get(name) != given.get(name):
             differences.append(f"{name} was {then.get(name)}, is {given.get(name)}")
     if differences:
-        what = f"this sequence was started with something else: {', '.join(differences)}"
-        remedy = "give the same parameters, or leave --resume out"
-        raise KitError(what, value=folder.name, remedy=remedy)
+        raise KitError(
+            f"this sequence was started with something else: {', '.join(differences)}",
+            value=folder.name,
+            remedy="give the same parameters, or leave --resume out",
+        )
     return folder, record
 
 

@@ -1,13 +1,14 @@
 """The folded solutions of a notebook's exercises, put in the place of its stubs.
 
 An exercise is a code cell tagged `exercise`. It holds a function whose body raises
-NotImplementedError, or a line `name = None`; the next Markdown cell folds its hint and its solution
-away. A solution is the function in a fenced block, or the line in <code>.
+NotImplementedError, or a line `name = None`; the Markdown cell below folds its hint and its
+solution away. A solution is the function in a fenced block, or the line in <code>.
 """
 
 import ast
 import html
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import nbformat
@@ -20,12 +21,11 @@ _SOLUTION = re.compile(
 
 
 def exercises(notebook: nbformat.NotebookNode) -> list[tuple[nbformat.NotebookNode, str]]:
-    """Every cell that asks, with the code of the solution in the next Markdown cell."""
+    """Every cell that asks, with the code of the solution in the cell below."""
     found = []
-    for i, cell in enumerate(notebook.cells):
+    for cell, below in pairwise(notebook.cells):
         if "exercise" in cell.metadata.get("tags", []):
-            below = [c for c in notebook.cells[i:] if c.cell_type == "markdown"]
-            folded = _SOLUTION.search(below[0].source)
+            folded = _SOLUTION.search(below.source)
             found.append((cell, folded[1] or html.unescape(folded[2])))
     return found
 

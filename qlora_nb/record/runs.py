@@ -21,7 +21,6 @@ from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from itertools import count
 from pathlib import Path
-from typing import Self
 
 import psutil
 
@@ -87,8 +86,7 @@ def new_record(folder: Path, parameters: dict) -> dict:
 
 
 class Run:
-    """One run and its folder. Use as a context manager; the status is `done` only if the body ended
-    without an error.
+    """One run and its folder. Its record says "running" until `finish`.
 
     `folder` continues in the folder of an earlier run (`resumed` is True then); its record stays as
     it is until `save`. Of several processes that train one run the first alone writes.
@@ -158,18 +156,6 @@ class Run:
             self.manifest = written
         self.manifest["metrics"].update(metrics)
         self.save()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind, error, trace) -> None:
-        if self.manifest["status"] == "refused":
-            return
-        if kind is not None:
-            status = "interrupted" if kind is KeyboardInterrupt else "failed"
-            self.finish(status, error=f"{kind.__name__}: {error}"[:500])
-        elif self.manifest["status"] == "running":
-            self.finish()
 
     def save(self) -> None:
         """Write down what is known: after a start or a resume, that this run is at work."""

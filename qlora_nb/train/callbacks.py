@@ -59,16 +59,17 @@ class Watch(TrainerCallback):
     `peak_bytes` the most memory that the process held after any step.
     """
 
+    failure = ""
+    begun = False
+    updating = False
+    seconds_before = 0.0
+    peak_bytes = 0
+
     def __init__(self, report: Callable[[dict], None], batches: CountingCollator):
         self.report = report
         self.batches = batches
         self.stop = threading.Event()
         self.losses: list[float] = []
-        self.failure = ""
-        self.begun = False
-        self.updating = False
-        self.seconds_before = 0.0
-        self.peak_bytes = 0
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.updating = False
@@ -158,12 +159,13 @@ class MeasureOneStep(TrainerCallback):
     and states, `moved` the peak of what lived besides, `shape` its largest pass.
     """
 
+    held = None
+    moved = None
+    shape = None
+
     def __init__(self, batches: CountingCollator):
         self.batches = batches
         self.measuring = ExitStack()
-        self.held = None
-        self.moved = None
-        self.shape = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.measuring.close()  # still open where memory ran out

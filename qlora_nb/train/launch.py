@@ -7,10 +7,7 @@ it becomes a sentence.
 
 import logging
 import os
-import signal
 import sys
-import uuid
-from contextlib import suppress
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -20,7 +17,7 @@ from qlora_nb import machine
 
 
 def together(n: int, arguments: list[str]) -> int:
-    """Run `python -m qlora_nb.train` in `n` processes of this machine; returns the exit code: that
+    """Run `qlora-nb train` in `n` processes of this machine; returns the exit code: that
     of the process that failed first, 130 after Ctrl-C, 143 after SIGTERM.
     """
     n_threads = max(1, machine.this_machine().n_cores // n)
@@ -31,24 +28,20 @@ def together(n: int, arguments: list[str]) -> int:
         max_nodes=1,
         nproc_per_node=n,
         max_restarts=0,  # the default, 3, would begin three more runs
-        run_id=str(uuid.uuid4()),
+        run_id="qlora-nb",
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
     )
     start = elastic_launch(config, entrypoint=sys.executable)
     try:
-        start("-m", "qlora_nb.train", *arguments)
+        start("-m", "qlora_nb.cli", "train", *arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        code = failure.exitcode
-        if code < 0:
-            name = str(-code)
-            with suppress(ValueError):
-                name = signal.Signals(-code).name
-            ended = f"process {rank} was ended by {name}, and with it the others"
-            print(f"qlora-nb: {ended}; -p resume latest goes on", file=sys.stderr)
-            return 1
-        return code
+        if failure.exitcode >= 0:
+            return failure.exitcode
+        ended = f"process {rank} was ended by {failure.signal_name()}, and with it the others"
+        print(f"qlora-nb: {ended}; -p resume latest goes on", file=sys.stderr)
+        return 1
     except SignalException as error:
         return 128 + error.sigval
     return 0

@@ -8,7 +8,6 @@ training is resumed after the newest checkpoint, or begins anew. With one row in
 smaller is left, and the error becomes a refusal that says what would help.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -34,14 +33,12 @@ def with_fewer_rows(settings):
     return settings.replace(per_device_train_batch_size=fewer, gradient_accumulation_steps=passes)
 
 
-def train(trainer, checkpoint: Path | None, go_back: Callable[[], Path | None]) -> TrainOutput:
+def train(trainer, checkpoint: Path | None) -> TrainOutput:
     """Train to the end, in passes of fewer rows each time memory runs out.
 
     Args:
         trainer: a `trainer.QLoRATrainer`; it is made anew for each size of a pass.
         checkpoint: where to begin; None at the first step.
-        go_back: puts the weights back to their first values and returns the newest checkpoint, None
-            if there is none.
 
     Raises:
         KitError: memory ran out with one row in a pass.
@@ -71,7 +68,7 @@ def train(trainer, checkpoint: Path | None, go_back: Callable[[], Path | None]) 
         )
         optimizer = _unwrapped(trainer.optimizer)
         if watch.updating:
-            checkpoint = go_back()
+            checkpoint = trainer.go_back()
             optimizers.begin_anew(optimizer)
         else:
             checkpoint = trainer.save_now()

@@ -8,10 +8,10 @@ that has two. The first process writes the run's folder and speaks. Each must co
 collective call, so what one of them is told (stop, an error) ends all.
 """
 
+import io
 import os
 import sys
 from contextlib import redirect_stdout
-from pathlib import Path
 
 import datasets
 import torch
@@ -27,27 +27,24 @@ from qlora_nb.record import files, runs, seal
 from qlora_nb.train import attach, callbacks, checkpoints, script, sharded
 from qlora_nb.train.trainer import QLoRATrainer
 
-
-def fine_tune(settings, shard: str = "none") -> runs.Run:
-    """Train, from the first step or with `resume` from a checkpoint, and save the adapter.
-
-    Args:
-        shard: "fsdp" leaves each process a share of every tensor (`sharded`), "none" the whole.
-
-    Returns:
-        The run; its folder is that of a run of notebook 06.
-
-    Raises:
-        KitError: whatever notebook 06 refuses; a step that the processes cannot share.
-    """
-    return _train(*_made(settings, shard))
+OF_THE_TRAINER = {
+    "output_dir",
+    "seed",
+    "max_steps",
+    "optim",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "max_grad_norm",
+}
+"""Parameters that `TrainingArguments` takes under the same names."""
 
 
 def _made(settings, shard: str) -> tuple[QLoRATrainer, datasets.Dataset]:
     """The Trainer of a run, and the texts of its rows. What is refused here, all processes
     refuse.
     """
-    preflight.refuse_what_cannot_run(settings, together=True)
+    preflight.refuse_what_cannot_run(settings, together=processes.count() > 1)
     kind = QLoRATrainer
     if shard == "fsdp":
         sharded.require_able(settings)
@@ -64,7 +61,14 @@ def _made(settings, shard: str) -> tuple[QLoRATrainer, datasets.Dataset]:
         processes.wait()
     targets = attach.layers_to_adapt(model, settings)
     torch.manual_seed(settings.seed)
-    model = get_peft_model(model, _lora(settings, targets))
+    lora = LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(model, lora)
     if settings.gradient_checkpointing:
         load.enable_checkpointing(model)
     rows = checked.encoded
@@ -93,14 +97,17 @@ def _made(settings, shard: str) -> tuple[QLoRATrainer, datasets.Dataset]:
 def _train(trainer: QLoRATrainer, texts: datasets.Dataset) -> runs.Run:
     run = trainer.run
     settings = trainer.settings
+    adapter = run.folder / "adapter"
     with trainer.guarded():
         trainer.train(resume_from_checkpoint=trainer.newest_checkpoint())
-        trainer.save_model(run.folder / "adapter")  # all put it together, the first writes
+        trainer.save_model(adapter)  # all put it together, the first writes
         if trainer.measured.held:  # not in a run of one step
             held = {line.name: line.bytes for line in trainer.measured.held.lines}
             run.manifest["metrics"]["bytes held by each process"] = processes.gathered(held)
         if run.writes:
-            _close(run.folder / "adapter", settings)
+            with files.writing(adapter):
+                seal.write_seal(adapter)
+            merge.write_card(adapter, merge.card_facts(adapter, settings))
             if not any(getattr(settings, name) for name in script.OF_THE_KIT):
                 tokenizer = trainer.sample.tokenizer
                 targets = trainer.model.peft_config["default"].target_modules
@@ -109,32 +116,15 @@ def _train(trainer: QLoRATrainer, texts: datasets.Dataset) -> runs.Run:
     return run
 
 
-def _lora(settings, targets: list[str]) -> LoraConfig:
-    return LoraConfig(
-        r=settings.r,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=settings.lora_dropout,
-        target_modules=targets,
-        task_type="CAUSAL_LM",
-    )
-
-
 def _arguments(settings) -> TrainingArguments:
     """Those of notebook 06, whose cell says what each is for, and two for several processes."""
     on_gpu = device.on_gpu()
     dtype = device.compute_dtype(settings.compute_dtype)
     torch.set_autocast_cache_enabled(False)
     return TrainingArguments(
-        output_dir=settings.output_dir,
-        seed=settings.seed,
-        max_steps=settings.max_steps,
+        **settings.model_dump(include=OF_THE_TRAINER),
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
-        optim=settings.optim,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type=settings.lr_scheduler_type,
-        warmup_steps=settings.warmup_steps,
-        max_grad_norm=settings.max_grad_norm,
         fp16=on_gpu and dtype == torch.float16,
         use_cpu=not on_gpu,
         dataloader_pin_memory=on_gpu,
@@ -161,17 +151,11 @@ def _run_of_all(settings) -> runs.Run:
     run = None
     if not processes.rank():
         run = checkpoints.start(settings, runs.FINE_TUNING)
-    told = processes.gathered(run and (str(run.folder), run.resumed))[0]
+    folder, resumed = processes.gathered(run and (run.folder, run.resumed))[0]
     if run is None:
-        run = runs.Run(settings, runs.FINE_TUNING, Path(told[0]))
-        run.resumed = told[1]
+        run = runs.Run(settings, runs.FINE_TUNING, folder)
+        run.resumed = resumed
     return run
-
-
-def _close(adapter: Path, settings) -> None:
-    with files.writing(adapter):
-        seal.write_seal(adapter)
-    merge.write_card(adapter, merge.card_facts(adapter, settings))
 
 
 def _say(step: dict) -> None:
@@ -182,30 +166,35 @@ def _say(step: dict) -> None:
 
 
 def in_this_process(settings, shard: str = "none") -> int:
-    """Train as what this process is: alone, or one of those that torchrun started. Returns its exit
-    code.
+    """Train as what this process is, alone or one of those that torchrun started: from the first
+    step or with `resume` from a checkpoint, in the folder of a run of notebook 06.
+
+    Args:
+        shard: "fsdp" leaves each process a share of every tensor (`sharded`), "none" the whole.
+
+    Returns:
+        The process's exit code.
+
+    Raises:
+        KitError: whatever notebook 06 refuses; a step that the processes cannot share.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        preflight.refuse_many_processes()
-        if shard != "none":
-            raise KitError("one process has nobody to share with", remedy="--processes 2 or more")
-    else:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         if device.on_gpu():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        processes.join(backend())
-    said = sys.stdout
-    with open(os.devnull, "w", encoding="utf-8") as nowhere:
-        if processes.rank():
-            said = nowhere  # the first speaks for all
-        with redirect_stdout(said):
-            try:
-                made = _made(settings, shard)
-            except KitError:
-                if processes.rank():
-                    return 2  # the first says why
-                raise
-            run = _train(*made)
-            print(f"{run.manifest['status']}: {run.folder}")
+        torch.distributed.init_process_group(backend())  # all come here, or none goes on
+    elif shard != "none":
+        raise KitError("one process has nobody to share with", remedy="--processes 2 or more")
+    said = io.StringIO() if processes.rank() else sys.stdout  # the first speaks for all
+    with redirect_stdout(said):
+        try:
+            made = _made(settings, shard)
+        except KitError:
+            if processes.rank():
+                return 2  # the first says why
+            raise
+        run = _train(*made)
+        print(f"{run.manifest['status']}: {run.folder}")
+    processes.wait()  # who ends with another code than 0 ends all: the first has written and said
     code = 0 if run.manifest["status"] == "done" else 1
     processes.leave(code)
     return code

@@ -31,6 +31,8 @@ OF_THE_KIT = ("head_4bit", "embedding_on_cpu")
 MARK = "A QLoRA run, written down by qlora-nb"
 """How `train.py` begins."""
 
+FILES = ("rows.jsonl", "train.py", "ask.py")
+
 
 def require_plain(settings) -> None:
     """Refuse options that plain libraries do not have.
@@ -106,26 +108,21 @@ def write(
     require_plain(settings)
     _require_own(folder)
     is_chat = "messages" in texts.column_names
-    with_input = without_input = ""
-    if not is_chat:
-        with_input, without_input = data.TEMPLATES[settings.prompt_template]
     loss_chunk = settings.loss_chunk
     if not dry_run.head_is_last(configs.config_of(settings.model_id)):
         loss_chunk = 0
     has_run = (folder / "adapter" / seal.SEAL).is_file()  # its adapter is not written over
     facts = {
         "s": settings,
+        "tokenizer": tokenizer,
+        "is_chat": is_chat,
+        "prompts": data.TEMPLATES.get(settings.prompt_template),
         "dtype": device.compute_dtype(settings.compute_dtype),
         "loss_chunk": loss_chunk,
         "model": sources.seen_from_anywhere(sources.model_path(settings.model_id)),
         "saved_in_4_bit": load.was_quantized(settings),
         "targets": sorted(targets),
-        "chat_template": tokenizer.get_chat_template() if is_chat else None,
         "turn_end": chat_templates.turn_end(tokenizer),
-        "with_input": with_input,
-        "without_input": without_input,
-        "pad_token": str(tokenizer.pad_token),
-        "pad_is_own": tokenizer.pad_token_id != tokenizer.eos_token_id,
         "ends_texts": tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id,
         "mark": MARK,
         "torchrun": torchrun,
@@ -143,12 +140,11 @@ def write(
         written = [_chat_as_text(row["messages"], tokenizer, settings) for row in texts]
     else:
         written = texts.select_columns(["instruction", "input", "output"]).to_list()
-    contents = {"rows.jsonl": _in_order(rows, written)}
+    files.write_atomically(folder / "rows.jsonl", _in_order(rows, written))
     for name in ("train.py", "ask.py"):
-        contents[name] = templates.get_template(f"{name}.j2").render(facts)
-    for name, text in contents.items():
-        files.write_atomically(folder / name, text)
-    return [folder / name for name in contents]
+        program = templates.get_template(f"{name}.j2").render(facts)
+        files.write_atomically(folder / name, program)
+    return [folder / name for name in FILES]
 
 
 def _require_own(folder: Path) -> None:
@@ -156,10 +152,13 @@ def _require_own(folder: Path) -> None:
     program = folder / "train.py"
     if program.is_file() and MARK in program.read_text(encoding="utf-8", errors="replace")[:99]:
         return
-    for name in ("train.py", "ask.py", "rows.jsonl"):
+    for name in FILES:
         if (folder / name).exists():
-            what = f"{name} is there already, and not of this kit"
-            raise KitError(what, value=str(folder), remedy="name another folder")
+            raise KitError(
+                f"{name} is there already, and not of this kit",
+                value=str(folder),
+                remedy="name another folder",
+            )
 
 
 def _named(value: object, name: str) -> str:

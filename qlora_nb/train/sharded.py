@@ -53,26 +53,22 @@ def require_able(settings) -> None:
 
 
 def shard(model: torch.nn.Module) -> None:
-    """Cut every tensor of a model with its adapter among the processes, in place: each block alone,
-    then what is left (embedding, head, last norm), which stays gathered from forward to backward.
+    """Cut every tensor of a model with its adapter among the processes, in place: each block (of
+    the longest list of modules) alone, then what is left (embedding, head, last norm), which stays
+    gathered from forward to backward.
     """
     # the model hands out its last hidden states as they are; nothing is written into them
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
     where = device.compute_device()
     mesh = init_device_mesh(where.type, (processes.count(),))
-    for block in blocks(model):
+    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]
+    for block in max(lists, key=len):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     register_fsdp_forward_method(model, "generate")  # an answer between two steps gathers too
     whole = [name for name, p in model.named_parameters() if not isinstance(p, DTensor)]
     if whole:
         raise KitError("not sharded", value=whole[0], remedy="take --shard none")
-
-
-def blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The transformer's blocks: the longest list of modules in the model."""
-    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]
-    return list(max(lists, key=len))
 
 
 def whole(value: object) -> object:
@@ -95,8 +91,8 @@ class ShardedTrainer(QLoRATrainer):
         return super().create_optimizer(model)
 
     def save_model(self, output_dir=None, _internal_call=False):
-        trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        state = {name: whole(parameter) for name, parameter in trained}
+        own = self.model.named_parameters()
+        state = {name: whole(parameter) for name, parameter in own if parameter.requires_grad}
         if self.args.should_save:
             self.model.save_pretrained(output_dir, state_dict=state, save_embedding_layers=False)
 

@@ -82,6 +82,7 @@ class QLoRATrainer(Trainer):
         self.model.config.use_cache = True
         self.model.eval()
         self.accelerator.free_memory()
+        self.first_values.clear()
         self.optimizer = None
         self.lr_scheduler = None
         self.callback_handler.optimizer = None
@@ -179,9 +180,9 @@ class QLoRATrainer(Trainer):
             checkpoints.require_same(checkpoint, self.settings, self.rows_hash)
         return checkpoint
 
-    def train(self, resume_from_checkpoint: Path | bool | None = None) -> TrainOutput:
-        """Train to the end, from the first step or from a checkpoint (True: the newest one); what
-        was logged after that is forgotten, and the optimizer's memory is given back.
+    def train(self, resume_from_checkpoint: Path | None = None) -> TrainOutput:
+        """Train to the end, from the first step or from a checkpoint; what was logged after that is
+        forgotten, and the optimizer's memory is given back.
 
         Raises:
             KitError: the run is over, the disk has no room for its checkpoints, training would
@@ -190,25 +191,14 @@ class QLoRATrainer(Trainer):
                 settings rely on (`probes.before_training`).
         """
         if self.run.manifest["status"] != "running":
-            name = self.run.folder.name
-            raise KitError("this run is over", value=name, remedy="start another one")
+            raise KitError(
+                "this run is over", value=self.run.folder.name, remedy="start another one"
+            )
         _require_room(self.model, self.settings, self.run.folder)
-        checkpoint = resume_from_checkpoint
-        if checkpoint is True:
-            checkpoint = self.newest_checkpoint()
-        if not checkpoint:
+        if not resume_from_checkpoint:
             _require_untrained(self.model)
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        first_values = [p.detach().to("cpu", copy=True) for p in trained]
-
-        def go_back() -> Path | None:
-            checkpoint = seal.newest_checkpoint(self.run.folder)
-            step = self._rewind(checkpoint)
-            print(f"the update had begun: training is resumed after step {step}")
-            for parameter, value in zip(trained, first_values, strict=True):
-                parameter.data.copy_(value)
-            return checkpoint
-
+        self.first_values = {p: p.detach().to("cpu", copy=True) for p in trained}
         with ExitStack() as stack:
             self.model.config.use_cache = False
             stack.callback(self._end)
@@ -217,8 +207,8 @@ class QLoRATrainer(Trainer):
             self._choose_loss(stack)
             stack.push(self.measured.measuring)
             if self.run.resumed:
-                print(f"going on after step {self._rewind(checkpoint)}")
-            ended = retry.train(self, checkpoint, go_back)
+                print(f"going on after step {self._rewind(resume_from_checkpoint)}")
+            ended = retry.train(self, resume_from_checkpoint)
         if self.watch.failure:
             raise KitError(
                 self.watch.failure,
@@ -244,6 +234,16 @@ class QLoRATrainer(Trainer):
             )
         self.options["compute_loss_func"] = loss
         self.compute_loss_func = loss
+
+    def go_back(self) -> Path | None:
+        """Put the weights back to their first values; returns the checkpoint to begin from, None if
+        there is none.
+        """
+        checkpoint = seal.newest_checkpoint(self.run.folder)
+        print(f"the update had begun: training is resumed after step {self._rewind(checkpoint)}")
+        for parameter, value in self.first_values.items():
+            parameter.data.copy_(value)
+        return checkpoint
 
     def _rewind(self, checkpoint: Path | None) -> int:
         """Forget what was logged after a checkpoint; returns its step, 0 without one."""
