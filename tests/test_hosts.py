@@ -4,6 +4,7 @@ is left behind.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -197,3 +198,17 @@ def test_conda_solves_both_files_and_installs_nothing(bare, root, name, how, fai
         assert line.startswith(how)
         assert "--dry-run" in line
         assert line.endswith(os.fspath(root / file))
+
+
+# ---- the record ------------------------------------------------------------------------------------------------------
+
+
+def test_an_earlier_check_of_the_day_keeps_the_versions_it_was_run_with(tmp_path):
+    target = tmp_path / "2026-11-26.json"
+    assert verify.earlier_today(target, {"torch": "2.13.0"}) == {}
+    checks = {"seeds": {"date": "08:00", "passed": True}}
+    for now, kept in (("2.13.0", None), ("2.14.1", "2.13.0"), ("2.15.0", "2.13.0")):
+        found = verify.earlier_today(target, {"torch": now}) or checks
+        assert found["seeds"].get("versions") == (kept and {"torch": kept})
+        assert found["seeds"]["date"] == "08:00"
+        target.write_text(json.dumps({"versions": {"torch": now}, "checks": found}))

@@ -420,12 +420,14 @@ def tree_stamp(target: Path) -> dict:
     }
 
 
-def earlier_today(target: Path) -> dict[str, dict]:
+def earlier_today(target: Path, versions: dict[str, str | None]) -> dict[str, dict]:
     """What was checked earlier on this day stays in the record, each result with its own time and
-    commit.
+    commit; with its versions too, where they are not those of now.
     """
     record = json.loads(target.read_text()) if target.is_file() else {}
     stamp = {key: record[key] for key in ("date", "commit", "clean") if key in record}
+    if record.get("versions", versions) != versions:
+        stamp["versions"] = record["versions"]
     return {name: stamp | result for name, result in record.get("checks", {}).items()}
 
 
@@ -440,10 +442,11 @@ def main() -> int:
     folder = ROOT / "verified"
     folder.mkdir(exist_ok=True)
     target = folder / f"{time.strftime('%Y-%m-%d')}.json"
+    versions = {v.package: v.installed for v in machine.versions()}
     record = {
-        "versions": {v.package: v.installed for v in machine.versions()},
+        "versions": versions,
         "hardware": asdict(machine.this_machine(ROOT)),
-        "checks": earlier_today(target),
+        "checks": earlier_today(target, versions),
     }
     for name in chosen:
         print(f"{name}: {(CHECKS[name].__doc__ or '').splitlines()[0]}", flush=True)
