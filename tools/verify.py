@@ -26,6 +26,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+import alone
 import hosts
 import nbformat
 import site_check
