@@ -378,19 +378,15 @@ def leaderboard(
 
 
 @app.command(context_settings=TAKES_PARAMETERS)
-def lab(
-    ctx: typer.Context,
-    copy_only: Annotated[bool, typer.Option("--copy-only", help="only copy the notebooks")] = False,
-) -> None:
+def lab(ctx: typer.Context) -> None:
     """JupyterLab on your own copies in my_notebooks/, without outputs, so that your guess comes
-    before the answer. Other options are Jupyter's, as --port=9000 or --no-browser.
+    before the answer. Options are Jupyter's, as --port=9000 or --no-browser.
     """
     from qlora_nb.ui import lab
 
     root = sources.project_root()
     lab.copy_for_learning(root / "notebooks", root / lab.MINE)
-    if not copy_only:
-        lab.serve(root, ctx.args)
+    lab.serve(root, ctx.args)
 
 
 if __name__ == "__main__":
