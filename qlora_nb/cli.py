@@ -8,6 +8,7 @@ paragraph on stderr and exits with 2; a failed notebook exits with 1; Ctrl-C wit
 import importlib
 import json
 import re
+import runpy
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -382,11 +383,11 @@ def lab(ctx: typer.Context) -> None:
     """JupyterLab on your own copies in my_notebooks/, without outputs, so that your guess comes
     before the answer. Options are Jupyter's, as --port=9000 or --no-browser.
     """
-    from qlora_nb.ui import lab
-
-    root = sources.project_root()
-    lab.copy_for_learning(root / "notebooks", root / lab.MINE)
-    lab.serve(root, ctx.args)
+    program = Path(__file__).parents[1] / "tools" / "open_lab.py"
+    if not program.is_file():
+        remedy = "run it in the kit's repository (a clone)"
+        raise KitError("only the repository has notebooks to open", remedy=remedy)
+    runpy.run_path(str(program))["main"](ctx.args)
 
 
 if __name__ == "__main__":

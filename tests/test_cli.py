@@ -15,6 +15,7 @@ import tomllib
 from pathlib import Path
 
 import nbformat
+import open_lab as lab
 import pytest
 from typer.testing import CliRunner
 
@@ -22,7 +23,6 @@ from qlora_nb import __version__ as qlora_nb_version
 from qlora_nb import cli, machine, sources, spellings
 from qlora_nb.batch import sequence
 from qlora_nb.errors import KitError
-from qlora_nb.ui import lab
 
 
 def qlora_nb(*arguments: str, **more) -> subprocess.CompletedProcess:

@@ -19,13 +19,15 @@ import time
 import urllib.parse
 import urllib.request
 
+import open_lab as lab
 import pytest
 from conftest import NOTEBOOKS, ROOT
 from test_browser import QUIET
+from typer.testing import CliRunner
 
+from qlora_nb import cli
 from qlora_nb.batch import one_notebook
 from qlora_nb.errors import KitError
-from qlora_nb.ui import lab
 
 PLACES = ("SSH_CONNECTION", "WSL_DISTRO_NAME", "container", "KUBERNETES_SERVICE_HOST", "DISPLAY")
 
@@ -73,6 +75,14 @@ def test_without_jupyterlab_one_sentence(monkeypatch, tmp_path):
     monkeypatch.setattr(lab, "find_spec", lambda name: None)
     with pytest.raises(KitError, match=r"JupyterLab is missing.*qlora-nb\[lab\]"):
         lab.serve(tmp_path, [])
+
+
+def test_without_the_repository_one_sentence(monkeypatch, tmp_path):
+    """An installed wheel has no notebooks."""
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "qlora_nb" / "cli.py"))
+    done = CliRunner().invoke(cli.app, ["lab"])
+    assert done.exit_code == 2
+    assert "run it in the kit's repository" in done.output
 
 
 class Server:
@@ -246,7 +256,7 @@ def test_the_start_page_in_a_browser(server, chromium):
 def test_binder_opens_the_start_page_too(tmp_path):
     """postBuild's own copying, with programs of the same names that do nothing else."""
     kit = tmp_path / "kit"
-    shutil.copytree(ROOT / "qlora_nb/ui/lab_defaults", kit / "qlora_nb/ui/lab_defaults")
+    shutil.copytree(ROOT / "tools/lab_defaults", kit / "tools/lab_defaults")
     programs = tmp_path / "env" / "bin"
     programs.mkdir(parents=True)
     config = tmp_path / "env" / "etc" / "jupyter"

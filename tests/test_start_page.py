@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import re
-import tomllib
 
 import nbformat
 from conftest import NOTEBOOKS, ROOT
@@ -66,12 +65,9 @@ def test_the_three_paths_are_there():
     assert re.findall(r"^## (.+)$", PAGE, re.MULTILINE) == ["Learn", "Teach", "Tune"]
 
 
-def test_defaults_of_jupyterlab_are_in_the_package_and_known_to_it():
+def test_defaults_of_jupyterlab_are_known_to_it():
     """A setting that JupyterLab does not know would be ignored in silence."""
-    folder = ROOT / "qlora_nb/ui/lab_defaults/labconfig"
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    packed = project["tool"]["setuptools"]["package-data"]["qlora_nb"]
-    assert "ui/lab_defaults/**/*.json" in packed
+    folder = ROOT / "tools/lab_defaults/labconfig"
     overrides = json.loads((folder / "default_setting_overrides.json").read_text())
     from jupyterlab.commands import get_app_dir
 

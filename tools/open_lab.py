@@ -1,4 +1,5 @@
-"""JupyterLab on the learner's own copies: without outputs, so that a guess comes before its answer.
+"""`qlora-nb lab`: JupyterLab on the learner's own copies, without outputs, so that a guess comes
+before its answer.
 
 Nothing of the user's own Jupyter is changed. `lab_defaults/` is one more folder of its
 configuration, for this start alone (JUPYTER_CONFIG_PATH). It holds defaults, which the user's own
@@ -11,7 +12,12 @@ import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
+import nbformat
+
+from qlora_nb import sources
+from qlora_nb.batch import one_notebook, sequence
 from qlora_nb.errors import KitError
+from qlora_nb.record import files
 
 MINE = "my_notebooks"
 """The learner's folder in the repository."""
@@ -30,15 +36,17 @@ In a container: its port has to be published, as by docker run -p {port}:{port},
 listen outside it: qlora-nb lab --ip=0.0.0.0"""
 
 
+def main(more: list[str]) -> None:
+    """Copy what is not there yet, and open it; `more` are options for Jupyter itself."""
+    root = sources.project_root()
+    copy_for_learning(root / "notebooks", root / MINE)
+    serve(root, more)
+
+
 def copy_for_learning(source: Path, target: Path) -> list[Path]:
     """Copy notebooks without outputs, and the start page. A copy that is already there is the
     learner's own and is never touched. Returns the fresh copies of notebooks.
     """
-    import nbformat
-
-    from qlora_nb.batch import one_notebook, sequence
-    from qlora_nb.record import files
-
     notebooks = sequence.choose(source)
     fresh = []
     kept = []
