@@ -68,6 +68,7 @@ pins: $(READY)
 	$(BIN)/python tools/pin.py
 
 # One wheel with all that the notebooks need, to be uploaded to Colab.
+.PHONY: dist
 dist: $(READY)
 	$(BIN)/python tools/build_wheel.py
 

@@ -385,6 +385,7 @@ def mutation() -> dict:
 CHECKS: dict[str, Callable[[], dict]] = {
     "seeds": seeds,
     "solutions": solutions,
+    "opened_alone": alone.opened_alone,
     "two_threads": two_threads,
     "nbval": nbval,
     "smollm2": smollm2,
