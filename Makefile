@@ -67,5 +67,10 @@ check: $(READY)
 pins: $(READY)
 	$(BIN)/python tools/pin.py
 
+# One wheel with all that the notebooks need, to be uploaded to Colab.
+.PHONY: dist
+dist: $(READY)
+	$(BIN)/python tools/build_wheel.py
+
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -8,7 +8,7 @@ paragraph on stderr and exits with 2; a failed notebook exits with 1; Ctrl-C wit
 import importlib
 import json
 import re
-import subprocess
+import runpy
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -377,49 +377,16 @@ def leaderboard(
     print(board.as_text(folder))
 
 
-@app.command()
-def lab(
-    no_browser: Annotated[
-        bool, typer.Option("--no-browser", help="only copy the notebooks")
-    ] = False,
-) -> None:
+@app.command(context_settings=TAKES_PARAMETERS)
+def lab(ctx: typer.Context) -> None:
     """JupyterLab on your own copies in my_notebooks/, without outputs, so that your guess comes
-    before the answer.
+    before the answer. Options are Jupyter's, as --port=9000 or --no-browser.
     """
-    root = sources.project_root()
-    copy_for_learning(root / "notebooks", root / "my_notebooks")
-    if not no_browser:
-        command = [sys.executable, "-m", "jupyter", "lab", "my_notebooks"]
-        raise typer.Exit(subprocess.call(command, cwd=root))
-
-
-def copy_for_learning(source: Path, target: Path) -> list[Path]:
-    """Copy notebooks without outputs; a copy that is already there is the learner's own and is
-    never touched. Returns the fresh copies.
-    """
-    import nbformat
-
-    from qlora_nb.batch import one_notebook, sequence
-    from qlora_nb.record import files
-
-    notebooks = sequence.choose(source)
-    fresh = []
-    with files.writing(target, "make room there, or remove what is in the way"):
-        target.mkdir(exist_ok=True)
-        for path in notebooks:
-            copy = target / path.name
-            if copy.exists():
-                print(f"kept your {copy.name} (remove it to get a fresh copy)")
-                continue
-            notebook = one_notebook.read(path)
-            for cell in notebook.cells:
-                if cell.cell_type == "code":
-                    cell.outputs = []
-                    cell.execution_count = None
-            nbformat.write(notebook, copy)
-            fresh.append(copy)
-    print(f"{len(fresh)} fresh copies in {target}")
-    return fresh
+    program = Path(__file__).parents[1] / "tools" / "open_lab.py"
+    if not program.is_file():
+        remedy = "run it in the kit's repository (a clone)"
+        raise KitError("only the repository has notebooks to open", remedy=remedy)
+    runpy.run_path(str(program))["main"](ctx.args)
 
 
 if __name__ == "__main__":

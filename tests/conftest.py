@@ -15,6 +15,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from IPython.core.inputtransformer2 import TransformerManager
 
 # Before torch is imported. Each of several workers has a core of its own; a single process and its
 # children have two. More threads only wait for each other, and those that wait shall sleep.
@@ -24,6 +25,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
 sys.path.insert(0, str(ROOT / "tools"))
+
+
+def python_of(cell: nbformat.NotebookNode) -> str:
+    """A code cell as plain Python: what IPython alone understands, as the first cell's %pip, is a
+    call then.
+    """
+    return TransformerManager().transform_cell(cell.source)
+
 
 # ---- the fault matrix
 # ------------------------------------------------------------------------------------------------

@@ -12,11 +12,13 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.parse
 from html.parser import HTMLParser
 
 import nbformat
 import psutil
 import pytest
+from test_browser import QUIET
 
 from qlora_nb.batch import one_notebook, report, sequence
 from qlora_nb.errors import KitError
@@ -96,22 +98,134 @@ def test_each_fate_is_told(outcomes, tmp_path):
         text = file.read_text(encoding="utf-8")
         assert "very-secret-value" not in text, file
         assert "hf_aaaa" not in text, file
-    _check_page((folder / "report.html").read_text(encoding="utf-8"))
+    page = Page((folder / "report.html").read_text(encoding="utf-8"))
+    assert page.tags.count("tr") == 7
+    assert "script" not in page.tags
+    [source] = page.found["src"]
+    assert source.startswith("data:image/png;base64,"), "the figure of the first toy"
+    assert "2 of 6 notebooks done" in page.text["h1"]
+    # contents, then the executed notebooks and the folder of the one run; each leads somewhere
+    anchors = [link for link in page.found["href"] if link.startswith("#")]
+    assert [link.removeprefix("#") for link in anchors] == page.found["id"]
+    assert len(anchors) == 6
+    files = [link for link in page.found["href"] if not link.startswith("#")]
+    (of_the_run,) = (tmp_path / "out" / "tiny").glob("02_dies-*")
+    of_the_run = f"./../{of_the_run.name}"
+    executed = [f"./{name}.ipynb" for name in found]
+    assert files == [*executed[:2], f"{of_the_run}/", f"{of_the_run}/manifest.json", *executed[2:]]
+    assert all((folder / link).exists() for link in files)
 
 
-def _check_page(page: str) -> None:
-    sources, seen = [], []
+class Page(HTMLParser):
+    """The tags of a page in their order, the attributes that lead somewhere, texts by tag."""
 
-    class Reader(HTMLParser):
-        def handle_starttag(self, tag, attributes):
-            seen.append(tag)
-            sources.extend(v for k, v in attributes if k in ("src", "href"))
+    def __init__(self, page: str):
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: set[str] = set()
+        self.found: dict[str, list] = {"src": [], "href": [], "id": []}
+        self.text: dict[str, str] = {}
+        self.feed(page)
 
-    Reader().feed(page)
-    assert seen.count("tr") == 7
-    assert "script" not in seen
-    assert len(sources) == 1, "the figure of the first toy"
-    assert sources[0].startswith("data:image/png;base64,")
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        for name, value in attributes:
+            self.attributes.add(name)
+            if name in self.found:
+                self.found[name].append(value)
+
+    def handle_data(self, data):
+        for tag in self.tags[-3:]:
+            self.text[tag] = self.text.get(tag, "") + data
+
+
+def told(name: str, **more) -> dict:
+    """What a summary says of a notebook."""
+    outcome = {"notebook": name, "status": "done", "wall_s": 1.0, "peak_bytes": 2**20}
+    return {**outcome, "problems": [], "results": {}, **more}
+
+
+def a_summary(*outcomes: dict, **more) -> dict:
+    whole = {"status": "done", "started": "2026-01-02T03:04:05+00:00", "wall_s": 253.0}
+    whole |= {"profile": "tiny", "parameters": {}, "versions": {}, "notebooks": list(outcomes)}
+    return whole | {"chosen": [outcome["notebook"] for outcome in outcomes]} | more
+
+
+def a_run(folder, notebook: str, started: str, **record) -> None:
+    folder.mkdir(parents=True)
+    whole = {"notebook": notebook, "started": started, **record}
+    (folder / "manifest.json").write_text(json.dumps(whole))
+    (folder / "train.py").touch()
+
+
+def test_a_report_opens_with_what_matters(tmp_path):
+    score = {"exact_match_before": {"all": 0.004}, "exact_match_after": {"all": 0.958}}
+    a_run(tmp_path / "06_x-2", "06_x", "2026-01-02T03:05:00+00:00", metrics=score)
+    old = {"exact_match_before": {"all": 0.5}, "exact_match_after": {"all": 0.5}}
+    a_run(tmp_path / "06_x-1", "06_x", "2026-01-02T03:00:00+00:00", metrics=old)
+    a_run(tmp_path / "08_y-2", "08_y", "2026-01-02T03:05:00+00:00")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "manifest.json").write_text("{")
+    folder = tmp_path / "sequence"
+    folder.mkdir()
+    text = report.page(a_summary(told("06_x"), told("07_z")), folder)
+    assert "2 of 2 notebooks done" in text
+    assert "4 min 13 s" in text
+    assert "2026-01-02 03:04 UTC" in text
+    said = " ".join(text.split())
+    assert "<b>0.4 %</b> before tuning, <b>95.8 %</b> after" in said
+    # an older run, another notebook's, and what is not there are not linked
+    files = [link for link in Page(text).found["href"] if not link.startswith("#")]
+    assert files == [f"./../06_x-2/{name}" for name in ("", "train.py", "manifest.json")]
+
+
+def test_a_report_of_a_part_says_how_much_is_done(tmp_path):
+    stopped = a_summary(told("01_a"), told("02_b", status="interrupted"), status="interrupted")
+    stopped["chosen"] = ["01_a", "02_b", "03_c"]
+    page = Page(report.page(stopped, tmp_path))
+    assert "1 of 3 notebooks done" in page.text["h1"]
+    assert "exactly" not in page.text["p"], "no notebook tells how many answers are right"
+    assert "interrupted" in page.text["b"]
+
+
+def test_links_of_a_report_are_paths_and_nothing_else(tmp_path):
+    """Names of folders that a link would read as something else."""
+    folder = tmp_path / "sequence"
+    folder.mkdir()
+    names = ["javascript:alert(1)", 'a"onclick="x', "b#c?d=e", "f g%20"]
+    for n, name in enumerate(names):
+        a_run(tmp_path / name, "06_x", f"2026-01-02T03:05:0{n}+00:00")
+    nbformat.write(nbformat.v4.new_notebook(), folder / "06_x.ipynb")
+    text = report.page(a_summary(told("06_x")), folder)
+    assert "onclick" not in Page(text).attributes
+    links = [link for link in Page(text).found["href"] if not link.startswith("#")]
+    assert len(links) == 1 + 3 * len(names)
+    for link in links:
+        assert link.startswith("./")
+        assert (folder / urllib.parse.unquote(link)).exists()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [400, 1200])
+def test_a_report_fits_a_phone(tmp_path, chromium, width):
+    from playwright.sync_api import sync_playwright
+
+    long = "a_very_long_name_without_any_space_in_it_" * 3
+    results = {long: 12_345_678_901, "x": [0.1] * 40}
+    a_run(tmp_path / long, "06_x", "2026-01-02T03:05:00+00:00")
+    folder = tmp_path / "sequence"
+    folder.mkdir()
+    outcome = told("06_x", results=results, problems=[long * 2], status="failed")
+    whole = a_summary(outcome, told(long), profile=long)
+    (folder / "report.html").write_text(report.page(whole, folder))
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=QUIET)
+        page = browser.new_page(viewport={"width": width, "height": 800})
+        page.goto(f"file://{folder}/report.html")
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        page.locator("td a").first.click()
+        assert page.url.endswith("report.html#n1")
+        browser.close()
 
 
 def test_report_escapes_everything(tmp_path):

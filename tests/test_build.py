@@ -5,6 +5,7 @@ and is then named.
 from __future__ import annotations
 
 import base64
+import contextlib
 import importlib.metadata
 import importlib.util
 import io
@@ -19,6 +20,7 @@ import nbformat
 import pandas
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
+from IPython.core.interactiveshell import InteractiveShell
 from packaging.requirements import Requirement
 from PIL import Image
 
@@ -153,10 +155,10 @@ def test_navigation_and_refreshing():
     assert "→" not in build.nav_source("03_c", NAMES)
 
 
-def test_without_an_address_there_is_no_badge_and_the_guard_says_so(monkeypatch):
+def test_without_an_address_there_is_no_badge(monkeypatch):
     monkeypatch.setattr(build, "repository", lambda: ("", "0.1.0"))
-    assert "not set yet" in build.guard_source()
     assert "http" not in build.nav_source("01_a", NAMES) + build.guard_source()
+    assert "git+" not in build.guard_source()
 
 
 def test_with_an_address_badges_and_install_line_are_made_from_it(monkeypatch):
@@ -176,7 +178,7 @@ def test_with_an_address_badges_and_install_line_are_made_from_it(monkeypatch):
 def test_the_guard_does_nothing_here(monkeypatch, capsys):
     before = set(globals())
     scope: dict = {}
-    exec(build.guard_source(), scope)
+    exec(TransformerManager().transform_cell(build.guard_source()), scope)
     assert capsys.readouterr().out == ""
     # resolve refuses plain values that are no parameter, so the guard may leave none
     assert not [
@@ -187,32 +189,67 @@ def test_the_guard_does_nothing_here(monkeypatch, capsys):
     assert set(globals()) == before
 
 
-def colab_cell(monkeypatch, kit_is_there: bool) -> list[str]:
-    """Run the guard as Colab's kernel would: what %pip was asked to do."""
-    asked: list[str] = []
+class Colab:
+    """The guard's very text, executed by an IPython shell in which `google.colab` is loaded and
+    `%pip` writes down what it was asked to do.
+    """
+
+    def __init__(self, monkeypatch, folder: Path):
+        self.asked: list[str] = []
+        self.here = folder / "content"
+        self.drive = folder / "MyDrive"
+        self.here.mkdir()
+        self.kit_is_there = False
+        monkeypatch.chdir(self.here)
+        monkeypatch.setitem(sys.modules, "google.colab", types.ModuleType("google.colab"))
+        found = importlib.util.find_spec
+
+        def find_spec(name, *more):
+            hidden = name == "qlora_nb" and not self.kit_is_there
+            return None if hidden else found(name, *more)
+
+        monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+
+    def run(self) -> BaseException | None:
+        """What the cell raised, if anything."""
+        source = build.guard_source()
+        assert len(source.splitlines()) <= 25
+        mounted = "/content/drive/MyDrive"
+        if not build.repository()[0]:
+            assert source.count(mounted) == 1
+        shell = InteractiveShell()
+        shell.register_magic_function(self.asked.append, "line", "pip")
+        with contextlib.redirect_stdout(io.StringIO()):
+            done = shell.run_cell(source.replace(mounted, str(self.drive)))
+        left = set(shell.user_ns_hidden.keys() ^ shell.user_ns.keys())
+        self.left = sorted(name for name in left if not name.startswith("_"))
+        return done.error_before_exec or done.error_in_exec
+
+
+@pytest.fixture
+def colab(monkeypatch, tmp_path):
+    monkeypatch.setattr(build, "repository", lambda: ("", "0.1.0"))
+    return Colab(monkeypatch, tmp_path)
+
+
+def wheel(folder: Path, version: str) -> str:
+    """The path of a file that is called as the kit's wheel is."""
+    folder.mkdir(exist_ok=True)
+    path = folder / f"qlora_nb-{version}-py3-none-any.whl"
+    path.touch()
+    return str(path)
+
+
+def asked_for(what: str) -> list[str]:
+    return ["install", "-q", "-c", "/tmp/keep.txt", what]
+
+
+def test_in_colab_the_guard_installs_from_the_address_and_holds_what_runs(colab, monkeypatch):
     monkeypatch.setattr(build, "repository", lambda: ("https://github.com/o/r", "0.1.0"))
-    monkeypatch.setitem(sys.modules, "google.colab", types.ModuleType("google.colab"))
-    found = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util,
-        "find_spec",
-        lambda name, *more: found(name, *more) if kit_is_there or name != "qlora_nb" else None,
-    )
-    shell = types.SimpleNamespace(run_line_magic=lambda name, line: asked.append(f"{name} {line}"))
-    exec(TransformerManager().transform_cell(build.guard_source()), {"get_ipython": lambda: shell})
-    return asked
-
-
-def test_in_colab_the_guard_installs_what_is_missing_and_holds_what_runs(monkeypatch):
-    (asked,) = colab_cell(monkeypatch, kit_is_there=False)
-    assert shlex.split(asked) == [
-        "pip",
-        "install",
-        "-q",
-        "-c",
-        "/tmp/keep.txt",
-        "qlora-nb @ git+https://github.com/o/r@v0.1.0",
-    ]
+    wheel(colab.here, "9.0")  # the address comes first
+    assert colab.run() is None
+    (asked,) = colab.asked
+    assert shlex.split(asked) == asked_for("qlora-nb @ git+https://github.com/o/r@v0.1.0")
     held = Path("/tmp/keep.txt").read_text().splitlines()
     assert held == [
         f"{name}=={importlib.metadata.version(name)}" for name in ("torch", "numpy", "ipywidgets")
@@ -221,8 +258,49 @@ def test_in_colab_the_guard_installs_what_is_missing_and_holds_what_runs(monkeyp
         assert Requirement(line)
 
 
-def test_in_colab_the_guard_installs_once(monkeypatch):
-    assert colab_cell(monkeypatch, kit_is_there=True) == []
+def test_in_colab_the_newest_wheel_is_installed(colab):
+    """By its version, not by its name: 0.10 is newer than 0.9. What a browser calls "(1)" pip would
+    refuse.
+    """
+    wheel(colab.here, "0.9")
+    newest = wheel(colab.here, "0.10.0")
+    (colab.here / "qlora_nb-0.11.0-py3-none-any (1).whl").touch()
+    (colab.here / "other-9.0-py3-none-any.whl").touch()
+    assert colab.run() is None
+    (asked,) = colab.asked
+    assert shlex.split(asked) == asked_for(newest)
+
+
+def test_in_colab_a_wheel_in_a_mounted_drive_is_installed(colab):
+    in_drive = wheel(colab.drive, "0.2.0")
+    assert colab.run() is None
+    wheel(colab.here, "0.1.0")
+    assert colab.run() is None
+    assert [shlex.split(asked) for asked in colab.asked] == [asked_for(in_drive)] * 2
+
+
+def test_in_colab_without_anything_the_guard_says_which_file_to_upload(colab):
+    error = colab.run()
+    assert colab.asked == []
+    assert isinstance(error, FileNotFoundError)  # and Run all stops here
+    assert "Upload qlora_nb-….whl into this folder" in str(error)
+    assert "make dist" in str(error)
+    assert str(error).count(". ") == 1
+
+
+def test_in_colab_the_guard_installs_once(colab):
+    wheel(colab.here, "0.2.0")
+    colab.kit_is_there = True
+    assert colab.run() is None
+    assert colab.asked == []
+
+
+def test_in_colab_the_guard_leaves_no_plain_value(colab):
+    """`resolve` would refuse a plain value that is no parameter."""
+    wheel(colab.here, "0.2.0")
+    assert colab.run() is None
+    assert set(colab.left) <= {"sys", "find_spec", "version", "Path", "parse_wheel_filename"}
+    assert "find_spec" in colab.left
 
 
 def test_notebook_01_says_restart_when_an_install_changed_what_is_loaded(root, monkeypatch, capsys):

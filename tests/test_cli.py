@@ -15,6 +15,7 @@ import tomllib
 from pathlib import Path
 
 import nbformat
+import open_lab as lab
 import pytest
 from typer.testing import CliRunner
 
@@ -119,13 +120,13 @@ def test_lab_says_why_it_cannot_copy(toy, tmp_path):
     folder = toy("01_a", "1")
     (tmp_path / "taken").write_text("")
     with pytest.raises(KitError, match=r"cannot be written.*remove what is in the way"):
-        cli.copy_for_learning(folder, tmp_path / "taken")
+        lab.copy_for_learning(folder, tmp_path / "taken")
     with pytest.raises(KitError, match="no notebooks found"):
-        cli.copy_for_learning(tmp_path / "none", tmp_path / "mine")
+        lab.copy_for_learning(tmp_path / "none", tmp_path / "mine")
     assert not (tmp_path / "mine").exists()
     (folder / "02_b.ipynb").write_text("{")
     with pytest.raises(KitError, match="this is no notebook"):
-        cli.copy_for_learning(folder, tmp_path / "mine")
+        lab.copy_for_learning(folder, tmp_path / "mine")
 
 
 @pytest.mark.fault(11)
@@ -258,11 +259,11 @@ def test_a_learners_copy_is_kept(toy, tmp_path, capsys):
     )
     nbformat.write(notebook, folder / "01_a.ipynb")
     mine = tmp_path / "my_notebooks"
-    assert [p.name for p in cli.copy_for_learning(folder, mine)] == ["01_a.ipynb", "02_b.ipynb"]
+    assert [p.name for p in lab.copy_for_learning(folder, mine)] == ["01_a.ipynb", "02_b.ipynb"]
     copy = nbformat.read(mine / "01_a.ipynb", 4)
     assert all(not c.get("outputs") and c.get("execution_count") is None for c in copy.cells)
     (mine / "01_a.ipynb").write_text("my own work")
-    assert cli.copy_for_learning(folder, mine) == []
+    assert lab.copy_for_learning(folder, mine) == []
     assert (mine / "01_a.ipynb").read_text() == "my own work"
     assert "kept your 01_a.ipynb" in capsys.readouterr().out
 

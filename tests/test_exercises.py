@@ -11,7 +11,7 @@ import re
 
 import nbformat
 import pytest
-from conftest import NOTEBOOKS
+from conftest import NOTEBOOKS, python_of
 
 from qlora_nb.batch import solutions
 from qlora_nb.settings import validate
@@ -36,7 +36,7 @@ def named(name: str, code: str) -> dict[str, object]:
     for cell in CELLS[name]:
         if cell.cell_type != "code":
             continue
-        for line in ast.parse(cell.source).body:
+        for line in ast.parse(python_of(cell)).body:
             if not isinstance(line, ast.Import | ast.ImportFrom):
                 continue
             line.names = [alias for alias in line.names if (alias.asname or alias.name) in used]

@@ -14,7 +14,7 @@ import statistics
 import nbformat
 import pytest
 import torch
-from conftest import NOTEBOOKS, ROOT
+from conftest import NOTEBOOKS, ROOT, python_of
 from transformers import GPTNeoXConfig, RepetitionPenaltyLogitsProcessor
 
 from qlora_nb import recorded
@@ -300,7 +300,7 @@ def test_not_measured_is_said_under_a_condition_only(name):
             assert "not measured" not in cell.source
             assert "not been measured" not in cell.source
             continue
-        tree = ast.parse(cell.source)
+        tree = ast.parse(python_of(cell))
         inside = {
             id(part)
             for choice in ast.walk(tree)

@@ -17,7 +17,7 @@ import nbformat
 import papermill.cli
 import pytest
 from click.testing import CliRunner
-from conftest import NOTEBOOKS, ROOT, Listener
+from conftest import NOTEBOOKS, ROOT, Listener, python_of
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
@@ -67,7 +67,7 @@ def test_no_cell_takes_a_parameters_name_for_something_else(name):
     cells = [
         c for c in nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4).cells if c.cell_type == "code"
     ]
-    others = [c.source for c in cells if "parameters" not in c.metadata.get("tags", [])]
+    others = [python_of(c) for c in cells if "parameters" not in c.metadata.get("tags", [])]
     stored = [
         n for source in others for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Name)
     ]

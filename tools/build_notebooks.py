@@ -63,34 +63,49 @@ def repository() -> tuple[str, str]:
 # -------------------------------------------------------------------------------------------------
 
 
-def guard_source() -> str:
-    """The first cell: installs what is missing in Colab, does nothing elsewhere."""
-    address, version = repository()
-    if address:
-        # torch, numpy and ipywidgets are held at Colab's own versions: a running session does not
-        # survive an upgrade
-        install = f'''    from importlib.metadata import version
-    from pathlib import Path
+HELD = """    # What Colab has stays as it is: a running session does not survive another torch.
+    _held = [f"{name}=={version(name)}\\n" for name in ("torch", "numpy", "ipywidgets")]
+    Path("/tmp/keep.txt").write_text("".join(_held))
+"""
 
-    Path("/tmp/keep.txt").write_text(
-        "".join(f"{{p}}=={{version(p)}}\\n" for p in ("torch", "numpy", "ipywidgets"))
-    )
-    %pip install -q -c /tmp/keep.txt "qlora-nb @ git+{address}@v{version}"'''
+FROM_A_WHEEL = """    from packaging.utils import parse_wheel_filename
+
+    def _release(wheel):
+        return parse_wheel_filename(wheel.name)[1]
+
+    _places = [Path.cwd(), Path("/content/drive/MyDrive")]
+    _wheels = [wheel for place in _places for wheel in place.glob("qlora_nb-*-any.whl")]
+    if not _wheels:
+        raise FileNotFoundError(
+            "Upload qlora_nb-….whl into this folder (Files, on the left) or into your Drive, "
+            "and run this cell again. `make dist` in the kit's repository makes that file."
+        )
+    _wheel = max(_wheels, key=_release)
+"""
+
+
+def guard_source() -> str:
+    """The first cell: in Colab it installs the kit if it is missing, from the repository if its
+    address is set, else from the newest wheel that was uploaded. It does nothing elsewhere.
+    """
+    address, version = repository()
+    imports = "    from importlib.metadata import version\n    from pathlib import Path\n\n"
+    if address:
+        find, what = "", f"qlora-nb @ git+{address}@v{version}"
     else:
-        said = "The repository's address is not set yet: install qlora-nb here by hand."
-        install = f'    print("{said}")'
+        find, what = FROM_A_WHEEL, "{_wheel}"
     return f"""\
 # In Colab this installs the kit if it is missing there; anywhere else it does nothing.
 import sys
 from importlib.util import find_spec
 
 if "google.colab" in sys.modules and find_spec("qlora_nb") is None:
-{install}"""
+{imports}{find}{HELD}    %pip install -q -c /tmp/keep.txt "{what}\""""
 
 
 def nav_source(current: str, names: list[str]) -> str:
-    """Links to the notebooks before and after this one and to all of them; plain links, so opening
-    asks no other host.
+    """Links to the start page, to the notebooks before and after this one and to all of them; plain
+    links, so opening asks no other host.
     """
     i = names.index(current)
     every = " · ".join(
@@ -98,7 +113,7 @@ def nav_source(current: str, names: list[str]) -> str:
     )
     before = f"[← {_spoken(names[i - 1])}]({names[i - 1]}.ipynb) · " if i else ""
     after = f" · [{_spoken(names[i + 1])} →]({names[i + 1]}.ipynb)" if i + 1 < len(names) else ""
-    line = f"{before}{every}{after}"
+    line = f"[start](start.md) · {before}{every}{after}"
     address, version = repository()
     match = re.fullmatch(r"https://github\.com/([^/]+/[^/]+)", address)
     if match:

@@ -26,6 +26,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+import alone
 import hosts
 import nbformat
 import site_check
@@ -384,6 +385,7 @@ def mutation() -> dict:
 CHECKS: dict[str, Callable[[], dict]] = {
     "seeds": seeds,
     "solutions": solutions,
+    "opened_alone": alone.opened_alone,
     "two_threads": two_threads,
     "nbval": nbval,
     "smollm2": smollm2,
