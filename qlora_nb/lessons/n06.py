@@ -33,9 +33,19 @@ def label_mask(ids: list[int], trains: list[bool], tokenizer) -> str:
     return f"{data_report.shown(row)}<p>underlined and green: {count}</p>"
 
 
-def a_chat(turns: list[dict[str, str]], tokenizer) -> HTML:
+A_CHAT = [
+    {"role": "system", "content": "Answer in few words."},
+    {"role": "user", "content": "Where is the river?"},
+    {"role": "assistant", "content": "Behind the park."},
+    {"role": "user", "content": "我能步行去吗?"},
+    {"role": "assistant", "content": "可以。"},
+]
+"""A conversation in two languages; its last question is whether one can walk there."""
+
+
+def a_chat(tokenizer) -> HTML:
     """How a conversation reaches the model, behind a line that unfolds it."""
-    messages = conversations.conversation(turns, asking=False)["messages"]
+    messages = conversations.conversation(A_CHAT, asking=False)["messages"]
     text, spans = chat_templates.text_and_spans(messages, tokenizer, "all")
     ids, trains = chat_templates.encode(text, spans, tokenizer)
     row = data_report.shown(data_report.pieces(ids, trains, tokenizer))
