@@ -66,8 +66,11 @@ def test_the_parts_stand_in_the_order_of_the_english_readme():
         "学完之后",
         "(docs/qlora_layer.png)",
         "before:",
+        "## 快速开始",
         "git clone",
-        "make lab",
+        "\nmake run ",
+        "\nmake lab ",
+        "### 中国大陆的网络",
         "## 十个笔记本",
         "## 使用自己的数据",
         "## 把训练带走",
@@ -78,6 +81,20 @@ def test_the_parts_stand_in_the_order_of_the_english_readme():
     assert places == sorted(places)
     assert "[English](README.md)" in README
     assert "README.zh-CN.md" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_first_screen_says_for_whom_what_and_how():
+    first = README[: README.index("![")]
+    for word in ("学生", "教师", "开发者", "微调一个语言模型", "`make run`", "`make lab`"):
+        assert word in first
+    assert first.count("\n") <= 12
+    assert len(CHINESE.findall(first)) <= 260
+
+
+def test_the_size_of_the_environment_is_that_of_the_install_page():
+    install = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
+    [cpu, cuda] = re.findall(r"环境约 (\d+) GB（CUDA 版约 (\d+) GB）", README)[0]
+    assert f"about {cpu} GB of disk with a CPU build, {cuda} GB with a CUDA one" in install
 
 
 def test_the_table_of_notebooks_is_what_they_say():
@@ -96,7 +113,7 @@ def test_the_table_of_notebooks_is_what_they_say():
 def test_numbers_and_answers_are_those_of_the_english_readme():
     english = (ROOT / "README.md").read_text(encoding="utf-8")
     assert dict(blocks(README, "text")) == dict(blocks(english, "text"))
-    for pattern in (r"[\d.]+ %", r"^\| `(?:t4|full).*\| \D*([\d.]+)\D*$", r"[\d.]+ GiB[^)）]"):
+    for pattern in (r"[\d.]+ ?%", r"^\| `(?:t4|full).*\| \D*([\d.]+)\D*$", r"[\d.]+ GiB[^)）]"):
         numbers = [re.sub(r"[^\d.]", "", n).strip(".") for n in re.findall(pattern, README, re.M)]
         expected = [re.sub(r"[^\d.]", "", n).strip(".") for n in re.findall(pattern, english, re.M)]
         assert numbers == expected
@@ -139,7 +156,9 @@ def test_every_sample_is_read(tmp_path):
         rows = reading.read(str(path), columns)
         assert len(rows.kept) == rows.n_read
         assert CHINESE.search(rows.kept[0]["output"])
-        found.append((tuple(read_table(str(path)).columns), rows.n_read))
+        names, table = read_table(str(path), ())
+        assert len(table) == rows.n_read
+        found.append((tuple(names), rows.n_read))
     assert found == [
         (("instruction", "input", "output"), 3),
         (("问题", "回答", "来源"), 2),
@@ -185,7 +204,8 @@ def test_a_byte_order_mark_does_no_harm(tmp_path):
     [text] = [text for kind, text in blocks(OWN_DATA, "csv")]
     path = tmp_path / "rows.csv"
     path.write_text(text, encoding="utf-8-sig")
-    assert read_table(str(path)).columns[0] == "问题"
+    names, _ = read_table(str(path), ())
+    assert next(iter(names)) == "问题"
 
 
 def test_the_program_is_that_of_the_english_page():
