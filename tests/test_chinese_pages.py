@@ -19,11 +19,15 @@ from test_own_data_page import blocks, output_of
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+from qlora_nb import sources
 from qlora_nb.cli import app
 from qlora_nb.errors import KitError
+from qlora_nb.model import data as model_data
 from qlora_nb.model import reading
+from qlora_nb.model.load import load_tokenizer
 from qlora_nb.model.tables import read_table
 from qlora_nb.pocket import MODEL_DIR
+from qlora_nb.settings import validate
 
 README = (ROOT / "README.zh-CN.md").read_text(encoding="utf-8")
 OWN_DATA = (ROOT / "docs" / "own_data.zh-CN.md").read_text(encoding="utf-8")
@@ -128,7 +132,7 @@ def test_numbers_and_answers_are_those_of_the_english_readme():
 
 @pytest.mark.parametrize("text", [README, OWN_DATA], ids=["README", "own_data"])
 def test_no_address_but_papers_and_a_blank_to_fill_in(text):
-    hosts = set(re.findall(r"https?://([^/\s`)]+)", text))
+    hosts = set(re.findall(r'https?://([^/\s`")]+)', text))
     assert hosts <= {"arxiv.org", "<镜像地址>"}
 
 
@@ -221,6 +225,21 @@ def test_the_program_is_that_of_the_english_page():
     assert [line.replace("钥匙在哪里？", "Where is the key?") for line in code(own)] == code(theirs)
 
 
+@pytest.mark.parametrize("name", ["Qwen/Qwen3-0.6B", "Qwen/Qwen3-0___6B"])
+def test_a_folder_as_modelscope_leaves_it_is_a_model(tmp_path, monkeypatch, capsys, name):
+    assert name.split("/")[1] in OWN_DATA
+    folder = tmp_path / name
+    shutil.copytree(MODEL_DIR, folder)
+    for more in ("configuration.json", ".msc", ".mv"):
+        (folder / more).write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    sources.require_reachable("model", name, "a model")
+    assert "taken from the folder" in capsys.readouterr().out
+    for model_id in (name, folder.as_posix()):
+        tokenizer = load_tokenizer(validate({"model_id": model_id}))
+        assert len(tokenizer) == len(AutoTokenizer.from_pretrained(MODEL_DIR))
+
+
 def test_messages_that_are_quoted_are_the_codes():
     sources = (ROOT / "qlora_nb" / "sources.py").read_text(encoding="utf-8")
     for words in (
@@ -254,6 +273,10 @@ def test_tokens_per_character():
             assert f"{n_tokens / sum(map(len, texts)):.2f}" == ratio
     assert "`max_length=512` 大约容得下 430 个字符" in OWN_DATA
     assert 430 <= 512 / float(rows[0][0]) < 440
+    assert "提示模板还要占去几十个词元" in OWN_DATA
+    for template in model_data.TEMPLATES["alpaca"]:
+        text = template.format(instruction="", input="")
+        assert 20 < len(pythia(text)["input_ids"]) < 60
 
 
 # ---- the glossary ----------------------------------------------------------------------------------
