@@ -344,7 +344,7 @@ def run_until_refused(name: str, **parameters) -> tuple[str, dict]:
             continue
         names["In"].append(cell.source)  # as IPython keeps what was run
         try:
-            exec(compile(cell.source, name, "exec"), names)
+            exec(compile(python_of(cell), name, "exec"), names)
         except KitError as refusal:
             names["refusal"] = refusal
             return cell.source, names
