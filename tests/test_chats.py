@@ -9,6 +9,7 @@ from copy import deepcopy
 from pathlib import Path
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
@@ -515,6 +516,26 @@ def test_a_question_is_asked_as_its_answer_was_trained(name):
     assert trains.index(True) == len(prompt)
     answer = conversations.conversation(CHAT["messages"][:4], asking=True)
     assert data.prompt_ids(answer, tokenizer, "chat") == data.prompt_ids(row, tokenizer, "chat")
+
+
+@pytest.mark.parametrize("name", ["the kit's own", "ChatML"])
+def test_a_tokenizer_that_begins_every_text_adds_nothing_to_what_the_template_wrote(name):
+    """As Llama's does: the template says whether a conversation begins with that token."""
+    tokenizer = with_template(name)
+    tokenizer.bos_token = "<|im_start|>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", tokenizer.bos_token_id)]
+    )
+    tokenizer.chat_template = TEMPLATES[name]
+    chat_templates.give_template(tokenizer)
+    assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id, "otherwise this tests nothing"
+    row = conversations.conversation(CHAT["messages"], False)
+    text, spans = chat_templates.text_and_spans(row["messages"], tokenizer, "all")
+    ids, trains = chat_templates.encode(text, spans, tokenizer)
+    assert tokenizer.decode(ids) == text
+    assert len(trains) == len(ids)
+    prompt = data.prompt_ids(row, tokenizer, "chat")
+    assert ids[: len(prompt)] == prompt
 
 
 def test_an_exchange_in_the_kits_own_template_is_alpacas_short_prompt(tokenizer):

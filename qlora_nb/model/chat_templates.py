@@ -82,7 +82,7 @@ def encode(text: str, spans: Spans, tokenizer: PreTrainedTokenizerBase) -> tuple
     """Token ids of a text, and which of them lie in a stretch that trains, be it in part: as the
     tokenizer's own mask has it.
     """
-    encoded = tokenizer(text, addspecial_tokens=False, return_offsets_mapping=True)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     trains = []
     for begin, end in encoded["offset_mapping"]:
         trains.append(any(start < end and begin < stop for start, stop in spans))
