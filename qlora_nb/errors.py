@@ -37,7 +37,10 @@ class KitError(ValueError):
         self.value = value
         self.allowed = allowed
         self.remedy = remedy
-        got = "" if value is None else f" (got {value!r:.80})"
+        shown = repr(value)
+        if len(shown) > 80:
+            shown = f"{shown[:79]}…"
+        got = "" if value is None else f" (got {shown})"
         text = _sentence(f"{what}{got}")
         if allowed:
             text += _sentence(f" Allowed: {allowed}")

@@ -137,7 +137,7 @@ def require_equal(model_id, folder):
         assert torch.equal(logits_of(model), wanted[False][0])
     assert torch.equal(logits_of(model), wanted[True][0])
     require_equal_losses(model, reference, tokenizer, settings)
-    _base_next, tuned_next, _ = generate.next_tokens(model, tokenizer, ROWS[0], settings)
+    [(_, _, tuned_next, _)] = generate.next_tokens_along(model, tokenizer, ROWS[0], settings, "")
     text = data.prompt_of(ROWS[0], settings.prompt_template)
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
     with torch.no_grad():

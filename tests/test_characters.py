@@ -98,6 +98,11 @@ def test_a_row_is_shown_whole_and_cut_where_training_begins(tokenizer, text):
     assert [shown.removeprefix(" ") for shown, _ in found] == ["was 猫?\n", text]
 
 
+def test_a_row_of_the_embedding_that_belongs_to_no_token_has_no_text(tokenizer):
+    """Embeddings are padded: Pythia's has 50,304 rows for 50,277 tokens, and any can be likely."""
+    assert characters.last([*ids_of(tokenizer, "was"), len(tokenizer) + 3], tokenizer) == ("", 1)
+
+
 def test_a_blank_is_not_lost_between_two_words():
     tokenizer = spelled.with_fallback()
     ids = ids_of(tokenizer, "was was")
@@ -160,7 +165,7 @@ def test_next_tokens_inside_a_character(writer, without_adapter):
         assert len(base) == 3
         assert bits == pytest.approx(0, abs=1e-5)
     assert steps[-1][1][0][0] == "<end>"
-    base, _, _ = generate.next_tokens(model, tokenizer, row, settings)
+    [(_, base, _, _)] = generate.next_tokens_along(model, tokenizer, row, settings, "", k=5)
     assert base[0][0] == cat[0]
     assert not [text for text, _ in base if "\ufffd" in text]
 

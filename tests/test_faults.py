@@ -1239,3 +1239,8 @@ def test_other_errors_are_not_taken_for_memory(monkeypatch):
     monkeypatch.setattr("qlora_nb.model.fetch.fetch_repo", fails)
     done = CliRunner().invoke(cli.app, ["fetch", "someone/model"])
     assert isinstance(done.exception, RuntimeError)
+
+
+def test_a_long_value_is_seen_to_be_cut():
+    assert str(KitError("name", value="a" * 78)) == f"name (got '{'a' * 78}')."
+    assert str(KitError("name", value="a" * 79)) == f"name (got '{'a' * 78}…)."

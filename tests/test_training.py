@@ -452,7 +452,8 @@ def test_base_is_the_model_without_adapter(trained):
     row = dict(data.load(settings)[1][0])
     plain = generate.answer_all(load.load_base(settings), tokenizer, [row], settings)[0]
     assert generate.answer(model, tokenizer, row, settings, tuned=False).text == plain
-    base_top, tuned_top, divergence = generate.next_tokens(model, tokenizer, row, settings)
+    [first] = generate.next_tokens_along(model, tokenizer, row, settings, "")
+    _, base_top, tuned_top, divergence = first
     assert divergence > 0
     assert base_top != tuned_top
 
@@ -461,7 +462,8 @@ def test_along_an_answer_the_first_position_is_the_next_token(trained):
     settings, tokenizer, model, *_ = trained
     row = dict(data.load(settings)[1][0])
     found = generate.next_tokens_along(model, tokenizer, row, settings, "By the river.")
-    base, tuned, bits = generate.next_tokens(model, tokenizer, row, settings)
+    [first] = generate.next_tokens_along(model, tokenizer, row, settings, "", k=5)
+    _, base, tuned, bits = first
     assert found[0][3] == pytest.approx(bits, abs=1e-3)
     assert [t for t, _ in found[0][1]] == [t for t, _ in base[:3]]
     assert [p for _, p in found[0][2]] == pytest.approx([p for _, p in tuned[:3]], abs=1e-4)

@@ -276,18 +276,6 @@ def answer(
     return last
 
 
-def next_tokens(model: PeftModel, tokenizer: PreTrainedTokenizerBase, row: dict, settings):
-    """The five most probable first tokens of base and tuned model, and how far the distributions
-    are apart.
-
-    Returns:
-        (base, tuned, divergence): two lists of (token text, probability) and KL(tuned ‖ base) in
-        bits, over the whole vocabulary.
-    """
-    [(_, base, tuned, divergence)] = next_tokens_along(model, tokenizer, row, settings, "", k=5)
-    return base, tuned, divergence
-
-
 @torch.no_grad()
 def next_tokens_along(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, row: dict, settings, text: str, k: int = 3

@@ -16,6 +16,8 @@ def last(ids: list[int], tokenizer) -> tuple[str, int]:
     whole characters, at most 4. If none do: the bytes of the last one.
     """
     piece = tokenizer.convert_ids_to_tokens(ids[-1])
+    if piece is None:  # an embedding can have more rows than there are tokens
+        return "", 1
     for n_tokens in range(1, 5):
         text = tokenizer.decode(ids[-n_tokens:])
         if "\ufffd" not in text:
