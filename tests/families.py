@@ -192,7 +192,8 @@ def plain_answers(model, tokenizer, settings) -> list[str]:
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
-        texts.append(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True).strip())
+        said = tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
+        texts.append(said.rstrip("\ufffd").strip())  # a last character may be cut off
     return texts
 
 

@@ -112,7 +112,8 @@ def said_by(model, tokenizer, settings):
             **encoded, max_new_tokens=6, do_sample=False, eos_token_id=0, pad_token_id=1
         )
         new = ids[0, encoded["input_ids"].shape[1] :]
-        said.append(tokenizer.decode(new, skip_special_tokens=True).strip())
+        text = tokenizer.decode(new, skip_special_tokens=True)
+        said.append(text.rstrip("\ufffd").strip())  # a last character may be cut off
     return said
 
 
