@@ -41,7 +41,7 @@ from qlora_nb.model import (
 from qlora_nb.progress import Bar
 
 
-def row_of(prompt: str, template: str = "alpaca") -> dict[str, object]:
+def row_of(prompt: str, template: str = "alpaca") -> dict:
     """A prompt as a row: its first line is the instruction, the rest the input; with the template
     "chat" all of it is what the user says.
 
@@ -61,7 +61,7 @@ def row_of(prompt: str, template: str = "alpaca") -> dict[str, object]:
     return {"instruction": instruction, "input": rest.strip()}
 
 
-def chat_row(turns: list[dict[str, str]]) -> dict[str, object]:
+def chat_row(turns: list[dict[str, str]]) -> dict:
     """A conversation to be answered, as a row."""
     found = conversations.conversation(turns, asking=True)
     return {name: found[name] for name in ("instruction", "input", "messages")}
@@ -100,9 +100,7 @@ def tokenize_prompts(
     return encoded.to(model.device)
 
 
-def askable(
-    rows: list[dict], tokenizer, model, settings
-) -> tuple[list[dict], list[dict[str, object]]]:
+def askable(rows: list[dict], tokenizer, model, settings) -> tuple[list[dict], list[dict]]:
     """The rows that can be asked, and the others, each with no `answer` and why (`left_out`), which
     is said too.
     """

@@ -132,7 +132,7 @@ def export(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
-    card: dict[str, object],
+    card: dict,
 ) -> Path:
     """Write safetensors, tokenizer and a model card; plain transformers loads the folder without a
     network.
@@ -154,14 +154,14 @@ def export(
     return folder
 
 
-def write_card(folder: Path, card: dict[str, object]) -> None:
+def write_card(folder: Path, card: dict) -> None:
     """Write `README.md`, the card of a merged model or of an adapter, from `card_facts`."""
     source = Path(__file__).with_name("model_card.md.j2").read_text(encoding="utf-8")
     template = Template(source, undefined=StrictUndefined, trim_blocks=True)
     files.write_atomically(folder / "README.md", template.render(card))
 
 
-def card_facts(adapter: Path, settings, way: str = "") -> dict[str, object]:
+def card_facts(adapter: Path, settings, way: str = "") -> dict:
     """What the card of a model merged in this `way` says, or of the adapter itself: its
     configuration, and the manifest of its run if that lies beside it.
     """

@@ -81,7 +81,7 @@ def as_text(folder: Path) -> str:
     return table(folder).to_string(index=False, na_rep="-", float_format="{:.4g}".format)
 
 
-def _line(record: dict, status: str) -> dict[str, object]:
+def _line(record: dict, status: str) -> dict:
     """What the table takes from one manifest."""
     line = {name: _plain(value) for name, value in record["parameters"].items()}
     line["finished"] = _is_finished(record)

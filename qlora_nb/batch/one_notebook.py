@@ -48,7 +48,7 @@ class Outcome:
     peak_bytes: int = 0
     exit_code: int | None = None
     problems: list[str] = field(default_factory=list)
-    results: dict[str, object] = field(default_factory=dict)
+    results: dict = field(default_factory=dict)
 
 
 def read(path: Path) -> nbformat.NotebookNode:

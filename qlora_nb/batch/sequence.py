@@ -30,11 +30,11 @@ SUMMARY = "summary.json"
 
 
 def run_sequence(
-    parameters: dict[str, object],
+    parameters: dict,
     only: list[str] | None = None,
     notebooks: Path | None = None,
     resume: str = "no",
-) -> dict[str, object]:
+) -> dict:
     """Execute the notebooks in order.
 
     Args:
@@ -170,7 +170,7 @@ def choose(folder: Path | None, only: list[str] | None = None) -> list[Path]:
     return [path for path in there if path.stem.startswith(tuple(only))]
 
 
-def _for_the_notebooks(settings) -> dict[str, object]:
+def _for_the_notebooks(settings) -> dict:
     """The profile and what differs from it; a path of the user's folder is made absolute, for the
     notebooks run in the repository's.
     """
@@ -181,7 +181,7 @@ def _for_the_notebooks(settings) -> dict[str, object]:
     return given
 
 
-def _unfinished(settings, which: str, given: dict[str, object]) -> tuple[Path, dict]:
+def _unfinished(settings, which: str, given: dict) -> tuple[Path, dict]:
     """Folder and record of the sequence to resume: the newest that is not done, or the one that
     `which` names.
 

@@ -89,7 +89,7 @@ def run(
     return folder, done == points.keys()
 
 
-def read_grid(path: Path) -> tuple[dict[str, dict[str, object]], str]:
+def read_grid(path: Path) -> tuple[dict[str, dict], str]:
     """The points of a grid, by name, and the folder that it wants everything written to.
 
     Args:
@@ -121,9 +121,7 @@ def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def filled(
-    name: str, folder: Path, storage: str, points: dict[str, dict[str, object]], grace_s: int
-):
+def filled(name: str, folder: Path, storage: str, points: dict[str, dict], grace_s: int):
     """Optuna's study, with every point in its queue that is not done, waiting or running.
 
     Of several machines that start at once one makes the study; the others wait until it is filled.

@@ -138,7 +138,7 @@ def reconcile(
 class Option:
     """Parameters to change, and the bytes that the change takes off the peak."""
 
-    changes: dict[str, object]
+    changes: dict
     saves: int
     costs: str
 

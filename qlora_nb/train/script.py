@@ -169,7 +169,7 @@ def _named(value: object, name: str) -> str:
     return line
 
 
-def _chat_as_text(messages: list[dict], tokenizer, settings) -> dict[str, object] | None:
+def _chat_as_text(messages: list[dict], tokenizer, settings) -> dict | None:
     """A conversation as the chat template writes it, and which stretches of it train; None if the
     template refuses it.
     """
@@ -178,7 +178,7 @@ def _chat_as_text(messages: list[dict], tokenizer, settings) -> dict[str, object
         return {"text": text, "trains": spans}
 
 
-def _in_order(rows: Dataset, written: list[dict[str, object]]) -> str:
+def _in_order(rows: Dataset, written: list[dict]) -> str:
     """A JSON line for each row of training, for each packed sequence a list of its rows."""
     lines = []
     for number in rows["row"]:

@@ -262,7 +262,7 @@ class QLoRATrainer(Trainer):
         return step
 
 
-def _callback(kind: type, options: dict[str, object]):
+def _callback(kind: type, options: dict):
     """The callback of this class among the options."""
     for callback in options["callbacks"]:
         if isinstance(callback, kind):

@@ -244,7 +244,7 @@ class SideBySide:
         """Begin a new conversation."""
         self.turns = {"base": [], "tuned": []}
 
-    def _row(self, name: str) -> dict[str, object]:
+    def _row(self, name: str) -> dict:
         """What a model is asked: the prompt, or all that was said with it and then the prompt."""
         if not self.goes_on.value:
             return generate.row_of(self.prompt.value, self.settings.prompt_template)
