@@ -265,7 +265,8 @@ def _encode_row(
     elif ids and max(ids) >= n_known:
         unknown = tokenizer.convert_ids_to_tokens(max(ids))
         left_out = f"its text holds {unknown!r}, which the model's embedding has no row for"
-    in_text = [token for token in special if token in "\n".join(texts)]
+    said = "\n".join(texts)
+    in_text = [token for token in special if token in said]
     return {
         "input_ids": kept,
         "labels": [i if train else chunked_loss.IGNORED for i, train in zip(kept, trains)],
