@@ -86,6 +86,7 @@ def pinned_on(version: str) -> dict:
         files = [kit / "tests" / f"{test}.py" for test in TESTS]
         tests = call([python, "-m", "pytest", "-p", "no:cacheprovider", *files], cwd=kit)
     said = {"python": full_version(base), "torch": torch, "tests": closing_line(tests)}
+    said["failed"] = re.findall(r"^FAILED (\S+)", tests.stdout, re.MULTILINE)
     return {**result, **said, "passed": result["passed"] and tests.returncode == 0}
 
 
