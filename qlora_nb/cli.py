@@ -60,13 +60,18 @@ app = typer.Typer(
 TAKES_PARAMETERS = {"allow_extra_args": True, "ignore_unknown_options": True}
 """For commands that take `-p NAME VALUE`: typer has no option of two values that repeats."""
 
-with_parameters = app.command(context_settings=TAKES_PARAMETERS)
+PARAMETERS = (
+    "-p NAME VALUE sets a parameter, as often as needed. All of them with their meaning: "
+    "papermill --help-notebook notebooks/06_finetune_pythia_12b.ipynb"
+)
+
+with_parameters = app.command(context_settings=TAKES_PARAMETERS, epilog=PARAMETERS)
 
 Profile = Annotated[str, typer.Option(help="tiny, smollm2, t4 or full")]
 Processes = Annotated[
     int, typer.Option(min=1, help="share each step among so many: one for each card")
 ]
-Out = Annotated[str, typer.Option(help="folder for everything written [runs]")]
+Out = Annotated[str, typer.Option(help="folder for everything written (else runs)")]
 Shard = Annotated[
     Literal["none", "fsdp"], typer.Option(help="fsdp: each process holds a share of every tensor")
 ]
@@ -81,7 +86,9 @@ def _settings(ctx: typer.Context, profile: str, **options: object):
 
 
 @app.callback()
-def _command(version: Annotated[bool, typer.Option("--version", help="print it")] = False) -> None:
+def _command(
+    version: Annotated[bool, typer.Option("--version", help="print the version")] = False,
+) -> None:
     if version:
         print(f"qlora-nb {__version__}")
         raise typer.Exit
@@ -168,14 +175,14 @@ def plan(
     shard: Shard = "none",
     as_json: Annotated[bool, typer.Option("--json", help="the lines of the peak alone")] = False,
 ) -> int:
-    """Every byte of a run's peak memory before anything is loaded, and what would lower it.
-    Parameters: -p NAME VALUE.
-    """
+    """Every byte of a run's peak memory before anything is loaded, and what would lower it."""
     settings = _settings(ctx, profile, gpu_gib=gpu_gib)
     from qlora_nb.memory import budget, estimates, shares
     from qlora_nb.memory.plan import plan_of
     from qlora_nb.model import configs, linear_layers, probes
 
+    if not configs.pythia_size(settings.model_id):  # a Pythia's shape is known without the hub
+        preflight.require_model(settings)
     config = configs.config_of(settings.model_id)
     on_gpu = True if gpu_gib is not None else None  # None: as on this machine
     shapes = configs.meta_model(config)
@@ -187,7 +194,13 @@ def plan(
         found = {"processes": processes, "shard": shard, "peak": lines, "sent_in_a_step": sent}
         print(json.dumps({**found, "total_bytes": training.total_bytes}))
     elif processes > 1:
-        print(f"{training}\n\neach sends {sent / 2**20:,.1f} MiB in a step")
+        print(f"{training}\n\neach sends {sent / 2**30:,.2f} GiB in a step")
+        if gpu_gib is not None:
+            left_gib = gpu_gib - training.total_gib
+            if left_gib >= 0:
+                print(f"Fine-tuning fits: {left_gib:.2f} of {gpu_gib:g} GiB are left on each card.")
+            else:
+                print(f"Fine-tuning does not fit: {-left_gib:.2f} GiB are missing on each card.")
     else:
         answering = budget.peak(plan_of(settings, False, config, on_gpu))
         print(f"{training}\n\n{answering}\n")
@@ -207,6 +220,10 @@ def plan(
         print(budget.advice(settings, gpu_gib))
         for option in budget.options(settings, config, on_gpu):
             print(f"  option: {option}")
+        if gpu_gib is not None:
+            fit = budget.make_fit(settings, gpu_gib * cards.GIB, config)
+            if fit:
+                settings = fit[0]
         print(settings.papermill_line())
     return int(gpu_gib is not None and training.total_gib > gpu_gib)
 
@@ -218,7 +235,7 @@ def data(
     profile: Profile = "tiny",
 ) -> None:
     """What of a data set trains, what is left out and why, and its first row as the model of the
-    profile sees it. Parameters: -p NAME VALUE.
+    profile sees it.
     """
     settings = _settings(ctx, profile, dataset=name)
     preflight.require_model_and_data(settings)
@@ -235,9 +252,7 @@ def train(
     processes: Processes = 1,
     shard: Shard = "none",
 ) -> int:
-    """Fine-tune as notebook 06 does, without a notebook. Parameters: -p NAME VALUE, as -p resume
-    latest.
-    """
+    """Fine-tune as notebook 06 does, without a notebook; -p resume latest resumes."""
     settings = _settings(ctx, profile)
     if processes == 1:
         from qlora_nb.train import run
@@ -254,14 +269,12 @@ def train(
 def script(
     ctx: typer.Context,
     profile: Profile = "tiny",
-    out: Annotated[str, typer.Option(help="a folder for the files [a new one in runs]")] = "",
+    out: Annotated[str, typer.Option(help="a folder for the files (else a new one in runs)")] = "",
     torchrun: Annotated[
         bool, typer.Option("--torchrun", help="train.py for several processes, as for one")
     ] = False,
 ) -> None:
-    """Write a run as train.py, ask.py and rows.jsonl, which need nothing of this kit. Parameters:
-    -p NAME VALUE.
-    """
+    """Write a run as train.py, ask.py and rows.jsonl, which need nothing of this kit."""
     settings = _settings(ctx, profile)
     preflight.require_model_and_data(settings)
     from qlora_nb.train import script
@@ -278,12 +291,12 @@ def generate(
         str, typer.Option(help="a .txt with a prompt a line, or a data file; else the profile's")
     ] = "",
     out: Annotated[
-        str, typer.Option(help="a .jsonl for the answers; called again it resumes [printed]")
+        str, typer.Option(help="a .jsonl for the answers; called again it resumes (else printed)")
     ] = "",
     base: Annotated[bool, typer.Option("--base", help="without the adapter")] = False,
 ) -> None:
-    """Answer prompts greedily with the tuned model, in batches. Parameters: -p NAME VALUE, as -p
-    adapter runs/…/adapter.
+    """Answer prompts greedily with the tuned model, in batches: with the newest adapter, or
+    -p adapter runs/…/adapter.
     """
     settings = _settings(ctx, profile)
     preflight.refuse_what_cannot_run(settings)
@@ -317,16 +330,17 @@ def generate(
 def run(
     ctx: typer.Context,
     profile: Profile = "tiny",
-    only: Annotated[str, typer.Option(help="beginnings of notebook names, as 03,04")] = "",
+    only: Annotated[
+        str, typer.Option(help="beginnings of notebook names, as 03,04 (else all)")
+    ] = "",
     out: Out = "",
     resume: Annotated[str, typer.Option(help="latest, or a sequence folder to resume")] = "no",
     solved: Annotated[
-        bool, typer.Option("--solutions", help="with the exercises solved; again with --resume")
+        bool,
+        typer.Option("--solutions", help="with every exercise solved (again with --resume)"),
     ] = False,
 ) -> int:
-    """Execute the notebooks in order and write a report. Parameters as papermill takes them: -p
-    NAME VALUE.
-    """
+    """Execute the notebooks in order and write a report."""
     from qlora_nb.batch import sequence, solutions
     from qlora_nb.spellings import parameters
 
@@ -346,13 +360,13 @@ def run(
 
 @app.command()
 def sweep(
-    grid: Annotated[Path, typer.Argument(help="TOML: a table [grid] of lists, a table [fixed]")],
+    grid: Annotated[Path, typer.Argument(help="a TOML file with tables fixed and grid")],
     workers: Annotated[int, typer.Option(min=0, help="runs at a time on this machine")] = 1,
     storage: Annotated[
-        str, typer.Option(help="URL of a database for several machines [SQLite; never on NFS]")
+        str, typer.Option(help="URL of a database for several machines (else SQLite; never on NFS)")
     ] = "",
     out: Out = "",
-    name: Annotated[str, typer.Option(help="of the sweep [made from its points]")] = "",
+    name: Annotated[str, typer.Option(help="of the sweep (else made from its points)")] = "",
     grace: Annotated[
         int, typer.Option(min=1, help="seconds without a sign of life: the worker is dead")
     ] = 60,

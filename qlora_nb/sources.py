@@ -150,7 +150,7 @@ def require_reachable(what: str, name: str, allowed: str) -> None:
             f"the {what} {name} is not in the local cache and {hub_endpoint()} cannot be reached; "
             f"no folder lies at {path} either",
             remedy=(
-                "fetch it ahead on a machine with network (notebook 01, fetch_ahead=True), "
+                "fetch it ahead where there is a network (qlora-nb fetch NAME; data: --dataset), "
                 'or give a local path for it, or use profile="tiny"; '
                 "another address of the hub, such as a mirror's, is set by HF_ENDPOINT"
             ),

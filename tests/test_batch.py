@@ -338,7 +338,7 @@ def test_a_summary_that_is_none_is_no_unfinished_sequence(toy, tmp_path, record)
             sequence.run_sequence(
                 {"output_dir": str(tmp_path / "out")}, notebooks=toy("01_good", "1"), resume=resume
             )
-    with pytest.raises(KitError, match="goes on with the notebooks it began with"):
+    with pytest.raises(KitError, match="resumes with the notebooks it began with"):
         sequence.run_sequence(
             {"output_dir": str(tmp_path / "out")},
             ["01"],

@@ -225,7 +225,7 @@ def test_a_killed_run_is_resumed_by_two(one, killed, tmp_path):
     shutil.copytree(killed[0], tmp_path / "copy")
     done = start(tmp_path / "copy", resume="latest")
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "going on after step 4" in done.stdout
+    assert "resuming after step 4" in done.stdout
     assert adapter_hash(tmp_path / "copy") == adapter_hash(one)
     assert [step["step"] for step in steps(tmp_path / "copy")] == [1, 2, 3, 4, 5, 6]
 

@@ -106,14 +106,14 @@ def lose(run):
 @pytest.mark.parametrize(
     ("hurt", "status", "says"),
     [
-        ("int@7", 0, "going on after step 7"),
-        ("term@7", -signal.SIGTERM, "going on after step 7"),
-        ("kill@7", -signal.SIGKILL, "going on after step 4"),
-        ("kill-in@7", -signal.SIGKILL, "going on after step 4"),
-        ("kill@2", -signal.SIGKILL, "going on after step 0"),
+        ("int@7", 0, "resuming after step 7"),
+        ("term@7", -signal.SIGTERM, "resuming after step 7"),
+        ("kill@7", -signal.SIGKILL, "resuming after step 4"),
+        ("kill-in@7", -signal.SIGKILL, "resuming after step 4"),
+        ("kill@2", -signal.SIGKILL, "resuming after step 0"),
         ("kill-save@8", -signal.SIGKILL, "checkpoint-8 is left out: it has no seal"),
-        ("quota@6", 1, "going on after step 4"),
-        ("oom@7", 1, "going on after step 6"),
+        ("quota@6", 1, "resuming after step 4"),
+        ("oom@7", 1, "resuming after step 6"),
     ],
 )
 def test_a_hurt_run_ends_as_if_nothing_had_happened(drive, tmp_path, whole, hurt, status, says):
@@ -139,7 +139,7 @@ def test_a_disk_that_fills_up_costs_nothing_that_was_written(drive, small_disk, 
     assert runs.status_of(run) in ("failed", "died"), "the last word may have found no room"
     assert seal.newest_checkpoint(run).name == "checkpoint-4"
     (small_disk / "filler").unlink()
-    assert "going on after step 4" in go_on(drive, small_disk, whole)
+    assert "resuming after step 4" in go_on(drive, small_disk, whole)
 
 
 @pytest.mark.fault(16)
@@ -175,7 +175,7 @@ def test_a_damaged_checkpoint_is_left_out_and_the_one_before_taken(
     damage(next((tmp_path / "tiny").iterdir()))
     said = go_on(drive, tmp_path, whole)
     assert f"checkpoint-8 is left out: {says}" in said
-    assert "going on after step 4" in said
+    assert "resuming after step 4" in said
 
 
 @pytest.mark.fault(18)

@@ -194,7 +194,7 @@ def test_a_cell_that_was_stopped_goes_on_when_run_again(tmp_path, capsys):
             assert not checkpoints._stopped_here(run.folder, settings.replace(r=4))
             again = checkpoints.start(settings, "06_cell")
             assert again.folder == run.folder
-            assert "going on with" in capsys.readouterr().out
+            assert "resuming" in capsys.readouterr().out
             run, result = (
                 again,
                 open_cells.finetune(model, tokenizer, rows, settings, again, lambda step: None),

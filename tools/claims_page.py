@@ -177,6 +177,13 @@ def fuzzed(became: dict[str, int]) -> dict[str, int]:
     return {"damaged": sum(became.values()) - odd, "odd": odd}
 
 
+def checks() -> list[str]:
+    """The names of what `make verify` checks, those without a record too."""
+    text = (ROOT / "tools" / "verify.py").read_text(encoding="utf-8")
+    [table] = re.findall(r"^CHECKS.*?= \{\n(.*?)^\}", text, re.MULTILINE | re.DOTALL)
+    return sorted(re.findall(r'^    "(\w+)":', table, re.MULTILINE))
+
+
 def so(fact: object) -> str:
     """Nothing, where a fact holds; an error where it does not.
 
@@ -224,10 +231,12 @@ def render() -> str:
         added,
     )
     helpers += (printed, so, peak_misses, card_misses, baselines, counted_of_litgpt, fuzzed)
-    helpers += (facts_known_by_heart,)
+    helpers += (facts_known_by_heart, checks)
     for helper in helpers:
         world.globals[helper.__name__] = helper
-    return world.get_template(TEMPLATE.name).render(verified=verified())
+    return world.get_template(TEMPLATE.name).render(
+        verified=verified(), notebooks=len(list((ROOT / "notebooks").glob("*.ipynb")))
+    )
 
 
 if __name__ == "__main__":

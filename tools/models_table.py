@@ -32,7 +32,8 @@ when it is loaded; `qlora-nb plan -p model_id …` says within seconds what beco
 - *blocks in 4 bit*: share of the tiny model's weights outside embeddings and head; norms and biases
   are never in 4 bit, experts that are kept in one tensor neither, which is said when a model is
   loaded. In a mixture of experts of real size they are nearly all weights.
-- *max_length*: what happens if it is more than the positions that a model was made for.
+- *max_length*: what happens if it is more than the positions that a model was made for (*said
+  beyond*: it trains, after a warning).
 
 Written by `tools/models_table.py` on {date}: {versions}.
 

@@ -60,7 +60,7 @@ def run_sequence(
     if resume != "no":
         if only:
             raise KitError(
-                "a sequence goes on with the notebooks it began with",
+                "a sequence resumes with the notebooks it began with",
                 value=only,
                 remedy="leave --only or --resume out",
             )
@@ -99,7 +99,7 @@ def run_sequence(
             record.summary["status"] = "failed" if failed else "done"
         except BaseException:
             record.summary["status"] = "interrupted"
-            print(f"go on with: qlora-nb run --resume {folder}")
+            print(f"to resume: qlora-nb run --resume {folder}")
             raise
         finally:
             record.save()
@@ -194,7 +194,7 @@ def _unfinished(settings, which: str, given: dict) -> tuple[Path, dict]:
     record = runs.read_record(folder / SUMMARY) if folder else {}
     if not _is_unfinished(folder, record):
         raise KitError(
-            "there is no unfinished sequence to go on with",
+            "there is no unfinished sequence to resume",
             value=which if which == "latest" else str(folder.absolute()),
             allowed="latest, or a folder sequence-… whose summary.json does not say done",
             remedy="leave --resume out",

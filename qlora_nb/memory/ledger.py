@@ -104,7 +104,7 @@ class Ledger:
     def __repr__(self) -> str:
         text = [self.title]
         for name, size, gib, source in self.table():
-            text.append(f"{name:24} {size:>18,} B {gib:9.3f} GiB  {source}")
+            text.append(f"{name:30} {size:>18,} B {gib:9.3f} GiB  {source}")
         return "\n".join(text)
 
     def _repr_html_(self) -> str:

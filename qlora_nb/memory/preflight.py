@@ -62,9 +62,14 @@ def refuse_what_cannot_run(settings, together: bool = False) -> None:
 def require_model_and_data(settings) -> None:
     """Raise `KitError` if the resolved model or data is not to be had, or cannot be loaded."""
     require_address_space()
+    require_model(settings)
+    sources.require_reachable("dataset", settings.dataset, sources.DATASETS)
+
+
+def require_model(settings) -> None:
+    """Raise `KitError` if the model is neither here nor to be had from the hub."""
     models = "pocket, smollm2, a hub name like EleutherAI/pythia-410m, or a folder"
     sources.require_reachable("model", settings.model_id, models)
-    sources.require_reachable("dataset", settings.dataset, sources.DATASETS)
 
 
 def require_address_space() -> None:
@@ -158,7 +163,7 @@ def refuse_on_cpu(model_id: str, bytes_16_bit: int, here: machine.Machine) -> No
         )
         if here.gpu_remedy:
             remedy = f"{here.gpu_remedy}; {remedy}"
-        remedy += "; allow_slow=True goes on, and says how slow it is"
+        remedy += "; allow_slow=True continues, and says how slow it is"
         raise KitError(what, remedy=remedy)
     _require_memory(model_id, max(need, MIN_FREE_BYTES), here)
 

@@ -122,7 +122,7 @@ def _require_enough(source: reading.Rows, settings) -> None:
         return
     remedy = "bring more rows"
     if n_rows > 1:
-        remedy = f"set eval_rows to {max(1, n_rows // 5)} or bring more rows"
+        remedy = f"set eval_rows to {max(1, n_rows // 5)} (-p eval_rows NUMBER) or bring more rows"
     what = (
         f"the data has {n_rows} usable rows, "
         f"too few for {settings.eval_rows} held-out rows and one to train on"

@@ -68,12 +68,12 @@ def start(settings, notebook: str) -> runs.Run:
         folder = runs.newest(sources.runs_root(settings), is_meant)
     if folder is None:
         if settings.resume == "latest":
-            print("there is no unfinished run to go on with: a new one starts")
+            print("there is no unfinished run to resume: a new one starts")
         return runs.Run(settings, notebook)
     checkpoint = seal.newest_checkpoint(folder)
     if checkpoint:
         require_same(checkpoint, settings)
-    print(f"going on with {folder.name} ({runs.status_of(folder)})")
+    print(f"resuming {folder.name} ({runs.status_of(folder)})")
     return runs.Run(settings, notebook, folder)
 
 

@@ -40,7 +40,7 @@ def together(n: int, arguments: list[str]) -> int:
         if failure.exitcode >= 0:
             return failure.exitcode
         ended = f"process {rank} was ended by {failure.signal_name()}, and with it the others"
-        print(f"qlora-nb: {ended}; -p resume latest goes on", file=sys.stderr)
+        print(f"qlora-nb: {ended}; -p resume latest resumes it", file=sys.stderr)
         return 1
     except SignalException as error:
         return 128 + error.sigval

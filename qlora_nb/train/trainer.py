@@ -207,7 +207,7 @@ class QLoRATrainer(Trainer):
             self._choose_loss(stack)
             stack.push(self.measured.measuring)
             if self.run.resumed:
-                print(f"going on after step {self._rewind(resume_from_checkpoint)}")
+                print(f"resuming after step {self._rewind(resume_from_checkpoint)}")
             ended = retry.train(self, resume_from_checkpoint)
         if self.watch.failure:
             raise KitError(
