@@ -11,6 +11,7 @@ from dataclasses import MISSING, fields
 import nbformat
 import pytest
 import transformers
+from conftest import python_of
 from peft import LoraConfig
 
 from qlora_nb.train.trainer import QLoRATrainer
@@ -80,7 +81,7 @@ def defaults_of(configuration: type) -> dict[str, object]:
 
 def code_cells(root, notebook: str) -> list[str]:
     cells = nbformat.read(root / "notebooks" / f"{notebook}.ipynb", 4).cells
-    return [cell.source for cell in cells if cell.cell_type == "code"]
+    return [python_of(cell) for cell in cells if cell.cell_type == "code"]
 
 
 def calls_in(cells: list[str], name: str) -> list[tuple[ast.Call, list[str]]]:
