@@ -62,7 +62,7 @@ class Settings(
     """Every parameter of the kit, resolved. The text under a field is its description."""
 
     profile: Literal["tiny", "smollm2", "t4", "full"]
-    """which world the notebook runs in"""
+    """which model the notebook runs, and on what machine"""
     model_id: Name
     """pocket, smollm2, a hub name or a local folder"""
     dataset: Name
