@@ -51,9 +51,9 @@ def environment_with(wheel: Path, folder: Path) -> Path:
     """
     hosts.must([sys.executable, "-m", "venv", "--without-pip", folder])
     python = folder / "bin" / "python"
-    hosts.must(
-        [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--quiet", wheel]
-    )
+    install = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet"]
+    # a copy of the kit on this Python's path is no reason to leave the wheel out
+    hosts.must([*install, "--no-deps", "--ignore-installed", wheel])
     [packages] = folder.glob("lib/python*/site-packages")
     # .pth files that lie there, as that of an editable install, are not read along
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
