@@ -22,7 +22,9 @@ from packaging.utils import canonicalize_name
 
 from qlora_nb import cli
 
-EXTRAS = ("lab", "smollm2", "sweep", "site", "test")
+SET_UP = ("lab", "smollm2", "sweep", "test")
+"""What `make setup` installs, and every check before a merge has."""
+EXTRAS = (*SET_UP, "site")
 # Read from Colab's published package list, 2026-08 (Python 3.13); bitsandbytes and papermill are
 # not there.
 COLAB = {
@@ -88,11 +90,20 @@ def test_every_dependency_is_pinned_within_its_range(every, pins, project):
         )
 
 
-def test_pins_are_complete_for_what_is_installed(pins):
+def test_set_up_installs_these_extras_and_the_site_its_own(root):
+    makefile = (root / "Makefile").read_text()
+    installed = re.findall(r'-e "\.\[([\w,]+)\]"', makefile)
+    assert installed == [",".join(SET_UP), "site"]
+
+
+@pytest.mark.parametrize("extras", [SET_UP, ("site",)], ids=["make setup", "make site"])
+def test_pins_are_complete_for_what_is_installed(pins, extras):
     """The closure of the installed packages: what pip would bring along is pinned too."""
     from pin import closure
 
-    missing = set(closure("qlora-nb", EXTRAS)) - set(pins)
+    if extras == ("site",):
+        pytest.importorskip("sphinx", reason="make site installs it")
+    missing = set(closure("qlora-nb", extras)) - set(pins)
     assert not missing, f"make pins: {missing}"
 
 
