@@ -129,7 +129,7 @@ def conda_drift(root, project, pins) -> list[str]:
     way round.
     """
     found, core = [], _ranges(project["dependencies"])
-    for file, extras in (("environment.yml", EXTRAS), ("binder/environment.yml", ("lab",))):
+    for file, extras in (("environment.yml", SET_UP), ("binder/environment.yml", ("lab",))):
         environment = yaml.safe_load((root / file).read_text())
         (pip,) = [d["pip"] for d in environment["dependencies"] if isinstance(d, dict)]
         conda = [

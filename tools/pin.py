@@ -21,7 +21,8 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "constraints.txt"
-EXTRAS = ("lab", "smollm2", "sweep", "site", "test")
+SET_UP = ("lab", "smollm2", "sweep", "test")
+EXTRAS = (*SET_UP, "site")
 AUDITED = ROOT / "docs" / "dependencies.md"
 NOTES = ROOT / "tools" / "pin_notes.md"
 """Written by hand: what is not the newest and why, and which changes mattered."""
@@ -116,7 +117,7 @@ def main() -> None:
         "For a GPU: torch comes from pip, because its Linux wheel brings the CUDA libraries that "
         "bitsandbytes looks for.",
         conda=["python=3.12"],
-        pip=[f"{name}=={pins[name]}" for name in direct(EXTRAS)],
+        pip=[f"{name}=={pins[name]}" for name in direct(SET_UP)],
         kit=True,
     )
     (ROOT / "environment.yml").write_text(text, encoding="utf-8")
