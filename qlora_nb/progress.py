@@ -11,6 +11,8 @@ import sys
 import tqdm.auto
 from tqdm.asyncio import tqdm_asyncio
 
+from qlora_nb import processes
+
 SILENT_S = 2.0
 """Work that takes fewer seconds shows no bar."""
 
@@ -21,6 +23,7 @@ class Bar(tqdm_asyncio):
     """tqdm's text bar, silent for the first seconds."""
 
     def __init__(self, *args, **options):
+        options.setdefault("disable", processes.rank() > 0)  # of several processes one speaks
         options.setdefault("delay", SILENT_S)
         options.setdefault("mininterval", 0.1 if sys.stderr.isatty() else SILENT_S)
         # None is stderr, which JupyterLab paints red

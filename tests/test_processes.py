@@ -18,9 +18,11 @@ import open_cells
 import pytest
 import torch
 from conftest import ROOT
+from peft import PeftModel
 from safetensors.torch import load_file
 
 from qlora_nb import processes
+from qlora_nb.batch import leaderboard
 from qlora_nb.errors import KitError
 from qlora_nb.memory import budget, ledger, shares
 from qlora_nb.memory.plan import plan_of
@@ -37,6 +39,7 @@ GIVEN = {
     "save_steps": 2,
     "sample_steps": 0,
     "optim": "adamw_torch",
+    "eval_rows": 32,
 }
 """Two passes in a step, so that two processes have one each."""
 
@@ -176,6 +179,41 @@ def test_both_count_their_tokens(one, two):
     assert tokens(two[0]) == pytest.approx(tokens(one))
 
 
+def test_the_held_out_loss_is_that_of_the_base_and_of_the_saved_adapter(one, two, two_shards):
+    """Measured anew by plain transformers, a row at a time; two processes and shards agree."""
+    metrics = runs.read_record(only_run(one) / runs.MANIFEST)["metrics"]
+    settings = validate({**GIVEN, "output_dir": str(one)})
+    tokenizer = load.load_tokenizer(settings)
+    rows = data.tokenize_rows(data.load(settings)[1], tokenizer, settings)
+    model = load.load_base(settings)
+    assert metrics["loss_before"] == pytest.approx(plain_loss(model, rows), rel=1e-5)
+    tuned = PeftModel.from_pretrained(model, str(only_run(one) / "adapter"))
+    assert metrics["loss_after"] == pytest.approx(plain_loss(tuned, rows), rel=1e-5)
+    assert metrics["loss_after"] < metrics["loss_before"]
+    for folder, done in (two, two_shards):
+        others = runs.read_record(only_run(folder) / runs.MANIFEST)["metrics"]
+        assert others["loss_before"] == pytest.approx(metrics["loss_before"], rel=1e-6)
+        assert others["loss_after"] == pytest.approx(metrics["loss_after"], rel=1e-5)
+        said = f"{metrics['loss_before']:.3f} before, {metrics['loss_after']:.3f} after"
+        assert done.stdout.count(said) == 1
+    assert leaderboard.table(one)["loss (nats)"].tolist() == [metrics["loss_after"]]
+    card = (only_run(one) / "adapter" / "README.md").read_text()
+    assert f"| loss_after | {metrics['loss_after']:.4g} |" in card
+
+
+@torch.no_grad()
+def plain_loss(model, rows) -> float:
+    """Mean over all labelled tokens, from the model's own loss of each row."""
+    total = 0.0
+    n_tokens = 0
+    for row in rows:
+        n = sum(label != -100 for label in row["labels"][1:])
+        batch = {name: torch.tensor([row[name]]) for name in ("input_ids", "labels")}
+        total += n * model(**batch).loss.item()
+        n_tokens += n
+    return total / n_tokens
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_alone_it_is_the_training_of_notebook_06(dropout, tmp_path):
     settings = validate({**GIVEN, "output_dir": str(tmp_path / "cells"), "lora_dropout": dropout})
@@ -234,6 +272,7 @@ def test_a_stop_asked_of_one_stops_both_after_their_step(tmp_path):
     ended = start(tmp_path, hurt="1:int@3")
     assert "interrupted: " in ended.stdout
     assert runs.status_of(only_run(tmp_path)) == "interrupted"
+    assert "held-out loss" not in ended.stdout
     assert [step["step"] for step in steps(tmp_path)] == [1, 2, 3]
     assert seal.step_of(seal.newest_checkpoint(only_run(tmp_path))) == 3
 

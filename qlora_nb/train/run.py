@@ -19,10 +19,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import TrainingArguments
 
 from qlora_nb import machine, processes
-from qlora_nb.answer import merge
+from qlora_nb.answer import evaluate, merge
 from qlora_nb.errors import KitError
 from qlora_nb.memory import preflight
-from qlora_nb.model import batching, data_report, device, load
+from qlora_nb.model import batching, data, data_report, device, load
 from qlora_nb.record import files, runs, seal
 from qlora_nb.train import attach, callbacks, checkpoints, script, sharded
 from qlora_nb.train.trainer import QLoRATrainer
@@ -40,9 +40,9 @@ OF_THE_TRAINER = {
 """Parameters that `TrainingArguments` takes under the same names."""
 
 
-def _made(settings, shard: str) -> tuple[QLoRATrainer, datasets.Dataset]:
-    """The Trainer of a run, and the texts of its rows. What is refused here, all processes
-    refuse.
+def _made(settings, shard: str) -> tuple[QLoRATrainer, datasets.Dataset, datasets.Dataset]:
+    """The Trainer of a run, the texts of its rows, and the held-out rows as tokens. What is refused
+    here, all processes refuse.
     """
     preflight.refuse_what_cannot_run(settings, together=processes.count() > 1)
     kind = QLoRATrainer
@@ -91,14 +91,16 @@ def _made(settings, shard: str) -> tuple[QLoRATrainer, datasets.Dataset]:
     )
     if settings.lora_dropout:
         torch.manual_seed(settings.seed + processes.rank())  # else all drop the same numbers
-    return trainer, checked.split.train
+    held_out = data.tokenize_rows(checked.split.held_out, tokenizer, settings)
+    return trainer, checked.split.train, held_out
 
 
-def _train(trainer: QLoRATrainer, texts: datasets.Dataset) -> runs.Run:
+def _train(trainer: QLoRATrainer, texts: datasets.Dataset, held_out: datasets.Dataset) -> runs.Run:
     run = trainer.run
     settings = trainer.settings
     adapter = run.folder / "adapter"
     with trainer.guarded():
+        before = _held_out_losses(trainer, held_out)  # of the base, as every B is zero
         trainer.train(resume_from_checkpoint=trainer.newest_checkpoint())
         trainer.save_model(adapter)  # all put it together, the first writes
         if trainer.measured.held:  # not in a run of one step
@@ -107,13 +109,36 @@ def _train(trainer: QLoRATrainer, texts: datasets.Dataset) -> runs.Run:
         if run.writes:
             with files.writing(adapter):
                 seal.write_seal(adapter)
-            merge.write_card(adapter, merge.card_facts(adapter, settings))
-            if not any(getattr(settings, name) for name in script.OF_THE_KIT):
-                tokenizer = trainer.sample.tokenizer
-                targets = trainer.model.peft_config["default"].target_modules
-                rows = trainer.train_dataset
-                script.write(run.folder, settings, tokenizer, rows, texts, targets)
+    if run.manifest["status"] == "done":
+        after = _held_out_losses(trainer, held_out)
+        _say_what_changed(run, before, after)
+    if run.writes:
+        merge.write_card(adapter, merge.card_facts(adapter, settings))
+        if not any(getattr(settings, name) for name in script.OF_THE_KIT):
+            tokenizer = trainer.sample.tokenizer
+            targets = trainer.model.peft_config["default"].target_modules
+            rows = trainer.train_dataset
+            script.write(run.folder, settings, tokenizer, rows, texts, targets)
     return run
+
+
+def _held_out_losses(trainer: QLoRATrainer, held_out: datasets.Dataset) -> torch.Tensor:
+    """As `evaluate.row_losses`; each of several processes computes all of them, and they agree."""
+    trainer.model.eval()
+    return evaluate.row_losses(trainer.model, trainer.sample.tokenizer, held_out)
+
+
+def _say_what_changed(run: runs.Run, before: torch.Tensor, after: torch.Tensor) -> None:
+    """Print and record the held-out loss before and after training."""
+    loss_before = evaluate.mean_loss(before).item()
+    loss_after = evaluate.mean_loss(after).item()
+    run.add(loss_before=loss_before, loss_after=loss_after)
+    low, high = evaluate.loss_interval(after, before)
+    print(
+        f"held-out loss (nats an answer token, {len(after)} rows): {loss_before:.3f} before, "
+        f"{loss_after:.3f} after; change {loss_after - loss_before:+.3f} "
+        f"(95 % of resampled rows: {low:+.3f} to {high:+.3f})"
+    )
 
 
 def _arguments(settings) -> TrainingArguments:
