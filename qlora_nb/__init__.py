@@ -2,7 +2,7 @@
 
 The rooms, each of which imports only from those before it (tests/test_rooms.py):
 
-- `errors`, `pythia`, `cards`, `machine`, `processes`, `pocket`, `progress`, `sources`, `recorded`:
+- `errors`, `pythia`, `cards`, `processes`, `machine`, `pocket`, `progress`, `sources`, `recorded`:
   the ground. Refusals, model sizes, this machine, the others of one run, the small model that
   ships, what a name stands for.
 - `spellings`, `settings`: how people write values; every parameter, its check and its default in

@@ -62,7 +62,7 @@ TAKES_PARAMETERS = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 PARAMETERS = (
     "-p NAME VALUE sets a parameter, as often as needed. All of them with their meaning: "
-    "papermill --help-notebook notebooks/06_finetune_pythia_12b.ipynb"
+    "docs/parameters.md"
 )
 
 with_parameters = app.command(context_settings=TAKES_PARAMETERS, epilog=PARAMETERS)
@@ -177,55 +177,10 @@ def plan(
 ) -> int:
     """Every byte of a run's peak memory before anything is loaded, and what would lower it."""
     settings = _settings(ctx, profile, gpu_gib=gpu_gib)
-    from qlora_nb.memory import budget, estimates, shares
-    from qlora_nb.memory.plan import plan_of
-    from qlora_nb.model import configs, linear_layers, probes
+    from qlora_nb.memory import plan_report
 
-    if not configs.pythia_size(settings.model_id):  # a Pythia's shape is known without the hub
-        preflight.require_model(settings)
-    config = configs.config_of(settings.model_id)
-    on_gpu = True if gpu_gib is not None else None  # None: as on this machine
-    shapes = configs.meta_model(config)
-    linear_layers.require_four_bit(shapes)
-    probes.require_positions(shapes, settings.max_length)
-    step, training, sent = shares.planned(settings, processes, shard, config, on_gpu)
-    if as_json:
-        lines = {line.name: line.bytes for line in training.lines}
-        found = {"processes": processes, "shard": shard, "peak": lines, "sent_in_a_step": sent}
-        print(json.dumps({**found, "total_bytes": training.total_bytes}))
-    elif processes > 1:
-        print(f"{training}\n\neach sends {sent / 2**30:,.2f} GiB in a step")
-        if gpu_gib is not None:
-            left_gib = gpu_gib - training.total_gib
-            if left_gib >= 0:
-                print(f"Fine-tuning fits: {left_gib:.2f} of {gpu_gib:g} GiB are left on each card.")
-            else:
-                print(f"Fine-tuning does not fit: {-left_gib:.2f} GiB are missing on each card.")
-    else:
-        answering = budget.peak(plan_of(settings, False, config, on_gpu))
-        print(f"{training}\n\n{answering}\n")
-        n_bytes = sources.download_bytes(settings.model_id)
-        size = f"{n_bytes / 1e9:.1f} GB" if n_bytes else "nothing, or known only to the hub"
-        print(f"download and disk: {size}")
-        host_gib = estimates.host_bytes(config) / 2**30
-        print(f"host memory while loading onto a GPU: {host_gib:.1f} GiB (assumed)")
-        if gpu_gib is None:
-            seconds = estimates.step_seconds(step)
-            how = "about {:.2g} h here: operations and unpacking by this device's measured rates"
-        else:
-            seconds = estimates.step_flops(step) / estimates.T4_OPERATIONS_PER_S
-            how = "at least {:.2g} h on a T4: operations over a quarter (assumed) of its rate"
-        hours = settings.max_steps * seconds / 3600
-        print(f"time: {settings.max_steps} steps take {how.format(hours)}")
-        print(budget.advice(settings, gpu_gib))
-        for option in budget.options(settings, config, on_gpu):
-            print(f"  option: {option}")
-        if gpu_gib is not None:
-            fit = budget.make_fit(settings, gpu_gib * cards.GIB, config)
-            if fit:
-                settings = fit[0]
-        print(settings.papermill_line())
-    return int(gpu_gib is not None and training.total_gib > gpu_gib)
+    fits = plan_report.show(settings, gpu_gib, processes, shard, as_json)
+    return int(not fits)
 
 
 @with_parameters
@@ -241,8 +196,7 @@ def data(
     preflight.require_model_and_data(settings)
     from qlora_nb.model import data_report, load
 
-    every_row = settings.replace(train_rows=10**9, max_steps=10**9)
-    print(data_report.check(every_row, load.load_tokenizer(settings)))
+    print(data_report.check(settings, load.load_tokenizer(settings), every_row=True))
 
 
 @with_parameters
@@ -299,7 +253,6 @@ def generate(
     -p adapter runs/…/adapter.
     """
     settings = _settings(ctx, profile)
-    preflight.refuse_what_cannot_run(settings)
     from qlora_nb.answer import adapters, generate, prompt_files
     from qlora_nb.model import load
 
@@ -307,6 +260,7 @@ def generate(
         folder, where_from = adapters.find_adapter(settings)
         print(where_from)
         settings = adapters.asked_as_trained(settings, folder)
+    preflight.refuse_what_cannot_run(settings)
     if prompts:
         rows = prompt_files.read_rows(prompts, settings.columns, settings.prompt_template)
     else:
@@ -324,6 +278,28 @@ def generate(
     answers = generate.answer_all(model, tokenizer, rows, settings)
     for row, text in zip(rows, answers, strict=True):
         print(f"{row['instruction']}\n    {text!r}")
+
+
+@with_parameters
+def merge(
+    ctx: typer.Context,
+    out: Annotated[str, typer.Option(help="the folder to write; what lies there is replaced")],
+    profile: Profile = "tiny",
+) -> None:
+    """Write base and adapter as one plain model, without bitsandbytes: the newest adapter, or
+    -p adapter runs/…/adapter.
+    """
+    settings = _settings(ctx, profile)
+    from qlora_nb.answer import adapters, merge
+    from qlora_nb.model import load
+
+    folder, where_from = adapters.find_adapter(settings)
+    print(where_from)
+    settings = adapters.asked_as_trained(settings, folder)
+    preflight.refuse_what_cannot_run(settings)
+    model = merge.merged(settings, folder)
+    card = merge.card_facts(folder, settings, "dequantized")
+    print(merge.export(model, load.load_tokenizer(settings), sources.local_path(out), card))
 
 
 @with_parameters

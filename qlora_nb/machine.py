@@ -18,7 +18,7 @@ import psutil
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from qlora_nb import cards
+from qlora_nb import cards, processes
 
 
 @dataclass(frozen=True)
@@ -104,11 +104,11 @@ def gpus() -> tuple[cards.Gpu, ...]:
 
 
 def card(here: Machine | None = None) -> cards.Gpu | None:
-    """The one card that everything is computed on, torch's cuda:0; None without one.
-    CUDA_VISIBLE_DEVICES chooses another.
+    """The one card that this process computes on, torch's cuda:0 unless it is one of several; None
+    without one. CUDA_VISIBLE_DEVICES chooses another.
     """
     found = here.gpus if here else gpus()
-    return found[0] if found else None
+    return found[processes.card()] if found else None
 
 
 def _cpu_name() -> str:

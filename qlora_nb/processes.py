@@ -30,6 +30,13 @@ def rank() -> int:
     return group.get_rank() if group else 0
 
 
+def card() -> int:
+    """The number of this process's card: of several on one machine each has its own, which its
+    launcher numbers (`LOCAL_RANK`).
+    """
+    return int(os.environ.get("LOCAL_RANK", "0")) if count() > 1 else 0
+
+
 def gathered(value: object) -> list:
     """The values that all processes give, by rank. All must ask, and equally often."""
     group = _group()

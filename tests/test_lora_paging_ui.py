@@ -100,7 +100,7 @@ def test_paging_widgets(pythia, r, gib):
     plain, paged = (
         step_sizes.longest_pass(pythia, r, int(gib * 2**30), paged=p) for p in (False, True)
     )
-    usual, spike = int(0.95 * plain), plain + max(1, (paged - plain) // 2)
+    usual, spike = int(0.98 * plain), plain + max(1, (paged - plain) // 2)
     steps = [
         step_sizes.step_sizes(pythia, r, tokens)
         for tokens in (usual, usual, usual, spike, usual, usual)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ORDER = (
-    *("errors", "pythia", "cards", "machine", "processes", "pocket", "progress", "sources"),
+    *("errors", "pythia", "cards", "processes", "machine", "pocket", "progress", "sources"),
     *("recorded", "spellings", "settings", "theory", "record", "model", "memory", "answer"),
     *("train", "batch", "ui", "lessons", "cli"),
 )

@@ -91,12 +91,18 @@ def _require_files(folder: Path) -> None:
 
 
 def asked_as_trained(settings, folder: Path):
-    """The settings with the prompt template that an adapter of this kit was trained with, as its
-    run's record says it; a change is printed. A model that is asked in another form than it was
-    trained in answers worse.
+    """The settings with the base and the prompt template that an adapter of this kit was trained
+    with, as its run's record says it; a change is printed. On another base its numbers mean
+    nothing, and a model that is asked in another form than it was trained in answers worse. A base
+    that is set to another than the profile's stays.
     """
     manifest, _ = runs.manifest_of(folder.parent)
-    template = manifest.get("parameters", {}).get("prompt_template", settings.prompt_template)
+    trained = manifest.get("parameters", {})
+    base = str(trained.get("model_id", settings.model_id))
+    if base != settings.model_id and "model_id" not in settings.changed():
+        print(f"this adapter was trained on model_id={base}, which is taken")
+        settings = settings.replace(model_id=base)
+    template = trained.get("prompt_template", settings.prompt_template)
     if template == settings.prompt_template or template not in ("chat", *data.TEMPLATES):
         return settings
     print(f"this adapter was trained with prompt_template={template}, and is asked so")

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from qlora_nb import pocket, sources
+from qlora_nb import pocket
 from qlora_nb.answer import adapters, evaluate
-from qlora_nb.model import device
+from qlora_nb.model import configs, device
 from qlora_nb.model.linear_layers import dense_weight, linear_layers
 
 N_STORIES = 24
@@ -142,8 +142,9 @@ def comparison_settings(settings):
     """
     on_gpu = device.on_gpu()
     free = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available
-    # A size that only the hub knows is not judged.
-    needed = (2 if on_gpu else 4) * (sources.download_bytes(settings.model_id) or 0)
+    shapes = configs.meta_model(configs.config_of(settings.model_id))
+    n_weights = sum(weight.numel() for weight in shapes.parameters())
+    needed = 2 * n_weights * (2 if on_gpu else 4)  # in 16 bit, on a CPU in 32
     if needed < 0.8 * free:
         return settings
     sizes = f"needs {needed / 2**30:.1f} GiB, free are {free / 2**30:.1f}"

@@ -86,6 +86,8 @@ def _line(record: dict, status: str) -> dict:
     line = {name: _plain(value) for name, value in record["parameters"].items()}
     line["finished"] = _is_finished(record)
     line["started"] = str(record.get("started"))
+    if status == "done":
+        status = "done, not measured"
     line["unfinished"] = "" if line["finished"] else f"seed {line.get('seed')} {_plain(status)}"
     for name, column in MEASURES.items():
         measured = record["metrics"].get(name)

@@ -120,17 +120,17 @@ def _start_papermill(source: Path, folder: Path, log: Path, results: Path) -> su
     environment = {**os.environ, "QLORA_NB_RESULTS": str(results), "PYTHONUNBUFFERED": "1"}
     with open(log, "wb") as stderr:
         streams = {"stdout": subprocess.DEVNULL, "stderr": stderr}
-        return start(command, signal.SIGKILL, env=environment, cwd=root, **streams)
+        return start(command, "SIGKILL", env=environment, cwd=root, **streams)
 
 
-def start(command: list[str], number: signal.Signals, **options: object) -> subprocess.Popen:
+def start(command: list[str], name: str, **options: object) -> subprocess.Popen:
     """Start a program that hears of Ctrl-C through this process alone. If this process is killed,
-    Linux sends it the signal `number`. The options are those of `Popen`.
+    Linux sends it the signal of this name. The options are those of `Popen`.
     """
 
     def end_with_parent() -> None:
         pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, number)
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.Signals[name])
 
     return subprocess.Popen(
         command,

@@ -13,6 +13,7 @@ run; other parameters are refused.
 import json
 import signal
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -222,8 +223,12 @@ def _advice(settings) -> str:
     """What a run whose kernel died was predicted to need, and what would lower it."""
     from qlora_nb.memory import budget
 
-    options = budget.options(settings)[:1]
-    return f"{budget.advice(settings, None)} Next option: {options}"
+    said = ""
+    with suppress(KitError):  # a family that cannot be planned
+        said = budget.advice(settings, None)
+        for option in budget.options(settings)[:1]:
+            said += f" Next option: {option}"
+    return said
 
 
 def end(number: int) -> None:

@@ -17,7 +17,6 @@ import itertools
 import json
 import multiprocessing
 import re
-import signal
 import sys
 import time
 import tomllib
@@ -68,7 +67,6 @@ def run(
     name = name or _digest(sorted(points))
     parent = sources.local_path(out) if out else sources.project_root() / sources.local_path(wanted)
     folder = parent.absolute() / f"sweep-{name}"
-    storage = storage or f"sqlite:///{folder}/study.db?timeout=60"  # seconds, while another writes
     one_notebook.require_own_kernel()
     remedy = "pip install 'qlora-nb[sweep]'; docs/scale.md has URLs of databases and their drivers"
     with refusing("this sweep cannot begin", value=str(folder), remedy=remedy):
@@ -127,6 +125,12 @@ def filled(name: str, folder: Path, storage: str, points: dict[str, dict], grace
     Of several machines that start at once one makes the study; the others wait until it is filled.
     """
     optuna = _optuna()
+    if not storage:
+        import sqlalchemy  # comes with Optuna
+
+        wait = {"timeout": "60"}  # seconds, while another worker writes
+        storage = sqlalchemy.URL.create("sqlite", database=f"{folder}/study.db", query=wait)
+        storage = storage.render_as_string()
     with FileLock(folder / ".lock"):
         database = optuna.storages.RDBStorage(
             storage,
@@ -241,7 +245,7 @@ def _run_notebook(given: dict, folder: Path, is_lost: Callable[[], bool]) -> Non
     for name, value in {**given, "output_dir": str(folder), "resume": "latest"}.items():
         command += ["-p", name, value if isinstance(value, str) else json.dumps(value)]
     with open(folder / "run.log", "ab") as log:
-        process = one_notebook.start(command, signal.SIGTERM, stdout=log, stderr=log)
+        process = one_notebook.start(command, "SIGTERM", stdout=log, stderr=log)
     try:
         while process.poll() is None and not is_lost():
             time.sleep(1)

@@ -57,6 +57,7 @@ def explain(error: BaseException, settings, model, optimizer) -> KitError:
     remedy = "choose a smaller model, or close other programs"
     with suppress(Exception):  # a family whose activations cannot be counted: no option is named
         remedy = str(budget.options(settings, model.config)[0])
-    asked = str(error).split("GPU ")[0].splitlines()[0].strip().rstrip(".")[:120]
+    said = str(error).split("GPU ")[0].strip() or type(error).__name__
+    asked = said.splitlines()[0].rstrip(".")[:120]
     what = f"memory ran out ({asked}); held at that moment {held.total_gib:.2f} GiB: {parts}"
     return KitError(what, remedy=remedy)

@@ -155,7 +155,8 @@ def refuse_on_cpu(model_id: str, bytes_16_bit: int, here: machine.Machine) -> No
             gpu = f"no GPU that can be used ({here.gpu_problem})"
         what = (
             f"{model_id} needs a GPU: {bytes_16_bit / 2e9:.1f} billion parameters, "
-            f"{need / cards.GIB:.1f} GiB in 4 bit for the weights alone; this machine has {gpu}, "
+            f"more than {need / cards.GIB:.1f} GiB in 4 bit for the weights alone; "
+            f"this machine has {gpu}, "
             f"{here.n_cores} CPU cores and {here.ram_bytes / cards.GIB:.1f} GiB of memory"
         )
         remedy = (
@@ -204,9 +205,12 @@ def tell_how_slow(settings, here: machine.Machine) -> None:
     _require_memory(settings.model_id, max(loading, training), here)
 
 
-def require_fit(settings, here: machine.Machine, train: bool = True) -> None:
+def require_fit(
+    settings, here: machine.Machine, train: bool = True, n: int = 1, shard: str = "none"
+) -> None:
     """Refuse, before anything is downloaded, what cannot fit the GPU that is used; names the
-    options that make it fit.
+    options that make it fit. Of `n` processes that train together each has a card of its own; where
+    it keeps a share (`shard`), it holds the whole base before.
 
     The prediction is compared with what can be had of the card: all but the driver's part and what
     other programs hold. What this process holds counts as free, so that a cell can be run again.
@@ -223,22 +227,16 @@ def require_fit(settings, here: machine.Machine, train: bool = True) -> None:
     gpu = machine.card(here)
     if gpu is None:
         return
-    from qlora_nb.memory import budget  # loads torch: not before it is needed
-    from qlora_nb.memory.plan import plan_of
+    from qlora_nb.memory.plan import plan_of  # loads torch: not before it is needed
 
     plan = plan_of(settings, train, on_gpu=True)
     limit = gpu.usable_bytes
-    needed = budget.peak(plan).total_bytes
+    needed = _needed_by_each(settings, plan, n, shard)
     if needed <= limit:
         return
-    fit = budget.make_fit(settings, limit, plan.config) if train else None
-    largest = budget.largest_pythia(settings, limit, train, with_options=train)
-    if fit:
-        remedy = "; ".join(map(str, fit[1]))
-    elif largest:
-        remedy = f'model_id="EleutherAI/pythia-{largest[0]}" fits'
-    else:
-        remedy = 'profile="tiny" runs anywhere'
+    remedy = "take more processes, fewer rows in a pass or a smaller model: qlora-nb plan"
+    if n == 1:
+        remedy = _what_fits(settings, plan, limit)
     kind = "fine-tuning" if train else "answering"
     what = (
         f"{settings.model_id} does not fit this GPU: {kind} is predicted to need "
@@ -252,3 +250,27 @@ def require_fit(settings, here: machine.Machine, train: bool = True) -> None:
         if needed <= limit + gpu.others_bytes:
             remedy = f"close the other programs on this GPU (nvidia-smi lists them); or {remedy}"
     raise KitError(what, remedy=remedy)
+
+
+def _needed_by_each(settings, plan, n: int, shard: str) -> int:
+    """Bytes at the peak of each of `n` processes."""
+    from qlora_nb.memory import budget, ledger, shares
+
+    if n == 1:
+        return budget.peak(plan).total_bytes
+    _, peak, _ = shares.planned(settings, n, shard, plan.config, on_gpu=True)
+    base = ledger.predict(replace(plan, r=0)).total_bytes
+    return max(peak.total_bytes, base + cards.CONTEXT_BYTES)
+
+
+def _what_fits(settings, plan, limit: int) -> str:
+    """The options that make a plan fit a card of so many bytes, or a model that does."""
+    from qlora_nb.memory import budget
+
+    fit = budget.make_fit(settings, limit, plan.config) if plan.train else None
+    if fit:
+        return "; ".join(map(str, fit[1]))
+    largest = budget.largest_pythia(settings, limit, plan.train, with_options=plan.train)
+    if largest:
+        return f'model_id="EleutherAI/pythia-{largest[0]}" fits'
+    return 'profile="tiny" runs anywhere'

@@ -57,13 +57,19 @@ class Report:
         return f"{table.to_html()}<ul>{remarks}</ul>{shown(self.first_row)}"
 
 
-def check(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Report:
-    """Read, check, split and tokenize the data of these settings.
+def check(
+    settings: Settings, tokenizer: PreTrainedTokenizerBase, every_row: bool = False
+) -> Report:
+    """Read, check, split and tokenize the data of these settings: the rows that their steps will
+    see, or `every_row`.
 
     Raises:
         KitError: see `data.split`; or no row is left.
     """
-    split = data.split(settings)
+    wanted = settings
+    if every_row:
+        wanted = settings.replace(train_rows=10**9, max_steps=10**9)
+    split = data.split(wanted)
     encoded = data.encode_rows(split.train, tokenizer, settings)
     usable = data.usable(encoded, settings)
     lengths = [len(ids) for ids in usable["input_ids"]]
@@ -78,7 +84,7 @@ def check(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Report:
         "rows read": n_read,
         "rows left out": n_left_out,
         "rows held out": len(split.held_out),
-        "rows to train on in this run": len(usable),
+        "rows to train on": len(usable),
         "rows cut to max_length": sum(n > 0 for n in n_lost),
         "tokens lost by that": sum(n_lost),
         "duplicate rows": split.n_duplicates,
@@ -90,6 +96,10 @@ def check(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Report:
     }
     first_row = pieces(usable[0]["input_ids"], trains[0], tokenizer)
     remarks = split.remarks() + data.remarks(encoded)
+    if not settings.packing:
+        epochs = settings.max_steps * settings.rows_in_a_step / len(usable)
+        steps = f"{settings.max_steps} steps of {settings.rows_in_a_step} rows"
+        remarks.append(f"{steps} are {epochs:.1f} epochs: so often each of these rows is seen")
     if "messages" in split.train.column_names:
         settings = settings.replace(prompt_template="chat")
     return Report(split, settings, usable, counts, remarks, first_row)

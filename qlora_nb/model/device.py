@@ -5,8 +5,6 @@ float16 alone. On a CPU float32 is no waste: without AVX512-BF16 units bfloat16 
 times slower there.
 """
 
-import os
-
 import torch
 
 from qlora_nb import cards, machine, processes
@@ -34,9 +32,7 @@ def compute_device() -> torch.device:
         )
     if not on_gpu():
         return torch.device("cpu")
-    # of several processes each has a card, which its launcher numbers
-    number = int(os.environ.get("LOCAL_RANK", "0")) if processes.count() > 1 else 0
-    return torch.device("cuda", number)
+    return torch.device("cuda", processes.card())
 
 
 def compute_dtype(choice: str = "auto") -> torch.dtype:

@@ -52,10 +52,11 @@ def train(trainer, checkpoint: Path | None) -> TrainOutput:
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory.freed_memory_of(error):
                 raise
-            alone = processes.count() == 1  # of several the others wait inside the step
-            if settings.per_device_train_batch_size == 1 or not alone:
+            # of several processes the others wait inside the step; before it nothing is smaller
+            can_save = watch.begun and processes.count() == 1
+            if settings.per_device_train_batch_size == 1 or not can_save:
                 refusal = out_of_memory.explain(error, settings, trainer.model, trainer.optimizer)
-                if alone and not watch.updating:
+                if can_save and not watch.updating:
                     trainer.save_now()
                 raise refusal from error
         finally:

@@ -11,6 +11,7 @@ collective call, so what one of them is told (stop, an error) ends all.
 import io
 import os
 import sys
+import time
 from contextlib import redirect_stdout
 
 import datasets
@@ -39,6 +40,11 @@ OF_THE_TRAINER = {
 }
 """Parameters that `TrainingArguments` takes under the same names."""
 
+LET_THE_FIRST_SPEAK_S = 10
+"""What is refused, mostly all refuse. The first process says so, and its end ends the others; only
+where it does not another one speaks.
+"""
+
 
 def _made(settings, shard: str) -> tuple[QLoRATrainer, datasets.Dataset, datasets.Dataset]:
     """The Trainer of a run, the texts of its rows, and the held-out rows as tokens. What is refused
@@ -53,7 +59,8 @@ def _made(settings, shard: str) -> tuple[QLoRATrainer, datasets.Dataset, dataset
     checked = data_report.check(settings, tokenizer)
     print(checked)
     settings = checked.settings
-    preflight.require_fit(settings, machine.this_machine())
+    preflight.require_fit(settings, machine.this_machine(), n=processes.count(), shard=shard)
+    processes.wait()  # all have looked at their card before one loads
     if processes.rank():
         processes.wait()  # the first makes the 4-bit copy that the others read
     model = load.load_base(settings)
@@ -111,7 +118,8 @@ def _train(trainer: QLoRATrainer, texts: datasets.Dataset, held_out: datasets.Da
                 seal.write_seal(adapter)
     if run.manifest["status"] == "done":
         after = _held_out_losses(trainer, held_out)
-        _say_what_changed(run, before, after)
+        if run.writes:
+            _say_what_changed(run, before, after)
     if run.writes:
         merge.write_card(adapter, merge.card_facts(adapter, settings))
         if not any(getattr(settings, name) for name in script.OF_THE_KIT):
@@ -190,6 +198,17 @@ def _say(step: dict) -> None:
         print(f"{done}: loss {step['loss']:.3f}, {step['seconds_left']:.0f} s left")
 
 
+def _take_own_card(number: int) -> None:
+    n_cards = torch.cuda.device_count()
+    if number >= n_cards:
+        raise KitError(
+            "every process needs a card of its own",
+            value=f"{number + 1} processes or more",
+            allowed=f"--processes {n_cards} at most",
+        )
+    torch.cuda.set_device(number)
+
+
 def in_this_process(settings, shard: str = "none") -> int:
     """Train as what this process is, alone or one of those that torchrun started: from the first
     step or with `resume` from a checkpoint, in the folder of a run of notebook 06.
@@ -205,7 +224,7 @@ def in_this_process(settings, shard: str = "none") -> int:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         if device.on_gpu():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            _take_own_card(int(os.environ["LOCAL_RANK"]))
         torch.distributed.init_process_group(backend())  # all come here, or none goes on
     elif shard != "none":
         raise KitError("one process has nobody to share with", remedy="--processes 2 or more")
@@ -215,7 +234,7 @@ def in_this_process(settings, shard: str = "none") -> int:
             made = _made(settings, shard)
         except KitError:
             if processes.rank():
-                return 2  # the first says why
+                time.sleep(LET_THE_FIRST_SPEAK_S)
             raise
         run = _train(*made)
         print(f"{run.manifest['status']}: {run.folder}")

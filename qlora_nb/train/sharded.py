@@ -31,13 +31,18 @@ TORCH = Version("2.13")
 """The first with which bytes (uint8) were sharded here; 2.8 crashed."""
 
 
+def is_new_enough() -> bool:
+    """Whether this torch shards bytes."""
+    return Version(torch.__version__).release >= TORCH.release
+
+
 def require_able(settings) -> None:
     """Refuse what this torch, these cards or these options cannot do under `fully_shard`.
 
     Raises:
         KitError: names torch's version, or the parameter.
     """
-    if Version(torch.__version__).release < TORCH.release:
+    if not is_new_enough():
         raise KitError(
             "this torch cannot shard 4-bit weights",
             value=torch.__version__,

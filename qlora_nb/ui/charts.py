@@ -20,12 +20,18 @@ PARTS = style.TABLES["parts"]
 
 
 @style.draws
-def memory_bars(ax, ledgers: dict[str, ledger.Ledger], limit_gib: float | None = None) -> str:
-    """Peak memory as stacked bars, beside the size of a card if there is one.
+def memory_bars(
+    ax,
+    ledgers: dict[str, ledger.Ledger],
+    limit_gib: float | None = None,
+    what: str = "peak memory",
+) -> str:
+    """Memory as stacked bars, beside the size of a card if there is one.
 
     Args:
         ledgers: label of the bar → ledger. MiB are drawn if the largest is at most half a GiB.
         limit_gib: memory of the card (GiB).
+        what: the bars show.
 
     Returns:
         What does not fit the card; without a card, the largest part of the largest bar.
@@ -39,7 +45,7 @@ def memory_bars(ax, ledgers: dict[str, ledger.Ledger], limit_gib: float | None =
     unit, unit_name = style.unit_of(total)
     ax.figure.set_size_inches(8.4, 1.9 + 0.45 * len(ledgers))
     style.stacked_bars(ax, rows, looks, " {:.2f}".format, unit)
-    ax.set_xlabel(f"peak memory ({unit_name})")
+    ax.set_xlabel(f"{what} ({unit_name})")
     if limit_gib is not None:
         card = limit_gib * cards.GIB
         ax.axvline(card / unit, linestyle="--", label=f"card of {limit_gib:g} GiB")
@@ -71,7 +77,7 @@ def loss_curve(
         losses: one a step.
         before: held-out loss before training.
         after: held-out loss after it; drawn with `before`, or neither.
-        held_out: optimizer step → held-out loss while training.
+        held_out: optimizer step → held-out loss while training, perhaps of some of the rows only.
         max_steps: of the whole run, where the axis ends from the first step on.
     """
     steps = range(1, len(losses) + 1)
@@ -84,13 +90,17 @@ def loss_curve(
     last = means.tail(1).mean()  # nan before the first step
     finding = f"Training loss after {len(losses)} steps: {last:.2f} nats"
     if before is not None and after is not None:
-        seen = {0: before, **held_out, len(losses) + 1: after}
-        points = {"color": style.BLUE, "markersize": 7, "clip_on": False}
-        ax.plot(list(seen), list(seen.values()), "D", label="held-out rows", **points)
-        lowest = min(seen, key=seen.get)
+        points = {"color": style.BLUE, "markersize": 7, "clip_on": False, "linestyle": "none"}
+        ends = (0, len(losses) + 1)
+        ax.plot(ends, (before, after), marker="D", label="held-out rows", **points)
         finding = f"Held-out loss goes from {before:.2f} to {after:.2f} nats"
-        if lowest <= len(losses):
-            finding += f"; it was lowest at step {lowest}"
+        if held_out:
+            label = "held-out rows, while training"
+            open_marks = {"marker": "D", "fillstyle": "none", "label": label, **points}
+            ax.plot(list(held_out), list(held_out.values()), **open_marks)
+            lowest = min(held_out, key=held_out.get)
+            if lowest < max(held_out):
+                finding += f"; while training it was lowest at step {lowest}"
     ax.set_ylim(bottom=0)
     ax.set_xlim(0, max(max_steps, len(losses)) + 1)
     return finding
