@@ -226,6 +226,11 @@ def test_memory_that_runs_out_is_explained():
     # float32 on meta, 12 · hidden² weights in each of 16 layers: 16 · 12 · 2048² · 4 bytes = 3 GiB
     assert "linear weights 3.00" in str(refused.value)
     assert "saves" in refused.value.remedy
+    with (
+        pytest.raises(KitError, match=r"memory ran out \(MemoryError\)"),
+        out_of_memory.explained(validate({}), model),
+    ):
+        raise MemoryError
 
 
 def test_predicted_is_measured_after_two_steps(tmp_path):

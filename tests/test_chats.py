@@ -598,7 +598,7 @@ def test_the_report_counts_what_pandas_counts(tmp_path, tokenizer):
     assert counts["rows left out"] == 1
     assert counts["duplicate rows"] == 2
     assert counts["rows held out"] == 3
-    assert counts["rows to train on in this run"] == 11
+    assert counts["rows to train on"] == 11
     train = list(report.split.train)
     trained = [(row["instruction"], row["output"]) for row in train]
     held = [(row["instruction"], row["output"]) for row in report.split.held_out]
@@ -641,7 +641,7 @@ def test_the_command_says_the_same_and_loads_no_weights(tmp_path, monkeypatch):
     done = CliRunner().invoke(cli.app, ["data", str(path), "-p", "eval_rows", "5"])
     assert done.exit_code == 0, done.output
     assert "20 of 80 rows are left out (the role 'narrator'" in done.output
-    assert "rows to train on in this run" in done.output
+    assert "rows to train on" in done.output
     assert "⟦" in done.output
     few = write(tmp_path / "b.json", [talk("user: Q", "narrator: A")] * 3)
     done = CliRunner().invoke(cli.app, ["data", str(few)])
@@ -752,5 +752,10 @@ def test_an_adapter_is_asked_in_the_form_that_it_was_trained_in(tmp_path, capsys
         (tmp_path / "run" / "manifest.json").write_text(json.dumps(manifest))
         assert adapters.asked_as_trained(settings, folder).prompt_template == asked
     assert "trained with prompt_template=chat" in capsys.readouterr().out
+    for given, taken in (({}, "mine"), ({"model_id": "smollm2"}, "smollm2")):
+        manifest = {"parameters": {"model_id": "mine"}, "pid": 1}
+        (tmp_path / "run" / "manifest.json").write_text(json.dumps(manifest))
+        assert adapters.asked_as_trained(validate(given), folder).model_id == taken
+    assert capsys.readouterr().out.count("trained on model_id=mine, which is taken") == 1
     row = generate.row_of("Where is Anna?\nShe left.", "chat")
     assert [m["content"] for m in row["messages"]] == ["Where is Anna?\nShe left."]

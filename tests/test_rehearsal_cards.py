@@ -23,11 +23,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from qlora_nb import cards, cli, machine, sources
+from qlora_nb import cards, cli, machine, processes, sources
 from qlora_nb.errors import KitError
 from qlora_nb.memory import budget, preflight
 from qlora_nb.model import device
 from qlora_nb.settings import validate
+from qlora_nb.train import run as training
 
 NEW = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120")
 OLD = ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90")
@@ -439,6 +440,57 @@ def test_rehearsal_what_this_process_holds_counts_as_free(monkeypatch):
     here = machine.this_machine()
     assert machine.card(here).others_bytes == pytest.approx(cards.GIB, abs=8)
     preflight.require_fit(validate({"profile": "full"}), here)
+
+
+@pytest.mark.parametrize(
+    ("gib", "n", "shard", "fits"),
+    [
+        (8.0, 2, "fsdp", True),
+        (8.0, 1, "none", False),
+        (8.0, 2, "none", False),
+        (11.5, 2, "none", True),
+        (11.0, 2, "none", False),
+        (6.5, 8, "fsdp", False),
+    ],
+)
+def test_rehearsal_several_cards_are_judged_by_what_each_holds(monkeypatch, gib, n, shard, fits):
+    """pythia-12b: 7.34 GiB in each of two shards, 11.28 in each of two whole ones, by the table of
+    docs/scale.md with AdamW of torch; and 6.4 GiB and the context while it is loaded.
+    """
+    card = Card("card", "GPU-1", gib)
+    Nvml(monkeypatch, card, Card("card", "GPU-2", gib))
+    cuda_of(monkeypatch, card, Card("card", "GPU-2", gib))
+    here = machine.this_machine()
+    settings = validate({"profile": "full", "optim": "adamw_torch"})
+    if fits:
+        preflight.require_fit(settings, here, n=n, shard=shard)
+    else:
+        with pytest.raises(KitError, match="does not fit this GPU") as refused:
+            preflight.require_fit(settings, here, n=n, shard=shard)
+        assert ("more processes" in refused.value.remedy) == (n > 1)
+
+
+def test_rehearsal_each_process_is_judged_by_its_own_card(monkeypatch):
+    """The first card is nearly full, the second is not."""
+    full, empty = Card("full", "GPU-1", 24, free=2), Card("empty", "GPU-2", 24)
+    Nvml(monkeypatch, full, empty)
+    cuda_of(monkeypatch, full, empty)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert machine.card().name == "full", "started alone"
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    assert machine.card().name == "empty"
+    assert device.compute_device() == torch.device("cuda", 1)
+    preflight.require_fit(validate({"profile": "full"}), machine.this_machine())
+
+
+def test_rehearsal_more_processes_than_cards_are_refused(monkeypatch):
+    Nvml(monkeypatch, Card("one", "GPU-1"))
+    cuda_of(monkeypatch, Card("one", "GPU-1"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(KitError, match="every process needs a card of its own") as refused:
+        training.in_this_process(validate({}))
+    assert "--processes 1 at most" in str(refused.value)
 
 
 # ---- what the libraries have code for

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import accelerate
 import open_cells
 import pytest
 import rehearsal
@@ -194,9 +195,18 @@ def test_float16_on_a_rehearsed_card(tmp_path, monkeypatch):
     losses, folder = train_by_cells(settings)
     made = seen.scalers
     assert made > 0
-    card = ('fp16=device == "cuda" and', "use_cpu=True, fp16=")
+    card = ('fp16=device == "cuda" and', "fp16=")
     assert run_here(folder, card) == pytest.approx(losses, rel=1e-4)
     assert seen.scalers > made
+
+
+def test_a_gpu_of_another_kind_is_not_used(tmp_path, monkeypatch):
+    """A Mac has MPS, where accelerate would train, while the model lies on the CPU."""
+    settings = full("pocket", tmp_path)
+    losses, folder = train_by_cells(settings)
+    monkeypatch.setattr(accelerate.state, "is_mps_available", lambda *_, **__: True)
+    assert run_here(folder) == losses
+    assert same_bytes(folder)
 
 
 @pytest.mark.skipif(

@@ -239,13 +239,17 @@ def test_machines_without_a_common_folder_share_the_points_too(grid, start, tmp_
 
 
 @pytest.mark.fault(24)
-def test_a_killed_workers_point_is_taken_over_in_its_folder(grid, start):
+def test_a_killed_workers_point_is_taken_over_in_its_folder(grid, start, tmp_path):
     path = grid("seed = [0]")
+    hold = tmp_path / "sweep" / "hold"
+    hold.parent.mkdir()
+    hold.touch()
     first, folder = start(path)
     wait_for(lambda: len(steps_made(folder).get(next(iter(steps_made(folder)), ""), [])) >= 3)
     second, _ = start(path)  # waits, for the first is alive
     time.sleep(0.3)
     first.send(signal.SIGKILL)
+    hold.unlink()
     assert second.wait() == 0
     assert list(steps_made(folder).values()) == [ONCE]
     assert workers_of(folder) == [{first.pid, second.pid}]
@@ -334,8 +338,12 @@ def test_real_runs_stopped_killed_and_gone_on_with(grid, tmp_path):
     _, alive = psutil.wait_procs(processes, timeout=10)
     assert not alive
 
+    def second_checkpoints() -> set[Path]:
+        return set(folder.glob("*/tiny/06_*/checkpoints/checkpoint-2/seal.json"))
+
+    before = second_checkpoints()  # of a run that was quicker than Ctrl-C
     second = start()
-    wait_for(lambda: list(folder.glob("*/tiny/06_*/checkpoints/checkpoint-2/seal.json")))
+    wait_for(lambda: second_checkpoints() - before)
     [worker] = worker_processes(second)
     for process in tree_of(worker):  # at once, as when a machine loses its power
         with suppress(psutil.NoSuchProcess):
@@ -343,7 +351,8 @@ def test_real_runs_stopped_killed_and_gone_on_with(grid, tmp_path):
     said, _ = second.communicate(timeout=60)
     assert second.returncode == 1
     assert "0 of 2 points are done" in said
-    [cut] = [path.parent for path in folder.glob("*/tiny/06_*/checkpoints")]
+    [new] = second_checkpoints() - before
+    cut = new.parents[2]
     n_starts = len(list(cut.parent.glob("sequence-*")))
 
     third = start()
