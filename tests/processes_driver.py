@@ -1,8 +1,9 @@
 """One of several processes that train one run (`qlora-nb train`), one of them hurt as asked.
 
 HURT in the environment is `rank:how@step`: `kill` (SIGKILL when that step is logged), `int` (what
-Ctrl-C sends), `nan` (the rank's loss becomes NaN in that step) or `oom` (its memory runs out
-inside that step).
+Ctrl-C sends), `nan` (the rank's loss becomes NaN in that step), `oom` (its memory runs out inside
+that step), `slow` (it takes seconds to seal its adapter) or `shy` (it takes seconds to look at its
+data).
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 
 import torch
 
 from qlora_nb import cli
-from qlora_nb.train import callbacks, trainer
+from qlora_nb.model import data_report
+from qlora_nb.record import seal
+from qlora_nb.train import callbacks, run, trainer
 
 
 def hurt(rank: int, how: str, at: int) -> None:
@@ -38,11 +42,23 @@ def hurt(rank: int, how: str, at: int) -> None:
             found = found * float("nan")
         return found
 
+    def late(function):
+        def wait_and_call(*args, **options):
+            time.sleep(at)
+            return function(*args, **options)
+
+        return wait_and_call
+
+    if how == "slow":
+        seal.write_seal = late(seal.write_seal)
+    if how == "shy":
+        data_report.check = late(data_report.check)
     callbacks.Watch.on_log = log_and_signal
     trainer.QLoRATrainer.compute_loss = no_loss
 
 
 if __name__ == "__main__":
+    run.LET_THE_FIRST_SPEAK_S = 1
     who, _, what = os.environ["HURT"].partition(":")
     how, _, step = what.partition("@")
     hurt(int(who), how, int(step))

@@ -506,7 +506,8 @@ def test_papermill_killed_is_told_and_leaves_no_kernel(long, tmp_path):
     record = record_of(tmp_path)
     assert (record["status"], record["notebooks"][1]["status"]) == ("failed", "died")
     assert "memory" in record["notebooks"][1]["problems"][0]
-    assert "Next option" in record["notebooks"][1]["problems"][-1]
+    assert "Next option: " in record["notebooks"][1]["problems"][-1]
+    assert "[" not in record["notebooks"][1]["problems"][-1], "a sentence, not a list"
 
 
 @pytest.mark.fault(35)

@@ -2,11 +2,13 @@
 say.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from qlora_nb.answer import evaluate
-from qlora_nb.model import load
+from qlora_nb.answer import evaluate, quality
+from qlora_nb.model import configs, load
 from qlora_nb.settings import validate
 
 
@@ -68,6 +70,21 @@ def test_a_kind_that_training_has_no_row_of_is_left_out():
     assert evaluate.exact_match([None], [where]) == {}
     assert evaluate.exact_match([], []) == {}
     assert evaluate.majority_baseline([], [who]) == evaluate.copy_baseline([], [who]) == [None]
+
+
+def test_datatypes_are_compared_on_the_pocket_model_where_a_model_is_too_large(
+    tmp_path, monkeypatch, capsys
+):
+    """Its configuration tells, also where the weights are still on the hub."""
+    pythia = configs.pythia_config("1b")
+    pythia.save_pretrained(tmp_path / "1b")
+    settings = validate({"model_id": str(tmp_path / "1b")})
+    n_bytes = 4 * sum(p.numel() for p in configs.meta_model(pythia).parameters())
+    for free, model_id in ((2.6 * n_bytes, settings.model_id), (2.4 * n_bytes, "pocket")):
+        memory = SimpleNamespace(available=free)
+        monkeypatch.setattr(quality.psutil, "virtual_memory", lambda memory=memory: memory)
+        assert quality.comparison_settings(settings).model_id == model_id
+    assert capsys.readouterr().out.count("using the pocket model") == 1
 
 
 @pytest.mark.fault(45)

@@ -9,6 +9,7 @@ from pathlib import Path
 import bitsandbytes.functional as bnb
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from qlora_nb import cli
@@ -88,6 +89,15 @@ def test_an_export_is_loaded_by_plain_transformers_in_a_fresh_process(tuned, wan
     assert done.returncode == 0, done.stderr[-1000:]
     assert float(done.stdout.split()[-1]) < 3.5e-4
     assert not list(folder.glob("*.bin"))
+
+
+def test_the_command_writes_a_plain_model(tuned, wanted, tmp_path):
+    given = ["merge", "--out", str(tmp_path / "plain"), "-p", "adapter", "pocket"]
+    done = CliRunner().invoke(cli.app, given)
+    assert done.exit_code == 0, done.output
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain").eval()
+    assert merge.logit_difference(plain, wanted, INPUTS) < 3.5e-4
+    assert "dequantized" in (tmp_path / "plain" / "README.md").read_text()
 
 
 def test_the_card_says_what_the_run_was(tuned, tmp_path):

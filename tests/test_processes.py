@@ -293,6 +293,20 @@ def test_memory_that_runs_out_in_one_ends_both_with_a_remedy(tmp_path):
     assert seal.step_of(seal.newest_checkpoint(only_run(tmp_path))) == 2
 
 
+def test_a_first_process_that_is_slow_to_write_ends_well_too(tmp_path):
+    ended = start(tmp_path, hurt="0:slow@2", max_steps=1)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert "done: " in ended.stdout
+    assert runs.status_of(only_run(tmp_path)) == "done"
+
+
+def test_a_refusal_is_said_also_if_the_first_process_is_too_slow(tmp_path):
+    """Both refuse the data, the first one eight seconds later."""
+    ended = start(tmp_path, hurt="0:shy@8", eval_rows=10**9, dataset=str(ROOT / "README.md"))
+    assert ended.returncode != 0
+    assert re.search("qlora-nb: .*Do this", ended.stderr)
+
+
 # taken home
 
 

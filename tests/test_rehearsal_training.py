@@ -13,6 +13,7 @@ import open_cells
 import pytest
 import rehearsal
 import torch
+import transformers
 from transformers import TrainerCallback
 
 from qlora_nb.answer import adapters, evaluate, generate
@@ -530,6 +531,19 @@ def test_rehearsal_of_memory_that_runs_out_in_a_look_at_the_model(
     said = capsys.readouterr().out
     assert said.count("the look is left out") == 1
     assert "done again" not in said
+
+
+@pytest.mark.parametrize("rows", [4, 1])
+def test_rehearsal_of_memory_that_runs_out_before_the_first_step(tmp_path, monkeypatch, rows):
+    """As while a checkpoint's states are read: nothing smaller can be tried, and it is said."""
+    rehearsal.card(monkeypatch, AMPERE)
+
+    def hurt(*args, **options):
+        raise torch.OutOfMemoryError(OUT_OF_MEMORY)
+
+    monkeypatch.setattr(transformers.Trainer, "train", hurt)
+    with pytest.raises(KitError, match=r"memory ran out .*held at that moment"):
+        finetuned(tmp_path, per_device_train_batch_size=rows)
 
 
 def test_rehearsal_of_memory_that_runs_out_after_the_update(tmp_path, monkeypatch):

@@ -256,6 +256,16 @@ def test_each_setting_that_changes_what_is_trained_is_refused(stopped, name):
         checkpoints.require_same(folder, settings_of(stopped, **{name: OTHER[name]}))
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("allow_slow", True), ("pythia", "1b"), ("gpu_gib", 8.0), ("blocksize", 128)],
+)
+def test_what_decides_nothing_may_be_another(stopped, name, value):
+    """A run that was begun slowly on a CPU is resumed on a card, say."""
+    folder = seal.newest_checkpoint(next((stopped / "tiny").iterdir()))
+    checkpoints.require_same(folder, settings_of(stopped, **{name: value}))
+
+
 @pytest.mark.fault(21)
 def test_other_rows_are_refused(stopped):
     run = next((stopped / "tiny").iterdir())

@@ -115,6 +115,13 @@ def test_a_database_that_cannot_be_opened_is_refused(grid):
         assert "secret" not in str(refused.value)
 
 
+def test_the_list_of_points_lies_in_the_sweeps_folder_whatever_that_is_called(grid, tmp_path):
+    folder, _ = sweep.run(grid("r = [4]"), workers=0, out=str(tmp_path / "a? b%20#c"))
+    assert (folder / "study.db").is_file()
+    assert folder.parent == tmp_path / "a? b%20#c"
+    assert not list(tmp_path.glob("*/*/study.db?*"))
+
+
 def test_without_optuna_it_says_what_to_install(grid, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(KitError, match=r"pip install 'qlora-nb\[sweep\]'"):
@@ -471,6 +478,9 @@ def test_the_leaderboards_numbers_are_numpys(record):
     assert by_r["±"].isna().tolist() == [False, True, False, True]
     assert by_r.loc[32, "seeds"] == 0
     assert by_r["unfinished"].tolist() == ["", "seed 1 died", "", "seed 0 interrupted"]
+    record(r=4, seed=7)
+    [said] = leaderboard.table(folder).query("r == 4")["unfinished"].unique()[-1:]
+    assert "seed 7 done, not measured" in said
     said = leaderboard.as_text(folder).splitlines()
     assert len(said) == 5
     assert said[1].split()[:3] == ["8", "3", "2"]
