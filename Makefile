@@ -10,7 +10,7 @@ BIN := .venv/bin
 READY := .venv/.installed
 SITE_READY := .venv/.installed-site
 
-.PHONY: setup run test lab verify site notebooks check pins clean again
+.PHONY: setup run test lab verify site notebooks parameters check pins clean again
 
 # A PYTHON that is named counts, also where there is an environment already: one of another version is not kept.
 ifneq ($(origin PYTHON),file)
@@ -58,6 +58,9 @@ site: $(SITE_READY)
 notebooks: $(READY)
 	$(BIN)/python tools/build_notebooks.py
 	$(BIN)/python tools/claims_page.py
+
+parameters: $(READY)
+	$(BIN)/python tools/parameters_page.py
 
 check: $(READY)
 	$(BIN)/ruff check .

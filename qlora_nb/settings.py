@@ -112,7 +112,7 @@ class Settings(
     prequantized: bool
     """keep a 4-bit copy of the base and load that the next time"""
     allow_slow: bool
-    """without a GPU, go on with more than 1.5 billion parameters; minutes a step"""
+    """without a GPU, train more than 1.5 billion parameters all the same; minutes a step"""
     packing: bool
     """several rows in one sequence of max_length tokens (06)"""
     gradient_checkpointing: bool

@@ -10,6 +10,7 @@ import tomllib
 
 import matplotlib
 import nbformat
+import parameters_page
 import pytest
 import readme_pictures
 import yaml
@@ -22,7 +23,7 @@ from qlora_nb.cli import app
 from qlora_nb.memory import budget, shares
 from qlora_nb.memory.plan import plan_of
 from qlora_nb.model import configs
-from qlora_nb.settings import validate
+from qlora_nb.settings import Settings, validate
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *NOTEBOOKS.glob("*.md")]
@@ -327,3 +328,11 @@ def test_changes_and_citation_have_this_version():
     assert citation["cff-version"] == "1.2.0"
     assert {"message", "title", "authors"} <= set(citation)
     assert citation["authors"] == [{"name": "The qlora-nb developers"}]
+
+
+def test_the_page_of_parameters_is_what_the_schema_and_the_profiles_say():
+    """Written again by `make parameters`."""
+    written = parameters_page.PAGE.read_text(encoding="utf-8")
+    assert parameters_page.page() == written
+    for name in set(Settings.model_fields) - {"profile"}:
+        assert f"| `{name}` |" in written
