@@ -35,7 +35,7 @@ SERVER_BYTES = 256 * 2**20
 """Of which JupyterLab itself, which runs beside the kernel, is left so much."""
 COLAB_PYTHON = "3.13"
 # Colab's own list (googlecolab/backend-info, pip-freeze.gpu.txt, 2026-08-19): what the kit needs of
-# it and what that stands on. torch (2.11 there) and setuptools are left to this machine's index;
+# it and what that stands on, torch as PyPI has it. setuptools is left to this machine's index;
 # bitsandbytes and papermill are not in Colab.
 COLAB = """
 accelerate==1.14.0 click==8.4.2 datasets==4.0.0 filelock==3.32.3 fsspec==2025.3.0
@@ -44,7 +44,7 @@ jupyter-client==7.4.9 jupyter-core==5.9.1 matplotlib==3.10.0 nbclient==0.10.4 nb
 nbformat==5.11.1 numpy==2.1.3 nvidia-ml-py==13.610.43 packaging==26.3 pandas==2.2.3 peft==0.20.0
 pillow==11.3.0 protobuf==5.29.6 psutil==5.9.5 pyarrow==18.1.0 pydantic==2.13.4 pyyaml==6.0.3
 pyzmq==26.2.1 regex==2025.11.3 requests==2.32.4 rich==13.9.4 safetensors==0.8.0
-tokenizers==0.22.2 tornado==6.5.7 tqdm==4.67.3 traitlets==5.7.1 transformers==5.15.0
+tokenizers==0.22.2 torch==2.11.0 tornado==6.5.7 tqdm==4.67.3 traitlets==5.7.1 transformers==5.15.0
 typer==0.27.1 widgetsnbextension==3.6.10
 """.split()
 EXTRAS = "lab,smollm2,sweep,test"
@@ -101,7 +101,7 @@ def colab() -> dict:
         folder = Path(name)
         kit, content = copy_of_the_kit(folder / "kit"), folder / "content"
         python, pip = new_environment(folder / "venv", base)
-        must([*pip, torch_here(), *COLAB])
+        must([*pip, *COLAB])
         before = frozen(python)
         held = [f"{package}=={before[package]}\n" for package in ("torch", "numpy", "ipywidgets")]
         (folder / "keep.txt").write_text("".join(held))
