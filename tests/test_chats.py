@@ -598,7 +598,7 @@ def test_the_report_counts_what_pandas_counts(tmp_path, tokenizer):
     assert counts["rows left out"] == 1
     assert counts["duplicate rows"] == 2
     assert counts["rows held out"] == 3
-    assert counts["rows to train on in this run"] == 11
+    assert counts["rows to train on"] == 11
     train = list(report.split.train)
     trained = [(row["instruction"], row["output"]) for row in train]
     held = [(row["instruction"], row["output"]) for row in report.split.held_out]
@@ -641,7 +641,7 @@ def test_the_command_says_the_same_and_loads_no_weights(tmp_path, monkeypatch):
     done = CliRunner().invoke(cli.app, ["data", str(path), "-p", "eval_rows", "5"])
     assert done.exit_code == 0, done.output
     assert "20 of 80 rows are left out (the role 'narrator'" in done.output
-    assert "rows to train on in this run" in done.output
+    assert "rows to train on" in done.output
     assert "⟦" in done.output
     few = write(tmp_path / "b.json", [talk("user: Q", "narrator: A")] * 3)
     done = CliRunner().invoke(cli.app, ["data", str(few)])
