@@ -433,6 +433,21 @@ TEMPLATES = {
         "{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     ),
+    "opens a thought and never writes one": (  # DeepSeek-R1-Distill
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' "
+        "+ m['content'].split('</think>')[-1] + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+    ),
+    "opens a thought and writes the last answer's alone": (  # Qwen3-Thinking-2507
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+        "{% if m['role'] == 'assistant' %}{% set said = m['content'].split('</think>') %}"
+        "{% set thought = m['reasoning_content'] %}{% if '</think>' in m['content'] %}"
+        "{% set thought = said[0].split('<think>')[-1] %}{% endif %}{% if loop.last %}"
+        "{{ '<think>\n' + (thought or '').strip('\n') + '\n</think>\n\n' }}{% endif %}"
+        "{{ said[-1].lstrip('\n') }}{% else %}{{ m['content'] }}{% endif %}{{ '<|im_end|>\n' }}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+    ),
     "no end of a turn but blank lines": (
         "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
@@ -477,11 +492,48 @@ def test_answers_train_with_their_ends_and_nothing_else(name):
     if name.startswith("ends the last"):
         assert found == [answers[0], "<think>\n\n</think>\n\n" + answers[1]]
         answers = found
+    if "the last answer's" in name:
+        answers[1] = "</think>\n\n" + answers[1]  # the prompt has opened it
     assert [text.strip() for text in found] == answers
     assert trained_texts(row, tokenizer, "last") == found[1:]
     text, _ = chat_templates.text_and_spans(row["messages"], tokenizer, "all")
     for message in CHAT["messages"]:
         assert message["content"] in text  # the system prompt too
+
+
+REWRITES = CHATML.replace(  # SmolLM3
+    "{% for m in messages %}",
+    "{{ '<|im_start|>system\nMode: ' + ('no' if '/no_think' in messages[0]['content'] else 'yes') }}"
+    "{% if messages[0]['role'] == 'system' %}"
+    "{{ messages[0]['content'].replace('/no_think', '').rstrip() }}{% endif %}"
+    "{% for m in messages if m['role'] != 'system' %}",
+)
+
+
+@pytest.mark.parametrize(
+    ("turns", "questions"),
+    [
+        (("system: Be short. /no_think", "user: Far?", "assistant: No."), ["Far?"]),
+        (("system: /no_think", "user: Far?", "assistant: No."), ["Far?"]),
+        (
+            ("user: Far?", "assistant: No.", "system: Rhyme.", "user: Sure?", "assistant: Yes."),
+            ["Far?", "Rhyme.\n\nSure?"],
+        ),
+        (
+            ("user: Be short?", "system: short", "user: Q", "assistant: A"),
+            ["Be short?\n\nshort\n\nQ"],
+        ),
+    ],
+)
+def test_only_a_system_prompt_that_the_template_ignores_becomes_the_users(turns, questions):
+    tokenizer = with_template("ChatML")
+    tokenizer.chat_template = REWRITES
+    row = conversations.conversation(talk(*turns)["messages"], False)
+    text, _ = chat_templates.text_and_spans(row["messages"], tokenizer, "all")
+    found = [part.split("<|im_end|>")[0] for part in text.split("<|im_start|>user\n")[1:]]
+    assert found == questions
+    rewritten = turns[0].startswith("system")
+    assert text.startswith("<|im_start|>system\nMode: no") == rewritten
 
 
 @pytest.mark.parametrize("name", ["marks its answers"])
@@ -508,6 +560,10 @@ def test_a_question_is_asked_as_its_answer_was_trained(name):
     prompt = data.prompt_ids(row, tokenizer, "alpaca")
     if name.startswith("no end"):
         prompt.pop()  # the blank at its end belongs to the answer's first token
+    if name == "opens a thought and never writes one":
+        opened = tokenizer.decode(prompt)
+        assert opened.endswith("<|im_start|>assistant\n<think>\n")
+        prompt = tokenizer.encode(opened.removesuffix("<think>\n"), add_special_tokens=False)
     if name == "ChatML that opens no answer":
         prompt = tokenizer.encode(
             tokenizer.decode(prompt) + "<|im_start|>assistant\n", add_special_tokens=False
@@ -567,6 +623,18 @@ def test_a_chat_that_the_template_cannot_write_is_left_out_by_reason(
     with pytest.raises(KitError, match=reason):
         data_report.check(settings, tokenizer)
     assert chat_templates.turn_end(tokenizer) is None
+
+
+def test_max_length_is_named_where_it_is_the_reason_and_nowhere_else(tokenizer, tmp_path):
+    path = write(tmp_path / "a.json", WHOLE)
+    with pytest.raises(KitError, match="no row is left: the prompt is longer") as caught:
+        data_report.check(settings_for(path, max_length=8), tokenizer)
+    assert (caught.value.value, caught.value.remedy) == ("max_length=8", "raise max_length")
+    refusing = deepcopy(tokenizer)
+    refusing.chat_template = "{{ raise_exception('Nobody may speak') }}"
+    with pytest.raises(KitError, match=r"no row is left: .*Nobody may speak") as caught:
+        data_report.check(settings_for(path), refusing)
+    assert (caught.value.value, caught.value.remedy) == (str(path), "look at the data")
 
 
 @pytest.mark.parametrize("max_length", [40, 47, 60])
