@@ -94,6 +94,17 @@ SHAPES = {
         ]
     },
     "JSON in a column of text": {"messages": json.dumps(turns())},
+    "a Python list in a column of text": {"messages": str(turns())},
+    "Magpie: its first exchange beside it": {
+        "instruction": "Far?",
+        "response": "3 km.",
+        "conversations": turns("from", "value", ("human", "gpt")),
+    },
+    "the first exchange as an instruction row beside it": {
+        "instruction": "Far?",
+        "output": "3 km.",
+        "messages": json.dumps(turns()),
+    },
     "prompt and completion": {"prompt": turns()[:3], "completion": turns()[3:]},
     "prompt of turns, completion of text": {"prompt": turns()[:3], "completion": "Home."},
     "an instruction with a history": {
@@ -101,6 +112,16 @@ SHAPES = {
         "input": None,
         "output": "Home.",
         "history": [["Far?", "3 km."]],
+    },
+    "a history written as JSON": {
+        "instruction": "And then?",
+        "output": "Home.",
+        "history": json.dumps([["Far?", "3 km."]]),
+    },
+    "a history as Python writes it": {
+        "instruction": "And then?",
+        "output": "Home.",
+        "history": str([("Far?", "3 km.")]),
     },
     "Guanaco": {
         "text": "### Human: Far?### Assistant: 3 km.### Human: And then?### Assistant: Home."
@@ -121,6 +142,42 @@ def test_chats_in_a_table_with_commas(tmp_path):
     path.write_text("id,messages\n" + "".join(f'{i},"{cell}"\n' for i in range(3)))
     train, _ = data.load(settings_for(path))
     assert [written(row) for row in train] == [READ] * 2
+
+
+def test_chats_that_pandas_wrote_to_csv(tmp_path):
+    import pandas
+
+    path = tmp_path / "a.csv"
+    said = [*TURNS[:3], ("assistant", 'It\'s "home".\n')]
+    row = {"messages": [{"role": role, "content": text} for role, text in said]}
+    pandas.DataFrame([row] * 3).to_csv(path, index=False)
+    train, _ = data.load(settings_for(path))
+    assert [written(row) for row in train] == [
+        [f"{w}{'*' * (w != 'user')}: {t}" for w, t in said]
+    ] * 2
+
+
+def test_a_csv_with_empty_histories_holds_instruction_rows(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("instruction,output,history\n" + "Far?,3 km.,[]\nSure?,Yes.,\nQ,A,[ ]\n")
+    train, held_out = data.load(settings_for(path))
+    assert "messages" not in train.column_names
+    asked = [row["instruction"] for row in [*train, *held_out]]
+    assert sorted(asked) == ["Far?", "Q", "Sure?"]
+
+
+@pytest.mark.parametrize("beside", [3, "short", [], ["short"], None])
+def test_a_column_that_is_called_like_turns_and_holds_none_is_not_read(tmp_path, beside):
+    rows = [{"instruction": f"Q{i}", "output": f"A{i}", "turns": beside} for i in range(3)]
+    train, held_out = data.load(settings_for(write(tmp_path / "a.json", rows)))
+    assert sorted(row["output"] for row in [*train, *held_out]) == ["A0", "A1", "A2"]
+
+
+def test_columns_that_somebody_names_are_taken_where_turns_stand_beside_them(tmp_path):
+    path = write(tmp_path / "a.json", [SHAPES["Magpie: its first exchange beside it"]] * 3)
+    names = {"instruction": "instruction", "output": "response"}
+    train, _ = data.load(settings_for(path, columns=names))
+    assert [(row["instruction"], row["output"]) for row in train] == [("Far?", "3 km.")] * 2
 
 
 def test_turns_of_parquet(tmp_path):
@@ -185,6 +242,43 @@ def test_every_turn_belongs_to_who_spoke(tmp_path, capsys, row, expected):
     assert found == expected
 
 
+def thinking(content: object, **beside: object) -> dict:
+    question = {"role": "user", "content": "Far?"}
+    return {"messages": [question, {"role": "assistant", "content": content, **beside}]}
+
+
+@pytest.mark.parametrize(
+    ("row", "answer"),
+    [
+        (thinking("3 km.", reasoning_content="Hm.\n"), "<think>\nHm.\n</think>\n\n3 km."),
+        (thinking("\n3 km.", thinking="Hm."), "<think>\nHm.\n</think>\n\n3 km."),
+        (thinking("3 km.", reasoning="Hm."), "<think>\nHm.\n</think>\n\n3 km."),
+        (thinking("3 km.", thinking="", reasoning="Hm."), "<think>\nHm.\n</think>\n\n3 km."),
+        (thinking("<think>So.</think>3 km.", thinking="Hm."), "<think>So.</think>3 km."),
+        (thinking("3 km.", reasoning_content=" ", thinking=None), "3 km."),
+        (thinking("3 km.", reasoning={"effort": "low"}), "3 km."),
+        (thinking(" ", reasoning_content="Hm."), None),
+    ],
+)
+def test_thoughts_kept_beside_an_answer_stand_before_it(tmp_path, capsys, row, answer):
+    row["messages"][0]["reasoning_content"] = "never a user's"
+    found, said = read_as(tmp_path / "a.json", row, capsys)
+    if answer is None:
+        assert "turn is empty" in said
+        assert found is None
+    else:
+        assert found == ["user: Far?", f"assistant*: {answer}"]
+
+
+def test_thoughts_beside_an_answer_are_written_as_the_template_writes_them():
+    tokenizer = with_template("opens a thought and writes the last answer's alone")
+    chat = thinking("3 km.", reasoning_content="\nHm.\n\nSo.\n")["messages"]
+    row = conversations.conversation(chat, False)
+    text, _ = chat_templates.text_and_spans(row["messages"], tokenizer, "all")
+    assert text == tokenizer.apply_chat_template(chat, tokenize=False)
+    assert "Hm." in text, "otherwise this tests nothing"
+
+
 CALL = [{"id": "1", "type": "function", "function": {"name": "look", "arguments": "{}"}}]
 
 
@@ -222,6 +316,13 @@ CALL = [{"id": "1", "type": "function", "function": {"name": "look", "arguments"
         (talk("system: \ude00", "user: Q", "assistant: A")["messages"], "half a character"),
         (talk("user: Q", "assistant: A\ud83d")["messages"], "half a character"),
         ("Q", "no turn by an assistant"),
+        ("[{'role': 'user', 'content': nan}]", "a list that cannot be read"),
+        (' [{"role": "user", "content": "Q"', "a list that cannot be read"),
+        (
+            "[{'role': 'user', 'content': 'Q'}\n {'role': 'bot', 'content': 'A'}]",
+            "be read",
+        ),  # numpy
+        ("[1], [2]", "no turn by an assistant"),
         ([], "no turn by a user"),
         (None, "no turn by a user"),
     ],
@@ -256,14 +357,28 @@ def test_turns_that_nobody_answers_are_counted(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "row",
+    "history",
     [
-        {"instruction": "Q", "output": "A", "history": [["only a question"]]},
-        {"instruction": "Q", "output": "A", "history": "said before"},
-        {"prompt": talk("user: Q")["messages"], "completion": 3},
+        [["only a question"]],
+        [["Q", "A", "a third"]],
+        ["QA"],
+        "said before",
+        "[[1, 2",
+        '[["only a question"]]',
+        [{"role": "user", "content": "Q"}],
+        3,
     ],
 )
-def test_a_shape_that_nobody_foresaw_is_refused_in_a_sentence(tmp_path, row):
+def test_a_history_that_is_none_leaves_its_row_out(tmp_path, capsys, history):
+    row = {"instruction": "Q", "output": "A", "history": history}
+    whole = [{"instruction": f"Q{i}?", "output": f"A{i}."} for i in range(3)]
+    found, said = read_as(tmp_path / "a.json", row, capsys, whole)
+    assert found is None
+    assert "its history is no list of pairs of question and answer): rows 3" in said
+
+
+def test_a_shape_that_nobody_foresaw_is_refused_in_a_sentence(tmp_path):
+    row = {"prompt": talk("user: Q")["messages"], "completion": 3}
     path = write(tmp_path / "a.json", [row] * 3)
     with pytest.raises(KitError, match=r"a\.json cannot be used: .*own_data"):
         data.load(settings_for(path))
@@ -433,6 +548,21 @@ TEMPLATES = {
         "{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     ),
+    "opens a thought and never writes one": (  # DeepSeek-R1-Distill
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' "
+        "+ m['content'].split('</think>')[-1] + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+    ),
+    "opens a thought and writes the last answer's alone": (  # Qwen3-Thinking-2507
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+        "{% if m['role'] == 'assistant' %}{% set said = m['content'].split('</think>') %}"
+        "{% set thought = m['reasoning_content'] %}{% if '</think>' in m['content'] %}"
+        "{% set thought = said[0].split('<think>')[-1] %}{% endif %}{% if loop.last %}"
+        "{{ '<think>\n' + (thought or '').strip('\n') + '\n</think>\n\n' }}{% endif %}"
+        "{{ said[-1].lstrip('\n') }}{% else %}{{ m['content'] }}{% endif %}{{ '<|im_end|>\n' }}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+    ),
     "no end of a turn but blank lines": (
         "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
@@ -477,11 +607,48 @@ def test_answers_train_with_their_ends_and_nothing_else(name):
     if name.startswith("ends the last"):
         assert found == [answers[0], "<think>\n\n</think>\n\n" + answers[1]]
         answers = found
+    if "the last answer's" in name:
+        answers[1] = "</think>\n\n" + answers[1]  # the prompt has opened it
     assert [text.strip() for text in found] == answers
     assert trained_texts(row, tokenizer, "last") == found[1:]
     text, _ = chat_templates.text_and_spans(row["messages"], tokenizer, "all")
     for message in CHAT["messages"]:
         assert message["content"] in text  # the system prompt too
+
+
+REWRITES = CHATML.replace(  # SmolLM3
+    "{% for m in messages %}",
+    "{{ '<|im_start|>system\nMode: ' + ('no' if '/no_think' in messages[0]['content'] else 'yes') }}"
+    "{% if messages[0]['role'] == 'system' %}"
+    "{{ messages[0]['content'].replace('/no_think', '').rstrip() }}{% endif %}"
+    "{% for m in messages if m['role'] != 'system' %}",
+)
+
+
+@pytest.mark.parametrize(
+    ("turns", "questions"),
+    [
+        (("system: Be short. /no_think", "user: Far?", "assistant: No."), ["Far?"]),
+        (("system: /no_think", "user: Far?", "assistant: No."), ["Far?"]),
+        (
+            ("user: Far?", "assistant: No.", "system: Rhyme.", "user: Sure?", "assistant: Yes."),
+            ["Far?", "Rhyme.\n\nSure?"],
+        ),
+        (
+            ("user: Be short?", "system: short", "user: Q", "assistant: A"),
+            ["Be short?\n\nshort\n\nQ"],
+        ),
+    ],
+)
+def test_only_a_system_prompt_that_the_template_ignores_becomes_the_users(turns, questions):
+    tokenizer = with_template("ChatML")
+    tokenizer.chat_template = REWRITES
+    row = conversations.conversation(talk(*turns)["messages"], False)
+    text, _ = chat_templates.text_and_spans(row["messages"], tokenizer, "all")
+    found = [part.split("<|im_end|>")[0] for part in text.split("<|im_start|>user\n")[1:]]
+    assert found == questions
+    rewritten = turns[0].startswith("system")
+    assert text.startswith("<|im_start|>system\nMode: no") == rewritten
 
 
 @pytest.mark.parametrize("name", ["marks its answers"])
@@ -508,6 +675,10 @@ def test_a_question_is_asked_as_its_answer_was_trained(name):
     prompt = data.prompt_ids(row, tokenizer, "alpaca")
     if name.startswith("no end"):
         prompt.pop()  # the blank at its end belongs to the answer's first token
+    if name == "opens a thought and never writes one":
+        opened = tokenizer.decode(prompt)
+        assert opened.endswith("<|im_start|>assistant\n<think>\n")
+        prompt = tokenizer.encode(opened.removesuffix("<think>\n"), add_special_tokens=False)
     if name == "ChatML that opens no answer":
         prompt = tokenizer.encode(
             tokenizer.decode(prompt) + "<|im_start|>assistant\n", add_special_tokens=False
@@ -567,6 +738,18 @@ def test_a_chat_that_the_template_cannot_write_is_left_out_by_reason(
     with pytest.raises(KitError, match=reason):
         data_report.check(settings, tokenizer)
     assert chat_templates.turn_end(tokenizer) is None
+
+
+def test_max_length_is_named_where_it_is_the_reason_and_nowhere_else(tokenizer, tmp_path):
+    path = write(tmp_path / "a.json", WHOLE)
+    with pytest.raises(KitError, match="no row is left: the prompt is longer") as caught:
+        data_report.check(settings_for(path, max_length=8), tokenizer)
+    assert (caught.value.value, caught.value.remedy) == ("max_length=8", "raise max_length")
+    refusing = deepcopy(tokenizer)
+    refusing.chat_template = "{{ raise_exception('Nobody may speak') }}"
+    with pytest.raises(KitError, match=r"no row is left: .*Nobody may speak") as caught:
+        data_report.check(settings_for(path), refusing)
+    assert (caught.value.value, caught.value.remedy) == (str(path), "look at the data")
 
 
 @pytest.mark.parametrize("max_length", [40, 47, 60])

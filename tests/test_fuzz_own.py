@@ -123,10 +123,13 @@ def read_as_written(report, chats: list, tokenizer) -> None:
         trained = bare(tokenizer.decode([label for label in row["labels"] if label != -100]))
         for message in split.train[row["row"]]["messages"]:
             if message["trains"]:
-                _, _, behind_thoughts = message["content"].rpartition("</think>")
-                said = bare(message["content"])
-                if not trained.startswith(said):
-                    said = bare(behind_thoughts)  # a template may take the rest out
+                whole = message["content"]
+                _, _, from_thought = whole.rpartition("<think>")
+                _, _, behind_thoughts = whole.rpartition("</think>")
+                said = bare(whole)
+                for rest in (from_thought, behind_thoughts):  # a template may take the others out
+                    if not trained.startswith(said):
+                        said = bare(rest)
                 assert trained.startswith(said)
                 trained = trained[len(said) :]
         assert trained == ""

@@ -137,6 +137,15 @@ def test_one_line_that_is_a_row_is_a_row(tmp_path):
     for more in ({}, {"model": "any"}, {"tools": [{"type": "function"}]}):
         asked = more | turns
         assert read(write(tmp_path / "asked.json", json.dumps(asked, indent=2)))[1] == [asked]
+    speakers = [("from", "value"), ("speaker", "text"), ("author", "content")]
+    for who, what in speakers:
+        asked = {"id": 1, "conversations": [{who: "human", what: "Hi"}, {who: "gpt", what: None}]}
+        assert read(write(tmp_path / "asked.json", json.dumps(asked, indent=2)))[1] == [asked]
+    several = {"conversations": [{"id": 1, "conversations": []}, {"id": 2, "conversations": []}]}
+    path = write(tmp_path / "several.json", json.dumps(several))
+    assert read(path)[1] == several["conversations"]
+    tree = {"messages": [{"message_id": "a", "parent_id": None, "role": "prompter", "text": "Q"}]}
+    assert read(write(tmp_path / "tree.json", json.dumps(tree)))[1] == tree["messages"]
     context = {"instruction": "Q", "context": [{"title": "T"}]}
     assert read(write(tmp_path / "b.ndjson", json_lines([context])))[1] == [context]
 

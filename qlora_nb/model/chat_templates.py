@@ -7,7 +7,8 @@ is given the kit's own, `TEMPLATE`, whose turns look like Alpaca's prompts.
 Only the assistant's answers train, each with the token that ends it. They are found turn by turn:
 what the template writes up to a question is the beginning of what it writes up to the answer, and
 this is checked; where a template rewrites earlier turns (Qwen3 takes their thoughts out), the words
-of the answer are looked for. Marks of a template (`{% generation %}`) are not needed for that.
+of the answer are looked for. A question may end by opening a thought (DeepSeek-R1) that the answer
+is then written without. Marks of a template (`{% generation %}`) are not needed for that.
 """
 
 from contextlib import suppress
@@ -121,18 +122,28 @@ def _render(messages: list[dict], tokenizer, asking: bool = False) -> str:
 
 
 def _accepted(messages: list[dict], tokenizer) -> list[dict]:
-    """The messages as the template takes them. One that knows no system prompt, or says nothing of
-    it, is given its text at the beginning of the next question.
+    """The messages as the template takes them. One that knows no system prompt, or writes the same
+    without it, is given its text at the beginning of the next question.
     """
     with suppress(ValueError):
         text = _render(messages, tokenizer)
-        if all(m["content"].strip() in text for m in messages if m["role"] == "system"):
+        if not any(_is_ignored(m, messages, text, tokenizer) for m in messages):
             return messages
     asked = []
     for message in messages:
         who = "user" if message["role"] == "system" else message["role"]
         asked.append({**message, "role": who})
     return conversations.taking_turns(asked)
+
+
+def _is_ignored(message: dict, messages: list[dict], text: str, tokenizer) -> bool:
+    """Whether a conversation's text is the same without this message of the system's."""
+    if message["role"] != "system":
+        return False
+    others = [other for other in messages if other is not message]
+    with suppress(ValueError):
+        return _render(others, tokenizer) == text
+    return False  # this template needs it
 
 
 def _found(messages: list[dict], text: str, tokenizer) -> Spans:
@@ -144,6 +155,9 @@ def _found(messages: list[dict], text: str, tokenizer) -> Spans:
         before = ""
         if place:
             before = _render(messages[:place], tokenizer, asking=True)
+            asked = before.rstrip()
+            if asked.endswith("<think>") and not text.startswith(before):
+                before = asked.removesuffix("<think>")  # a thought, which is not written here
         words = message["content"].strip()
         start = text.find(words, len(before))
         behind_thoughts = words.rpartition("</think>")[2].strip()

@@ -3,7 +3,7 @@ messages with `role` (system, user, assistant) and `content` (text).
 
 - *turns*: a list of them, each with who speaks (`role`, `from`, …) and what is said (`content`,
   `value`, …), under `messages`, `conversations` or a name like these (OpenAI, ShareGPT); also as
-  JSON text in a table's column, or cut into `prompt` and `completion` (TRL);
+  text in a table's column, JSON or Python's, or cut into `prompt` and `completion` (TRL);
 - *instruction rows* with a `system` prompt or with a `history` of question and answer;
 - *Guanaco*: one text with `### Human:` and `### Assistant:` before the turns
   (`timdettmers/openassistant-guanaco`, the data of the QLoRA paper's best model), `### System:`
@@ -16,6 +16,7 @@ one, with a blank line between them, as most chat templates want speakers to tak
 conversation that cannot be used says why.
 """
 
+import ast
 import json
 import math
 import re
@@ -39,6 +40,8 @@ SYSTEM = ("system", "system_prompt")
 _WHO = ("role", "from", "speaker", "author", "sender")
 
 _WHAT = ("content", "value", "text", "message")
+
+_THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 
 _TREE = ("message_id", "parent_id", "role", "text")
 
@@ -68,28 +71,66 @@ def of_table(columns: list[str], rows: list[dict], asking: bool) -> Iterator[dic
 
 def _of_rows(rows: list[dict], turns_of: Callable, asking: bool) -> Iterator[dict]:
     for number, row in enumerate(rows):
-        turns = [turn if isinstance(turn, dict) else {} for turn in turns_of(row)]
+        problem = ""
+        try:
+            turns = turns_of(row)
+        except Unreadable as error:
+            turns = []
+            problem = str(error)
+        turns = [turn if isinstance(turn, dict) else {} for turn in turns]
         for name in SYSTEM:
             system = row.get(name)
             if isinstance(system, str) and not any(_who(turn) == "system" for turn in turns):
                 turns = [{"role": "system", "content": system}, *turns]
-        yield {**conversation(turns, asking), "number": number}
+        talk = conversation(turns, asking)
+        if problem:
+            talk["left_out"] = problem
+        yield {**talk, "number": number}
+
+
+class Unreadable(ValueError):
+    """Why nobody can say what the turns of a row are."""
 
 
 def _turns_of(columns: list[str], rows: list[dict]) -> Callable[[dict], list] | None:
     """The function that takes a row of this table to its turns; None if no row has any."""
-    if "instruction" in columns:
-        if any(row.get(name) for row in rows for name in ("history", *SYSTEM)):
+    is_instruction = "instruction" in columns
+    for name in COLUMNS:
+        if name in columns and (not is_instruction or _hold_turns(rows, name)):
+            return lambda row: _listed(row[name])
+    if is_instruction:
+        if any(_is_more_than_an_exchange(row) for row in rows):
             return instruction_turns
         return None
-    for name in COLUMNS:
-        if name in columns:
-            return lambda row: _listed(row[name])
     if "prompt" in columns:
         return lambda row: _listed(row["prompt"]) + _answer(row.get("completion"))
     if "text" in columns and _are_guanaco(rows):
         return lambda row: _turns_of_text(row["text"])
     return None
+
+
+def _hold_turns(rows: list[dict], name: str) -> bool:
+    """Whether lists of turns stand in this column, and no number of turns or the like."""
+    for row in rows:
+        with suppress(Unreadable):
+            turns = _list_in(row[name])
+            if isinstance(turns, list) and turns:
+                return isinstance(turns[0], dict)
+    return False
+
+
+def _is_more_than_an_exchange(row: dict) -> bool:
+    history = row.get("history")
+    with suppress(Unreadable):
+        history = _list_in(history)
+    return bool(history) or any(row.get(name) for name in SYSTEM)
+
+
+def is_turn(fields: dict) -> bool:
+    """Whether it says who speaks and what, and is not a message of a tree."""
+    says_who = not fields.keys().isdisjoint(_WHO)
+    says_what = not fields.keys().isdisjoint(_WHAT)
+    return says_who and says_what and not fields.keys() >= set(_TREE)
 
 
 def are_prompts(columns: list[str], rows: list[dict]) -> bool:
@@ -103,13 +144,30 @@ def are_prompts(columns: list[str], rows: list[dict]) -> bool:
 
 
 def _listed(turns: object) -> list:
-    """A list of turns as it is, or written as JSON; anything else is said by the user."""
-    if isinstance(turns, str) and turns.lstrip().startswith("["):
-        with suppress(ValueError):
-            turns = json.loads(turns)
+    """A list of turns as it is, or written as text; anything else is said by the user."""
+    turns = _list_in(turns)
     if turns is None:
         return []
     return turns if isinstance(turns, list) else [{"role": "user", "content": turns}]
+
+
+def _list_in(cell: object) -> object:
+    """The list that a text is, written as JSON or, as pandas does it, as Python writes it; anything
+    else as it is.
+
+    Raises:
+        Unreadable: the text begins like a list of turns and cannot be read.
+    """
+    if not isinstance(cell, str) or not cell.lstrip().startswith("["):
+        return cell
+    for read in (json.loads, ast.literal_eval):
+        with suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            found = read(cell.strip())
+            if isinstance(found, list):
+                return found
+    if re.match(r"\s*\[\s*\{", cell):
+        raise Unreadable("a list that cannot be read stands in place of its turns")
+    return cell
 
 
 def _answer(completion: object) -> list:
@@ -129,10 +187,21 @@ def instruction_turns(row: dict) -> list[dict]:
     if row.get("input"):
         question = f"{question}\n\n{row['input']}"
     turns = []
-    for asked, answer in [*(row.get("history") or []), (question, row.get("output"))]:
+    for asked, answer in [*_pairs(row.get("history")), (question, row.get("output"))]:
         turns.append({"role": "user", "content": asked})
         turns.append({"role": "assistant", "content": answer})
     return turns
+
+
+def _pairs(history: object) -> list:
+    pairs = _list_in(history) or []
+    if not isinstance(pairs, list) or not all(_is_pair(pair) for pair in pairs):
+        raise Unreadable("its history is no list of pairs of question and answer")
+    return pairs
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2
 
 
 def of_instruction(row: dict, asking: bool = False) -> dict:
@@ -219,6 +288,8 @@ def _message(turn: dict) -> tuple[dict, str]:
     """A turn as a message, and why it cannot be used, or nothing."""
     who = _who(turn)
     text, problem = _text(turn)
+    if who == "assistant":
+        text = _with_thoughts(text, turn)
     if not who:
         word = str(_first_of(turn, _WHO)).strip().lower()
         problem = f"the role {word[:40]!r} is neither system, user nor assistant"
@@ -259,6 +330,21 @@ def _text(turn: dict) -> tuple[str, str]:
             return "", "a turn holds something other than text"
         text += words
     return text, ""
+
+
+def _with_thoughts(answer: str, turn: dict) -> str:
+    """An answer behind the thoughts that are kept beside it, as the templates of models that think
+    write them.
+    """
+    if not answer.strip() or "</think>" in answer:
+        return answer
+    for name in _THOUGHTS:
+        thoughts = turn.get(name)
+        if isinstance(thoughts, str) and thoughts.strip():
+            thoughts = thoughts.strip("\n")
+            answer = answer.lstrip("\n")
+            return f"<think>\n{thoughts}\n</think>\n\n{answer}"
+    return answer
 
 
 def _of_trees(messages: list[dict], asking: bool) -> Iterator[dict]:

@@ -181,11 +181,12 @@ def usable(encoded: datasets.Dataset, settings) -> datasets.Dataset:
     whole = encoded.filter(lambda row: not row["left_out"])
     if not len(whole):
         reasons = sorted(set(encoded["left_out"]))
-        raise KitError(
-            f"no row is left: {'; '.join(reasons)}",
-            value=f"max_length={settings.max_length}",
-            remedy="raise max_length" if _TOO_LONG in reasons else "look at the data",
-        )
+        value = settings.dataset
+        remedy = "look at the data"
+        if _TOO_LONG in reasons:
+            value = f"max_length={settings.max_length}"
+            remedy = "raise max_length"
+        raise KitError(f"no row is left: {'; '.join(reasons)}", value=value, remedy=remedy)
     return whole.select_columns(["input_ids", "labels", "row"])
 
 

@@ -92,7 +92,10 @@ def read(name: str, columns: dict[str, str], asking: bool = False, as_chat: bool
     wanted = {*conversations.READ, *columns.values()}
     names, rows = _own_names(*tables.read_table(name, wanted), columns)
     with refusing(f"the rows of {name} cannot be used", None, "docs/own_data.md shows what can"):
-        talks = conversations.of_table(names, rows, asking)
+        of_talks = names
+        if "instruction" in columns:  # somebody says what is asked, whatever stands beside it
+            of_talks = [column for column in names if column not in conversations.COLUMNS]
+        talks = conversations.of_table(of_talks, rows, asking)
         if talks is not None:
             return _sorted_out(list(talks), unused=[])
         rows = list(_as_texts(names, rows, asking))

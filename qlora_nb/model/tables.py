@@ -37,7 +37,7 @@ from huggingface_hub import snapshot_download
 
 from qlora_nb import sources
 from qlora_nb.errors import refusing
-from qlora_nb.model import fetch
+from qlora_nb.model import conversations, fetch
 
 Table = tuple[list[str], list[dict]]
 """The names of all columns, in the data's order, and the rows."""
@@ -232,7 +232,8 @@ def _unwrapped(value: dict) -> list:
     for name, cell in value.items():
         if isinstance(cell, list) and cell and isinstance(cell[0], dict):
             tables[name] = cell
-            if {"role", "content"} <= cell[0].keys():
+            is_talk = name in conversations.COLUMNS and conversations.is_turn(cell[0])
+            if is_talk or {"role", "content"} <= cell[0].keys():
                 return [value]  # one conversation
     if len(tables) == 1:
         return next(iter(tables.values()))
