@@ -128,9 +128,16 @@ def loading(model: PreTrainedModel, folder: Path) -> Iterator[None]:
     the adapter's file is about to replace.
 
     Raises:
-        KitError: it was made for a model of another shape, its configuration and its weights name
-            other layers, or its files are not those that were sealed.
+        KitError: an adapter is on the model already, this one was made for a model of another
+            shape, its configuration and its weights name other layers, or its files are not those
+            that were sealed.
     """
+    if hasattr(model, "peft_config"):
+        raise KitError(
+            "an adapter is on this model already",
+            value=type(model).__name__,
+            remedy="run the cell that loads the base first, then this one",
+        )
     seal.require_whole(folder)
     with _fitting(model, folder), warnings.catch_warnings():
         # what PEFT warns of is a layer that would stay as it was
