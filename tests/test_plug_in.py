@@ -172,7 +172,7 @@ def test_a_second_adapter_is_not_loaded_onto_the_first(both):
     """The PeftModel, and the base inside it, whose layers it has replaced."""
     before = logits(both)
     for model in (both, both.get_base_model()):
-        with pytest.raises(KitError, match="an adapter is on this model already.*loads the base"):
+        with pytest.raises(KitError, match=r"an adapter is on this model already.*loads the base"):
             adapters.load_adapter(model, pocket.ADAPTER_DIR)
     assert torch.equal(logits(both), before)
 
