@@ -132,11 +132,11 @@ def loading(model: PreTrainedModel, folder: Path) -> Iterator[None]:
             one was made for a model of another shape, its configuration and its weights name other
             layers, or its files are not those that were sealed.
     """
+    seal.require_whole(folder)
     anew = "run the cell that loads the base first, then this one"
     if hasattr(model, "peft_config"):
         what = "an adapter is on this model already"
         raise KitError(what, value=type(model).__name__, remedy=anew)
-    seal.require_whole(folder)
     with _fitting(model, folder), warnings.catch_warnings():
         # what PEFT warns of is a layer that would stay as it was
         warnings.filterwarnings("error", "Found missing adapter keys")
