@@ -82,6 +82,7 @@ def _settings(ctx: typer.Context, profile: str, **options: object):
     from qlora_nb.settings import resolve
     from qlora_nb.spellings import parameters
 
+    preflight.require_address_space()
     return resolve({"profile": profile, **options, **parameters(ctx.args)})
 
 

@@ -102,7 +102,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def explain_missing_names(shell) -> None:
     """From now on a notebook's cell that uses a name which no cell has set yet, or which is None
-    because the cell that sets it failed, says so in one sentence.
+    because the cell that sets it failed, says so in one sentence. Of a parameter that is None on
+    purpose it says where the profile's value is.
 
     Args:
         shell: IPython's `InteractiveShell`.
@@ -115,6 +116,12 @@ def explain_missing_names(shell) -> None:
                 f"{kind.__name__}: {name} is not there yet{where}. Do this: run the cell above "
                 f"that sets it first ({name} = …), or all cells above this one."
             )
+            of_profile = getattr(shell.user_ns.get("settings"), name, None)
+            if name in shell.user_ns and of_profile is not None:
+                sentence = (
+                    f"{kind.__name__}: {name} is None, which means the profile's value{where}: "
+                    f"settings.{name} has it."
+                )
             error._render_traceback_ = lambda: [sentence]
         shell.showtraceback((kind, error, trace), tb_offset=tb_offset)
 

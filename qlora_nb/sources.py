@@ -6,11 +6,10 @@ the home folder), and `owner/name` on the Hugging Face hub. A hub name stays a n
 transformers and datasets resolve it in the hub's cache (`<type>s--<owner>--<name>/snapshots`).
 `latest`, a run's newest adapter or checkpoint, needs the records of runs and is resolved there.
 
-Also here: whether the hub can be reached, asked once and for a second, so that a machine without a
-network is told so at once (the hub's library tries for 23 s), and where run folders go.
+Also here: whether the hub can be reached, asked for a second, so that a machine without a network
+is told so at once (the hub's library tries for 23 s), and where run folders go.
 """
 
-import functools
 import os
 import re
 import sys
@@ -94,7 +93,7 @@ def require_safetensors(model_id: str) -> None:
         return
     if folder.is_file():
         raise KitError("model_id is a file", value=model_id, remedy="give its folder")
-    has_weights = any(folder.glob("*.safetensors"))
+    has_weights = _weight_files(folder) != []
     for patterns, (what, remedy) in NO_SAFETENSORS.items():
         found = any(any(folder.glob(pattern)) for pattern in patterns.split())
         if found and not (has_weights and patterns.startswith("*")):
@@ -113,8 +112,16 @@ def download_bytes(model_id: str) -> int | None:
         return 2 * PYTHIA[size].n_parameters
     folder = local_path(model_id)
     if folder.is_dir():
-        return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        return sum(file.stat().st_size for file in _weight_files(folder))
     return None
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors that transformers reads; a `consolidated` file beside them holds the same in
+    its makers' format.
+    """
+    found = folder.glob("*.safetensors")
+    return [file for file in found if not file.name.startswith("consolidated")]
 
 
 def require_reachable(what: str, name: str, allowed: str) -> None:
@@ -188,15 +195,21 @@ def hub_is_reachable() -> bool:
     return _reachable(endpoint)
 
 
-@functools.lru_cache(maxsize=8)
+_REACHED: set[str] = set()
+"""Addresses where somebody has answered; who did not is asked again, as a network may come back."""
+
+
 def _reachable(endpoint: str) -> bool:
+    if endpoint in _REACHED:
+        return True
     opener = build_opener()  # with the proxies that the environment names
     try:
         opener.open(Request(endpoint, method="HEAD"), timeout=1.0).close()
     except (HTTPError, TimeoutError, ConnectionError):
-        return True  # somebody is there, who says no, or answers late or not at all
+        pass  # somebody is there, who says no, or answers late or not at all
     except Exception:  # URLError: no connection; or this is no address
         return False
+    _REACHED.add(endpoint)
     return True
 
 

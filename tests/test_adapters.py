@@ -259,6 +259,44 @@ def test_what_peft_loads_computes_the_same_here(folders, tmp_path, kind, name):
     require_equal(folders[name], folder)
 
 
+TAKEN_OFF = ("rsLoRA", "target both ends", "trained tokens", "DoRA")
+LEFT_BEHIND = ("save both ends", "save norm", "bias all")
+
+
+@pytest.mark.parametrize("kind", TAKEN_OFF)
+def test_taken_off_it_leaves_the_base_and_loads_again(folders, tmp_path, kind):
+    folder = trained(folders["pocket"], LORA[kind](*NAMES["pocket"]), tmp_path / "adapter")
+    base = load.load_base(settings_of("pocket"))
+    alone = logits_of(base)
+    model = adapters.load_adapter(base, folder)
+    tuned = logits_of(model)
+    assert not torch.equal(tuned, alone)
+    base = model.unload()
+    assert torch.equal(logits_of(base), alone)
+    assert torch.equal(logits_of(adapters.load_adapter(base, folder)), tuned)
+
+
+@pytest.mark.parametrize("kind", LEFT_BEHIND)
+def test_a_base_on_which_peft_leaves_numbers_behind_is_refused(folders, tmp_path, kind):
+    """PEFT's `unload` keeps saved modules and trained biases: what is left is not the base."""
+    folder = trained(folders["pocket"], LORA[kind](*NAMES["pocket"]), tmp_path / "adapter")
+    base = load.load_base(settings_of("pocket"))
+    alone = logits_of(base)
+    base = adapters.load_adapter(base, folder).unload()
+    assert not torch.equal(logits_of(base), alone)
+    for _ in range(2):
+        with pytest.raises(KitError, match=r"has changed it.*loads the base first"):
+            adapters.load_adapter(base, folder)
+
+
+def test_a_trained_prompt_leaves_the_base_as_it_is(folders, tmp_path):
+    """It is not in the base's layers: there is nothing to take off."""
+    folder = trained(folders["Llama"], OTHERS["prompt"](), tmp_path / "adapter")
+    base = load.load_base(settings_of(folders["Llama"]))
+    tuned = logits_of(adapters.load_adapter(base, folder))
+    assert torch.equal(logits_of(adapters.load_adapter(base, folder)), tuned)
+
+
 # --- files as people have them ---
 
 

@@ -7,8 +7,9 @@ import open_cells
 import pytest
 import rehearsal
 import torch
+from bitsandbytes.nn import Linear4bit, Params4bit
 from test_activations import predicted_peak, weigh_a_step
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PhiConfig
 
 from qlora_nb.memory import budget, ledger
 from qlora_nb.memory.plan import plan_of
@@ -46,6 +47,62 @@ def test_every_slice_is_bitsandbytes_own_rounding(wide, double_quant):
     expected = hidden @ torch.cat(rounded).T
     assert torch.allclose(sliced.get_output_embeddings()(hidden), expected, atol=1e-5)
     assert not torch.allclose(plain.get_output_embeddings()(hidden), expected, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def biased(tmp_path_factory):
+    """Phi, whose head has a bias, with a vocabulary of two slices."""
+    folder = tmp_path_factory.mktemp("biased")
+    config = PhiConfig(
+        vocab_size=embeddings.SLICE + 64,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=1,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    torch.nn.init.normal_(model.lm_head.bias, std=2.0)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@torch.no_grad()
+def test_the_heads_bias_is_added_to_what_the_slices_give(biased):
+    plain = load.load_base(validate({"model_id": biased}))
+    settings = validate({"model_id": biased, "head_4bit": True})
+    sliced = load.load_base(settings)
+    head = plain.get_output_embeddings()
+    hidden = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    found = []
+    for rows in head.weight.data.split(embeddings.SLICE):
+        layer = Linear4bit(64, len(rows), bias=False, quant_type="nf4", device="meta")
+        layer.weight = Params4bit(rows, quant_type="nf4", requires_grad=False).to("cpu")
+        layer.support_avx512bf16_for_cpu = False
+        found.append(layer(hidden))
+    expected = torch.cat(found, dim=-1) + head.bias
+    assert len(found) == 2
+    assert torch.allclose(sliced.get_output_embeddings()(hidden), expected, atol=1e-5)
+    apart = sliced(IDS).logits - plain(IDS).logits
+    assert apart.std() < 0.05 * head.bias.std(), "rounded, and no bias less"
+    adapted = open_cells.attach_adapter(sliced, settings)
+    assert not adapted.get_base_model().lm_head.bias.requires_grad
+
+
+@pytest.mark.parametrize("loss_chunk", [0, 64])
+def test_a_bias_at_the_head_is_predicted(biased, loss_chunk):
+    settings = validate({"model_id": biased, "head_4bit": True, "loss_chunk": loss_chunk})
+    model = open_cells.attach_adapter(load.load_base(settings), settings).train()
+    measured, predicted = ledger.measure(model), ledger.predict(plan_of(settings))
+    for name in (ledger.CODES, ledger.SCALES, ledger.EMBEDDINGS, ledger.SMALL):
+        assert measured[name] == predicted[name]
+    assert predicted[ledger.SMALL] > 4 * (embeddings.SLICE + 64)
+    ratio = predicted_peak(settings, 2, 128) / weigh_a_step(model, 2, 128, loss_chunk)
+    assert abs(ratio - 1) < 0.08  # as test_activations
 
 
 @pytest.mark.parametrize(

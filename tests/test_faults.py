@@ -999,6 +999,9 @@ def test_after_a_cell_that_failed_the_others_say_what_is_missing(tmp_path):
         assert len(list(runs_root.iterdir())) == 2
 
 
+SET = "from qlora_nb.settings import validate\nsettings = validate({})\n"
+
+
 @pytest.mark.fault(46)
 @pytest.mark.parametrize(
     ("cell", "said"),
@@ -1013,6 +1016,19 @@ def test_after_a_cell_that_failed_the_others_say_what_is_missing(tmp_path):
         ("a = None\nlen(a)", "TypeError: a is not there yet. Do"),
         ("a = None\nfor x in a: pass", "TypeError: a is not there yet. Do"),
         ("shape = None\na = None\nclass B: shape = 1\nB.shape + a.shape", "a is not there yet"),
+        (
+            f"{SET}r = None\n1 + r",
+            "TypeError: r is None, which means the profile's value: settings.r has it.",
+        ),
+        (
+            f"{SET}r = None\ndef f():\n    return 1 + r\n\nf()",
+            "r is None, which means the profile's value (line 5 of f): settings.r has it.",
+        ),
+        (f"{SET}prompts = None\nprompts[0]", "value: settings.prompts has it."),
+        (f"{SET}model = None\nmodel.eval()", "AttributeError: model is not there yet. Do"),
+        (f"{SET}r", "NameError: r is not there yet. Do"),
+        ("settings = None\nsettings.r", "AttributeError: settings is not there yet. Do"),
+        ("r = None\n1 + r", "TypeError: r is not there yet. Do"),
         ("a = 1\na.shape", "'int' object has no attribute 'shape'"),
         ("import json\njson.loads(None)", "the JSON object must be str"),
         ("import json\njson.loads('x', cls=lambda **k: nowhere)", "nowhere is not there yet. Do"),

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import zipfile
 from collections import namedtuple
 
@@ -22,6 +23,7 @@ from loopback_hub import Hub
 from qlora_nb import sources
 from qlora_nb.errors import KitError
 from qlora_nb.model import fetch
+from qlora_nb.pocket import MODEL_DIR
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -148,7 +150,7 @@ def test_an_offline_hub_is_told_after_one_short_attempt(monkeypatch):
     """The hub's library itself would try again and again for 23 seconds; here it is not asked at
     all.
     """
-    import huggingface_hub
+    import huggingface_hub.constants
 
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
@@ -162,7 +164,7 @@ def test_an_offline_hub_is_told_after_one_short_attempt(monkeypatch):
         "repo_info",
         lambda *_, **__: pytest.fail("the hub's library was asked"),
     )
-    sources._reachable.cache_clear()
+    sources._REACHED.clear()
     tried = []
     connect = socket.create_connection
 
@@ -171,10 +173,26 @@ def test_an_offline_hub_is_told_after_one_short_attempt(monkeypatch):
         return connect(address, timeout, *more)
 
     monkeypatch.setattr(socket, "create_connection", attempt)
-    for _ in range(2):
+    for n in (1, 2):
         with pytest.raises(KitError, match="cannot be reached"):
             fetch.fetch_repo("EleutherAI/pythia-70m")
-    assert tried == [(("127.0.0.1", 9), 1.0)], "one attempt of a second, and none when asked again"
+        assert tried == [(("127.0.0.1", 9), 1.0)] * n, "one attempt of a second each time"
+
+
+def test_a_hub_that_comes_back_is_found_and_then_not_asked_again():
+    sources._REACHED.clear()
+    hub = Hub({})
+    gone = Hub({})
+    gone.close()
+    assert not sources._reachable(gone.url)
+    gone.server = hub.server.__class__(gone.server.server_address, hub.server.RequestHandlerClass)
+    threading.Thread(target=gone.server.serve_forever, daemon=True).start()
+    assert sources._reachable(gone.url)
+    assert hub.asked == ["/"]
+    assert sources._reachable(gone.url)
+    assert hub.asked == ["/"]
+    gone.close()
+    hub.close()
 
 
 @pytest.fixture
@@ -257,12 +275,12 @@ def test_a_proxy_is_the_way_out(monkeypatch):
             monkeypatch.delenv(name, raising=False)
         assert not sources._reachable("http://hub.invalid")
         for form in (f"http://127.0.0.1:{port}", f"127.0.0.1:{port}"):
-            sources._reachable.cache_clear()
+            sources._REACHED.clear()
             monkeypatch.setenv("http_proxy", form)
             assert sources._reachable("http://hub.invalid")
         assert not sources._reachable("https://hub.invalid"), "another scheme has another proxy"
         monkeypatch.setenv("no_proxy", "hub.invalid")
-        sources._reachable.cache_clear()
+        sources._REACHED.clear()
         assert not sources._reachable("http://hub.invalid")
     for bad in ("http://[::1", "http://host:port", "", "http://127.0.0.1:99999"):
         assert not sources._reachable(bad)
@@ -372,6 +390,80 @@ def test_what_was_fetched_is_found_without_the_hub(loopback, tmp_path):
         command, env=os.environ | ways, capture_output=True, text=True, check=False
     )
     assert done.stdout.strip().endswith("config.json"), done.stderr
+
+
+def test_a_models_own_chat_template_is_there_without_the_hub(tmp_path):
+    """transformers 5 saves it in a file of its own, which is read by the kit as by transformers."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
+    tokenizer.chat_template = "{% for turn in messages %}<{{ turn.content }}>{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "model")
+    files = {name: (MODEL_DIR / name).read_bytes() for name in ("config.json", "model.safetensors")}
+    for path in (tmp_path / "model").iterdir():
+        files[path.name] = path.read_bytes()
+    assert tokenizer.chat_template.encode() not in files["tokenizer_config.json"]
+    hub = Hub(files)
+    assert fetch_from(hub, "fine", tmp_path / "home") == (0, "")
+    hub.close()
+    program = """
+        from qlora_nb.model import load
+        from qlora_nb.settings import validate
+        print(load.load_tokenizer(validate({"model_id": "a/b"})).chat_template)
+    """
+    ways = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    done = subprocess.run(
+        command, env=os.environ | ways, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == tokenizer.chat_template, done.stderr
+
+
+def test_weights_that_lie_there_twice_are_fetched_once(tmp_path):
+    """As Mistral's and Meta's repositories are laid out: what transformers does not read is neither
+    counted nor fetched.
+    """
+    weights = os.urandom(2_000_000)
+    files = {"config.json": b"{}", "model-00001-of-00001.safetensors": weights}
+    files["model.safetensors.index.json"] = b"{}"
+    others = (
+        "consolidated.safetensors",
+        "consolidated-00001-of-00002.safetensors",
+        "consolidated.safetensors.index.json",
+        "original/model.safetensors",
+        "original/tokenizer.model",
+        "checkpoint-500/model.safetensors",
+        "checkpoint-500/config.json",
+    )
+    hub = Hub(files | dict.fromkeys(others, weights))
+    assert fetch_from(hub, "fine", tmp_path) == (0, "")
+    hub.close()
+    (folder,) = tmp_path.glob("hub/models--a--b/snapshots/*")
+    here = [path for path in folder.rglob("*") if path.is_file()]
+    assert sorted(path.relative_to(folder).as_posix() for path in here) == sorted(files)
+
+
+def test_the_size_of_a_download_is_that_of_what_is_fetched(tmp_path):
+    """The dry run, the line of the size and the check of the disk leave out the same."""
+    weights = bytes(30_000_000)
+    hub = Hub({"model.safetensors": weights, "consolidated.safetensors": weights})
+    ways = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "NO_PROXY": "127.0.0.1"}
+    program = """
+        from qlora_nb.model import fetch
+        fetch.shutil.disk_usage = lambda folder: fetch.shutil._ntuple_diskusage(0, 0, 40_000_000)
+        fetch.fetch_repo("a/b")
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    env = os.environ | ways | {"HF_HUB_OFFLINE": "0"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    hub.close()
+    assert "a/b: 0.03 GB in 1 files, 0.00 GB already here" in done.stdout, done.stderr
+
+
+def test_the_size_of_a_folder_counts_weights_once(tmp_path):
+    for name in ("model.safetensors", "consolidated.safetensors"):
+        (tmp_path / name).write_bytes(bytes(100))
+    assert sources.download_bytes(str(tmp_path)) == 100
 
 
 @pytest.mark.fault(14)

@@ -100,6 +100,28 @@ def test_the_command_writes_a_plain_model(tuned, wanted, tmp_path):
     assert "dequantized" in (tmp_path / "plain" / "README.md").read_text()
 
 
+@torch.no_grad()
+def test_an_export_ends_where_a_turn_ends(tmp_path):
+    """A model that closes its turn at once, asked by plain transformers: no token follows."""
+    tokenizer = load.load_tokenizer(SETTINGS)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    tokenizer.chat_template = (
+        "{% for turn in messages %}{{ turn.role + '\n' + turn.content + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"
+    )
+    turn_end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    model = load.load_base(SETTINGS, four_bit=False)
+    assert tokenizer.eos_token_id != turn_end < model.config.vocab_size
+    hidden = model.base_model(INPUTS[0]).last_hidden_state[0, -1]
+    model.get_output_embeddings().weight[turn_end] = 10 * hidden
+    card = merge.card_facts(ADAPTER_DIR, SETTINGS, "dequantized")
+    folder = merge.export(model, tokenizer, tmp_path, card)
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    made = plain.generate(INPUTS[0], max_new_tokens=5, do_sample=False)
+    assert made[0, INPUTS[0].shape[1] :].tolist() == [turn_end]
+    assert plain.generation_config.eos_token_id == [tokenizer.eos_token_id, turn_end]
+
+
 def test_the_card_says_what_the_run_was(tuned, tmp_path):
     (tmp_path / "adapter").mkdir()
     for file in ADAPTER_DIR.iterdir():

@@ -104,6 +104,28 @@ def test_side_by_side_answers_twice(chat):
     assert chat.stop_button.disabled
 
 
+def test_stopped_before_the_tuned_model_is_asked_nothing_old_is_left(chat, monkeypatch):
+    chat = panels.SideBySide(chat.model, chat.tokenizer, chat.settings)
+    before = ask(chat, "Where is Anna?\nAnna went to the park.")
+    history = chat.history.value
+    stream = generate.stream
+
+    def stopped(*args):
+        for said in stream(*args):
+            yield said
+            chat.stopping.set()
+
+    monkeypatch.setattr(generate, "stream", stopped)
+    after = ask(chat, "Who is happy?\nTom is happy.")
+    assert chat.note.value == "stopped"
+    assert before["tuned"]
+    assert after["tuned"] == chat.costs["tuned"].value == chat.positions.value == ""
+    assert after["base"]
+    newest = chat.history.value.removesuffix(history).splitlines()
+    assert newest[:2] == ["Who is happy?", "Tom is happy."]
+    assert [line.split(":")[0] for line in newest[3:] if line] == ["  base"]
+
+
 def test_a_word_that_is_clicked_goes_into_the_prompt(chat):
     chat = panels.SideBySide(chat.model, chat.tokenizer, chat.settings, ["Anna", "river"])
     assert [chip.description for chip in chat.chips] == ["Anna", "river"]

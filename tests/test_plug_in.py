@@ -168,6 +168,27 @@ def test_the_weighted_adapter_is_the_sum_of_both(both):
     assert largest["linear"] > 0.1
 
 
+def test_a_second_adapter_is_not_loaded_onto_the_first(both):
+    """The PeftModel, and the base inside it, whose layers it has replaced."""
+    before = logits(both)
+    for model in (both, both.get_base_model()):
+        with pytest.raises(KitError, match=r"an adapter is on this model already.*loads the base"):
+            adapters.load_adapter(model, pocket.ADAPTER_DIR)
+    assert torch.equal(logits(both), before)
+
+
+def test_taken_off_and_put_on_again_it_is_the_same():
+    base = load.load_base(validate({}))
+    alone = logits(base)
+    model = adapters.load_adapter(base, pocket.ADAPTER_DIR)
+    tuned = logits(model)
+    base = model.unload()
+    assert torch.equal(logits(base), alone)
+    model = adapters.load_adapter(base, pocket.ADAPTER_DIR)
+    assert torch.equal(logits(model), tuned)
+    assert (tuned - alone).abs().max() > 1
+
+
 def test_switching_loads_nothing_again(both):
     """The codes are the same tensors, and the first adapter answers as before."""
     before = logits(both)

@@ -128,14 +128,22 @@ def loading(model: PreTrainedModel, folder: Path) -> Iterator[None]:
     the adapter's file is about to replace.
 
     Raises:
-        KitError: it was made for a model of another shape, its configuration and its weights name
-            other layers, or its files are not those that were sealed.
+        KitError: an adapter is on the model already, or was on it and left its numbers behind; this
+            one was made for a model of another shape, its configuration and its weights name other
+            layers, or its files are not those that were sealed.
     """
     seal.require_whole(folder)
+    anew = "run the cell that loads the base first, then this one"
+    if hasattr(model, "peft_config"):
+        what = "an adapter is on this model already"
+        raise KitError(what, value=type(model).__name__, remedy=anew)
     with _fitting(model, folder), warnings.catch_warnings():
         # what PEFT warns of is a layer that would stay as it was
         warnings.filterwarnings("error", "Found missing adapter keys")
-        model.logits_before = _logits(model)
+        logits = _logits(model)
+        if not _is_close(logits, getattr(model, "logits_before", logits)):
+            raise KitError("an adapter that was on this model has changed it", remedy=anew)
+        model.logits_before = logits
         model.kept_numbers = _to_be_replaced(model, folder / WEIGHTS)
         yield
 
@@ -156,6 +164,10 @@ def _logits(model: torch.nn.Module) -> torch.Tensor:
     """The logits after the first tokens of the vocabulary, (tokens, vocabulary)."""
     ids = torch.arange(8, device=model.device)[None]
     return model(input_ids=ids).logits[0, -8:]
+
+
+def _is_close(logits: torch.Tensor, others: torch.Tensor) -> bool:
+    return torch.allclose(logits, others, rtol=1e-3, atol=1e-3)
 
 
 def _to_be_replaced(
@@ -197,7 +209,7 @@ def checked(tuned: PeftModel, folder: Path) -> PeftModel:
         if not computes:
             raise ValueError("with it the model computes NaN or infinity")
         with tuned.disable_adapter():
-            is_base = torch.allclose(_logits(tuned), base.logits_before, rtol=1e-3, atol=1e-3)
+            is_base = _is_close(_logits(tuned), base.logits_before)
         if not is_base:
             raise ValueError(
                 "switched off, it leaves another model than the base: it changes the base's own "
@@ -205,7 +217,7 @@ def checked(tuned: PeftModel, folder: Path) -> PeftModel:
                 "plain LoRA as PEFT's documentation says"
             )
     tuned.requires_grad_(False)  # PEFT lets an adapter train that is switched on again
-    del base.kept_numbers, base.logits_before
+    del base.kept_numbers
     own = _base_name(tuned.config.name_or_path)
     if _made_for(folder) != own:
         print(

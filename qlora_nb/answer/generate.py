@@ -32,7 +32,6 @@ from qlora_nb.errors import KitError
 from qlora_nb.model import (
     batching,
     characters,
-    chat_templates,
     conversations,
     data,
     generation_defaults,
@@ -117,19 +116,14 @@ def askable(rows: list[dict], tokenizer, model, settings) -> tuple[list[dict], l
 
 
 def _config(model, tokenizer, settings, **more) -> GenerationConfig:
-    """Greedy unless more is said; an answer ends with the tokenizer's end token, the model's own or
-    the chat template's.
+    """Greedy unless more is said.
 
     A model's own sampling defaults are not mixed in: `load.prepared` has set them aside.
     """
-    ends = generation_defaults.end_tokens(model, tokenizer)
-    turn_end = chat_templates.turn_end(tokenizer)
-    if ends and turn_end is not None and turn_end not in ends:
-        ends.append(turn_end)
     return GenerationConfig(
         max_new_tokens=settings.max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=ends,
+        eos_token_id=generation_defaults.end_tokens(model, tokenizer),
         **more,
     )
 

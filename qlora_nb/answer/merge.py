@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_nb.answer import adapters
 from qlora_nb.errors import KitError, refusing
-from qlora_nb.model import load
+from qlora_nb.model import generation_defaults, load
 from qlora_nb.record import files, runs
 
 WAYS = ("dequantized", "packed", "original")
@@ -135,7 +135,7 @@ def export(
     card: dict,
 ) -> Path:
     """Write safetensors, tokenizer and a model card; plain transformers loads the folder without a
-    network.
+    network, and its answers end with the tokens that they end with here.
 
     Args:
         model: a merged model that is not packed.
@@ -148,6 +148,9 @@ def export(
             "a packed model is not exported: its layers are rounded twice",
             remedy='merge with way="dequantized"',
         )
+    ends = generation_defaults.end_tokens(model, tokenizer)
+    if ends:
+        model.generation_config.eos_token_id = ends
     model.save_pretrained(folder, max_shard_size="2GB")
     tokenizer.save_pretrained(folder)
     write_card(folder, card)

@@ -319,7 +319,7 @@ def _model_on_meta(n_layers: int, plan: Plan):
             slices = []
             for rows in embeddings.slice_rows(head.out_features):
                 slices.append(_Frozen4bit(head.in_features, rows, False, plan.dtype))
-            model.set_output_embeddings(embeddings.SlicedHead(slices))
+            model.set_output_embeddings(embeddings.SlicedHead(slices, head.bias))
         model.is_loaded_in_4bit = True  # PEFT asks
         model.requires_grad_(False)
         if plan.train and plan.checkpointing:

@@ -22,15 +22,20 @@ SLICE = 8192
 
 class SlicedHead(nn.Module):
     """A head made of slices of the vocabulary, applied one after another: (…, width) → (…,
-    vocabulary).
+    vocabulary). The bias of the head (vocabulary,), where it has one, is kept as it is (Phi's,
+    GPT-J's).
     """
 
-    def __init__(self, slices: list[nn.Module]):
+    def __init__(self, slices: list[nn.Module], bias: nn.Parameter | None = None):
         super().__init__()
         self.slices = nn.ModuleList(slices)
+        self.bias = bias
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return torch.cat([part(hidden) for part in self.slices], dim=-1)
+        logits = torch.cat([part(hidden) for part in self.slices], dim=-1)
+        if self.bias is not None:
+            logits += self.bias.to(logits.dtype)
+        return logits
 
 
 def slice_rows(vocabulary: int) -> list[int]:
@@ -67,7 +72,7 @@ def quantize_head(
         layer.weight = weight.to(rows.device)  # bitsandbytes quantizes on the way
         layer.support_avx512bf16_for_cpu = False  # as in the blocks, see `load`
         slices.append(layer)
-    model.set_output_embeddings(SlicedHead(slices).eval())
+    model.set_output_embeddings(SlicedHead(slices, head.bias).eval())
 
 
 def keep_embedding_on_cpu(model: nn.Module) -> None:

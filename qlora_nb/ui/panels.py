@@ -214,16 +214,28 @@ class SideBySide:
             self.stop_button.disabled = True
 
     def _answer_both(self) -> None:
-        """Stream both answers, compare the models along the tuned one, add all to the history."""
+        """Stream both answers, compare the models along the tuned one, add all to the history. What
+        was stopped before the tuned model was asked has no answer of it.
+        """
         chosen = {name: control.value for name, control in self.controls.items()}
         settings = self.settings.replace(**chosen)
         self.note.value = "answering"
         rows = {name: self._row(name) for name in self.answers}
+        for box in (*self.answers.values(), *self.costs.values(), self.positions):
+            box.value = ""
+        said = [self.prompt.value, f"  {chosen}"]
         for name, row in rows.items():
             self._answer(name, row, settings)
+            said.append(f"  {name}: {self.answers[name].value}")
+            if name == "tuned":
+                self.positions.value = self._along(row, settings)
             if self.stopping.is_set():
                 break
-        row = rows["tuned"]
+        self.note.value = "stopped" if self.stopping.is_set() else "done"
+        self.history.value = "\n".join([*said, "", self.history.value])
+
+    def _along(self, row: dict, settings) -> str:
+        """A line for each token of the tuned model's answer: what both models would write there."""
         answer = self.answers["tuned"].value
         steps = generate.next_tokens_along(self.model, self.tokenizer, row, settings, answer)
 
@@ -234,11 +246,7 @@ class SideBySide:
         for token, base, tuned, bits in steps:
             apart = f"{token!r} · {bits:.1f} bits apart"
             lines.append(f"{apart} · base: {best(base)} · tuned: {best(tuned)}")
-        self.positions.value = "\n".join(lines)
-        self.note.value = "stopped" if self.stopping.is_set() else "done"
-        said = [self.prompt.value, f"  {chosen}"]
-        said += [f"  {name}: {box.value}" for name, box in self.answers.items()]
-        self.history.value = "\n".join([*said, "", self.history.value])
+        return "\n".join(lines)
 
     def forget(self) -> None:
         """Begin a new conversation."""
@@ -255,8 +263,6 @@ class SideBySide:
         """Stream the answer of the "base" or the "tuned" model into its box, then what it cost."""
         box = self.answers[name]
         cost = self.costs[name]
-        box.value = ""
-        cost.value = ""
         tuned = name == "tuned"
         for said in generate.stream(
             self.model, self.tokenizer, row, settings, tuned, self.stopping
