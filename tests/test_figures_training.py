@@ -256,7 +256,8 @@ def test_loss_curve_has_the_axis_of_the_whole_run_from_the_first_step_on(n, max_
 @pytest.mark.parametrize(
     ("on_the_way", "after", "said"),
     [
-        ({5: 0.5, 10: 0.75}, 1.0, "; while training it was lowest at step 5"),
+        ({5: 0.5, 10: 0.75}, 1.0, "; it was lowest at step 5"),
+        ({5: 0.5, 10: 0.75}, 0.25, ""),
         ({5: 0.75, 10: 0.5}, 1.0, ""),
         ({5: 9.0}, 8.0, ""),
     ],

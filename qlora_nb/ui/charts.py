@@ -99,8 +99,8 @@ def loss_curve(
             open_marks = {"marker": "D", "fillstyle": "none", "label": label, **points}
             ax.plot(list(held_out), list(held_out.values()), **open_marks)
             lowest = min(held_out, key=held_out.get)
-            if lowest < max(held_out):
-                finding += f"; while training it was lowest at step {lowest}"
+            if lowest < max(held_out) and held_out[lowest] < after:
+                finding += f"; it was lowest at step {lowest}"
     ax.set_ylim(bottom=0)
     ax.set_xlim(0, max(max_steps, len(losses)) + 1)
     return finding
