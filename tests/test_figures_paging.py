@@ -416,8 +416,10 @@ def ways_side_by_side(pythia: str, capsys) -> tuple:
         "settings": validate({"pythia": pythia}),
         "steps": [step_sizes.step_sizes(pythia, 64, 2048)],
     }
-    plan = next(line for line in cell_with("guess_kept, ").splitlines() if "plan = " in line)
-    exec(plan, space | {"Plan": Plan, "configs": configs}, space)
+    lines = cell_with("guess_kept, ").splitlines()
+    plan = "\n".join(line for line in lines if line.startswith(("config = ", "plan = ")))
+    space |= {"Plan": Plan, "configs": configs}
+    exec(plan, space)
     exec(cell_with("plans = {"), space)
     *before, last = ast.parse(cell_with("charts.memory_bars(")).body
     exec(compile(ast.Module(before, []), "05", "exec"), space)

@@ -33,9 +33,9 @@ def test_fine_tuning_and_inference_on_a_chat_file(tmp_path):
     assert problems == [[], []]
     trained, asked = (outcome["results"] for outcome in summary["notebooks"])
     assert trained["held-out loss fell"] is True
-    assert trained["baselines at most 20 %"] == "not measured"
+    assert trained["baselines at most 20 %"] == "open answers"
     for found in (trained, asked):
-        assert found["tuned answers at least 80 %"] == "not measured"
+        assert found["tuned answers at least 80 %"] == "open answers"
     assert asked["at strength 0 it is the base: all facts, no answer"] is True
     said = (tmp_path / "tiny" / summary["folder"]).glob("07_*.ipynb")
     assert "this adapter was trained with prompt_template=chat" in next(said).read_text()
