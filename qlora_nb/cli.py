@@ -86,6 +86,15 @@ def _settings(ctx: typer.Context, profile: str, **options: object):
     return resolve({"profile": profile, **options, **parameters(ctx.args)})
 
 
+def _with_its_adapter(settings):
+    """The settings that an adapter was trained with, and its folder; says where it comes from."""
+    from qlora_nb.answer import adapters
+
+    folder, where_from = adapters.find_adapter(settings)
+    print(where_from)
+    return adapters.asked_as_trained(settings, folder), folder
+
+
 @app.callback()
 def _command(
     version: Annotated[bool, typer.Option("--version", help="print the version")] = False,
@@ -258,9 +267,7 @@ def generate(
     from qlora_nb.model import load
 
     if not base:
-        folder, where_from = adapters.find_adapter(settings)
-        print(where_from)
-        settings = adapters.asked_as_trained(settings, folder)
+        settings, folder = _with_its_adapter(settings)
     preflight.refuse_what_cannot_run(settings)
     if prompts:
         rows = prompt_files.read_rows(prompts, settings.columns, settings.prompt_template)
@@ -291,12 +298,10 @@ def merge(
     -p adapter runs/…/adapter.
     """
     settings = _settings(ctx, profile)
-    from qlora_nb.answer import adapters, merge
+    from qlora_nb.answer import merge
     from qlora_nb.model import load
 
-    folder, where_from = adapters.find_adapter(settings)
-    print(where_from)
-    settings = adapters.asked_as_trained(settings, folder)
+    settings, folder = _with_its_adapter(settings)
     preflight.refuse_what_cannot_run(settings)
     model = merge.merged(settings, folder)
     card = merge.card_facts(folder, settings, "dequantized")

@@ -233,6 +233,21 @@ def test_a_run_of_one_step(tmp_path):
     assert runs.status_of(only_run(tmp_path)) == "done"
 
 
+def test_held_out_rows_that_are_all_too_long_leave_no_run(tmp_path):
+    rows = [{"instruction": f"Say {i}.", "output": f"It is {i}."} for i in range(8)]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows))
+    given = {**GIVEN, "dataset": str(path), "eval_rows": 1, "output_dir": str(tmp_path / "runs")}
+    [held_out] = data.split(validate(given)).held_out
+    long = {"instruction": "so " * 300, "output": "It is."}
+    path.write_text(
+        json.dumps([long if row["output"] == held_out["output"] else row for row in rows])
+    )
+    with pytest.raises(KitError, match="no row is left"):
+        training.in_this_process(validate(given))
+    assert not (tmp_path / "runs").exists()
+
+
 def test_what_all_refuse_is_said_once(tmp_path):
     ended = start(tmp_path, "--shard", "fsdp", optim="paged_adamw_32bit")
     assert ended.returncode == 2

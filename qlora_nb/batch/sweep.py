@@ -126,7 +126,7 @@ def filled(name: str, folder: Path, storage: str, points: dict[str, dict], grace
     """
     optuna = _optuna()
     if not storage:
-        import sqlalchemy  # comes with Optuna
+        import sqlalchemy  # of the same extra
 
         wait = {"timeout": "60"}  # seconds, while another worker writes
         storage = sqlalchemy.URL.create("sqlite", database=f"{folder}/study.db", query=wait)

@@ -59,6 +59,7 @@ def _made(settings, shard: str) -> tuple[QLoRATrainer, datasets.Dataset, dataset
     checked = data_report.check(settings, tokenizer)
     print(checked)
     settings = checked.settings
+    held_out = data.tokenize_rows(checked.split.held_out, tokenizer, settings)
     preflight.require_fit(settings, machine.this_machine(), n=processes.count(), shard=shard)
     processes.wait()  # all have looked at their card before one loads
     if processes.rank():
@@ -98,7 +99,6 @@ def _made(settings, shard: str) -> tuple[QLoRATrainer, datasets.Dataset, dataset
     )
     if settings.lora_dropout:
         torch.manual_seed(settings.seed + processes.rank())  # else all drop the same numbers
-    held_out = data.tokenize_rows(checked.split.held_out, tokenizer, settings)
     return trainer, checked.split.train, held_out
 
 
